@@ -1,0 +1,1 @@
+"""What is measured: model shapes, the kernels that run them, and the collectives between ranks."""

@@ -1,0 +1,1 @@
+"""What is executed: ranks, stages, shards and the rounds of a plan."""

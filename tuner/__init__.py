@@ -1,0 +1,1 @@
+"""What is decided: the cost model, the rounds, the layout and the plan."""
