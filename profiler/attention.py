@@ -1,0 +1,77 @@
+"""Attention of a chunk over its context and itself, exactly under the causal mask, by the kernels a device offers."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+aten = torch.ops.aten
+
+
+class AttentionKernel(StrEnum):
+    """The kernels that can be chosen; which is fastest for a (chunk, context) is measured."""
+
+    CPU_FLASH = "cpu-flash"  # two calls merged by log-sum-exp
+    SDPA = "sdpa"  # one call with a bottom-right mask: flash on CUDA, a dense mask on a CPU
+    CUDNN = "cudnn"  # two cuDNN calls merged by log-sum-exp
+
+
+def available_kernels(device: torch.device, dtype: torch.dtype) -> list[AttentionKernel]:
+    """The kernels that run on `device` in `dtype`, the usual best first."""
+    if device.type == "cpu":
+        return [AttentionKernel.CPU_FLASH, AttentionKernel.SDPA]
+    if dtype in (torch.bfloat16, torch.float16):
+        return [AttentionKernel.CUDNN, AttentionKernel.SDPA]
+    return [AttentionKernel.SDPA]
+
+
+def attend(kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the last c of p + c positions.
+
+    q: [H, c, D], k and v: [KV, p + c, D] with H a multiple of KV -> [H, c, D]. The query at row i sees keys up to
+    p + i. The merge of two calls is that of FlashAttention's partial results: each is weighted by the share of the
+    softmax's denominator that it saw.
+    """
+    context = k.shape[1] - q.shape[1]
+    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    if kernel is AttentionKernel.SDPA:
+        return _sdpa(q, k, v, context).squeeze(0)
+    partial = _cpu_flash if kernel is AttentionKernel.CPU_FLASH else _cudnn
+    # out: [1, H, c, D], lse: [1, H, c, 1]
+    out, lse = partial(q, k[:, :, context:], v[:, :, context:], True)
+    if context:
+        before, before_lse = partial(q, k[:, :, :context], v[:, :, :context], False)
+        out = merge_partial(out, lse, before, before_lse)
+    return out.squeeze(0)
+
+
+def merge_partial(out: torch.Tensor, lse: torch.Tensor, before: torch.Tensor, before_lse: torch.Tensor) -> torch.Tensor:
+    """Join attention over two disjoint sets of keys: out, before [..., c, D]; lse, before_lse [..., c, 1] in float32."""
+    share = torch.sigmoid(before_lse - lse)
+    return torch.lerp(out.float(), before.float(), share).to(out.dtype)
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int) -> torch.Tensor:
+    chunk = q.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if context == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=chunk > 1, enable_gqa=grouped)
+    if chunk == 1:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    # is_causal alone would align the mask to the upper left and hide the context.
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=causal_lower_right(chunk, context + chunk), enable_gqa=grouped
+    )
+
+
+def _cpu_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    return out, lse.unsqueeze(-1)
+
+
+def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)
+    return out, lse.view(*lse.shape[:3], 1)

@@ -1,0 +1,41 @@
+"""The matrix product of a layer: weights kept in the form that is fastest on their device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+class Linear:
+    """y = x W^T + b over rows of tokens.
+
+    On a CPU in float32 the weight is reordered once into oneDNN's blocked form: 1.2 to 1.5 times the rate of the plain
+    call on two Zen cores, and far less noise. Elsewhere the plain call already reaches the library's best kernel.
+    """
+
+    __slots__ = ("bias", "in_features", "out_features", "packed", "weight")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        # weight: [N, K], bias: [N]
+        self.out_features, self.in_features = weight.shape
+        self.packed = _can_pack(weight)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.packed else weight
+        self.bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [T, K] -> [T, N]."""
+        if self.packed:
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return y
+        return F.linear(x, self.weight, self.bias)
+
+
+def _can_pack(weight: torch.Tensor) -> bool:
+    """Whether this build of torch carries the reordering operator (it is torch.compile's own) for such a weight."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
