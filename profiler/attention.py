@@ -49,7 +49,7 @@ def attend(kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.T
 
 
 def merge_partial(out: torch.Tensor, lse: torch.Tensor, before: torch.Tensor, before_lse: torch.Tensor) -> torch.Tensor:
-    """Join attention over two disjoint sets of keys: out, before [..., c, D]; lse, before_lse [..., c, 1] in float32."""
+    """Join attention over two disjoint sets of keys; out, before: [..., c, D], their lse: [..., c, 1] in float32."""
     share = torch.sigmoid(before_lse - lse)
     return torch.lerp(out.float(), before.float(), share).to(out.dtype)
 

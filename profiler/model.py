@@ -172,7 +172,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 
 def rope_type(config: Mapping[str, Any]) -> str:
-    """The rotary scaling's type; `rope_parameters` is the newer name of `rope_scaling`, `type` an older of `rope_type`."""
+    """The rotary scaling's type, under its newer name (`rope_parameters`) or its older ones."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return str(scaling.get("rope_type", scaling.get("type", "default")))
 

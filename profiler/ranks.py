@@ -1,4 +1,4 @@
-"""Starts ranks through torch's elastic launcher, or joins those that torchrun started, and ends them all when one fails."""
+"""Starts ranks through torch's elastic launcher, or joins torchrun's, and ends them all when one fails."""
 
 from __future__ import annotations
 
