@@ -1,0 +1,18 @@
+"""Runs the steps on the connection, and inside the transaction, that `db.schema.upgrade` holds."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from db.schema import VERSION_TABLE
+from db.tables import Base
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=Base.metadata,
+    version_table=VERSION_TABLE,
+    render_as_batch=True,  # SQLite cannot alter a column in place
+    transactional_ddl=True,  # it can in SQLite too, since db.engine says BEGIN itself
+)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,1 @@
+"""One file a revision, oldest first: the number is the name."""
