@@ -1,0 +1,130 @@
+"""The planner's door: make rounds by a named policy, evaluate them exactly, bound any plan, compare policies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from db.errors import UserError
+from tuner.bound import makespan_bound_s
+from tuner.cost_model import CostModel
+from tuner.plan import Request, Round
+from tuner.policies.fixed import fixed_rounds, gpipe_rounds
+from tuner.policies.joint import joint_rounds
+from tuner.problem import NO_LIMITS, Limits, Problem
+from tuner.schedule import Evaluation, Objective
+
+__all__ = ["POLICIES", "Limits", "Objective", "RoundPlan", "compare_policies", "plan_rounds"]
+
+POLICIES = ("fixed:N", "gpipe", "sglang", "ascend", "terapipe", "dp", "joint")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundPlan:
+    """Rounds, what they are expected to take, and how far from the best they can be at most."""
+
+    policy: str
+    rounds: tuple[Round, ...]
+    evaluation: Evaluation
+    lower_bound_s: float
+    """No plan for these requests on this cost model has a smaller makespan (`tuner.bound` says why)."""
+    planning_s: float
+    """Seconds that making the rounds and the bound took."""
+
+    @property
+    def makespan_s(self) -> float:
+        """Seconds until the last request has its first token."""
+        return self.evaluation.makespan_s
+
+    @property
+    def gap(self) -> float:
+        """makespan / lower bound - 1: the plan is at most this far above the best possible makespan."""
+        return self.evaluation.makespan_s / self.lower_bound_s - 1.0 if self.lower_bound_s else 0.0
+
+
+def plan_rounds(
+    cost: CostModel,
+    requests: Sequence[Request],
+    *,
+    policy: str = "joint",
+    window: int | None = None,
+    chunk_multiple: int = 64,
+    limits: Limits = NO_LIMITS,
+    objective: Objective = Objective.MAKESPAN,
+) -> RoundPlan:
+    """Decide the rounds of a batch.
+
+    `cost` has one entry a stage (`CostModel.for_pp_size`). Raises UserError for an unknown policy, an empty batch, a
+    window of 0 or limits under which no plan exists.
+    """
+    problem = Problem(
+        cost=cost,
+        requests=tuple(requests),
+        window=window,
+        chunk_multiple=chunk_multiple,
+        limits=limits,
+        objective=Objective(objective),
+    )
+    started = time.perf_counter()
+    rounds = tuple(_rounds(problem, policy))
+    evaluation = problem.evaluate(rounds)
+    bound = makespan_bound_s(problem)
+    return RoundPlan(
+        policy=policy,
+        rounds=rounds,
+        evaluation=evaluation,
+        lower_bound_s=bound,
+        planning_s=time.perf_counter() - started,
+    )
+
+
+def _rounds(problem: Problem, policy: str) -> list[Round]:
+    name, _, argument = policy.partition(":")
+    if name == "fixed":
+        return fixed_rounds(problem, _num_tokens(policy, argument, problem.chunk_multiple))
+    rules = {"gpipe": gpipe_rounds, "joint": joint_rounds}
+    if argument or name not in rules:
+        raise UserError("policy", policy, f"one of {', '.join(POLICIES)}")
+    return rules[name](problem)
+
+
+def _num_tokens(policy: str, argument: str, chunk_multiple: int) -> int:
+    if not argument.isdecimal() or int(argument) < chunk_multiple:
+        raise UserError("policy", policy, f"fixed:N with N at least {chunk_multiple} tokens (chunk_multiple)")
+    return int(argument)
+
+
+def compare_policies(
+    cost: CostModel,
+    requests: Sequence[Request],
+    *,
+    window: int | None = None,
+    chunk_multiple: int = 64,
+    limits: Limits = NO_LIMITS,
+    objective: Objective = Objective.MAKESPAN,
+) -> list[RoundPlan]:
+    """Plan by every policy, the fixed chunk swept over powers of two of `chunk_multiple`; the best first."""
+    policies = [*fixed_sweep(requests, chunk_multiple), "gpipe", "joint"]
+    plans = [
+        plan_rounds(
+            cost,
+            requests,
+            policy=policy,
+            window=window,
+            chunk_multiple=chunk_multiple,
+            limits=limits,
+            objective=objective,
+        )
+        for policy in policies
+    ]
+    return sorted(plans, key=lambda plan: plan.evaluation.score(Objective(objective)))
+
+
+def fixed_sweep(requests: Sequence[Request], chunk_multiple: int) -> list[str]:
+    """`fixed:N` for chunk_multiple times each power of two, up to the first that holds the longest prompt."""
+    longest = max((request.new_tokens for request in requests), default=0)
+    sizes = [chunk_multiple]
+    while sizes[-1] < longest:
+        sizes.append(2 * sizes[-1])
+    return [f"fixed:{size}" for size in sizes]

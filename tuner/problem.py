@@ -1,0 +1,56 @@
+"""The planning problem that every policy is given: costs, requests, window, grid and limits, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from db.errors import UserError
+from tuner.cost_model import CostModel
+from tuner.plan import Request, Round, check_window
+from tuner.schedule import Evaluation, Objective, evaluate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What memory allows."""
+
+    max_round_tokens: int | None = None
+    """Most tokens in one round (activations)."""
+    max_kv_tokens: int | None = None
+    """Most KV tokens held at once. A request holds room for its whole prompt from its first round to its last: with
+    less, two half-done prompts could each wait for the other's room for ever."""
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A batch to plan. Raises UserError for input under which no plan exists."""
+
+    cost: CostModel
+    requests: tuple[Request, ...]
+    window: int | None = None
+    chunk_multiple: int = 64
+    """Chunks are this many tokens or a multiple of it; only a prompt's last chunk may be shorter."""
+    limits: Limits = NO_LIMITS
+    objective: Objective = Objective.MAKESPAN
+
+    def __post_init__(self) -> None:
+        if not self.requests:
+            raise UserError("requests", "[]", "at least one request is needed")
+        check_window(self.window)
+        if self.chunk_multiple < 1:
+            raise UserError("chunk_multiple", self.chunk_multiple, "at least 1")
+        most = self.limits.max_round_tokens
+        needed = min(self.chunk_multiple, max(request.new_tokens for request in self.requests))
+        if most is not None and most < needed:
+            raise UserError("max_round_tokens", most, f"at least {needed} (chunk_multiple); no plan exists below it")
+        most, needed = self.limits.max_kv_tokens, max(request.prompt_tokens for request in self.requests)
+        if most is not None and most < needed:
+            raise UserError("max_kv_tokens", most, f"at least {needed}, the longest prompt; no plan exists below it")
+
+    def evaluate(self, rounds: Sequence[Round]) -> Evaluation:
+        """What the cost model says of rounds."""
+        return evaluate(self.cost, self.requests, rounds, self.window)
