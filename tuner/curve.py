@@ -1,0 +1,56 @@
+"""A time that never falls with more work: piecewise linear, fitted with non-negative least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """Linear between `knots`, constant below the first (a kernel has a shortest time), the last slope beyond."""
+
+    knots: Floats
+    seconds: Floats
+
+    def __call__(self, x: npt.ArrayLike) -> Floats:
+        """Seconds at x, of the same shape as x."""
+        at = np.asarray(x, dtype=np.float64)
+        inside: Floats = np.interp(at, self.knots, self.seconds)
+        if len(self.knots) == 1:
+            return inside * np.maximum(at / max(self.knots[0], 1.0), 1.0)
+        slope = (self.seconds[-1] - self.seconds[-2]) / (self.knots[-1] - self.knots[-2])
+        beyond: Floats = slope * np.maximum(at - self.knots[-1], 0.0)
+        return inside + beyond
+
+
+def fit_curve(x: Sequence[float], seconds: Sequence[float]) -> Curve:
+    """Fit a curve through measured points, minimising relative errors.
+
+    The value at the first knot and each rise to the next are unknowns that may not be negative (Lawson and Hanson's
+    active set, `scipy.optimize.nnls`): where a noisy point lies below its predecessor the two share a level, elsewhere
+    the curve goes through the points.
+    """
+    at = np.asarray(x, dtype=np.float64)
+    measured = np.asarray(seconds, dtype=np.float64)
+    knots = np.unique(at)
+    steps = np.ones((len(at), len(knots)))
+    for j in range(1, len(knots)):
+        steps[:, j] = np.clip((at - knots[j - 1]) / (knots[j] - knots[j - 1]), 0.0, 1.0)
+    weight = 1.0 / np.maximum(measured, 1e-12)
+    rises, _ = nnls(steps * weight[:, None], measured * weight)
+    return Curve(knots=knots, seconds=np.cumsum(rises))
+
+
+def fit_line(x: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """(latency_s, seconds per unit of x), both non-negative, minimising relative errors."""
+    at, measured = np.asarray(x, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+    weight = 1.0 / np.maximum(measured, 1e-12)
+    (latency, per_unit), _ = nnls(np.stack([weight, at * weight], axis=1), measured * weight)
+    return float(latency), float(per_unit)

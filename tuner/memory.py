@@ -1,0 +1,113 @@
+"""The memory each rank of a plan needs, counted before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from db.errors import UserError
+from profiler.model import DTYPE_BYTES, ModelShape
+from tuner.plan import Plan
+
+USABLE_SHARE = 0.92  # the rest is the allocator's and the driver's
+RECEIVES_POSTED = 2  # hidden states that a stage may hold before it runs them
+RUNTIME_BYTES = {"cuda": 2 << 30, "cpu": 300 << 20}  # libraries, context and communicators of one rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """Bytes that one rank of a stage holds."""
+
+    weights_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    runtime_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it at the worst moment."""
+        return self.weights_bytes + self.kv_bytes + self.activation_bytes + self.runtime_bytes
+
+
+def rank_memory(
+    shape: ModelShape,
+    *,
+    dtype: str,
+    tp_size: int,
+    layer_partition: Sequence[int],
+    slab_tokens: int,
+    max_round_tokens: int,
+    device_type: str,
+) -> tuple[RankMemory, ...]:
+    """Memory of a rank of each stage.
+
+    slab_tokens: KV rows of all requests together, new tokens included; max_round_tokens: of the largest round.
+    """
+    item, hidden, head_dim = DTYPE_BYTES[dtype], shape.hidden_size, shape.head_dim
+    heads, kv_heads = shape.num_heads // tp_size, shape.kv_heads_per_rank(tp_size)
+    ffn = shape.intermediate_size // tp_size
+    qkv = (heads + 2 * kv_heads) * head_dim
+    layer_weights = hidden * qkv + heads * head_dim * hidden + 3 * hidden * ffn + 2 * hidden
+    # Beside the residual and its norm: q, k, v before and after rotation with both partial attentions in float32,
+    # or gate, up and their product.
+    attention_row = 2 * qkv * item + heads * head_dim * (item + 12)
+    mlp_row = 3 * ffn * item
+    row_bytes = (3 + RECEIVES_POSTED) * hidden * item + max(attention_row, mlp_row)
+    last = len(layer_partition) - 1
+    stages = []
+    for stage, num_layers in enumerate(layer_partition):
+        weights = num_layers * layer_weights
+        weights += shape.vocab_size * hidden if stage == 0 else 0
+        weights += (shape.vocab_size * hidden) // tp_size if stage == last else 0
+        stages.append(
+            RankMemory(
+                weights_bytes=weights * item,
+                kv_bytes=2 * num_layers * slab_tokens * kv_heads * head_dim * item,
+                activation_bytes=max_round_tokens * row_bytes,
+                runtime_bytes=RUNTIME_BYTES[device_type],
+            )
+        )
+    return tuple(stages)
+
+
+def plan_memory(shape: ModelShape, plan: Plan, *, max_new_tokens: int, device_type: str) -> tuple[RankMemory, ...]:
+    """Memory of a rank of each stage of a plan that decodes `max_new_tokens` for each request."""
+    return rank_memory(
+        shape,
+        dtype=plan.precision,
+        tp_size=plan.parallel.tp_size,
+        layer_partition=plan.parallel.layer_partition,
+        slab_tokens=sum(request.prompt_tokens + max_new_tokens for request in plan.requests),
+        max_round_tokens=max(sum(chunk.tokens for chunk in chunks) for chunks in plan.rounds),
+        device_type=device_type,
+    )
+
+
+def memory_refusal(stages: Sequence[RankMemory], *, tp_size: int, device_type: str, memory_bytes: int) -> str | None:
+    """Why ranks that need `stages` do not fit, or None when they do.
+
+    memory_bytes: of one GPU, which one rank has to itself, or of the host, which all ranks share.
+    """
+    usable = int(memory_bytes * USABLE_SHARE)
+    if device_type == "cuda":
+        worst = max(range(len(stages)), key=lambda stage: stages[stage].total_bytes)
+        needed, who = stages[worst].total_bytes, f"a rank of stage {worst}"
+    else:
+        needed, who = tp_size * sum(stage.total_bytes for stage in stages), "all ranks of this host"
+    if needed <= usable:
+        return None
+    return f"needs {_gib(needed)} for {who}; at most {_gib(usable)} can be used"
+
+
+def check_memory(shape: ModelShape, plan: Plan, *, max_new_tokens: int, device_type: str, memory_bytes: int) -> None:
+    """Raise `UserError` unless the plan fits into the memory of the device."""
+    stages = plan_memory(shape, plan, max_new_tokens=max_new_tokens, device_type=device_type)
+    refusal = memory_refusal(
+        stages, tp_size=plan.parallel.tp_size, device_type=device_type, memory_bytes=memory_bytes
+    )
+    if refusal:
+        raise UserError("memory", "", f"the plan {refusal}")
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB"
