@@ -33,6 +33,7 @@ class Database:
     location: str  # the URL without its password
     read_only: bool
     lock_timeout_s: float
+    found_revision: str | None  # of the tables when it was opened; None when there were none
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -101,7 +102,9 @@ def open_database(url: str | None = None, *, read_only: bool = False, lock_timeo
     except BaseException:
         engine.dispose()
         raise
-    return Database(engine=engine, location=location, read_only=read_only, lock_timeout_s=timeout_s)
+    return Database(
+        engine=engine, location=location, read_only=read_only, lock_timeout_s=timeout_s, found_revision=revision
+    )
 
 
 def _lock_timeout_s() -> float:

@@ -10,9 +10,9 @@ from typing import Any
 from sqlalchemy import select
 
 from db.engine import Database
-from db.hardware import Hardware, hardware_id
+from db.hardware import Hardware, hardware_id, id_of
 from db.provenance import code_version, now
-from db.tables import FitRow, HardwareRow
+from db.tables import FitRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ def list_fits(
     """Fits, newest first, only those that have each value given."""
     query = select(FitRow).order_by(FitRow.id.desc()).limit(limit)
     if hardware is not None:
-        query = query.join(HardwareRow).where(HardwareRow.fingerprint == hardware.fingerprint)
+        query = query.where(FitRow.hardware_id == id_of(hardware))
     wanted = {"model_name": model_name, "dtype": dtype}
     for name, value in wanted.items():
         if value is not None:

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from sqlalchemy import func, select
+from sqlalchemy import ScalarSelect, func, select
 from sqlalchemy.orm import Session
 
 from db.engine import Database
@@ -61,7 +61,7 @@ def save_hardware(database: Database, hardware: Hardware) -> int:
 def find_hardware(database: Database, hardware: Hardware) -> int | None:
     """The id of the hardware, None when nothing is kept of it."""
     with database.reading() as session:
-        return session.scalar(select(HardwareRow.id).where(HardwareRow.fingerprint == hardware.fingerprint))
+        return session.scalar(select(id_of(hardware)))
 
 
 def get_hardware(database: Database, hardware_id: int) -> Hardware:
@@ -95,6 +95,11 @@ def hardware_id(session: Session, hardware: Hardware) -> int:
     values = {"fingerprint": hardware.fingerprint, "created_at": now(), "code_version": code_version()}
     insert_if_new(session, HardwareRow, [asdict(hardware) | values], unique=["fingerprint"])
     return session.scalars(select(HardwareRow.id).where(HardwareRow.fingerprint == hardware.fingerprint)).one()
+
+
+def id_of(hardware: Hardware) -> ScalarSelect[int]:
+    """The id of the hardware as part of a query."""
+    return select(HardwareRow.id).where(HardwareRow.fingerprint == hardware.fingerprint).scalar_subquery()
 
 
 def _from_row(row: HardwareRow) -> Hardware:

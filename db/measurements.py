@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session
 
 from db.columns import shape_text
 from db.engine import Database
-from db.hardware import Hardware, hardware_id
-from db.tables import HardwareRow, MeasurementRow, Source
+from db.hardware import Hardware, hardware_id, id_of
+from db.tables import MeasurementRow, Source
 from db.upsert import insert_or_replace
 
 if TYPE_CHECKING:
@@ -117,12 +117,11 @@ def load_measurements(
     wanted = {"op": op, "dtype": dtype, "group_size": group_size, "busy_ranks": busy_ranks, "variant": variant}
     query = (
         select(MeasurementRow)
-        .join(HardwareRow, HardwareRow.id == MeasurementRow.hardware_id)
-        .where(HardwareRow.fingerprint == hardware.fingerprint)
+        .where(MeasurementRow.hardware_id == id_of(hardware))
         .where(*(getattr(MeasurementRow, name) == value for name, value in wanted.items() if value is not None))
     )
     with database.reading() as session:
-        return sorted((_from_row(row) for row in session.scalars(query).all()), key=_order)
+        return sorted((from_row(row) for row in session.scalars(query).all()), key=_order)
 
 
 def measured_keys(database: Database, hardware: Hardware) -> set[MeasurementKey]:
@@ -148,5 +147,6 @@ def _values(row: Measurement) -> dict[str, object]:
     return {name: getattr(row, name) for name in Measurement.__dataclass_fields__}
 
 
-def _from_row(row: MeasurementRow) -> Measurement:
+def from_row(row: MeasurementRow) -> Measurement:
+    """The measurement a row of the table holds."""
     return Measurement(**{name: getattr(row, name) for name in Measurement.__dataclass_fields__})

@@ -13,6 +13,7 @@ from sqlalchemy import func, select
 
 from db.engine import Database
 from db.errors import UserError
+from db.hardware import Hardware, id_of
 from db.provenance import code_version, now
 from db.tables import PlanRow, RunRow
 from db.upsert import insert_if_new
@@ -58,8 +59,10 @@ def get_plan_row(database: Database, plan_id: int) -> dict[str, Any]:
     return row.plan
 
 
-def list_plan_rows(database: Database, *, limit: int | None = None) -> list[StoredPlan]:
-    """Plans, newest first."""
+def list_plan_rows(
+    database: Database, *, hardware: Hardware | None = None, limit: int | None = None
+) -> list[StoredPlan]:
+    """Plans, newest first, only those made for a hardware if it is given."""
     query = (
         select(PlanRow, func.count(RunRow.id))
         .outerjoin(RunRow, RunRow.plan_id == PlanRow.id)
@@ -67,6 +70,8 @@ def list_plan_rows(database: Database, *, limit: int | None = None) -> list[Stor
         .order_by(PlanRow.id.desc())
         .limit(limit)
     )
+    if hardware is not None:
+        query = query.where(PlanRow.hardware_id == id_of(hardware))
     with database.reading() as session:
         return [
             StoredPlan(

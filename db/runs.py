@@ -11,7 +11,7 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from db.engine import Database
-from db.hardware import Hardware, hardware_id
+from db.hardware import Hardware, hardware_id, id_of
 from db.provenance import code_version, now
 from db.tables import RoundTimeRow, RunKind, RunRow, RunStatus
 
@@ -142,6 +142,7 @@ def list_runs(
     kind: RunKind | str | None = None,
     study: str | None = None,
     status: RunStatus | str | None = None,
+    hardware: Hardware | None = None,
     limit: int | None = None,
 ) -> list[StoredRun]:
     """Runs, newest first, only those that have each value given."""
@@ -152,6 +153,8 @@ def list_runs(
         "status": RunStatus(status) if status else None,
     }
     query = select(RunRow).filter_by(**{name: value for name, value in wanted.items() if value is not None})
+    if hardware is not None:
+        query = query.where(RunRow.hardware_id == id_of(hardware))
     with database.reading() as session:
         rows = session.scalars(query.order_by(RunRow.id.desc()).limit(limit)).all()
     return [StoredRun(**{name: getattr(row, name) for name in StoredRun.__dataclass_fields__}) for row in rows]

@@ -24,18 +24,19 @@ def insert_if_new(
 def insert_or_replace(
     session: Session, table: type[Base], rows: Sequence[dict[str, Any]], *, unique: Sequence[str], newest_by: str
 ) -> None:
-    """Insert the rows; where the `unique` columns are there already, replace that row unless it is newer by `newest_by`.
+    """Insert the rows, replacing the row that has the same `unique` columns unless that one is newer by `newest_by`.
 
     Rows are written in the order given: writers that sort alike cannot deadlock.
     """
+    if not rows:
+        return
     statement = _insert(session, table)
-    changed = {name: statement.excluded[name] for name in rows[0] if name not in unique} if rows else {}
+    changed = {name: statement.excluded[name] for name in rows[0] if name not in unique}
     current = table.__table__.c[newest_by]
     statement = statement.on_conflict_do_update(
         index_elements=unique, set_=changed, where=statement.excluded[newest_by] >= current
     )
-    if rows:
-        session.connection().execute(statement, rows)
+    session.connection().execute(statement, rows)
 
 
 def _insert(session: Session, table: type[Base]) -> Insert:
