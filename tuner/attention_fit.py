@@ -53,7 +53,9 @@ def fit_attention(chunk: Sequence[int], context: Sequence[int], seconds: Sequenc
     design = np.concatenate([hats * (c * (c + 1.0) / 2.0)[:, None], hats * (c * p)[:, None]], axis=1)
     weight = 1.0 / np.maximum(measured, 1e-12)
     design *= weight[:, None]
-    scale = np.maximum(design.max(axis=0), 1e-300)  # columns of like size, so that the solver's tolerance means the same
+    scale = np.maximum(
+        design.max(axis=0), 1e-300
+    )  # columns of like size, so that the solver's tolerance means the same
     costs, _ = nnls(design / scale, measured * weight)
     costs = costs / scale
     pair_s, context_pair_s = costs[: len(knots)], costs[len(knots) :]

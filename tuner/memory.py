@@ -102,9 +102,7 @@ def memory_refusal(stages: Sequence[RankMemory], *, tp_size: int, device_type: s
 def check_memory(shape: ModelShape, plan: Plan, *, max_new_tokens: int, device_type: str, memory_bytes: int) -> None:
     """Raise `UserError` unless the plan fits into the memory of the device."""
     stages = plan_memory(shape, plan, max_new_tokens=max_new_tokens, device_type=device_type)
-    refusal = memory_refusal(
-        stages, tp_size=plan.parallel.tp_size, device_type=device_type, memory_bytes=memory_bytes
-    )
+    refusal = memory_refusal(stages, tp_size=plan.parallel.tp_size, device_type=device_type, memory_bytes=memory_bytes)
     if refusal:
         raise UserError("memory", "", f"the plan {refusal}")
 

@@ -1,0 +1,27 @@
+# The set-up that demo and test share is the file .venv/installed; it is made again when the dependencies change.
+PYTHON ?= python3
+MODEL ?=
+DEMO_ARGS ?=
+
+.PHONY: install demo test lint clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: install
+	.venv/bin/python -m benchmarks.demo $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
+
+test: install
+	.venv/bin/python -m pytest
+
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv demo-out

@@ -1,0 +1,161 @@
+"""From measured rows to the cost of a layer, and from layers to the cost model of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from db.measurements import Measurement
+from tuner.attention_fit import AttentionCurve, fit_attention
+from tuner.calibration import Calibration, fit_calibration
+from tuner.cost_model import CostModel, StageCost, TableAttention
+from tuner.curve import Curve, Floats, fit_curve, fit_line
+from tuner.rows import RankWork, Rows, fastest_variants, median_s
+
+# Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
+DENSE_STEP, DENSE_END, SPARSE_RATIO, TABLE_END = 64, 4096, 1.05, 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCosts:
+    """Fitted costs of one layer and of what surrounds the layers, on one rank of `work.tp_size`."""
+
+    work: RankWork
+    projections: tuple[Curve, ...]
+    """Seconds of each of the four matmuls at the tokens of a round."""
+    elementwise: Curve
+    all_reduce: Curve | None
+    """Seconds at a message's bytes; two a layer when tp_size > 1."""
+    attention: AttentionCurve
+    calibration: Calibration
+    embedding: Curve
+    head_s: float
+    round_overhead_s: float
+    chunk_s: float
+    hop_latency_s: float
+    hop_byte_s: float
+    return_s: float
+    max_chunk: int
+    """The largest chunk measured; plans beyond it are extrapolated."""
+    max_context: int
+    """The longest context measured."""
+
+    def compute_s(self, tokens: Floats) -> Floats:
+        """Token-wise seconds of a layer without collectives: matmuls and element-wise work, uncalibrated."""
+        return np.asarray(sum(curve(tokens) for curve in self.projections)) + self.elementwise(tokens)
+
+    def tokens_s(self, tokens: Floats) -> Floats:
+        """Token-wise seconds of a layer: calibrated compute, and two all-reduces with tensor parallelism."""
+        seconds = self.compute_s(tokens) * self.calibration.tokens_factor(tokens)
+        if self.all_reduce is not None:
+            seconds = seconds + 2.0 * self.all_reduce(tokens * self.work.hidden_bytes)
+        return seconds
+
+    def cost_model(self, layer_partition: Sequence[int]) -> CostModel:
+        """The cost model of stages of so many layers each: embedding on the first, head on the last."""
+        last = len(layer_partition) - 1
+        stages = tuple(
+            self._stage(num_layers, first=stage == 0, last=stage == last)
+            for stage, num_layers in enumerate(layer_partition)
+        )
+        return CostModel(
+            stages=stages,
+            hop_latency_s=self.hop_latency_s,
+            hop_token_s=self.hop_byte_s * self.work.hidden_bytes,
+            return_s=self.return_s,
+        )
+
+    def _stage(self, num_layers: int, *, first: bool, last: bool) -> StageCost:
+        grid = table_grid()
+        points = grid.astype(np.float64)
+        tokens = num_layers * self.tokens_s(points)
+        if first:
+            tokens = tokens + self.embedding(points)
+        factor = self.calibration.attention_factor * num_layers
+        return StageCost(
+            token_count=(0, *grid.tolist()),
+            token_seconds=_rising([tokens[0], *tokens]),
+            attention=TableAttention(
+                count=tuple(grid.tolist()),
+                base_s=_rising(factor * self.attention.base(points)),
+                context_s=_rising(factor * self.attention.slope(points)),
+            ),
+            round_overhead_s=self.round_overhead_s,
+            chunk_s=self.chunk_s,
+            final_s=self.head_s if last else 0.0,
+        )
+
+
+def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> LayerCosts:
+    """Fit the rows of one hardware and dtype; raises `UserError` when a part has no rows.
+
+    busy_ranks: ranks at work at once when the plan runs; rows taken under the nearest such load are used.
+    """
+    rows = Rows(measurements)
+    why = f"{work.shape.name} at tp_size {work.tp_size} in {work.dtype}"
+
+    def curve(op: str, sizes: dict[str, int], at: str) -> Curve:
+        found = rows.require(op, sizes, busy_ranks=busy_ranks, why=why)
+        return fit_curve([row.shape[at] for row in found], [median_s(row) for row in found])
+
+    attention_rows = fastest_variants(rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, why=why))
+    overhead_rows = rows.require("round_overhead", {}, busy_ranks=busy_ranks, why=why)
+    overhead_s, chunk_s = fit_line(
+        [row.shape["chunks"] - 1 for row in overhead_rows], list(map(median_s, overhead_rows))
+    )
+    sends = rows.select("send_recv", {}, busy_ranks=busy_ranks, group_size=2)
+    hop_latency_s, hop_byte_s = _fit_hop(sends)
+    shape = work.shape
+    costs = LayerCosts(
+        work=work,
+        projections=tuple(curve("matmul", {"n": n, "k": k}, "m") for n, k in work.projections),
+        elementwise=curve("elementwise", work.layer_sizes, "tokens"),
+        all_reduce=_all_reduce(rows, work, busy_ranks, why),
+        attention=_fit_attention_rows(attention_rows),
+        calibration=Calibration.none(),
+        embedding=curve("embedding", {"hidden": shape.hidden_size, "vocab": shape.vocab_size}, "tokens"),
+        head_s=float(
+            curve("head", {"hidden": shape.hidden_size, "vocab": shape.vocab_size // work.tp_size}, "rows")(1)
+        ),
+        round_overhead_s=overhead_s,
+        chunk_s=chunk_s,
+        hop_latency_s=hop_latency_s,
+        hop_byte_s=hop_byte_s,
+        return_s=min((median_s(row) for row in sends), default=0.0),
+        max_chunk=max(row.shape["chunk"] for row in attention_rows),
+        max_context=max(row.shape["context"] + row.shape["chunk"] for row in attention_rows),
+    )
+    whole_layers = rows.select("layer", work.layer_sizes, busy_ranks=busy_ranks)
+    return replace(costs, calibration=fit_calibration(costs.compute_s, costs.attention, whole_layers))
+
+
+def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Token counts at which the planner's tables hold a value, up to a million."""
+    dense = np.array([1, 8, 16, 32, *range(DENSE_STEP, DENSE_END + 1, DENSE_STEP)], dtype=np.int64)
+    num_sparse = int(np.ceil(np.log(TABLE_END / DENSE_END) / np.log(SPARSE_RATIO)))
+    sparse = np.geomspace(DENSE_END, TABLE_END, num_sparse + 1)[1:].round().astype(np.int64)
+    return np.concatenate([dense, sparse])
+
+
+def _fit_attention_rows(rows: Sequence[Measurement]) -> AttentionCurve:
+    return fit_attention(
+        [row.shape["chunk"] for row in rows], [row.shape["context"] for row in rows], [median_s(row) for row in rows]
+    )
+
+
+def _all_reduce(rows: Rows, work: RankWork, busy_ranks: int, why: str) -> Curve | None:
+    if work.tp_size == 1:
+        return None
+    found = rows.require("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size, why=why)
+    return fit_curve([row.shape["bytes"] for row in found], [median_s(row) for row in found])
+
+
+def _fit_hop(sends: Sequence[Measurement]) -> tuple[float, float]:
+    return fit_line([row.shape["bytes"] for row in sends], [median_s(row) for row in sends]) if sends else (0.0, 0.0)
+
+
+def _rising(seconds: Floats | Sequence[float]) -> tuple[float, ...]:
+    """Time never falls with more tokens; where two fits cross, the larger value holds."""
+    return tuple(np.maximum.accumulate(np.asarray(seconds, dtype=np.float64)).tolist())

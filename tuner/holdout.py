@@ -1,0 +1,88 @@
+"""How well the fits predict points that they have not seen: each measured point left out once, the rest fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from db.measurements import Measurement
+from tuner.attention_fit import fit_attention
+from tuner.curve import fit_curve
+from tuner.rows import RankWork, Rows, fastest_variants, median_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutError:
+    """Relative errors of one operation's left-out points; the ends of a range are not left out (no extrapolation)."""
+
+    op: str
+    num_points: int
+    median: float
+    p90: float
+    worst: float
+
+    def to_json(self) -> dict[str, float | int | str]:
+        """The same as a JSON object."""
+        return {
+            "op": self.op, "num_points": self.num_points, "median": self.median, "p90": self.p90, "worst": self.worst,
+        }  # fmt: skip
+
+
+def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[HeldOutError]:
+    """Leave-one-out errors of the fits behind `tuner.fit.fit_layer_costs`, by operation."""
+    rows = Rows(measurements)
+    errors: dict[str, list[float]] = {}
+    for n, k in work.projections:
+        found = rows.select("matmul", {"n": n, "k": k}, busy_ranks=busy_ranks)
+        errors.setdefault("matmul", []).extend(_curve_errors(found, lambda row: row.shape["m"]))
+    found = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks)
+    errors["elementwise"] = _curve_errors(found, lambda row: row.shape["tokens"])
+    found = fastest_variants(rows.select("attention", work.attention_sizes, busy_ranks=busy_ranks))
+    errors["attention"] = _attention_errors(found)
+    if work.tp_size > 1:
+        found = rows.select("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size)
+        errors["all_reduce"] = _curve_errors(found, lambda row: row.shape["bytes"])
+    return [_summary(op, values) for op, values in errors.items() if values]
+
+
+def _curve_errors(rows: Sequence[Measurement], at: Callable[[Measurement], int]) -> list[float]:
+    ordered = sorted(rows, key=at)
+    errors = []
+    for left_out in ordered[1:-1]:
+        rest = [row for row in ordered if row is not left_out]
+        curve = fit_curve([at(row) for row in rest], [median_s(row) for row in rest])
+        errors.append(float(curve(at(left_out))) / median_s(left_out) - 1.0)
+    return errors
+
+
+def _attention_errors(rows: Sequence[Measurement]) -> list[float]:
+    """Points inside the measured range of chunks, and of contexts at their chunk."""
+    smallest, largest = (pick((row.shape["chunk"] for row in rows), default=0) for pick in (min, max))
+    errors = []
+    for left_out in rows:
+        chunk, context = left_out.shape["chunk"], left_out.shape["context"]
+        peers = [row.shape["context"] for row in rows if row.shape["chunk"] == chunk and row is not left_out]
+        # Without a second context at an end of the range nothing says how its cost grows.
+        if chunk in (smallest, largest) or not peers or context == max([*peers, context]):
+            continue
+        rest = [row for row in rows if row is not left_out]
+        curve = fit_attention(
+            [row.shape["chunk"] for row in rest],
+            [row.shape["context"] for row in rest],
+            [median_s(row) for row in rest],
+        )
+        errors.append(float(curve(chunk, context)) / median_s(left_out) - 1.0)
+    return errors
+
+
+def _summary(op: str, errors: Sequence[float]) -> HeldOutError:
+    size = np.abs(np.asarray(errors))
+    return HeldOutError(
+        op=op,
+        num_points=len(size),
+        median=float(np.median(size)),
+        p90=float(np.quantile(size, 0.9)),
+        worst=float(size.max()),
+    )

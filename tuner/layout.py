@@ -1,0 +1,56 @@
+"""Which parallel layouts a world of ranks allows, and why the others are refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from db.errors import UserError
+from profiler.model import ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """tp_size x pp_size ranks; `refusal` says why it cannot run, None when it can."""
+
+    tp_size: int
+    pp_size: int
+    refusal: str | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that take part."""
+        return self.tp_size * self.pp_size
+
+    def __str__(self) -> str:
+        return f"TP{self.tp_size} PP{self.pp_size}"
+
+
+def enumerate_layouts(
+    shape: ModelShape, world_size: int, *, tp_size: int | None = None, pp_size: int | None = None
+) -> list[Layout]:
+    """Every tp_size x pp_size that uses `world_size` ranks or a divisor of them; the sizes given are kept fixed."""
+    if world_size < 1:
+        raise UserError("world_size", world_size, "must be 1 or more")
+    layouts = [
+        _layout(shape, tp, pp)
+        for used in range(1, world_size + 1)
+        for tp in range(1, used + 1)
+        if world_size % used == 0 and used % tp == 0
+        for pp in [used // tp]
+        if tp_size in (None, tp) and pp_size in (None, pp)
+    ]
+    if not layouts:
+        asked = f"tp_size {tp_size or 'any'}, pp_size {pp_size or 'any'}"
+        raise UserError("world_size", world_size, f"must be a multiple of tp_size x pp_size ({asked})")
+    return sorted(layouts, key=lambda layout: (-layout.world_size, layout.tp_size))
+
+
+def _layout(shape: ModelShape, tp_size: int, pp_size: int) -> Layout:
+    refusal = None
+    try:
+        shape.check_tp_size(tp_size)
+    except UserError as error:
+        refusal = str(error)
+    if pp_size > shape.num_layers:
+        refusal = f"pp_size {pp_size} is more than the {shape.num_layers} layers of {shape.name}"
+    return Layout(tp_size=tp_size, pp_size=pp_size, refusal=refusal)

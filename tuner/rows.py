@@ -1,0 +1,108 @@
+"""Which measured rows describe a model's work on one rank of a tensor-parallel group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from db.errors import UserError
+from db.measurements import Measurement
+from profiler.model import DTYPE_BYTES, ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankWork:
+    """What one rank computes: the local sizes that the profiler's rows carry."""
+
+    shape: ModelShape
+    dtype: str
+    tp_size: int
+
+    @property
+    def heads(self) -> int:
+        """Query heads of one rank."""
+        return self.shape.num_heads // self.tp_size
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of one rank."""
+        return self.shape.kv_heads_per_rank(self.tp_size)
+
+    @property
+    def intermediate(self) -> int:
+        """FFN channels of one rank."""
+        return self.shape.intermediate_size // self.tp_size
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of one token's hidden state."""
+        return self.shape.hidden_size * DTYPE_BYTES[self.dtype]
+
+    @property
+    def attention_sizes(self) -> dict[str, int]:
+        """Sizes that an `attention` row names beside chunk and context."""
+        return {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.shape.head_dim}
+
+    @property
+    def layer_sizes(self) -> dict[str, int]:
+        """Sizes that `elementwise` and `layer` rows name beside their tokens."""
+        return {"hidden": self.shape.hidden_size, "intermediate": self.intermediate} | self.attention_sizes
+
+    @property
+    def projections(self) -> list[tuple[int, int]]:
+        """(out, in) features of a layer's four matmuls: q|k|v, o, gate|up, down."""
+        hidden, head_dim = self.shape.hidden_size, self.shape.head_dim
+        return [
+            ((self.heads + 2 * self.kv_heads) * head_dim, hidden),
+            (hidden, self.heads * head_dim),
+            (2 * self.intermediate, hidden),
+            (hidden, self.intermediate),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The measurements of one hardware and dtype, asked by operation and sizes."""
+
+    measurements: Sequence[Measurement]
+
+    def select(
+        self, op: str, sizes: Mapping[str, int], *, busy_ranks: int, group_size: int | None = None
+    ) -> list[Measurement]:
+        """Rows of `op` whose shape has `sizes`, taken with as many ranks at work as come nearest to `busy_ranks`."""
+        found = [
+            row
+            for row in self.measurements
+            if row.op == op
+            and (group_size is None or row.group_size == group_size)
+            and all(row.shape.get(name) == value for name, value in sizes.items())
+        ]
+        levels = {row.busy_ranks for row in found}
+        if not levels:
+            return []
+        nearest = min(levels, key=lambda level: (abs(level - busy_ranks), -level))
+        return [row for row in found if row.busy_ranks == nearest]
+
+    def require(
+        self, op: str, sizes: Mapping[str, int], *, busy_ranks: int, group_size: int | None = None, why: str
+    ) -> list[Measurement]:
+        """As `select`, but raises `UserError` that says what to measure when there is nothing."""
+        found = self.select(op, sizes, busy_ranks=busy_ranks, group_size=group_size)
+        if not found:
+            raise UserError("measurements", f"no {op} rows for {why}", "measure them first: isochunk profile")
+        return found
+
+
+def median_s(row: Measurement) -> float:
+    """The row's median in seconds."""
+    return row.median_us * 1e-6
+
+
+def fastest_variants(rows: Iterable[Measurement]) -> list[Measurement]:
+    """Of rows that differ in their variant alone, the fastest: the runtime chooses it too."""
+    best: dict[tuple[tuple[str, int], ...], Measurement] = {}
+    for row in rows:
+        key = tuple(sorted(row.shape.items()))
+        if key not in best or row.median_us < best[key].median_us:
+            best[key] = row
+    return list(best.values())

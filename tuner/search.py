@@ -1,0 +1,168 @@
+"""The search over layouts: for each, the best partition and rounds, or the reason why it is refused; then the ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from db.errors import UserError
+from profiler.model import ModelShape
+from tuner.fit import LayerCosts
+from tuner.layout import Layout
+from tuner.memory import RankMemory, memory_refusal, rank_memory
+from tuner.partition import choose_partition
+from tuner.plan import Parallel, Plan, Predicted, Request
+from tuner.planner import Limits, Objective, RoundPlan
+
+FitLayout = Callable[[Layout], LayerCosts]  # raises UserError when nothing was measured for the layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What is planned: the model in a precision, the requests, and the device they run on."""
+
+    shape: ModelShape
+    dtype: str
+    requests: tuple[Request, ...]
+    device_type: str
+    memory_bytes: int
+    max_new_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        for request in self.requests:
+            if request.prompt_tokens > self.shape.max_positions:
+                allowed = f"at most {self.shape.max_positions}, the positions of {self.shape.name}"
+                raise UserError(f"prompt_tokens of request {request.id}", request.prompt_tokens, allowed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """How rounds are made."""
+
+    policy: str = "joint"
+    window: int | None = None
+    chunk_multiple: int = 64
+    limits: Limits = Limits()
+    objective: Objective = Objective.MAKESPAN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One layout with its best plan, or with the reason why there is none."""
+
+    layout: Layout
+    refusal: str | None = None
+    costs: LayerCosts | None = None
+    layer_partition: tuple[int, ...] = ()
+    rounds: RoundPlan | None = None
+    memory: tuple[RankMemory, ...] = ()
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of the rank that needs most."""
+        return max((stage.total_bytes for stage in self.memory), default=0)
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether a chunk or a context of the plan is larger than any that was measured."""
+        if self.costs is None or self.rounds is None:
+            return False
+        chunks = [chunk for chunks in self.rounds.rounds for chunk in chunks]
+        return any(c.tokens > self.costs.max_chunk or c.end > self.costs.max_context for c in chunks)
+
+
+def search_layouts(target: Target, layouts: Sequence[Layout], rules: Rules, fit_layout: FitLayout) -> list[Candidate]:
+    """Plan every layout; the best by the objective first, refused ones last."""
+    candidates = [_candidate(target, layout, rules, fit_layout) for layout in layouts]
+    return sorted(candidates, key=lambda candidate: _order(candidate, rules.objective))
+
+
+def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: float | None = None) -> Plan:
+    """The plan file's content for a candidate that was not refused."""
+    assert candidate.rounds is not None and candidate.costs is not None
+    layout = candidate.layout
+    return rounds_to_plan(
+        candidate.rounds,
+        requests=target.requests,
+        model=dict(target.shape.config) | {"name": target.shape.name},
+        precision=target.dtype,
+        parallel=Parallel(tp_size=layout.tp_size, pp_size=layout.pp_size, layer_partition=candidate.layer_partition),
+        window=rules.window,
+        cost_model=candidate.costs.cost_model(candidate.layer_partition).to_json(),
+        uncertainty=uncertainty,
+    )
+
+
+def rounds_to_plan(
+    planned: RoundPlan,
+    *,
+    requests: tuple[Request, ...],
+    model: dict[str, object],
+    precision: str,
+    parallel: Parallel,
+    window: int | None,
+    cost_model: dict[str, object],
+    uncertainty: float | None = None,
+) -> Plan:
+    """Rounds with their prediction as a plan."""
+    evaluation = planned.evaluation
+    timeline = evaluation.timeline
+    return Plan(
+        model=model,
+        precision=precision,
+        parallel=parallel,
+        window=window,
+        requests=requests,
+        rounds=planned.rounds,
+        policy=planned.policy,
+        cost_model=cost_model,
+        predicted=Predicted(
+            makespan_s=planned.makespan_s,
+            lower_bound_s=planned.lower_bound_s,
+            gap=planned.gap,
+            ttft_s=tuple(float(seconds) for seconds in evaluation.ttft_s),
+            planning_s=planned.planning_s,
+            round_s=tuple(tuple(row) for row in (timeline.finish_s - timeline.start_s).tolist()),
+            uncertainty=uncertainty,
+        ),
+    )
+
+
+def _candidate(target: Target, layout: Layout, rules: Rules, fit_layout: FitLayout) -> Candidate:
+    if layout.refusal:
+        return Candidate(layout=layout, refusal=layout.refusal)
+    try:
+        costs = fit_layout(layout)
+        partition, rounds = choose_partition(
+            costs.cost_model,
+            target.shape.num_layers,
+            layout.pp_size,
+            target.requests,
+            policy=rules.policy,
+            window=rules.window,
+            chunk_multiple=rules.chunk_multiple,
+            limits=rules.limits,
+            objective=rules.objective,
+        )
+    except UserError as error:
+        return Candidate(layout=layout, refusal=str(error))
+    candidate = Candidate(layout=layout, costs=costs, layer_partition=partition, rounds=rounds)
+    memory = rank_memory(
+        target.shape,
+        dtype=target.dtype,
+        tp_size=layout.tp_size,
+        layer_partition=partition,
+        slab_tokens=sum(request.prompt_tokens + target.max_new_tokens for request in target.requests),
+        max_round_tokens=max(sum(chunk.tokens for chunk in chunks) for chunks in rounds.rounds),
+        device_type=target.device_type,
+    )
+    refusal = memory_refusal(
+        memory, tp_size=layout.tp_size, device_type=target.device_type, memory_bytes=target.memory_bytes
+    )
+    return replace(candidate, memory=memory, refusal=refusal)
+
+
+def _order(candidate: Candidate, objective: Objective) -> tuple[float, ...]:
+    if candidate.refusal or candidate.rounds is None:
+        return (1.0,)
+    return (0.0, *candidate.rounds.evaluation.score(objective))
