@@ -1,18 +1,21 @@
-"""The search over layouts: for each, the best partition and rounds, or the reason why it is refused; then the ranking."""
+"""The search over layouts: for each, the best partition and rounds or the reason why it is refused; then a ranking."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from db.errors import UserError
 from profiler.model import ModelShape
+from tuner.cost_model import CostModel
 from tuner.fit import LayerCosts
 from tuner.layout import Layout
 from tuner.memory import RankMemory, memory_refusal, rank_memory
 from tuner.partition import choose_partition
 from tuner.plan import Parallel, Plan, Predicted, Request
-from tuner.planner import Limits, Objective, RoundPlan
+from tuner.planner import Limits, Objective, RoundPlan, compare_policies, plan_rounds
+from tuner.problem import NO_LIMITS
 
 FitLayout = Callable[[Layout], LayerCosts]  # raises UserError when nothing was measured for the layout
 
@@ -35,6 +38,13 @@ class Target:
                 raise UserError(f"prompt_tokens of request {request.id}", request.prompt_tokens, allowed)
 
 
+class _RoundOptions(TypedDict):
+    window: int | None
+    chunk_multiple: int
+    limits: Limits
+    objective: Objective
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """How rounds are made."""
@@ -42,8 +52,31 @@ class Rules:
     policy: str = "joint"
     window: int | None = None
     chunk_multiple: int = 64
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
     objective: Objective = Objective.MAKESPAN
+
+    def plan(self, cost: CostModel, requests: Sequence[Request]) -> RoundPlan:
+        """Rounds by the policy."""
+        return plan_rounds(cost, requests, policy=self.policy, **self._options())
+
+    def compare(self, cost: CostModel, requests: Sequence[Request]) -> list[RoundPlan]:
+        """Rounds by every policy, the best first."""
+        return compare_policies(cost, requests, **self._options())
+
+    def choose_partition(
+        self, costs: LayerCosts, pp_size: int, requests: Sequence[Request]
+    ) -> tuple[tuple[int, ...], RoundPlan]:
+        """Layers of each stage, chosen together with the rounds."""
+        num_layers = costs.work.shape.num_layers
+        return choose_partition(costs.cost_model, num_layers, pp_size, requests, policy=self.policy, **self._options())
+
+    def _options(self) -> _RoundOptions:
+        return {
+            "window": self.window,
+            "chunk_multiple": self.chunk_multiple,
+            "limits": self.limits,
+            "objective": self.objective,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +139,6 @@ def rounds_to_plan(
 ) -> Plan:
     """Rounds with their prediction as a plan."""
     evaluation = planned.evaluation
-    timeline = evaluation.timeline
     return Plan(
         model=model,
         precision=precision,
@@ -122,7 +154,7 @@ def rounds_to_plan(
             gap=planned.gap,
             ttft_s=tuple(float(seconds) for seconds in evaluation.ttft_s),
             planning_s=planned.planning_s,
-            round_s=tuple(tuple(row) for row in (timeline.finish_s - timeline.start_s).tolist()),
+            round_s=tuple(tuple(row) for row in evaluation.round_s.tolist()),
             uncertainty=uncertainty,
         ),
     )
@@ -133,17 +165,7 @@ def _candidate(target: Target, layout: Layout, rules: Rules, fit_layout: FitLayo
         return Candidate(layout=layout, refusal=layout.refusal)
     try:
         costs = fit_layout(layout)
-        partition, rounds = choose_partition(
-            costs.cost_model,
-            target.shape.num_layers,
-            layout.pp_size,
-            target.requests,
-            policy=rules.policy,
-            window=rules.window,
-            chunk_multiple=rules.chunk_multiple,
-            limits=rules.limits,
-            objective=rules.objective,
-        )
+        partition, rounds = rules.choose_partition(costs, layout.pp_size, target.requests)
     except UserError as error:
         return Candidate(layout=layout, refusal=str(error))
     candidate = Candidate(layout=layout, costs=costs, layer_partition=partition, rounds=rounds)

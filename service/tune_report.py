@@ -1,0 +1,125 @@
+"""What `isochunk tune` found, as tables for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from db.hardware import Hardware
+from service.output import print_table
+from tuner.autotune import Trial
+from tuner.holdout import HeldOutError
+from tuner.plan import Plan
+from tuner.planner import RoundPlan
+from tuner.search import Candidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneReport:
+    """Everything that tune found, for the table and for JSON."""
+
+    plan: Plan
+    policies: list[RoundPlan]
+    candidates: list[Candidate] = field(default_factory=list)
+    held_out: list[HeldOutError] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    hardware: Hardware | None = None
+    output: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs: the plan, the ranking, the policies, the held-out errors and the trials."""
+        return {
+            "plan": self.plan.to_json(),
+            "layouts": [_candidate_json(candidate) for candidate in self.candidates],
+            "policies": [_policy_json(planned) for planned in self.policies],
+            "held_out": [error.to_json() for error in self.held_out],
+            "trials": [
+                {"layout": t.choice.layout, "policy": t.choice.policy, "predicted_s": t.choice.predicted_s,
+                 "measured_s": t.measured_s, "error": t.error}
+                for t in self.trials
+            ],
+            "output": self.output,
+        }  # fmt: skip
+
+
+def print_report(report: TuneReport) -> None:
+    """Print the tables of a report."""
+    if report.hardware is not None:
+        print_table(
+            ["fit", "points left out", "median error %", "p90 %", "worst %"],
+            [[e.op, e.num_points, 100 * e.median, 100 * e.p90, 100 * e.worst] for e in report.held_out],
+            title=f"Held-out errors on {report.hardware.device}",
+        )
+    if report.candidates:
+        print_table(
+            ["layout", "layers", "rounds", "makespan s", "mean TTFT s", "bubble %", "gap %", "GiB/rank", "note"],
+            [_candidate_row(candidate) for candidate in report.candidates],
+            title="Layouts, the best first",
+        )
+    parallel = report.plan.parallel
+    print_table(
+        ["policy", "rounds", "makespan s", "mean TTFT s", "p90 TTFT s", "bubble %", "gap %", "planning ms"],
+        [_policy_row(planned) for planned in report.policies],
+        title=f"Policies on TP{parallel.tp_size} PP{parallel.pp_size}, window {report.plan.window}",
+    )
+    if report.trials:
+        print_table(
+            ["layout", "policy", "predicted s", "measured s", "error %", "failed"],
+            [_trial_row(trial) for trial in report.trials],
+            title="Measured on this machine, the best first",
+        )
+    if report.output:
+        print(f"Wrote {report.output}")
+
+
+def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "tp_size": candidate.layout.tp_size,
+        "pp_size": candidate.layout.pp_size,
+        "layer_partition": list(candidate.layer_partition),
+        "refusal": candidate.refusal,
+        "extrapolates": candidate.extrapolates,
+        "memory_bytes": candidate.peak_memory_bytes,
+    } | ({} if candidate.rounds is None else _policy_json(candidate.rounds))
+
+
+def _policy_json(planned: RoundPlan) -> dict[str, Any]:
+    evaluation = planned.evaluation
+    return {
+        "policy": planned.policy,
+        "num_rounds": len(planned.rounds),
+        "makespan_s": planned.makespan_s,
+        "mean_ttft_s": evaluation.mean_ttft_s,
+        "p90_ttft_s": evaluation.p90_ttft_s,
+        "bubble_share": evaluation.bubble_share,
+        "lower_bound_s": planned.lower_bound_s,
+        "gap": planned.gap,
+        "planning_s": planned.planning_s,
+    }
+
+
+def _candidate_row(candidate: Candidate) -> list[object]:
+    planned = candidate.rounds
+    layers = "-".join(map(str, candidate.layer_partition)) or None
+    note = candidate.refusal or ("beyond the measured range" if candidate.extrapolates else "")
+    if planned is None:
+        return [str(candidate.layout), layers, None, None, None, None, None, None, note]
+    evaluation = planned.evaluation
+    return [
+        str(candidate.layout), layers, len(planned.rounds), planned.makespan_s, evaluation.mean_ttft_s,
+        100 * evaluation.bubble_share, 100 * planned.gap, candidate.peak_memory_bytes / 2**30, note,
+    ]  # fmt: skip
+
+
+def _policy_row(planned: RoundPlan) -> list[object]:
+    evaluation = planned.evaluation
+    return [
+        planned.policy, len(planned.rounds), planned.makespan_s, evaluation.mean_ttft_s, evaluation.p90_ttft_s,
+        100 * evaluation.bubble_share, 100 * planned.gap, 1e3 * planned.planning_s,
+    ]  # fmt: skip
+
+
+def _trial_row(trial: Trial) -> list[object]:
+    choice, measured = trial.choice, trial.measured_s
+    error = None if measured is None else 100 * (choice.predicted_s / measured - 1.0)
+    return [choice.layout, choice.policy, choice.predicted_s, measured, error, trial.error]

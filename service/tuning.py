@@ -1,0 +1,230 @@
+"""What `isochunk tune` does, from its options to its report: the tuner's parts put in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+from db.engine import Database, open_database
+from db.errors import UserError
+from db.fits import save_fit
+from db.hardware import Hardware, get_hardware, list_hardware
+from db.measurements import load_measurements
+from db.plans import save_plan_row
+from profiler.device import choose_device, current_hardware
+from profiler.model import SUPPORTED_DTYPES, load_model_shape
+from service.tune_report import TuneReport
+from tuner.autotune import Choice, autotune
+from tuner.cost_model import CostModel, load_cost_model
+from tuner.fit import LayerCosts, fit_layer_costs
+from tuner.holdout import HeldOutError, held_out_errors
+from tuner.layout import enumerate_layouts
+from tuner.plan import Parallel, Plan, Request, save_plan
+from tuner.planner import Limits, Objective
+from tuner.rows import RankWork
+from tuner.search import Rules, Target, rounds_to_plan, search_layouts, to_plan
+from tuner.workload import load_workload
+
+Echo = Callable[[str], None] | None
+
+
+def tune(
+    model: str | None,
+    *,
+    world_size: int | None,
+    prompt_lens: str | None,
+    workload: str | None,
+    rate: float,
+    cost_model: str | None,
+    tp_size: int | None,
+    pp_size: int | None,
+    policy: str,
+    window: str,
+    chunk_multiple: int,
+    max_round_tokens: int | None,
+    max_kv_tokens: int | None,
+    objective: str,
+    sla_ttft_s: float | None,
+    max_new_tokens: int,
+    dtype: str | None,
+    device_type: str | None,
+    threads_per_rank: int | None,
+    hardware_id: int | None,
+    measure: int | None,
+    repeat: int,
+    output: str | None,
+    db_url: str | None,
+    echo: Echo,
+) -> TuneReport:
+    """Plan as `isochunk tune` is asked to; the arguments are its options."""
+    requests = _requests(prompt_lens, workload, rate, sla_ttft_s)
+    rules = Rules(
+        policy=policy,
+        window=_window(window),
+        chunk_multiple=chunk_multiple,
+        limits=Limits(max_round_tokens=max_round_tokens, max_kv_tokens=max_kv_tokens),
+        objective=Objective(objective),
+    )
+    if cost_model is not None:
+        report = _tune_cost_model(load_cost_model(cost_model), requests, rules, tp_size or 1, pp_size)
+        return _write(report, output, None, None)
+    if model is None:
+        raise UserError("MODEL", "missing", "give a model, or a cost model with --cost-model FILE --pp-size K")
+    shape = load_model_shape(model)
+    if dtype not in (None, *SUPPORTED_DTYPES):
+        raise UserError("--dtype", dtype, "must be one of " + ", ".join(SUPPORTED_DTYPES))
+    world = world_size or (tp_size or 1) * (pp_size or 1)
+    layouts = enumerate_layouts(shape, world, tp_size=tp_size, pp_size=pp_size)
+    database = open_database(db_url)
+    hardware = _hardware(database, hardware_id, device_type, threads_per_rank, world)
+    target = Target(
+        shape=shape,
+        dtype=dtype or shape.dtype,
+        requests=requests,
+        device_type="cuda" if hardware.backend == "nccl" else "cpu",
+        memory_bytes=hardware.memory_bytes,
+        max_new_tokens=max_new_tokens,
+    )
+    rows = load_measurements(database, hardware, dtype=target.dtype)
+    if not rows:
+        allowed = f"measure them first: isochunk profile {model} --world-size {world} --dtype {target.dtype}"
+        raise UserError("measurements", f"none in {target.dtype} on {hardware.device}", allowed)
+
+    @cache
+    def fit(tp_size: int, busy_ranks: int) -> LayerCosts:
+        return fit_layer_costs(rows, RankWork(shape=shape, dtype=target.dtype, tp_size=tp_size), busy_ranks=busy_ranks)
+
+    candidates = search_layouts(target, layouts, rules, lambda layout: fit(layout.tp_size, layout.world_size))
+    best = candidates[0]
+    if best.refusal or best.rounds is None or best.costs is None:
+        raise UserError("layouts", "", "none can run: " + "; ".join(f"{c.layout}: {c.refusal}" for c in candidates))
+    held_out = held_out_errors(rows, best.costs.work, busy_ranks=best.layout.world_size)
+    uncertainty = _uncertainty(held_out)
+    plan = to_plan(target, best, rules, uncertainty=uncertainty)
+    policies = rules.compare(best.costs.cost_model(best.layer_partition), requests)
+    if plan.cost_model is not None:
+        details = {"held_out": [error.to_json() for error in held_out], "layout": str(best.layout)}
+        save_fit(database, hardware, shape.name, target.dtype, plan.cost_model, details)
+    report = TuneReport(plan=plan, policies=policies, candidates=candidates, held_out=held_out, hardware=hardware)
+    if measure is not None:
+        report = _measure(report, target, rules, measure, repeat, hardware, db_url, echo)
+    return _write(report, output, database, hardware)
+
+
+def _requests(
+    prompt_lens: str | None, workload: str | None, rate: float, sla_ttft_s: float | None
+) -> tuple[Request, ...]:
+    if (prompt_lens is None) == (workload is None):
+        raise UserError("--prompt-lens", prompt_lens or "missing", "give either --prompt-lens or --workload")
+    if workload is not None:
+        requests = tuple(load_workload(workload, rate=rate))
+    else:
+        assert prompt_lens is not None
+        requests = tuple(
+            Request(id=f"r{index}", prompt_tokens=_length(text)) for index, text in enumerate(prompt_lens.split(","))
+        )
+    return tuple(replace(request, sla_ttft_s=sla_ttft_s) for request in requests) if sla_ttft_s else requests
+
+
+def _length(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise UserError("--prompt-lens", text, "must be positive whole numbers separated by commas")
+    return int(text)
+
+
+def _window(text: str) -> int | None:
+    if text.lower() == "none":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError("--window", text, "must be a whole number from 1 up, or none")
+    return int(text)
+
+
+def _hardware(
+    database: Database, hardware_id: int | None, device_type: str | None, threads: int | None, world_size: int
+) -> Hardware:
+    """The hardware asked for, this machine where it was measured, or the only one that was."""
+    if hardware_id is not None:
+        return get_hardware(database, hardware_id)
+    here = current_hardware(choose_device(device_type), threads, world_size)
+    known = [stored.hardware for stored in list_hardware(database) if stored.num_measurements]
+    if any(hardware.fingerprint == here.fingerprint for hardware in known) or len(known) != 1:
+        return here
+    return known[0]
+
+
+def _uncertainty(held_out: list[HeldOutError]) -> float:
+    """The relative error to expect: a makespan adds up many kernels, so their median error stands for it."""
+    return max((error.median for error in held_out), default=0.0)
+
+
+def _tune_cost_model(
+    cost: CostModel, requests: tuple[Request, ...], rules: Rules, tp_size: int, pp_size: int | None
+) -> TuneReport:
+    if pp_size is None and cost.pp_size == 1:
+        raise UserError("--pp-size", "missing", "a cost model with one stage for all needs the number of stages")
+    cost = cost.for_pp_size(pp_size or cost.pp_size)
+    planned = rules.plan(cost, requests)
+    plan = rounds_to_plan(
+        planned,
+        requests=requests,
+        model={},
+        precision="unknown",
+        parallel=Parallel(tp_size=tp_size, pp_size=cost.pp_size, layer_partition=(1,) * cost.pp_size),
+        window=rules.window,
+        cost_model=cost.to_json(),
+    )
+    return TuneReport(plan=plan, policies=rules.compare(cost, requests))
+
+
+def _measure(
+    report: TuneReport,
+    target: Target,
+    rules: Rules,
+    num_trials: int,
+    repeat: int,
+    hardware: Hardware,
+    db_url: str | None,
+    echo: Echo,
+) -> TuneReport:
+    """Run the best of layouts x policies on this machine."""
+    from runtime.run import run_plan
+
+    choices = []
+    for candidate in report.candidates:
+        if candidate.refusal or candidate.costs is None:
+            continue
+        for planned in rules.compare(candidate.costs.cost_model(candidate.layer_partition), target.requests):
+            one = to_plan(
+                target, replace(candidate, rounds=planned), rules, uncertainty=report.plan.predicted.uncertainty
+            )
+            choices.append(Choice(layout=str(candidate.layout), policy=planned.policy, plan=one))
+
+    def run(plan: Plan) -> float:
+        result = run_plan(
+            plan,
+            random_weights=True,
+            device_type=target.device_type,
+            num_threads=hardware.num_threads,
+            repeat=repeat,
+            db_url=db_url,
+            kind="tune-trial",
+        )
+        if echo:
+            parallel = plan.parallel
+            echo(f"TP{parallel.tp_size} PP{parallel.pp_size} {plan.policy}: {result.makespan_s:.3f} s measured")
+        return result.makespan_s
+
+    trials = autotune(choices, run, num_trials=num_trials)
+    if trials[0].measured_s is None:
+        raise UserError("--measure", num_trials, f"every run failed, the first with: {trials[0].error}")
+    return replace(report, trials=trials, plan=trials[0].choice.plan)
+
+
+def _write(report: TuneReport, output: str | None, database: Database | None, hardware: Hardware | None) -> TuneReport:
+    if output is not None:
+        save_plan(output, report.plan)
+    if database is not None:
+        save_plan_row(database, report.plan.to_json())
+    return replace(report, output=output)
