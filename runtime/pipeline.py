@@ -1,0 +1,127 @@
+"""A rank's part in the pipeline: takes rounds in order from the stage before, runs them, hands them on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from profiler.ranks import Progress
+from runtime.clock import Clock
+from runtime.group import Groups
+from runtime.job import Job
+from runtime.link import Inbound, Outbound, Return
+from runtime.place import Place
+from runtime.stage import Stage
+from tuner.plan import Chunk, Round
+
+
+class Pipeline:
+    """Prefills and decodes on one rank. No rank waits for another but for the data it needs."""
+
+    def __init__(self, job: Job, place: Place, groups: Groups, stage: Stage, clock: Clock, progress: Progress) -> None:
+        self.job, self.place, self.stage, self.clock, self.progress = job, place, stage, clock, progress
+        device, last = stage.device, place.parallel.pp_size - 1
+        self.prompts = [torch.tensor(ids, device=device) for ids in job.prompts] if place.is_first else []
+        self.next_ids = torch.zeros(len(job.requests), device=device, dtype=torch.int64)  # of each request
+        self.inbound = groups.inbound and Inbound(
+            groups.inbound,
+            place.peer(place.stage - 1),
+            max_tokens=max(*job.round_tokens, len(job.requests)),
+            hidden_size=job.shape.hidden_size,
+            device=device,
+            dtype=stage.dtype,
+        )
+        self.outbound = groups.outbound and Outbound(groups.outbound, place.peer(place.stage + 1))
+        self.back = groups.back and Return(groups.back, first=place.peer(0), last=place.peer(last), device=device)
+
+    def warm_up(self) -> None:
+        """Build what is built lazily: kernels for the rounds' shapes, connections between the stages."""
+        self.stage.warm_up(self.job.rounds)
+        most = max(self.job.round_tokens)
+        if self.inbound:
+            self.inbound.expect([most])
+            self.inbound.receive()
+        if self.outbound:
+            size = (most, self.job.shape.hidden_size)
+            self.outbound.send(torch.zeros(size, device=self.stage.device, dtype=self.stage.dtype))
+        if self.back and self.place.is_last:
+            self.back.send(self.next_ids[:1])
+        elif self.back:
+            self.back.receive(1)
+        self.drain()
+
+    def prefill(self, rounds: Sequence[Round], *, wait_for_arrivals: bool = True) -> None:
+        """Run the rounds. `next_ids` of the last stage then holds each finished prompt's next token."""
+        window = self.job.window or len(rounds)
+        self._expect(rounds)
+        for index, chunks in enumerate(rounds):
+            self.progress.mark(self.place.stage, index)
+            if self.place.is_first:
+                if wait_for_arrivals:
+                    self._wait_for_arrival(chunks)
+                if self.back and index >= window:
+                    self.back.receive(1)
+            self._run(chunks)
+            if self.back and self.place.is_last and index + window < len(rounds):
+                self.back.send(self.next_ids[:1])
+        self.drain()
+
+    def decode(self, num_steps: int) -> torch.Tensor:
+        """Run `num_steps` rounds of one token of every request -> on the last stage, all new ids [1 + num_steps, R]."""
+        chosen = [self.next_ids.clone()]
+        steps = [
+            tuple(Chunk(i, request.prompt_tokens + step, 1) for i, request in enumerate(self.job.requests))
+            for step in range(num_steps)
+        ]
+        self._expect(steps)
+        for step, chunks in enumerate(steps):
+            self.progress.mark(self.place.stage, len(self.job.rounds) + step)
+            if self.back and self.place.is_last:
+                self.back.send(self.next_ids)
+            elif self.back:
+                self.next_ids = self.back.receive(len(self.job.requests))
+            self._run(chunks)
+            chosen.append(self.next_ids.clone())
+        self.drain()
+        return torch.stack(chosen)
+
+    def drain(self) -> None:
+        """Wait for all sends."""
+        for link in (self.outbound, self.back):
+            if link:
+                link.drain()
+
+    def _expect(self, rounds: Sequence[Round]) -> None:
+        if self.inbound:
+            self.inbound.expect([sum(chunk.tokens for chunk in chunks) for chunks in rounds])
+
+    def _run(self, chunks: Round) -> None:
+        received = self.inbound.receive() if self.inbound else None
+        self.clock.start()
+        hidden = self.stage.embed(self._token_ids(chunks)) if received is None else received
+        hidden = self.stage.forward(chunks, hidden)
+        if self.place.is_last:
+            self._choose(chunks, hidden)
+        self.clock.finish()
+        if self.inbound:
+            self.inbound.post()
+        if self.outbound:
+            self.outbound.send(hidden)
+
+    def _token_ids(self, chunks: Round) -> torch.Tensor:
+        if all(chunk.start >= self.job.requests[chunk.request].prompt_tokens for chunk in chunks):
+            return self.next_ids  # a decode round has every request in order
+        return torch.cat([self.prompts[chunk.request][chunk.start : chunk.end] for chunk in chunks])
+
+    def _choose(self, chunks: Round, hidden: torch.Tensor) -> None:
+        rows = self.stage.final_rows(chunks)
+        if rows:
+            ids = self.stage.next_ids(hidden, rows.values())
+            for index, request in enumerate(rows):
+                self.next_ids[request] = ids[index]  # a copy on the device: no index travels to it
+
+    def _wait_for_arrival(self, chunks: Round) -> None:
+        arrival = self.clock.origin_s + max(self.job.requests[chunk.request].arrival_s for chunk in chunks)
+        time.sleep(max(0.0, arrival - time.perf_counter()))

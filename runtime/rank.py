@@ -1,0 +1,69 @@
+"""One rank's whole run: load, warm up, fill cached prompts, run the rounds on the clock, decode, report."""
+
+from __future__ import annotations
+
+import gc
+import socket
+
+import torch
+import torch.distributed as dist
+
+from profiler.ranks import RankContext
+from runtime.clock import make_clock
+from runtime.group import make_groups
+from runtime.job import Job, Pass, RankReport
+from runtime.pipeline import Pipeline
+from runtime.place import Place
+from runtime.stage import Stage
+from tuner.plan import Chunk, Round
+
+
+@torch.inference_mode()
+def run_rank(context: RankContext, job: Job) -> RankReport:
+    """Run `job` as one of its ranks; the function that `profiler.ranks.run_ranks` starts on each."""
+    place = Place.of(context.rank, job.parallel)
+    clock = make_clock(context.device)
+    with make_groups(place) as groups:
+        stage = Stage(job, place, groups.tensor, context.device)
+        pipeline = Pipeline(job, place, groups, stage, clock, context.progress)
+
+        def begin() -> None:
+            if context.device.type == "cuda":
+                torch.cuda.synchronize()
+            dist.barrier(groups.host)
+            clock.begin()
+
+        def note() -> Pass:
+            return Pass(origin_s=clock.origin_s, rounds=tuple(clock.intervals()))
+
+        pipeline.warm_up()
+        pipeline.prefill(cached_rounds(job), wait_for_arrivals=False)
+        gc.collect()
+        gc.freeze()  # a collection among the rounds would walk all that the imports made
+        passes = []
+        for _ in range(job.repeat):
+            begin()
+            pipeline.prefill(job.rounds)
+            passes.append(note())
+        begin()
+        new_ids = pipeline.decode(job.max_new_tokens - 1)
+        decode = note()
+        gc.unfreeze()
+    reports_tokens = place.is_last and place.tp_rank == 0
+    return RankReport(
+        stage=place.stage,
+        host=socket.gethostname(),
+        passes=tuple(passes),
+        decode=decode,
+        token_ids=tuple(tuple(ids) for ids in new_ids.T.tolist()) if reports_tokens else None,
+    )
+
+
+def cached_rounds(job: Job) -> list[Round]:
+    """Rounds that fill the KV of cached tokens, no larger than the plan's own; they run before the clock starts."""
+    most = max(job.round_tokens)
+    return [
+        (Chunk(index, start, min(most, request.cached_tokens - start)),)
+        for index, request in enumerate(job.requests)
+        for start in range(0, request.cached_tokens, most)
+    ]

@@ -1,0 +1,99 @@
+"""One stage of the pipeline on one rank: runs a round through its layers, and chooses tokens if it is the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from profiler.head import embed
+from profiler.rotary import Rotary
+from profiler.round import prepare_round
+from runtime.checkpoint import Checkpoint, RandomWeights
+from runtime.group import TensorGroup
+from runtime.job import Job
+from runtime.place import Place
+from runtime.shard import load_shard
+from runtime.slab import KVSlab
+from tuner.plan import Round
+
+
+class Stage:
+    """Weights, KV slab and rotary table of one rank. It knows its rounds, not its neighbours."""
+
+    def __init__(self, job: Job, place: Place, group: TensorGroup, device: torch.device) -> None:
+        self.shape, self.requests, self.device = job.shape, job.requests, device
+        self.dtype: torch.dtype = getattr(torch, job.dtype)
+        weights = (
+            RandomWeights(job.shape, device=device, dtype=self.dtype)
+            if job.weights is None
+            else Checkpoint(job.weights, device=device, dtype=self.dtype)
+        )
+        self.shard = load_shard(job.shape, place, weights, group)
+        self.slab = KVSlab(
+            job.shape,
+            job.requests,
+            num_layers=len(place.layers),
+            tp_size=place.parallel.tp_size,
+            max_new_tokens=job.max_new_tokens,
+            device=device,
+            dtype=self.dtype,
+        )
+        self.rotary = Rotary(job.shape, device)
+        self.choose_kernel = job.kernels
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """On the first stage: token_ids [T] -> [T, hidden]."""
+        assert self.shard.embedding is not None
+        return embed(self.shard.embedding, token_ids)
+
+    def forward(self, chunks: Round, hidden: torch.Tensor, *, num_layers: int | None = None) -> torch.Tensor:
+        """Run a round: hidden [T, hidden], the chunks' tokens packed in order -> [T, hidden]; KV goes to the slab."""
+        inputs = prepare_round(
+            [(self.slab.start[chunk.request], chunk.start, chunk.tokens) for chunk in chunks],
+            rotary=self.rotary,
+            choose_kernel=self.choose_kernel,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        for index, layer in enumerate(self.shard.layers[:num_layers]):
+            hidden = layer(hidden, inputs.rotary, inputs.spans, *self.slab[index])
+        return hidden
+
+    def final_rows(self, chunks: Round) -> dict[int, int]:
+        """Row of the packed round that gives each request's next token, for the requests whose prompt is complete."""
+        rows, row = {}, 0
+        for chunk in chunks:
+            row += chunk.tokens
+            if chunk.end >= self.requests[chunk.request].prompt_tokens:
+                rows[chunk.request] = row - 1
+        return rows
+
+    def next_ids(self, hidden: torch.Tensor, rows: Iterable[int]) -> torch.Tensor:
+        """On the last stage: hidden [T, hidden] and the rows wanted [R] -> token ids [R] int64."""
+        assert self.shard.head is not None
+        return self.shard.head(torch.cat([hidden[row : row + 1] for row in rows]))
+
+    def warm_up(self, rounds: Iterable[Round]) -> None:
+        """Run each distinct shape of round once through one layer and the head.
+
+        Libraries build kernels the first time they see a shape (cuDNN 45 to 110 ms): not on the run's clock. Call it
+        before anything is in the slab, which it writes.
+        """
+        for chunks in self._distinct(rounds):
+            num_tokens = sum(chunk.tokens for chunk in chunks)
+            hidden = torch.zeros(num_tokens, self.shape.hidden_size, device=self.device, dtype=self.dtype)
+            if self.shard.embedding is not None:
+                hidden = self.embed(torch.zeros(num_tokens, device=self.device, dtype=torch.int64))
+            hidden = self.forward(chunks, hidden, num_layers=1)
+            rows = self.final_rows(chunks)
+            if self.shard.head is not None and rows:
+                self.next_ids(hidden, rows.values())
+
+    def _distinct(self, rounds: Iterable[Round]) -> Iterable[Round]:
+        """The first round of each shape."""
+        by_shape: dict[object, Round] = {}
+        for chunks in rounds:
+            shape = tuple((chunk.tokens, chunk.start) for chunk in chunks), len(self.final_rows(chunks))
+            by_shape.setdefault(shape, chunks)
+        return by_shape.values()
