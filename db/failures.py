@@ -43,16 +43,16 @@ def translated(location: str, waited_s: float) -> Iterator[None]:
     """
     try:
         yield
-    except DBAPIError as error:
-        allowed = _what_is_allowed(error)
+    except (DBAPIError, sqlite3.Error) as error:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        allowed = _what_is_allowed(cause)
         if allowed is None:
             raise
-        message = " ".join(str(error.orig).split("\n")[0].split())
+        message = " ".join(str(cause).split("\n")[0].split())
         raise UserError("database", location, allowed.format(waited_s=waited_s, message=message)) from error
 
 
-def _what_is_allowed(error: DBAPIError) -> str | None:
-    cause = error.orig
+def _what_is_allowed(cause: BaseException | None) -> str | None:
     if isinstance(cause, sqlite3.Error):
         return _longest_prefix(_SQLITE, getattr(cause, "sqlite_errorname", ""))
     sqlstate = getattr(cause, "sqlstate", None)

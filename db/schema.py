@@ -15,6 +15,7 @@ from db.tables import Base
 VERSION_TABLE = "isochunk_schema"
 REVISIONS = ("0001",)  # oldest first; known here so that opening a current database need not import alembic
 HEAD = REVISIONS[-1]
+MIGRATIONS = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x69736F63  # "isoc": PostgreSQL's name for the lock that upgrades take
 
 
@@ -48,7 +49,7 @@ def upgrade(engine: Engine, lock_timeout_s: float) -> None:
         from alembic.config import Config
 
         config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 

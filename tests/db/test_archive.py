@@ -1,0 +1,145 @@
+"""Export and import: nothing is lost, nothing older wins, nothing malformed enters."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from db.archive import export_hardware, import_hardware
+from db.engine import Database, open_database
+from db.errors import UserError
+from db.hardware import get_hardware, list_hardware, save_hardware
+from db.measurements import Source, load_measurements, save_measurements
+from tests.db.samples import make_hardware, make_measurement
+
+ROWS = [make_measurement(8), make_measurement(64, variant="fused"), make_measurement(512, noisy=True)]
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """A file with three rows, exported from another database."""
+    path = tmp_path / "profile.json"
+    with open_database(f"sqlite:///{tmp_path / 'cluster.db'}") as cluster:
+        save_measurements(cluster, make_hardware(), ROWS)
+        assert export_hardware(cluster, save_hardware(cluster, make_hardware()), path) == len(ROWS)
+    return path
+
+
+def test_a_profile_travels(archive: Path, database: Database) -> None:
+    hardware_id, num_new, num_updated = import_hardware(database, archive)
+    assert (num_new, num_updated) == (3, 0)
+    assert get_hardware(database, hardware_id) == make_hardware()
+    rows = load_measurements(database, make_hardware())
+    assert {row.source for row in rows} == {Source.IMPORT}
+    exported_again = archive.with_suffix(".again")
+    export_hardware(database, hardware_id, exported_again)
+    assert exported_again.read_bytes() == archive.read_bytes()
+
+
+def test_importing_again_changes_nothing(archive: Path, database: Database) -> None:
+    first = import_hardware(database, archive)
+    before = load_measurements(database, make_hardware())
+    assert import_hardware(database, archive) == (first.hardware_id, 0, 0)
+    assert load_measurements(database, make_hardware()) == before
+
+
+def test_the_newer_row_stays(archive: Path, database: Database) -> None:
+    own = make_measurement(8, minutes=5, median_us=11.0)
+    save_measurements(database, make_hardware(), [own, make_measurement(64, variant="fused", minutes=-5)])
+    assert import_hardware(database, archive)[1:] == (1, 1)
+    rows = {row.key: row for row in load_measurements(database, make_hardware())}
+    assert rows[own.key] == own
+    assert rows[ROWS[1].key].measured_at == ROWS[1].measured_at
+
+
+def test_gzip_by_name(archive: Path, database: Database, tmp_path: Path) -> None:
+    hardware_id = import_hardware(database, archive).hardware_id
+    export_hardware(database, hardware_id, tmp_path / "p.json.gz")
+    assert gzip.decompress((tmp_path / "p.json.gz").read_bytes()) == archive.read_bytes()
+    with open_database("sqlite://") as in_memory:
+        assert import_hardware(in_memory, tmp_path / "p.json.gz").num_new == 3
+
+
+def test_a_line_a_measurement(archive: Path) -> None:
+    lines = archive.read_text().splitlines()
+    assert sum('"op": "matmul"' in line for line in lines) == len(ROWS)
+
+
+def edit_row(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["measurements"][1].__setitem__(name, value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda content: content.update(schema="isochunk.profile/2"),
+            "schema: isochunk.profile/2; must be",
+        ),
+        (lambda content: content.pop("schema"), "schema: None; must be isochunk.profile/1"),
+        (lambda content: content.pop("hardware"), "hardware: missing"),
+        (lambda content: content["hardware"].pop("device"), "hardware.device: missing"),
+        (lambda content: content["hardware"].update(num_threads="two"), 'hardware.num_threads: "two"; .*integer'),
+        (lambda content: content.update(measurements={}), "measurements: {}; .*list"),
+        (edit_row("median_us", "fast"), r'measurements\[1\].median_us: "fast"; .*number'),
+        (edit_row("median_us", 1e9), r"measurements\[1\].*min_us <= p10_us <= median_us"),
+        (edit_row("shape", {"m": 1.5}), r"measurements\[1\].shape.m: 1.5; .*integer"),
+        (edit_row("shape", {"m m": 1}), r"measurements\[1\].*shape name 'm m'"),
+        (edit_row("measured_at", "2026-01-01T00:00:00"), r"measurements\[1\].*time zone"),
+        (edit_row("num_samples", 0), r"measurements\[1\].*1 or more"),
+        (
+            lambda content: content["measurements"].append(content["measurements"][0]),
+            r"\[3\].*not repeat .*\[0\]",
+        ),
+    ],
+)
+def test_malformed_content_is_named_and_nothing_kept(
+    archive: Path, database: Database, edit: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    content = json.loads(archive.read_text())
+    edit(content)
+    archive.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as caught:
+        import_hardware(database, archive)
+    assert "\n" not in str(caught.value)
+    assert list_hardware(database) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "must be JSON"),
+        (b"{", "must be JSON"),
+        (b"[]", "must be JSON"),
+        (b"[" * 100_000, "must be JSON"),
+        (b"\xff\xfe\x00", "must be JSON"),
+        (b"\x1f\x8bnot gzip", "cannot be read"),
+        (gzip.compress(b"{}" * 1000)[:-9], "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_profile(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_bytes(data)
+    with open_database("sqlite://") as database, pytest.raises(UserError, match=message) as caught:
+        import_hardware(database, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
+    with open_database("sqlite://") as database:
+        hardware_id = save_hardware(database, make_hardware())
+        with pytest.raises(UserError, match="cannot be read \\(No such file or directory\\)"):
+            import_hardware(database, tmp_path / "missing.json")
+        with pytest.raises(UserError, match="cannot be written \\(No such file or directory\\)"):
+            export_hardware(database, hardware_id, tmp_path / "missing" / "p.json")
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(UserError, match="cannot be written \\(Is a directory\\)"):
+            export_hardware(database, hardware_id, tmp_path / "folder")
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]  # no temporary file is left
+        with pytest.raises(UserError, match="hardware: 9; must be one of"):
+            export_hardware(database, 9, tmp_path / "p.json")

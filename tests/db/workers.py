@@ -1,0 +1,56 @@
+"""What the other processes of the tests do with a database."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from multiprocessing.synchronize import Barrier
+
+from db.engine import open_database
+from db.hardware import save_hardware
+from db.measurements import save_measurements
+from db.plans import save_plan_row
+from db.runs import RoundTime, RunOutcome, finish_run, start_run
+from tests.db.samples import NOON, make_hardware, make_measurement
+
+NUM_POINTS = 40
+BATCH = 50
+
+
+def open_at_once(url: str, barrier: Barrier) -> None:
+    """Open a database that does not exist yet at the same moment as others do."""
+    barrier.wait(60)
+    with open_database(url, lock_timeout_s=30) as database:
+        save_hardware(database, make_hardware())
+
+
+def measure_and_run(url: str, barrier: Barrier, worker: int) -> None:
+    """Measure points of one's own and points that all workers measure, in an order of one's own, and run plans."""
+    barrier.wait(60)
+    order = range(NUM_POINTS) if worker % 2 else reversed(range(NUM_POINTS))
+    with open_database(url, lock_timeout_s=30) as database:
+        for point in order:
+            when = NOON + timedelta(seconds=worker)
+            shared = make_measurement(point + 1, variant="shared", measured_at=when, median_us=10 + worker * 0.1)
+            own = make_measurement(point + 1, variant=f"worker {worker}")
+            save_measurements(database, make_hardware(), [shared, own] if worker % 2 else [own, shared])
+            if point % 8 == 0:
+                plan_id = save_plan_row(database, {"point": point})
+                run_id = start_run(database, plan_id, make_hardware(), study=f"worker {worker}")
+                rounds = [RoundTime(round=index, stage=0, start_s=index, finish_s=index + 1) for index in range(3)]
+                finish_run(database, run_id, RunOutcome(makespan_s=3.0, rounds=rounds))
+
+
+def write_batches_for_ever(url: str) -> None:
+    """Write batch after batch, telling each on standard output, until killed."""
+    with open_database(url, lock_timeout_s=30) as database:
+        batch = 0
+        while True:
+            rows = [make_measurement(m + 1, variant=f"batch {batch:05d}") for m in range(BATCH)]
+            save_measurements(database, make_hardware(), rows)
+            print(batch, flush=True)
+            batch += 1
+
+
+if __name__ == "__main__":
+    write_batches_for_ever(sys.argv[1])

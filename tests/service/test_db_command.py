@@ -1,0 +1,112 @@
+"""`isochunk db` as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from db.engine import open_database
+from db.errors import UserError
+from db.fits import save_fit
+from db.hardware import save_hardware
+from db.measurements import save_measurements
+from db.plans import save_plan_row
+from db.runs import RunOutcome, finish_run, start_run
+from service.commands.db import command
+from tests.db.samples import make_hardware, make_measurement
+
+PLAN = {"model": {"name": "tiny"}, "precision": "float32", "parallel": {"tp_size": 1, "pp_size": 2}, "rounds": [[], []]}
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A database with a row of everything."""
+    url = f"sqlite:///{tmp_path / 'profile.db'}"
+    with open_database(url) as database:
+        save_measurements(database, make_hardware(), [make_measurement(8), make_measurement(64, minutes=1)])
+        run_id = start_run(database, save_plan_row(database, PLAN), make_hardware(), study="s")
+        finish_run(database, run_id, RunOutcome(makespan_s=1.25))
+        save_fit(database, make_hardware(), "tiny", "float32", {}, {})
+    return url
+
+
+def run(*arguments: str | Path, fails: bool = False) -> str:
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments])
+    if fails:
+        assert isinstance(result.exception, UserError), result.output
+        return str(result.exception)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def run_json(*arguments: str | Path) -> Any:
+    return json.loads(run(*arguments, "--json"))
+
+
+@pytest.mark.parametrize("name", ["path", "upgrade", "list", "export", "import"])
+def test_help(name: str) -> None:
+    text = run(name, "--help")
+    assert "--json" in text
+    assert "--db URL" in text
+
+
+def test_path(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = url.removeprefix("sqlite:///")
+    assert run("path", "--db", url) == f"{file}\n"
+    monkeypatch.setenv("ISOCHUNK_DB", url)
+    assert run_json("path") == {"url": url, "path": file, "exists": True}
+    assert run("path", "--db", "postgresql://me:secret@host/name") == "postgresql+psycopg://me:***@host/name\n"
+
+
+def test_upgrade(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'new.db'}"
+    assert run("upgrade", "--db", url) == f"{url}: revision 0001, created\n"
+    assert run_json("upgrade", "--db", url) == {"url": url, "found_revision": "0001", "revision": "0001"}
+
+
+def test_list_tables(url: str) -> None:
+    (line,) = [line for line in run("list", "--db", url).splitlines() if "Example CPU" in line]
+    assert " ".join(line.split()) == "1 Example CPU 2 8 6.1 2.13.0 gloo 1 shared memory 2 2026-03-01 12:01:00"
+    assert "k=256,m=64,n=512" in run("list", "measurements", "--db", url)
+    (line,) = [line for line in run("list", "plans", "--db", url).splitlines() if "tiny" in line]
+    assert line.split()[:7] == ["1", "tiny", "float32", "1", "2", "-", "-"]
+    assert "1.25" in run("list", "runs", "--db", url)
+
+
+def test_list_json(url: str) -> None:
+    (hardware,) = run_json("list", "--db", url)
+    assert (hardware["id"], hardware["device"], hardware["num_measurements"]) == (1, "Example CPU", 2)
+    rows = run_json("list", "measurements", "--limit", "1", "--hardware", "1", "--db", url)
+    assert [(row["shape"]["m"], row["measured_at"]) for row in rows] == [(64, "2026-03-01T12:01:00.123456+00:00")]
+    assert run_json("list", "plans", "--db", url)[0]["plan"] == PLAN
+    assert run_json("list", "runs", "--db", url)[0]["makespan_s"] == 1.25
+    assert run_json("list", "fits", "--db", url)[0]["model_name"] == "tiny"
+    assert run("list", "fits", "--hardware", "5", "--db", url, fails=True) == "hardware: 5; must be one of 1"
+
+
+def test_empty_list(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'new.db'}"
+    assert "nothing there yet" in run("list", "--db", url, fails=True)
+    run("upgrade", "--db", url)
+    assert run("list", "--db", url) == f"no hardware in {url}\n"
+    assert run_json("list", "--db", url) == []
+    assert "database is empty" in run("export", tmp_path / "p.json", "--db", url, fails=True)
+
+
+def test_export_and_import(url: str, tmp_path: Path) -> None:
+    file, laptop = tmp_path / "profile.json.gz", f"sqlite:///{tmp_path / 'laptop.db'}"
+    assert run("export", file, "--db", url) == f"{file}: 2 measurements of hardware 1\n"
+    assert run("import", file, "--db", laptop) == "hardware 1: 2 new measurements, 0 updated\n"
+    assert run_json("import", file, "--db", laptop) == {"hardware_id": 1, "num_new": 0, "num_updated": 0}
+
+
+def test_export_asks_which_of_several(url: str, tmp_path: Path) -> None:
+    with open_database(url) as database:
+        other = save_hardware(database, make_hardware(device="Example GPU", device_count=8))
+    message = run("export", tmp_path / "p.json", "--db", url, fails=True)
+    assert message == "--hardware: not given; must be one of 1 (Example CPU x2); 2 (Example GPU x8)"
+    assert "0 measurements of hardware 2" in run("export", tmp_path / "p.json", "--hardware", str(other), "--db", url)
