@@ -8,6 +8,7 @@ from typing import Any
 from db.hardware import Hardware
 from service.output import print_table
 from tuner.autotune import Trial
+from tuner.correction import Correction
 from tuner.holdout import HeldOutError
 from tuner.plan import Plan
 from tuner.planner import RoundPlan
@@ -23,6 +24,7 @@ class TuneReport:
     candidates: list[Candidate] = field(default_factory=list)
     held_out: list[HeldOutError] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
+    correction: Correction = field(default_factory=Correction)
     hardware: Hardware | None = None
     output: str | None = None
 
@@ -33,6 +35,7 @@ class TuneReport:
             "layouts": [_candidate_json(candidate) for candidate in self.candidates],
             "policies": [_policy_json(planned) for planned in self.policies],
             "held_out": [error.to_json() for error in self.held_out],
+            "correction": self.correction.to_json(),
             "trials": [
                 {"layout": t.choice.layout, "policy": t.choice.policy, "predicted_s": t.choice.predicted_s,
                  "measured_s": t.measured_s, "error": t.error}
@@ -49,6 +52,13 @@ def print_report(report: TuneReport) -> None:
             ["fit", "points left out", "median error %", "p90 %", "worst %"],
             [[e.op, e.num_points, 100 * e.median, 100 * e.p90, 100 * e.worst] for e in report.held_out],
             title=f"Held-out errors on {report.hardware.device}",
+        )
+    correction = report.correction
+    if correction.num_rounds:
+        print(
+            f"Corrected by {correction.num_rounds} rounds of {correction.num_runs} earlier runs: "
+            f"x {correction.scale:.3f} and {1e3 * correction.round_s:+.2f} ms a round; "
+            f"median error of a round {100 * correction.error_before:.1f} % -> {100 * correction.error_after:.1f} %\n"
         )
     if report.candidates:
         print_table(

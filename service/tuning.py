@@ -16,6 +16,7 @@ from profiler.device import choose_device, current_hardware
 from profiler.model import SUPPORTED_DTYPES, load_model_shape
 from service.tune_report import TuneReport
 from tuner.autotune import Choice, autotune
+from tuner.correction import fit_correction, load_measured_rounds
 from tuner.cost_model import CostModel, load_cost_model
 from tuner.fit import LayerCosts, fit_layer_costs
 from tuner.holdout import HeldOutError, held_out_errors
@@ -53,6 +54,7 @@ def tune(
     hardware_id: int | None,
     measure: int | None,
     repeat: int,
+    correct: bool,
     output: str | None,
     db_url: str | None,
     echo: Echo,
@@ -93,7 +95,10 @@ def tune(
 
     @cache
     def fit(tp_size: int, busy_ranks: int) -> LayerCosts:
-        return fit_layer_costs(rows, RankWork(shape=shape, dtype=target.dtype, tp_size=tp_size), busy_ranks=busy_ranks)
+        work = RankWork(shape=shape, dtype=target.dtype, tp_size=tp_size)
+        costs = fit_layer_costs(rows, work, busy_ranks=busy_ranks)
+        measured = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
+        return replace(costs, correction=fit_correction(measured)) if correct else costs
 
     candidates = search_layouts(target, layouts, rules, lambda layout: fit(layout.tp_size, layout.world_size))
     best = candidates[0]
@@ -106,7 +111,14 @@ def tune(
     if plan.cost_model is not None:
         details = {"held_out": [error.to_json() for error in held_out], "layout": str(best.layout)}
         save_fit(database, hardware, shape.name, target.dtype, plan.cost_model, details)
-    report = TuneReport(plan=plan, policies=policies, candidates=candidates, held_out=held_out, hardware=hardware)
+    report = TuneReport(
+        plan=plan,
+        policies=policies,
+        candidates=candidates,
+        held_out=held_out,
+        correction=best.costs.correction,
+        hardware=hardware,
+    )
     if measure is not None:
         report = _measure(report, target, rules, measure, repeat, hardware, db_url, echo)
     return _write(report, output, database, hardware)

@@ -10,6 +10,7 @@ import numpy as np
 from db.measurements import Measurement
 from tuner.attention_fit import AttentionCurve, fit_attention
 from tuner.calibration import Calibration, fit_calibration
+from tuner.correction import Correction
 from tuner.cost_model import CostModel, StageCost, TableAttention
 from tuner.curve import Curve, Floats, fit_curve, fit_line
 from tuner.rows import RankWork, Rows, fastest_variants, median_s
@@ -37,6 +38,7 @@ class LayerCosts:
     hop_latency_s: float
     hop_byte_s: float
     return_s: float
+    correction: Correction
     max_chunk: int
     """The largest chunk measured; plans beyond it are extrapolated."""
     max_context: int
@@ -70,10 +72,12 @@ class LayerCosts:
     def _stage(self, num_layers: int, *, first: bool, last: bool) -> StageCost:
         grid = table_grid()
         points = grid.astype(np.float64)
+        scale = self.correction.scale
         tokens = num_layers * self.tokens_s(points)
         if first:
             tokens = tokens + self.embedding(points)
-        factor = self.calibration.attention_factor * num_layers
+        tokens = scale * tokens
+        factor = scale * self.calibration.attention_factor * num_layers
         return StageCost(
             token_count=(0, *grid.tolist()),
             token_seconds=_rising([tokens[0], *tokens]),
@@ -82,9 +86,9 @@ class LayerCosts:
                 base_s=_rising(factor * self.attention.base(points)),
                 context_s=_rising(factor * self.attention.slope(points)),
             ),
-            round_overhead_s=self.round_overhead_s,
-            chunk_s=self.chunk_s,
-            final_s=self.head_s if last else 0.0,
+            round_overhead_s=scale * self.round_overhead_s + self.correction.round_s,
+            chunk_s=scale * self.chunk_s,
+            final_s=scale * self.head_s if last else 0.0,
         )
 
 
@@ -115,6 +119,7 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         all_reduce=_all_reduce(rows, work, busy_ranks, why),
         attention=_fit_attention_rows(attention_rows),
         calibration=Calibration.none(),
+        correction=Correction(),
         embedding=curve("embedding", {"hidden": shape.hidden_size, "vocab": shape.vocab_size}, "tokens"),
         head_s=float(
             curve("head", {"hidden": shape.hidden_size, "vocab": shape.vocab_size // work.tp_size}, "rows")(1)

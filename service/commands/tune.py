@@ -34,6 +34,7 @@ from service.options import db_option, json_option
 @click.option("--hardware", "hardware_id", type=int, help="Plan for this hardware of the database (isochunk db list).")
 @click.option("--measure", type=int, metavar="N", help="Run N plans on this machine and write the best measured one.")
 @click.option("--repeat", type=int, default=1, show_default=True, help="Runs of each measured plan; the median counts.")
+@click.option("--correct/--no-correct", default=True, help="Correct the model by earlier runs. [default: correct]")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the best plan to this file.")
 @db_option
 @json_option

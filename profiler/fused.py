@@ -1,0 +1,129 @@
+"""The element-wise work of a layer as Triton kernels: each reads its inputs once and writes its results once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+HEADS_PER_PROGRAM = 8
+SILU_BLOCK = 2048
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm of the rows of x [T, hidden], accumulated in float32."""
+    num_rows, hidden = x.shape
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(hidden)
+    num_warps = 4 if block <= 2048 else 8
+    _rms_norm[(num_rows,)](x, weight, out, hidden, eps, BLOCK=block, num_warps=num_warps)
+    return out
+
+
+def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
+    """SwiGLU's element-wise half: gate_up [T, 2F] -> silu(gate) * up [T, F]."""
+    num_rows, doubled = gate_up.shape
+    width = doubled // 2
+    out = torch.empty((num_rows, width), device=gate_up.device, dtype=gate_up.dtype)
+    _silu_product[(num_rows, triton.cdiv(width, SILU_BLOCK))](gate_up, out, width, BLOCK=SILU_BLOCK, num_warps=8)
+    return out
+
+
+def rotate_into_slab(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slab_rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    num_heads: int,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """Norm (Qwen3) and rotate q and k, write k and v to the slab, return q [T, H, D].
+
+    qkv: [T, (H + 2 KV) D]; cos, sin: [T, D / 2]; slab_rows: [T] int64, each token's row of keys and values
+    [KV, rows, D].
+    """
+    num_tokens = qkv.shape[0]
+    num_kv_heads, _, head_dim = keys.shape
+    q = torch.empty((num_tokens, num_heads, head_dim), device=qkv.device, dtype=qkv.dtype)
+    grid = (num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, HEADS_PER_PROGRAM))
+    has_norm = query_norm is not None and key_norm is not None
+    _rotate_into_slab[grid](
+        qkv, cos, sin, slab_rows, q, keys, values,
+        query_norm if has_norm else qkv, key_norm if has_norm else qkv,
+        num_heads, num_kv_heads, keys.stride(0), values.stride(0), eps,
+        HALF=head_dim // 2, HALF_BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=HEADS_PER_PROGRAM,
+        HAS_NORM=has_norm, num_warps=4,
+    )  # fmt: skip
+    return q
+
+
+@triton.jit
+def _rms_norm(x, weight, out, hidden, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < hidden
+    values = tl.load(x + row * hidden + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / hidden + eps)
+    weights = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * hidden + at, (values * scale * weights).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _silu_product(gate_up, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    gate = tl.load(gate_up + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate_into_slab(  # type: ignore[no-untyped-def]
+    qkv, cos, sin, slab_rows, q, keys, values, query_norm, key_norm,
+    num_heads, num_kv_heads, key_stride, value_stride, eps,
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    at = tl.arange(0, HALF_BLOCK)[None, :]
+    half = at < HALF
+    total = num_heads + 2 * num_kv_heads
+    inside = (head < total) & half
+    dim = 2 * HALF
+    source = qkv + token * total * dim + head * dim + at
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    is_query = head < num_heads
+    is_key = (head >= num_heads) & (head < num_heads + num_kv_heads)
+    is_value = (head >= num_heads + num_kv_heads) & (head < total)
+    if HAS_NORM:
+        square = tl.sum(first * first + second * second, axis=1)[:, None]
+        scale = tl.rsqrt(square / dim + eps)
+        # One weight for all query heads, one for all key heads; values keep their scale.
+        first_q = tl.load(query_norm + at, mask=half, other=0.0).to(tl.float32)
+        second_q = tl.load(query_norm + at + HALF, mask=half, other=0.0).to(tl.float32)
+        first_k = tl.load(key_norm + at, mask=half, other=0.0).to(tl.float32)
+        second_k = tl.load(key_norm + at + HALF, mask=half, other=0.0).to(tl.float32)
+        first = tl.where(is_value, first, first * scale * tl.where(is_query, first_q, first_k))
+        second = tl.where(is_value, second, second * scale * tl.where(is_query, second_q, second_k))
+    c = tl.load(cos + token * HALF + at, mask=half, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * HALF + at, mask=half, other=0.0).to(tl.float32)
+    rotated_first = tl.where(is_value, first, first * c - second * s)
+    rotated_second = tl.where(is_value, second, second * c + first * s)
+    to = q.dtype.element_ty
+    q_at = q + token * num_heads * dim + head * dim + at
+    tl.store(q_at, rotated_first.to(to), mask=is_query & half)
+    tl.store(q_at + HALF, rotated_second.to(to), mask=is_query & half)
+    row = tl.load(slab_rows + token)
+    key_at = keys + (head - num_heads) * key_stride + row * dim + at
+    tl.store(key_at, rotated_first.to(to), mask=is_key & half)
+    tl.store(key_at + HALF, rotated_second.to(to), mask=is_key & half)
+    value_at = values + (head - num_heads - num_kv_heads) * value_stride + row * dim + at
+    tl.store(value_at, rotated_first.to(to), mask=is_value & half)
+    tl.store(value_at + HALF, rotated_second.to(to), mask=is_value & half)
