@@ -12,7 +12,7 @@ from db.fits import save_fit
 from db.hardware import Hardware, get_hardware, list_hardware
 from db.measurements import load_measurements
 from db.plans import save_plan_row
-from profiler.device import choose_device, current_hardware
+from profiler.device import default_device_type, default_dtype, default_num_threads, describe_hardware
 from profiler.model import SUPPORTED_DTYPES, load_model_shape
 from service.tune_report import TuneReport
 from tuner.autotune import Choice, autotune
@@ -80,11 +80,12 @@ def tune(
     layouts = enumerate_layouts(shape, world, tp_size=tp_size, pp_size=pp_size)
     database = open_database(db_url)
     hardware = _hardware(database, hardware_id, device_type, threads_per_rank, world)
+    planned_device = "cuda" if hardware.backend == "nccl" else "cpu"
     target = Target(
         shape=shape,
-        dtype=dtype or shape.dtype,
+        dtype=dtype or default_dtype(shape, planned_device),
         requests=requests,
-        device_type="cuda" if hardware.backend == "nccl" else "cpu",
+        device_type=planned_device,
         memory_bytes=hardware.memory_bytes,
         max_new_tokens=max_new_tokens,
     )
@@ -159,7 +160,8 @@ def _hardware(
     """The hardware asked for, this machine where it was measured, or the only one that was."""
     if hardware_id is not None:
         return get_hardware(database, hardware_id)
-    here = current_hardware(choose_device(device_type), threads, world_size)
+    device_type = device_type or default_device_type()
+    here = describe_hardware(device_type, num_threads=threads or default_num_threads(device_type, world_size))
     known = [stored.hardware for stored in list_hardware(database) if stored.num_measurements]
     if any(hardware.fingerprint == here.fingerprint for hardware in known) or len(known) != 1:
         return here
