@@ -100,11 +100,13 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
     rows = Rows(measurements)
     why = f"{work.shape.name} at tp_size {work.tp_size} in {work.dtype}"
 
-    def curve(op: str, sizes: dict[str, int], at: str) -> Curve:
-        found = rows.require(op, sizes, busy_ranks=busy_ranks, why=why)
+    def curve(op: str, sizes: dict[str, int], at: str, variant: str = "") -> Curve:
+        found = rows.require(op, sizes, busy_ranks=busy_ranks, variant=variant, why=why)
         return fit_curve([row.shape[at] for row in found], [median_s(row) for row in found])
 
-    attention_rows = fastest_variants(rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, why=why))
+    attention_rows = fastest_variants(
+        rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None, why=why)
+    )
     overhead_rows = rows.require("round_overhead", {}, busy_ranks=busy_ranks, why=why)
     overhead_s, chunk_s = fit_line(
         [row.shape["chunks"] - 1 for row in overhead_rows], list(map(median_s, overhead_rows))
@@ -115,15 +117,13 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
     costs = LayerCosts(
         work=work,
         projections=tuple(curve("matmul", {"n": n, "k": k}, "m") for n, k in work.projections),
-        elementwise=curve("elementwise", work.layer_sizes, "tokens"),
+        elementwise=curve("elementwise", work.layer_sizes, "tokens", work.layer_variant),
         all_reduce=_all_reduce(rows, work, busy_ranks, why),
         attention=_fit_attention_rows(attention_rows),
         calibration=Calibration.none(),
         correction=Correction(),
         embedding=curve("embedding", {"hidden": shape.hidden_size, "vocab": shape.vocab_size}, "tokens"),
-        head_s=float(
-            curve("head", {"hidden": shape.hidden_size, "vocab": shape.vocab_size // work.tp_size}, "rows")(1)
-        ),
+        head_s=float(curve("head", {"hidden": shape.hidden_size, "vocab": work.vocab_slice}, "rows")(1)),
         round_overhead_s=overhead_s,
         chunk_s=chunk_s,
         hop_latency_s=hop_latency_s,
@@ -132,7 +132,7 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         max_chunk=max(row.shape["chunk"] for row in attention_rows),
         max_context=max(row.shape["context"] + row.shape["chunk"] for row in attention_rows),
     )
-    whole_layers = rows.select("layer", work.layer_sizes, busy_ranks=busy_ranks)
+    whole_layers = rows.select("layer", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
     return replace(costs, calibration=fit_calibration(costs.compute_s, costs.attention, whole_layers))
 
 

@@ -37,9 +37,9 @@ def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy
     for n, k in work.projections:
         found = rows.select("matmul", {"n": n, "k": k}, busy_ranks=busy_ranks)
         errors.setdefault("matmul", []).extend(_curve_errors(found, lambda row: row.shape["m"]))
-    found = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks)
+    found = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
     errors["elementwise"] = _curve_errors(found, lambda row: row.shape["tokens"])
-    found = fastest_variants(rows.select("attention", work.attention_sizes, busy_ranks=busy_ranks))
+    found = fastest_variants(rows.select("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None))
     errors["attention"] = _attention_errors(found)
     if work.tp_size > 1:
         found = rows.select("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size)

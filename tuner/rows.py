@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from db.errors import UserError
 from db.measurements import Measurement
+from profiler.grid import head_sizes, layer_sizes, layer_variant, projections
 from profiler.model import DTYPE_BYTES, ModelShape
 
 
@@ -19,21 +20,6 @@ class RankWork:
     tp_size: int
 
     @property
-    def heads(self) -> int:
-        """Query heads of one rank."""
-        return self.shape.num_heads // self.tp_size
-
-    @property
-    def kv_heads(self) -> int:
-        """KV heads of one rank."""
-        return self.shape.kv_heads_per_rank(self.tp_size)
-
-    @property
-    def intermediate(self) -> int:
-        """FFN channels of one rank."""
-        return self.shape.intermediate_size // self.tp_size
-
-    @property
     def hidden_bytes(self) -> int:
         """Bytes of one token's hidden state."""
         return self.shape.hidden_size * DTYPE_BYTES[self.dtype]
@@ -41,23 +27,27 @@ class RankWork:
     @property
     def attention_sizes(self) -> dict[str, int]:
         """Sizes that an `attention` row names beside chunk and context."""
-        return {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.shape.head_dim}
+        return head_sizes(self.shape, self.tp_size)
 
     @property
     def layer_sizes(self) -> dict[str, int]:
         """Sizes that `elementwise` and `layer` rows name beside their tokens."""
-        return {"hidden": self.shape.hidden_size, "intermediate": self.intermediate} | self.attention_sizes
+        return layer_sizes(self.shape, self.tp_size)
+
+    @property
+    def layer_variant(self) -> str:
+        """The variant of `elementwise` and `layer` rows."""
+        return layer_variant(self.shape)
 
     @property
     def projections(self) -> list[tuple[int, int]]:
         """(out, in) features of a layer's four matmuls: q|k|v, o, gate|up, down."""
-        hidden, head_dim = self.shape.hidden_size, self.shape.head_dim
-        return [
-            ((self.heads + 2 * self.kv_heads) * head_dim, hidden),
-            (hidden, self.heads * head_dim),
-            (2 * self.intermediate, hidden),
-            (hidden, self.intermediate),
-        ]
+        return list(projections(self.shape, self.tp_size).values())
+
+    @property
+    def vocab_slice(self) -> int:
+        """Rows of the head that a rank holds at most."""
+        return -(-self.shape.vocab_size // self.tp_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +57,21 @@ class Rows:
     measurements: Sequence[Measurement]
 
     def select(
-        self, op: str, sizes: Mapping[str, int], *, busy_ranks: int, group_size: int | None = None
+        self,
+        op: str,
+        sizes: Mapping[str, int],
+        *,
+        busy_ranks: int,
+        group_size: int | None = None,
+        variant: str | None = "",
     ) -> list[Measurement]:
-        """Rows of `op` whose shape has `sizes`, taken with as many ranks at work as come nearest to `busy_ranks`."""
+        """Rows of `op` whose shape has `sizes`, of one variant (None: of all), taken with as many ranks at work as come nearest to `busy_ranks`."""
         found = [
             row
             for row in self.measurements
             if row.op == op
-            and (group_size is None or row.group_size == group_size)
+            and group_size in (None, row.group_size)
+            and variant in (None, row.variant)
             and all(row.shape.get(name) == value for name, value in sizes.items())
         ]
         levels = {row.busy_ranks for row in found}
@@ -84,10 +81,17 @@ class Rows:
         return [row for row in found if row.busy_ranks == nearest]
 
     def require(
-        self, op: str, sizes: Mapping[str, int], *, busy_ranks: int, group_size: int | None = None, why: str
+        self,
+        op: str,
+        sizes: Mapping[str, int],
+        *,
+        busy_ranks: int,
+        group_size: int | None = None,
+        variant: str | None = "",
+        why: str,
     ) -> list[Measurement]:
         """As `select`, but raises `UserError` that says what to measure when there is nothing."""
-        found = self.select(op, sizes, busy_ranks=busy_ranks, group_size=group_size)
+        found = self.select(op, sizes, busy_ranks=busy_ranks, group_size=group_size, variant=variant)
         if not found:
             raise UserError("measurements", f"no {op} rows for {why}", "measure them first: isochunk profile")
         return found
