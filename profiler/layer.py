@@ -87,7 +87,7 @@ class DecoderLayer:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """qkv: [T, (H + 2 KV) D] -> q [T, H, D], k and v [T, KV, D], normed and rotated."""
         heads = qkv.view(qkv.shape[0], -1, self.head_dim)
-        q, k, v = torch.split(heads, (self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.norms.query is not None and self.norms.key is not None:
             q = rms_norm(q, self.norms.query, self.norms.eps)
             k = rms_norm(k, self.norms.key, self.norms.eps)

@@ -21,6 +21,8 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
+from db.errors import UserError
+
 RENDEZVOUS_TIMEOUT_S = 120
 COLLECTIVE_TIMEOUT = timedelta(seconds=600)
 # A lost connection is most often another rank's death: wait, so that the launcher sees that one first.
@@ -89,13 +91,11 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
-def run_ranks(
-    function: RankFunction, *args: Any, world_size: int, device_type: str, num_threads: int
-) -> list[Any] | None:
+def run_ranks(function: RankFunction, *args: Any, world_size: int, device_type: str, num_threads: int) -> list[Any]:
     """Run `function(context, *args)` on `world_size` ranks and return their results in rank order.
 
-    On this machine through torch's elastic launcher; under torchrun this process is one of the ranks, and every rank
-    but the first returns None. `function` and its arguments must be picklable. Raises `RanksFailedError` for the
+    On this machine through torch's elastic launcher; under torchrun this process is one of the ranks, and each rank
+    returns all results. `function` and its arguments must be picklable. Raises `RanksFailedError` for the
     first rank that died or raised, after all others have ended.
     """
     with TemporaryDirectory(prefix="isochunk-") as folder:
@@ -140,16 +140,16 @@ def _launch_ranks(
 
 def _join_ranks(
     function: RankFunction, args: tuple[Any, ...], world_size: int, device_type: str, num_threads: int, folder: Path
-) -> list[Any] | None:
+) -> list[Any]:
     started = int(os.environ["WORLD_SIZE"])
     if started != world_size:
-        raise RuntimeError(f"torchrun started {started} ranks; this needs {world_size}")
+        raise UserError("torchrun", f"{started} ranks", f"this plan takes {world_size}")
     rank = int(os.environ["RANK"])
     with _process_group(rank, device_type, num_threads, folder) as context:
         result = function(context, *args)
         gathered: list[Any] = [None] * world_size
         dist.all_gather_object(gathered, result, group=dist.new_group(backend="gloo"))
-    return gathered if rank == 0 else None
+    return gathered
 
 
 def _rank_main(function: RankFunction, args: tuple[Any, ...], device_type: str, num_threads: int, folder: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from profiler.kernel_choice import KernelChoice
 from profiler.model import ModelShape
 from runtime.clock import Interval
-from runtime.kernels import KernelChoice
 from tuner.plan import Parallel, Request, Round
 
 

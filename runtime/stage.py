@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from profiler.attention import AttentionKernel
 from profiler.head import embed
 from profiler.rotary import Rotary
 from profiler.round import prepare_round
@@ -40,7 +41,7 @@ class Stage:
             dtype=self.dtype,
         )
         self.rotary = Rotary(job.shape, device)
-        self.choose_kernel = job.kernels
+        self.kernels = job.kernels
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """On the first stage: token_ids [T] -> [T, hidden]."""
@@ -52,7 +53,7 @@ class Stage:
         inputs = prepare_round(
             [(self.slab.start[chunk.request], chunk.start, chunk.tokens) for chunk in chunks],
             rotary=self.rotary,
-            choose_kernel=self.choose_kernel,
+            choose_kernel=self._choose_kernel,
             device=self.device,
             dtype=self.dtype,
         )
@@ -89,6 +90,11 @@ class Stage:
             rows = self.final_rows(chunks)
             if self.shard.head is not None and rows:
                 self.next_ids(hidden, rows.values())
+
+    def _choose_kernel(self, chunk: int, context: int) -> AttentionKernel:
+        if chunk == 1 and self.device.type == "cuda":
+            return AttentionKernel.SDPA  # decode: the context grows by one a step, and cuDNN plans each length anew
+        return self.kernels(chunk, context)
 
     def _distinct(self, rounds: Iterable[Round]) -> Iterable[Round]:
         """The first round of each shape."""

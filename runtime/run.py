@@ -1,0 +1,192 @@
+"""Runs a plan: checks everything, starts the ranks, and leaves rows of what was planned, predicted and measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from db.engine import Database, open_database
+from db.errors import UserError
+from db.hardware import Hardware, save_hardware
+from db.measurements import Measurement, load_measurements
+from db.plans import save_plan_row
+from db.runs import RunKind, RunOutcome, fail_run, finish_run, start_run
+from profiler.attention import available_kernels
+from profiler.device import describe_hardware
+from profiler.flops import prefill_flops
+from profiler.kernel_choice import KernelChoice, kernel_times
+from profiler.model import ModelShape
+from profiler.peak import published_peak_flops
+from profiler.point import Op
+from profiler.ranks import RanksFailedError, run_ranks, under_torchrun
+from runtime.checkpoint import check_checkpoint
+from runtime.job import Job
+from runtime.place import world_size
+from runtime.preparation import check_counts, check_layout, checked_prompts, model_shape, with_dtype
+from runtime.prompts import random_prompts
+from runtime.rank import run_rank
+from runtime.result import RunResult, make_result
+from tuner.memory import check_memory
+from tuner.plan import Plan
+
+
+def run_plan(
+    plan: Plan,
+    *,
+    weights: Path | None = None,
+    random_weights: bool = False,
+    prompts: Sequence[Sequence[int]] | None = None,
+    max_new_tokens: int = 1,
+    repeat: int = 1,
+    device_type: str = "cpu",
+    num_threads: int = 1,
+    dtype: str | None = None,
+    db_url: str | None = None,
+    kind: RunKind | str = RunKind.RUN_PLAN,
+    study: str | None = None,
+) -> RunResult:
+    """Execute the rounds of `plan` on its ranks, then decode greedily to `max_new_tokens`.
+
+    weights: a Hugging Face checkpoint, or None with `random_weights`. prompts: token ids of each request in the plan's
+    order, random ids of the planned lengths if None. repeat: passes over the rounds by the same ranks.
+
+    Raises `UserError` before any rank starts for whatever does not fit together, and `RanksFailedError` when a rank
+    dies or raises; its run's row then says failed. Under torchrun each rank calls this and gets the result; the first
+    writes the rows.
+    """
+    check_counts(max_new_tokens=max_new_tokens, repeat=repeat, num_threads=num_threads)
+    if (weights is None) != random_weights:
+        raise UserError("--weights", weights or "", "give either a folder of weights or --random-weights")
+    plan = with_dtype(plan, dtype)
+    shape = model_shape(plan.model, weights)
+    check_layout(plan, shape, max_new_tokens=max_new_tokens, device_type=device_type)
+    if weights is not None:
+        check_checkpoint(weights, shape)
+    token_ids = checked_prompts(
+        random_prompts(plan.requests, shape.vocab_size) if prompts is None else prompts, plan, shape.vocab_size
+    )
+    hardware = describe_hardware(device_type, num_threads=num_threads)
+    check_memory(
+        shape, plan, max_new_tokens=max_new_tokens, device_type=device_type, memory_bytes=hardware.memory_bytes
+    )
+    with open_database(db_url) as database:
+        rows = load_measurements(database, hardware, dtype=plan.precision)
+        job = Job(
+            shape=shape,
+            parallel=plan.parallel,
+            requests=plan.requests,
+            rounds=plan.rounds,
+            window=plan.window,
+            prompts=token_ids,
+            weights=weights,
+            dtype=plan.precision,
+            max_new_tokens=max_new_tokens,
+            repeat=repeat,
+            kernels=_kernel_choice(plan, shape, rows, device_type),
+        )
+        with Record(database, plan, hardware, kind=kind, study=study, job=job) as record:
+            reports = run_ranks(
+                run_rank, job, world_size=world_size(plan.parallel), device_type=device_type, num_threads=num_threads
+            )
+            result = make_result(
+                job,
+                reports,
+                predicted_makespan_s=plan.predicted.makespan_s if plan.predicted else None,
+                predicted_round_s=plan.predicted.round_s if plan.predicted else None,
+                end_ids=end_ids(weights),
+            )
+            return record.finish(with_mfu(result, plan, shape, hardware, rows))
+
+
+class Record:
+    """A run's row in the database: running, then done, or failed with where and why."""
+
+    def __init__(
+        self, database: Database, plan: Plan, hardware: Hardware, *, kind: RunKind | str, study: str | None, job: Job
+    ) -> None:
+        self.database = database
+        self.run_id: int | None = None
+        if under_torchrun() and os.environ["RANK"] != "0":
+            return
+        details = {
+            "weights": job.weights.name if job.weights else "random",
+            "dtype": job.dtype,
+            "max_new_tokens": job.max_new_tokens,
+            "repeat": job.repeat,
+        }
+        plan_id = save_plan_row(database, plan.to_json(), hardware_id=save_hardware(database, hardware))
+        self.run_id = start_run(database, plan_id, hardware, kind=kind, study=study, details=details)
+
+    def finish(self, result: RunResult) -> RunResult:
+        """Keep the outcome, all of it at once."""
+        if self.run_id is None:
+            return result
+        outcome = RunOutcome(
+            makespan_s=result.makespan_s,
+            predicted_makespan_s=result.predicted_makespan_s,
+            mfu=result.mfu if result.mfu is not None else result.mfu_of_ceiling,
+            ttft_s=[request.ttft_s for request in result.requests],
+            rounds=result.rounds,
+        )
+        finish_run(self.database, self.run_id, outcome)
+        return replace(result, run_id=self.run_id)
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if error is None or self.run_id is None:
+            return
+        if isinstance(error, RanksFailedError):
+            failure = error.failure
+            place = {"rank": failure.rank, "stage": failure.stage, "round_index": failure.round_index}
+            fail_run(self.database, self.run_id, failure.error, **place)
+        else:
+            fail_run(self.database, self.run_id, f"{type(error).__name__}: {error}".removesuffix(": "))
+
+
+def with_mfu(
+    result: RunResult, plan: Plan, shape: ModelShape, hardware: Hardware, rows: Iterable[Measurement]
+) -> RunResult:
+    """Add the model FLOPs utilisation: all devices and all bubbles are in the denominator."""
+    chunks = ((chunk.tokens, chunk.start) for chunks in plan.rounds for chunk in chunks)
+    rate = prefill_flops(shape, chunks, len(plan.requests)) / result.makespan_s / world_size(plan.parallel)
+    peak = published_peak_flops(hardware.device, plan.precision)
+    ceilings = [matmul_flops(row) / (row.median_us * 1e-6) for row in rows if row.op == Op.MATMUL_CEILING]
+    return replace(result, mfu=rate / peak if peak else None, mfu_of_ceiling=rate / max(ceilings) if ceilings else None)
+
+
+def matmul_flops(row: Measurement) -> float:
+    """FLOPs of a matmul row: two for each of its m n k products."""
+    return 2.0 * row.shape["m"] * row.shape["n"] * row.shape["k"]
+
+
+def end_ids(weights: Path | None) -> frozenset[int]:
+    """Token ids that end a text, as `generate` reads them: generation_config.json first, else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = weights / name if weights else None
+        if path is not None and path.is_file():
+            found: Any = json.loads(path.read_text()).get("eos_token_id")
+            return frozenset() if found is None else frozenset([found] if isinstance(found, int) else found)
+    return frozenset()
+
+
+def _kernel_choice(plan: Plan, shape: ModelShape, rows: list[Measurement], device_type: str) -> KernelChoice:
+    tp_size = plan.parallel.tp_size
+    heads = {
+        "heads": shape.num_heads // tp_size,
+        "kv_heads": shape.kv_heads_per_rank(tp_size),
+        "head_dim": shape.head_dim,
+    }
+    default = available_kernels(torch.device(device_type), getattr(torch, plan.precision))[0]
+    measured = {row.busy_ranks for row in rows if row.op == Op.ATTENTION}
+    if not measured:
+        return KernelChoice((), default=default)
+    busy_ranks = min(measured, key=lambda ranks: abs(ranks - world_size(plan.parallel)))
+    return KernelChoice(kernel_times(rows, heads, busy_ranks=busy_ranks), default=default)
