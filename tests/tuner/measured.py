@@ -1,0 +1,84 @@
+"""Measurements of an imaginary machine whose true times are known, to fit and to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from db.measurements import Measurement
+from profiler.model import ModelShape, load_model_shape
+from tuner.rows import RankWork
+
+SHAPE = load_model_shape("llama-3.2-1b")
+FLOPS_PER_US = 50e3
+PAIR_US = 2e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """True microseconds of each operation; `layer_factor` is what a whole layer takes beyond its parts."""
+
+    launch_us: float = 20.0
+    layer_factor: float = 1.0
+
+    def matmul_us(self, m: int, n: int, k: int) -> float:
+        """A launch, or the work, whichever is longer."""
+        return self.launch_us + max(30.0, 2.0 * m * n * k / FLOPS_PER_US)
+
+    def attention_us(self, chunk: int, context: int) -> float:
+        """Linear in the pairs that the causal mask keeps."""
+        return self.launch_us + PAIR_US * (chunk * context + chunk * (chunk + 1) / 2)
+
+    def elementwise_us(self, tokens: int) -> float:
+        """Linear in the tokens."""
+        return 5.0 + 0.5 * tokens
+
+    def layer_us(self, work: RankWork, chunk: int, context: int) -> float:
+        """A whole layer without collectives."""
+        matmuls = sum(self.matmul_us(chunk, n, k) for n, k in work.projections)
+        token_wise = self.layer_factor * (matmuls + self.elementwise_us(chunk))
+        return token_wise + self.attention_us(chunk, context)
+
+
+CHUNKS = (16, 64, 256, 512, 1024, 2048, 4096)
+
+
+def measure(machine: Machine, *, shape: ModelShape = SHAPE, tp_size: int = 1, busy_ranks: int = 2) -> list[Measurement]:
+    """Every row that a fit needs."""
+    work = RankWork(shape=shape, dtype="float32", tp_size=tp_size)
+    rows: list[Measurement] = []
+
+    def add(op: str, us: float, group_size: int = 1, variant: str = "", **sizes: int) -> None:
+        rows.append(_row(op, us, sizes, group_size, busy_ranks, variant))
+
+    for m in CHUNKS:
+        for n, k in work.projections:
+            add("matmul", machine.matmul_us(m, n, k), m=m, n=n, k=k)
+        add("elementwise", machine.elementwise_us(m), tokens=m, **work.layer_sizes)
+        add("embedding", 1.0 + 0.01 * m, tokens=m, hidden=shape.hidden_size, vocab=shape.vocab_size)
+        for context in (0, 2048, 8192 - m):
+            add("attention", machine.attention_us(m, context), variant="sdpa", chunk=m, context=context,
+                **work.attention_sizes)  # fmt: skip
+            add("attention", 2 * machine.attention_us(m, context), variant="slow", chunk=m, context=context,
+                **work.attention_sizes)  # fmt: skip
+        add("layer", machine.layer_us(work, m, 0), chunk=m, context=0, **work.layer_sizes)
+        for group_size in {2, tp_size} - {1}:
+            add("all_reduce", 50.0 + 0.1 * m, group_size, bytes=m * work.hidden_bytes)
+            add("send_recv", 30.0 + 0.05 * m, group_size, bytes=m * work.hidden_bytes)
+    add("head", 400.0, rows=1, hidden=shape.hidden_size, vocab=work.vocab_slice)
+    for chunks in (1, 2, 4):
+        add("round_overhead", 100.0 + 10.0 * (chunks - 1), chunks=chunks, tokens=64)
+    return rows
+
+
+def relative(found: float, true: float) -> float:
+    """|found / true - 1|."""
+    return abs(found / true - 1.0)
+
+
+def _row(op: str, us: float, sizes: dict[str, int], group_size: int, busy_ranks: int, variant: str) -> Measurement:
+    return Measurement(
+        op=op, dtype="float32", shape=sizes, group_size=group_size, busy_ranks=busy_ranks, variant=variant,
+        num_samples=10, median_us=us, p10_us=us, p90_us=us, min_us=us, std_us=0.0, noisy=False,
+        measured_at=datetime(2026, 1, 1, tzinfo=UTC), code_version="test",
+    )  # fmt: skip

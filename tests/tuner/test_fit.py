@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from db.errors import UserError
+from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, relative
+from tuner.attention_fit import fit_attention
+from tuner.curve import fit_curve, fit_line
+from tuner.fit import LayerCosts, fit_layer_costs
+from tuner.holdout import held_out_errors
+from tuner.rows import RankWork
+
+WORK = RankWork(shape=SHAPE, dtype="float32", tp_size=1)
+
+
+def fitted(machine: Machine = Machine(), tp_size: int = 1) -> LayerCosts:  # noqa: B008 - frozen
+    work = RankWork(shape=SHAPE, dtype="float32", tp_size=tp_size)
+    return fit_layer_costs(measure(machine, tp_size=tp_size), work, busy_ranks=2)
+
+
+def test_curve_goes_through_rising_points_and_never_falls_through_noise() -> None:
+    curve = fit_curve([1, 2, 4, 8], [1.0, 2.0, 1.8, 4.0])
+    at = curve(np.linspace(0, 20, 200))
+    assert (np.diff(at) >= 0).all()
+    assert curve(1) == pytest.approx(1.0)
+    assert curve(8) == pytest.approx(4.0)
+    assert 1.8 <= float(curve(3)) <= 2.0
+
+
+def test_curve_is_constant_below_and_linear_beyond_the_points() -> None:
+    curve = fit_curve([10, 20], [5.0, 7.0])
+    assert curve(0) == pytest.approx(5.0)
+    assert curve(40) == pytest.approx(11.0)
+
+
+def test_line_has_no_negative_latency() -> None:
+    latency, per_unit = fit_line([1, 2, 3], [0.5, 2.0, 3.5])
+    assert latency == 0.0
+    assert per_unit > 0.0
+
+
+def test_attention_between_powers_of_two_follows_the_square() -> None:
+    def true(c: int, p: int) -> float:
+        return 1e-9 * (c * p + c * (c + 1) / 2)
+
+    points = [(c, p) for c in (256, 512, 1024, 2048) for p in (0, 4096, 16384)]
+    curve = fit_attention([c for c, _ in points], [p for _, p in points], [true(c, p) for c, p in points])
+    for c, p in ((700, 0), (1500, 10000), (3000, 30000)):
+        assert relative(float(curve(c, p)), true(c, p)) < 0.01
+
+
+def test_a_stage_costs_what_its_layers_cost() -> None:
+    machine = Machine()
+    model = fitted(machine).cost_model((10, 6))
+    for chunk, context in ((512, 0), (1024, 3000), (2048, 6144)):
+        true_s = 10 * machine.layer_us(WORK, chunk, context) * 1e-6
+        assert relative(model.stage_seconds(0, [(chunk, context, False)]), true_s) < 0.03
+
+
+def test_small_rounds_cost_their_launches_and_not_their_flops_alone() -> None:
+    model = fitted().cost_model((16,))
+    one, many = (model.stage_seconds(0, [(tokens, 0, False)]) for tokens in (1, 16))
+    assert one == pytest.approx(many, rel=0.2)
+
+
+def test_whole_layers_calibrate_their_parts() -> None:
+    machine = Machine(layer_factor=1.3)
+    costs = fitted(machine)
+    assert costs.calibration.num_layers_measured == len(CHUNKS)
+    model = costs.cost_model((16,))
+    true_s = 16 * machine.layer_us(WORK, 1024, 2048) * 1e-6
+    assert relative(model.stage_seconds(0, [(1024, 2048, False)]), true_s) < 0.03
+
+
+def test_the_fastest_attention_kernel_counts() -> None:
+    machine = Machine()
+    seconds = float(fitted(machine).attention(1024, 2048))
+    assert relative(seconds, machine.attention_us(1024, 2048) * 1e-6) < 0.02
+
+
+def test_tensor_parallel_pays_two_all_reduces_a_layer() -> None:
+    costs = fitted(tp_size=2)
+    tokens = np.array([1024.0])
+    compute = costs.compute_s(tokens) * costs.calibration.tokens_factor(tokens)
+    assert float((costs.tokens_s(tokens) - compute)[0]) == pytest.approx(2 * (50.0 + 0.1 * 1024) * 1e-6, rel=0.01)
+
+
+def test_head_and_embedding_belong_to_the_ends() -> None:
+    model = fitted().cost_model((8, 8))
+    assert model.stages[0].final_s == 0.0
+    assert model.stages[1].final_s == pytest.approx(400e-6)
+    assert model.stages[0].tokens_s(1024) > model.stages[1].tokens_s(1024)
+
+
+def test_hop_and_chunk_costs_are_fitted() -> None:
+    model = fitted().cost_model((8, 8))
+    assert model.hop_latency_s == pytest.approx(30e-6, rel=0.05)
+    assert model.hop_token_s == pytest.approx(0.05e-6, rel=0.05)
+    assert model.stages[0].round_overhead_s == pytest.approx(100e-6, rel=0.01)
+    assert model.stages[0].chunk_s == pytest.approx(10e-6, rel=0.01)
+
+
+def test_missing_rows_say_what_to_measure() -> None:
+    rows = [row for row in measure(Machine()) if row.op != "attention"]
+    with pytest.raises(UserError, match=r"no attention rows for llama-3\.2-1b.*isochunk profile"):
+        fit_layer_costs(rows, WORK, busy_ranks=2)
+
+
+def test_rows_of_the_nearest_load_are_used() -> None:
+    quick, slow = Machine(), Machine(launch_us=1020.0)
+    rows = measure(quick, busy_ranks=1) + measure(slow, busy_ranks=8)
+    light, heavy = (fit_layer_costs(rows, WORK, busy_ranks=busy).cost_model((1,)) for busy in (2, 7))
+    launches = 5  # four matmuls and attention
+    added = heavy.stage_seconds(0, [(16, 0, False)]) - light.stage_seconds(0, [(16, 0, False)])
+    assert added == pytest.approx(launches * 1000e-6, rel=0.02)
+
+
+def test_held_out_points_are_predicted_and_counted() -> None:
+    errors = {error.op: error for error in held_out_errors(measure(Machine()), WORK, busy_ranks=2)}
+    assert set(errors) == {"matmul", "elementwise", "attention"}
+    assert errors["matmul"].num_points == 4 * (len(CHUNKS) - 2)
+    assert errors["elementwise"].worst < 1e-9
+    assert errors["attention"].median < 0.05

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+
+from db.errors import UserError
+from profiler.model import load_model_shape
+from tuner.layout import enumerate_layouts
+from tuner.memory import memory_refusal, rank_memory
+
+LLAMA = load_model_shape("llama-3-8b")
+
+
+def test_weights_of_all_ranks_are_the_model() -> None:
+    stages = rank_memory(
+        LLAMA, dtype="bfloat16", tp_size=1, layer_partition=(16, 16), slab_tokens=0, max_round_tokens=0,
+        device_type="cuda",
+    )  # fmt: skip
+    norm = LLAMA.hidden_size  # the final one
+    assert sum(stage.weights_bytes for stage in stages) == 2 * (LLAMA.num_parameters - norm)
+
+
+def test_kv_cache_of_a_long_prompt_is_counted_exactly() -> None:
+    (stage,) = rank_memory(
+        LLAMA, dtype="bfloat16", tp_size=1, layer_partition=(32,), slab_tokens=131072, max_round_tokens=2048,
+        device_type="cuda",
+    )  # fmt: skip
+    assert stage.kv_bytes == 131072 * 2 * 32 * 8 * 128 * 2
+
+
+def test_kv_heads_are_replicated_beyond_their_number() -> None:
+    def kv_bytes(tp_size: int) -> int:
+        (stage,) = rank_memory(
+            LLAMA, dtype="bfloat16", tp_size=tp_size, layer_partition=(32,), slab_tokens=1024, max_round_tokens=64,
+            device_type="cuda",
+        )  # fmt: skip
+        return stage.kv_bytes
+
+    assert kv_bytes(8) == kv_bytes(16) == kv_bytes(1) // 8
+
+
+def test_ranks_of_a_host_share_its_memory() -> None:
+    stages = rank_memory(
+        LLAMA, dtype="float32", tp_size=2, layer_partition=(16, 16), slab_tokens=1024, max_round_tokens=64,
+        device_type="cpu",
+    )  # fmt: skip
+    enough = 2 * sum(stage.total_bytes for stage in stages)
+    assert memory_refusal(stages, tp_size=2, device_type="cpu", memory_bytes=2 * enough) is None
+    refusal = memory_refusal(stages, tp_size=2, device_type="cpu", memory_bytes=enough)
+    assert refusal is not None
+    assert "GiB" in refusal
+
+
+def test_every_layout_of_four_ranks() -> None:
+    layouts = {(layout.tp_size, layout.pp_size) for layout in enumerate_layouts(LLAMA, 4)}
+    assert layouts == {(1, 4), (2, 2), (4, 1), (1, 2), (2, 1), (1, 1)}
+
+
+def test_refusals_name_the_reason() -> None:
+    refusals = {(x.tp_size, x.pp_size): x.refusal for x in enumerate_layouts(LLAMA, 48)}
+    assert "num_attention_heads = 32" in (refusals[3, 16] or "")
+    assert "more than the 32 layers" in (refusals[1, 48] or "")
+    assert refusals[4, 12] is None
+
+
+def test_sizes_that_do_not_make_up_the_world_are_an_error() -> None:
+    with pytest.raises(UserError, match="world_size: 4; must be a multiple"):
+        enumerate_layouts(LLAMA, 4, tp_size=3)
