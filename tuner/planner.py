@@ -67,9 +67,9 @@ def plan_rounds(
         objective=Objective(objective),
     )
     started = time.perf_counter()
-    rounds = tuple(_rounds(problem, policy))
-    evaluation = problem.evaluate(rounds)
     bound = makespan_bound_s(problem)
+    rounds = tuple(_rounds(problem, policy, bound))
+    evaluation = problem.evaluate(rounds)
     return RoundPlan(
         policy=policy,
         rounds=rounds,
@@ -79,11 +79,11 @@ def plan_rounds(
     )
 
 
-def _rounds(problem: Problem, policy: str) -> list[Round]:
+def _rounds(problem: Problem, policy: str, bound_s: float) -> list[Round]:
     name, _, argument = policy.partition(":")
     if name == "fixed":
         return fixed_rounds(problem, _num_tokens(policy, argument, problem.chunk_multiple))
-    rules = {"gpipe": gpipe_rounds, "joint": joint_rounds}
+    rules = {"gpipe": gpipe_rounds, "joint": lambda p: joint_rounds(p, bound_s)}
     if argument or name not in rules:
         raise UserError("policy", policy, f"one of {', '.join(POLICIES)}")
     return rules[name](problem)

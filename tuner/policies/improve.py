@@ -1,0 +1,184 @@
+"""Local improvement of rounds: move tokens between neighbours, merge and split rounds, while the exact score falls.
+
+All moves of one step are judged at once: the recurrence runs over arrays that hold one plan a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tuner.cost_model import Floats, Ints
+from tuner.plan import Chunk, Round
+from tuner.problem import Problem
+from tuner.schedule import Objective
+
+WORK = 40_000
+"""Recurrence steps (plans apart, they run together) that one improvement may take: what bounds its time."""
+MOST_MOVES = 1500
+"""Moves judged in one step."""
+LEAST_GAIN = 1e-6
+"""A step that gains less than this share ends the search."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Replace rounds [first, first + removed) by `rounds`."""
+
+    first: int
+    removed: int
+    rounds: tuple[Round, ...]
+
+
+def improve_rounds(problem: Problem, rounds: Sequence[Round], good_enough_s: float = 0.0) -> list[Round]:
+    """Follow the best move until none helps, the work is spent, or the makespan is at most `good_enough_s`."""
+    best = list(rounds)
+    score = problem.evaluate(best).score(problem.objective)
+    num_steps = min(64, WORK // ((len(best) + 1) * problem.cost.pp_size))
+    for _ in range(num_steps):
+        if problem.objective is Objective.MAKESPAN and score[0] <= good_enough_s:
+            break
+        moves = list(_moves(problem, best))[:MOST_MOVES]
+        if not moves:
+            break
+        scores = _scores(problem, best, moves)
+        i = int(scores.argmin())
+        candidate = _apply(best, moves[i])
+        new_score = problem.evaluate(candidate).score(problem.objective)
+        if not new_score < score or abs(score[0] - new_score[0]) < LEAST_GAIN * abs(score[0]):
+            break
+        best, score = candidate, new_score
+    return best
+
+
+def _apply(rounds: list[Round], move: Move) -> list[Round]:
+    return [*rounds[: move.first], *move.rounds, *rounds[move.first + move.removed :]]
+
+
+def _moves(problem: Problem, rounds: list[Round]) -> Iterator[Move]:
+    """Moves that keep every limit."""
+    for i, current in enumerate(rounds):
+        following = rounds[i + 1] if i + 1 < len(rounds) else None
+        if following is not None:
+            merged = _merge(current, following)
+            if _allowed(problem, (merged,)):
+                yield Move(i, 2, (merged,))
+        for chunk in current:
+            for cut in _cuts(problem, chunk):
+                kept, moved = _split(current, chunk, cut)
+                if following is not None:
+                    pair = tuple(r for r in (kept, _merge((moved,), following)) if r)
+                    if _allowed(problem, pair):
+                        yield Move(i, 2, pair)
+                if kept:
+                    yield Move(i, 1, (kept, (moved,)))
+        if following is None:
+            continue
+        for chunk in following:
+            for cut in _cuts(problem, chunk):
+                head = Chunk(chunk.request, chunk.start, cut - chunk.start) if cut > chunk.start else chunk
+                rest = tuple(c for c in following if c is not chunk)
+                if cut > chunk.start:
+                    rest = (*rest, Chunk(chunk.request, cut, chunk.end - cut))
+                pair = tuple(r for r in (_merge(current, (head,)), rest) if r)
+                if _allowed(problem, pair):
+                    yield Move(i, 2, pair)
+
+
+def _cuts(problem: Problem, chunk: Chunk) -> list[int]:
+    """Tokens at which to cut a chunk: its start (all of it moves), and grid points 1, 2, 4, ... units from either end."""
+    multiple = problem.chunk_multiple
+    origin = problem.requests[chunk.request].cached_tokens
+    units = (chunk.end - 1 - chunk.start) // multiple  # whole units that may stay in front of the cut
+    steps = [1 << k for k in range(units.bit_length())]
+    inner = {step for step in steps if step <= units} | {units + 1 - step for step in steps if step <= units}
+    assert (chunk.start - origin) % multiple == 0
+    return [chunk.start, *(chunk.start + unit * multiple for unit in sorted(inner))]
+
+
+def _split(current: Round, chunk: Chunk, cut: int) -> tuple[Round, Chunk]:
+    """The round without the chunk's tokens from `cut` on, and those."""
+    kept = tuple(c for c in current if c is not chunk)
+    if cut > chunk.start:
+        kept = (*kept, Chunk(chunk.request, chunk.start, cut - chunk.start))
+    return kept, Chunk(chunk.request, cut, chunk.end - cut)
+
+
+def _merge(first: Round, second: Round) -> Round:
+    """One round with the chunks of both, those of one request joined."""
+    joined = {chunk.request: chunk for chunk in first}
+    for chunk in second:
+        before = joined.get(chunk.request)
+        tokens = chunk.tokens + (before.tokens if before else 0)
+        joined[chunk.request] = Chunk(chunk.request, before.start if before else chunk.start, tokens)
+    return tuple(joined.values())
+
+
+def _allowed(problem: Problem, rounds: Sequence[Round]) -> bool:
+    most = problem.limits.max_round_tokens
+    return most is None or all(sum(chunk.tokens for chunk in r) <= most for r in rounds)
+
+
+def _scores(problem: Problem, rounds: list[Round], moves: list[Move]) -> Floats:
+    """What to minimise of every move's plan, [num_moves]."""
+    cost, requests = problem.cost, problem.requests
+    pool: list[Round] = list(rounds)  # every round that occurs, the current ones first
+    index = np.full((len(moves), len(rounds) + 1), -1, dtype=np.int64)  # which round of the pool runs when
+    base = np.arange(len(rounds))
+    for row, move in enumerate(moves):
+        added = np.arange(len(pool), len(pool) + len(move.rounds))
+        pool.extend(move.rounds)
+        order = np.concatenate([base[: move.first], added, base[move.first + move.removed :]])
+        index[row, : len(order)] = order
+    columns = np.array([(i, c.request, c.start, c.tokens) for i, r in enumerate(pool) for c in r], dtype=np.int64).T
+    which, request, start, tokens = columns
+    prompt = np.array([r.prompt_tokens for r in requests])
+    arrival = np.array([r.arrival_s for r in requests])
+    final = start + tokens == prompt[request]
+    stage_s = cost.round_seconds(which, tokens, start, final)
+    hop_s = cost.hop_seconds(np.bincount(which, weights=tokens))
+    ready_s = np.zeros(len(pool))
+    np.maximum.at(ready_s, which, arrival[request])
+    # A missing last round takes no time, so it finishes with the one before it.
+    finish = _run_together(
+        np.concatenate([stage_s, np.zeros((1, cost.pp_size))])[index],
+        np.append(hop_s, 0.0)[index],
+        np.append(ready_s, 0.0)[index],
+        problem,
+    )
+    lengths = (index >= 0).sum(axis=1)
+    if problem.objective is Objective.MAKESPAN:
+        last: Floats = finish[np.arange(len(moves)), lengths - 1]
+        return last
+    finals = np.zeros((len(pool) + 1, len(requests)), dtype=bool)
+    finals[which[final], request[final]] = True
+    ends = np.einsum("mn,mnr->mr", finish, finals[index]) - arrival
+    weights = np.array([r.weight for r in requests])
+    mean: Floats = ends @ weights / max(float(weights.sum()), 1e-300)
+    if problem.objective is Objective.SLA:
+        deadline = np.array([np.inf if r.sla_ttft_s is None else r.sla_ttft_s for r in requests])
+        scale = 10.0 * float(np.abs(mean).max()) + 1.0
+        return mean - scale * (ends <= deadline).sum(axis=1)
+    return mean
+
+
+def _run_together(stage_s: Floats, hop_s: Floats, ready_s: Floats, problem: Problem) -> Floats:
+    """The recurrence for many plans at once: [plans, rounds, stages] -> finish on the last stage, [plans, rounds]."""
+    num_plans, num_rounds, pp_size = stage_s.shape
+    finish = np.zeros((num_plans, num_rounds))
+    free = np.zeros((pp_size, num_plans))
+    window = problem.window
+    stage_s = np.ascontiguousarray(stage_s.transpose(1, 2, 0))
+    for i in range(num_rounds):
+        earliest = ready_s[:, i]
+        if window is not None and i >= window:
+            earliest = np.maximum(earliest, finish[:, i - window] + problem.cost.return_s)
+        hop = hop_s[:, i]
+        for k in range(pp_size):
+            done = np.maximum(free[k], earliest, out=free[k])
+            done += stage_s[i, k]
+            earliest = done + hop
+        finish[:, i] = free[pp_size - 1]
+    return finish
