@@ -1,0 +1,53 @@
+"""What is still to be measured, in order: points that are missing, less those that measurements have made needless."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from db.measurements import Measurement, MeasurementKey
+from profiler.attention import AttentionKernel
+from profiler.kernel_choice import KernelChoice, kernel_times
+from profiler.point import Op, Point
+
+# A kernel so much slower at the nearest point measured with both is not followed further.
+_HOPELESS = 1.15
+
+
+class Agenda:
+    """Points in the order of the grid, and the rows that there are."""
+
+    def __init__(self, points: Sequence[Point], rows: Iterable[Measurement]) -> None:
+        self.points = tuple(points)
+        self.rows: dict[MeasurementKey, Measurement] = {row.key: row for row in rows}
+
+    def missing(self) -> Iterator[Point]:
+        """Points without a row that are worth one; rows that are added meanwhile count."""
+        for point in self.points:
+            if point.key not in self.rows and not self.is_needless(point):
+                yield point
+
+    def add(self, row: Measurement) -> None:
+        """Note a row; of two with one key the less spread one stays."""
+        before = self.rows.get(row.key)
+        if before is None or relative_spread(row) <= relative_spread(before):
+            self.rows[row.key] = row
+
+    def is_needless(self, point: Point) -> bool:
+        """Whether the point is of an attention kernel that another one beats clearly nearby."""
+        if point.op is not Op.ATTENTION or point.level == 0:
+            return False
+        kernel = AttentionKernel(point.variant)
+        times = self.kernel_choice(point.shape, point.busy_ranks, kernel).nearest(
+            point.shape["chunk"], point.shape["context"]
+        )
+        return kernel in times and times[kernel] > _HOPELESS * min(times.values())
+
+    def kernel_choice(self, shape: Mapping[str, int], busy_ranks: int, default: AttentionKernel) -> KernelChoice:
+        """The best kernels for the heads in `shape` (heads, kv_heads, head_dim)."""
+        heads = {name: shape[name] for name in ("heads", "kv_heads", "head_dim")}
+        return KernelChoice(kernel_times(self.rows.values(), heads, busy_ranks=busy_ranks), default=default)
+
+
+def relative_spread(row: Measurement) -> float:
+    """How far apart p10 and p90 lie, as a share of the median."""
+    return (row.p90_us - row.p10_us) / row.median_us if row.median_us else 0.0

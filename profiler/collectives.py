@@ -1,0 +1,127 @@
+"""What ranks do together: collectives over groups of neighbours, messages between two, and the ends of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from profiler.operators import Operators
+from profiler.point import Op, Point
+from profiler.timing import Prepared, Run
+
+# Renamed in torch 2.13, which warns at the older names.
+_ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The group of consecutive ranks this rank is in."""
+
+    group: dist.ProcessGroup
+    first_rank: int
+    size: int
+
+    @property
+    def index(self) -> int:
+        """This rank's place in it."""
+        return dist.get_rank() - self.first_rank
+
+    @property
+    def partner(self) -> int:
+        """The other rank of a pair."""
+        return self.first_rank + 1 - self.index
+
+
+def make_groups(sizes: Sequence[int], world_size: int) -> dict[int, Neighbours]:
+    """Groups of each size; every rank must call it with the same sizes. Ranks left over have no group of that size."""
+    found = {}
+    for size in sizes:
+        for first in range(0, world_size - size + 1, size):
+            # A communicator of its own for each: point-to-point traffic that shares one is serialised.
+            group = dist.new_group(list(range(first, first + size)))
+            if first <= dist.get_rank() < first + size:
+                found[size] = Neighbours(group, first, size)
+    return found
+
+
+def prepare_collective(point: Point, neighbours: Neighbours, device: torch.device, dtype: torch.dtype) -> Prepared:
+    """The work of a collective point.
+
+    `bytes` is the whole message: what is reduced, the gathered result, what is scattered, what one rank sends to all.
+    """
+    group, count = neighbours.group, point.shape["bytes"] // dtype.itemsize
+    whole = torch.ones(count, device=device, dtype=dtype)
+    part = torch.ones(count // neighbours.size, device=device, dtype=dtype)
+    run: Run
+    match point.op:
+        case Op.ALL_REDUCE:
+            zeros = torch.zeros_like(whole)  # a sum of sums would overflow
+            run = lambda _call: dist.all_reduce(zeros, group=group)  # noqa: E731
+        case Op.ALL_GATHER:
+            run = lambda _call: _ALL_GATHER(whole, part, group=group)  # noqa: E731
+        case Op.REDUCE_SCATTER:
+            run = lambda _call: _REDUCE_SCATTER(part, whole, group=group)  # noqa: E731
+        case Op.ALL_TO_ALL:
+            received = torch.empty_like(whole)
+            run = lambda _call: dist.all_to_all_single(received, whole, group=group)  # noqa: E731
+        case Op.SEND_RECV:
+            return _there_and_back(whole, neighbours)
+        case _:
+            raise ValueError(f"{point.op} is no collective")
+    return Prepared(run=run)
+
+
+def prepare_round_overhead(point: Point, operators: Operators, neighbours: Neighbours | None) -> Prepared:
+    """What a round costs a stage besides its layers: making it ready, posting its receive and its send, and waiting.
+
+    The receive that is waited for was posted a round before, so that the link's own time stays out of it.
+    """
+    chunks, tokens = point.shape["chunks"], point.shape["tokens"]
+    length = tokens // chunks
+    layout = [(index * length, 0, length) for index in range(chunks)]
+    if neighbours is None:
+        return Prepared(run=lambda _call: operators.round_inputs(layout))
+    workspace = operators.workspace
+    sent = workspace.random(tokens, operators.shape.hidden_size)
+    received = [torch.empty_like(sent) for _ in range(2)]
+    group, partner = neighbours.group, neighbours.partner
+    pending: list[tuple[dist.Work, ...]] = []
+
+    def run(call: int) -> None:
+        works = (
+            dist.irecv(received[call % 2], partner, group=group),
+            dist.isend(sent, partner, group=group),
+        )
+        pending.append(tuple(work for work in works if work is not None))
+        operators.round_inputs(layout)
+        if len(pending) > 1:
+            wait_for(pending.pop(0))
+
+    def finish() -> None:
+        while pending:
+            wait_for(pending.pop(0))
+
+    def wait_for(works: Sequence[dist.Work]) -> None:
+        for work in works:
+            work.wait()
+
+    return Prepared(run=run, finish=finish)
+
+
+def _there_and_back(message: torch.Tensor, neighbours: Neighbours) -> Prepared:
+    """A message goes from the pair's first rank to its second and back: two times one way."""
+    partner, group = neighbours.partner, neighbours.group
+
+    def first(_call: int) -> None:
+        dist.send(message, partner, group=group)
+        dist.recv(message, partner, group=group)
+
+    def second(_call: int) -> None:
+        dist.recv(message, partner, group=group)
+        dist.send(message, partner, group=group)
+
+    return Prepared(run=second if neighbours.index else first, num_units=2)

@@ -1,0 +1,250 @@
+"""Which points a profile consists of, coarse to fine: stopped at any time, it covers every operation to the far end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from profiler.attention import AttentionKernel
+from profiler.model import DTYPE_BYTES, ModelShape
+from profiler.point import COLLECTIVES, WARM, Op, Point
+
+SMALLEST_CHUNK = 16
+OFF_GRID_CHUNKS = (1, 48, 100, 384, 1000, 3000, 12288)  # the last chunks of requests are never powers of two
+LAST_LEVEL = 4
+# Kernels that build a dense mask on a CPU are not tried beyond this many pairs.
+_MAX_DENSE_PAIRS = 2**24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """What a profile is asked to cover."""
+
+    shape: ModelShape
+    dtype: str
+    tp_sizes: tuple[int, ...]
+    world_size: int
+    context_length: int
+    device_type: str
+    kernels: tuple[AttentionKernel, ...]  # the usual best first
+
+    def points(self) -> list[Point]:
+        """All points, each key once, by level and then the cheap ones first."""
+        unique = {point.key: point for point in sorted(self._all(), key=lambda p: p.level, reverse=True)}
+        return sorted(unique.values(), key=lambda point: (point.level, point.flops))
+
+    @property
+    def chunk_levels(self) -> dict[int, int]:
+        """Chunk sizes with the level at which each is wanted."""
+        powers = []
+        size = SMALLEST_CHUNK
+        while size < self.context_length:
+            powers.append(size)
+            size *= 2
+        levels = bisection_levels([*powers, self.context_length])
+        return levels | {size: LAST_LEVEL for size in OFF_GRID_CHUNKS if size < self.context_length}
+
+    def context_levels(self, chunk: int) -> dict[int, int]:
+        """Contexts before a chunk: at a fixed chunk attention is linear in them, so that few do."""
+        rest = self.context_length - chunk
+        levels = {rest * 1 // 4: 2, rest // 2: 1, 0: 0, rest: 0}
+        return dict(sorted(levels.items()))
+
+    def _all(self) -> Iterator[Point]:
+        for tp_size in self.tp_sizes:
+            yield from self._layer_points(tp_size)
+            yield from self._end_points(tp_size)
+        yield from self._round_overhead()
+        yield from self._ceiling()
+        for group_size in group_sizes(self.tp_sizes, self.world_size):
+            yield from self._collectives(group_size)
+
+    def _layer_points(self, tp_size: int) -> Iterator[Point]:
+        """The parts of a layer and whole layers: with all ranks at work, and coarsely with one."""
+        parts = [
+            *self._matmuls(tp_size),
+            *self._attention(tp_size),
+            *self._elementwise(tp_size),
+            *self._layers(tp_size),
+        ]
+        yield from (replace(point, busy_ranks=self.world_size) for point in parts)
+        if tp_size == 1 and self.world_size > 1:  # a plan for one rank leaves the others idle
+            yield from (
+                replace(point, busy_ranks=1, level=point.level + 1)
+                for point in parts
+                if point.level <= 1 and point.variant in ("", *self.kernels[:1], layer_variant(self.shape))
+            )
+
+    def _matmuls(self, tp_size: int) -> Iterator[Point]:
+        for n, k in projections(self.shape, tp_size).values():
+            for m, level in self.chunk_levels.items():
+                point = Point(
+                    op=Op.MATMUL, dtype=self.dtype, shape={"m": m, "n": n, "k": k}, level=level,
+                    flops=2.0 * m * n * k, size_bytes=self._bytes(2 * n * k + m * (n + k)),
+                )  # fmt: skip
+                yield point
+                if self.device_type == "cuda" and level <= 1:
+                    yield replace(point, variant=WARM, level=LAST_LEVEL)
+
+    def _attention(self, tp_size: int) -> Iterator[Point]:
+        heads = head_sizes(self.shape, tp_size)
+        slab = 2 * heads["kv_heads"] * heads["head_dim"] * self.context_length
+        for chunk, chunk_level in self.chunk_levels.items():
+            for context, context_level in self.context_levels(chunk).items():
+                for kernel in self.kernels:
+                    if self._dense_mask(kernel, chunk, context):
+                        continue
+                    yield Point(
+                        op=Op.ATTENTION,
+                        dtype=self.dtype,
+                        shape=heads | {"chunk": chunk, "context": context},
+                        variant=kernel.value,
+                        level=min(chunk_level + context_level, LAST_LEVEL),
+                        flops=4.0 * heads["heads"] * heads["head_dim"] * causal_pairs(chunk, context),
+                        size_bytes=self._bytes(slab + 3 * chunk * heads["heads"] * heads["head_dim"]),
+                    )
+
+    def _elementwise(self, tp_size: int) -> Iterator[Point]:
+        sizes = layer_sizes(self.shape, tp_size)
+        width = 4 * sizes["hidden"] + 3 * sizes["intermediate"] + 3 * sizes["heads"] * sizes["head_dim"]
+        slab = 2 * sizes["kv_heads"] * sizes["head_dim"] * self.context_length
+        for tokens, level in self.chunk_levels.items():
+            yield Point(
+                op=Op.ELEMENTWISE, dtype=self.dtype, shape={"tokens": tokens} | sizes,
+                variant=layer_variant(self.shape), level=level, flops=25.0 * tokens * width,
+                size_bytes=self._bytes(tokens * width + slab),
+            )  # fmt: skip
+
+    def _layers(self, tp_size: int) -> Iterator[Point]:
+        sizes = layer_sizes(self.shape, tp_size)
+        weights = sum(n * k for n, k in projections(self.shape, tp_size).values())
+        attention = 4.0 * sizes["heads"] * sizes["head_dim"]
+        width = 4 * sizes["hidden"] + 5 * sizes["intermediate"] + 4 * sizes["heads"] * sizes["head_dim"]
+        slab = 2 * sizes["kv_heads"] * sizes["head_dim"] * self.context_length
+        for chunk, chunk_level in self.chunk_levels.items():
+            for context, context_level in self.context_levels(chunk).items():
+                if chunk_level > 1 or context_level > 1 or (chunk_level and context_level):
+                    continue
+                yield Point(
+                    op=Op.LAYER, dtype=self.dtype, shape={"chunk": chunk, "context": context} | sizes,
+                    variant=layer_variant(self.shape), level=chunk_level + context_level,
+                    flops=2.0 * chunk * weights + attention * causal_pairs(chunk, context),
+                    size_bytes=self._bytes(3 * weights + chunk * width + 2 * slab),
+                )  # fmt: skip
+
+    def _end_points(self, tp_size: int) -> Iterator[Point]:
+        hidden, vocab = self.shape.hidden_size, self.shape.vocab_size
+        for tokens, level in self.chunk_levels.items():
+            if level <= 2:
+                yield Point(
+                    op=Op.EMBEDDING, dtype=self.dtype, shape={"tokens": tokens, "hidden": hidden, "vocab": vocab},
+                    busy_ranks=self.world_size, level=level, flops=10.0 * tokens * hidden,
+                    size_bytes=self._bytes(vocab * hidden + tokens * hidden),
+                )  # fmt: skip
+        vocab_per_rank = -(-vocab // tp_size)
+        for rows, level in {1: 0, 2: 2, 4: 1, 8: 2, 16: 3}.items():
+            yield Point(
+                op=Op.HEAD, dtype=self.dtype, shape={"rows": rows, "hidden": hidden, "vocab": vocab_per_rank},
+                busy_ranks=self.world_size, level=level, flops=20.0 * vocab_per_rank * hidden,
+                size_bytes=self._bytes(2 * vocab_per_rank * hidden),
+            )  # fmt: skip
+
+    def _round_overhead(self) -> Iterator[Point]:
+        for chunks, level in {1: 0, 2: 2, 4: 1, 8: 2}.items():
+            yield Point(
+                op=Op.ROUND_OVERHEAD, dtype=self.dtype, shape={"chunks": chunks, "tokens": 64},
+                busy_ranks=self.world_size, level=level, flops=1e5,
+            )  # fmt: skip
+
+    def _ceiling(self) -> Iterator[Point]:
+        size = 8192 if self.device_type == "cuda" else 1024
+        yield Point(
+            op=Op.MATMUL_CEILING, dtype=self.dtype, shape={"m": size, "n": size, "k": size},
+            busy_ranks=self.world_size, flops=2.0 * size**3, size_bytes=self._bytes(4 * size * size),
+        )  # fmt: skip
+
+    def _collectives(self, group_size: int) -> Iterator[Point]:
+        """Messages of hidden states; `bytes` counts the whole one, before it is scattered or after it is gathered."""
+        row_bytes = self._bytes(self.shape.hidden_size)
+        for tokens, level in self.chunk_levels.items():
+            for op in COLLECTIVES:
+                if op is Op.SEND_RECV and group_size != 2:
+                    continue
+                message = round_up(tokens * row_bytes, group_size * self._bytes(1))
+                yield Point(
+                    op=op, dtype=self.dtype, shape={"bytes": message}, group_size=group_size,
+                    busy_ranks=self.world_size // group_size * group_size, level=level, flops=10.0 * message,
+                    size_bytes=3 * message,
+                )  # fmt: skip
+
+    def _bytes(self, num_elements: int) -> int:
+        return num_elements * DTYPE_BYTES[self.dtype]
+
+    def _dense_mask(self, kernel: AttentionKernel, chunk: int, context: int) -> bool:
+        dense = self.device_type == "cpu" and kernel is AttentionKernel.SDPA and context > 0
+        return dense and chunk * (chunk + context) > _MAX_DENSE_PAIRS
+
+
+def projections(shape: ModelShape, tp_size: int) -> dict[str, tuple[int, int]]:
+    """The products of a layer on one of `tp_size` ranks: name -> (out features n, in features k)."""
+    d, heads, kv_heads = shape.head_dim, shape.num_heads // tp_size, shape.kv_heads_per_rank(tp_size)
+    intermediate = shape.intermediate_size // tp_size
+    return {
+        "qkv": ((heads + 2 * kv_heads) * d, shape.hidden_size),
+        "o": (shape.hidden_size, heads * d),
+        "gate_up": (2 * intermediate, shape.hidden_size),
+        "down": (shape.hidden_size, intermediate),
+    }
+
+
+def head_sizes(shape: ModelShape, tp_size: int) -> dict[str, int]:
+    """The heads of one of `tp_size` ranks, as the rows of attention name them."""
+    return {
+        "heads": shape.num_heads // tp_size,
+        "kv_heads": shape.kv_heads_per_rank(tp_size),
+        "head_dim": shape.head_dim,
+    }
+
+
+def layer_sizes(shape: ModelShape, tp_size: int) -> dict[str, int]:
+    """The sizes of a layer on one of `tp_size` ranks, as the rows of `elementwise` and `layer` name them."""
+    sizes = {"hidden": shape.hidden_size, "intermediate": shape.intermediate_size // tp_size}
+    return sizes | head_sizes(shape, tp_size)
+
+
+def layer_variant(shape: ModelShape) -> str:
+    """What besides the sizes decides a layer's element-wise work."""
+    return "qk-norm" if shape.qk_norm else ""
+
+
+def group_sizes(tp_sizes: Iterable[int], world_size: int) -> list[int]:
+    """Groups whose collectives are measured: neighbours, each tensor-parallel degree, and all ranks."""
+    return sorted({size for size in (2, *tp_sizes, world_size) if 1 < size <= world_size})
+
+
+def causal_pairs(chunk: int, context: int) -> int:
+    """(query, key) pairs that the causal mask keeps."""
+    return chunk * context + chunk * (chunk + 1) // 2
+
+
+def bisection_levels(values: Sequence[int]) -> dict[int, int]:
+    """Level 0 for both ends and the middle, the next level for each halving: nine values get 0 2 1 2 0 2 1 2 0."""
+    levels: dict[int, int] = {}
+    if values:
+        levels[values[0]] = levels[values[-1]] = 0
+        _bisect(values, 0, len(values) - 1, 0, levels)
+    return {value: levels[value] for value in values}
+
+
+def _bisect(values: Sequence[int], low: int, high: int, level: int, levels: dict[int, int]) -> None:
+    if high - low < 2:
+        return
+    middle = (low + high + 1) // 2
+    levels[values[middle]] = level
+    _bisect(values, low, middle, level + 1, levels)
+    _bisect(values, middle, high, level + 1, levels)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not smaller."""
+    return -(-value // multiple) * multiple

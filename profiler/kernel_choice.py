@@ -1,0 +1,65 @@
+"""Which attention kernel to take for a (chunk, context): the one that measured best nearest to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from db.measurements import Measurement
+from profiler.attention import AttentionKernel
+from profiler.point import Op
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelTime:
+    """A measured point of one kernel."""
+
+    kernel: AttentionKernel
+    chunk: int
+    context: int
+    median_us: float
+
+
+class KernelChoice:
+    """Callable (chunk tokens, context) -> kernel. Without measurements it is always `default`."""
+
+    def __init__(self, times: Iterable[KernelTime], *, default: AttentionKernel) -> None:
+        self.default = default
+        self.contests: dict[tuple[int, int], dict[AttentionKernel, float]] = {}
+        for time in times:
+            self.contests.setdefault((time.chunk, time.context), {})[time.kernel] = time.median_us
+        # A point where one kernel ran alone decides nothing.
+        self.contests = {at: times for at, times in self.contests.items() if len(times) > 1}
+
+    def __call__(self, chunk: int, context: int) -> AttentionKernel:
+        """The kernel that won the nearest contest."""
+        times = self.nearest(chunk, context)
+        return min(times, key=lambda kernel: times[kernel]) if times else self.default
+
+    def nearest(self, chunk: int, context: int) -> Mapping[AttentionKernel, float]:
+        """Microseconds of each kernel at the nearest point where more than one ran, on a logarithmic scale."""
+        if not self.contests:
+            return {}
+        return self.contests[min(self.contests, key=lambda at: _distance(at, (chunk, context)))]
+
+
+def kernel_times(rows: Iterable[Measurement], heads: Mapping[str, int], *, busy_ranks: int) -> list[KernelTime]:
+    """The attention rows of `heads` (heads, kv_heads, head_dim) among `rows`."""
+    return [
+        KernelTime(
+            kernel=AttentionKernel(row.variant),
+            chunk=row.shape["chunk"],
+            context=row.shape["context"],
+            median_us=row.median_us,
+        )
+        for row in rows
+        if row.op == Op.ATTENTION
+        and row.busy_ranks == busy_ranks
+        and all(row.shape[name] == size for name, size in heads.items())
+    ]
+
+
+def _distance(at: tuple[int, int], other: tuple[int, int]) -> float:
+    # Contexts shorter than a chunk's own tokens hardly differ from none.
+    return sum(abs(math.log((a + 64) / (b + 64))) for a, b in zip(at, other, strict=True))

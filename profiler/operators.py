@@ -1,0 +1,203 @@
+"""Makes each point's work ready to be called: the very code that the runtime runs, over random operands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from profiler.attention import AttentionKernel, attend
+from profiler.grid import projections
+from profiler.head import Head, embed
+from profiler.layer import DecoderLayer, Norms, Project, Span
+from profiler.model import ModelShape
+from profiler.point import WARM, Op, Point
+from profiler.rotary import Rotary
+from profiler.round import ChooseKernel, RoundInputs, prepare_round
+from profiler.timing import Prepared, Run
+from profiler.workspace import Slabs, Workspace
+
+
+class Operators:
+    """The operators of one model on one rank; `prepare` turns a point into a function of the call's number."""
+
+    def __init__(
+        self, shape: ModelShape, context_length: int, workspace: Workspace, choose_kernel: ChooseKernel
+    ) -> None:
+        self.shape, self.context_length = shape, context_length
+        self.workspace, self.choose_kernel = workspace, choose_kernel
+        self.rotary = Rotary(shape, workspace.device)
+
+    def prepare(self, point: Point) -> Prepared:
+        """The work of a point that needs no other rank. A call of `layer` runs one layer, the next call the next."""
+        return Prepared(run=self._run(point))
+
+    def _run(self, point: Point) -> Run:
+        match point.op:
+            case Op.MATMUL:
+                return self._matmul(point)
+            case Op.MATMUL_CEILING:
+                return self._matmul_ceiling(point)
+            case Op.ATTENTION:
+                return self._attention(point)
+            case Op.ELEMENTWISE:
+                return self._elementwise(point)
+            case Op.LAYER:
+                return self._layer(point)
+            case Op.EMBEDDING:
+                return self._embedding(point)
+            case Op.HEAD:
+                return self._head(point)
+            case _:
+                raise ValueError(f"{point.op} needs other ranks")
+
+    def round_inputs(self, chunks: Sequence[tuple[int, int, int]]) -> RoundInputs:
+        """chunks: (slab_start, context, num_tokens) as `prepare_round` takes them."""
+        return prepare_round(
+            chunks,
+            rotary=self.rotary,
+            choose_kernel=self.choose_kernel,
+            device=self.workspace.device,
+            dtype=self.workspace.dtype,
+        )
+
+    def _matmul(self, point: Point) -> Run:
+        m, n, k = (point.shape[name] for name in ("m", "n", "k"))
+        linears = self.workspace.cold_linears(n, k)
+        if point.variant == WARM:
+            linears = linears[:1]
+        x = self.workspace.random(m, k)
+        return lambda call: linears[call % len(linears)](x)
+
+    def _matmul_ceiling(self, point: Point) -> Run:
+        m, n, k = (point.shape[name] for name in ("m", "n", "k"))
+        linear, x = self.workspace.linear(n, k), self.workspace.random(m, k)
+        return lambda _call: linear(x)
+
+    def _attention(self, point: Point) -> Run:
+        chunk, context = point.shape["chunk"], point.shape["context"]
+        kernel = AttentionKernel(point.variant)
+        slabs = self._slabs(point)
+        # As the layer gives it: [c, H, D] seen as [H, c, D].
+        q = self.workspace.random(chunk, point.shape["heads"], point.shape["head_dim"]).transpose(0, 1)
+        seen = slice(0, context + chunk)
+
+        def run(call: int) -> torch.Tensor:
+            copy = call % slabs.num_copies
+            return attend(kernel, q, slabs.keys[copy][:, seen], slabs.values[copy][:, seen])
+
+        return run
+
+    def _elementwise(self, point: Point) -> Run:
+        tokens, sizes = point.shape["tokens"], point.shape
+        width = sizes["heads"] * sizes["head_dim"]
+        qkv = self.workspace.random(tokens, width + 2 * sizes["kv_heads"] * sizes["head_dim"])
+        hidden, gate_up = (self.workspace.random(tokens, size) for size in (sizes["hidden"], 2 * sizes["intermediate"]))
+        projected = self.workspace.random(tokens, sizes["hidden"])
+        layer = ElementwiseLayer(
+            self.shape,
+            self.shape.num_heads // sizes["heads"],
+            norms=self._norms(),
+            qkv=lambda _x: qkv,
+            o=lambda _x: projected,
+            gate_up=lambda _x: gate_up,
+            down=lambda _x: projected,
+            reduce_o=self._reduce(self.shape.o_bias),
+            reduce_down=self._reduce(self.shape.mlp_bias),
+        )
+        layer.mixed = self.workspace.random(tokens, width)
+        slabs = self._slabs(point)
+        inputs = self.round_inputs([(0, 0, tokens)])
+
+        def run(call: int) -> torch.Tensor:
+            copy = call % slabs.num_copies
+            return layer(hidden, inputs.rotary, inputs.spans, slabs.keys[copy], slabs.values[copy])
+
+        return run
+
+    def _layer(self, point: Point) -> Run:
+        """Whole layers one after another: each finds its weights and its KV as cold as in a stage."""
+        chunk, context = point.shape["chunk"], point.shape["context"]
+        layers, slabs = self._cold_layers(point), self._slabs(point)
+        inputs = self.round_inputs([(0, context, chunk)])
+        first = self.workspace.random(chunk, point.shape["hidden"])
+        hidden = first
+
+        def run(call: int) -> torch.Tensor:
+            nonlocal hidden
+            index, copy = call % len(layers), call % slabs.num_copies
+            before = first if index == 0 else hidden
+            hidden = layers[index](before, inputs.rotary, inputs.spans, slabs.keys[copy], slabs.values[copy])
+            return hidden
+
+        return run
+
+    def _embedding(self, point: Point) -> Run:
+        vocab, hidden = point.shape["vocab"], point.shape["hidden"]
+        size = vocab * hidden * self.workspace.dtype.itemsize
+        weight = self.workspace.keep(("embedding", vocab), size, lambda: self.workspace.random(vocab, hidden))
+        ids = torch.randint(vocab, (8, point.shape["tokens"]), device=self.workspace.device)
+        return lambda call: embed(weight, ids[call % 8])
+
+    def _head(self, point: Point) -> Run:
+        rows, hidden, vocab = (point.shape[name] for name in ("rows", "hidden", "vocab"))
+        logits = self.workspace.cold_linears(vocab, hidden)
+        norm, x = self.workspace.random(hidden), self.workspace.random(rows, hidden)
+        heads = [Head(norm, self.shape.norm_eps, linear, first_id=0, gather=None) for linear in logits]
+        return lambda call: heads[call % len(heads)](x)
+
+    def _slabs(self, point: Point) -> Slabs:
+        return self.workspace.slabs(point.shape["kv_heads"], self.context_length, point.shape["head_dim"])
+
+    def _cold_layers(self, point: Point) -> list[DecoderLayer]:
+        tp_size = self.shape.num_heads // point.shape["heads"]
+        size = sum(n * k for n, k in projections(self.shape, tp_size).values()) * self.workspace.dtype.itemsize
+        # Two layers at least, so that no layer follows itself.
+        copies = max(2, self.workspace.num_copies(size))
+        return self.workspace.keep(
+            ("layers", tp_size), size * copies, lambda: [self._decoder_layer(tp_size) for _ in range(copies)]
+        )
+
+    def _decoder_layer(self, tp_size: int) -> DecoderLayer:
+        products = projections(self.shape, tp_size)
+        biases = {"qkv": self.shape.qkv_bias, "gate_up": self.shape.mlp_bias}
+        linears: dict[str, Project] = {
+            name: self.workspace.linear(n, k, bias=biases.get(name, False)) for name, (n, k) in products.items()
+        }
+        return DecoderLayer(
+            self.shape,
+            tp_size,
+            norms=self._norms(),
+            **linears,
+            reduce_o=self._reduce(self.shape.o_bias),
+            reduce_down=self._reduce(self.shape.mlp_bias),
+        )
+
+    def _norms(self) -> Norms:
+        shape, random = self.shape, self.workspace.random
+        return Norms(
+            before_attention=random(shape.hidden_size),
+            before_mlp=random(shape.hidden_size),
+            query=random(shape.head_dim) if shape.qk_norm else None,
+            key=random(shape.head_dim) if shape.qk_norm else None,
+            eps=shape.norm_eps,
+        )
+
+    def _reduce(self, with_bias: bool) -> Project:
+        """No other rank to sum with; the row-parallel bias is still added."""
+        if not with_bias:
+            return lambda partial: partial
+        bias = self.workspace.random(self.shape.hidden_size)
+        return lambda partial: partial + bias
+
+
+class ElementwiseLayer(DecoderLayer):
+    """A layer whose attention is there already, as its projections are: what remains is the element-wise work."""
+
+    mixed: torch.Tensor  # [T, H D]
+
+    def attend_spans(
+        self, q: torch.Tensor, spans: Sequence[Span], keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """The attention made beforehand."""
+        return self.mixed

@@ -1,0 +1,187 @@
+"""A profile from a user's options to its summary: checks them, finds what is missing, starts the ranks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from db.engine import Database, default_url, open_database
+from db.errors import UserError
+from db.hardware import Hardware
+from db.measurements import Measurement, load_measurements
+from db.provenance import now
+from profiler.agenda import Agenda
+from profiler.attention import available_kernels
+from profiler.device import (
+    check_device_type,
+    check_dtype,
+    check_world_size,
+    default_device_type,
+    default_dtype,
+    default_num_threads,
+    default_world_size,
+    describe_hardware,
+    free_bytes,
+)
+from profiler.grid import Grid
+from profiler.model import ModelShape, load_model_shape
+from profiler.point import Point
+from profiler.ranks import run_ranks
+from profiler.session import ProfileJob, profile_rank
+from profiler.summary import ProfileSummary, summarize_ops
+
+MAX_DEFAULT_CONTEXT = {"cpu": 8192, "cuda": 131072}
+_MEMORY_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileOptions:
+    """A user's wishes; None takes what suits the model and the machine.
+
+    tp_sizes: numbers with commas between. deadline: `time.monotonic()` after which no point is begun.
+    remeasure: "noisy", "all" or None.
+    """
+
+    model: str
+    world_size: int | None = None
+    tp_sizes: str | None = None
+    context_length: int | None = None
+    dtype: str | None = None
+    device_type: str | None = None
+    threads_per_rank: int | None = None
+    deadline: float
+    remeasure: str | None = None
+    db_url: str | None = None
+
+
+def profile_model(options: ProfileOptions) -> ProfileSummary:
+    """Measure what the database lacks. Raises `UserError` for options that this model or machine cannot serve."""
+    started, since = time.monotonic(), now()
+    grid = make_grid(options)
+    threads = options.threads_per_rank or default_num_threads(grid.device_type, grid.world_size)
+    hardware = describe_hardware(grid.device_type, num_threads=threads)
+    url = options.db_url or default_url()
+    with open_database(url) as database:
+        points, too_large = _split_by_memory(grid)
+        rows = _kept_rows(database, hardware, points, options.remeasure)
+        interrupted = False
+        if next(Agenda(points, rows).missing(), None) is not None:
+            job = ProfileJob(
+                grid=grid,
+                points=points,
+                rows=tuple(rows),
+                hardware=hardware,
+                database_url=url,
+                deadline=options.deadline,
+            )
+            try:
+                run_ranks(
+                    profile_rank, job, world_size=grid.world_size, device_type=grid.device_type, num_threads=threads
+                )
+            except KeyboardInterrupt:
+                interrupted = True
+        found = load_measurements(database, hardware, dtype=grid.dtype)
+        location = database.location
+    ops = summarize_ops(points, found, since=since)
+    num_missing = sum(op.num_missing for op in ops)
+    return ProfileSummary(
+        model=grid.shape.name,
+        dtype=grid.dtype,
+        world_size=grid.world_size,
+        tp_sizes=grid.tp_sizes,
+        context_length=grid.context_length,
+        hardware=hardware,
+        fingerprint=hardware.fingerprint,
+        database=location,
+        elapsed_s=time.monotonic() - started,
+        interrupted=interrupted,
+        num_new=sum(op.num_new for op in ops),
+        num_missing=num_missing,
+        num_noisy=sum(op.num_noisy for op in ops),
+        ops=ops,
+        notes=tuple(_notes(interrupted, num_missing, too_large)),
+    )
+
+
+def make_grid(options: ProfileOptions) -> Grid:
+    """The grid that the options ask for, checked against the model and the machine."""
+    shape = load_model_shape(options.model)
+    device_type = options.device_type or default_device_type()
+    check_device_type(device_type)
+    dtype = options.dtype or default_dtype(shape, device_type)
+    check_dtype(dtype)
+    world_size = options.world_size or default_world_size(device_type)
+    check_world_size(world_size, device_type)
+    return Grid(
+        shape=shape,
+        dtype=dtype,
+        tp_sizes=_tp_sizes(options.tp_sizes, shape, world_size),
+        world_size=world_size,
+        context_length=_context_length(options.context_length, shape, device_type),
+        device_type=device_type,
+        kernels=tuple(available_kernels(torch.device(device_type), getattr(torch, dtype))),
+    )
+
+
+def _tp_sizes(text: str | None, shape: ModelShape, world_size: int) -> tuple[int, ...]:
+    if text is None:
+        return tuple(size for size in range(1, world_size + 1) if world_size % size == 0 and _splits(shape, size))
+    words = text.replace(" ", "").split(",")
+    if not all(word.isdigit() for word in words):
+        raise UserError("tp_sizes", text, "must be whole numbers with commas between, such as 1,2")
+    sizes = tuple(sorted({int(word) for word in words}))
+    for size in sizes:
+        shape.check_tp_size(size)
+        if world_size % size:
+            raise UserError("tp_size", size, f"must divide world_size = {world_size}")
+    return sizes
+
+
+def _splits(shape: ModelShape, tp_size: int) -> bool:
+    try:
+        shape.check_tp_size(tp_size)
+    except UserError:
+        return False
+    return True
+
+
+def _context_length(asked: int | None, shape: ModelShape, device_type: str) -> int:
+    if asked is None:
+        return min(shape.max_positions, MAX_DEFAULT_CONTEXT[device_type])
+    if not 1 <= asked <= shape.max_positions:
+        allowed = f"must be at least 1 and at most max_position_embeddings = {shape.max_positions} of {shape.name}"
+        raise UserError("context_length", asked, allowed)
+    return asked
+
+
+def _split_by_memory(grid: Grid) -> tuple[tuple[Point, ...], int]:
+    """The points that a rank's share of the memory holds, and how many it does not."""
+    ranks_on_device = grid.world_size if grid.device_type == "cpu" else 1
+    limit = _MEMORY_SHARE * free_bytes(torch.device(grid.device_type)) / ranks_on_device
+    points = grid.points()
+    fitting = tuple(point for point in points if point.size_bytes <= limit)
+    return fitting, len(points) - len(fitting)
+
+
+def _kept_rows(
+    database: Database, hardware: Hardware, points: tuple[Point, ...], remeasure: str | None
+) -> list[Measurement]:
+    """Rows of the points that need not be measured again."""
+    if remeasure == "all":
+        return []
+    wanted = {point.key for point in points}
+    rows = [row for row in load_measurements(database, hardware) if row.key in wanted]
+    return [row for row in rows if not (row.noisy and remeasure == "noisy")]
+
+
+def _notes(interrupted: bool, num_missing: int, too_large: int) -> list[str]:
+    notes = []
+    if interrupted:
+        notes.append("Interrupted; what was measured is kept.")
+    if num_missing:
+        notes.append(f"{num_missing} points are missing; the same command goes on with them.")
+    if too_large:
+        notes.append(f"{too_large} points were left out: a rank's share of the memory does not hold them.")
+    return notes

@@ -1,0 +1,255 @@
+"""One profile on its ranks: the first decides what is next and commits rows, all measure the same point together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from db.engine import open_database
+from db.hardware import Hardware
+from db.measurements import Measurement, save_measurements
+from db.provenance import code_version, now
+from profiler.agenda import Agenda
+from profiler.attention import AttentionKernel
+from profiler.collectives import make_groups, prepare_collective, prepare_round_overhead
+from profiler.device import cache_bytes, free_bytes
+from profiler.grid import Grid, group_sizes, head_sizes
+from profiler.operators import Operators
+from profiler.point import COLLECTIVES, Op, Point
+from profiler.progress import ProfileProgress
+from profiler.ranks import RankContext
+from profiler.timing import Prepared, Timing, call_seconds, plan_sampling, sample_us, summarize
+from profiler.workspace import Workspace
+
+COMMIT_EVERY_S = 0.5
+POINT_S = {"cpu": 0.4, "cuda": 0.2}  # what sampling a point may take, unless three samples take longer
+ATTEMPTS = 2  # at once; a point that stays noisy is tried once more at the end
+_STOP = -1
+_CACHES = 2  # weights lie so many caches apart
+_ROUGH_FLOPS = {"cpu": 5e10, "cuda": 3e14}
+_POINT_OVERHEAD_S = 0.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileJob:
+    """What the ranks are given.
+
+    points: those of the grid that fit into memory, in order. rows: what the database had of them.
+    deadline: `time.monotonic()` (one clock for all processes of a machine) after which no point is begun.
+    """
+
+    grid: Grid
+    points: tuple[Point, ...]
+    rows: tuple[Measurement, ...]
+    hardware: Hardware
+    database_url: str
+    deadline: float
+
+
+def profile_rank(context: RankContext, job: ProfileJob) -> int:
+    """Measure what is missing until it is done or time is up; returns how many points this rank measured."""
+    session = RankSession(context, job)
+    if context.rank == 0:
+        return Leader(session, job).run()
+    return session.follow()
+
+
+def expected_seconds(point: Point, device_type: str, num_threads: int) -> float:
+    """Roughly how long a point takes, to tell how much time is left."""
+    rate = _ROUGH_FLOPS[device_type] * (num_threads if device_type == "cpu" else 1)
+    sampling = plan_sampling(point.flops / rate, device_type=device_type, budget_s=POINT_S[device_type])
+    return _POINT_OVERHEAD_S + (sampling.num_calls + 2) * point.flops / rate
+
+
+class RankSession:
+    """A rank's side: measures the points that the first rank names."""
+
+    def __init__(self, context: RankContext, job: ProfileJob) -> None:
+        self.context, self.job = context, job
+        self.device, self.dtype = context.device, getattr(torch, job.grid.dtype)
+        self.agenda = Agenda(job.points, job.rows)
+        ranks_on_device = context.world_size if self.device.type == "cpu" else 1
+        workspace = Workspace(
+            self.device,
+            self.dtype,
+            cold_bytes=_CACHES * cache_bytes(self.device),
+            limit_bytes=int(0.4 * free_bytes(self.device) / ranks_on_device),
+        )
+        self.operators = Operators(job.grid.shape, job.grid.context_length, workspace, self.choose_kernel)
+        self.heads = head_sizes(job.grid.shape, 1)
+        # Every rank makes every group, in the same order. What ranks agree on travels over gloo, beside NCCL.
+        self.control = {
+            busy: dist.new_group(list(range(busy)), backend="gloo")
+            for busy in sorted({point.busy_ranks for point in job.points} | {context.world_size})
+        }
+        self.neighbours = make_groups(group_sizes(job.grid.tp_sizes, context.world_size), context.world_size)
+
+    def choose_kernel(self, chunk: int, context: int) -> AttentionKernel:
+        """The kernel that measured best for the layer being prepared."""
+        kernels = self.job.grid.kernels
+        return self.agenda.kernel_choice(self.heads, self.context.world_size, kernels[0])(chunk, context)
+
+    def follow(self) -> int:
+        """Measure until the first rank says stop."""
+        measured = 0
+        while (index := self.agree_on_index(_STOP)) != _STOP:
+            measured += self.measure(self.job.points[index]) is not None
+        return measured
+
+    def agree_on_index(self, index: int) -> int:
+        """The first rank's index, on all ranks. Waiting here takes no processor time."""
+        message = torch.tensor([index])
+        dist.broadcast(message, 0, group=self.control[self.context.world_size])
+        return int(message.item())
+
+    def measure(self, point: Point) -> Measurement | None:
+        """Time a point together with the other ranks that are busy; None on a rank that is not."""
+        if self.context.rank >= point.busy_ranks:
+            return None
+        prepared = self.prepare(point)
+        call_s = self.call_seconds(prepared, point)
+        timing = self.time(prepared, point, call_s)
+        for _ in range(ATTEMPTS - 1):
+            if timing.noisy:
+                timing = min(timing, self.time(prepared, point, call_s), key=lambda timing: timing.spread)
+        row = Measurement(
+            op=point.op,
+            dtype=point.dtype,
+            shape=point.shape,
+            group_size=point.group_size,
+            busy_ranks=point.busy_ranks,
+            variant=point.variant,
+            num_samples=timing.num_samples,
+            median_us=timing.median_us,
+            p10_us=timing.p10_us,
+            p90_us=timing.p90_us,
+            min_us=timing.min_us,
+            std_us=timing.std_us,
+            noisy=timing.noisy,
+            measured_at=now(),
+            code_version=code_version(),
+        )
+        self.agenda.add(row)
+        return row
+
+    def prepare(self, point: Point) -> Prepared:
+        """The point's work, made ready on this rank."""
+        if point.op in COLLECTIVES:
+            return prepare_collective(point, self.neighbours[point.group_size], self.device, self.dtype)
+        if point.op is Op.ROUND_OVERHEAD:
+            return prepare_round_overhead(point, self.operators, self.neighbours.get(2))
+        if "heads" in point.shape:
+            self.heads = {name: point.shape[name] for name in self.heads}
+        return self.operators.prepare(point)
+
+    def call_seconds(self, prepared: Prepared, point: Point) -> float:
+        """Seconds of a call, the slowest rank's; the first call, which may build plans, counts only if it is long."""
+        self.barrier(point)
+        seconds = call_seconds(prepared.run, self.device)
+        again = self.slowest(seconds, point) < POINT_S[self.device.type]
+        if again:
+            seconds = call_seconds(prepared.run, self.device)
+        return self.slowest(seconds, point)
+
+    def time(self, prepared: Prepared, point: Point, call_s: float) -> Timing:
+        """Sample on all busy ranks at once; the samples of the rank with the largest median count.
+
+        A pipeline runs at the pace of its slowest stage: the mean over ranks would promise too much.
+        """
+        device_type = self.device.type
+        sampling = plan_sampling(call_s, device_type=device_type, budget_s=POINT_S[device_type])
+        self.barrier(point)
+        samples = torch.tensor(sample_us(prepared.run, sampling, self.device), dtype=torch.float64)
+        if prepared.finish is not None:
+            prepared.finish()
+        samples /= prepared.num_units
+        gathered = [torch.empty_like(samples) for _ in range(point.busy_ranks)]
+        dist.all_gather(gathered, samples, group=self.control[point.busy_ranks])
+        return max((summarize(each.tolist()) for each in gathered), key=lambda timing: timing.median_us)
+
+    def barrier(self, point: Point) -> None:
+        """Wait until all busy ranks, and their devices, are here."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        dist.barrier(group=self.control[point.busy_ranks])
+
+    def slowest(self, seconds: float, point: Point) -> float:
+        """The largest of the busy ranks' figures."""
+        figure = torch.tensor([seconds], dtype=torch.float64)
+        dist.all_reduce(figure, dist.ReduceOp.MAX, group=self.control[point.busy_ranks])
+        return float(figure.item())
+
+
+class Leader:
+    """The first rank's part: what is next, when to stop, and the rows."""
+
+    def __init__(self, session: RankSession, job: ProfileJob) -> None:
+        self.session, self.job = session, job
+        self.database = open_database(job.database_url)
+        self.unsaved: list[Measurement] = []
+        self.last_commit = time.monotonic()
+
+    def run(self) -> int:
+        """Measure until nothing is missing or time is up. Rows are kept whatever ends it."""
+        measured = 0
+        index_of = {point.key: index for index, point in enumerate(self.job.points)}
+        expected = {point.key: self.expected_seconds(point) for point in self.job.points}
+        missing = list(self.session.agenda.missing())
+        progress = ProfileProgress(
+            num_points=len(missing),
+            expected_s=sum(expected[point.key] for point in missing),
+            deadline=self.job.deadline,
+        )
+        try:
+            with progress:
+                for point in self.upcoming():
+                    self.session.agree_on_index(index_of[point.key])
+                    row = self.session.measure(point)
+                    assert row is not None, "the first rank is always busy"
+                    self.keep(self.session.agenda.rows[row.key])
+                    measured += 1
+                    progress.advance(str(point), expected[point.key])
+            self.session.agree_on_index(_STOP)
+        finally:
+            self.commit()
+            self.database.close()
+        return measured
+
+    def upcoming(self) -> Iterator[Point]:
+        """Missing points in order, then once more those that came out noisy, while there is time."""
+        done = []
+        for point in self.session.agenda.missing():
+            if self.is_late(point):
+                return
+            yield point
+            done.append(point)
+        for point in done:
+            if self.session.agenda.rows[point.key].noisy:
+                if self.is_late(point):
+                    return
+                yield point
+
+    def is_late(self, point: Point) -> bool:
+        """Whether the time that is left does not hold the point."""
+        return time.monotonic() + 0.5 * self.expected_seconds(point) > self.job.deadline
+
+    def expected_seconds(self, point: Point) -> float:
+        """Roughly how long the point takes here."""
+        return expected_seconds(point, self.session.device.type, self.job.hardware.num_threads)
+
+    def keep(self, row: Measurement) -> None:
+        """Commit the row with those since the last commit, twice a second at most."""
+        self.unsaved.append(row)
+        if time.monotonic() - self.last_commit >= COMMIT_EVERY_S:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write what is not written yet."""
+        if self.unsaved:
+            save_measurements(self.database, self.job.hardware, self.unsaved)
+        self.unsaved = []
+        self.last_commit = time.monotonic()

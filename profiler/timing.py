@@ -1,0 +1,149 @@
+"""Times one function on one device: repeated samples in, robust statistics out."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+Run = Callable[[int], object]  # given how often it was called before, so that it can take turns over cold weights
+
+NOISY_SPREAD = 0.2
+MIN_SAMPLES, MAX_SAMPLES = 3, 20
+MIN_SAMPLE_S = {"cpu": 2e-3, "cuda": 2e-4}  # a shorter sample would time the clock and the barrier's skew
+# CUDA clocks fall under load: what counts is the rate of a card that has been busy for a while.
+SUSTAINED_S = {"cpu": 0.0, "cuda": 0.3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Work ready to be timed: a call of `run` does `num_units` of what is measured; `finish` ends what was begun."""
+
+    run: Run
+    num_units: int = 1
+    finish: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Statistics of a point's samples; percentiles interpolate linearly between samples."""
+
+    num_samples: int
+    median_us: float
+    p10_us: float
+    p90_us: float
+    min_us: float
+    std_us: float
+
+    @property
+    def spread(self) -> float:
+        """How far apart the tenth and the ninetieth percentile lie, as a share of the median."""
+        return (self.p90_us - self.p10_us) / self.median_us if self.median_us > 0 else 0.0
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the samples disagree too much to be relied on."""
+        return self.spread > NOISY_SPREAD
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a point is sampled: `num_samples` times, each the mean of `inner_repeats` calls."""
+
+    warmup_calls: int
+    num_samples: int
+    inner_repeats: int
+
+    @property
+    def num_calls(self) -> int:
+        """Calls in all."""
+        return self.warmup_calls + self.num_samples * self.inner_repeats
+
+
+def summarize(samples_us: Sequence[float]) -> Timing:
+    """Statistics of at least one sample."""
+    samples = np.asarray(samples_us, dtype=np.float64)
+    p10, median, p90 = np.percentile(samples, (10, 50, 90))
+    return Timing(
+        num_samples=samples.size,
+        median_us=float(median),
+        p10_us=float(p10),
+        p90_us=float(p90),
+        min_us=float(samples.min()),
+        std_us=float(samples.std()),
+    )
+
+
+def plan_sampling(call_s: float, *, device_type: str, budget_s: float) -> Sampling:
+    """Sample a call of about `call_s` seconds: a cheap one up to MAX_SAMPLES times, a dear one MIN_SAMPLES times.
+
+    budget_s: for all samples; calls so dear that three need twice as long are sampled as often as that allows.
+    """
+    call_s = max(call_s, 1e-7)
+    inner_repeats = max(1, math.ceil(MIN_SAMPLE_S[device_type] / call_s))
+    sample_s = inner_repeats * call_s
+    num_samples = max(MIN_SAMPLES, min(MAX_SAMPLES, int(budget_s / sample_s)))
+    if num_samples * sample_s > 2 * budget_s:
+        num_samples = max(1, int(2 * budget_s / sample_s))
+    warmup_calls = math.ceil(SUSTAINED_S[device_type] / call_s) if sample_s > 1e-3 else inner_repeats
+    return Sampling(warmup_calls=warmup_calls, num_samples=num_samples, inner_repeats=inner_repeats)
+
+
+def sample_us(run: Run, sampling: Sampling, device: torch.device) -> list[float]:
+    """Microseconds a call, one figure a sample; `run` is told the number of the call, from 0 on.
+
+    On CUDA events are recorded between samples and read at the end, so that the card never waits for the host's clock.
+    """
+    for call in range(sampling.warmup_calls):
+        run(call)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        if device.type == "cuda":
+            return _sample_cuda(run, sampling, device)
+        return _sample_cpu(run, sampling)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def call_seconds(run: Run, device: torch.device) -> float:
+    """Seconds of one call and of what it left on the device's queue: a first idea, and a warm-up."""
+    start = time.perf_counter()
+    run(0)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _sample_cpu(run: Run, sampling: Sampling) -> list[float]:
+    samples, call = [], sampling.warmup_calls
+    for _ in range(sampling.num_samples):
+        start = time.perf_counter()
+        for repeat in range(sampling.inner_repeats):
+            run(call + repeat)
+        samples.append((time.perf_counter() - start) / sampling.inner_repeats * 1e6)
+        call += sampling.inner_repeats
+    return samples
+
+
+def _sample_cuda(run: Run, sampling: Sampling, device: torch.device) -> list[float]:
+    call = sampling.warmup_calls
+    events = [
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(sampling.num_samples + 1)
+    ]
+    events[0].record()
+    for event in events[1:]:
+        for repeat in range(sampling.inner_repeats):
+            run(call + repeat)
+        event.record()
+        call += sampling.inner_repeats
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) / sampling.inner_repeats * 1e3 for before, after in pairwise(events)]
