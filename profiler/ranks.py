@@ -91,6 +91,11 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for the run: it prints, and writes files and rows. Of torchrun's ranks the first."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
 def run_ranks(function: RankFunction, *args: Any, world_size: int, device_type: str, num_threads: int) -> list[Any]:
     """Run `function(context, *args)` on `world_size` ranks and return their results in rank order.
 

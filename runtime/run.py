@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from profiler.kernel_choice import KernelChoice, kernel_times
 from profiler.model import ModelShape
 from profiler.peak import published_peak_flops
 from profiler.point import Op
-from profiler.ranks import RanksFailedError, run_ranks, under_torchrun
+from profiler.ranks import RanksFailedError, is_first_process, run_ranks
 from runtime.checkpoint import check_checkpoint
 from runtime.job import Job
 from runtime.place import world_size
@@ -112,7 +111,7 @@ class Record:
     ) -> None:
         self.database = database
         self.run_id: int | None = None
-        if under_torchrun() and os.environ["RANK"] != "0":
+        if not is_first_process():
             return
         details = {
             "weights": job.weights.name if job.weights else "random",
