@@ -12,7 +12,6 @@ context.configure(
     target_metadata=Base.metadata,
     version_table=VERSION_TABLE,
     render_as_batch=True,  # SQLite cannot alter a column in place
-    transactional_ddl=True,  # it can in SQLite too, since db.engine says BEGIN itself
 )
 with context.begin_transaction():
     context.run_migrations()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
+from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
 from db.engine import Database, open_database
@@ -19,6 +21,7 @@ from db.measurements import (
     measurement_frame,
     measurement_key,
     save_measurements,
+    write_measurements,
 )
 from db.plans import get_plan_row, list_plan_rows, save_plan_row
 from db.runs import (
@@ -33,7 +36,7 @@ from db.runs import (
     start_run,
 )
 from db.schema import HEAD
-from db.tables import MeasurementRow
+from db.tables import HardwareRow, MeasurementRow
 from tests.db.samples import NOON, make_hardware, make_measurement
 
 PLAN = {"schema": "isochunk.plan/1", "rounds": [[{"request": 0, "start": 0, "tokens": 64}]], "window": None}
@@ -90,6 +93,26 @@ class TestOpening:
             with holder.session() as session:
                 session.execute(text("UPDATE hardware SET link = 'held'"))
                 assert [row.hardware.link for row in list_hardware(database)] == ["shared memory"]
+
+    def test_a_writer_does_not_wait_for_readers(self, database_url: str) -> None:
+        with open_database(database_url, lock_timeout_s=0.3) as writer, open_database(database_url) as database:
+            with database.reading() as session:
+                assert session.scalars(select(HardwareRow)).all() == []
+                save_hardware(writer, make_hardware())
+            assert len(list_hardware(database)) == 1
+
+    def test_sessions_that_read_before_they_write_take_turns(self, database: Database) -> None:
+        hardware_id = save_hardware(database, make_hardware())
+
+        def read_and_write(worker: int) -> None:
+            for m in range(1, 11):
+                with database.session() as session:
+                    session.scalars(select(MeasurementRow)).all()
+                    write_measurements(session, hardware_id, [make_measurement(m, variant=f"{worker}")])
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(read_and_write, range(4)))
+        assert len(load_measurements(database, make_hardware())) == 40
 
 
 class TestHardware:
@@ -186,7 +209,7 @@ class TestMeasurements:
             {"measured_at": datetime(2026, 3, 1)},
         ],
     )
-    def test_numbers_that_cannot_be_are_refused(self, changed: dict[str, object]) -> None:
+    def test_numbers_that_cannot_be_are_refused(self, changed: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=r"times|min_us|must\b|shape name"):
             make_measurement(**changed)
 

@@ -19,21 +19,22 @@ BATCH = 50
 
 def open_at_once(url: str, barrier: Barrier) -> None:
     """Open a database that does not exist yet at the same moment as others do."""
+    import alembic.command  # noqa: F401 - loaded before the start, so that the race is close
+
     barrier.wait(60)
     with open_database(url, lock_timeout_s=30) as database:
         save_hardware(database, make_hardware())
 
 
 def measure_and_run(url: str, barrier: Barrier, worker: int) -> None:
-    """Measure points of one's own and points that all workers measure, in an order of one's own, and run plans."""
+    """Measure a point of one's own and points that all workers measure, in opposite orders, and run plans."""
     barrier.wait(60)
-    order = range(NUM_POINTS) if worker % 2 else reversed(range(NUM_POINTS))
+    when, median_us = NOON + timedelta(seconds=worker), 10 + worker * 0.1
+    shared = [make_measurement(m, variant="shared", measured_at=when, median_us=median_us) for m in range(1, 41)]
     with open_database(url, lock_timeout_s=30) as database:
-        for point in order:
-            when = NOON + timedelta(seconds=worker)
-            shared = make_measurement(point + 1, variant="shared", measured_at=when, median_us=10 + worker * 0.1)
+        for point in range(NUM_POINTS):
             own = make_measurement(point + 1, variant=f"worker {worker}")
-            save_measurements(database, make_hardware(), [shared, own] if worker % 2 else [own, shared])
+            save_measurements(database, make_hardware(), [own, *(shared if worker % 2 else reversed(shared))])
             if point % 8 == 0:
                 plan_id = save_plan_row(database, {"point": point})
                 run_id = start_run(database, plan_id, make_hardware(), study=f"worker {worker}")
