@@ -6,7 +6,6 @@ from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 aten = torch.ops.aten
 
@@ -61,6 +60,8 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int) -> to
         return F.scaled_dot_product_attention(q, k, v, is_causal=chunk > 1, enable_gqa=grouped)
     if chunk == 1:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    from torch.nn.attention.bias import causal_lower_right  # brings torch.compile along: a second of every start
+
     # is_causal alone would align the mask to the upper left and hide the context.
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=causal_lower_right(chunk, context + chunk), enable_gqa=grouped
