@@ -28,7 +28,7 @@ def code_version() -> str:
 def _checkout_commit(root: Path) -> str:
     if not (root / ".git").exists():
         return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    command = ["git", "-C", str(root), "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sqlite3
 import tempfile
-import time
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -124,16 +124,17 @@ def test_a_lock_while_it_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     open_database(f"sqlite:///{path}").close()
 
 
-def test_a_lock_that_is_let_go_is_waited_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["IMMEDIATE", "EXCLUSIVE"])
+def test_a_lock_that_is_let_go_is_waited_for(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "profile.db"
-    holder = multiprocessing.get_context("fork").Process(target=_hold, args=(path, 0.5))
-    holder.start()
-    while not path.exists() or not path.with_name("profile.db-journal").exists():
-        time.sleep(0.01)
+    holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    holder.execute(f"BEGIN {kind}")
+    let_go = threading.Timer(0.5, lambda: holder.execute("ROLLBACK"))
+    let_go.start()
     with open_database(f"sqlite:///{path}", lock_timeout_s=30) as database:
         save_hardware(database, make_hardware())
-    holder.join(30)
-    assert holder.exitcode == 0
+    let_go.join()
+    holder.close()
 
 
 def test_a_full_disk_loses_nothing_that_was_written(tmp_path: Path) -> None:
@@ -191,15 +192,6 @@ class TestReadOnlyFiles:
     def test_unreadable_file(self, folder: Path) -> None:
         (folder / "profile.db").chmod(0o000)
         assert _as_nobody(_read, folder).endswith("profile.db; must be readable")
-
-
-def _hold(path: Path, seconds: float) -> None:
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("BEGIN EXCLUSIVE")
-    connection.execute("CREATE TABLE passing (x)")
-    time.sleep(seconds)
-    connection.execute("ROLLBACK")
-    connection.close()
 
 
 def _limit_pages(database: Database, *, spare: int) -> None:
