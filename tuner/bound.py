@@ -38,15 +38,20 @@ from tuner.cost_model import CostModel, Floats, PairAttention, StageCost
 from tuner.plan import Request
 from tuner.problem import Problem
 
-NUM_CAPS = 48
-"""Caps on the grid around the likely minimum."""
+NUM_CAPS = 64
+"""Points of the smooth curve that places the grid of caps."""
+MOST_CAPS = 48
+"""Caps on the grid to either side of the likely minimum."""
+TOLERANCE = 1e-3
+"""What the grid of caps may cost the bound, relative."""
 NUM_REFINEMENTS = 2
 """How often intervals of the grid that could hold a lower minimum are quartered, at most."""
-TOLERANCE = 2e-4
-"""Relative slack of the grid that is not refined away."""
-NUM_SAMPLES = 16
+MOST_REFINED_ROUNDS = 96
+"""With more rounds a plan, refining would take as long as planning and gain less than the tolerance."""
+REFINED_TOLERANCE = 1e-4
+NUM_SAMPLES = 12
 """Points of a prompt at which `smooth_sums` takes the chunk length."""
-MAX_CUTS = 2048
+MAX_CUTS = 640
 """Chunks of one request that the backward cut follows; those before them are counted as free of context reads."""
 MAX_ARRIVALS = 8
 """Arrival times at which the batch's rest is bounded on its own."""
@@ -207,13 +212,43 @@ def smooth_sums(envelope: Envelope, work: Work, caps_s: Floats) -> Floats:
 
 def likely_cap_s(envelope: Envelope, work: Work, num_more: int) -> float:
     """The cap at which the smooth S(m) + num_more * m is least."""
+    caps, sums = _smooth_curve(envelope, work)
+    i = int(np.argmin(sums + num_more * caps))
+    fine = np.linspace(caps[max(i - 1, 0)], caps[min(i + 1, len(caps) - 1)], NUM_SAMPLES)
+    return float(fine[np.argmin(smooth_sums(envelope, work, fine) + num_more * fine)])
+
+
+def _smooth_curve(envelope: Envelope, work: Work) -> tuple[Floats, Floats]:
     highest = least_sum(envelope, work)
-    caps = np.geomspace(max(highest * 1e-4, envelope.round_s), highest, NUM_CAPS)
-    for _ in range(2):
-        i = int(np.argmin(smooth_sums(envelope, work, caps) + num_more * caps))
-        best = float(caps[i])
-        caps = np.linspace(caps[max(i - 1, 0)], caps[min(i + 1, len(caps) - 1)], NUM_CAPS // 2)
-    return best
+    caps = np.geomspace(max(highest * 1e-4, envelope.round_s, 1e-300), max(highest, 1e-300), NUM_CAPS)
+    return caps, smooth_sums(envelope, work, caps)
+
+
+def _cap_grid(envelope: Envelope, work: Work, num_more: int, tolerance: float) -> Floats:
+    """Caps m1 < m2 < ... such that the smooth S(m2) + num_more * m1 stays within `tolerance` of its least everywhere."""
+    curve_caps, curve = _smooth_curve(envelope, work)
+    usable = np.isfinite(curve)
+    if not usable.any():
+        return curve_caps
+    curve_caps, curve = curve_caps[usable], np.minimum.accumulate(curve[usable])
+    middle = likely_cap_s(envelope, work, num_more)
+    target = (1.0 - tolerance) * float(np.interp(middle, curve_caps, curve) + num_more * middle)
+    caps = [middle]
+    while caps[0] > curve_caps[0] and len(caps) < MOST_CAPS:
+        lower = (target - float(np.interp(caps[0], curve_caps, curve))) / num_more
+        if lower <= curve_caps[0]:
+            break
+        caps.insert(0, min(lower, caps[0] * (1.0 - 1e-4)))
+    while caps[-1] < curve_caps[-1] and len(caps) < 2 * MOST_CAPS:
+        reach = np.flatnonzero(curve >= target - num_more * caps[-1])
+        upper = float(curve_caps[reach[-1]]) if reach.size else 0.0
+        if reach.size and reach[-1] + 1 < len(curve):  # between two points of the curve, which falls
+            i = int(reach[-1])
+            share = (curve[i] - (target - num_more * caps[-1])) / max(float(curve[i] - curve[i + 1]), 1e-300)
+            upper += min(float(share), 1.0) * float(curve_caps[i + 1] - curve_caps[i])
+        caps.append(min(max(upper, caps[-1] * (1.0 + 1e-4)), float(curve_caps[-1])))
+    below = caps[0] * np.array([0.5, 0.7, 0.8, 0.9])  # the curve is smooth, the sums are not: leave some room
+    return np.unique(np.concatenate([below, caps, curve_caps[-1:]]))
 
 
 def _least_makespan(envelope: Envelope, work: Work, num_more: int) -> float:
@@ -221,14 +256,12 @@ def _least_makespan(envelope: Envelope, work: Work, num_more: int) -> float:
     highest = least_sum(envelope, work)  # all in one round: no plan needs a higher cap
     if num_more == 0 or highest <= 0.0:
         return highest
-    cap = likely_cap_s(envelope, work, num_more)
-    caps = np.unique(np.concatenate([cap * np.geomspace(0.4, 0.8, 5), cap * np.linspace(0.82, 1.2, NUM_CAPS)]))
-    caps = np.append(caps[caps < highest], [cap * x for x in (1.5, 2.0, 4.0, 16.0) if cap * x < highest] + [highest])
-    sums, _ = least_sums(envelope, work, caps)
-    for _ in range(NUM_REFINEMENTS):
+    caps = _cap_grid(envelope, work, num_more, TOLERANCE)
+    sums, rounds = least_sums(envelope, work, caps)
+    for _ in range(NUM_REFINEMENTS if rounds[len(caps) // 2] <= MOST_REFINED_ROUNDS else 0):
         at_least = np.append(sums[0], sums[1:] + num_more * caps[:-1])  # below caps[0]; on [caps[i], caps[i+1]]
         reached = float((sums + num_more * caps).min())
-        split = np.flatnonzero(at_least[1:] < reached * (1.0 - TOLERANCE))
+        split = np.flatnonzero(at_least[1:] < reached * (1.0 - REFINED_TOLERANCE))
         if not split.size:
             break
         low, high = caps[split][:, None], caps[split + 1][:, None]

@@ -181,15 +181,16 @@ class Packer:
             chunk = max(most, 1) * multiple
         return end - chunk
 
-def pack_in_order(packer: Packer, requests: Sequence[Request], order: Sequence[int], cap_s: float) -> list[Round]:
+def pack_in_order(packer: Packer, requests: Sequence[Request], order: Sequence[int], caps_s: Sequence[float]) -> list[Round]:
     """Fill each round up to the cap, request after request: the next one gets the room that the one before leaves.
 
-    A request that the cap would never let in runs its smallest chunk in a round of its own.
+    `caps_s` has one cap a request; a round keeps the cap of the request that opens it.
     """
-    return _fill(packer, requests, [(index, requests[index].cached_tokens, requests[index].prompt_tokens) for index in order], cap_s)
+    spans = [(index, requests[index].cached_tokens, requests[index].prompt_tokens) for index in order]
+    return _fill(packer, requests, spans, caps_s)
 
 
-def pack_tails(packer: Packer, requests: Sequence[Request], order: Sequence[int], cap_s: float) -> list[Round]:
+def pack_tails(packer: Packer, requests: Sequence[Request], order: Sequence[int], caps_s: Sequence[float]) -> list[Round]:
     """Cut each request backwards into the longest chunks the cap allows; fill rounds with what is left at the fronts.
 
     Long prompts' late chunks, whose context is expensive to read twice, are then as few as the cap allows and each fill a
@@ -200,16 +201,10 @@ def pack_tails(packer: Packer, requests: Sequence[Request], order: Sequence[int]
     tails: list[Round] = []
     for index in order:
         request = requests[index]
-        end, late = request.prompt_tokens, list[Chunk]()
-        while True:
-            start = packer.earliest_start(end, request.cached_tokens, end == request.prompt_tokens, cap_s)
-            if start == request.cached_tokens:
-                break
-            late.append(Chunk(index, start, end - start))
-            end = start
-        fronts.append((index, request.cached_tokens, end))
-        tails.extend((chunk,) for chunk in reversed(late))
-    return _fill(packer, requests, fronts, cap_s) + tails
+        late = backward_cut(packer, index, request, caps_s[index])
+        fronts.append((index, request.cached_tokens, late[0].end))
+        tails.extend((chunk,) for chunk in late[1:])
+    return _fill(packer, requests, fronts, caps_s) + tails
 
 
 def backward_cut(packer: Packer, index: int, request: Request, cap_s: float) -> list[Chunk]:
@@ -223,12 +218,15 @@ def backward_cut(packer: Packer, index: int, request: Request, cap_s: float) -> 
 
 
 def _fill(
-    packer: Packer, requests: Sequence[Request], spans: Sequence[tuple[int, int, int]], cap_s: float
+    packer: Packer, requests: Sequence[Request], spans: Sequence[tuple[int, int, int]], caps_s: Sequence[float]
 ) -> list[Round]:
-    """Pack (request, first token, end) spans in order, each into as few and as early rounds as the cap allows."""
+    """Pack (request, first token, end) spans in order, each into as few and as early rounds as the cap allows.
+
+    A chunk that no cap would let in runs in a round of its own, one grid unit long.
+    """
     rounds: list[Round] = []
     most_held = packer.limits.max_kv_tokens
-    current, held = packer.open_round(), 0
+    current, held, cap_s = packer.open_round(), 0, 0.0
     for index, start, end in spans:
         request = requests[index]
         if most_held is not None and held + request.prompt_tokens > most_held:
@@ -236,6 +234,8 @@ def _fill(
             current, held = packer.open_round(), 0
         held += request.prompt_tokens
         while start < end:
+            if not current.chunks:
+                cap_s = caps_s[index]
             tokens = min(packer.longest(current, start, request.prompt_tokens - start, cap_s), end - start)
             if not tokens:
                 if current.chunks:

@@ -15,9 +15,10 @@ from tuner.plan import Chunk, Round
 from tuner.problem import Problem
 from tuner.schedule import Objective
 
-WORK = 40_000
-"""Recurrence steps (plans apart, they run together) that one improvement may take: what bounds its time."""
-MOST_MOVES = 1500
+MOST_STAGE_ROUNDS = 512
+"""Plans with more rounds x stages are left as they are: their rounds' whole number matters little."""
+MOST_STEPS = 32
+MOST_MOVES = 600
 """Moves judged in one step."""
 LEAST_GAIN = 1e-6
 """A step that gains less than this share ends the search."""
@@ -32,20 +33,23 @@ class Move:
     rounds: tuple[Round, ...]
 
 
-def improve_rounds(problem: Problem, rounds: Sequence[Round], good_enough_s: float = 0.0) -> list[Round]:
-    """Follow the best move until none helps, the work is spent, or the makespan is at most `good_enough_s`."""
+def improve_rounds(
+    problem: Problem, rounds: Sequence[Round], good_enough_s: float = 0.0, limit_s: float = np.inf
+) -> list[Round]:
+    """Follow the best move until none helps or a makespan is at most `good_enough_s`; none goes above `limit_s`."""
     best = list(rounds)
     score = problem.evaluate(best).score(problem.objective)
-    num_steps = min(64, WORK // ((len(best) + 1) * problem.cost.pp_size))
-    for _ in range(num_steps):
+    if len(best) * problem.cost.pp_size > MOST_STAGE_ROUNDS:
+        return best
+    for _ in range(MOST_STEPS):
         if problem.objective is Objective.MAKESPAN and score[0] <= good_enough_s:
             break
-        moves = list(_moves(problem, best))[:MOST_MOVES]
+        moves = list(_moves(problem, best))
+        moves = moves[:: 1 + len(moves) // MOST_MOVES]
         if not moves:
             break
-        scores = _scores(problem, best, moves)
-        i = int(scores.argmin())
-        candidate = _apply(best, moves[i])
+        scores = _scores(problem, best, moves, limit_s)
+        candidate = _apply(best, moves[int(scores.argmin())])
         new_score = problem.evaluate(candidate).score(problem.objective)
         if not new_score < score or abs(score[0] - new_score[0]) < LEAST_GAIN * abs(score[0]):
             break
@@ -92,7 +96,7 @@ def _cuts(problem: Problem, chunk: Chunk) -> list[int]:
     multiple = problem.chunk_multiple
     origin = problem.requests[chunk.request].cached_tokens
     units = (chunk.end - 1 - chunk.start) // multiple  # whole units that may stay in front of the cut
-    steps = [1 << k for k in range(units.bit_length())]
+    steps = [1 << k for k in range(0, units.bit_length(), 2 if units > 16 else 1)]
     inner = {step for step in steps if step <= units} | {units + 1 - step for step in steps if step <= units}
     assert (chunk.start - origin) % multiple == 0
     return [chunk.start, *(chunk.start + unit * multiple for unit in sorted(inner))]
@@ -121,7 +125,7 @@ def _allowed(problem: Problem, rounds: Sequence[Round]) -> bool:
     return most is None or all(sum(chunk.tokens for chunk in r) <= most for r in rounds)
 
 
-def _scores(problem: Problem, rounds: list[Round], moves: list[Move]) -> Floats:
+def _scores(problem: Problem, rounds: list[Round], moves: list[Move], limit_s: float) -> Floats:
     """What to minimise of every move's plan, [num_moves]."""
     cost, requests = problem.cost, problem.requests
     pool: list[Round] = list(rounds)  # every round that occurs, the current ones first
@@ -149,17 +153,18 @@ def _scores(problem: Problem, rounds: list[Round], moves: list[Move]) -> Floats:
         problem,
     )
     lengths = (index >= 0).sum(axis=1)
+    makespan: Floats = finish[np.arange(len(moves)), lengths - 1]
     if problem.objective is Objective.MAKESPAN:
-        last: Floats = finish[np.arange(len(moves)), lengths - 1]
-        return last
+        return makespan
     finals = np.zeros((len(pool) + 1, len(requests)), dtype=bool)
     finals[which[final], request[final]] = True
     ends = np.einsum("mn,mnr->mr", finish, finals[index]) - arrival
     weights = np.array([r.weight for r in requests])
     mean: Floats = ends @ weights / max(float(weights.sum()), 1e-300)
+    mean = np.where(makespan > limit_s, np.inf, mean)
     if problem.objective is Objective.SLA:
         deadline = np.array([np.inf if r.sla_ttft_s is None else r.sla_ttft_s for r in requests])
-        scale = 10.0 * float(np.abs(mean).max()) + 1.0
+        scale = 10.0 * float(np.abs(ends).max()) + 1.0
         return mean - scale * (ends <= deadline).sum(axis=1)
     return mean
 
