@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 import os
@@ -27,6 +28,7 @@ RENDEZVOUS_TIMEOUT_S = 120
 COLLECTIVE_TIMEOUT = timedelta(seconds=600)
 # A lost connection is most often another rank's death: wait, so that the launcher sees that one first.
 BLAME_OTHERS_S = 3.0
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +179,7 @@ def _rank_main(function: RankFunction, args: tuple[Any, ...], device_type: str, 
 def _process_group(rank: int, device_type: str, num_threads: int, folder: Path) -> Iterator[RankContext]:
     """Join the default process group (gloo on a CPU, NCCL on CUDA), and leave it when all went well."""
     torch.set_num_threads(num_threads)
+    _keep_freed_memory()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
     if device.type == "cuda":
@@ -188,6 +191,19 @@ def _process_group(rank: int, device_type: str, num_threads: int, folder: Path) 
         rank=rank, local_rank=local_rank, world_size=dist.get_world_size(), device=device, progress=progress
     )
     dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library reuse large freed blocks instead of handing them back to the kernel.
+
+    By default glibc maps and unmaps every tensor beyond 32 MiB anew, and each page is cleared again at its first use: a
+    layer over 4096 tokens took 620 ms instead of 509, its element-wise part 94 instead of 32. Other C libraries have no
+    such switch.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _is_lost_connection(error: BaseException) -> bool:
