@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from db.errors import UserError
 from tuner.bound import makespan_bound_s
 from tuner.cost_model import CostModel
 from tuner.plan import Request, Round
+from tuner.policies.ascend import ascend_rounds
+from tuner.policies.dp import dp_rounds
 from tuner.policies.fixed import fixed_rounds, gpipe_rounds
 from tuner.policies.joint import joint_rounds
+from tuner.policies.sglang import sglang_rounds
+from tuner.policies.terapipe import terapipe_rounds
 from tuner.problem import NO_LIMITS, Limits, Problem
 from tuner.schedule import Evaluation, Objective
 
 __all__ = ["POLICIES", "Limits", "Objective", "RoundPlan", "compare_policies", "plan_rounds"]
 
 POLICIES = ("fixed:N", "gpipe", "sglang", "ascend", "terapipe", "dp", "joint")
+BASED = {"sglang": sglang_rounds, "ascend": ascend_rounds}
+"""Policies whose base chunk the user sets (`sglang:N`); without N the best power of two is taken."""
+MOST_BASES = 10
+"""Base chunks that are tried, the largest ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +76,7 @@ def plan_rounds(
     )
     started = time.perf_counter()
     bound = makespan_bound_s(problem)
-    rounds = tuple(_rounds(problem, policy, bound))
+    rounds = tuple(make_rounds(problem, policy, bound))
     evaluation = problem.evaluate(rounds)
     return RoundPlan(
         policy=policy,
@@ -79,19 +87,37 @@ def plan_rounds(
     )
 
 
-def _rounds(problem: Problem, policy: str, bound_s: float) -> list[Round]:
+def make_rounds(problem: Problem, policy: str, bound_s: float = 0.0) -> list[Round]:
+    """Rounds by a named policy. Raises UserError for an unknown one."""
     name, _, argument = policy.partition(":")
     if name == "fixed":
         return fixed_rounds(problem, _num_tokens(policy, argument, problem.chunk_multiple))
-    rules = {"gpipe": gpipe_rounds, "joint": lambda p: joint_rounds(p, bound_s)}
+    if name in BASED and argument:
+        return BASED[name](problem, _num_tokens(policy, argument, problem.chunk_multiple))
+    if name in BASED:
+        return _best_base(problem, BASED[name])
+    rules: dict[str, Callable[[Problem], list[Round]]] = {
+        "gpipe": gpipe_rounds,
+        "terapipe": terapipe_rounds,
+        "dp": dp_rounds,
+        "joint": lambda problem: joint_rounds(problem, bound_s),
+    }
     if argument or name not in rules:
         raise UserError("policy", policy, f"one of {', '.join(POLICIES)}")
     return rules[name](problem)
 
 
+def _best_base(problem: Problem, rule: Callable[[Problem, int], list[Round]]) -> list[Round]:
+    """A policy that leaves its base chunk to the user, at the best of the powers of two: tuned, not its default."""
+    sizes = [int(name.removeprefix("fixed:")) for name in fixed_sweep(problem.requests, problem.chunk_multiple)]
+    plans = [rule(problem, size) for size in sizes[-MOST_BASES:]]
+    return min(plans, key=lambda rounds: problem.evaluate(rounds).score(problem.objective))
+
+
 def _num_tokens(policy: str, argument: str, chunk_multiple: int) -> int:
     if not argument.isdecimal() or int(argument) < chunk_multiple:
-        raise UserError("policy", policy, f"fixed:N with N at least {chunk_multiple} tokens (chunk_multiple)")
+        name = policy.partition(":")[0]
+        raise UserError("policy", policy, f"{name}:N with N at least {chunk_multiple} tokens (chunk_multiple)")
     return int(argument)
 
 
@@ -105,7 +131,7 @@ def compare_policies(
     objective: Objective = Objective.MAKESPAN,
 ) -> list[RoundPlan]:
     """Plan by every policy, the fixed chunk swept over powers of two of `chunk_multiple`; the best first."""
-    policies = [*fixed_sweep(requests, chunk_multiple), "gpipe", "joint"]
+    policies = [*fixed_sweep(requests, chunk_multiple), *POLICIES[1:]]
     plans = [
         plan_rounds(
             cost,

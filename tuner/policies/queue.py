@@ -76,7 +76,7 @@ def run_queue(problem: Problem, num_tokens: int, take: Take, *, one_partial: boo
             if not running:
                 now = max(now, requests[waiting[0]].arrival_s)
         chunks: list[Chunk] = []
-        room = budget
+        room, freed = budget, 0
         queue = [*running]
         while room > 0 and (queue or waiting):
             admitted = not queue
@@ -98,9 +98,10 @@ def run_queue(problem: Problem, num_tokens: int, take: Take, *, one_partial: boo
             room -= tokens
             if tokens == left:
                 running.remove(index)
-                held -= request.prompt_tokens
+                freed += request.prompt_tokens
             elif one_partial:
                 break
+        held -= freed
         rounds.append(tuple(chunks))
         if timed:
             clock.run(rounds[-1], requests, now)

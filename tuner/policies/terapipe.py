@@ -1,0 +1,104 @@
+"""`terapipe`: TeraPipe's dynamic programme over token splits under a cap, one split for every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tuner.cost_model import Floats, Ints, StageCost
+from tuner.plan import Chunk, Round
+from tuner.problem import Problem
+
+MOST_UNITS = 512
+"""Grid points of the longest prompt; TeraPipe uses 8 tokens of 2048, 256 points."""
+NUM_CAPS = 32
+"""Caps t_max that are tried; TeraPipe enumerates them all, 0.1 ms apart."""
+
+
+def terapipe_rounds(problem: Problem) -> list[Round]:
+    """Split the longest prompt by TeraPipe's programme; all samples share the split; a knapsack cuts the batch into slices.
+
+    Li et al., 2021, sections 3.3 and 3.4: for every cap t_max, S(i) = min over chunks k of S(i - k) + t(k, i - k) with
+    t <= t_max; the split with the least S + (K - 1) t_max wins. For a batch, the programme is solved for every number b of
+    samples that run together, and a one-dimensional knapsack chooses the sizes b of the batch's slices. Samples are of
+    equal length there; here a slice holds prompts in the order they come, each runs the shared split up to its own end, and
+    the split is made for the longest prompt. Stages are taken as equal to the first one.
+    """
+    requests = problem.requests
+    longest = max(request.new_tokens for request in requests)
+    multiple = problem.chunk_multiple
+    grid = multiple * max(1, -(-longest // (multiple * MOST_UNITS)))
+    units = -(-longest // grid)
+    sizes = [b for b in (1, 2, 4, 8, 16, 32) if b <= len(requests)]
+    splits = {b: _best_split(problem.cost.stages[0], b, units, grid, problem) for b in sizes}
+    slices = _knapsack(len(requests), {b: split[0] for b, split in splits.items()})
+    rounds: list[Round] = []
+    first = 0
+    for size in slices:
+        members = range(first, first + size)
+        first += size
+        start = 0
+        for length in splits[size][1]:
+            chunks = []
+            for index in members:
+                tokens = min(length * grid, requests[index].new_tokens - start)
+                if tokens > 0:
+                    chunks.append(Chunk(index, requests[index].cached_tokens + start, tokens))
+            if chunks:
+                rounds.append(tuple(chunks))
+            start += length * grid
+    return rounds
+
+
+def _best_split(
+    stage: StageCost, size: int, units: int, grid: int, problem: Problem
+) -> tuple[float, list[int]]:
+    """(latency of one slice, chunk lengths in units) of `size` samples that run together."""
+    most = problem.limits.max_round_tokens
+    longest = units if most is None else max(1, min(units, most // (size * grid)))
+    length = np.arange(1, longest + 1)
+    start = np.arange(units)
+    seconds = (
+        stage.round_overhead_s
+        + stage.tokens_s(size * length * grid)[:, None]
+        + size * stage.chunk_seconds((length * grid)[:, None], start[None, :] * grid)
+    )  # [length, start]
+    least = float(seconds[0].max())
+    best: tuple[float, list[int]] = (np.inf, [])
+    for cap in np.geomspace(least, max(float(seconds[-1].max()), least), NUM_CAPS):
+        total, lengths = _split_under(seconds, units, float(cap))
+        slowest = max(float(seconds[n - 1, s]) for n, s in zip(lengths, np.cumsum([0, *lengths[:-1]]), strict=True))
+        latency = total + (problem.cost.pp_size - 1) * slowest
+        if latency < best[0]:
+            best = (latency, lengths)
+    return best
+
+
+def _split_under(seconds: Floats, units: int, cap: float) -> tuple[float, list[int]]:
+    """TeraPipe's Algorithm 1 for one cap: the least sum of chunk times, none above the cap."""
+    longest = len(seconds)
+    allowed = np.where(seconds <= cap * (1.0 + 1e-12), seconds, np.inf)
+    total = np.full(units + 1, np.inf)
+    total[0] = 0.0
+    choice: Ints = np.zeros(units + 1, dtype=np.int64)
+    for end in range(1, units + 1):
+        lengths = np.arange(1, min(longest, end) + 1)
+        sums = total[end - lengths] + allowed[lengths - 1, end - lengths]
+        best = int(sums.argmin())
+        total[end], choice[end] = sums[best], best + 1
+    lengths_taken = []
+    end = units
+    while end:
+        lengths_taken.append(int(choice[end]))
+        end -= int(choice[end])
+    return float(total[units]), lengths_taken[::-1]
+
+
+def _knapsack(num_samples: int, latency: dict[int, float]) -> Sequence[int]:
+    """Sizes of the batch's slices with the least sum of latencies."""
+    best: list[tuple[float, list[int]]] = [(0.0, [])]
+    for count in range(1, num_samples + 1):
+        options = [(best[count - b][0] + t, [*best[count - b][1], b]) for b, t in latency.items() if b <= count]
+        best.append(min(options))
+    return best[num_samples][1]
