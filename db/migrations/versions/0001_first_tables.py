@@ -7,8 +7,6 @@ from alembic import op
 
 revision = "0001"
 down_revision = None
-branch_labels = None
-depends_on = None
 
 
 def upgrade() -> None:
@@ -131,8 +129,3 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_round_times_run_id"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("run_id", "round", "stage", name=op.f("pk_round_times")),
     )
-
-
-def downgrade() -> None:
-    for table in ("round_times", "runs", "plans", "measurements", "fits", "hardware"):
-        op.drop_table(table)
