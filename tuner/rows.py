@@ -65,7 +65,10 @@ class Rows:
         group_size: int | None = None,
         variant: str | None = "",
     ) -> list[Measurement]:
-        """Rows of `op` whose shape has `sizes`, of one variant (None: of all), taken with as many ranks at work as come nearest to `busy_ranks`."""
+        """Rows of `op` whose shape has `sizes`, of one variant (None: of all).
+
+        Of several loads, the rows taken with as many ranks at work as come nearest to `busy_ranks`.
+        """
         found = [
             row
             for row in self.measurements

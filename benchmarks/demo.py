@@ -1,0 +1,193 @@
+"""The main job from end to end: a checkpoint, its profile, the tuned plan for two ranks, and what all plans measure.
+
+    python -m benchmarks.demo [--model DIR] [--small] [--output DIR]
+
+Calls the same commands that a user would, and prints one table; report.json, the plans and traces stay in the output
+folder. A second call goes on with the measurements that the first one left there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.demo_model import DEMO, SMALL, write_demo_model
+
+WORLD_SIZE = 2
+NEW_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoSizes:
+    """How much the demo runs."""
+
+    prompt_lens: tuple[int, ...]
+    budget_s: int
+    repeat: int
+
+
+FULL_SIZES = DemoSizes(prompt_lens=(4096,), budget_s=90, repeat=3)
+SMALL_SIZES = DemoSizes(prompt_lens=(1024,), budget_s=30, repeat=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """A plan of the table: its name and what `isochunk tune` is told to keep fixed."""
+
+    plan: str
+    arguments: tuple[str, ...]
+
+
+BASELINES = (
+    Baseline(plan="tuned", arguments=()),
+    Baseline(plan="pp2-joint", arguments=("--tp-size", "1", "--pp-size", "2")),
+    Baseline(plan="pp2-fixed:512", arguments=("--tp-size", "1", "--pp-size", "2", "--policy", "fixed:512")),
+    Baseline(plan="pp2-gpipe", arguments=("--tp-size", "1", "--pp-size", "2", "--policy", "gpipe")),
+    Baseline(plan="tp2", arguments=("--tp-size", "2", "--pp-size", "1")),
+    Baseline(plan="one-rank", arguments=("--world-size", "1")),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One plan of report.json."""
+
+    plan: str
+    policy: str
+    tp_size: int
+    pp_size: int
+    num_rounds: int
+    predicted_s: float
+    measured_s: float
+    error: float
+    ttft_s: float
+    mfu: float | None
+    tokens_equal: bool
+
+
+def main() -> None:
+    """Run the demo as the arguments say."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a Hugging Face checkpoint of your own")
+    parser.add_argument("--output", type=Path, default=Path("demo-out"), help="folder of plans, traces and report")
+    parser.add_argument("--small", action="store_true", help="a smaller model and prompt")
+    options = parser.parse_args()
+    sizes = SMALL_SIZES if options.small else FULL_SIZES
+    options.output.mkdir(parents=True, exist_ok=True)
+    model = options.model or options.output / ("model-small" if options.small else "model")
+    if options.model is None and not (model / "config.json").exists():
+        step("Writing a Llama checkpoint with random weights")
+        write_demo_model(model, SMALL if options.small else DEMO)
+    rows = run_demo(model, sizes, options.output)
+    report = options.output / "report.json"
+    report.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+    print_rows(rows)
+    print(f"Plans, traces and report.json are in {options.output}")
+
+
+def run_demo(model: Path, sizes: DemoSizes, folder: Path) -> list[Row]:
+    """Profile, then tune and run each plan of the table."""
+    database = f"sqlite:///{(folder / 'isochunk.db').resolve()}"
+    common = ["--db", database, "--threads-per-rank", "1", "--device", "cpu"]
+    longest = str(max(sizes.prompt_lens))
+    step(f"Profiling this machine with {WORLD_SIZE} ranks, about {sizes.budget_s} s")
+    isochunk(
+        "profile", str(model), "--world-size", str(WORLD_SIZE), "--tp-sizes", "1,2", "--context-length", longest,
+        "--budget-s", str(sizes.budget_s), *common,
+    )  # fmt: skip
+    prompts = folder / "prompts.jsonl"
+    write_prompts(prompts, model, sizes.prompt_lens)
+    rows = []
+    for number, baseline in enumerate(BASELINES, 1):
+        step(f"Plan {number} of {len(BASELINES)}: {baseline.plan}")
+        plan = folder / f"{baseline.plan.replace(':', '-')}.json"
+        # Without corrections, so that no plan of the table profits from the runs of the ones before.
+        tuned = isochunk_json(
+            "tune", str(model), "--prompt-lens", ",".join(map(str, sizes.prompt_lens)), "--no-correct",
+            *(() if "--world-size" in baseline.arguments else ("--world-size", str(WORLD_SIZE))),
+            *baseline.arguments, "--max-new-tokens", str(NEW_TOKENS), "-o", str(plan), *common,
+        )["plan"]  # fmt: skip
+        ran = isochunk_json(
+            "run-plan", str(plan), "--weights", str(model), "--prompts", str(prompts), "--check",
+            "--max-new-tokens", str(NEW_TOKENS), "--repeat", str(sizes.repeat),
+            "--output", str(plan.with_suffix(".result.json")), "--trace", str(plan.with_suffix(".trace.json")), *common,
+        )  # fmt: skip
+        rows.append(make_row(baseline.plan, tuned, ran))
+        print(f"  predicted {rows[-1].predicted_s:.3f} s, measured {rows[-1].measured_s:.3f} s", flush=True)
+    return rows
+
+
+def make_row(name: str, plan: dict[str, Any], ran: dict[str, Any]) -> Row:
+    """Join what was planned and what was measured."""
+    predicted_s = plan["predicted"]["makespan_s"]
+    return Row(
+        plan=name,
+        policy=plan["policy"],
+        tp_size=plan["parallel"]["tp_size"],
+        pp_size=plan["parallel"]["pp_size"],
+        num_rounds=len(plan["rounds"]),
+        predicted_s=predicted_s,
+        measured_s=ran["makespan_s"],
+        error=predicted_s / ran["makespan_s"] - 1.0,
+        ttft_s=sum(request["ttft_s"] for request in ran["requests"]) / len(ran["requests"]),
+        mfu=ran["mfu"] if ran["mfu"] is not None else ran["mfu_of_ceiling"],
+        tokens_equal=ran["tokens_equal"],
+    )
+
+
+def write_prompts(path: Path, model: Path, prompt_lens: tuple[int, ...]) -> None:
+    """Random token ids of the planned lengths, the same for every plan."""
+    import random
+
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    choose = random.Random(0)
+    lines = [
+        json.dumps({"id": f"r{index}", "token_ids": [choose.randrange(vocab_size) for _ in range(length)]})
+        for index, length in enumerate(prompt_lens)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def isochunk(*arguments: str) -> None:
+    """Run a command and let it print."""
+    subprocess.run([sys.executable, "-m", "service", *arguments], check=True)
+
+
+def isochunk_json(*arguments: str) -> dict[str, Any]:
+    """Run a command and return its JSON; exit code 1 of --check is an answer, not a failure."""
+    done = subprocess.run([sys.executable, "-m", "service", *arguments, "--json"], stdout=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 1) or not done.stdout.strip():
+        raise SystemExit(f"isochunk {' '.join(arguments)} failed with exit code {done.returncode}")
+    parsed: dict[str, Any] = json.loads(done.stdout)
+    return parsed
+
+
+def step(text: str) -> None:
+    """Say what begins."""
+    print(f"== {text}", flush=True)
+
+
+def print_rows(rows: list[Row]) -> None:
+    """Print the demo's table."""
+    from service.output import print_table
+
+    print_table(
+        ["plan", "policy", "TP", "PP", "rounds", "predicted s", "measured s", "error %", "TTFT s", "MFU %", "equal"],
+        [
+            [
+                row.plan, row.policy, row.tp_size, row.pp_size, row.num_rounds, row.predicted_s, row.measured_s,
+                100 * row.error, row.ttft_s, None if row.mfu is None else 100 * row.mfu, row.tokens_equal,
+            ]
+            for row in rows
+        ],
+        title="Plans on this machine: MFU of the fastest matmul measured on it; equal: same tokens as Transformers",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
