@@ -83,26 +83,38 @@ class Packer:
     Only stages that no other stage dominates term by term are looked at: 64 equal stages cost as much as one.
     """
 
-    __slots__ = ("_hint", "limits", "max_round_tokens", "multiple", "tables")
+    __slots__ = ("_hint", "cost", "limits", "max_round_tokens", "multiple", "tables")
 
     def __init__(
-        self, cost: CostModel, requests: Sequence[Request], multiple: int, limits: Limits = NO_LIMITS
+        self,
+        cost: CostModel,
+        multiple: int,
+        *,
+        longest_tokens: int,
+        total_tokens: int,
+        limits: Limits = NO_LIMITS,
     ) -> None:
+        self.cost = cost
         self.multiple = multiple
         self.limits = limits
         self._hint = 1
-        longest = max(request.new_tokens for request in requests)
-        total = sum(request.new_tokens for request in requests)
-        self.max_round_tokens = total if limits.max_round_tokens is None else min(total, limits.max_round_tokens)
-        chunk_units = min(longest, self.max_round_tokens) // multiple + 1
-        round_units = min(self.max_round_tokens, 2 * longest) // multiple + 1
-        tables = [StageTable.of(kind, multiple, chunk_units, round_units) for kind in cost.kinds]
-        self.tables = _undominated(tables)
+        self.max_round_tokens = total_tokens
+        if limits.max_round_tokens is not None:
+            self.max_round_tokens = min(total_tokens, limits.max_round_tokens)
+        chunk_units = min(longest_tokens, self.max_round_tokens) // multiple + 1
+        round_units = min(self.max_round_tokens, 2 * longest_tokens) // multiple + 1
+        self.tables = _undominated([StageTable.of(kind, multiple, chunk_units, round_units) for kind in cost.kinds])
 
     @classmethod
     def of(cls, problem: Problem) -> Packer:
         """A packer for this problem."""
-        return cls(problem.cost, problem.requests, problem.chunk_multiple, problem.limits)
+        return cls(
+            problem.cost,
+            problem.chunk_multiple,
+            longest_tokens=max(request.new_tokens for request in problem.requests),
+            total_tokens=sum(request.new_tokens for request in problem.requests),
+            limits=problem.limits,
+        )
 
     def open_round(self) -> OpenRound:
         """An empty round."""

@@ -7,7 +7,7 @@ next round; `Clock` keeps the recurrence's last finishes for that.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tuner.cost_model import CostModel
@@ -39,7 +39,7 @@ class Clock:
             return self.finish_s[0]
         return max(self.finish_s[0], self.left_s[0] + self.cost.return_s)
 
-    def run(self, chunks: Round, requests: tuple[Request, ...], ready_s: float) -> float:
+    def run(self, chunks: Round, requests: Sequence[Request], ready_s: float) -> float:
         """Run a round that starts on stage 0 at `ready_s` or later; return its finish on the last stage."""
         columns = [(chunk.tokens, chunk.start, chunk.end == requests[chunk.request].prompt_tokens) for chunk in chunks]
         total = sum(chunk.tokens for chunk in chunks)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tuner.cost_model import Floats, Ints, StageCost
+from tuner.cost_model import Floats, StageCost
 from tuner.plan import Chunk, Round
 from tuner.problem import Problem
 
@@ -65,34 +65,35 @@ def _best_split(
         + size * stage.chunk_seconds((length * grid)[:, None], start[None, :] * grid)
     )  # [length, start]
     least = float(seconds[0].max())
+    caps = np.geomspace(least, max(float(seconds[-1].max()), least), NUM_CAPS)
     best: tuple[float, list[int]] = (np.inf, [])
-    for cap in np.geomspace(least, max(float(seconds[-1].max()), least), NUM_CAPS):
-        total, lengths = _split_under(seconds, units, float(cap))
+    for total, lengths in _splits_under(seconds, units, caps):
         slowest = max(float(seconds[n - 1, s]) for n, s in zip(lengths, np.cumsum([0, *lengths[:-1]]), strict=True))
-        latency = total + (problem.cost.pp_size - 1) * slowest
-        if latency < best[0]:
-            best = (latency, lengths)
+        best = min(best, (total + (problem.cost.pp_size - 1) * slowest, lengths))
     return best
 
 
-def _split_under(seconds: Floats, units: int, cap: float) -> tuple[float, list[int]]:
-    """TeraPipe's Algorithm 1 for one cap: the least sum of chunk times, none above the cap."""
+def _splits_under(seconds: Floats, units: int, caps: Floats) -> Iterator[tuple[float, list[int]]]:
+    """TeraPipe's Algorithm 1 for every cap: the least sum of chunk times, none above the cap, and its chunks."""
+    total = np.full((len(caps), units + 1), np.inf)
+    total[:, 0] = 0.0
+    choice = np.zeros((len(caps), units + 1), dtype=np.int64)
     longest = len(seconds)
-    allowed = np.where(seconds <= cap * (1.0 + 1e-12), seconds, np.inf)
-    total = np.full(units + 1, np.inf)
-    total[0] = 0.0
-    choice: Ints = np.zeros(units + 1, dtype=np.int64)
     for end in range(1, units + 1):
         lengths = np.arange(1, min(longest, end) + 1)
-        sums = total[end - lengths] + allowed[lengths - 1, end - lengths]
-        best = int(sums.argmin())
-        total[end], choice[end] = sums[best], best + 1
-    lengths_taken = []
-    end = units
-    while end:
-        lengths_taken.append(int(choice[end]))
-        end -= int(choice[end])
-    return float(total[units]), lengths_taken[::-1]
+        chunk = seconds[lengths - 1, end - lengths]
+        within = int(np.flatnonzero(chunk <= caps[-1] * (1.0 + 1e-12))[-1]) + 1
+        lengths, chunk = lengths[:within], chunk[:within]
+        sums = np.where(chunk <= caps[:, None] * (1.0 + 1e-12), total[:, end - lengths] + chunk, np.inf)
+        best = sums.argmin(axis=1)
+        total[:, end], choice[:, end] = sums[np.arange(len(caps)), best], best + 1
+    for row in range(len(caps)):
+        lengths_taken, end = list[int](), units
+        while end:
+            lengths_taken.append(int(choice[row, end]))
+            end -= lengths_taken[-1]
+        if np.isfinite(total[row, units]):
+            yield float(total[row, units]), lengths_taken[::-1]
 
 
 def _knapsack(num_samples: int, latency: dict[int, float]) -> Sequence[int]:

@@ -1,0 +1,248 @@
+"""The online planner: requests come and go, an engine asks for the next round, and gets it in well under a millisecond.
+
+    planner = Planner(cost, window=5)
+    planner.add(Request(id="a", prompt_tokens=131072), now_s=0.0)
+    chunks = planner.next_round(now_s=0.0)        # None while the window is full or nothing waits
+    ...
+    planner.finish_round(now_s=0.7)               # the oldest round in flight has left the last stage
+
+How long may the next round be? With C the mean, over the waiting requests in running order, of the work up to a request's
+end, rounds of m seconds (o of them overhead and context read again) make the mean TTFT about C (1 + o/m) + (K-1) m, which is
+least at m = o + sqrt(C o / (K-1)). Rounds no longer than those the pipeline is already busy with cost no latency: on
+equal stages a round waits behind the slowest one before it (`tuner.schedule`), so the cap never falls below what is in
+flight. Then the remaining work is shared out evenly over whole rounds. For the makespan C is all the work that waits.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+from db.errors import UserError
+from tuner.cost_model import CostModel, PairAttention
+from tuner.packing import OpenRound, Packer
+from tuner.plan import Request, Round, check_window
+from tuner.policies.queue import Clock
+from tuner.problem import NO_LIMITS, Limits
+from tuner.schedule import Objective
+
+FIRST_TABLE_TOKENS = 131_072
+"""Prompt length that the cost tables hold from the start; a longer prompt doubles them."""
+AGING = 0.25
+"""Seconds of remaining work that a second of waiting makes up for in the running order: long prompts do not starve."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A request with tokens to run."""
+
+    index: int
+    request: Request
+    done: int
+    work_s: float
+    """Seconds that its remaining tokens take on the slowest stage, cut nowhere."""
+    context_work: float
+    """work_s times the mean context of its remaining tokens: what its chunks will read again."""
+    rank: float
+    """Its place in the running order, the smallest first; changes only when it runs."""
+
+
+class Planner:
+    """Decides one round at a time.
+
+    `objective` makespan and mean-ttft differ in how far ahead the cap looks; sla runs the earliest deadline first.
+    Raises UserError for a window of 0, a repeated id or a request that the limits can never hold.
+    """
+
+    def __init__(
+        self,
+        cost: CostModel,
+        *,
+        window: int | None = None,
+        chunk_multiple: int = 64,
+        limits: Limits = NO_LIMITS,
+        objective: Objective = Objective.MEAN_TTFT,
+        aging: float = AGING,
+    ) -> None:
+        check_window(window)
+        if chunk_multiple < 1:
+            raise UserError("chunk_multiple", chunk_multiple, "at least 1")
+        if limits.max_round_tokens is not None and limits.max_round_tokens < chunk_multiple:
+            allowed = f"at least {chunk_multiple} (chunk_multiple); no plan exists below it"
+            raise UserError("max_round_tokens", limits.max_round_tokens, allowed)
+        self.cost = cost
+        self.window = window
+        self.chunk_multiple = chunk_multiple
+        self.limits = limits
+        self.objective = Objective(objective)
+        self.aging = aging
+        self.requests: list[Request] = []
+        """Every request ever added; a chunk's `request` is an index into it."""
+        self._index_of: dict[str, int] = {}
+        self._queue: list[tuple[float, int]] = []  # (rank, index), sorted
+        self._waiting: dict[int, _Waiting] = {}
+        self._started: set[int] = set()
+        self._held_tokens = 0
+        self._clock = Clock(cost, window=None)
+        self._in_flight: deque[float] = deque()  # when each round in flight should leave the last stage
+        self._late_s = 0.0  # how much later than the clock the engine is
+        self._total_work_s = 0.0
+        self._total_context_work = 0.0
+        self._packer = self._make_packer(FIRST_TABLE_TOKENS)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests with tokens to run."""
+        return len(self._waiting)
+
+    def add(self, request: Request, now_s: float = 0.0) -> int:
+        """A request has arrived; returns its index."""
+        if request.id in self._index_of and self._index_of[request.id] in self._waiting:
+            raise UserError("id", request.id, "each waiting request needs its own id")
+        most = self.limits.max_kv_tokens
+        if most is not None and request.prompt_tokens > most:
+            raise UserError("prompt_tokens", request.prompt_tokens, f"at most {most} (max_kv_tokens)")
+        if request.new_tokens > len(self._packer.tables[0].base) * self.chunk_multiple - 2 * self.chunk_multiple:
+            self._packer = self._make_packer(2 * request.new_tokens)
+        index = len(self.requests)
+        self.requests.append(request)
+        self._index_of[request.id] = index
+        self._enqueue(_Waiting(index, request, request.cached_tokens, 0.0, 0.0, 0.0))
+        return index
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request's remaining tokens; False if none were waiting. Chunks already given out are not recalled."""
+        index = self._index_of.get(request_id)
+        if index is None or index not in self._waiting:
+            return False
+        waiting = self._dequeue(index)
+        self._release(waiting)
+        return True
+
+    def finish_round(self, now_s: float | None = None) -> None:
+        """The oldest round in flight has left the last stage; its time, if given, corrects the planner's clock."""
+        if not self._in_flight:
+            raise UserError("finish_round", "", "no round is in flight")
+        expected_s = self._in_flight.popleft()
+        if now_s is not None:
+            self._late_s = now_s - expected_s
+
+    def next_round(self, now_s: float = 0.0) -> Round | None:
+        """The round to run next on stage 0; None while the window is full or nothing waits."""
+        if not self._waiting or (self.window is not None and len(self._in_flight) >= self.window):
+            return None
+        start_s = max(now_s - self._late_s, self._clock.ready_s())
+        cap_s = self._cap_s(start_s)
+        into = self._packer.open_round()
+        for _, index in list(self._queue):
+            if not self._put(into, self._waiting[index], cap_s):
+                break
+        if not into.chunks:  # under the cap not even one grid unit fits
+            for _, index in list(self._queue):
+                if self._admissible(self._waiting[index]):
+                    self._force(into, self._waiting[index])
+                    break
+        chunks = tuple(into.chunks)
+        self._in_flight.append(self._clock.run(chunks, self.requests, start_s))
+        return chunks
+
+    def _put(self, into: OpenRound, waiting: _Waiting, cap_s: float) -> bool:
+        """Run as much of a request as fits; False once the round is full."""
+        request, left = waiting.request, waiting.request.prompt_tokens - waiting.done
+        if not self._admissible(waiting):
+            return False
+        tokens = self._packer.longest(into, waiting.done, left, cap_s)
+        if not tokens:
+            return False
+        self._take(into, waiting, tokens, tokens == left)
+        return tokens == left
+
+    def _force(self, into: OpenRound, waiting: _Waiting) -> None:
+        left = waiting.request.prompt_tokens - waiting.done
+        tokens = min(left, self.chunk_multiple)
+        self._take(into, waiting, tokens, tokens == left)
+
+    def _take(self, into: OpenRound, waiting: _Waiting, tokens: int, final: bool) -> None:
+        self._packer.add(into, waiting.index, waiting.done, tokens, final)
+        self._dequeue(waiting.index)
+        if waiting.index not in self._started:
+            self._started.add(waiting.index)
+            self._held_tokens += waiting.request.prompt_tokens
+        waiting.done += tokens
+        if final:
+            self._release(waiting)
+        else:
+            self._enqueue(waiting)
+
+    def _admissible(self, waiting: _Waiting) -> bool:
+        most = self.limits.max_kv_tokens
+        fits = most is None or self._held_tokens + waiting.request.prompt_tokens <= most
+        return fits or waiting.index in self._started
+
+    def _cap_s(self, start_s: float) -> float:
+        """Most seconds the next round may take on the slowest stage."""
+        stages_after = self.cost.pp_size - 1
+        overhead_s = self._overhead_s
+        context = self._total_context_work / self._total_work_s if self._total_work_s else 0.0
+        per_round_s = overhead_s + self._context_token_s * context
+        if not stages_after:
+            return math.inf
+        horizon_s = self._total_work_s
+        if self.objective is not Objective.MAKESPAN:
+            ahead = total = 0.0
+            for _, index in self._queue:
+                ahead += self._waiting[index].work_s
+                total += ahead
+            horizon_s = total / len(self._queue)
+        cap_s = per_round_s + math.sqrt(horizon_s * per_round_s / stages_after)
+        lag_s = self._clock.finish_s[-1] - start_s  # how long an empty round would take to leave
+        return max(cap_s, lag_s / stages_after)
+
+    def _enqueue(self, waiting: _Waiting) -> None:
+        request = waiting.request
+        left = request.prompt_tokens - waiting.done
+        table = self._packer.tables[0]
+        waiting.work_s = table.round_s(left) - self._overhead_s + table.chunk_s(left, waiting.done)
+        waiting.context_work = waiting.work_s * (waiting.done + left / 2.0)
+        if self.objective is Objective.SLA:
+            waiting.rank = request.arrival_s + (math.inf if request.sla_ttft_s is None else request.sla_ttft_s)
+        else:
+            waiting.rank = waiting.work_s / max(request.weight, 1e-12) + self.aging * request.arrival_s
+        self._total_work_s += waiting.work_s
+        self._total_context_work += waiting.context_work
+        self._waiting[waiting.index] = waiting
+        insort(self._queue, (waiting.rank, waiting.index))
+
+    def _dequeue(self, index: int) -> _Waiting:
+        waiting = self._waiting.pop(index)
+        self._queue.remove((waiting.rank, index))
+        self._total_work_s -= waiting.work_s
+        self._total_context_work -= waiting.context_work
+        if not self._waiting:
+            self._total_work_s = self._total_context_work = 0.0
+        return waiting
+
+    def _release(self, waiting: _Waiting) -> None:
+        if waiting.index in self._started:
+            self._started.discard(waiting.index)
+            self._held_tokens -= waiting.request.prompt_tokens
+
+    def _make_packer(self, longest_tokens: int) -> Packer:
+        self._overhead_s = max(kind.round_overhead_s + float(kind.tokens_s(0)) for kind in self.cost.kinds)
+        self._context_token_s = max(_context_token_s(kind.attention) for kind in self.cost.kinds)
+        return Packer(
+            self.cost,
+            self.chunk_multiple,
+            longest_tokens=longest_tokens,
+            total_tokens=4 * longest_tokens,
+            limits=self.limits,
+        )
+
+
+def _context_token_s(attention: object) -> float:
+    """Seconds a chunk pays for each context token whatever its length."""
+    if isinstance(attention, PairAttention):
+        return attention.context_token_s
+    return 0.0

@@ -1,0 +1,152 @@
+"""The search that `dp` and `joint` share: pack under many caps around the relaxation's, judge each plan exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tuner.bound import Work, envelopes, likely_cap_s
+from tuner.cost_model import StageCost
+from tuner.packing import Packer
+from tuner.plan import Request, Round
+from tuner.problem import Problem
+from tuner.schedule import Evaluation, Objective
+
+Pack = Callable[[Packer, Sequence[Request], Sequence[int], Sequence[float]], list[Round]]
+"""(packer, requests, order, cap of each request) -> rounds."""
+
+ROUNDS_SWEPT = 2_400
+"""Rounds over all caps of one sweep: with many rounds a plan, their whole number matters less and fewer caps do."""
+LEAST_CAPS, MOST_CAPS = 8, 72
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A plan and how good it is, the smaller the score the better."""
+
+    score: tuple[float, ...]
+    evaluation: Evaluation
+    rounds: list[Round]
+
+
+@dataclass(slots=True)
+class Search:
+    """The candidates found so far: the best for each number of rounds."""
+
+    problem: Problem
+    packer: Packer
+    cap_s: float
+    limit_s: float = np.inf
+    """Makespans above it count as worse than any below."""
+    found: dict[int, Candidate] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, problem: Problem) -> Search:
+        """A search that has found nothing yet."""
+        return cls(problem, Packer.of(problem), central_cap_s(problem))
+
+    def score(self, evaluation: Evaluation, objective: Objective) -> tuple[float, ...]:
+        """What to minimise, the most important first."""
+        return (max(evaluation.makespan_s - self.limit_s, 0.0), *evaluation.score(objective))
+
+    def ranked(self) -> list[Candidate]:
+        """The best candidate for each number of rounds, the best first."""
+        return sorted(self.found.values(), key=lambda candidate: candidate.score)
+
+    def sweep(self, pack: Pack, order: Sequence[int], profile: Sequence[float], objective: Objective) -> None:
+        """Pack under caps around `cap_s`, then twice closer around the best; `profile` scales each request's cap."""
+        tried: dict[float, Candidate] = {}
+
+        def attempt(cap: float) -> None:
+            if cap not in tried:
+                rounds = pack(self.packer, self.problem.requests, order, [cap * share for share in profile])
+                evaluation = self.problem.evaluate(rounds)
+                tried[cap] = Candidate(self.score(evaluation, objective), evaluation, rounds)
+
+        def best() -> float:
+            return min(tried, key=lambda cap: tried[cap].score)
+
+        attempt(self.cap_s)
+        num_caps = int(np.clip(ROUNDS_SWEPT // len(tried[self.cap_s].rounds), LEAST_CAPS, MOST_CAPS))
+        window, pp_size = self.problem.window, self.problem.cost.pp_size
+        narrow = window is not None and window < pp_size
+        width = 0.1
+        if not narrow and num_caps < 3 * LEAST_CAPS:
+            num_caps //= 2
+        else:  # a window below the number of stages wants longer rounds than the relaxation says
+            num_caps, width = num_caps // 3, 0.2
+            for factor in np.geomspace(0.4, 16.0 if narrow else 4.0, num_caps):
+                attempt(self.cap_s * float(factor))
+        centre = best()
+        for _ in range(2):
+            for factor in np.linspace(1.0 - width, 1.0 + width, num_caps):
+                attempt(centre * float(factor))
+            centre, width = best(), 2.0 * width / num_caps
+        for candidate in tried.values():
+            known = self.found.get(len(candidate.rounds))
+            if known is None or candidate.score < known.score:
+                self.found[len(candidate.rounds)] = candidate
+
+
+def central_cap_s(problem: Problem) -> float:
+    """The cap at which the relaxed makespan on the slowest stage is least."""
+    work = Work.of(problem.requests, problem.limits.max_round_tokens)
+    slowest = envelopes([slowest_stage(problem)], work)
+    return max(likely_cap_s(envelope, work, problem.cost.pp_size - 1) for envelope in slowest)
+
+
+def slowest_stage(problem: Problem) -> StageCost:
+    """The stage on which the batch takes longest."""
+    chunks = [(request.new_tokens, request.cached_tokens, True) for request in problem.requests]
+    return max(problem.cost.kinds, key=lambda kind: kind.seconds(chunks))
+
+
+def work_s(problem: Problem) -> list[float]:
+    """Seconds each request takes on the slowest stage, cut nowhere."""
+    stage = slowest_stage(problem)
+    return [stage.seconds([(r.new_tokens, r.cached_tokens, True)]) for r in problem.requests]
+
+
+def shortest_first(problem: Problem) -> list[int]:
+    """Least work for its weight first (Smith's rule): optimal for the weighted mean on one machine."""
+    work, requests = work_s(problem), problem.requests
+    return sorted(range(len(requests)), key=lambda i: work[i] / max(requests[i].weight, 1e-12))
+
+
+def request_orders(problem: Problem) -> list[list[int]]:
+    """Orders worth packing in: shortest first; for deadlines also earliest deadline first and Moore-Hodgson's."""
+    orders = [shortest_first(problem)]
+    if problem.objective is Objective.SLA:
+        work, requests = work_s(problem), problem.requests
+        deadline = [np.inf if r.sla_ttft_s is None else r.arrival_s + r.sla_ttft_s for r in requests]
+        by_deadline = sorted(range(len(requests)), key=lambda i: deadline[i])
+        orders += [by_deadline, _most_on_time(by_deadline, work, deadline)]
+    return orders
+
+
+def _most_on_time(by_deadline: Sequence[int], work: Sequence[float], deadline: Sequence[float]) -> list[int]:
+    """Moore and Hodgson (1968): in deadline order, drop the longest so far whenever one would be late; the dropped go last."""
+    kept: list[int] = []
+    dropped: list[int] = []
+    for index in by_deadline:
+        kept.append(index)
+        if sum(work[i] for i in kept) > deadline[index]:
+            longest = max(kept, key=lambda i: work[i])
+            kept.remove(longest)
+            dropped.append(longest)
+    return kept + sorted(dropped, key=lambda i: work[i])
+
+
+def cap_profile(problem: Problem, order: Sequence[int], power: float) -> list[float]:
+    """Each request's share of the cap: (work up to its end / all work) ** power.
+
+    A request that ends after S seconds of work in rounds of m seconds waits about S (1 + o/m) + (K-1) m, least at
+    m = sqrt(S o / (K-1)): rounds grow with the square root of the work done so far.
+    """
+    work = work_s(problem)
+    done = np.cumsum([work[index] for index in order])
+    profile = np.ones(len(order))
+    profile[list(order)] = (done / done[-1]) ** power
+    return profile.tolist()
