@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from db.measurements import Measurement, MeasurementKey
@@ -9,15 +10,16 @@ from profiler.attention import AttentionKernel
 from profiler.kernel_choice import KernelChoice, kernel_times
 from profiler.point import Op, Point
 
-# A kernel so much slower at the nearest point measured with both is not followed further.
-_HOPELESS = 1.15
+# By the nearest point measured with all kernels: so much slower, and the usual kernel is not followed further; so much
+# faster must another one be to be followed in its place.
+_HOPELESS, _PROMISING = 1.15, 0.97
 
 
 class Agenda:
     """Points in the order of the grid, and the rows that there are."""
 
-    def __init__(self, points: Sequence[Point], rows: Iterable[Measurement]) -> None:
-        self.points = tuple(points)
+    def __init__(self, points: Sequence[Point], rows: Iterable[Measurement], *, usual_kernel: AttentionKernel) -> None:
+        self.points, self.usual_kernel = tuple(points), usual_kernel
         self.rows: dict[MeasurementKey, Measurement] = {row.key: row for row in rows}
 
     def missing(self) -> Iterator[Point]:
@@ -37,10 +39,11 @@ class Agenda:
         if point.op is not Op.ATTENTION or point.level == 0:
             return False
         kernel = AttentionKernel(point.variant)
-        times = self.kernel_choice(point.shape, point.busy_ranks, kernel).nearest(
-            point.shape["chunk"], point.shape["context"]
-        )
-        return kernel in times and times[kernel] > _HOPELESS * min(times.values())
+        choice = self.kernel_choice(point.shape, point.busy_ranks, self.usual_kernel)
+        times = choice.nearest(point.shape["chunk"], point.shape["context"])
+        if kernel is self.usual_kernel or kernel not in times:
+            return kernel in times and times[kernel] > _HOPELESS * min(times.values())
+        return times[kernel] > _PROMISING * times.get(self.usual_kernel, math.inf)
 
     def kernel_choice(self, shape: Mapping[str, int], busy_ranks: int, default: AttentionKernel) -> KernelChoice:
         """The best kernels for the heads in `shape` (heads, kv_heads, head_dim)."""

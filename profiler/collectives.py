@@ -72,7 +72,7 @@ def prepare_collective(point: Point, neighbours: Neighbours, device: torch.devic
             return _there_and_back(whole, neighbours)
         case _:
             raise ValueError(f"{point.op} is no collective")
-    return Prepared(run=run)
+    return Prepared(run=run, waits=True)
 
 
 def prepare_round_overhead(point: Point, operators: Operators, neighbours: Neighbours | None) -> Prepared:
@@ -109,7 +109,7 @@ def prepare_round_overhead(point: Point, operators: Operators, neighbours: Neigh
         for work in works:
             work.wait()
 
-    return Prepared(run=run, finish=finish)
+    return Prepared(run=run, finish=finish, waits=True)
 
 
 def _there_and_back(message: torch.Tensor, neighbours: Neighbours) -> Prepared:
@@ -124,4 +124,4 @@ def _there_and_back(message: torch.Tensor, neighbours: Neighbours) -> Prepared:
         dist.recv(message, partner, group=group)
         dist.send(message, partner, group=group)
 
-    return Prepared(run=second if neighbours.index else first, num_units=2)
+    return Prepared(run=second if neighbours.index else first, num_units=2, waits=True)

@@ -12,6 +12,8 @@ from profiler.point import COLLECTIVES, WARM, Op, Point
 SMALLEST_CHUNK = 16
 OFF_GRID_CHUNKS = (1, 48, 100, 384, 1000, 3000, 12288)  # the last chunks of requests are never powers of two
 LAST_LEVEL = 4
+# What today's plans use of the collectives is measured more finely than the others.
+_OFTEN = (Op.ALL_REDUCE, Op.SEND_RECV)
 # Kernels that build a dense mask on a CPU are not tried beyond this many pairs.
 _MAX_DENSE_PAIRS = 2**24
 
@@ -168,7 +170,7 @@ class Grid:
         row_bytes = self._bytes(self.shape.hidden_size)
         for tokens, level in self.chunk_levels.items():
             for op in COLLECTIVES:
-                if op is Op.SEND_RECV and group_size != 2:
+                if (op is Op.SEND_RECV and group_size != 2) or level > (2 if op in _OFTEN else 1):
                     continue
                 message = round_up(tokens * row_bytes, group_size * self._bytes(1))
                 yield Point(

@@ -67,7 +67,7 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
         points, too_large = _split_by_memory(grid)
         rows = _kept_rows(database, hardware, points, options.remeasure)
         interrupted = False
-        if next(Agenda(points, rows).missing(), None) is not None:
+        if next(Agenda(points, rows, usual_kernel=grid.kernels[0]).missing(), None) is not None:
             job = ProfileJob(
                 grid=grid,
                 points=points,
@@ -84,7 +84,7 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
                 interrupted = True
         found = load_measurements(database, hardware, dtype=grid.dtype)
         location = database.location
-    ops = summarize_ops(points, found, since=since)
+    ops = summarize_ops(Agenda(points, found, usual_kernel=grid.kernels[0]), since=since)
     num_missing = sum(op.num_missing for op in ops)
     return ProfileSummary(
         model=grid.shape.name,

@@ -22,11 +22,11 @@ from profiler.operators import Operators
 from profiler.point import COLLECTIVES, Op, Point
 from profiler.progress import ProfileProgress
 from profiler.ranks import RankContext
-from profiler.timing import Prepared, Timing, call_seconds, plan_sampling, sample_us, summarize
+from profiler.timing import Prepared, Samples, Timing, call_seconds, plan_sampling, summarize, take_samples
 from profiler.workspace import Workspace
 
 COMMIT_EVERY_S = 0.5
-POINT_S = {"cpu": 0.4, "cuda": 0.2}  # what sampling a point may take, unless three samples take longer
+POINT_S = {"cpu": 0.25, "cuda": 0.2}  # what sampling a point may take, unless three samples take longer
 ATTEMPTS = 2  # at once; a point that stays noisy is tried once more at the end
 _STOP = -1
 _CACHES = 2  # weights lie so many caches apart
@@ -50,6 +50,7 @@ class ProfileJob:
     deadline: float
 
 
+@torch.inference_mode()
 def profile_rank(context: RankContext, job: ProfileJob) -> int:
     """Measure what is missing until it is done or time is up; returns how many points this rank measured."""
     session = RankSession(context, job)
@@ -71,7 +72,7 @@ class RankSession:
     def __init__(self, context: RankContext, job: ProfileJob) -> None:
         self.context, self.job = context, job
         self.device, self.dtype = context.device, getattr(torch, job.grid.dtype)
-        self.agenda = Agenda(job.points, job.rows)
+        self.agenda = Agenda(job.points, job.rows, usual_kernel=job.grid.kernels[0])
         ranks_on_device = context.world_size if self.device.type == "cpu" else 1
         workspace = Workspace(
             self.device,
@@ -115,7 +116,8 @@ class RankSession:
         timing = self.time(prepared, point, call_s)
         for _ in range(ATTEMPTS - 1):
             if timing.noisy:
-                timing = min(timing, self.time(prepared, point, call_s), key=lambda timing: timing.spread)
+                again = self.time(prepared, point, call_s)
+                timing = min(timing, again, key=lambda each: (each.noisy, each.disturbed_share, each.spread))
         row = Measurement(
             op=point.op,
             dtype=point.dtype,
@@ -163,13 +165,12 @@ class RankSession:
         device_type = self.device.type
         sampling = plan_sampling(call_s, device_type=device_type, budget_s=POINT_S[device_type])
         self.barrier(point)
-        samples = torch.tensor(sample_us(prepared.run, sampling, self.device), dtype=torch.float64)
-        if prepared.finish is not None:
-            prepared.finish()
-        samples /= prepared.num_units
-        gathered = [torch.empty_like(samples) for _ in range(point.busy_ranks)]
-        dist.all_gather(gathered, samples, group=self.control[point.busy_ranks])
-        return max((summarize(each.tolist()) for each in gathered), key=lambda timing: timing.median_us)
+        samples = take_samples(prepared, sampling, self.device)
+        table = torch.tensor([samples.us, samples.disturbed], dtype=torch.float64)
+        gathered = [torch.empty_like(table) for _ in range(point.busy_ranks)]
+        dist.all_gather(gathered, table, group=self.control[point.busy_ranks])
+        timings = [summarize(Samples(us.tolist(), disturbed.bool().tolist())) for us, disturbed in gathered]
+        return max(timings, key=lambda timing: timing.median_us)
 
     def barrier(self, point: Point) -> None:
         """Wait until all busy ranks, and their devices, are here."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from db.hardware import Hardware
-from db.measurements import Measurement
 from profiler.agenda import Agenda
-from profiler.point import Op, Point
+from profiler.point import Op
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +44,12 @@ class ProfileSummary:
     notes: tuple[str, ...]
 
 
-def summarize_ops(points: Sequence[Point], rows: Iterable[Measurement], *, since: datetime) -> tuple[OpSummary, ...]:
-    """Count `points` by operation. Rows measured after `since` are new."""
-    agenda = Agenda(points, rows)
+def summarize_ops(agenda: Agenda, *, since: datetime) -> tuple[OpSummary, ...]:
+    """Count points by operation. Rows measured after `since` are new."""
     missing = list(agenda.missing())
     summaries = []
     for op in Op:
-        found = [agenda.rows[point.key] for point in points if point.op is op and point.key in agenda.rows]
+        found = [agenda.rows[point.key] for point in agenda.points if point.op is op and point.key in agenda.rows]
         medians = [row.median_us for row in found]
         summaries.append(
             OpSummary(

@@ -17,6 +17,8 @@ Run = Callable[[int], object]  # given how often it was called before, so that i
 NOISY_SPREAD = 0.2
 MIN_SAMPLES, MAX_SAMPLES = 3, 20
 MIN_SAMPLE_S = {"cpu": 2e-3, "cuda": 2e-4}  # a shorter sample would time the clock and the barrier's skew
+# A sample during which its thread had the core for less than this share was not alone on it.
+_UNDISTURBED_SHARE = 0.95
 # CUDA clocks fall under load: what counts is the rate of a card that has been busy for a while.
 SUSTAINED_S = {"cpu": 0.0, "cuda": 0.3}
 
@@ -28,11 +30,23 @@ class Prepared:
     run: Run
     num_units: int = 1
     finish: Callable[[], None] | None = None
+    waits: bool = False  # for other ranks: time off the processor is part of the work then
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Microseconds a call, one figure a sample, and which samples had to share their core with another process."""
+
+    us: Sequence[float]
+    disturbed: Sequence[bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Statistics of a point's samples; percentiles interpolate linearly between samples."""
+    """Statistics of a point's samples; percentiles interpolate linearly between samples.
+
+    disturbed_share: of all samples. Disturbed ones are left out, unless too few others remain.
+    """
 
     num_samples: int
     median_us: float
@@ -40,6 +54,7 @@ class Timing:
     p90_us: float
     min_us: float
     std_us: float
+    disturbed_share: float
 
     @property
     def spread(self) -> float:
@@ -48,8 +63,8 @@ class Timing:
 
     @property
     def noisy(self) -> bool:
-        """Whether the samples disagree too much to be relied on."""
-        return self.spread > NOISY_SPREAD
+        """Whether the samples disagree too much to be relied on, or the machine was busy with something else."""
+        return self.spread > NOISY_SPREAD or self.disturbed_share > 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +81,11 @@ class Sampling:
         return self.warmup_calls + self.num_samples * self.inner_repeats
 
 
-def summarize(samples_us: Sequence[float]) -> Timing:
+def summarize(all_samples: Samples) -> Timing:
     """Statistics of at least one sample."""
-    samples = np.asarray(samples_us, dtype=np.float64)
+    samples, disturbed = np.asarray(all_samples.us, dtype=np.float64), np.asarray(all_samples.disturbed, dtype=bool)
+    if np.count_nonzero(~disturbed) >= min(MIN_SAMPLES, samples.size):
+        samples = samples[~disturbed]
     p10, median, p90 = np.percentile(samples, (10, 50, 90))
     return Timing(
         num_samples=samples.size,
@@ -77,6 +94,7 @@ def summarize(samples_us: Sequence[float]) -> Timing:
         p90_us=float(p90),
         min_us=float(samples.min()),
         std_us=float(samples.std()),
+        disturbed_share=float(disturbed.mean()),
     )
 
 
@@ -95,20 +113,29 @@ def plan_sampling(call_s: float, *, device_type: str, budget_s: float) -> Sampli
     return Sampling(warmup_calls=warmup_calls, num_samples=num_samples, inner_repeats=inner_repeats)
 
 
-def sample_us(run: Run, sampling: Sampling, device: torch.device) -> list[float]:
-    """Microseconds a call, one figure a sample; `run` is told the number of the call, from 0 on.
+def take_samples(prepared: Prepared, sampling: Sampling, device: torch.device) -> Samples:
+    """Time the work; `run` is told the number of the call, from 0 on.
 
     On CUDA events are recorded between samples and read at the end, so that the card never waits for the host's clock.
     """
     for call in range(sampling.warmup_calls):
-        run(call)
+        prepared.run(call)
     collecting = gc.isenabled()
     gc.disable()
     try:
         if device.type == "cuda":
-            return _sample_cuda(run, sampling, device)
-        return _sample_cpu(run, sampling)
+            us = _sample_cuda(prepared.run, sampling, device)
+            return Samples([each / prepared.num_units for each in us], [False] * len(us))
+        us, shares = _sample_cpu(prepared.run, sampling)
+        # With several threads the first may well wait for the others.
+        may_wait = prepared.waits or torch.get_num_threads() > 1
+        return Samples(
+            [each / prepared.num_units for each in us],
+            [share < _UNDISTURBED_SHARE and not may_wait for share in shares],
+        )
     finally:
+        if prepared.finish is not None:
+            prepared.finish()
         if collecting:
             gc.enable()
 
@@ -122,15 +149,18 @@ def call_seconds(run: Run, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _sample_cpu(run: Run, sampling: Sampling) -> list[float]:
-    samples, call = [], sampling.warmup_calls
+def _sample_cpu(run: Run, sampling: Sampling) -> tuple[list[float], list[float]]:
+    """Microseconds of each sample, and the share of it that this thread was running."""
+    samples, shares, call = [], [], sampling.warmup_calls
     for _ in range(sampling.num_samples):
-        start = time.perf_counter()
+        cpu_start, start = time.thread_time(), time.perf_counter()
         for repeat in range(sampling.inner_repeats):
             run(call + repeat)
-        samples.append((time.perf_counter() - start) / sampling.inner_repeats * 1e6)
+        elapsed_s = time.perf_counter() - start
+        shares.append((time.thread_time() - cpu_start) / elapsed_s)
+        samples.append(elapsed_s / sampling.inner_repeats * 1e6)
         call += sampling.inner_repeats
-    return samples
+    return samples, shares
 
 
 def _sample_cuda(run: Run, sampling: Sampling, device: torch.device) -> list[float]:
