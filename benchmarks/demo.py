@@ -45,7 +45,6 @@ class Baseline:
 
 BASELINES = (
     Baseline(plan="tuned", arguments=()),
-    Baseline(plan="pp2-joint", arguments=("--tp-size", "1", "--pp-size", "2")),
     Baseline(plan="pp2-fixed:512", arguments=("--tp-size", "1", "--pp-size", "2", "--policy", "fixed:512")),
     Baseline(plan="pp2-gpipe", arguments=("--tp-size", "1", "--pp-size", "2", "--policy", "gpipe")),
     Baseline(plan="tp2", arguments=("--tp-size", "2", "--pp-size", "1")),
@@ -136,7 +135,7 @@ def make_row(name: str, plan: dict[str, Any], ran: dict[str, Any]) -> Row:
         error=predicted_s / ran["makespan_s"] - 1.0,
         ttft_s=sum(request["ttft_s"] for request in ran["requests"]) / len(ran["requests"]),
         mfu=ran["mfu"] if ran["mfu"] is not None else ran["mfu_of_ceiling"],
-        tokens_equal=ran["tokens_equal"],
+        tokens_equal=all(request["tokens_equal"] for request in ran["requests"]),
     )
 
 

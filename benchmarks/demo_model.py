@@ -26,7 +26,9 @@ def write_demo_model(folder: Path, size: DemoSize = DEMO, *, seed: int = 0) -> N
     """Write config.json, sharded safetensors with their index, and a byte-level tokenizer into `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = _byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
