@@ -10,6 +10,7 @@ from db.errors import UserError
 from tuner.bound import makespan_bound_s
 from tuner.cost_model import CostModel
 from tuner.plan import Request, Round
+from tuner.policies.arrivals import batch_by_batch
 from tuner.policies.ascend import ascend_rounds
 from tuner.policies.dp import dp_rounds
 from tuner.policies.fixed import fixed_rounds, gpipe_rounds
@@ -24,6 +25,8 @@ __all__ = ["POLICIES", "Limits", "Objective", "RoundPlan", "compare_policies", "
 POLICIES = ("fixed:N", "gpipe", "sglang", "ascend", "terapipe", "dp", "joint")
 BASED = {"sglang": sglang_rounds, "ascend": ascend_rounds}
 """Policies whose base chunk the user sets (`sglang:N`); without N the best power of two is taken."""
+MOST_ROUNDS = 16_384
+"""The fixed sweep leaves out chunks so short that a plan would have more rounds."""
 MOST_BASES = 10
 """Base chunks that are tried, the largest ones."""
 
@@ -104,6 +107,8 @@ def make_rounds(problem: Problem, policy: str, bound_s: float = 0.0) -> list[Rou
     }
     if argument or name not in rules:
         raise UserError("policy", policy, f"one of {', '.join(POLICIES)}")
+    if problem.is_timed and name != "joint":
+        return batch_by_batch(problem, rules[name])
     return rules[name](problem)
 
 
@@ -148,9 +153,13 @@ def compare_policies(
 
 
 def fixed_sweep(requests: Sequence[Request], chunk_multiple: int) -> list[str]:
-    """`fixed:N` for chunk_multiple times each power of two, up to the first that holds the longest prompt."""
+    """`fixed:N` for chunk_multiple times each power of two, up to the first that holds the longest prompt.
+
+    Sizes that would cut the batch into more than MOST_ROUNDS rounds are left out.
+    """
     longest = max((request.new_tokens for request in requests), default=0)
+    total = sum(request.new_tokens for request in requests)
     sizes = [chunk_multiple]
     while sizes[-1] < longest:
         sizes.append(2 * sizes[-1])
-    return [f"fixed:{size}" for size in sizes]
+    return [f"fixed:{size}" for size in sizes if total <= size * MOST_ROUNDS or size == sizes[-1]]

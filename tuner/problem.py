@@ -51,6 +51,11 @@ class Problem:
         if most is not None and most < needed:
             raise UserError("max_kv_tokens", most, f"at least {needed}, the longest prompt; no plan exists below it")
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether some requests arrive later than the start."""
+        return any(request.arrival_s > 0.0 for request in self.requests)
+
     def evaluate(self, rounds: Sequence[Round]) -> Evaluation:
         """What the cost model says of rounds."""
         return evaluate(self.cost, self.requests, rounds, self.window)

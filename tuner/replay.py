@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tuner.cost_model import CostModel
-from tuner.online import Planner
-from tuner.plan import Chunk, Request, Round
+from tuner.online import online_rounds
+from tuner.plan import Request
 from tuner.planner import POLICIES, fixed_sweep, make_rounds
-from tuner.policies.queue import Clock
 from tuner.problem import NO_LIMITS, Limits, Problem
 from tuner.schedule import Evaluation, Objective
 
@@ -54,13 +53,7 @@ def replay(
         limits=limits,
         objective=Objective(objective),
     )
-    name = policy.partition(":")[0]
-    if name == "joint":
-        rounds = online_rounds(problem)
-    elif name in ("gpipe", "terapipe", "dp"):
-        rounds = batch_rounds(problem, policy)
-    else:
-        rounds = make_rounds(problem, policy)
+    rounds = online_rounds(problem) if policy == "joint" else make_rounds(problem, policy)
     evaluation = problem.evaluate(rounds)
     first = min(request.arrival_s for request in requests)
     tokens = sum(request.new_tokens for request in requests)
@@ -96,70 +89,3 @@ def compare_replays(
         )
         for policy in [*fixed, *POLICIES[1:]]
     ]
-
-
-def online_rounds(problem: Problem) -> list[Round]:
-    """The rounds of the online Planner, asked whenever the first stage and the window let a round in."""
-    planner = Planner(
-        problem.cost,
-        window=problem.window,
-        chunk_multiple=problem.chunk_multiple,
-        limits=problem.limits,
-        objective=problem.objective,
-    )
-    clock = Clock(problem.cost, problem.window)
-    order = sorted(range(len(problem.requests)), key=lambda i: problem.requests[i].arrival_s)
-    rounds: list[Round] = []
-    in_flight: list[float] = []
-    arrived, now = 0, 0.0
-    while arrived < len(order) or planner.num_waiting:
-        if not planner.num_waiting:
-            now = max(now, problem.requests[order[arrived]].arrival_s)
-        while arrived < len(order) and problem.requests[order[arrived]].arrival_s <= now:
-            planner.add(problem.requests[order[arrived]], now)
-            arrived += 1
-        while in_flight and in_flight[0] + problem.cost.return_s <= now:
-            planner.finish_round(in_flight.pop(0))
-        chunks = planner.next_round(now)
-        assert chunks is not None
-        rounds.append(tuple(Chunk(order[chunk.request], chunk.start, chunk.tokens) for chunk in chunks))
-        in_flight.append(clock.run(rounds[-1], problem.requests, now))
-        now = max(now, clock.ready_s())
-    return rounds
-
-
-def batch_rounds(problem: Problem, policy: str) -> list[Round]:
-    """The rounds of a batch policy: plan what has arrived, run it, plan what has arrived by then, and so on."""
-    clock = Clock(problem.cost, problem.window)
-    order = sorted(range(len(problem.requests)), key=lambda i: problem.requests[i].arrival_s)
-    rounds: list[Round] = []
-    arrived = 0
-    while arrived < len(order):
-        now = max(clock.ready_s(), problem.requests[order[arrived]].arrival_s)
-        first = arrived
-        while arrived < len(order) and problem.requests[order[arrived]].arrival_s <= now:
-            arrived += 1
-        batch = order[first:arrived]
-        here = [_arrived(problem.requests[index]) for index in batch]
-        part = Problem(
-            cost=problem.cost,
-            requests=tuple(here),
-            window=problem.window,
-            chunk_multiple=problem.chunk_multiple,
-            limits=problem.limits,
-            objective=problem.objective,
-        )
-        for chunks in make_rounds(part, policy):
-            rounds.append(tuple(Chunk(batch[chunk.request], chunk.start, chunk.tokens) for chunk in chunks))
-            clock.run(rounds[-1], problem.requests, now)
-    return rounds
-
-
-def _arrived(request: Request) -> Request:
-    return Request(
-        id=request.id,
-        prompt_tokens=request.prompt_tokens,
-        cached_tokens=request.cached_tokens,
-        weight=request.weight,
-        sla_ttft_s=request.sla_ttft_s,
-    )

@@ -5,6 +5,7 @@
    (`tuner.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`).
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `MAKESPAN_SLACK` of the best makespan for it.
+   With arrivals, the online planner's rounds are the candidates (`tuner.online`).
 4. The best few are improved by moving tokens between neighbouring rounds (`tuner.policies.improve`).
 5. Batches of a few grid units are searched exactly (`tuner.policies.exact`).
 
@@ -13,12 +14,13 @@ Every candidate is judged by the exact recurrence: uneven stages, hand-offs, the
 
 from __future__ import annotations
 
+from tuner.online import online_rounds
 from tuner.packing import pack_in_order, pack_tails
 from tuner.plan import Round
 from tuner.policies.dp import pack_line
 from tuner.policies.exact import exact_rounds, is_small
 from tuner.policies.improve import improve_rounds
-from tuner.policies.sweep import Candidate, Pack, Search, cap_profile, request_orders, shortest_first
+from tuner.policies.sweep import Pack, Search, cap_profile, request_orders, shortest_first
 from tuner.problem import Problem
 from tuner.schedule import Objective
 
@@ -28,6 +30,10 @@ GOOD_ENOUGH = 1.002
 """A makespan within this factor of the bound is not improved further."""
 MAKESPAN_SLACK = 1.0075
 """A plan for mean TTFT or deadlines has at most this much times the best makespan found."""
+CAP_SCALES = (1.0, 0.7, 0.85, 1.2, 1.5)
+"""With arrivals, scales of the online planner's caps that are tried."""
+FEW_REQUESTS = 256
+"""With more requests that arrive over time, only the first scale is tried."""
 CAP_POWERS = (0.0, 0.25, 0.5)
 """Exponents of the cap profiles tried for mean TTFT (`cap_profile`)."""
 
@@ -35,25 +41,25 @@ CAP_POWERS = (0.0, 0.25, 0.5)
 def joint_rounds(problem: Problem, bound_s: float) -> list[Round]:
     """Plan a batch that is known at the start; `bound_s`, the makespan's lower bound, says when to stop improving."""
     search, objective = Search.of(problem), problem.objective
-    flat = [1.0] * len(problem.requests)
-    for pack in _packs(problem):
-        search.sweep(pack, shortest_first(problem), flat, Objective.MAKESPAN)
-    if objective is Objective.MAKESPAN:
-        best = search.ranked()
-        if is_small(problem):
-            return exact_rounds(problem, best[0].rounds)
-        starts = [candidate.rounds for candidate in best[:MOST_STARTS]]
+    if problem.is_timed:
+        scales = CAP_SCALES if len(problem.requests) <= FEW_REQUESTS else CAP_SCALES[:1]
+        for scale in scales:
+            search.keep(online_rounds(problem, scale), objective)
     else:
-        search.limit_s = MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s
-        search.found = {
-            num_rounds: Candidate(search.score(known.evaluation, objective), known.evaluation, known.rounds)
-            for num_rounds, known in search.found.items()
-        }
-        for order in request_orders(problem):
-            for power in CAP_POWERS:
-                search.sweep(pack_in_order, order, cap_profile(problem, order, power), objective)
-        starts = [search.ranked()[0].rounds]
-    improved = [improve_rounds(problem, rounds, bound_s * GOOD_ENOUGH, search.limit_s) for rounds in starts]
+        flat = [1.0] * len(problem.requests)
+        for pack in _packs(problem):
+            search.sweep(pack, shortest_first(problem), flat, Objective.MAKESPAN)
+        if objective is not Objective.MAKESPAN:
+            search.limit(MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s, objective)
+            search.keep(online_rounds(problem), objective)
+            for order in request_orders(problem):
+                for power in CAP_POWERS:
+                    search.sweep(pack_in_order, order, cap_profile(problem, order, power), objective)
+    best = search.ranked()
+    if objective is Objective.MAKESPAN and is_small(problem):
+        return exact_rounds(problem, best[0].rounds)
+    starts = best[: MOST_STARTS if objective is Objective.MAKESPAN else 1]
+    improved = [improve_rounds(problem, start.rounds, bound_s * GOOD_ENOUGH, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
 
 

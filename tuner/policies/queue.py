@@ -67,7 +67,7 @@ def run_queue(problem: Problem, num_tokens: int, take: Take, *, one_partial: boo
     waiting = deque(sorted(range(len(requests)), key=lambda i: requests[i].arrival_s))
     running: deque[int] = deque()
     done = [request.cached_tokens for request in requests]
-    timed = any(request.arrival_s > 0.0 for request in requests)
+    timed = problem.is_timed
     clock = Clock(problem.cost, problem.window)
     now, held, rounds = 0.0, 0, list[Round]()
     while waiting or running:

@@ -85,9 +85,23 @@ class Search:
                 attempt(centre * float(factor))
             centre, width = best(), 2.0 * width / num_caps
         for candidate in tried.values():
-            known = self.found.get(len(candidate.rounds))
-            if known is None or candidate.score < known.score:
-                self.found[len(candidate.rounds)] = candidate
+            self._keep(candidate)
+
+    def keep(self, rounds: list[Round], objective: Objective) -> None:
+        """Take a plan made elsewhere as a candidate."""
+        evaluation = self.problem.evaluate(rounds)
+        self._keep(Candidate(self.score(evaluation, objective), evaluation, rounds))
+
+    def limit(self, makespan_s: float, objective: Objective) -> None:
+        """From now on prefer plans within a makespan, then by another objective; score what was found anew."""
+        self.limit_s = makespan_s
+        for candidate in self.found.values():
+            candidate.score = self.score(candidate.evaluation, objective)
+
+    def _keep(self, candidate: Candidate) -> None:
+        known = self.found.get(len(candidate.rounds))
+        if known is None or candidate.score < known.score:
+            self.found[len(candidate.rounds)] = candidate
 
 
 def central_cap_s(problem: Problem) -> float:
