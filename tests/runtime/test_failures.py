@@ -1,0 +1,64 @@
+"""A rank that dies or raises ends the run on all ranks, and says where; the run's row says failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from db.engine import open_database
+from db.runs import RunStatus, list_runs
+from profiler.ranks import RanksFailedError
+from runtime.run import run_plan
+from tests.runtime import workers
+from tests.runtime.cases import make_plan
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("worker", "error"),
+    [
+        (workers.die_in_round_two, "killed by SIGKILL"),
+        (workers.raise_in_round_two, "ArithmeticError: two and two are five"),
+    ],
+)
+@pytest.mark.parametrize(("tp_size", "pp_size", "rank"), [(1, 2, {1}), (2, 2, {2, 3})])
+def test_a_failing_rank_ends_the_run(
+    worker: Callable[..., object],
+    error: str,
+    tp_size: int,
+    pp_size: int,
+    rank: set[int],
+    checkpoint: Callable[[str], Path],
+    db_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = checkpoint("qwen2")
+    monkeypatch.setattr("runtime.run.run_rank", worker)
+    with pytest.raises(RanksFailedError) as caught:
+        run_plan(make_plan(weights, tp_size=tp_size, pp_size=pp_size), weights=weights, db_url=db_url)
+    failure = caught.value.failure
+    assert failure.rank in rank
+    assert (failure.stage, failure.round_index, failure.error) == (1, 2, error)
+    with open_database(db_url) as database:
+        (run,) = list_runs(database)
+    assert run.status is RunStatus.FAILED
+    assert (run.failed_rank, run.failed_stage, run.failed_round, run.error) == (failure.rank, 1, 2, error)
+    assert run.makespan_s is None
+
+
+@pytest.mark.timeout(60)
+def test_an_interrupted_run_says_so(
+    checkpoint: Callable[[str], Path], db_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_args: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("runtime.run.run_ranks", interrupt)
+    weights = checkpoint("qwen2")
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(make_plan(weights), weights=weights, db_url=db_url)
+    with open_database(db_url) as database:
+        (run,) = list_runs(database)
+    assert (run.status, run.error) == (RunStatus.FAILED, "KeyboardInterrupt")
