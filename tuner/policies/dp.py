@@ -42,9 +42,7 @@ def pack_line(
         for last in range(first, len(line)):
             if not _append(packer, requests, rounds, members, line[last], caps_s[line[first].request]) and last > first:
                 break
-            seconds = max(
-                table.round_s(rounds.num_tokens) + added for table, added in zip(packer.tables, rounds.added_s, strict=True)
-            )
+            seconds = _seconds(packer, rounds)
             if least[first] + seconds < least[last + 1]:
                 least[last + 1], came_from[last + 1] = least[first] + seconds, first
     stretches: list[Round] = []
@@ -71,14 +69,20 @@ def _append(
         into.added_s[i] += table.chunk_s(joined.tokens, joined.start) + (table.stage.final_s if final else 0.0)
         if before is not None:
             into.added_s[i] -= table.chunk_s(before.tokens, before.start)
-    held = sum(requests[index].prompt_tokens for index in members)
     limits = packer.limits
-    if into.num_tokens > packer.max_round_tokens or (limits.max_kv_tokens is not None and held > limits.max_kv_tokens):
+    if into.num_tokens > packer.max_round_tokens:
         return False
-    return all(
-        table.round_s(into.num_tokens) + added <= cap_s * (1.0 + 1e-9)
-        for table, added in zip(packer.tables, into.added_s, strict=True)
-    )
+    if limits.max_kv_tokens is not None and sum(requests[i].prompt_tokens for i in members) > limits.max_kv_tokens:
+        return False
+    return _seconds(packer, into) <= cap_s * (1.0 + 1e-9)
+
+
+def _seconds(packer: Packer, filled: OpenRound) -> float:
+    """Seconds of a round on the stage where it takes longest."""
+    longest = 0.0
+    for table, added in zip(packer.tables, filled.added_s, strict=True):
+        longest = max(longest, table.round_s(filled.num_tokens) + added)
+    return longest
 
 
 def _joined(before: Chunk | None, chunk: Chunk) -> Chunk:

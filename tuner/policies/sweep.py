@@ -72,18 +72,20 @@ class Search:
         num_caps = int(np.clip(ROUNDS_SWEPT // len(tried[self.cap_s].rounds), LEAST_CAPS, MOST_CAPS))
         window, pp_size = self.problem.window, self.problem.cost.pp_size
         narrow = window is not None and window < pp_size
-        width = 0.1
-        if not narrow and num_caps < 3 * LEAST_CAPS:
-            num_caps //= 2
-        else:  # a window below the number of stages wants longer rounds than the relaxation says
-            num_caps, width = num_caps // 3, 0.2
+        if narrow or num_caps >= 3 * LEAST_CAPS:  # a window below the number of stages wants longer rounds
+            num_caps, widths = num_caps // 3, [0.2, 0.4 / (num_caps // 3)]
             for factor in np.geomspace(0.4, 16.0 if narrow else 4.0, num_caps):
                 attempt(self.cap_s * float(factor))
-        centre = best()
-        for _ in range(2):
+        elif not self.found:
+            num_caps, widths = num_caps // 2, [0.1, 0.05]
+        else:  # a large batch: where an earlier sweep found its best
+            num_caps, widths = 3, [0.03]
+        for width in widths:
+            centre = best()
             for factor in np.linspace(1.0 - width, 1.0 + width, num_caps):
                 attempt(centre * float(factor))
-            centre, width = best(), 2.0 * width / num_caps
+        if not self.found:
+            self.cap_s = best()
         for candidate in tried.values():
             self._keep(candidate)
 
