@@ -9,7 +9,7 @@ import torch
 from profiler.attention import AttentionKernel, attend
 from profiler.grid import projections
 from profiler.head import Head, embed
-from profiler.layer import DecoderLayer, Norms, Project, Span
+from profiler.layer import DecoderLayer, Norms, Project
 from profiler.model import ModelShape
 from profiler.point import WARM, Op, Point
 from profiler.rotary import Rotary
@@ -111,7 +111,7 @@ class Operators:
 
         def run(call: int) -> torch.Tensor:
             copy = call % slabs.num_copies
-            return layer(hidden, inputs.rotary, inputs.spans, slabs.keys[copy], slabs.values[copy])
+            return layer(hidden, inputs, slabs.keys[copy], slabs.values[copy])
 
         return run
 
@@ -127,7 +127,7 @@ class Operators:
             nonlocal hidden
             index, copy = call % len(layers), call % slabs.num_copies
             before = first if index == 0 else hidden
-            hidden = layers[index](before, inputs.rotary, inputs.spans, slabs.keys[copy], slabs.values[copy])
+            hidden = layers[index](before, inputs, slabs.keys[copy], slabs.values[copy])
             return hidden
 
         return run
@@ -197,7 +197,7 @@ class ElementwiseLayer(DecoderLayer):
     mixed: torch.Tensor  # [T, H D]
 
     def attend_spans(
-        self, q: torch.Tensor, spans: Sequence[Span], keys: torch.Tensor, values: torch.Tensor
+        self, q: torch.Tensor, inputs: RoundInputs, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         """The attention made beforehand."""
         return self.mixed

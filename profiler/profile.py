@@ -82,7 +82,7 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
                 )
             except KeyboardInterrupt:
                 interrupted = True
-        found = load_measurements(database, hardware, dtype=grid.dtype)
+        found = _kept_rows(database, hardware, points)
         location = database.location
     ops = summarize_ops(Agenda(points, found, usual_kernel=grid.kernels[0]), since=since)
     num_missing = sum(op.num_missing for op in ops)
@@ -166,7 +166,7 @@ def _split_by_memory(grid: Grid) -> tuple[tuple[Point, ...], int]:
 
 
 def _kept_rows(
-    database: Database, hardware: Hardware, points: tuple[Point, ...], remeasure: str | None
+    database: Database, hardware: Hardware, points: tuple[Point, ...], remeasure: str | None = None
 ) -> list[Measurement]:
     """Rows of the points that need not be measured again."""
     if remeasure == "all":

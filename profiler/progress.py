@@ -54,6 +54,12 @@ class ProfileProgress:
         pace = (now - self.started) / self.done_s
         return min(pace * max(0.0, self.expected_s - self.done_s), budget_s)
 
+    def extend(self, num_points: int, expected_s: float) -> None:
+        """More points are to be measured than was thought."""
+        self.num_points += num_points
+        self.expected_s += expected_s
+        self.bar.update(self.task, total=self.num_points)
+
     def advance(self, text: str, expected_s: float) -> None:
         """A point that was expected to take so long is done; `text` names the next."""
         self.done_points += 1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ COMMIT_EVERY_S = 0.5
 POINT_S = {"cpu": 0.25, "cuda": 0.2}  # what sampling a point may take, unless three samples take longer
 ATTEMPTS = 2  # at once; a point that stays noisy is tried once more at the end
 _STOP = -1
-_CACHES = 2  # weights lie so many caches apart
+_CACHES = 2  # weights lie so many caches apart, or a stage of the model if that is less
 _ROUGH_FLOPS = {"cpu": 5e10, "cuda": 3e14}
 _POINT_OVERHEAD_S = 0.03
 
@@ -73,15 +74,17 @@ class RankSession:
         self.context, self.job = context, job
         self.device, self.dtype = context.device, getattr(torch, job.grid.dtype)
         self.agenda = Agenda(job.points, job.rows, usual_kernel=job.grid.kernels[0])
+        shape = job.grid.shape
+        stage_bytes = shape.num_layers * shape.layer_parameters * self.dtype.itemsize // context.world_size
         ranks_on_device = context.world_size if self.device.type == "cpu" else 1
         workspace = Workspace(
             self.device,
             self.dtype,
-            cold_bytes=_CACHES * cache_bytes(self.device),
+            cold_bytes=min(_CACHES * cache_bytes(self.device), stage_bytes),
             limit_bytes=int(0.4 * free_bytes(self.device) / ranks_on_device),
         )
-        self.operators = Operators(job.grid.shape, job.grid.context_length, workspace, self.choose_kernel)
-        self.heads = head_sizes(job.grid.shape, 1)
+        self.operators = Operators(shape, job.grid.context_length, workspace, self.choose_kernel)
+        self.heads = head_sizes(shape, 1)
         # Every rank makes every group, in the same order. What ranks agree on travels over gloo, beside NCCL.
         self.control = {
             busy: dist.new_group(list(range(busy)), backend="gloo")
@@ -193,27 +196,24 @@ class Leader:
         self.database = open_database(job.database_url)
         self.unsaved: list[Measurement] = []
         self.last_commit = time.monotonic()
+        missing = list(session.agenda.missing())
+        self.progress = ProfileProgress(
+            num_points=len(missing), expected_s=sum(map(self.expected_seconds, missing)), deadline=job.deadline
+        )
 
     def run(self) -> int:
         """Measure until nothing is missing or time is up. Rows are kept whatever ends it."""
         measured = 0
         index_of = {point.key: index for index, point in enumerate(self.job.points)}
-        expected = {point.key: self.expected_seconds(point) for point in self.job.points}
-        missing = list(self.session.agenda.missing())
-        progress = ProfileProgress(
-            num_points=len(missing),
-            expected_s=sum(expected[point.key] for point in missing),
-            deadline=self.job.deadline,
-        )
         try:
-            with progress:
+            with self.progress:
                 for point in self.upcoming():
                     self.session.agree_on_index(index_of[point.key])
                     row = self.session.measure(point)
                     assert row is not None, "the first rank is always busy"
                     self.keep(self.session.agenda.rows[row.key])
                     measured += 1
-                    progress.advance(str(point), expected[point.key])
+                    self.progress.advance(str(point), self.expected_seconds(point))
             self.session.agree_on_index(_STOP)
         finally:
             self.commit()
@@ -223,16 +223,18 @@ class Leader:
     def upcoming(self) -> Iterator[Point]:
         """Missing points in order, then once more those that came out noisy, while there is time."""
         done = []
-        for point in self.session.agenda.missing():
-            if self.is_late(point):
-                return
+        for point in self.in_time(self.session.agenda.missing()):
             yield point
             done.append(point)
-        for point in done:
-            if self.session.agenda.rows[point.key].noisy:
-                if self.is_late(point):
-                    return
-                yield point
+        noisy = [point for point in done if self.session.agenda.rows[point.key].noisy]
+        self.progress.extend(len(noisy), sum(map(self.expected_seconds, noisy)))
+        yield from self.in_time(noisy)
+        # Attention kernels may look better now than they did.
+        yield from self.in_time(self.session.agenda.missing())
+
+    def in_time(self, points: Iterable[Point]) -> Iterator[Point]:
+        """The points up to the first that the time left does not hold."""
+        return takewhile(lambda point: not self.is_late(point), points)
 
     def is_late(self, point: Point) -> bool:
         """Whether the time that is left does not hold the point."""

@@ -35,7 +35,10 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Microseconds a call, one figure a sample, and which samples had to share their core with another process."""
+    """Microseconds a call, one figure a sample, and which samples had to share their core with another process.
+
+    A disturbed sample of a single thread counts the time that the thread ran: what it takes with a core of its own.
+    """
 
     us: Sequence[float]
     disturbed: Sequence[bool]
@@ -45,7 +48,7 @@ class Samples:
 class Timing:
     """Statistics of a point's samples; percentiles interpolate linearly between samples.
 
-    disturbed_share: of all samples. Disturbed ones are left out, unless too few others remain.
+    disturbed_share: of all samples. Disturbed ones are left out when enough others remain.
     """
 
     num_samples: int
@@ -126,13 +129,10 @@ def take_samples(prepared: Prepared, sampling: Sampling, device: torch.device) -
         if device.type == "cuda":
             us = _sample_cuda(prepared.run, sampling, device)
             return Samples([each / prepared.num_units for each in us], [False] * len(us))
-        us, shares = _sample_cpu(prepared.run, sampling)
         # With several threads the first may well wait for the others.
         may_wait = prepared.waits or torch.get_num_threads() > 1
-        return Samples(
-            [each / prepared.num_units for each in us],
-            [share < _UNDISTURBED_SHARE and not may_wait for share in shares],
-        )
+        samples = _sample_cpu(prepared.run, sampling, may_wait=may_wait)
+        return Samples([each / prepared.num_units for each in samples.us], samples.disturbed)
     finally:
         if prepared.finish is not None:
             prepared.finish()
@@ -149,18 +149,17 @@ def call_seconds(run: Run, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _sample_cpu(run: Run, sampling: Sampling) -> tuple[list[float], list[float]]:
-    """Microseconds of each sample, and the share of it that this thread was running."""
-    samples, shares, call = [], [], sampling.warmup_calls
+def _sample_cpu(run: Run, sampling: Sampling, *, may_wait: bool) -> Samples:
+    us, disturbed, call = [], [], sampling.warmup_calls
     for _ in range(sampling.num_samples):
-        cpu_start, start = time.thread_time(), time.perf_counter()
+        ran_start, start = time.thread_time(), time.perf_counter()
         for repeat in range(sampling.inner_repeats):
             run(call + repeat)
-        elapsed_s = time.perf_counter() - start
-        shares.append((time.thread_time() - cpu_start) / elapsed_s)
-        samples.append(elapsed_s / sampling.inner_repeats * 1e6)
+        elapsed_s, ran_s = time.perf_counter() - start, time.thread_time() - ran_start
+        disturbed.append(not may_wait and ran_s < _UNDISTURBED_SHARE * elapsed_s)
+        us.append((ran_s if disturbed[-1] else elapsed_s) / sampling.inner_repeats * 1e6)
         call += sampling.inner_repeats
-    return samples, shares
+    return Samples(us, disturbed)
 
 
 def _sample_cuda(run: Run, sampling: Sampling, device: torch.device) -> list[float]:

@@ -84,7 +84,8 @@ def _print(summary: ProfileSummary) -> None:
             (op.op, op.num_points, op.num_new, op.num_noisy, op.num_missing, op.fastest_us, op.slowest_us)
             for op in summary.ops
         ],
-        title=f"{summary.model} {summary.dtype} on {summary.hardware.device}, {summary.world_size} ranks",
+        title=f"{summary.model} {summary.dtype} on {summary.hardware.device}, "
+        f"{summary.world_size} ranks, {summary.elapsed_s:.0f} s",
     )
     for note in summary.notes:
         click.echo(note)
