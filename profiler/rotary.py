@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,11 +26,30 @@ class Rotary:
 
 def _frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
     config: dict[str, Any] = dict(shape.config)
-    if rope_type(config) == "default":
-        parameters = config.get("rope_parameters") or {}
-        theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-        exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-        return 1.0 / theta**exponents, 1.0
+    kind = rope_type(config)
+    if kind == "yarn":
+        return _transformers_frequencies(config)
+    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    inv_freq = 1.0 / theta ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
+    if kind == "linear":
+        return inv_freq / parameters["factor"], 1.0
+    return (_stretch_long_waves(inv_freq, parameters) if kind == "llama3" else inv_freq), 1.0
+
+
+def _stretch_long_waves(inv_freq: torch.Tensor, parameters: Mapping[str, Any]) -> torch.Tensor:
+    """Llama 3.1's scaling: waves longer than the first context are stretched, short ones kept, a ramp between."""
+    length, factor = parameters["original_max_position_embeddings"], parameters["factor"]
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    wavelength = 2 * math.pi / inv_freq
+    share = (length / wavelength - low) / (high - low)
+    ramp = (1 - share) * inv_freq / factor + share * inv_freq
+    stretched = torch.where(wavelength > length / low, inv_freq / factor, inv_freq)
+    return torch.where((wavelength <= length / low) & (wavelength >= length / high), ramp, stretched)
+
+
+def _transformers_frequencies(config: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """Taken from Transformers, whose import takes seconds: only for what is not written above."""
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
