@@ -7,6 +7,8 @@ from enum import StrEnum
 import torch
 import torch.nn.functional as F
 
+from profiler import cudnn_graph
+
 aten = torch.ops.aten
 
 
@@ -16,6 +18,7 @@ class AttentionKernel(StrEnum):
     CPU_FLASH = "cpu-flash"  # two calls merged by log-sum-exp
     SDPA = "sdpa"  # one call with a bottom-right mask: flash on CUDA, a dense mask on a CPU
     CUDNN = "cudnn"  # two cuDNN calls merged by log-sum-exp
+    CUDNN_GRAPH = "cudnn-graph"  # one cuDNN kernel with a bottom-right mask; needs nvidia-cudnn-frontend
 
 
 def available_kernels(device: torch.device, dtype: torch.dtype) -> list[AttentionKernel]:
@@ -23,7 +26,8 @@ def available_kernels(device: torch.device, dtype: torch.dtype) -> list[Attentio
     if device.type == "cpu":
         return [AttentionKernel.CPU_FLASH, AttentionKernel.SDPA]
     if dtype in (torch.bfloat16, torch.float16):
-        return [AttentionKernel.CUDNN, AttentionKernel.SDPA]
+        two_calls = [AttentionKernel.CUDNN, AttentionKernel.SDPA]
+        return [AttentionKernel.CUDNN_GRAPH, *two_calls] if cudnn_graph.is_installed() else two_calls
     return [AttentionKernel.SDPA]
 
 
@@ -38,6 +42,8 @@ def attend(kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.T
     q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     if kernel is AttentionKernel.SDPA:
         return _sdpa(q, k, v, context).squeeze(0)
+    if kernel is AttentionKernel.CUDNN_GRAPH:
+        return cudnn_graph.attend(q, k, v).squeeze(0)
     partial = _cpu_flash if kernel is AttentionKernel.CPU_FLASH else _cudnn
     # out: [1, H, c, D], lse: [1, H, c, 1]
     out, lse = partial(q, k[:, :, context:], v[:, :, context:], True)

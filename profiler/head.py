@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from profiler.layer import rms_norm
+from profiler.elementwise import rms_norm
 from profiler.linear import Linear
 
 GatherRanks = Callable[[torch.Tensor], torch.Tensor]

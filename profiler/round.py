@@ -8,18 +8,29 @@ from dataclasses import dataclass
 import torch
 
 from profiler.attention import AttentionKernel
-from profiler.layer import Span
 from profiler.rotary import Rotary
 
 ChooseKernel = Callable[[int, int], AttentionKernel]  # (chunk tokens, context) -> kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Where one request's chunk lies: rows of the packed round, and rows of the KV slab."""
+
+    first_row: int  # of the chunk in the round
+    num_tokens: int
+    slab_start: int  # row of the request's token 0 in the slab
+    context: int  # tokens of the request before the chunk
+    kernel: AttentionKernel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundInputs:
-    """A round made ready: spans in packed order and the rotary pair [T, head_dim / 2] that all layers share."""
+    """A round made ready, for all layers: spans in packed order, and for each of its T tokens rotation and place."""
 
     spans: tuple[Span, ...]
-    rotary: tuple[torch.Tensor, torch.Tensor]
+    rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin, [T, head_dim / 2]
+    slab_rows: torch.Tensor  # [T] int64
 
     @property
     def num_tokens(self) -> int:
@@ -48,5 +59,6 @@ def prepare_round(
             )
         )
         first_row += num_tokens
-    positions = torch.cat([torch.arange(s.context, s.context + s.num_tokens, device=device) for s in spans])
-    return RoundInputs(spans=tuple(spans), rotary=rotary(positions, dtype))
+    ranges = [torch.arange(span.context, span.context + span.num_tokens, device=device) for span in spans]
+    rows = [at + span.slab_start for at, span in zip(ranges, spans, strict=True)]
+    return RoundInputs(spans=tuple(spans), rotary=rotary(torch.cat(ranges), dtype), slab_rows=torch.cat(rows))

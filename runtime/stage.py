@@ -58,7 +58,7 @@ class Stage:
             dtype=self.dtype,
         )
         for index, layer in enumerate(self.shard.layers[:num_layers]):
-            hidden = layer(hidden, inputs.rotary, inputs.spans, *self.slab[index])
+            hidden = layer(hidden, inputs, *self.slab[index])
         return hidden
 
     def final_rows(self, chunks: Round) -> dict[int, int]:

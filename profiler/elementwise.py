@@ -1,0 +1,84 @@
+"""The work of a layer between its matmuls and its attention: fused kernels on CUDA, torch's own operators elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from profiler.layer import Norms
+    from profiler.round import RoundInputs, Span
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _fuses(x: torch.Tensor) -> bool:
+    return x.is_cuda and _has_triton()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension (Zhang and Sennrich, 2019), accumulated in float32."""
+    if _fuses(x) and x.dim() == 2:
+        from profiler import fused
+
+        return fused.rms_norm(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
+    """SwiGLU's element-wise half (Shazeer, 2020): [T, 2F] -> silu of the first half times the second [T, F]."""
+    if _fuses(gate_up):
+        from profiler import fused
+
+        return fused.silu_product(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotate_into_slab(
+    qkv: torch.Tensor, inputs: RoundInputs, norms: Norms, keys: torch.Tensor, values: torch.Tensor, *, num_heads: int
+) -> torch.Tensor:
+    """Norm (Qwen3) and rotate q and k, write k and v to the slab, return q [T, H, D].
+
+    qkv: [T, (H + 2 KV) D]; keys, values: this layer's slab [KV, rows, D].
+    """
+    cos, sin = inputs.rotary
+    if _fuses(qkv):
+        from profiler import fused
+
+        return fused.rotate_into_slab(
+            qkv, cos, sin, inputs.slab_rows, keys, values,
+            num_heads=num_heads, query_norm=norms.query, key_norm=norms.key, eps=norms.eps,
+        )  # fmt: skip
+    num_kv_heads, _, head_dim = keys.shape
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if norms.query is not None and norms.key is not None:
+        q, k = rms_norm(q, norms.query, norms.eps), rms_norm(k, norms.key, norms.eps)
+    _write(rotate(k, cos, sin), inputs.spans, keys)
+    _write(v, inputs.spans, values)
+    return rotate(q, cos, sin)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (Su et al., 2021) in the half-split layout; x: [T, heads, D], cos and sin: [T, D / 2]."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _write(rows: torch.Tensor, spans: Sequence[Span], slab: torch.Tensor) -> None:
+    """Copy a round's rows [T, KV, D] to each request's place in the slab [KV, rows, D]."""
+    for span in spans:
+        first = span.slab_start + span.context
+        packed = rows[span.first_row : span.first_row + span.num_tokens]
+        slab[:, first : first + span.num_tokens] = packed.transpose(0, 1)
