@@ -152,11 +152,22 @@ def _join_ranks(
     if started != world_size:
         raise UserError("torchrun", f"{started} ranks", f"this plan takes {world_size}")
     rank = int(os.environ["RANK"])
-    with _process_group(rank, device_type, num_threads, folder) as context:
-        result = function(context, *args)
-        gathered: list[Any] = [None] * world_size
-        dist.all_gather_object(gathered, result, group=dist.new_group(backend="gloo"))
+    signal.signal(signal.SIGTERM, _end_for_torchrun)
+    try:
+        with _process_group(rank, device_type, num_threads, folder) as context:
+            result = function(context, *args)
+            gathered: list[Any] = [None] * world_size
+            dist.all_gather_object(gathered, result, group=dist.new_group(backend="gloo"))
+    except Exception as error:
+        stage, round_index = Progress.read(folder / f"progress-{rank}")
+        failure = RankFailure(rank=rank, error=_error_line(error), stage=stage, round_index=round_index)
+        raise RanksFailedError(failure) from error
     return gathered
+
+
+def _end_for_torchrun(_signal: int, _frame: object) -> None:
+    """Raised and not obeyed at once, so that the caller can say in its rows that the run failed."""
+    raise SystemExit("ended by torchrun: another rank failed")
 
 
 def _rank_main(function: RankFunction, args: tuple[Any, ...], device_type: str, num_threads: int, folder: str) -> None:
@@ -168,9 +179,7 @@ def _rank_main(function: RankFunction, args: tuple[Any, ...], device_type: str, 
     except BaseException as error:
         if _is_lost_connection(error):
             time.sleep(BLAME_OTHERS_S)
-        text = str(error).strip().splitlines()
-        line = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-        (Path(folder) / f"error-{rank}").write_text(line)
+        (Path(folder) / f"error-{rank}").write_text(_error_line(error))
         # Not raised: the group's teardown may block on ranks that are gone.
         os._exit(1)
 
@@ -204,6 +213,12 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _error_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    line = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return f"lost the connection to another rank ({line})" if _is_lost_connection(error) else line
 
 
 def _is_lost_connection(error: BaseException) -> bool:
