@@ -10,8 +10,8 @@ from profiler.attention import AttentionKernel
 from profiler.kernel_choice import KernelChoice, kernel_times
 from profiler.point import Op, Point
 
-# By the nearest point measured with all kernels: so much slower, and the usual kernel is not followed further; so much
-# faster must another one be to be followed in its place.
+# By the nearest coarse point, where all kernels are measured: the usual kernel is not followed further when it is so
+# much slower than the best, another one only when it is so much faster than the usual.
 _HOPELESS, _PROMISING = 1.15, 0.97
 
 
@@ -20,6 +20,7 @@ class Agenda:
 
     def __init__(self, points: Sequence[Point], rows: Iterable[Measurement], *, usual_kernel: AttentionKernel) -> None:
         self.points, self.usual_kernel = tuple(points), usual_kernel
+        self.coarse = {point.key for point in points if point.level == 0}
         self.rows: dict[MeasurementKey, Measurement] = {row.key: row for row in rows}
 
     def missing(self) -> Iterator[Point]:
@@ -39,16 +40,20 @@ class Agenda:
         if point.op is not Op.ATTENTION or point.level == 0:
             return False
         kernel = AttentionKernel(point.variant)
-        choice = self.kernel_choice(point.shape, point.busy_ranks, self.usual_kernel)
+        coarse = (row for key, row in self.rows.items() if key in self.coarse)
+        choice = self._choice(coarse, point.shape, point.busy_ranks)
         times = choice.nearest(point.shape["chunk"], point.shape["context"])
         if kernel is self.usual_kernel or kernel not in times:
             return kernel in times and times[kernel] > _HOPELESS * min(times.values())
         return times[kernel] > _PROMISING * times.get(self.usual_kernel, math.inf)
 
-    def kernel_choice(self, shape: Mapping[str, int], busy_ranks: int, default: AttentionKernel) -> KernelChoice:
-        """The best kernels for the heads in `shape` (heads, kv_heads, head_dim)."""
+    def kernel_choice(self, shape: Mapping[str, int], busy_ranks: int) -> KernelChoice:
+        """The best kernels for the heads in `shape` (heads, kv_heads, head_dim), by all rows."""
+        return self._choice(self.rows.values(), shape, busy_ranks)
+
+    def _choice(self, rows: Iterable[Measurement], shape: Mapping[str, int], busy_ranks: int) -> KernelChoice:
         heads = {name: shape[name] for name in ("heads", "kv_heads", "head_dim")}
-        return KernelChoice(kernel_times(self.rows.values(), heads, busy_ranks=busy_ranks), default=default)
+        return KernelChoice(kernel_times(rows, heads, busy_ranks=busy_ranks), default=self.usual_kernel)
 
 
 def relative_spread(row: Measurement) -> float:

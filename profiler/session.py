@@ -30,6 +30,8 @@ COMMIT_EVERY_S = 0.5
 POINT_S = {"cpu": 0.25, "cuda": 0.2}  # what sampling a point may take, unless three samples take longer
 ATTEMPTS = 2  # at once; a point that stays noisy is tried once more at the end
 _STOP = -1
+_TRIAL_CALLS = 2  # one alone may have met another process
+_LONG_CALL_S = 2.5  # too long for a second try
 _CACHES = 2  # weights lie so many caches apart, or a stage of the model if that is less
 _ROUGH_FLOPS = {"cpu": 5e10, "cuda": 3e14}
 _POINT_OVERHEAD_S = 0.03
@@ -94,8 +96,7 @@ class RankSession:
 
     def choose_kernel(self, chunk: int, context: int) -> AttentionKernel:
         """The kernel that measured best for the layer being prepared."""
-        kernels = self.job.grid.kernels
-        return self.agenda.kernel_choice(self.heads, self.context.world_size, kernels[0])(chunk, context)
+        return self.agenda.kernel_choice(self.heads, self.context.world_size)(chunk, context)
 
     def follow(self) -> int:
         """Measure until the first rank says stop."""
@@ -152,13 +153,13 @@ class RankSession:
         return self.operators.prepare(point)
 
     def call_seconds(self, prepared: Prepared, point: Point) -> float:
-        """Seconds of a call, the slowest rank's; the first call, which may build plans, counts only if it is long."""
+        """Seconds of a call on the slowest rank; the first call may import code and build plans, and does not count."""
         self.barrier(point)
-        seconds = call_seconds(prepared.run, self.device)
-        again = self.slowest(seconds, point) < POINT_S[self.device.type]
-        if again:
-            seconds = call_seconds(prepared.run, self.device)
-        return self.slowest(seconds, point)
+        first = self.slowest(call_seconds(prepared.run, self.device), point)
+        if first > _LONG_CALL_S:
+            return first
+        trials = 1 if first > POINT_S[self.device.type] else _TRIAL_CALLS
+        return self.slowest(min(call_seconds(prepared.run, self.device) for _ in range(trials)), point)
 
     def time(self, prepared: Prepared, point: Point, call_s: float) -> Timing:
         """Sample on all busy ranks at once; the samples of the rank with the largest median count.
@@ -229,7 +230,7 @@ class Leader:
         noisy = [point for point in done if self.session.agenda.rows[point.key].noisy]
         self.progress.extend(len(noisy), sum(map(self.expected_seconds, noisy)))
         yield from self.in_time(noisy)
-        # Attention kernels may look better now than they did.
+        # Measured again, another attention kernel may be the best.
         yield from self.in_time(self.session.agenda.missing())
 
     def in_time(self, points: Iterable[Point]) -> Iterator[Point]:

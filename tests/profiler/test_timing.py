@@ -1,0 +1,103 @@
+"""Statistics and sampling of `profiler.timing`."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from profiler.timing import (
+    MAX_SAMPLES,
+    MIN_SAMPLES,
+    Prepared,
+    Samples,
+    Sampling,
+    plan_sampling,
+    summarize,
+    take_samples,
+)
+
+CPU = torch.device("cpu")
+
+
+def samples(*us: float) -> Samples:
+    return Samples(us, [False] * len(us))
+
+
+def test_statistics_are_those_of_the_samples() -> None:
+    us = [5.0, 1.0, 3.0, 2.0, 4.0]
+    timing = summarize(samples(*us))
+    assert (timing.num_samples, timing.median_us, timing.min_us) == (5, 3.0, 1.0)
+    assert timing.p10_us == pytest.approx(1.4) and timing.p90_us == pytest.approx(4.6)
+    assert timing.std_us == pytest.approx(math.sqrt(2))
+    assert timing.spread == pytest.approx(3.2 / 3) and timing.noisy
+
+
+def test_equal_samples_are_not_noisy() -> None:
+    timing = summarize(samples(7.0, 7.0, 7.0))
+    assert timing.spread == 0.0 and timing.std_us == 0.0 and not timing.noisy
+
+
+def test_disturbed_samples_are_left_out_while_enough_others_remain() -> None:
+    timing = summarize(Samples([1.0, 1.0, 1.0, 9.0], [False, False, False, True]))
+    assert timing.num_samples == 3 and timing.median_us == 1.0 and not timing.noisy
+    assert timing.disturbed_share == 0.25
+
+
+def test_a_busy_machine_makes_a_point_noisy_though_its_samples_agree() -> None:
+    timing = summarize(Samples([9.0, 9.0, 9.0, 9.0], [True, True, True, False]))
+    assert timing.num_samples == 4 and timing.spread == 0.0 and timing.noisy
+
+
+@pytest.mark.parametrize("call_s", [1e-6, 1e-4, 1e-2, 0.5, 30.0])
+def test_cheap_calls_get_more_samples_than_dear_ones_within_their_time(call_s: float) -> None:
+    sampling = plan_sampling(call_s, device_type="cpu", budget_s=0.4)
+    sample_s = sampling.inner_repeats * call_s
+    assert 1 <= sampling.num_samples <= MAX_SAMPLES
+    assert sample_s >= 2e-3 * 0.999
+    if sample_s <= 0.4 / MIN_SAMPLES:
+        assert sampling.num_samples >= MIN_SAMPLES
+        assert sampling.num_samples * sample_s <= 0.4 or sampling.num_samples == MIN_SAMPLES
+    else:
+        assert sampling.num_samples * sample_s <= 0.8 or sampling.num_samples == 1
+
+
+def test_calls_are_numbered_without_a_gap_and_a_sample_is_the_mean_of_its_calls() -> None:
+    calls: list[int] = []
+    finished: list[int] = []
+    prepared = Prepared(run=calls.append, finish=lambda: finished.append(len(calls)))
+    taken = take_samples(prepared, Sampling(warmup_calls=2, num_samples=3, inner_repeats=4), CPU)
+    assert calls == list(range(14)) and finished == [14]
+    assert len(taken.us) == 3 and all(us > 0 for us in taken.us)
+
+
+def test_units_divide_the_time_of_a_call() -> None:
+    sampling = Sampling(warmup_calls=0, num_samples=5, inner_repeats=1)
+    whole = take_samples(Prepared(run=lambda _call: time.sleep(0.004), waits=True), sampling, CPU)
+    halves = take_samples(Prepared(run=lambda _call: time.sleep(0.004), waits=True, num_units=2), sampling, CPU)
+    assert min(whole.us) >= 4000 and 2000 <= min(halves.us) < min(whole.us)
+
+
+def test_work_that_varies_is_flagged() -> None:
+    prepared = Prepared(run=lambda call: time.sleep(0.001 if call % 2 else 0.02), waits=True)
+    assert summarize(take_samples(prepared, Sampling(warmup_calls=0, num_samples=6, inner_repeats=1), CPU)).noisy
+
+
+def test_a_thread_off_its_core_is_told_from_one_that_waits() -> None:
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        sampling = Sampling(warmup_calls=0, num_samples=3, inner_repeats=1)
+        off = take_samples(Prepared(run=lambda _call: time.sleep(0.01)), sampling, CPU)
+        waiting = take_samples(Prepared(run=lambda _call: time.sleep(0.01), waits=True), sampling, CPU)
+    finally:
+        torch.set_num_threads(torch_threads)
+    assert all(off.disturbed) and max(off.us) < 10_000
+    assert not any(waiting.disturbed) and min(waiting.us) >= 10_000
+
+
+def test_percentiles_interpolate_as_numpy_does() -> None:
+    us = list(np.random.default_rng(0).lognormal(size=17))
+    timing = summarize(samples(*us))
+    assert [timing.p10_us, timing.median_us, timing.p90_us] == pytest.approx(np.percentile(us, (10, 50, 90)))
