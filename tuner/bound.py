@@ -149,6 +149,7 @@ def least_sum(envelope: Envelope, work: Work, cap_s: float = np.inf) -> float:
 
 def least_sums(envelope: Envelope, work: Work, caps_s: Floats) -> tuple[Floats, Floats]:
     """S(m) and the least number of rounds for every cap (inf where a cap is too low for any plan), both [num_caps]."""
+    caps_s = caps_s * (1.0 + 1e-9)  # a higher cap only lowers the sum: rounding never makes a plan impossible
     pair, context = envelope.pair_s, envelope.context_token_s
     num_caps, num_requests = len(caps_s), len(work.prompt)
     read = np.zeros(num_caps)  # context tokens read again, all requests together
@@ -165,7 +166,7 @@ def least_sums(envelope: Envelope, work: Work, caps_s: Floats) -> tuple[Floats, 
         rate = (envelope.token_s + 0.5 * pair - context) + pair * end
         spare = room - context * end
         whole = left * (rate - 0.5 * pair * left) <= spare
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             root = 2.0 * spare / (rate + np.sqrt(np.maximum(rate * rate - 2.0 * pair * spare, 0.0)))
         chunk = np.where(whole, left, np.minimum(np.floor(root + 1e-6), left))
         end = end - chunk
@@ -180,7 +181,7 @@ def least_sums(envelope: Envelope, work: Work, caps_s: Floats) -> tuple[Floats, 
             cap, end, start, room = cap[more], end[more], start[more], room[more]
     pairs = float((work.prompt * (work.prompt + 1.0) - work.cached * (work.cached + 1.0)).sum()) / 2.0
     fixed = envelope.token_s * work.new_tokens + pair * pairs + envelope.final_s * num_requests
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         held = fixed + context * read + envelope.chunk_s * cuts
         needed = np.where(held > 0.0, np.ceil(held / (caps_s - envelope.round_s) - 1e-9), 0.0)
         rounds = np.maximum(needed, most_cuts)
@@ -197,15 +198,17 @@ def smooth_sums(envelope: Envelope, work: Work, caps_s: Floats) -> Floats:
     pair, context = envelope.pair_s, envelope.context_token_s
     rate = (envelope.token_s - context) + pair * end
     spare = (caps_s - envelope.round_s - envelope.chunk_s)[:, None] - context * end
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         chunk = 2.0 * spare / (rate + np.sqrt(np.maximum(rate * rate - 2.0 * pair * spare, 0.0)))
-    chunk = np.where(chunk >= 1.0, np.minimum(chunk, np.repeat(new, NUM_SAMPLES)), np.nan)
+    left = np.repeat(new, NUM_SAMPLES)
+    chunk = np.where(np.isfinite(chunk) & (chunk > 0.0), np.minimum(chunk, left), left)
+    chunk = np.where((spare > 0.0) & (chunk >= 1.0), chunk, np.nan)
     density = np.repeat(new / NUM_SAMPLES, NUM_SAMPLES) / chunk  # cuts each sample stands for
     read = (density * np.maximum(end - chunk, np.repeat(work.cached, NUM_SAMPLES))).sum(axis=1)
     pairs = float((work.prompt * (work.prompt + 1.0) - work.cached * (work.cached + 1.0)).sum()) / 2.0
     held = envelope.token_s * work.new_tokens + pair * pairs + envelope.final_s * len(new)
     held = held + context * read + envelope.chunk_s * density.sum(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         sums = held * caps_s / (caps_s - envelope.round_s)
     return np.where(np.isfinite(sums) & (caps_s > envelope.round_s), np.maximum(sums, held + envelope.round_s), np.inf)
 
@@ -256,7 +259,8 @@ def _least_makespan(envelope: Envelope, work: Work, num_more: int) -> float:
     highest = least_sum(envelope, work)  # all in one round: no plan needs a higher cap
     if num_more == 0 or highest <= 0.0:
         return highest
-    caps = _cap_grid(envelope, work, num_more, TOLERANCE)
+    grid = _cap_grid(envelope, work, num_more, TOLERANCE)
+    caps = np.unique(np.concatenate([grid[grid < highest], highest * np.array([0.25, 0.5, 0.75, 1.0])]))
     sums, rounds = least_sums(envelope, work, caps)
     for _ in range(NUM_REFINEMENTS if rounds[len(caps) // 2] <= MOST_REFINED_ROUNDS else 0):
         at_least = np.append(sums[0], sums[1:] + num_more * caps[:-1])  # below caps[0]; on [caps[i], caps[i+1]]

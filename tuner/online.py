@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from db.errors import UserError
 from tuner.cost_model import CostModel, PairAttention
-from tuner.packing import OpenRound, Packer
+from tuner.packing import OpenRound, Packer, fill_rounds
 from tuner.plan import Chunk, Request, Round, check_window
 from tuner.policies.queue import Clock
 from tuner.problem import NO_LIMITS, Limits, Problem
@@ -32,6 +32,9 @@ FIRST_TABLE_TOKENS = 131_072
 """Prompt length that the cost tables hold from the start; a longer prompt doubles them."""
 AGING = 0.01
 """Seconds of remaining work that a second of waiting makes up for in the running order: long prompts do not starve."""
+FEW_WAITING = 32
+"""For the makespan, with no more requests than these, a few caps are tried whenever the queue has changed."""
+CAP_SCALES = (1.0, 0.85, 0.92, 0.96, 1.04, 1.08, 1.16, 1.3)
 HORIZON_SHARE = {Objective.MAKESPAN: 1.1, Objective.MEAN_TTFT: 0.9, Objective.SLA: 0.9}
 """Corrections of the horizon, found on batches known at the start; the mean is flat around them."""
 
@@ -79,7 +82,7 @@ class Planner:
         self.window = window
         self.chunk_multiple = chunk_multiple
         self.limits = limits
-        self.objective = Objective(objective)
+        self.objective = Objective.parse(objective)
         self.aging = aging
         self.cap_scale = cap_scale
         self.requests: list[Request] = []
@@ -88,12 +91,14 @@ class Planner:
         self._queue: list[tuple[float, int]] = []  # (rank, index), sorted
         self._waiting: dict[int, _Waiting] = {}
         self._started: set[int] = set()
+        self._ending: list[_Waiting] = []
         self._held_tokens = 0
         self._clock = Clock(cost, window=None)
         self._in_flight: deque[float] = deque()  # when each round in flight should leave the last stage
         self._late_s = 0.0  # how much later than the clock the engine is
         self._total_work_s = 0.0
         self._total_context_work = 0.0
+        self._held_cap_s: float | None = None  # chosen for the queue as it is; a request that comes or goes voids it
         self._packer = self._make_packer(FIRST_TABLE_TOKENS)
 
     @property
@@ -108,9 +113,10 @@ class Planner:
         most = self.limits.max_kv_tokens
         if most is not None and request.prompt_tokens > most:
             raise UserError("prompt_tokens", request.prompt_tokens, f"at most {most} (max_kv_tokens)")
-        if request.new_tokens > len(self._packer.tables[0].base) * self.chunk_multiple - 2 * self.chunk_multiple:
+        if request.new_tokens > self._table_tokens:
             self._packer = self._make_packer(2 * request.new_tokens)
         index = len(self.requests)
+        self._held_cap_s = None
         self.requests.append(request)
         self._index_of[request.id] = index
         self._enqueue(_Waiting(index, request, request.cached_tokens, 0.0, 0.0, 0.0))
@@ -121,8 +127,8 @@ class Planner:
         index = self._index_of.get(request_id)
         if index is None or index not in self._waiting:
             return False
-        waiting = self._dequeue(index)
-        self._release(waiting)
+        self._held_cap_s = None
+        self._release(self._dequeue(index))
         return True
 
     def finish_round(self, now_s: float | None = None) -> None:
@@ -148,6 +154,8 @@ class Planner:
                 if self._admissible(self._waiting[index]):
                     self._force(into, self._waiting[index])
                     break
+        while self._ending:  # their KV room is free for the round after this one
+            self._release(self._ending.pop())
         chunks = tuple(into.chunks)
         self._in_flight.append(self._clock.run(chunks, self.requests, start_s))
         return chunks
@@ -176,7 +184,7 @@ class Planner:
             self._held_tokens += waiting.request.prompt_tokens
         waiting.done += tokens
         if final:
-            self._release(waiting)
+            self._ending.append(waiting)
         else:
             self._enqueue(waiting)
 
@@ -188,12 +196,14 @@ class Planner:
     def _cap_s(self, start_s: float) -> float:
         """Most seconds the next round may take on the slowest stage."""
         stages_after = self.cost.pp_size - 1
-        overhead_s = self._overhead_s
-        context = self._total_context_work / self._total_work_s if self._total_work_s else 0.0
-        per_round_s = overhead_s + self._context_token_s * context
         if not stages_after:
             return math.inf
-        horizon_s = self._total_work_s
+        lag_s = (self._clock.finish_s[-1] - start_s) / stages_after  # what rounds may take without leaving any later
+        if self._held_cap_s is not None:
+            return max(self._held_cap_s, lag_s)
+        work_s = max(self._total_work_s, 1e-12)
+        per_round_s = self._overhead_s + self._context_token_s * self._total_context_work / work_s
+        horizon_s = work_s
         if self.objective is not Objective.MAKESPAN:
             ahead = total = 0.0
             for _, index in self._queue:
@@ -202,16 +212,31 @@ class Planner:
             horizon_s = total / len(self._queue)
         cap_s = per_round_s + math.sqrt(HORIZON_SHARE[self.objective] * horizon_s * per_round_s / stages_after)
         cap_s *= self.cap_scale
-        num_rounds = math.ceil(self._total_work_s / max(cap_s - per_round_s, 1e-12))
-        cap_s = per_round_s + self._total_work_s / num_rounds
-        lag_s = self._clock.finish_s[-1] - start_s  # how long an empty round would take to leave
-        return max(cap_s, lag_s / stages_after)
+        num_rounds = math.ceil(work_s / max(cap_s - per_round_s, 1e-12))
+        cap_s = per_round_s + work_s / num_rounds
+        if self.objective is Objective.MAKESPAN and len(self._queue) <= FEW_WAITING:
+            cap_s = self._held_cap_s = self._best_cap_s(cap_s, max(lag_s, 0.0))
+        return max(cap_s, lag_s)
+
+    def _best_cap_s(self, cap_s: float, lag_s: float) -> float:
+        """The best of a few caps for what waits now: with few requests, where rounds and requests end matters."""
+        spans = [(index, self._waiting[index].done, self.requests[index].prompt_tokens) for _, index in self._queue]
+        best = (math.inf, cap_s)
+        for scale in CAP_SCALES:
+            cap = max(cap_s * scale, lag_s)
+            total, slowest = 0.0, lag_s
+            for chunks in fill_rounds(self._packer, self.requests, spans, dict.fromkeys(self._waiting, cap)):
+                seconds = self._packer.seconds(chunks, self.requests)
+                total, slowest = total + seconds, max(slowest, seconds)
+            best = min(best, (total + (self.cost.pp_size - 1) * slowest, cap))
+        return best[1]
 
     def _enqueue(self, waiting: _Waiting) -> None:
         request = waiting.request
         left = request.prompt_tokens - waiting.done
-        table = self._packer.tables[0]
-        waiting.work_s = table.round_s(left) - self._overhead_s + table.chunk_s(left, waiting.done)
+        waiting.work_s = max(
+            table.round_s(left) - table.tokens[0] + table.chunk_s(left, waiting.done) for table in self._packer.tables
+        )
         waiting.context_work = waiting.work_s * (waiting.done + left / 2.0)
         if self.objective is Objective.SLA:
             waiting.rank = request.arrival_s + (math.inf if request.sla_ttft_s is None else request.sla_ttft_s)
@@ -237,7 +262,10 @@ class Planner:
             self._held_tokens -= waiting.request.prompt_tokens
 
     def _make_packer(self, longest_tokens: int) -> Packer:
-        self._overhead_s = max(kind.round_overhead_s + float(kind.tokens_s(0)) for kind in self.cost.kinds)
+        self._table_tokens = longest_tokens
+        self._overhead_s = max(
+            kind.round_overhead_s + float(kind.tokens_s(0)) + kind.chunk_s for kind in self.cost.kinds
+        )
         self._context_token_s = max(_context_token_s(kind.attention) for kind in self.cost.kinds)
         return Packer(
             self.cost,

@@ -7,7 +7,7 @@ several times faster than small numpy arrays.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,6 +55,8 @@ class StageTable:
     def chunk_s(self, tokens: int, context: int) -> float:
         """Seconds a chunk adds to its round beside token-wise work; exact on the grid, linear between its points."""
         unit, rest = divmod(tokens, self.multiple)
+        if unit + 1 >= len(self.base):
+            return float(self.stage.chunk_seconds(tokens, context))
         base, slope = self.base[unit], self.slope[unit]
         if rest:
             share = rest / self.multiple
@@ -170,6 +172,20 @@ class Packer:
         for i, table in enumerate(self.tables):
             into.added_s[i] += table.chunk_s(tokens, start) + (table.stage.final_s if final else 0.0)
 
+    def seconds(self, chunks: Round, requests: Sequence[Request]) -> float:
+        """Seconds of a round on the stage where it takes longest."""
+        filled = self.open_round()
+        for chunk in chunks:
+            self.add(filled, chunk.request, chunk.start, chunk.tokens, chunk.end == requests[chunk.request].prompt_tokens)
+        return self.filled_s(filled)
+
+    def filled_s(self, filled: OpenRound) -> float:
+        """Seconds of what a round holds so far, on the stage where it takes longest."""
+        longest = 0.0
+        for table, added in zip(self.tables, filled.added_s, strict=True):
+            longest = max(longest, table.round_s(filled.num_tokens) + added)
+        return longest
+
     def earliest_start(self, end: int, cached: int, final: bool, cap_s: float) -> int:
         """The earliest start of a chunk up to token `end` that fits in a round of its own."""
         multiple = self.multiple
@@ -199,7 +215,7 @@ def pack_in_order(packer: Packer, requests: Sequence[Request], order: Sequence[i
     `caps_s` has one cap a request; a round keeps the cap of the request that opens it.
     """
     spans = [(index, requests[index].cached_tokens, requests[index].prompt_tokens) for index in order]
-    return _fill(packer, requests, spans, caps_s)
+    return fill_rounds(packer, requests, spans, caps_s)
 
 
 def pack_tails(packer: Packer, requests: Sequence[Request], order: Sequence[int], caps_s: Sequence[float]) -> list[Round]:
@@ -216,7 +232,7 @@ def pack_tails(packer: Packer, requests: Sequence[Request], order: Sequence[int]
         late = backward_cut(packer, index, request, caps_s[index])
         fronts.append((index, request.cached_tokens, late[0].end))
         tails.extend((chunk,) for chunk in late[1:])
-    return _fill(packer, requests, fronts, caps_s) + tails
+    return fill_rounds(packer, requests, fronts, caps_s) + tails
 
 
 def backward_cut(packer: Packer, index: int, request: Request, cap_s: float) -> list[Chunk]:
@@ -229,8 +245,8 @@ def backward_cut(packer: Packer, index: int, request: Request, cap_s: float) -> 
     return chunks[::-1]
 
 
-def _fill(
-    packer: Packer, requests: Sequence[Request], spans: Sequence[tuple[int, int, int]], caps_s: Sequence[float]
+def fill_rounds(
+    packer: Packer, requests: Sequence[Request], spans: Sequence[tuple[int, int, int]], caps_s: Sequence[float] | Mapping[int, float]
 ) -> list[Round]:
     """Pack (request, first token, end) spans in order, each into as few and as early rounds as the cap allows.
 

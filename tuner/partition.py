@@ -9,13 +9,15 @@ from tuner.cost_model import CostModel
 from tuner.plan import Request
 from tuner.planner import RoundPlan, plan_rounds
 from tuner.problem import NO_LIMITS, Limits
-from tuner.schedule import Evaluation, Objective, evaluate
+from tuner.schedule import Objective, evaluate
 
 BuildCost = Callable[[tuple[int, ...]], CostModel]
 """The cost model of a pipeline whose stages hold these many layers (embedding on the first, head on the last)."""
 
 MOST_REPLANS = 3
 """How often partition and rounds are improved in turn."""
+MOST_STARTS = 4
+"""Partitions around the balanced one that are planned for."""
 
 
 def even_partition(num_layers: int, pp_size: int) -> tuple[int, ...]:
@@ -41,10 +43,11 @@ def choose_partition(
 ) -> tuple[tuple[int, ...], RoundPlan]:
     """Layers of each stage, and the rounds planned for them.
 
-    Starts from even layers and takes turns: plan the rounds for the partition, then move single layers between stages as
-    long as the exact recurrence says that these rounds end sooner. Stops when replanning no longer helps.
+    Plans for even layers and for those that balance the stages' work; from the best of these, takes turns: move single
+    layers between stages as long as the exact recurrence says that the same rounds end sooner, and plan the rounds anew.
+    Stops when that no longer helps.
     """
-    wanted = Objective(objective)
+    wanted = Objective.parse(objective)
     costs: dict[tuple[int, ...], CostModel] = {}
 
     def cost_of(partition: tuple[int, ...]) -> CostModel:
@@ -65,12 +68,24 @@ def choose_partition(
 
     partition = even_partition(num_layers, pp_size)
     best = plan(partition)
+
+    def busiest_s(candidate: tuple[int, ...]) -> tuple[float, ...]:
+        stage_s = evaluate(cost_of(candidate), requests, best.rounds, window).round_s.sum(axis=0)
+        return (float(stage_s.max()), float((stage_s**2).sum()))
+
+    balanced = _move_layers(partition, busiest_s)
+    nearby = sorted(_one_layer_moved(balanced), key=busiest_s)
+    for start in dict.fromkeys([balanced, *nearby[: MOST_STARTS - 1]]):
+        if start != partition:
+            planned = plan(start)
+            if planned.evaluation.score(wanted) < best.evaluation.score(wanted):
+                partition, best = start, planned
     for _ in range(MOST_REPLANS):
 
-        def judge(candidate: tuple[int, ...], rounds: RoundPlan = best) -> Evaluation:
-            return evaluate(cost_of(candidate), requests, rounds.rounds, window)
+        def score(candidate: tuple[int, ...], planned: RoundPlan = best) -> tuple[float, ...]:
+            return evaluate(cost_of(candidate), requests, planned.rounds, window).score(wanted)
 
-        moved = _move_layers(partition, judge, wanted)
+        moved = _move_layers(partition, score)
         if moved == partition:
             break
         replanned = plan(moved)
@@ -80,24 +95,26 @@ def choose_partition(
     return partition, best
 
 
-def _move_layers(
-    partition: tuple[int, ...], judge: Callable[[tuple[int, ...]], Evaluation], objective: Objective
-) -> tuple[int, ...]:
+def _move_layers(partition: tuple[int, ...], score: Callable[[tuple[int, ...]], tuple[float, ...]]) -> tuple[int, ...]:
     """Steepest descent over moves of one layer from a stage to another."""
-    score = judge(partition).score(objective)
-    while True:
-        moves = []
-        for source, layers in enumerate(partition):
-            if layers < 2:
-                continue
-            for target in range(len(partition)):
-                if target != source:
-                    moved = list(partition)
-                    moved[source] -= 1
-                    moved[target] += 1
-                    moves.append(tuple(moved))
-        best = min(moves, key=lambda moved: judge(moved).score(objective), default=partition)
-        best_score = judge(best).score(objective)
-        if not best_score < score:
-            return partition
-        partition, score = best, best_score
+    reached = score(partition)
+    while moves := _one_layer_moved(partition):
+        scores = {moved: score(moved) for moved in moves}
+        best = min(moves, key=lambda moved: scores[moved])
+        if not scores[best] < reached:
+            break
+        partition, reached = best, scores[best]
+    return partition
+
+
+def _one_layer_moved(partition: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Every partition that has one layer on another stage."""
+    moves = []
+    for source, layers in enumerate(partition):
+        for target in range(len(partition)):
+            if target != source and layers > 1:
+                moved = list(partition)
+                moved[source] -= 1
+                moved[target] += 1
+                moves.append(tuple(moved))
+    return moves

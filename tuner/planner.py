@@ -75,7 +75,7 @@ def plan_rounds(
         window=window,
         chunk_multiple=chunk_multiple,
         limits=limits,
-        objective=Objective(objective),
+        objective=Objective.parse(objective),
     )
     started = time.perf_counter()
     bound = makespan_bound_s(problem)
@@ -149,7 +149,7 @@ def compare_policies(
         )
         for policy in policies
     ]
-    return sorted(plans, key=lambda plan: plan.evaluation.score(Objective(objective)))
+    return sorted(plans, key=lambda plan: plan.evaluation.score(Objective.parse(objective)))
 
 
 def fixed_sweep(requests: Sequence[Request], chunk_multiple: int) -> list[str]:

@@ -51,7 +51,7 @@ def replay(
         window=window,
         chunk_multiple=chunk_multiple,
         limits=limits,
-        objective=Objective(objective),
+        objective=Objective.parse(objective),
     )
     rounds = online_rounds(problem) if policy == "joint" else make_rounds(problem, policy)
     evaluation = problem.evaluate(rounds)

@@ -19,6 +19,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from db.errors import UserError
 from tuner.cost_model import CostModel, Floats, Ints
 from tuner.plan import Request, Round
 
@@ -31,6 +32,13 @@ class Objective(StrEnum):
     """Mean TTFT, weighted by each request's weight."""
     SLA = "sla"
     """Number of requests whose TTFT meets their `sla_ttft_s`; the mean TTFT breaks ties."""
+
+    @classmethod
+    def parse(cls, name: str) -> Objective:
+        """The objective of this name. Raises UserError naming those there are."""
+        if name not in list(cls):
+            raise UserError("objective", name, f"one of {', '.join(cls)}")
+        return cls(name)
 
 
 @dataclass(frozen=True, slots=True)

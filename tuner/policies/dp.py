@@ -42,7 +42,7 @@ def pack_line(
         for last in range(first, len(line)):
             if not _append(packer, requests, rounds, members, line[last], caps_s[line[first].request]) and last > first:
                 break
-            seconds = _seconds(packer, rounds)
+            seconds = packer.filled_s(rounds)
             if least[first] + seconds < least[last + 1]:
                 least[last + 1], came_from[last + 1] = least[first] + seconds, first
     stretches: list[Round] = []
@@ -74,15 +74,7 @@ def _append(
         return False
     if limits.max_kv_tokens is not None and sum(requests[i].prompt_tokens for i in members) > limits.max_kv_tokens:
         return False
-    return _seconds(packer, into) <= cap_s * (1.0 + 1e-9)
-
-
-def _seconds(packer: Packer, filled: OpenRound) -> float:
-    """Seconds of a round on the stage where it takes longest."""
-    longest = 0.0
-    for table, added in zip(packer.tables, filled.added_s, strict=True):
-        longest = max(longest, table.round_s(filled.num_tokens) + added)
-    return longest
+    return packer.filled_s(into) <= cap_s * (1.0 + 1e-9)
 
 
 def _joined(before: Chunk | None, chunk: Chunk) -> Chunk:

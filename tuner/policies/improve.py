@@ -17,8 +17,10 @@ from tuner.schedule import Objective
 
 MOST_STAGE_ROUNDS = 512
 """Plans with more rounds x stages are left as they are: their rounds' whole number matters little."""
-MOST_STEPS = 32
-MOST_MOVES = 600
+MOST_STEPS = 16
+STAGE_ROUNDS_SEARCHED = 2_500
+"""Steps x rounds x stages of one improvement: what bounds its time."""
+MOST_MOVES = 400
 """Moves judged in one step."""
 LEAST_GAIN = 1e-6
 """A step that gains less than this share ends the search."""
@@ -41,7 +43,7 @@ def improve_rounds(
     score = problem.evaluate(best).score(problem.objective)
     if len(best) * problem.cost.pp_size > MOST_STAGE_ROUNDS:
         return best
-    for _ in range(MOST_STEPS):
+    for _ in range(min(MOST_STEPS, STAGE_ROUNDS_SEARCHED // max(len(best) * problem.cost.pp_size, 1))):
         if problem.objective is Objective.MAKESPAN and score[0] <= good_enough_s:
             break
         moves = list(_moves(problem, best))

@@ -28,11 +28,12 @@ def terapipe_rounds(problem: Problem) -> list[Round]:
     requests = problem.requests
     longest = max(request.new_tokens for request in requests)
     multiple = problem.chunk_multiple
-    grid = multiple * max(1, -(-longest // (multiple * MOST_UNITS)))
+    most = problem.limits.max_round_tokens or sum(request.new_tokens for request in requests)
+    grid = multiple * max(1, min(-(-longest // (multiple * MOST_UNITS)), most // multiple))
     units = -(-longest // grid)
-    sizes = [b for b in (1, 2, 4, 8, 16, 32) if b <= len(requests)]
+    sizes = [b for b in (1, 2, 4, 8, 16, 32) if b == 1 or (b <= len(requests) and b * grid <= most)]
     splits = {b: _best_split(problem.cost.stages[0], b, units, grid, problem) for b in sizes}
-    slices = _knapsack(len(requests), {b: split[0] for b, split in splits.items()})
+    slices = _knapsack(problem, {b: split[0] for b, split in splits.items()})
     rounds: list[Round] = []
     first = 0
     for size in slices:
@@ -64,7 +65,7 @@ def _best_split(
         + stage.tokens_s(size * length * grid)[:, None]
         + size * stage.chunk_seconds((length * grid)[:, None], start[None, :] * grid)
     )  # [length, start]
-    least = float(seconds[0].max())
+    least = max(float(seconds[0].max()), 1e-12)
     caps = np.geomspace(least, max(float(seconds[-1].max()), least), NUM_CAPS)
     best: tuple[float, list[int]] = (np.inf, [])
     for total, lengths in _splits_under(seconds, units, caps):
@@ -96,10 +97,15 @@ def _splits_under(seconds: Floats, units: int, caps: Floats) -> Iterator[tuple[f
             yield float(total[row, units]), lengths_taken[::-1]
 
 
-def _knapsack(num_samples: int, latency: dict[int, float]) -> Sequence[int]:
-    """Sizes of the batch's slices with the least sum of latencies."""
+def _knapsack(problem: Problem, latency: dict[int, float]) -> Sequence[int]:
+    """Sizes of the batch's slices with the least sum of latencies, none above the KV limit."""
+    requests, most = problem.requests, problem.limits.max_kv_tokens
     best: list[tuple[float, list[int]]] = [(0.0, [])]
-    for count in range(1, num_samples + 1):
-        options = [(best[count - b][0] + t, [*best[count - b][1], b]) for b, t in latency.items() if b <= count]
+    for count in range(1, len(requests) + 1):
+        options = []
+        for size, seconds in latency.items():
+            held = sum(request.prompt_tokens for request in requests[max(0, count - size) : count])
+            if size <= count and (most is None or held <= most):
+                options.append((best[count - size][0] + seconds, [*best[count - size][1], size]))
         best.append(min(options))
-    return best[num_samples][1]
+    return best[-1][1]

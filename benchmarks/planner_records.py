@@ -1,0 +1,59 @@
+"""The planner against the field's records, on ATOM's published coefficients: `python -m benchmarks.planner_records`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tuner.cost_model import CostModel, PairAttention, StageCost
+from tuner.plan import Request
+from tuner.planner import compare_policies, plan_rounds
+from tuner.schedule import Objective
+
+ATOM = json.loads((Path(__file__).parents[1] / "tests" / "data" / "atom_kimi_k25_mi355x.json").read_text())
+
+CASES = [
+    ("1 x 131072, K = 4", [131072], 4, None, 9.28),
+    ("mix of 16, K = 4, W = 5", ATOM["request_mix"], 4, 5, 22.6),
+    ("mix of 16, K = 8, W = 9", ATOM["request_mix"], 8, 9, 25.15),
+    ("8 x 131072, K = 4, W = 5", [131072] * 8, 4, 5, 58.5),
+]
+
+
+def atom(pp_size: int) -> CostModel:
+    """Kimi-K2.5 on MI355X as ATOM measured it, the hand-off of 17.5 ms added to c."""
+    stage = StageCost(
+        token_count=(0, 65536),
+        token_seconds=(0.0, 65536 * ATOM["b"] / 1e3),
+        attention=PairAttention(pair_s=2 * ATOM["a"] / 1e3, context_token_s=ATOM["gamma"] / 1e3),
+        round_overhead_s=(ATOM["c"] + ATOM["handoff_ms_per_round"]) / 1e3,
+    )
+    return CostModel(stages=(stage,)).for_pp_size(pp_size)
+
+
+def prompts(lengths: list[int]) -> list[Request]:
+    """Requests of these many tokens."""
+    return [Request(id=f"r{i}", prompt_tokens=length) for i, length in enumerate(lengths)]
+
+
+def main() -> None:
+    """Print every policy's makespan, TTFTs, bubbles and gap for each case, and ours beside the record."""
+    for name, lengths, pp_size, window, record_s in CASES:
+        requests = prompts(lengths)
+        print(f"\n{name}: record {record_s} s")
+        print(f"{'policy':>14} {'makespan_s':>10} {'mean_ttft':>9} {'p90_ttft':>8} {'bubble':>7} {'rounds':>6} "
+              f"{'gap':>7} {'plan_ms':>8}")
+        for plan in compare_policies(atom(pp_size), requests, window=window):
+            what = plan.evaluation
+            print(f"{plan.policy:>14} {plan.makespan_s:10.3f} {what.mean_ttft_s:9.3f} {what.p90_ttft_s:8.3f} "
+                  f"{what.bubble_share:7.1%} {len(plan.rounds):6d} {plan.gap:7.2%} {plan.planning_s * 1e3:8.1f}")
+        ours = plan_rounds(atom(pp_size), requests, window=window)
+        ttft = plan_rounds(atom(pp_size), requests, window=window, objective=Objective.MEAN_TTFT)
+        print(f"joint: {ours.makespan_s:.3f} s ({ours.makespan_s / record_s - 1:+.2%} of the record), "
+              f"gap {ours.gap:.2%}, bound {ours.lower_bound_s:.3f} s")
+        print(f"joint by mean TTFT: {ttft.evaluation.mean_ttft_s:.3f} s with makespan {ttft.makespan_s:.3f} s "
+              f"({ttft.makespan_s / ours.makespan_s - 1:+.2%}), gap {ttft.gap:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""How long planning takes: `python -m benchmarks.planner_time`."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+
+from benchmarks.planner_records import atom, prompts
+from tuner.online import Planner
+from tuner.plan import Request
+from tuner.planner import plan_rounds
+from tuner.schedule import Objective
+
+REPEATS = 7
+
+
+def main() -> None:
+    """Print median and worst planning times beside their limits, and the online planner's time a round."""
+    rng = random.Random(0)
+    mixed = [int(2048 * 2 ** (6 * rng.random())) for _ in range(256)]
+    for name, lengths, pp_size, limit_ms in [
+        ("1 x 1048576 tokens, 64 stages", [1_048_576], 64, 50),
+        ("256 requests of 2K-128K, 16 stages", mixed, 16, 300),
+    ]:
+        plans = [plan_rounds(atom(pp_size), prompts(lengths), window=pp_size + 1) for _ in range(REPEATS)]
+        times_ms = [plan.planning_s * 1e3 for plan in plans]
+        print(f"{name}: median {np.median(times_ms):.1f} ms, worst {max(times_ms):.1f} ms (limit {limit_ms} ms); "
+              f"{len(plans[0].rounds)} rounds, gap {plans[0].gap:.2%}")
+    for objective in (Objective.MEAN_TTFT, Objective.MAKESPAN):
+        times_ms = _online_ms(mixed, objective, rng)
+        print(f"online next round with 256 waiting, {objective}: median {np.median(times_ms):.3f} ms, "
+              f"p99 {np.percentile(times_ms, 99):.3f} ms (limit 1 ms in the median)")
+
+
+def _online_ms(lengths: list[int], objective: Objective, rng: random.Random) -> list[float]:
+    """Times of next_round while 256 requests wait: whenever one ends, another arrives."""
+    planner = Planner(atom(16), window=None, objective=objective)
+    num_added, times_ms, now = 0, [], 0.0
+    while len(times_ms) < 300:
+        while planner.num_waiting < 256:
+            planner.add(Request(id=f"r{num_added}", prompt_tokens=rng.choice(lengths), arrival_s=now), now)
+            num_added += 1
+        started = time.perf_counter()
+        planner.next_round(now)
+        times_ms.append((time.perf_counter() - started) * 1e3)
+        planner.finish_round()
+        now += 1.0
+    return times_ms
+
+
+if __name__ == "__main__":
+    main()
