@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 
@@ -41,7 +42,7 @@ class Stage:
             dtype=self.dtype,
         )
         self.rotary = Rotary(job.shape, device)
-        self.kernels = job.kernels
+        self.kernels = cache(job.kernels)  # a search among the measured points, for each chunk of each round
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """On the first stage: token_ids [T] -> [T, hidden]."""
