@@ -44,7 +44,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     handle = _handle(q.device)
     built = _build(q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), out.stride())
     workspace = torch.empty(max(built.workspace_bytes, 1), device=q.device, dtype=torch.uint8)
-    built.graph.execute({_Id.Q: q, _Id.K: k, _Id.V: v, _Id.OUT: out}, workspace, handle=handle)
+    tensors = {int(_Id.Q): q, int(_Id.K): k, int(_Id.V): v, int(_Id.OUT): out}  # the package asks for plain integers
+    built.graph.execute(tensors, workspace, handle=handle)
     return out
 
 
@@ -85,7 +86,7 @@ def _build(
     )
 
     def tensor(name: _Id, size: Sizes, stride: Sizes) -> Any:
-        return graph.tensor(name=name.name, dim=list(size), stride=list(stride), data_type=half, uid=name)
+        return graph.tensor(name=name.name, dim=list(size), stride=list(stride), data_type=half, uid=int(name))
 
     out, _ = graph.sdpa(
         name="sdpa",
@@ -97,7 +98,7 @@ def _build(
         diagonal_alignment=cudnn.diagonal_alignment.BOTTOM_RIGHT,
         diagonal_band_right_bound=0,
     )
-    out.set_uid(_Id.OUT).set_output(True).set_dim(list(q_size)).set_stride(list(out_stride)).set_data_type(half)
+    out.set_uid(int(_Id.OUT)).set_output(True).set_dim(list(q_size)).set_stride(list(out_stride)).set_data_type(half)
     graph.validate()
     graph.build_operation_graph()
     graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])

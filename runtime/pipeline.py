@@ -38,7 +38,7 @@ class Pipeline:
 
     def warm_up(self) -> None:
         """Build what is built lazily: kernels for the rounds' shapes, connections between the stages."""
-        self.stage.warm_up(self.job.rounds)
+        self.stage.warm_up([*self.job.rounds, *self._decode_rounds(min(1, self.job.max_new_tokens - 1))])
         most = max(self.job.round_tokens)
         if self.inbound:
             self.inbound.expect([most])
@@ -71,17 +71,15 @@ class Pipeline:
     def decode(self, num_steps: int) -> torch.Tensor:
         """Run `num_steps` rounds of one token of every request -> on the last stage, all new ids [1 + num_steps, R]."""
         chosen = [self.next_ids.clone()]
-        steps = [
-            tuple(Chunk(i, request.prompt_tokens + step, 1) for i, request in enumerate(self.job.requests))
-            for step in range(num_steps)
-        ]
-        self._expect(steps)
-        for step, chunks in enumerate(steps):
+        for step, chunks in enumerate(self._decode_rounds(num_steps)):
             self.progress.mark(self.place.stage, len(self.job.rounds) + step)
             if self.back and self.place.is_last:
                 self.back.send(self.next_ids)
             elif self.back:
                 self.next_ids = self.back.receive(len(self.job.requests))
+            # One receive at a time: it waits on the device for what this rank has yet to cause, and CUDA may wait for
+            # the device when it loads a kernel.
+            self._expect([chunks])
             self._run(chunks)
             chosen.append(self.next_ids.clone())
         self.drain()
@@ -92,6 +90,13 @@ class Pipeline:
         for link in (self.outbound, self.back):
             if link:
                 link.drain()
+
+    def _decode_rounds(self, num_steps: int) -> list[Round]:
+        """One new token of every request, in order, `num_steps` times."""
+        return [
+            tuple(Chunk(i, request.prompt_tokens + step, 1) for i, request in enumerate(self.job.requests))
+            for step in range(num_steps)
+        ]
 
     def _expect(self, rounds: Sequence[Round]) -> None:
         if self.inbound:
