@@ -21,6 +21,7 @@ from profiler.device import cache_bytes, free_bytes
 from profiler.grid import Grid, group_sizes, head_sizes
 from profiler.operators import Operators
 from profiler.point import COLLECTIVES, Op, Point
+from profiler.probe import CoreProbe
 from profiler.progress import ProfileProgress
 from profiler.ranks import RankContext
 from profiler.timing import Prepared, Samples, Timing, call_seconds, plan_sampling, summarize, take_samples
@@ -28,7 +29,7 @@ from profiler.workspace import Workspace
 
 COMMIT_EVERY_S = 0.5
 POINT_S = {"cpu": 0.25, "cuda": 0.2}  # what sampling a point may take, unless three samples take longer
-ATTEMPTS = 2  # at once; a point that stays noisy is tried once more at the end
+ATTEMPTS = 3  # at once; a point that stays noisy is tried once more at the end
 _STOP = -1
 _TRIAL_CALLS = 2  # one alone may have met another process
 _LONG_CALL_S = 2.5  # too long for a second try
@@ -87,6 +88,7 @@ class RankSession:
         )
         self.operators = Operators(shape, job.grid.context_length, workspace, self.choose_kernel)
         self.heads = head_sizes(shape, 1)
+        self.is_slow = CoreProbe() if self.device.type == "cpu" else None
         # Every rank makes every group, in the same order. What ranks agree on travels over gloo, beside NCCL.
         self.control = {
             busy: dist.new_group(list(range(busy)), backend="gloo")
@@ -117,11 +119,10 @@ class RankSession:
             return None
         prepared = self.prepare(point)
         call_s = self.call_seconds(prepared, point)
-        timing = self.time(prepared, point, call_s)
+        samples, timing = self.sample(prepared, point, call_s)
         for _ in range(ATTEMPTS - 1):
             if timing.noisy:
-                again = self.time(prepared, point, call_s)
-                timing = min(timing, again, key=lambda each: (each.noisy, each.disturbed_share, each.spread))
+                samples, timing = self.sample(prepared, point, call_s, samples)
         row = Measurement(
             op=point.op,
             dtype=point.dtype,
@@ -161,20 +162,27 @@ class RankSession:
         trials = 1 if first > POINT_S[self.device.type] else _TRIAL_CALLS
         return self.slowest(min(call_seconds(prepared.run, self.device) for _ in range(trials)), point)
 
-    def time(self, prepared: Prepared, point: Point, call_s: float) -> Timing:
-        """Sample on all busy ranks at once; the samples of the rank with the largest median count.
+    def sample(
+        self, prepared: Prepared, point: Point, call_s: float, before: tuple[Samples, ...] = ()
+    ) -> tuple[tuple[Samples, ...], Timing]:
+        """Sample on all busy ranks at once -> each rank's samples, those of `before` included, and the point's timing.
 
-        A pipeline runs at the pace of its slowest stage: the mean over ranks would promise too much.
+        The rank with the largest median counts: a pipeline runs at the pace of its slowest stage, and the mean over
+        ranks would promise too much.
         """
         device_type = self.device.type
         sampling = plan_sampling(call_s, device_type=device_type, budget_s=POINT_S[device_type])
         self.barrier(point)
-        samples = take_samples(prepared, sampling, self.device)
-        table = torch.tensor([samples.us, samples.disturbed], dtype=torch.float64)
-        gathered = [torch.empty_like(table) for _ in range(point.busy_ranks)]
-        dist.all_gather(gathered, table, group=self.control[point.busy_ranks])
-        timings = [summarize(Samples(us.tolist(), disturbed.bool().tolist())) for us, disturbed in gathered]
-        return max(timings, key=lambda timing: timing.median_us)
+        mine = take_samples(prepared, sampling, self.device, is_slow=self.is_slow)
+        table = torch.tensor([mine.us, mine.disturbed], dtype=torch.float64)
+        gathered = torch.stack([torch.empty_like(table) for _ in range(point.busy_ranks)])  # [ranks, 2, samples]
+        dist.all_gather(list(gathered.unbind()), table, group=self.control[point.busy_ranks])
+        if prepared.waits:  # for ranks that were disturbed
+            gathered[:, 1] = gathered[:, 1].amax(dim=0)
+        samples = tuple(Samples(us.tolist(), disturbed.bool().tolist()) for us, disturbed in gathered)
+        if before:
+            samples = tuple(one + other for one, other in zip(before, samples, strict=True))
+        return samples, max(map(summarize, samples), key=lambda timing: timing.median_us)
 
     def barrier(self, point: Point) -> None:
         """Wait until all busy ranks, and their devices, are here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,20 +35,23 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Microseconds a call, one figure a sample, and which samples had to share their core with another process.
+    """Microseconds a call, one figure a sample, and which samples met a core that was shared or slower than usual.
 
-    A disturbed sample of a single thread counts the time that the thread ran: what it takes with a core of its own.
+    A sample whose only thread had to share its core counts the time that the thread ran.
     """
 
-    us: Sequence[float]
-    disturbed: Sequence[bool]
+    us: list[float]
+    disturbed: list[bool]
+
+    def __add__(self, other: Samples) -> Samples:
+        return Samples(self.us + other.us, self.disturbed + other.disturbed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
     """Statistics of a point's samples; percentiles interpolate linearly between samples.
 
-    disturbed_share: of all samples. Disturbed ones are left out when enough others remain.
+    disturbed: whether too few undisturbed samples remained, so that disturbed ones count too.
     """
 
     num_samples: int
@@ -57,7 +60,7 @@ class Timing:
     p90_us: float
     min_us: float
     std_us: float
-    disturbed_share: float
+    disturbed: bool
 
     @property
     def spread(self) -> float:
@@ -67,7 +70,7 @@ class Timing:
     @property
     def noisy(self) -> bool:
         """Whether the samples disagree too much to be relied on, or the machine was busy with something else."""
-        return self.spread > NOISY_SPREAD or self.disturbed_share > 0.5
+        return self.spread > NOISY_SPREAD or self.disturbed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +90,8 @@ class Sampling:
 def summarize(all_samples: Samples) -> Timing:
     """Statistics of at least one sample."""
     samples, disturbed = np.asarray(all_samples.us, dtype=np.float64), np.asarray(all_samples.disturbed, dtype=bool)
-    if np.count_nonzero(~disturbed) >= min(MIN_SAMPLES, samples.size):
+    enough = np.count_nonzero(~disturbed) >= min(MIN_SAMPLES, samples.size)
+    if enough:
         samples = samples[~disturbed]
     p10, median, p90 = np.percentile(samples, (10, 50, 90))
     return Timing(
@@ -97,7 +101,7 @@ def summarize(all_samples: Samples) -> Timing:
         p90_us=float(p90),
         min_us=float(samples.min()),
         std_us=float(samples.std()),
-        disturbed_share=float(disturbed.mean()),
+        disturbed=not enough,
     )
 
 
@@ -116,8 +120,12 @@ def plan_sampling(call_s: float, *, device_type: str, budget_s: float) -> Sampli
     return Sampling(warmup_calls=warmup_calls, num_samples=num_samples, inner_repeats=inner_repeats)
 
 
-def take_samples(prepared: Prepared, sampling: Sampling, device: torch.device) -> Samples:
+def take_samples(
+    prepared: Prepared, sampling: Sampling, device: torch.device, *, is_slow: Callable[[], bool] | None = None
+) -> Samples:
     """Time the work; `run` is told the number of the call, from 0 on.
+
+    is_slow: asked between the samples on a CPU, says whether the core is slower than usual.
 
     On CUDA events are recorded between samples and read at the end, so that the card never waits for the host's clock.
     """
@@ -131,7 +139,7 @@ def take_samples(prepared: Prepared, sampling: Sampling, device: torch.device) -
             return Samples([each / prepared.num_units for each in us], [False] * len(us))
         # With several threads the first may well wait for the others.
         may_wait = prepared.waits or torch.get_num_threads() > 1
-        samples = _sample_cpu(prepared.run, sampling, may_wait=may_wait)
+        samples = _sample_cpu(prepared.run, sampling, may_wait=may_wait, is_slow=is_slow or (lambda: False))
         return Samples([each / prepared.num_units for each in samples.us], samples.disturbed)
     finally:
         if prepared.finish is not None:
@@ -149,15 +157,18 @@ def call_seconds(run: Run, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _sample_cpu(run: Run, sampling: Sampling, *, may_wait: bool) -> Samples:
+def _sample_cpu(run: Run, sampling: Sampling, *, may_wait: bool, is_slow: Callable[[], bool]) -> Samples:
     us, disturbed, call = [], [], sampling.warmup_calls
+    slow = is_slow()
     for _ in range(sampling.num_samples):
         ran_start, start = time.thread_time(), time.perf_counter()
         for repeat in range(sampling.inner_repeats):
             run(call + repeat)
         elapsed_s, ran_s = time.perf_counter() - start, time.thread_time() - ran_start
-        disturbed.append(not may_wait and ran_s < _UNDISTURBED_SHARE * elapsed_s)
-        us.append((ran_s if disturbed[-1] else elapsed_s) / sampling.inner_repeats * 1e6)
+        shared = not may_wait and ran_s < _UNDISTURBED_SHARE * elapsed_s
+        us.append((ran_s if shared else elapsed_s) / sampling.inner_repeats * 1e6)
+        was_slow, slow = slow, is_slow()
+        disturbed.append(shared or slow or was_slow)
         call += sampling.inner_repeats
     return Samples(us, disturbed)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from profiler.probe import CoreProbe
 from profiler.timing import (
     MAX_SAMPLES,
     MIN_SAMPLES,
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def samples(*us: float) -> Samples:
-    return Samples(us, [False] * len(us))
+    return Samples(list(us), [False] * len(us))
 
 
 def test_statistics_are_those_of_the_samples() -> None:
@@ -42,7 +43,7 @@ def test_equal_samples_are_not_noisy() -> None:
 def test_disturbed_samples_are_left_out_while_enough_others_remain() -> None:
     timing = summarize(Samples([1.0, 1.0, 1.0, 9.0], [False, False, False, True]))
     assert timing.num_samples == 3 and timing.median_us == 1.0 and not timing.noisy
-    assert timing.disturbed_share == 0.25
+    assert not timing.disturbed
 
 
 def test_a_busy_machine_makes_a_point_noisy_though_its_samples_agree() -> None:
@@ -95,6 +96,24 @@ def test_a_thread_off_its_core_is_told_from_one_that_waits() -> None:
         torch.set_num_threads(torch_threads)
     assert all(off.disturbed) and max(off.us) < 10_000
     assert not any(waiting.disturbed) and min(waiting.us) >= 10_000
+
+
+def test_samples_beside_a_slow_moment_are_disturbed() -> None:
+    answers = iter([False, False, True, False, False])
+    sampling = Sampling(warmup_calls=1, num_samples=4, inner_repeats=1)
+    work = Prepared(run=lambda _call: time.sleep(0.001), waits=True)
+    taken = take_samples(work, sampling, CPU, is_slow=lambda: next(answers))
+    assert taken.disturbed == [False, True, True, False]
+    assert summarize(taken).disturbed and not summarize(taken + taken).disturbed
+
+
+def test_the_probe_calls_a_core_slow_that_takes_longer_than_usual() -> None:
+    probe = CoreProbe()
+    assert 0 < probe.usual_s < 1
+    probe.usual_s *= 100
+    assert not probe()
+    probe.usual_s /= 10_000
+    assert probe()
 
 
 def test_percentiles_interpolate_as_numpy_does() -> None:
