@@ -1,7 +1,9 @@
-"""The planner against exhaustive search on small random batches: `python -m benchmarks.planner_oracle [num_instances]`.
+"""The planner against exhaustive search on small random batches: `python -m benchmarks.planner_oracle
+[num_instances]`.
 
-The oracle follows every plan there is (1-3 requests, up to 11 units, 2-8 stages, even and uneven stages, hops, windows, every
-term of the cost model). `joint` is also measured with its exact search switched off, which is what larger batches get.
+The oracle follows every plan there is (1-3 requests, up to 11 units, 2-8 stages, even and uneven stages, hops,
+windows, every term of the cost model). `joint` is also measured with its exact search switched off, which is what
+larger batches get.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from tuner.planner import plan_rounds
 
 
 def main(num_instances: int = 300) -> None:
-    """Print the mean and the worst gap of every policy to the best plan, and how often the bound is above it (never)."""
+    """Print the mean and the worst gap of every policy to the best plan, and how often the bound is above it
+    (never)."""
     best = {seed: best_makespan_s(random_instance(seed)) for seed in range(num_instances)}
-    print(f"{num_instances} instances\n{'policy':>24} {'mean gap':>9} {'worst':>8} {'optimal':>8} {'median ms':>9} {'max ms':>7}")
+    print(f"{num_instances} instances")
+    print(f"{'policy':>24} {'mean gap':>9} {'worst':>8} {'optimal':>8} {'median ms':>9} {'max ms':>7}")
     for label, policy, exact in [
         ("joint", "joint", True),
         ("joint, exact search off", "joint", False),
@@ -42,8 +46,10 @@ def main(num_instances: int = 300) -> None:
             planning_ms.append((time.perf_counter() - started) * 1e3)
             gaps.append(plan.makespan_s / best_s - 1.0)
             above += plan.lower_bound_s > best_s * (1.0 + 1e-9)
-        print(f"{label:>24} {np.mean(gaps):9.3%} {max(gaps):8.2%} {np.mean(np.array(gaps) < 1e-9):8.1%} "
-              f"{np.median(planning_ms):9.1f} {max(planning_ms):7.1f}")
+        print(
+            f"{label:>24} {np.mean(gaps):9.3%} {max(gaps):8.2%} {np.mean(np.array(gaps) < 1e-9):8.1%} "
+            f"{np.median(planning_ms):9.1f} {max(planning_ms):7.1f}"
+        )
         if above:
             print(f"the bound was above the best plan {above} times")
     print("the bound was never above the best plan" if not above else "THE BOUND IS WRONG")

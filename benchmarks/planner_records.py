@@ -41,18 +41,26 @@ def main() -> None:
     for name, lengths, pp_size, window, record_s in CASES:
         requests = prompts(lengths)
         print(f"\n{name}: record {record_s} s")
-        print(f"{'policy':>14} {'makespan_s':>10} {'mean_ttft':>9} {'p90_ttft':>8} {'bubble':>7} {'rounds':>6} "
-              f"{'gap':>7} {'plan_ms':>8}")
+        print(
+            f"{'policy':>14} {'makespan_s':>10} {'mean_ttft':>9} {'p90_ttft':>8} {'bubble':>7} {'rounds':>6} "
+            f"{'gap':>7} {'plan_ms':>8}"
+        )
         for plan in compare_policies(atom(pp_size), requests, window=window):
             what = plan.evaluation
-            print(f"{plan.policy:>14} {plan.makespan_s:10.3f} {what.mean_ttft_s:9.3f} {what.p90_ttft_s:8.3f} "
-                  f"{what.bubble_share:7.1%} {len(plan.rounds):6d} {plan.gap:7.2%} {plan.planning_s * 1e3:8.1f}")
+            print(
+                f"{plan.policy:>14} {plan.makespan_s:10.3f} {what.mean_ttft_s:9.3f} {what.p90_ttft_s:8.3f} "
+                f"{what.bubble_share:7.1%} {len(plan.rounds):6d} {plan.gap:7.2%} {plan.planning_s * 1e3:8.1f}"
+            )
         ours = plan_rounds(atom(pp_size), requests, window=window)
         ttft = plan_rounds(atom(pp_size), requests, window=window, objective=Objective.MEAN_TTFT)
-        print(f"joint: {ours.makespan_s:.3f} s ({ours.makespan_s / record_s - 1:+.2%} of the record), "
-              f"gap {ours.gap:.2%}, bound {ours.lower_bound_s:.3f} s")
-        print(f"joint by mean TTFT: {ttft.evaluation.mean_ttft_s:.3f} s with makespan {ttft.makespan_s:.3f} s "
-              f"({ttft.makespan_s / ours.makespan_s - 1:+.2%}), gap {ttft.gap:.2%}")
+        print(
+            f"joint: {ours.makespan_s:.3f} s ({ours.makespan_s / record_s - 1:+.2%} of the record), "
+            f"gap {ours.gap:.2%}, bound {ours.lower_bound_s:.3f} s"
+        )
+        print(
+            f"joint by mean TTFT: {ttft.evaluation.mean_ttft_s:.3f} s with makespan {ttft.makespan_s:.3f} s "
+            f"({ttft.makespan_s / ours.makespan_s - 1:+.2%}), gap {ttft.gap:.2%}"
+        )
 
 
 if __name__ == "__main__":

@@ -26,18 +26,23 @@ def main() -> None:
     ]:
         plans = [plan_rounds(atom(pp_size), prompts(lengths), window=pp_size + 1) for _ in range(REPEATS)]
         times_ms = [plan.planning_s * 1e3 for plan in plans]
-        print(f"{name}: median {np.median(times_ms):.1f} ms, worst {max(times_ms):.1f} ms (limit {limit_ms} ms); "
-              f"{len(plans[0].rounds)} rounds, gap {plans[0].gap:.2%}")
+        print(
+            f"{name}: median {np.median(times_ms):.1f} ms, worst {max(times_ms):.1f} ms (limit {limit_ms} ms); "
+            f"{len(plans[0].rounds)} rounds, gap {plans[0].gap:.2%}"
+        )
     for objective in (Objective.MEAN_TTFT, Objective.MAKESPAN):
         times_ms = _online_ms(mixed, objective, rng)
-        print(f"online next round with 256 waiting, {objective}: median {np.median(times_ms):.3f} ms, "
-              f"p99 {np.percentile(times_ms, 99):.3f} ms (limit 1 ms in the median)")
+        print(
+            f"online next round with 256 waiting, {objective}: median {np.median(times_ms):.3f} ms, "
+            f"p99 {np.percentile(times_ms, 99):.3f} ms (limit 1 ms in the median)"
+        )
 
 
 def _online_ms(lengths: list[int], objective: Objective, rng: random.Random) -> list[float]:
     """Times of next_round while 256 requests wait: whenever one ends, another arrives."""
     planner = Planner(atom(16), window=None, objective=objective)
-    num_added, times_ms, now = 0, [], 0.0
+    num_added, now = 0, 0.0
+    times_ms: list[float] = []
     while len(times_ms) < 300:
         while planner.num_waiting < 256:
             planner.add(Request(id=f"r{num_added}", prompt_tokens=rng.choice(lengths), arrival_s=now), now)

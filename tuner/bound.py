@@ -1,34 +1,37 @@
 """A proven lower bound on the makespan of any plan: any cut, any grouping into rounds, any order, any window.
 
-Why it is a bound. Take any plan and any stages a <= b. The recurrence gives makespan >= the cost of every path that goes
-from round 0 on stage 0 to the last round on the last stage by steps "next round" and "next stage". Choose the path that
-enters stage a with the first round, stays there up to the round j whose time is the largest, m, goes down to stage b with
-it, and stays on b to the last round, which it follows out:
+Why it is a bound. Take any plan and any stages a <= b. The recurrence gives makespan >= the cost of every path that
+goes from round 0 on stage 0 to the last round on the last stage by steps "next round" and "next stage". Choose the
+path that enters stage a with the first round, stays there up to the round j whose time is the largest, m, goes down
+to stage b with it, and stays on b to the last round, which it follows out:
 
     makespan >= sum_i e(i) + (b - a) m + fill + drain + (pp_size - 1) hop
 
-where e is an envelope: a cost that on none of the stages a..b exceeds theirs, and m = max_i e(i). fill and drain are what
-one token costs on the stages before a and after b. Nothing is known of m, so the right side is minimised over it; with a cap
-m on every round,
+where e is an envelope: a cost that on none of the stages a..b exceeds theirs, and m = max_i e(i). fill and drain are
+what one token costs on the stages before a and after b. Nothing is known of m, so the right side is minimised over
+it; with a cap m on every round,
 
-1. request r, whose chunks must each fit under m alone, reads its context again at every chunk's start p: sum of context_s * p
-   over its chunks is least when it is cut backwards from its end with the longest chunks allowed. (Let s(e) be the earliest
-   start allowed for a chunk that ends at e. A shorter chunk from the same start costs no more, so s does not fall with e, and
-   by induction every start of every other cut lies at or after the backward cut's, which also has the fewest chunks.)
-2. with F all that rounds cost beside their overhead o, N rounds hold it only if F <= N (m - o): N >= ceil(F / (m - o)), and
-   N is also at least any request's number of chunks. So sum_i e(i) >= F + o N.
+1. request r, whose chunks must each fit under m alone, reads its context again at every chunk's start p: sum of
+   context_s * p over its chunks is least when it is cut backwards from its end with the longest chunks allowed. (Let
+   s(e) be the earliest start allowed for a chunk that ends at e. A shorter chunk from the same start costs no more,
+   so s does not fall with e, and by induction every start of every other cut lies at or after the backward cut's,
+   which also has the fewest chunks.)
+2. with F all that rounds cost beside their overhead o, N rounds hold it only if F <= N (m - o): N >= ceil(F / (m -
+   o)), and N is also at least any request's number of chunks. So sum_i e(i) >= F + o N.
 
-S(m), the least sum, falls with m, so between two caps m1 < m2 the expression is at least S(m2) + (b - a) m1: a finite grid of
-caps proves the bound for all m. The envelope is linear in a round's tokens (a supporting line under every stage's table, its
-offset added to o) and pair-wise in attention (`_pair_floor`), so the backward cut has a closed form in each step.
+S(m), the least sum, falls with m, so between two caps m1 < m2 the expression is at least S(m2) + (b - a) m1: a finite
+grid of caps proves the bound for all m. The envelope is linear in a round's tokens (a supporting line under every
+stage's table, its offset added to o) and pair-wise in attention (`_pair_floor`), so the backward cut has a closed
+form in each step.
 
-A window adds another bound: rounds i, i+W, i+2W, ... pass the whole pipeline one after the other, and the longest of these
-W chains is at least their mean: (sum over rounds and stages + hops) / W. Arrivals add a third: the requests that arrive at t
-or later make a batch of their own that starts at t.
+A window adds another bound: rounds i, i+W, i+2W, ... pass the whole pipeline one after the other, and the longest of
+these W chains is at least their mean: (sum over rounds and stages + hops) / W. Arrivals add a third: the requests
+that arrive at t or later make a batch of their own that starts at t.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -99,7 +102,7 @@ def makespan_bound_s(problem: Problem) -> float:
         later = [request for request in problem.requests if request.arrival_s >= arrival]
         work = Work.of(later, problem.limits.max_round_tokens)
         bounds.append(arrival + batch_bound_s(problem.cost, work, problem.window))
-    return max(bounds) * (1.0 - 1e-12)
+    return float(max(bounds)) * (1.0 - 1e-12)
 
 
 def batch_bound_s(cost: CostModel, work: Work, window: int | None) -> float:
@@ -191,7 +194,8 @@ def least_sums(envelope: Envelope, work: Work, caps_s: Floats) -> tuple[Floats, 
 
 
 def smooth_sums(envelope: Envelope, work: Work, caps_s: Floats) -> Floats:
-    """S(m) without whole numbers: cuts as the integral of one over the chunk length. Not a bound; it finds good caps."""
+    """S(m) without whole numbers: cuts as the integral of one over the chunk length. Not a bound; it finds good
+    caps."""
     share = (np.arange(NUM_SAMPLES) + 0.5) / NUM_SAMPLES
     new = work.prompt - work.cached
     end = (work.cached[:, None] + new[:, None] * share).ravel()  # [requests * samples]
@@ -228,7 +232,8 @@ def _smooth_curve(envelope: Envelope, work: Work) -> tuple[Floats, Floats]:
 
 
 def _cap_grid(envelope: Envelope, work: Work, num_more: int, tolerance: float) -> Floats:
-    """Caps m1 < m2 < ... such that the smooth S(m2) + num_more * m1 stays within `tolerance` of its least everywhere."""
+    """Caps m1 < m2 < ... such that the smooth S(m2) + num_more * m1 stays within `tolerance` of its least
+    everywhere."""
     curve_caps, curve = _smooth_curve(envelope, work)
     usable = np.isfinite(curve)
     if not usable.any():
@@ -280,10 +285,12 @@ def _least_makespan(envelope: Envelope, work: Work, num_more: int) -> float:
 def _stage_ranges(cost: CostModel, work: Work) -> list[tuple[int, int]]:
     """Ranges of stages to try: from the slowest stage alone, growing to the slower neighbour, to the whole pipeline."""
     tokens, context = work.prompt - work.cached, work.cached
-    busy = np.array([
-        float(kind.round_overhead_s + kind.tokens_s(tokens.sum()) + kind.chunk_seconds(tokens, context, True).sum())
-        for kind in cost.kinds
-    ])[cost.kind_of_stage]
+    busy = np.array(
+        [
+            float(kind.round_overhead_s + kind.tokens_s(tokens.sum()) + kind.chunk_seconds(tokens, context, True).sum())
+            for kind in cost.kinds
+        ]
+    )[cost.kind_of_stage]
     first = last = int(np.argmax(busy))
     ranges = []
     while True:
@@ -291,7 +298,9 @@ def _stage_ranges(cost: CostModel, work: Work) -> list[tuple[int, int]]:
         upper = busy[last + 1] if last + 1 < cost.pp_size else -1.0
         grown = lower < 0.0 and upper < 0.0
         at_limit = min(busy[first : last + 1])
-        if grown or max(lower, upper) < at_limit:  # the next stage is cheaper than all in the range: its envelope differs
+        if (
+            grown or max(lower, upper) < at_limit
+        ):  # the next stage is cheaper than all in the range: its envelope differs
             ranges.append((first, last))
         if grown:
             return ranges
@@ -302,11 +311,12 @@ def _stage_ranges(cost: CostModel, work: Work) -> list[tuple[int, int]]:
 
 
 def _pair_floor(stage: StageCost) -> tuple[float, float, float]:
-    """(pair_s, context_token_s, chunk_s) whose PairAttention cost is nowhere above the stage's attention plus chunk_s.
+    """(pair_s, context_token_s, chunk_s) whose PairAttention cost is nowhere above the stage's attention plus
+    chunk_s.
 
-    For a table: at its points base(c) >= pair_s c (c+1) / 2 + d and slope(c) >= pair_s c + context_token_s. A chord lies
-    above a convex parabola that is below its ends, and beyond the last point base and slope grow at least as fast, so
-    what holds at the points holds everywhere.
+    For a table: at its points base(c) >= pair_s c (c+1) / 2 + d and slope(c) >= pair_s c + context_token_s. A chord
+    lies above a convex parabola that is below its ends, and beyond the last point base and slope grow at least as
+    fast, so what holds at the points holds everywhere.
     """
     attention = stage.attention
     if isinstance(attention, PairAttention):
@@ -331,7 +341,7 @@ def _lines_under(points: Floats, floor: Floats) -> list[tuple[float, float]]:
         while len(hull) > 1 and _turns_down(points, floor, hull[-2], hull[-1], i):
             hull.pop()
         hull.append(i)
-    for left, right in zip(hull, hull[1:], strict=False):
+    for left, right in itertools.pairwise(hull):
         slopes.add(float((floor[right] - floor[left]) / (points[right] - points[left])))
     lines = [(float((floor - slope * points).min()), slope) for slope in slopes]
     allowed = sorted((max(offset, 0.0), slope) for offset, slope in lines if offset >= -1e-15)

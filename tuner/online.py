@@ -1,4 +1,5 @@
-"""The online planner: requests come and go, an engine asks for the next round, and gets it in well under a millisecond.
+"""The online planner: requests come and go, an engine asks for the next round, and gets it in well under a
+millisecond.
 
     planner = Planner(cost, window=5)
     planner.add(Request(id="a", prompt_tokens=131072), now_s=0.0)
@@ -6,11 +7,12 @@
     ...
     planner.finish_round(now_s=0.7)               # the oldest round in flight has left the last stage
 
-How long may the next round be? With C the mean, over the waiting requests in running order, of the work up to a request's
-end, rounds of m seconds (o of them overhead and context read again) make the mean TTFT about C (1 + o/m) + (K-1) m, which is
-least at m = o + sqrt(C o / (K-1)). Rounds no longer than those the pipeline is already busy with cost no latency: on
-equal stages a round waits behind the slowest one before it (`tuner.schedule`), so the cap never falls below what is in
-flight. Then the remaining work is shared out evenly over whole rounds. For the makespan C is all the work that waits.
+How long may the next round be? With C the mean, over the waiting requests in running order, of the work up to a
+request's end, rounds of m seconds (o of them overhead and context read again) make the mean TTFT about C (1 + o/m) +
+(K-1) m, which is least at m = o + sqrt(C o / (K-1)). Rounds no longer than those the pipeline is already busy with
+cost no latency: on equal stages a round waits behind the slowest one before it (`tuner.schedule`), so the cap never
+falls below what is in flight. Then the remaining work is shared out evenly over whole rounds. For the makespan C is
+all the work that waits.
 """
 
 from __future__ import annotations
@@ -123,7 +125,8 @@ class Planner:
         return index
 
     def abort(self, request_id: str) -> bool:
-        """Forget a request's remaining tokens; False if none were waiting. Chunks already given out are not recalled."""
+        """Forget a request's remaining tokens; False if none were waiting. Chunks already given out are not
+        recalled."""
         index = self._index_of.get(request_id)
         if index is None or index not in self._waiting:
             return False
@@ -162,7 +165,7 @@ class Planner:
 
     def _put(self, into: OpenRound, waiting: _Waiting, cap_s: float) -> bool:
         """Run as much of a request as fits; False once the round is full."""
-        request, left = waiting.request, waiting.request.prompt_tokens - waiting.done
+        left = waiting.request.prompt_tokens - waiting.done
         if not self._admissible(waiting):
             return False
         tokens = self._packer.longest(into, waiting.done, left, cap_s)

@@ -22,7 +22,8 @@ EPSILON_S = 1e-12
 
 @dataclass(slots=True)
 class StageTable:
-    """One stage's costs on the grid, as lists: a chunk's base and slope by its units, a round's seconds by its units."""
+    """One stage's costs on the grid, as lists: a chunk's base and slope by its units, a round's seconds by its
+    units."""
 
     stage: StageCost
     multiple: int
@@ -176,7 +177,9 @@ class Packer:
         """Seconds of a round on the stage where it takes longest."""
         filled = self.open_round()
         for chunk in chunks:
-            self.add(filled, chunk.request, chunk.start, chunk.tokens, chunk.end == requests[chunk.request].prompt_tokens)
+            self.add(
+                filled, chunk.request, chunk.start, chunk.tokens, chunk.end == requests[chunk.request].prompt_tokens
+            )
         return self.filled_s(filled)
 
     def filled_s(self, filled: OpenRound) -> float:
@@ -204,12 +207,17 @@ class Packer:
                 base, slope, tokens = table.base, table.slope, table.tokens
                 spare = cap_s + EPSILON_S - (table.stage.final_s if final else 0.0)
                 most = self._most_units(
-                    min(most, len(tokens) - 1), spare, lambda u: base[u] + slope[u] * (end - u * multiple) + tokens[u]  # noqa: B023
+                    min(most, len(tokens) - 1),
+                    spare,
+                    lambda u: base[u] + slope[u] * (end - u * multiple) + tokens[u],  # noqa: B023
                 )
             chunk = max(most, 1) * multiple
         return end - chunk
 
-def pack_in_order(packer: Packer, requests: Sequence[Request], order: Sequence[int], caps_s: Sequence[float]) -> list[Round]:
+
+def pack_in_order(
+    packer: Packer, requests: Sequence[Request], order: Sequence[int], caps_s: Sequence[float]
+) -> list[Round]:
     """Fill each round up to the cap, request after request: the next one gets the room that the one before leaves.
 
     `caps_s` has one cap a request; a round keeps the cap of the request that opens it.
@@ -218,12 +226,14 @@ def pack_in_order(packer: Packer, requests: Sequence[Request], order: Sequence[i
     return fill_rounds(packer, requests, spans, caps_s)
 
 
-def pack_tails(packer: Packer, requests: Sequence[Request], order: Sequence[int], caps_s: Sequence[float]) -> list[Round]:
+def pack_tails(
+    packer: Packer, requests: Sequence[Request], order: Sequence[int], caps_s: Sequence[float]
+) -> list[Round]:
     """Cut each request backwards into the longest chunks the cap allows; fill rounds with what is left at the fronts.
 
-    Long prompts' late chunks, whose context is expensive to read twice, are then as few as the cap allows and each fill a
-    round. Whole short prompts and the long prompts' first chunks read (almost) no context: cutting them anywhere is free,
-    so they fill rounds to the brim, in order, before the late chunks.
+    Long prompts' late chunks, whose context is expensive to read twice, are then as few as the cap allows and each
+    fill a round. Whole short prompts and the long prompts' first chunks read (almost) no context: cutting them
+    anywhere is free, so they fill rounds to the brim, in order, before the late chunks.
     """
     fronts: list[tuple[int, int, int]] = []
     tails: list[Round] = []
@@ -246,7 +256,10 @@ def backward_cut(packer: Packer, index: int, request: Request, cap_s: float) -> 
 
 
 def fill_rounds(
-    packer: Packer, requests: Sequence[Request], spans: Sequence[tuple[int, int, int]], caps_s: Sequence[float] | Mapping[int, float]
+    packer: Packer,
+    requests: Sequence[Request],
+    spans: Sequence[tuple[int, int, int]],
+    caps_s: Sequence[float] | Mapping[int, float],
 ) -> list[Round]:
     """Pack (request, first token, end) spans in order, each into as few and as early rounds as the cap allows.
 
@@ -283,16 +296,10 @@ def fill_rounds(
 
 
 def _undominated(tables: list[StageTable]) -> list[StageTable]:
-    """The tables that no other one is above everywhere."""
-    columns = [
-        (np.array(t.base), np.array(t.slope), np.array(t.tokens), t.stage.final_s) for t in tables
-    ]
+    """The tables that are above every other one somewhere."""
+    columns = [np.concatenate([t.base, t.slope, t.tokens, [t.stage.final_s]]) for t in tables]
     kept: list[int] = []
     for i, mine in enumerate(columns):
-        if not any(
-            all(np.all(a <= b) for a, b in zip(mine, other, strict=True))
-            for j, other in enumerate(columns)
-            if j in kept or j > i
-        ):
+        if not any(np.all(mine <= other) for j, other in enumerate(columns) if j in kept or j > i):
             kept.append(i)
     return [tables[i] for i in kept]

@@ -21,7 +21,8 @@ MOST_STARTS = 4
 
 
 def even_partition(num_layers: int, pp_size: int) -> tuple[int, ...]:
-    """As equal as whole layers allow; the stages in the middle get those left over, since the ends hold other work too."""
+    """As equal as whole layers allow; the stages in the middle get those left over, since the ends hold other work
+    too."""
     if not 1 <= pp_size <= num_layers:
         raise UserError("pp_size", pp_size, f"1 to {num_layers}, the number of layers")
     least, left = divmod(num_layers, pp_size)
@@ -43,9 +44,9 @@ def choose_partition(
 ) -> tuple[tuple[int, ...], RoundPlan]:
     """Layers of each stage, and the rounds planned for them.
 
-    Plans for even layers and for those that balance the stages' work; from the best of these, takes turns: move single
-    layers between stages as long as the exact recurrence says that the same rounds end sooner, and plan the rounds anew.
-    Stops when that no longer helps.
+    Plans for even layers and for those that balance the stages' work; from the best of these, takes turns: move
+    single layers between stages as long as the exact recurrence says that the same rounds end sooner, and plan the
+    rounds anew. Stops when that no longer helps.
     """
     wanted = Objective.parse(objective)
     costs: dict[tuple[int, ...], CostModel] = {}

@@ -42,8 +42,9 @@ def replay(
 ) -> Replay:
     """Run a trace under a policy, in the exact recurrence.
 
-    `joint` is the online Planner. The schedulers (`fixed:N`, `sglang`, `ascend`) decide round by round as their sources do.
-    The batch policies (`gpipe`, `terapipe`, `dp`) plan all that waits whenever the first stage has run dry.
+    `joint` is the online Planner. The schedulers (`fixed:N`, `sglang`, `ascend`) decide round by round as their
+    sources do. The batch policies (`gpipe`, `terapipe`, `dp`) plan all that waits whenever the first stage has run
+    dry.
     """
     problem = Problem(
         cost=cost,

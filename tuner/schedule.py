@@ -149,8 +149,8 @@ def simulate(
 def _equal_stages(stage_s: Floats, hop_s: Floats) -> Floats | None:
     """Finishes where every round takes the same time on all stages and nothing else holds it up; None where not.
 
-    A path to (i, k) runs through every round up to i once and through k of them once more, with their hops: the sum of t up
-    to i, and k times the largest t + hop so far.
+    A path to (i, k) runs through every round up to i once and through k of them once more, with their hops: the sum
+    of t up to i, and k times the largest t + hop so far.
     """
     if not (stage_s == stage_s[:, :1]).all():
         return None

@@ -15,9 +15,9 @@ from tuner.plan import Request
 def load_workload(path: str | Path, *, rate: float = 1.0, limit: int | None = None) -> list[Request]:
     """Read requests from a JSONL trace, ordered by arrival, the first of them arriving at 0.
 
-    A line has `input_length` (tokens) and may have `timestamp` (ms), `id`, `cached_tokens`, `weight` and `sla_ttft_s`; other
-    fields are ignored. `rate` makes requests arrive that many times faster; `limit` keeps only so many. Raises UserError
-    naming the line and field.
+    A line has `input_length` (tokens) and may have `timestamp` (ms), `id`, `cached_tokens`, `weight` and
+    `sla_ttft_s`; other fields are ignored. `rate` makes requests arrive that many times faster; `limit` keeps only so
+    many. Raises UserError naming the line and field.
     """
     if not (math.isfinite(rate) and rate > 0.0):
         raise UserError("rate", rate, "a finite number above 0 (2 makes requests arrive twice as fast)")
@@ -56,7 +56,9 @@ def _request(number: int, entry: Mapping[str, Any], first_ms: float, rate: float
         )
     except UserError as error:
         field = "input_length" if error.field == "prompt_tokens" else error.field
-        raise UserError(field if field.startswith("line ") else f"line {number}: {field}", error.value, error.allowed) from None
+        raise UserError(
+            field if field.startswith("line ") else f"line {number}: {field}", error.value, error.allowed
+        ) from None
 
 
 def _number(number: int, entry: Mapping[str, Any], name: str, default: float) -> float:

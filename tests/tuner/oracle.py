@@ -1,8 +1,8 @@
 """An oracle for small batches: every plan there is, by plain recursion, sharing no code with the planner.
 
-Plans that reach the same state are compared by when each stage is free and when the last W rounds left: one that is nowhere
-earlier than another cannot finish earlier (the recurrence is made of max and +), so it is not followed. `prune=False` follows
-it all the same; a test compares both.
+Plans that reach the same state are compared by when each stage is free and when the last W rounds left: one that is
+nowhere earlier than another cannot finish earlier (the recurrence is made of max and +), so it is not followed.
+`prune=False` follows it all the same; a test compares both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Instance:
 
 
 def random_instance(seed: int, *, most_units: int = 11) -> Instance:
-    """1-3 requests of together up to `most_units` units on 2-8 stages: even and uneven, hops, windows, every cost term."""
+    """1-3 requests of together up to `most_units` units on 2-8 stages: even and uneven, hops, windows, every cost
+    term."""
     rng = random.Random(seed)
     pp_size = rng.randint(2, 8)
     num_requests = rng.randint(1, 3)

@@ -37,12 +37,10 @@ def stages(draw: st.DrawFn) -> StageCost:
 @st.composite
 def cost_models(draw: st.DrawFn, max_stages: int = 5) -> CostModel:
     pp_size = draw(st.integers(1, max_stages))
-    if draw(st.booleans()):
-        pipeline = (draw(stages()),) * pp_size
-    else:
-        pipeline = tuple(draw(stages()) for _ in range(pp_size))
+    different = pp_size if draw(st.booleans()) else 1
+    pipeline = tuple(draw(stages()) for _ in range(different))
     return CostModel(
-        stages=pipeline,
+        stages=pipeline if different > 1 else pipeline * pp_size,
         hop_latency_s=draw(st.sampled_from([0.0, 0.003])),
         hop_token_s=draw(st.sampled_from([0.0, 1e-6])),
         return_s=draw(st.sampled_from([0.0, 0.02])),

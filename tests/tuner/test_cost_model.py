@@ -110,14 +110,23 @@ def test_bad_files_are_refused_by_field(change: dict[str, Any], message: str) ->
     ("change", "message"),
     [
         ({"round_overhead_s": -0.1}, "stages[0].round_overhead_s: -0.1"),
-        ({"tokens": {"count": [0, 10, 20], "seconds": [0, 2, 1]}}, "stages[0].tokens.seconds[2]: 1.0; time may not fall"),
+        (
+            {"tokens": {"count": [0, 10, 20], "seconds": [0, 2, 1]}},
+            "stages[0].tokens.seconds[2]: 1.0; time may not fall",
+        ),
         ({"tokens": {"count": [0, 10, 10], "seconds": [0, 1, 2]}}, "stages[0].tokens.count[2]: 10"),
         ({"tokens": {"count": [0, 10], "seconds": [0]}}, "stages[0].tokens.seconds: 1 values"),
         ({"tokens": {"count": [0, 1.5], "seconds": [0, 1]}}, "stages[0].tokens.count[1]: 1.5; a whole number"),
         ({"tokens": None}, "stages[0].tokens: missing"),
         ({"attention": {"pair_s": -1e-9}}, "stages[0].attention.pair_s: -1e-09"),
-        ({"attention": {"count": [1], "base_s": [1], "context_s": [math.inf]}}, "stages[0].attention.context_s[0]: inf"),
-        ({"attention": {"count": [1, 2], "base_s": [2, 1], "context_s": [0, 0]}}, "attention.base_s[1]: 1.0; time may not"),
+        (
+            {"attention": {"count": [1], "base_s": [1], "context_s": [math.inf]}},
+            "stages[0].attention.context_s[0]: inf",
+        ),
+        (
+            {"attention": {"count": [1, 2], "base_s": [2, 1], "context_s": [0, 0]}},
+            "attention.base_s[1]: 1.0; time may not",
+        ),
         ({"chunk_s": True}, "stages[0].chunk_s: True; a number"),
     ],
 )

@@ -24,9 +24,7 @@ BATCHES = {
 @pytest.mark.parametrize("name", BATCHES)
 def test_with_all_known_at_the_start_it_plans_as_well_as_the_batch_planner(name: str, pp_size: int) -> None:
     cost, requests = atom(pp_size), prompts(*BATCHES[name])
-    problem = Problem(
-        cost=cost, requests=tuple(requests), window=pp_size + 1, objective=Objective.MAKESPAN
-    )
+    problem = Problem(cost=cost, requests=tuple(requests), window=pp_size + 1, objective=Objective.MAKESPAN)
     online = problem.evaluate(online_rounds(problem))
     batch = plan_rounds(cost, requests, window=pp_size + 1)
     assert online.makespan_s <= 1.02 * batch.makespan_s
@@ -152,7 +150,10 @@ def test_prompts_longer_than_the_tables_are_planned() -> None:
 
 def test_overhead_that_no_cap_holds_still_moves_on() -> None:
     stage = StageCost(
-        token_count=(0, 1), token_seconds=(0.0, 0.0), attention=PairAttention(context_token_s=1.0), round_overhead_s=1e-6
+        token_count=(0, 1),
+        token_seconds=(0.0, 0.0),
+        attention=PairAttention(context_token_s=1.0),
+        round_overhead_s=1e-6,
     )
     planner = Planner(CostModel(stages=(stage,) * 3), chunk_multiple=10)
     planner.add(Request(id="a", prompt_tokens=50, cached_tokens=15))

@@ -89,13 +89,11 @@ def test_every_policy_keeps_the_contract(
         assert begins >= max(requests[chunk.request].arrival_s for chunk in chunks) - 1e-9
 
 
-@pytest.mark.parametrize("seed", range(0, 60))
+@pytest.mark.parametrize("seed", range(60))
 def test_small_batches_are_planned_as_well_as_by_exhaustive_search(seed: int) -> None:
     instance = random_instance(seed)
     best_s = best_makespan_s(instance)
-    plan = plan_rounds(
-        instance.cost, instance.requests, window=instance.window, chunk_multiple=instance.chunk_multiple
-    )
+    plan = plan_rounds(instance.cost, instance.requests, window=instance.window, chunk_multiple=instance.chunk_multiple)
     assert plan.lower_bound_s <= best_s * (1 + 1e-9)
     assert best_s * (1 - 1e-9) <= plan.makespan_s <= best_s * 1.02
 

@@ -100,12 +100,13 @@ def test_what_must_not_shorten_does_not(
         longer = [*requests]
         longer[last.request] = grown
         more = [*rounds[:-1], (*rounds[-1][:-1], Chunk(last.request, last.start, last.tokens + extra))]
-        with_arrival = [Request(id=r.id, prompt_tokens=r.prompt_tokens, cached_tokens=r.cached_tokens) for r in requests]
+        with_arrival = [
+            Request(id=r.id, prompt_tokens=r.prompt_tokens, cached_tokens=r.cached_tokens) for r in requests
+        ]
         longer[last.request] = grown
-        assert (
-            evaluate(cost, [grown if i == last.request else r for i, r in enumerate(with_arrival)], more, window).makespan_s
-            >= evaluate(cost, with_arrival, rounds, window).makespan_s * (1 - 1e-12)
-        )
+        assert evaluate(
+            cost, [grown if i == last.request else r for i, r in enumerate(with_arrival)], more, window
+        ).makespan_s >= evaluate(cost, with_arrival, rounds, window).makespan_s * (1 - 1e-12)
 
 
 def test_objectives_order_evaluations() -> None:

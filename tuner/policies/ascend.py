@@ -20,12 +20,13 @@ NUM_SAMPLES = 64
 def ascend_rounds(problem: Problem, base_tokens: int) -> list[Round]:
     """Spend a time budget a round greedily over requests, those in progress first.
 
-    As `profiling_chunk_predictor.py` and `scheduler_profiling_chunk.py` do: prefill of several lengths up to the token
-    budget is timed and fitted by f(l) = a l^2 + b l + c; a round's time budget is f(base) - f(0), the first chunk's. After
-    one online refit on executed rounds (which know the context), a chunk's time is a C (C + H) + b (C + H) + c; here that
-    refit is made on the cost model's own times. Each request in turn gets the chunk that spends what is left of the time
-    budget (at least `min_chunk`, rounded up to 64 tokens), within the token budget, until either is spent. Requests that
-    have not started take the token budget's rest, as vLLM's scheduler gives it; their time is charged too.
+    As `profiling_chunk_predictor.py` and `scheduler_profiling_chunk.py` do: prefill of several lengths up to the
+    token budget is timed and fitted by f(l) = a l^2 + b l + c; a round's time budget is f(base) - f(0), the first
+    chunk's. After one online refit on executed rounds (which know the context), a chunk's time is a C (C + H) + b (C
+    + H) + c; here that refit is made on the cost model's own times. Each request in turn gets the chunk that spends
+    what is left of the time budget (at least `min_chunk`, rounded up to 64 tokens), within the token budget, until
+    either is spent. Requests that have not started take the token budget's rest, as vLLM's scheduler gives it; their
+    time is charged too.
     """
     a, b, c = _refit(problem, base_tokens)
     target = _time(a, b, c, base_tokens, 0)
@@ -64,7 +65,8 @@ def _time(a: float, b: float, c: float, tokens: int, context: int) -> float:
 
 
 def _refit(problem: Problem, base_tokens: int) -> tuple[float, float, float]:
-    """Least squares of a C (C + H) + b (C + H) + c over chunks C and contexts H as a run of the longest prompt meets them."""
+    """Least squares of a C (C + H) + b (C + H) + c over chunks C and contexts H as a run of the longest prompt meets
+    them."""
     longest = max(request.prompt_tokens for request in problem.requests)
     chunk = np.linspace(base_tokens / 4, base_tokens, 8)
     context = np.linspace(0.0, max(longest - base_tokens, 0.0), NUM_SAMPLES // 8)

@@ -10,6 +10,7 @@ from tuner.plan import Chunk, Request, Round
 from tuner.policies.sweep import Search, shortest_first
 from tuner.problem import Problem
 
+
 def dp_rounds(problem: Problem) -> list[Round]:
     """Sweep the cap on a round's time; under each, split requests best and group the chunks by `pack_line`."""
     search = Search.of(problem)
@@ -25,9 +26,9 @@ def pack_line(
 
     Cut backwards with the longest chunks allowed, a request reads its context the fewest times (`tuner.bound` proves
     it), so that is its best split under a cap. The chunks then stand in a line: what each request has left at its
-    front, least work first, then the full chunks, request after request. A round is a stretch of the line, at most the
-    cap long; chunks of one request in it join. D(j) = min over i of D(i) + t(round of the chunks i..j) is the least
-    total time of the first j chunks.
+    front, least work first, then the full chunks, request after request. A round is a stretch of the line, at most
+    the cap long; chunks of one request in it join. D(j) = min over i of D(i) + t(round of the chunks i..j) is the
+    least total time of the first j chunks.
     """
     cuts = [backward_cut(packer, index, requests[index], caps_s[index]) for index in order]
     held = packer.limits.max_kv_tokens

@@ -1,9 +1,9 @@
 """Exact search over all plans of a small batch: dynamic programming over how far each request has come.
 
-A state is how many grid units of each request have run; a round leads from a state to a later one. What the rounds so far
-mean for the rest is only when each stage is free and when the last W rounds left the pipeline. The recurrence is monotone:
-a label that is nowhere later than another one of the same state can finish no later, so dominated labels are dropped, and so
-are labels that even the least remaining work of some stage carries past the best plan known.
+A state is how many grid units of each request have run; a round leads from a state to a later one. What the rounds so
+far mean for the rest is only when each stage is free and when the last W rounds left the pipeline. The recurrence is
+monotone: a label that is nowhere later than another one of the same state can finish no later, so dominated labels
+are dropped, and so are labels that even the least remaining work of some stage carries past the best plan known.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def exact_rounds(problem: Problem, known: Sequence[Round]) -> list[Round]:
     first = np.searchsorted(steps.origin, np.arange(num_states + 1))
     rest = np.zeros((num_states, pp_size))  # least seconds of each stage from the state to the end
     for state in range(num_states - 2, -1, -1):
-        rows = slice(first[state], first[state + 1])
-        rest[state] = (steps.stage_s[rows] + rest[steps.target[rows]]).min(axis=0) if rows.stop > rows.start else np.inf
+        out = slice(first[state], first[state + 1])
+        onward = steps.stage_s[out] + rest[steps.target[out]]
+        rest[state] = onward.min(axis=0) if len(onward) else np.inf
     drain = np.append(np.cumsum(steps.stage_s.min(axis=0)[::-1])[::-1][1:], 0.0)  # after a stage, on those behind it
     history = 0 if problem.window is None or problem.window >= sum(states[-1]) else problem.window
     best = problem.evaluate(known).makespan_s
@@ -76,7 +77,8 @@ def exact_rounds(problem: Problem, known: Sequence[Round]) -> list[Round]:
         label, name = label[keep], name[keep]
         reached = _run(label, steps, rows, problem, history)  # [labels, steps, pp_size + history]
         target = steps.target[rows]
-        promised = (reached[:, :, :pp_size] + rest[target] + np.where((target < num_states - 1)[:, None], drain, 0.0)).max(axis=2)
+        still = rest[target] + np.where((target < num_states - 1)[:, None], drain, 0.0)
+        promised = (reached[:, :, :pp_size] + still).max(axis=2)
         chosen, step = np.nonzero(promised < best * (1.0 - 1e-12))
         if not chosen.size:
             continue

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.cost_model import Floats, Ints
+from tuner.cost_model import Floats
 from tuner.plan import Chunk, Round
 from tuner.problem import Problem
 from tuner.schedule import Objective
@@ -94,7 +94,8 @@ def _moves(problem: Problem, rounds: list[Round]) -> Iterator[Move]:
 
 
 def _cuts(problem: Problem, chunk: Chunk) -> list[int]:
-    """Tokens at which to cut a chunk: its start (all of it moves), and grid points 1, 2, 4, ... units from either end."""
+    """Tokens at which to cut a chunk: its start (all of it moves), and grid points 1, 2, 4, ... units from either
+    end."""
     multiple = problem.chunk_multiple
     origin = problem.requests[chunk.request].cached_tokens
     units = (chunk.end - 1 - chunk.start) // multiple  # whole units that may stay in front of the cut
@@ -162,12 +163,12 @@ def _scores(problem: Problem, rounds: list[Round], moves: list[Move], limit_s: f
     finals[which[final], request[final]] = True
     ends = np.einsum("mn,mnr->mr", finish, finals[index]) - arrival
     weights = np.array([r.weight for r in requests])
-    mean: Floats = ends @ weights / max(float(weights.sum()), 1e-300)
-    mean = np.where(makespan > limit_s, np.inf, mean)
+    weights = weights if weights.any() else np.ones(len(weights))
+    mean: Floats = np.where(makespan > limit_s, np.inf, ends @ weights / weights.sum())
     if problem.objective is Objective.SLA:
         deadline = np.array([np.inf if r.sla_ttft_s is None else r.sla_ttft_s for r in requests])
         scale = 10.0 * float(np.abs(ends).max()) + 1.0
-        return mean - scale * (ends <= deadline).sum(axis=1)
+        mean = mean - scale * (ends <= deadline).sum(axis=1)
     return mean
 
 

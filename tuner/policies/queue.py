@@ -1,7 +1,7 @@
 """First come first served: the loop that the field's schedulers share, round by round, in simulated time.
 
-A scheduler sees only the requests that have arrived, so with arrivals the loop needs the time at which stage 0 takes its
-next round; `Clock` keeps the recurrence's last finishes for that.
+A scheduler sees only the requests that have arrived, so with arrivals the loop needs the time at which stage 0 takes
+its next round; `Clock` keeps the recurrence's last finishes for that.
 """
 
 from __future__ import annotations

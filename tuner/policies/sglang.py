@@ -19,11 +19,11 @@ NUM_SAMPLES = 128
 def sglang_rounds(problem: Problem, base_tokens: int) -> list[Round]:
     """Chunks that keep f(L + x) - f(L) at the first chunk's, f a parabola fitted on stage 0 at context 0.
 
-    As `scheduler_pp_mixin.py` (`profile_and_init_predictor`, `predict_next_chunk_size`) does: 128 lengths down from 1.25
-    times the base chunk are timed on the first stage and fitted by f(L) = a L^2 + b L + c; after L tokens the next chunk
-    solves f(L + x) - f(L) = f(base) - f(0), is pulled to base + 0.75 (x - base), floored to 64 tokens (and to the grid) and
-    kept at base / 4 or more. The predicted size is the round's whole token budget, and one partial request at a time is in
-    progress: it goes first, and requests behind it fill the budget.
+    As `scheduler_pp_mixin.py` (`profile_and_init_predictor`, `predict_next_chunk_size`) does: 128 lengths down from
+    1.25 times the base chunk are timed on the first stage and fitted by f(L) = a L^2 + b L + c; after L tokens the
+    next chunk solves f(L + x) - f(L) = f(base) - f(0), is pulled to base + 0.75 (x - base), floored to 64 tokens (and
+    to the grid) and kept at base / 4 or more. The predicted size is the round's whole token budget, and one partial
+    request at a time is in progress: it goes first, and requests behind it fill the budget.
     """
     a, b = _fit(problem, base_tokens)
     align = math.lcm(64, problem.chunk_multiple) if problem.chunk_multiple < 64 else problem.chunk_multiple

@@ -143,7 +143,8 @@ def request_orders(problem: Problem) -> list[list[int]]:
 
 
 def _most_on_time(by_deadline: Sequence[int], work: Sequence[float], deadline: Sequence[float]) -> list[int]:
-    """Moore and Hodgson (1968): in deadline order, drop the longest so far whenever one would be late; the dropped go last."""
+    """Moore and Hodgson (1968): in deadline order, drop the longest so far whenever one would be late; the dropped go
+    last."""
     kept: list[int] = []
     dropped: list[int] = []
     for index in by_deadline:

@@ -17,13 +17,14 @@ NUM_CAPS = 32
 
 
 def terapipe_rounds(problem: Problem) -> list[Round]:
-    """Split the longest prompt by TeraPipe's programme; all samples share the split; a knapsack cuts the batch into slices.
+    """Split the longest prompt by TeraPipe's programme; all samples share the split; a knapsack cuts the batch into
+    slices.
 
-    Li et al., 2021, sections 3.3 and 3.4: for every cap t_max, S(i) = min over chunks k of S(i - k) + t(k, i - k) with
-    t <= t_max; the split with the least S + (K - 1) t_max wins. For a batch, the programme is solved for every number b of
-    samples that run together, and a one-dimensional knapsack chooses the sizes b of the batch's slices. Samples are of
-    equal length there; here a slice holds prompts in the order they come, each runs the shared split up to its own end, and
-    the split is made for the longest prompt. Stages are taken as equal to the first one.
+    Li et al., 2021, sections 3.3 and 3.4: for every cap t_max, S(i) = min over chunks k of S(i - k) + t(k, i - k)
+    with t <= t_max; the split with the least S + (K - 1) t_max wins. For a batch, the programme is solved for every
+    number b of samples that run together, and a one-dimensional knapsack chooses the sizes b of the batch's slices.
+    Samples are of equal length there; here a slice holds prompts in the order they come, each runs the shared split
+    up to its own end, and the split is made for the longest prompt. Stages are taken as equal to the first one.
     """
     requests = problem.requests
     longest = max(request.new_tokens for request in requests)
@@ -52,9 +53,7 @@ def terapipe_rounds(problem: Problem) -> list[Round]:
     return rounds
 
 
-def _best_split(
-    stage: StageCost, size: int, units: int, grid: int, problem: Problem
-) -> tuple[float, list[int]]:
+def _best_split(stage: StageCost, size: int, units: int, grid: int, problem: Problem) -> tuple[float, list[int]]:
     """(latency of one slice, chunk lengths in units) of `size` samples that run together."""
     most = problem.limits.max_round_tokens
     longest = units if most is None else max(1, min(units, most // (size * grid)))
