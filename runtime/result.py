@@ -11,6 +11,7 @@ from typing import Any
 from db.runs import RoundTime
 from runtime.clock import Interval
 from runtime.job import Job, Pass, RankReport
+from runtime.prediction import Prediction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +101,7 @@ def make_result(
     job: Job,
     reports: Sequence[RankReport],
     *,
-    predicted_makespan_s: float | None,
-    predicted_round_s: Sequence[Sequence[float]] | None,
+    prediction: Prediction,
     end_ids: frozenset[int],
 ) -> RunResult:
     """Turn the ranks' reports into a result; tokens after one of `end_ids` are cut off, as `generate` stops there."""
@@ -111,7 +111,7 @@ def make_result(
     ]
     makespans = [timeline.makespan_s for timeline in timelines]
     timeline = timelines[makespans.index(median_low(makespans))]
-    done = _first_token_s(job, timeline)
+    done, round_s = _first_token_s(job, timeline), prediction.round_s
     token_ids = next(report.token_ids for report in reports if report.token_ids is not None)
     return RunResult(
         requests=tuple(
@@ -124,7 +124,7 @@ def make_result(
             RoundTime(
                 round=index,
                 stage=stage,
-                predicted_s=predicted_round_s[index][stage] if predicted_round_s else None,
+                predicted_s=round_s[index][stage] if round_s else None,
                 start_s=start,
                 finish_s=finish,
             )
@@ -132,7 +132,7 @@ def make_result(
             for stage, (start, finish) in enumerate(stages)
         ),
         decode_s=_decode_s(reports),
-        predicted_makespan_s=predicted_makespan_s,
+        predicted_makespan_s=prediction.makespan_s,
     )
 
 

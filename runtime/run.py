@@ -27,6 +27,7 @@ from profiler.ranks import RanksFailedError, is_first_process, run_ranks
 from runtime.checkpoint import check_checkpoint
 from runtime.job import Job
 from runtime.place import world_size
+from runtime.prediction import read_prediction
 from runtime.preparation import check_counts, check_layout, checked_prompts, model_shape, with_dtype
 from runtime.prompts import random_prompts
 from runtime.rank import run_rank
@@ -62,7 +63,7 @@ def run_plan(
     check_counts(max_new_tokens=max_new_tokens, repeat=repeat, num_threads=num_threads)
     if (weights is None) != random_weights:
         raise UserError("--weights", weights or "", "give either a folder of weights or --random-weights")
-    plan = with_dtype(plan, dtype)
+    plan, prediction = with_dtype(plan, dtype), read_prediction(plan)
     shape = model_shape(plan.model, weights)
     check_layout(plan, shape, max_new_tokens=max_new_tokens, device_type=device_type)
     if weights is not None:
@@ -96,8 +97,7 @@ def run_plan(
             result = make_result(
                 job,
                 reports,
-                predicted_makespan_s=plan.predicted.makespan_s if plan.predicted else None,
-                predicted_round_s=plan.predicted.round_s if plan.predicted else None,
+                prediction=prediction,
                 end_ids=end_ids(weights),
             )
             return record.finish(with_mfu(result, plan, shape, hardware, rows))

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from runtime.prediction import read_prediction
 from runtime.result import RunResult
-from tuner.cost_model import CostModel, write_json
+from tuner.cost_model import write_json
 from tuner.plan import Plan, Round
-from tuner.schedule import Timeline, evaluate, simulate
 
 MEASURED, PREDICTED = 1, 2  # process ids of the two groups of rows
 
@@ -26,22 +26,12 @@ def trace_events(plan: Plan, result: RunResult) -> Iterator[dict[str, Any]]:
     measured = ((time.round, time.stage, time.start_s, time.finish_s) for time in result.rounds)
     yield from _rows(MEASURED, "measured", plan)
     yield from _bars(MEASURED, plan, measured)
-    timeline = predicted_timeline(plan)
+    timeline = read_prediction(plan).timeline
     if timeline is not None:
         yield from _rows(PREDICTED, "predicted", plan)
         indices = np.ndindex(timeline.start_s.shape)
         predicted = ((i, k, float(timeline.start_s[i, k]), float(timeline.finish_s[i, k])) for i, k in indices)
         yield from _bars(PREDICTED, plan, predicted)
-
-
-def predicted_timeline(plan: Plan) -> Timeline | None:
-    """When each round should start and finish by the plan's cost model, or by its round seconds without hops."""
-    if plan.cost_model is not None:
-        cost = CostModel.from_json(plan.cost_model).for_pp_size(plan.parallel.pp_size)
-        return evaluate(cost, plan.requests, plan.rounds, plan.window).timeline
-    if plan.predicted is not None and plan.predicted.round_s is not None:
-        return simulate(np.array(plan.predicted.round_s), window=plan.window)
-    return None
 
 
 def _rows(process: int, name: str, plan: Plan) -> Iterator[dict[str, Any]]:

@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from runtime.job import Pass, RankReport
+from runtime.prediction import Prediction
 from runtime.result import RunResult, cut_at_end, make_result, merge_passes
 from runtime.run import end_ids
 from tests.runtime.cases import make_job, prompts, requests
 from tuner.plan import Chunk
+from tuner.schedule import Timeline
 
 
 def _pass(origin_s: float, *rounds: tuple[float, float]) -> Pass:
@@ -46,15 +49,16 @@ def result(checkpoint: Callable[[str], Path]) -> RunResult:
     report = RankReport(
         stage=0, host="a", passes=passes, decode=_pass(9.0, (0.1, 0.25), (0.3, 0.45)), token_ids=((5, 6, 7), (8, 2, 9))
     )
-    predicted = [[0.9], [1.1], [1.0]]
-    return make_result(job, [report], predicted_makespan_s=3.0, predicted_round_s=predicted, end_ids=frozenset({2}))
+    timeline = Timeline(np.array([[0.0], [0.9], [2.0]]), np.array([[0.9], [2.0], [3.0]]))
+    prediction = Prediction(makespan_s=3.0, timeline=timeline)
+    return make_result(job, [report], prediction=prediction, end_ids=frozenset({2}))
 
 
 def test_the_pass_with_the_median_makespan_counts(result: RunResult) -> None:
     assert result.makespan_s == pytest.approx(3.2)
     assert result.makespans_s == pytest.approx((3.5, 3.2, 3.1))
     assert result.rounds[2].finish_s == pytest.approx(3.2)
-    assert [time.predicted_s for time in result.rounds] == [0.9, 1.1, 1.0]
+    assert [time.predicted_s for time in result.rounds] == pytest.approx([0.9, 1.1, 1.0])
     assert result.error == pytest.approx(3.0 / 3.2 - 1)
 
 

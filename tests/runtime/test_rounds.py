@@ -10,6 +10,7 @@ import pytest
 
 from profiler.ranks import run_ranks
 from runtime.job import Job, RankReport
+from runtime.prediction import Prediction
 from runtime.rank import cached_rounds
 from runtime.result import RunResult, make_result
 from tests.runtime.cases import make_job, prompts, requests
@@ -54,11 +55,11 @@ def ran(checkpoint: Callable[[str], Path]) -> dict[str, Ran]:
     """All jobs, run by the same two ranks."""
     jobs = _jobs(checkpoint("llama"))
     reports = run_ranks(run_jobs, list(jobs.values()), world_size=2, device_type="cpu", num_threads=1)
+    nothing = Prediction(makespan_s=None, timeline=None)
     return {
-        name: Ran(job, ranks, make_result(job, ranks, predicted_makespan_s=None, predicted_round_s=None,
-                                          end_ids=frozenset()))
+        name: Ran(job, tuple(ranks), make_result(job, ranks, prediction=nothing, end_ids=frozenset()))
         for (name, job), *ranks in zip(jobs.items(), *reports, strict=True)
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.timeout(120)
