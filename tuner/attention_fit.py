@@ -10,59 +10,67 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 Floats = npt.NDArray[np.float64]
+SHORTEST_S = 1e-12  # stands for zero where a logarithm is taken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCurve:
-    """t(c, p) = pair_s(c) * c (c + 1) / 2 + context_pair_s(c) * c * p.
+    """t(c, p) = base(c) + slope(c) * p.
 
-    A kernel's rate depends on the chunk, and for a given chunk its time is linear in the context. So the cost of a
-    (query, key) pair, once within the chunk and once with the context, is interpolated over the logarithm of the chunk
-    and held constant outside the measured chunks: between powers of two the squared term is followed exactly.
+    For a given chunk a kernel's time is linear in the context. Between the measured chunks base and slope follow a
+    power of the chunk (linear interpolation of logarithms): the square of large chunks and the constant of small ones
+    are both such powers. Beyond the largest, base grows with the square and slope in proportion; below the smallest
+    both stay.
     """
 
     chunks: Floats
-    pair_s: Floats
-    context_pair_s: Floats
+    base_s: Floats
+    context_s: Floats
 
     def base(self, chunk: npt.ArrayLike) -> Floats:
         """Seconds of chunks without context."""
-        c = np.asarray(chunk, dtype=np.float64)
-        return self._at(c, self.pair_s) * c * (c + 1.0) / 2.0
+        return self._power(chunk, self.base_s) * self._beyond(chunk) ** 2
 
     def slope(self, chunk: npt.ArrayLike) -> Floats:
         """Seconds that each token of context adds."""
-        c = np.asarray(chunk, dtype=np.float64)
-        return self._at(c, self.context_pair_s) * c
+        return self._power(chunk, self.context_s) * self._beyond(chunk)
 
     def __call__(self, chunk: npt.ArrayLike, context: npt.ArrayLike) -> Floats:
         """Seconds of chunks after contexts."""
         return self.base(chunk) + self.slope(chunk) * np.asarray(context, dtype=np.float64)
 
-    def _at(self, chunk: Floats, pair_s: Floats) -> Floats:
-        value: Floats = np.interp(np.log(np.maximum(chunk, 1.0)), np.log(self.chunks), pair_s)
+    def _power(self, chunk: npt.ArrayLike, seconds: Floats) -> Floats:
+        at = np.log(np.maximum(np.asarray(chunk, dtype=np.float64), 1.0))
+        value: Floats = np.exp(np.interp(at, np.log(self.chunks), np.log(np.maximum(seconds, SHORTEST_S))))
         return value
+
+    def _beyond(self, chunk: npt.ArrayLike) -> Floats:
+        return np.maximum(np.asarray(chunk, dtype=np.float64) / self.chunks[-1], 1.0)
 
 
 def fit_attention(chunk: Sequence[int], context: Sequence[int], seconds: Sequence[float]) -> AttentionCurve:
-    """Fit measured points (chunk, context, seconds), minimising relative errors."""
+    """Fit measured points (chunk, context, seconds), minimising relative errors chunk by chunk.
+
+    A chunk measured at one context alone takes its slope from its neighbours' cost of a (query, key) pair.
+    """
     c, p = np.asarray(chunk, dtype=np.float64), np.asarray(context, dtype=np.float64)
-    measured = np.asarray(seconds, dtype=np.float64)
-    knots = np.unique(c)
-    hats = np.stack([np.interp(np.log(c), np.log(knots), unit) for unit in np.eye(len(knots))], axis=1)
-    design = np.concatenate([hats * (c * (c + 1.0) / 2.0)[:, None], hats * (c * p)[:, None]], axis=1)
-    weight = 1.0 / np.maximum(measured, 1e-12)
-    design *= weight[:, None]
-    scale = np.maximum(
-        design.max(axis=0), 1e-300
-    )  # columns of like size, so that the solver's tolerance means the same
-    costs, _ = nnls(design / scale, measured * weight)
-    costs = costs / scale
-    pair_s, context_pair_s = costs[: len(knots)], costs[len(knots) :]
-    with_context = hats[p > 0].sum(axis=0) > 0
-    # A chunk measured without context alone: its nearest neighbours' cost of a pair with the context stands in.
-    if with_context.any():
-        context_pair_s = np.interp(np.log(knots), np.log(knots[with_context]), context_pair_s[with_context])
+    measured = np.maximum(np.asarray(seconds, dtype=np.float64), SHORTEST_S)
+    chunks = np.unique(c)
+    lines = {
+        at: nnls(np.stack([np.ones(mine.sum()), p[mine]], axis=1) / measured[mine, None], np.ones(mine.sum()))[0]
+        for at in chunks
+        for mine in [c == at]
+        if len(np.unique(p[mine])) > 1
+    }
+    if lines:
+        known = np.array(list(lines))
+        pair_s = np.interp(np.log(chunks), np.log(known), np.array([line[1] for line in lines.values()]) / known)
     else:
-        context_pair_s = pair_s
-    return AttentionCurve(chunks=knots, pair_s=pair_s, context_pair_s=context_pair_s)
+        pair_s = np.array([float(np.min(measured / (c * p + c * (c + 1.0) / 2.0)))] * len(chunks))
+    slope = pair_s * chunks
+    base = np.empty_like(slope)
+    for index, at in enumerate(chunks):
+        mine = c == at
+        alone = float(np.min(measured[mine] - slope[index] * p[mine]))
+        base[index] = lines[at][0] if at in lines else max(alone, 0.0)
+    return AttentionCurve(chunks=chunks, base_s=base, context_s=slope)

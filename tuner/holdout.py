@@ -13,9 +13,15 @@ from tuner.curve import fit_curve
 from tuner.rows import RankWork, Rows, fastest_variants, median_s
 
 
+WIDEST_GAP = 4  # leaving a point out may open a gap of this ratio, twice the profile's own finest
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutError:
-    """Relative errors of one operation's left-out points; the ends of a range are not left out (no extrapolation)."""
+    """Relative errors of one operation's left-out points.
+
+    The ends of a range are not left out (that would be extrapolation), nor points in a grid still too coarse.
+    """
 
     op: str
     num_points: int
@@ -50,7 +56,9 @@ def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy
 def _curve_errors(rows: Sequence[Measurement], at: Callable[[Measurement], int]) -> list[float]:
     ordered = sorted(rows, key=at)
     errors = []
-    for left_out in ordered[1:-1]:
+    for before, left_out, after in zip(ordered, ordered[1:], ordered[2:], strict=False):
+        if at(after) > WIDEST_GAP * at(before):
+            continue
         rest = [row for row in ordered if row is not left_out]
         curve = fit_curve([at(row) for row in rest], [median_s(row) for row in rest])
         errors.append(float(curve(at(left_out))) / median_s(left_out) - 1.0)
@@ -58,22 +66,27 @@ def _curve_errors(rows: Sequence[Measurement], at: Callable[[Measurement], int])
 
 
 def _attention_errors(rows: Sequence[Measurement]) -> list[float]:
-    """Points inside the measured range of chunks, and of contexts at their chunk."""
-    smallest, largest = (pick((row.shape["chunk"] for row in rows), default=0) for pick in (min, max))
+    """A context between others of its chunk is left out alone; a chunk between others with all its contexts."""
+    by_chunk: dict[int, list[Measurement]] = {}
+    for row in rows:
+        by_chunk.setdefault(row.shape["chunk"], []).append(row)
+    chunks = sorted(by_chunk)
+    tests = [
+        [left_out]
+        for mine in by_chunk.values()
+        for left_out in sorted(mine, key=lambda row: row.shape["context"])[1:-1]
+    ]
+    tests += [
+        by_chunk[chunk]
+        for before, chunk, after in zip(chunks, chunks[1:], chunks[2:], strict=False)
+        if after <= WIDEST_GAP * before
+    ]
     errors = []
-    for left_out in rows:
-        chunk, context = left_out.shape["chunk"], left_out.shape["context"]
-        peers = [row.shape["context"] for row in rows if row.shape["chunk"] == chunk and row is not left_out]
-        # Without a second context at an end of the range nothing says how its cost grows.
-        if chunk in (smallest, largest) or not peers or context == max([*peers, context]):
-            continue
-        rest = [row for row in rows if row is not left_out]
-        curve = fit_attention(
-            [row.shape["chunk"] for row in rest],
-            [row.shape["context"] for row in rest],
-            [median_s(row) for row in rest],
-        )
-        errors.append(float(curve(chunk, context)) / median_s(left_out) - 1.0)
+    for left_out in tests:
+        rest = [row for row in rows if row not in left_out]
+        columns = ([row.shape[name] for row in rest] for name in ("chunk", "context"))
+        curve = fit_attention(*columns, [median_s(row) for row in rest])
+        errors += [float(curve(row.shape["chunk"], row.shape["context"])) / median_s(row) - 1.0 for row in left_out]
     return errors
 
 
