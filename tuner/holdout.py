@@ -12,7 +12,6 @@ from tuner.attention_fit import fit_attention
 from tuner.curve import fit_curve
 from tuner.rows import RankWork, Rows, fastest_variants, median_s
 
-
 WIDEST_GAP = 4  # leaving a point out may open a gap of this ratio, twice the profile's own finest
 
 
@@ -84,8 +83,8 @@ def _attention_errors(rows: Sequence[Measurement]) -> list[float]:
     errors = []
     for left_out in tests:
         rest = [row for row in rows if row not in left_out]
-        columns = ([row.shape[name] for row in rest] for name in ("chunk", "context"))
-        curve = fit_attention(*columns, [median_s(row) for row in rest])
+        chunk, context = ([row.shape[name] for row in rest] for name in ("chunk", "context"))
+        curve = fit_attention(chunk, context, [median_s(row) for row in rest])
         errors += [float(curve(row.shape["chunk"], row.shape["context"])) / median_s(row) - 1.0 for row in left_out]
     return errors
 
