@@ -205,14 +205,13 @@ def _measure(
     """Run the best of layouts x policies on this machine."""
     from runtime.run import run_plan
 
+    uncertainty = _uncertainty(report.held_out)
     choices = []
     for candidate in report.candidates:
         if candidate.refusal or candidate.costs is None:
             continue
         for planned in rules.compare(candidate.costs.cost_model(candidate.layer_partition), target.requests):
-            one = to_plan(
-                target, replace(candidate, rounds=planned), rules, uncertainty=report.plan.predicted.uncertainty
-            )
+            one = to_plan(target, replace(candidate, rounds=planned), rules, uncertainty=uncertainty)
             choices.append(Choice(layout=str(candidate.layout), policy=planned.policy, plan=one))
 
     def run(plan: Plan) -> float:

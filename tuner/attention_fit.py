@@ -45,7 +45,8 @@ class AttentionCurve:
         return value
 
     def _beyond(self, chunk: npt.ArrayLike) -> Floats:
-        return np.maximum(np.asarray(chunk, dtype=np.float64) / self.chunks[-1], 1.0)
+        factor: Floats = np.maximum(np.asarray(chunk, dtype=np.float64) / self.chunks[-1], 1.0)
+        return factor
 
 
 def fit_attention(chunk: Sequence[int], context: Sequence[int], seconds: Sequence[float]) -> AttentionCurve:

@@ -24,7 +24,8 @@ class Curve:
         at = np.asarray(x, dtype=np.float64)
         inside: Floats = np.interp(at, self.knots, self.seconds)
         if len(self.knots) == 1:
-            return inside * np.maximum(at / max(self.knots[0], 1.0), 1.0)
+            scaled: Floats = inside * np.maximum(at / max(self.knots[0], 1.0), 1.0)
+            return scaled
         slope = (self.seconds[-1] - self.seconds[-2]) / (self.knots[-1] - self.knots[-2])
         beyond: Floats = slope * np.maximum(at - self.knots[-1], 0.0)
         return inside + beyond

@@ -44,11 +44,12 @@ def command(model: str | None, as_json: bool, **options: Any) -> None:
     MODEL is a folder with a config.json or the name of a bundled shape. The cost model is fitted to the rows that
     `isochunk profile` measured; with --cost-model it is read from a file, and MODEL is not needed.
     """
-    from service import tuning
     from service.output import print_json
+    from service.tune_report import print_report
+    from service.tuning import tune
 
-    report = tuning.tune(model, **options, echo=None if as_json else click.echo)
+    report = tune(model, **options, echo=None if as_json else click.echo)
     if as_json:
         print_json(report.to_json())
     else:
-        tuning.print_report(report)
+        print_report(report)
