@@ -76,40 +76,32 @@ def prepare_collective(point: Point, neighbours: Neighbours, device: torch.devic
 
 
 def prepare_round_overhead(point: Point, operators: Operators, neighbours: Neighbours | None) -> Prepared:
-    """What a round costs a stage besides its layers: making it ready, posting its receive and its send, and waiting.
+    """What a round costs a stage besides its layers: making it ready, and posting its receive or its send.
 
-    The receive that is waited for was posted a round before, so that the link's own time stays out of it.
+    As in a pipeline a pair's first rank sends and its second receives. Nothing is waited for while the clock runs: the
+    link's own time is that of `send_recv`, and receives are posted rounds ahead.
     """
     chunks, tokens = point.shape["chunks"], point.shape["tokens"]
     length = tokens // chunks
     layout = [(index * length, 0, length) for index in range(chunks)]
     if neighbours is None:
         return Prepared(run=lambda _call: operators.round_inputs(layout))
-    workspace = operators.workspace
-    sent = workspace.random(tokens, operators.shape.hidden_size)
-    received = [torch.empty_like(sent) for _ in range(2)]
+    message = operators.workspace.random(tokens, operators.shape.hidden_size)
     group, partner = neighbours.group, neighbours.partner
-    pending: list[tuple[dist.Work, ...]] = []
+    post = dist.irecv if neighbours.index else dist.isend
+    pending: list[dist.Work] = []
 
-    def run(call: int) -> None:
-        works = (
-            dist.irecv(received[call % 2], partner, group=group),
-            dist.isend(sent, partner, group=group),
-        )
-        pending.append(tuple(work for work in works if work is not None))
+    def run(_call: int) -> None:
+        work = post(message, partner, group=group)
+        assert work is not None
+        pending.append(work)
         operators.round_inputs(layout)
-        if len(pending) > 1:
-            wait_for(pending.pop(0))
 
     def finish() -> None:
         while pending:
-            wait_for(pending.pop(0))
+            pending.pop(0).wait()
 
-    def wait_for(works: Sequence[dist.Work]) -> None:
-        for work in works:
-            work.wait()
-
-    return Prepared(run=run, finish=finish, waits=True)
+    return Prepared(run=run, finish=finish)
 
 
 def _there_and_back(message: torch.Tensor, neighbours: Neighbours) -> Prepared:

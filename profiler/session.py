@@ -29,7 +29,7 @@ from profiler.workspace import Workspace
 
 COMMIT_EVERY_S = 0.5
 POINT_S = {"cpu": 0.25, "cuda": 0.2}  # what sampling a point may take, unless three samples take longer
-ATTEMPTS = 3  # at once; a point that stays noisy is tried once more at the end
+ATTEMPTS = 2  # at once; a point that stays noisy is tried once more at the end
 _STOP = -1
 _TRIAL_CALLS = 2  # one alone may have met another process
 _LONG_CALL_S = 2.5  # too long for a second try
@@ -121,7 +121,7 @@ class RankSession:
         call_s = self.call_seconds(prepared, point)
         samples, timing = self.sample(prepared, point, call_s)
         for _ in range(ATTEMPTS - 1):
-            if timing.noisy:
+            if timing.noisy and not prepared.waits:  # messages always vary
                 samples, timing = self.sample(prepared, point, call_s, samples)
         row = Measurement(
             op=point.op,
@@ -171,7 +171,7 @@ class RankSession:
         ranks would promise too much.
         """
         device_type = self.device.type
-        sampling = plan_sampling(call_s, device_type=device_type, budget_s=POINT_S[device_type])
+        sampling = plan_sampling(call_s, device_type=device_type, budget_s=POINT_S[device_type], waits=prepared.waits)
         self.barrier(point)
         mine = take_samples(prepared, sampling, self.device, is_slow=self.is_slow)
         table = torch.tensor([mine.us, mine.disturbed], dtype=torch.float64)

@@ -17,6 +17,7 @@ Run = Callable[[int], object]  # given how often it was called before, so that i
 NOISY_SPREAD = 0.2
 MIN_SAMPLES, MAX_SAMPLES = 3, 20
 MIN_SAMPLE_S = {"cpu": 2e-3, "cuda": 2e-4}  # a shorter sample would time the clock and the barrier's skew
+_WAITING_FACTOR = 4  # messages vary one by one with what the scheduler wakes first; their mean is what a run sees
 # A sample during which its thread had the core for less than this share was not alone on it.
 _UNDISTURBED_SHARE = 0.95
 # CUDA clocks fall under load: what counts is the rate of a card that has been busy for a while.
@@ -105,13 +106,14 @@ def summarize(all_samples: Samples) -> Timing:
     )
 
 
-def plan_sampling(call_s: float, *, device_type: str, budget_s: float) -> Sampling:
+def plan_sampling(call_s: float, *, device_type: str, budget_s: float, waits: bool = False) -> Sampling:
     """Sample a call of about `call_s` seconds: a cheap one up to MAX_SAMPLES times, a dear one MIN_SAMPLES times.
 
     budget_s: for all samples; calls so dear that three need twice as long are sampled as often as that allows.
     """
     call_s = max(call_s, 1e-7)
-    inner_repeats = max(1, math.ceil(MIN_SAMPLE_S[device_type] / call_s))
+    min_sample_s = (_WAITING_FACTOR if waits else 1) * MIN_SAMPLE_S[device_type]
+    inner_repeats = max(1, math.ceil(min_sample_s / call_s))
     sample_s = inner_repeats * call_s
     num_samples = max(MIN_SAMPLES, min(MAX_SAMPLES, int(budget_s / sample_s)))
     if num_samples * sample_s > 2 * budget_s:

@@ -150,7 +150,10 @@ def test_two_profiles_at_once_on_one_database_both_finish(model: Path, tmp_path:
     processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for process in processes:
         output, _ = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode == 0 and json.loads(output)["num_missing"] == 0
+        assert process.returncode == 0
+        # Which attention kernel is worth following may look different with the other's rows.
+        missing = {op["op"]: op["num_missing"] for op in json.loads(output)["ops"]}
+        assert missing.pop(Op.ATTENTION) <= 6 and not any(missing.values())
     assert len({row.key for row in rows(database)}) == len(rows(database)) > 0
 
 
