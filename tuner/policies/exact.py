@@ -47,7 +47,7 @@ class _Steps:
     ready_s: Floats
 
 
-def exact_rounds(problem: Problem, known: Sequence[Round]) -> list[Round]:
+def exact_rounds(problem: Problem, known: Sequence[Round], most_labels: int = MOST_LABELS) -> list[Round]:
     """The rounds with the least makespan; `known` is a plan to beat and is returned if nothing does."""
     states, steps = _all_steps(problem)
     num_states, pp_size = len(states), problem.cost.pp_size
@@ -73,7 +73,7 @@ def exact_rounds(problem: Problem, known: Sequence[Round]) -> list[Round]:
             continue
         label, name = np.concatenate(labels[state]), np.concatenate(names[state])
         promise = (label[:, :pp_size] + rest[state] + drain).max(axis=1)
-        keep = _undominated(label, promise, best)
+        keep = _undominated(label, promise, best, most_labels)
         label, name = label[keep], name[keep]
         reached = _run(label, steps, rows, problem, history)  # [labels, steps, pp_size + history]
         target = steps.target[rows]
@@ -119,10 +119,10 @@ def _run(label: Floats, steps: _Steps, rows: Ints, problem: Problem, history: in
     return out
 
 
-def _undominated(label: Floats, promise: Floats, best: float) -> Ints:
+def _undominated(label: Floats, promise: Floats, best: float, most_labels: int) -> Ints:
     """Indices of the labels worth following."""
     order = np.argsort(promise, kind="stable")
-    order = order[promise[order] < best * (1.0 - 1e-12)][: 8 * MOST_LABELS]
+    order = order[promise[order] < best * (1.0 - 1e-12)][: 8 * most_labels]
     kept: list[int] = []
     values = label[order]
     alive = np.ones(len(order), dtype=bool)
@@ -130,7 +130,7 @@ def _undominated(label: Floats, promise: Floats, best: float) -> Ints:
         if not alive[i]:
             continue
         kept.append(i)
-        if len(kept) == MOST_LABELS:
+        if len(kept) == most_labels:
             break
         alive &= ~np.all(values >= values[i], axis=1)
     return order[kept]

@@ -7,12 +7,14 @@
    up at most `MAKESPAN_SLACK` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online`).
 4. The best few are improved by moving tokens between neighbouring rounds (`tuner.policies.improve`).
-5. Batches of a few grid units are searched exactly (`tuner.policies.exact`).
+5. Batches of a few grid units are searched exactly (`tuner.policies.exact`), few prompts also on a coarser grid.
 
 Every candidate is judged by the exact recurrence: uneven stages, hand-offs, the window and arrivals included.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from tuner.online import online_rounds
 from tuner.packing import pack_in_order, pack_tails
@@ -30,6 +32,11 @@ GOOD_ENOUGH = 1.002
 """A makespan within this factor of the bound is not improved further."""
 MAKESPAN_SLACK = 1.0075
 """A plan for mean TTFT or deadlines has at most this much times the best makespan found."""
+FEW_PROMPTS = 3
+"""Batches of so few prompts are also searched exactly on a coarser grid: it finds how rounds should grow and shrink
+where stages differ, which one cap for all rounds does not."""
+MOST_UNEVEN_STAGES, COARSE_LABELS = 16, 48
+"""Stages and labels a state of that search."""
 CAP_SCALES = (1.0, 0.7, 0.85, 1.2, 1.5)
 """With arrivals, scales of the online planner's caps that are tried."""
 FEW_REQUESTS = 256
@@ -55,12 +62,25 @@ def joint_rounds(problem: Problem, bound_s: float) -> list[Round]:
             for order in request_orders(problem):
                 for power in CAP_POWERS:
                     search.sweep(pack_in_order, order, cap_profile(problem, order, power), objective)
+    if objective is Objective.MAKESPAN:
+        known = search.ranked()[0]
+        if is_small(problem):
+            return exact_rounds(problem, known.rounds)
+        uneven = len(problem.cost.kinds) > 1 and problem.cost.pp_size <= MOST_UNEVEN_STAGES
+        if uneven and len(problem.requests) <= FEW_PROMPTS:
+            search.keep(exact_rounds(_coarser(problem), known.rounds, COARSE_LABELS), objective)
     best = search.ranked()
-    if objective is Objective.MAKESPAN and is_small(problem):
-        return exact_rounds(problem, best[0].rounds)
     starts = best[: MOST_STARTS if objective is Objective.MAKESPAN else 1]
     improved = [improve_rounds(problem, start.rounds, bound_s * GOOD_ENOUGH, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
+
+
+def _coarser(problem: Problem) -> Problem:
+    """The same problem on the finest grid, a power of two coarser, on which it is small."""
+    longest = max(request.new_tokens for request in problem.requests)
+    while not is_small(problem) and problem.chunk_multiple < longest:
+        problem = replace(problem, chunk_multiple=2 * problem.chunk_multiple)
+    return problem
 
 
 def _packs(problem: Problem) -> list[Pack]:

@@ -38,6 +38,8 @@ class Search:
     problem: Problem
     packer: Packer
     cap_s: float
+    best_cap_s: float = 0.0
+    """Where the first sweep found its best plan."""
     limit_s: float = np.inf
     """Makespans above it count as worse than any below."""
     found: dict[int, Candidate] = field(default_factory=dict)
@@ -68,6 +70,7 @@ class Search:
         def best() -> float:
             return min(tried, key=lambda cap: tried[cap].score)
 
+        first = not self.found
         attempt(self.cap_s)
         num_caps = int(np.clip(ROUNDS_SWEPT // len(tried[self.cap_s].rounds), LEAST_CAPS, MOST_CAPS))
         window, pp_size = self.problem.window, self.problem.cost.pp_size
@@ -76,16 +79,17 @@ class Search:
             num_caps, widths = num_caps // 3, [0.2, 0.4 / (num_caps // 3)]
             for factor in np.geomspace(0.4, 16.0 if narrow else 4.0, num_caps):
                 attempt(self.cap_s * float(factor))
-        elif not self.found:
+        elif first:
             num_caps, widths = num_caps // 2, [0.1, 0.05]
-        else:  # a large batch: where an earlier sweep found its best
+        else:  # a large batch: only around where an earlier sweep found its best
             num_caps, widths = 3, [0.03]
+            attempt(self.best_cap_s)
         for width in widths:
             centre = best()
             for factor in np.linspace(1.0 - width, 1.0 + width, num_caps):
                 attempt(centre * float(factor))
-        if not self.found:
-            self.cap_s = best()
+        if first:
+            self.best_cap_s = best()
         for candidate in tried.values():
             self._keep(candidate)
 
