@@ -31,7 +31,7 @@ class DemoSizes:
     repeat: int
 
 
-FULL_SIZES = DemoSizes(prompt_lens=(4096,), budget_s=90, repeat=3)
+FULL_SIZES = DemoSizes(prompt_lens=(4096,), budget_s=90, repeat=2)
 SMALL_SIZES = DemoSizes(prompt_lens=(1024,), budget_s=30, repeat=2)
 
 

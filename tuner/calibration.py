@@ -11,7 +11,7 @@ from scipy.optimize import lsq_linear
 from db.measurements import Measurement
 from tuner.attention_fit import AttentionCurve
 from tuner.curve import Floats
-from tuner.rows import median_s
+from tuner.rows import expected_s
 
 LEAST_FACTOR, MOST_FACTOR = 0.5, 2.0  # parts that miss the whole by more are a mistake, not a correction
 PULL_TO_ONE = 0.02  # weight of "no correction" against one measured layer: only decides where nothing was measured
@@ -39,14 +39,17 @@ class Calibration:
 
 
 def fit_calibration(
-    compute_s: Callable[[Floats], Floats], attention: AttentionCurve, layers: Sequence[Measurement]
+    compute_s: Callable[[Floats], Floats], attention: AttentionCurve, layers: Sequence[Measurement], *, ranks: int
 ) -> Calibration:
-    """Fit the factors to `layer` rows (bounded least squares on relative errors, `scipy.optimize.lsq_linear`)."""
+    """Fit the factors to `layer` rows (bounded least squares on relative errors, `scipy.optimize.lsq_linear`).
+
+    ranks: that wait for one another after each layer's parts.
+    """
     if not layers:
         return Calibration.none()
     chunk = np.array([row.shape["chunk"] for row in layers], dtype=np.float64)
     context = np.array([row.shape["context"] for row in layers], dtype=np.float64)
-    measured = np.array([median_s(row) for row in layers])
+    measured = np.array([expected_s(row, ranks=ranks) for row in layers])
     knots = np.unique(chunk)
     hats = np.stack([np.interp(np.log(chunk), np.log(knots), unit) for unit in np.eye(len(knots))], axis=1)
     design = np.concatenate([hats * compute_s(chunk)[:, None], attention(chunk, context)[:, None]], axis=1)

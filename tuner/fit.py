@@ -13,7 +13,7 @@ from tuner.calibration import Calibration, fit_calibration
 from tuner.correction import Correction
 from tuner.cost_model import CostModel, StageCost, TableAttention
 from tuner.curve import Curve, Floats, fit_curve, fit_line
-from tuner.rows import RankWork, Rows, fastest_variants, median_s
+from tuner.rows import RankWork, Rows, expected_s, fastest_variants
 
 # Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
 DENSE_STEP, DENSE_END, SPARSE_RATIO, TABLE_END = 64, 4096, 1.05, 1 << 20
@@ -102,14 +102,14 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
 
     def curve(op: str, sizes: dict[str, int], at: str, variant: str = "") -> Curve:
         found = rows.require(op, sizes, busy_ranks=busy_ranks, variant=variant, why=why)
-        return fit_curve([row.shape[at] for row in found], [median_s(row) for row in found])
+        return fit_curve([row.shape[at] for row in found], [expected_s(row, ranks=work.tp_size) for row in found])
 
     attention_rows = fastest_variants(
         rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None, why=why)
     )
     overhead_rows = rows.require("round_overhead", {}, busy_ranks=busy_ranks, why=why)
     overhead_s, chunk_s = fit_line(
-        [row.shape["chunks"] - 1 for row in overhead_rows], list(map(median_s, overhead_rows))
+        [row.shape["chunks"] - 1 for row in overhead_rows], list(map(expected_s, overhead_rows))
     )
     sends = rows.select("send_recv", {}, busy_ranks=busy_ranks, group_size=2)
     hop_latency_s, hop_byte_s = _fit_hop(sends)
@@ -119,7 +119,7 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         projections=tuple(curve("matmul", {"n": n, "k": k}, "m") for n, k in work.projections),
         elementwise=curve("elementwise", work.layer_sizes, "tokens", work.layer_variant),
         all_reduce=_all_reduce(rows, work, busy_ranks, why),
-        attention=_fit_attention_rows(attention_rows),
+        attention=_fit_attention_rows(attention_rows, work.tp_size),
         calibration=Calibration.none(),
         correction=Correction(),
         embedding=curve("embedding", {"hidden": shape.hidden_size, "vocab": shape.vocab_size}, "tokens"),
@@ -128,12 +128,13 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         chunk_s=chunk_s,
         hop_latency_s=hop_latency_s,
         hop_byte_s=hop_byte_s,
-        return_s=min((median_s(row) for row in sends), default=0.0),
+        return_s=min((expected_s(row) for row in sends), default=0.0),
         max_chunk=max(row.shape["chunk"] for row in attention_rows),
         max_context=max(row.shape["context"] + row.shape["chunk"] for row in attention_rows),
     )
     whole_layers = rows.select("layer", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
-    return replace(costs, calibration=fit_calibration(costs.compute_s, costs.attention, whole_layers))
+    calibration = fit_calibration(costs.compute_s, costs.attention, whole_layers, ranks=work.tp_size)
+    return replace(costs, calibration=calibration)
 
 
 def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -144,9 +145,11 @@ def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.concatenate([dense, sparse])
 
 
-def _fit_attention_rows(rows: Sequence[Measurement]) -> AttentionCurve:
+def _fit_attention_rows(rows: Sequence[Measurement], ranks: int) -> AttentionCurve:
     return fit_attention(
-        [row.shape["chunk"] for row in rows], [row.shape["context"] for row in rows], [median_s(row) for row in rows]
+        [row.shape["chunk"] for row in rows],
+        [row.shape["context"] for row in rows],
+        [expected_s(row, ranks=ranks) for row in rows],
     )
 
 
@@ -154,11 +157,11 @@ def _all_reduce(rows: Rows, work: RankWork, busy_ranks: int, why: str) -> Curve 
     if work.tp_size == 1:
         return None
     found = rows.require("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size, why=why)
-    return fit_curve([row.shape["bytes"] for row in found], [median_s(row) for row in found])
+    return fit_curve([row.shape["bytes"] for row in found], [expected_s(row) for row in found])
 
 
 def _fit_hop(sends: Sequence[Measurement]) -> tuple[float, float]:
-    return fit_line([row.shape["bytes"] for row in sends], [median_s(row) for row in sends]) if sends else (0.0, 0.0)
+    return fit_line([row.shape["bytes"] for row in sends], [expected_s(row) for row in sends]) if sends else (0.0, 0.0)
 
 
 def _rising(seconds: Floats | Sequence[float]) -> tuple[float, ...]:

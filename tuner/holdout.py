@@ -10,7 +10,7 @@ import numpy as np
 from db.measurements import Measurement
 from tuner.attention_fit import fit_attention
 from tuner.curve import fit_curve
-from tuner.rows import RankWork, Rows, fastest_variants, median_s
+from tuner.rows import RankWork, Rows, expected_s, fastest_variants
 
 WIDEST_GAP = 4  # leaving a point out may open a gap of this ratio, twice the profile's own finest
 
@@ -59,8 +59,8 @@ def _curve_errors(rows: Sequence[Measurement], at: Callable[[Measurement], int])
         if at(after) > WIDEST_GAP * at(before):
             continue
         rest = [row for row in ordered if row is not left_out]
-        curve = fit_curve([at(row) for row in rest], [median_s(row) for row in rest])
-        errors.append(float(curve(at(left_out))) / median_s(left_out) - 1.0)
+        curve = fit_curve([at(row) for row in rest], [expected_s(row) for row in rest])
+        errors.append(float(curve(at(left_out))) / expected_s(left_out) - 1.0)
     return errors
 
 
@@ -84,8 +84,8 @@ def _attention_errors(rows: Sequence[Measurement]) -> list[float]:
     for left_out in tests:
         rest = [row for row in rows if row not in left_out]
         chunk, context = ([row.shape[name] for row in rest] for name in ("chunk", "context"))
-        curve = fit_attention(chunk, context, [median_s(row) for row in rest])
-        errors += [float(curve(row.shape["chunk"], row.shape["context"])) / median_s(row) - 1.0 for row in left_out]
+        curve = fit_attention(chunk, context, [expected_s(row) for row in rest])
+        errors += [float(curve(row.shape["chunk"], row.shape["context"])) / expected_s(row) - 1.0 for row in left_out]
     return errors
 
 

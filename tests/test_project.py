@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+
+import pytest
+
+from tests.structures import FOLDERS, PAGE, ROOT, docstring, page
+
+LAYERS = ("db", "profiler", "tuner", "runtime", "service")
+COMMANDS = ([], ["profile"], ["tune"], ["run-plan"], ["db"])
+HEAVY = ("torch", "transformers", "pandas", "scipy", "optuna", "sqlalchemy", "numpy", "rich")
+
+
+def test_structures_page_names_every_module() -> None:
+    assert PAGE.read_text() == page(), "write it anew: python -m tests.structures"
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if not docstring(path)]
+    assert silent == []
+
+
+@pytest.mark.parametrize("folder", LAYERS)
+def test_imports_go_one_way(folder: str) -> None:
+    below = LAYERS[: LAYERS.index(folder) + 1]
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top = name.split(".")[0]
+                assert top not in LAYERS or top in below, f"{path} imports {name}"
+
+
+def test_no_other_distribution_owns_our_names() -> None:
+    owners = packages_distributions()
+    for name in LAYERS:
+        assert set(owners.get(name, ["isochunk"])) == {"isochunk"}
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: " ".join(arguments) or "isochunk")
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from service.cli import cli\n"
+        f"try: cli({[*arguments, '--help']!r}, prog_name='isochunk')\n"
+        "except SystemExit: pass\n"
+        f"print('HEAVY', sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert "Usage: isochunk" in done.stdout
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_an_unknown_command_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "service", "fly"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "No such command 'fly'" in done.stderr
