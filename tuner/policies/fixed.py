@@ -22,10 +22,14 @@ def fixed_rounds(problem: Problem, num_tokens: int) -> list[Round]:
 
 
 def gpipe_rounds(problem: Problem) -> list[Round]:
-    """Cut the batch into equal shares of tokens, as GPipe (Huang et al., 2019) cuts a mini-batch into micro-batches.
+    """Run each prompt whole, one a round, in order of arrival.
 
-    GPipe finds bubbles negligible from 4 micro-batches a stage on (section 2.3), so 4 * pp_size rounds share them.
+    GPipe (Huang et al., 2019) cuts a mini-batch along its batch dimension and never along the sequence, so a request
+    is a micro-batch. A prompt longer than a round may hold is cut there.
     """
-    total = sum(request.new_tokens for request in problem.requests)
-    share = -(-total // (4 * problem.cost.pp_size))
-    return fixed_rounds(problem, -(-share // problem.chunk_multiple) * problem.chunk_multiple)
+
+    def take(index: int, start: int, left: int, room_tokens: int, first: bool) -> int:
+        return left if first else 0
+
+    longest = max(request.new_tokens for request in problem.requests)
+    return run_queue(problem, longest, take)
