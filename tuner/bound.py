@@ -56,6 +56,8 @@ NUM_SAMPLES = 12
 """Points of a prompt at which `smooth_sums` takes the chunk length."""
 MAX_CUTS = 640
 """Chunks of one request that the backward cut follows; those before them are counted as free of context reads."""
+ROUNDING = 1e-9
+"""Share taken off the bound for the rounding of floating-point sums."""
 MAX_ARRIVALS = 8
 """Arrival times at which the batch's rest is bounded on its own."""
 
@@ -102,7 +104,7 @@ def makespan_bound_s(problem: Problem) -> float:
         later = [request for request in problem.requests if request.arrival_s >= arrival]
         work = Work.of(later, problem.limits.max_round_tokens)
         bounds.append(arrival + batch_bound_s(problem.cost, work, problem.window))
-    return float(max(bounds)) * (1.0 - 1e-12)
+    return float(max(bounds)) * (1.0 - ROUNDING)
 
 
 def batch_bound_s(cost: CostModel, work: Work, window: int | None) -> float:
@@ -344,7 +346,8 @@ def _lines_under(points: Floats, floor: Floats) -> list[tuple[float, float]]:
     for left, right in itertools.pairwise(hull):
         slopes.add(float((floor[right] - floor[left]) / (points[right] - points[left])))
     lines = [(float((floor - slope * points).min()), slope) for slope in slopes]
-    allowed = sorted((max(offset, 0.0), slope) for offset, slope in lines if offset >= -1e-15)
+    rounding = 1e-12 * float(floor[-1])
+    allowed = sorted((max(offset, 0.0), slope) for offset, slope in lines if offset >= -rounding)
     return allowed[:: max(1, len(allowed) // 4)]
 
 

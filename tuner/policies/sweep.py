@@ -19,7 +19,7 @@ Pack = Callable[[Packer, Sequence[Request], Sequence[int], Sequence[float]], lis
 
 ROUNDS_SWEPT = 2_400
 """Rounds over all caps of one sweep: with many rounds a plan, their whole number matters less and fewer caps do."""
-LEAST_CAPS, MOST_CAPS = 8, 72
+LEAST_CAPS, MANY_CAPS, MOST_CAPS = 6, 24, 72
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class Search:
     packer: Packer
     cap_s: float
     best_cap_s: float = 0.0
-    """Where the first sweep found its best plan."""
+    """Where an earlier sweep of a large batch found its best plan; 0 if none did."""
     limit_s: float = np.inf
     """Makespans above it count as worse than any below."""
     found: dict[int, Candidate] = field(default_factory=dict)
@@ -70,25 +70,24 @@ class Search:
         def best() -> float:
             return min(tried, key=lambda cap: tried[cap].score)
 
-        first = not self.found
-        attempt(self.cap_s)
-        num_caps = int(np.clip(ROUNDS_SWEPT // len(tried[self.cap_s].rounds), LEAST_CAPS, MOST_CAPS))
+        centre = self.best_cap_s or self.cap_s
+        attempt(centre)
+        num_caps = int(np.clip(ROUNDS_SWEPT // len(tried[centre].rounds), LEAST_CAPS, MOST_CAPS))
         window, pp_size = self.problem.window, self.problem.cost.pp_size
         narrow = window is not None and window < pp_size
-        if narrow or num_caps >= 3 * LEAST_CAPS:  # a window below the number of stages wants longer rounds
+        if narrow or num_caps >= MANY_CAPS:  # a window below the number of stages wants longer rounds
             num_caps, widths = num_caps // 3, [0.2, 0.4 / (num_caps // 3)]
             for factor in np.geomspace(0.4, 16.0 if narrow else 4.0, num_caps):
                 attempt(self.cap_s * float(factor))
-        elif first:
+        elif not self.best_cap_s:
             num_caps, widths = num_caps // 2, [0.1, 0.05]
-        else:  # a large batch: only around where an earlier sweep found its best
+        else:  # only around where an earlier sweep found its best
             num_caps, widths = 3, [0.03]
-            attempt(self.best_cap_s)
         for width in widths:
             centre = best()
             for factor in np.linspace(1.0 - width, 1.0 + width, num_caps):
                 attempt(centre * float(factor))
-        if first:
+        if num_caps < MANY_CAPS // 3:  # a large batch: later sweeps start where this one found its best
             self.best_cap_s = best()
         for candidate in tried.values():
             self._keep(candidate)
