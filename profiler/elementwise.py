@@ -30,7 +30,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         from profiler import fused
 
         return fused.rms_norm(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight, eps)
+    if x.dtype != torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    # Fewer passes over memory than torch's composite on a CPU, where the ranks share its bandwidth.
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (x * torch.rsqrt(length * length / x.shape[-1] + eps)).mul_(weight)
 
 
 def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
@@ -40,7 +44,7 @@ def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
 
         return fused.silu_product(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def rotate_into_slab(
@@ -73,7 +77,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    return out
 
 
 def _write(rows: torch.Tensor, spans: Sequence[Span], slab: torch.Tensor) -> None:

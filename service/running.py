@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from db.errors import UserError
+from profiler.device import default_num_threads
 from profiler.ranks import is_first_process
+from runtime.place import world_size
 from runtime.preparation import model_shape, with_dtype
 from runtime.prompts import TokenIds, Tokenizer, random_prompts, read_prompts
 from runtime.reference import TokenCheck, check_tokens
@@ -33,7 +35,7 @@ class RunRequest:
     output: Path | None
     repeat: int
     device_type: str
-    threads_per_rank: int
+    threads_per_rank: int | None
     dtype: str | None
     db_url: str | None
 
@@ -70,6 +72,9 @@ def execute(request: RunRequest) -> Run:
     plan = with_dtype(load_plan(request.plan), request.dtype)
     tokenizer = Tokenizer(request.weights)
     prompts, is_text = _prompts(request, plan, tokenizer)
+    num_threads = request.threads_per_rank
+    if num_threads is None:
+        num_threads = default_num_threads(request.device_type, world_size(plan.parallel))
     result = run_plan(
         plan,
         weights=request.weights,
@@ -78,7 +83,7 @@ def execute(request: RunRequest) -> Run:
         max_new_tokens=request.max_new_tokens,
         repeat=request.repeat,
         device_type=request.device_type,
-        num_threads=request.threads_per_rank,
+        num_threads=num_threads,
         db_url=request.db_url,
     )
     checks = None

@@ -165,9 +165,9 @@ def _candidate(target: Target, layout: Layout, rules: Rules, fit_layout: FitLayo
         return Candidate(layout=layout, refusal=layout.refusal)
     try:
         costs = fit_layout(layout)
-        partition, rounds = rules.choose_partition(costs, layout.pp_size, target.requests)
     except UserError as error:
         return Candidate(layout=layout, refusal=str(error))
+    partition, rounds = rules.choose_partition(costs, layout.pp_size, target.requests)
     candidate = Candidate(layout=layout, costs=costs, layer_partition=partition, rounds=rounds)
     memory = rank_memory(
         target.shape,

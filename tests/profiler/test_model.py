@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from db.errors import UserError
+from profiler.flops import prefill_flops
+from profiler.model import ModelShape, bundled_names, load_model_shape
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+}
+
+
+def test_every_bundled_shape_is_read() -> None:
+    assert {"llama-3-8b", "llama-3-70b", "qwen3-8b", "qwen3-32b"} <= set(bundled_names())
+    billions = {name: load_model_shape(name).num_parameters / 1e9 for name in bundled_names()}
+    assert billions["llama-3-8b"] == pytest.approx(8.03, abs=0.01)
+    assert billions["llama-3-70b"] == pytest.approx(70.55, abs=0.01)
+    assert billions["qwen3-32b"] == pytest.approx(32.76, abs=0.01)
+
+
+@pytest.mark.parametrize(("num_tokens", "flops"), [(8192, 1.319e14), (32768, 7.389e14), (131072, 6.333e15)])
+def test_flops_of_a_prefill_do_not_depend_on_its_chunks(num_tokens: int, flops: float) -> None:
+    shape = load_model_shape("llama-3-8b")
+    whole = prefill_flops(shape, [(num_tokens, 0)], 1)
+    cut = prefill_flops(shape, [(1000, 0), (3096, 1000), (num_tokens - 4096, 4096)], 1)
+    assert whole == cut
+    assert whole == pytest.approx(flops, rel=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "architectures: MixtralForCausalLM; supported are"),
+        ({"architectures": []}, "architectures: "),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types: sliding_attention; only full_attention",
+        ),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window: 4096; "),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: gptq; "),
+        ({"hidden_act": "gelu"}, "hidden_act: gelu; only silu"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling: dynamic; supported types are"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads: 4; must divide num_attention_heads = 6"),
+        ({"hidden_size": -1}, "hidden_size: -1; must be a positive integer"),
+        ({"num_hidden_layers": None}, "num_hidden_layers: None; must be a positive integer"),
+        ({"torch_dtype": "int4"}, "dtype: int4; supported are"),
+    ],
+)
+def test_what_cannot_be_run_exactly_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        ModelShape.from_config(LLAMA | change, name="m")
+    assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("tp_size", [0, 4, 5])
+def test_tensor_parallel_sizes_that_do_not_divide(tp_size: int) -> None:
+    with pytest.raises(UserError, match=rf"^tp_size: {tp_size}; must divide"):
+        ModelShape.from_config(LLAMA, name="m").check_tp_size(tp_size)
+
+
+@pytest.mark.parametrize("content", [None, "not json", "[1]"])
+def test_folders_without_a_configuration(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"^MODEL: .*must "):
+        load_model_shape(str(tmp_path))
+
+
+def test_older_and_newer_names_of_one_thing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"torch_dtype": "bfloat16"}))
+    older = load_model_shape(str(tmp_path))
+    newer = ModelShape.from_config(LLAMA | {"dtype": "bfloat16"}, name="other")
+    assert older.dtype == newer.dtype == "bfloat16"
+    assert older.fingerprint == newer.fingerprint

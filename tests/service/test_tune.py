@@ -1,0 +1,169 @@
+"""`isochunk tune` as a user calls it, on rows of an imaginary machine kept in a real database."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from db.engine import open_database
+from db.errors import UserError
+from db.fits import list_fits
+from db.hardware import Hardware
+from db.measurements import save_measurements
+from db.plans import list_plan_rows
+from service.cli import cli
+from tests.tuner.measured import SHAPE, Machine, measure
+from tuner.plan import load_plan
+
+HARDWARE = Hardware(
+    device="imaginary", device_count=2, memory_bytes=32 * 2**30, driver="d", torch_version="t", backend="gloo",
+    num_threads=1, link="lo",
+)  # fmt: skip
+COST_MODEL = {
+    "schema": "isochunk.cost-model/1",
+    "stages": [{
+        "round_overhead_s": 0.0436,
+        "tokens": {"count": [0, 65536], "seconds": [0.0, 0.395]},
+        "attention": {"pair_s": 6.5e-10, "context_token_s": 5.39e-7},
+    }],
+    "hop": {"latency_s": 0.0, "token_s": 0.0},
+    "return_s": 0.0,
+}  # fmt: skip
+
+TEN_TOKENS = (SHAPE.name, "--prompt-lens", "10")
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A database that knows the imaginary machine."""
+    where = f"sqlite:///{tmp_path / 'rows.db'}"
+    with open_database(where) as database:
+        rows = [row for tp_size in (1, 2) for row in measure(Machine(), tp_size=tp_size)]
+        unique = {row.key: row for row in rows}
+        save_measurements(database, HARDWARE, unique.values())
+    return where
+
+
+def tune(*arguments: str) -> str:
+    """Output of a call that succeeds; a refusal raises."""
+    done = CliRunner().invoke(cli, ["tune", *arguments], standalone_mode=False, catch_exceptions=False)
+    return done.output
+
+
+def tune_json(*arguments: str) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(tune(*arguments, "--json"))
+    return parsed
+
+
+def test_the_best_layout_is_written_as_a_plan_and_kept_as_a_row(url: str, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    arguments = (SHAPE.name, "--world-size", "2", "--prompt-lens", "6000,700", "--dtype", "float32", "--db", url)
+    report = tune_json(*arguments, "-o", str(out))
+    plan = load_plan(out)
+    makespans = [layout["makespan_s"] for layout in report["layouts"] if layout["refusal"] is None]
+    assert makespans == sorted(makespans)
+    assert plan.predicted is not None
+    assert plan.predicted.makespan_s == makespans[0]
+    assert plan.predicted.lower_bound_s is not None
+    assert plan.predicted.lower_bound_s <= plan.predicted.makespan_s
+    assert [request.prompt_tokens for request in plan.requests] == [6000, 700]
+    assert sum(plan.parallel.layer_partition) == SHAPE.num_layers
+    names = {policy["policy"].partition(":")[0] for policy in report["policies"]}
+    assert names == {"fixed", "gpipe", "sglang", "ascend", "terapipe", "dp", "joint"}
+    with open_database(url) as database:
+        assert len(list_plan_rows(database)) == 1
+        assert list_fits(database)[0].model_name == SHAPE.name
+
+
+def test_the_tables_name_layouts_policies_and_errors(url: str) -> None:
+    text = tune(SHAPE.name, "--world-size", "2", "--prompt-lens", "3000", "--dtype", "float32", "--db", url)
+    for words in ("Held-out errors on imaginary", "TP1 PP2", "TP2 PP1", "joint", "fixed:512", "terapipe", "gap %"):
+        assert words in text
+
+
+def test_refused_layouts_say_why(url: str) -> None:
+    arguments = (SHAPE.name, "--world-size", "6", "--prompt-lens", "3000", "--dtype", "float32", "--db", url)
+    refusals = {(x["tp_size"], x["pp_size"]): x["refusal"] for x in tune_json(*arguments)["layouts"]}
+    assert "must divide num_attention_heads" in refusals[3, 2]
+    assert refusals[1, 6] is None
+
+
+def test_sizes_and_policy_can_be_kept(url: str) -> None:
+    plan = tune_json(
+        SHAPE.name, "--tp-size", "1", "--pp-size", "2", "--policy", "fixed:512", "--window", "3",
+        "--prompt-lens", "2048", "--dtype", "float32", "--db", url,
+    )["plan"]  # fmt: skip
+    assert [sum(chunk["tokens"] for chunk in chunks) for chunks in plan["rounds"]] == [512] * 4
+    assert plan["window"] == 3
+    assert plan["policy"] == "fixed:512"
+
+
+def test_a_cost_model_file_is_planned_without_model_or_database(tmp_path: Path) -> None:
+    path, out = tmp_path / "cost.json", tmp_path / "rounds.json"
+    path.write_text(json.dumps(COST_MODEL))
+    tune("--cost-model", str(path), "--pp-size", "4", "--window", "5", "--prompt-lens", "131072", "-o", str(out))
+    plan = load_plan(out)
+    assert plan.predicted is not None
+    assert plan.predicted.makespan_s < 9.28
+    assert plan.predicted.gap is not None
+    assert plan.predicted.gap < 0.01
+
+
+def test_a_workload_brings_lengths_and_arrivals(tmp_path: Path) -> None:
+    cost, workload = tmp_path / "cost.json", tmp_path / "w.jsonl"
+    cost.write_text(json.dumps(COST_MODEL))
+    workload.write_text('{"timestamp": 0, "input_length": 4096}\n{"timestamp": 3000, "input_length": 8192}\n')
+    arguments = ("--cost-model", str(cost), "--pp-size", "2", "--workload", str(workload))
+    plan = tune_json(*arguments, "--rate", "2")["plan"]
+    assert [(r["prompt_tokens"], r["arrival_s"]) for r in plan["requests"]] == [(4096, 0.0), (8192, 1.5)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt-lens", "10"), "MODEL: missing; give a model"),
+        ((SHAPE.name,), "--prompt-lens: missing; give either"),
+        ((SHAPE.name, "--prompt-lens", "10,x"), "--prompt-lens: x; must be positive whole numbers"),
+        ((SHAPE.name, "--prompt-lens", "0"), "--prompt-lens: 0; must be positive"),
+        ((SHAPE.name, "--prompt-lens", "999999999"), "prompt_tokens of request r0: 999999999; at most 131072"),
+        ((*TEN_TOKENS, "--window", "0"), "--window: 0; must be a whole number from 1"),
+        ((*TEN_TOKENS, "--dtype", "int4"), "--dtype: int4; must be one of"),
+        ((*TEN_TOKENS, "--policy", "best"), "policy: best; "),
+        ((*TEN_TOKENS, "--tp-size", "3"), "layouts: none can run: TP3 PP1: tp_size: 3; must"),
+        ((*TEN_TOKENS, "--pp-size", "99"), "layouts: none can run: TP1 PP99: pp_size 99 is"),
+        ((*TEN_TOKENS, "--dtype", "bfloat16"), "measurements: none in bfloat16 on imaginary; "),
+        ((*TEN_TOKENS, "--hardware", "7"), "hardware: 7; must be one of 1"),
+        (("llama-9", "--prompt-lens", "10"), "MODEL: llama-9; must be a folder with a config.json, or one of"),
+        (("qwen3-8b", "--prompt-lens", "10", "--dtype", "float32"), "layouts: none can run: TP1 PP1: measurements: no"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(arguments: tuple[str, ...], message: str, url: str) -> None:
+    with pytest.raises(UserError) as refused:
+        tune(*arguments, "--db", url)
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "isochunk.cost-model/2"}, "schema: isochunk.cost-model/2; "),
+        ({"stages": []}, "stages: "),
+        ({"hop": {"latency_s": -1.0}}, "hop_latency_s: -1.0; "),
+    ],
+)
+def test_bad_cost_models_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "cost.json"
+    path.write_text(json.dumps(COST_MODEL | change))
+    with pytest.raises(UserError) as refused:
+        tune("--cost-model", str(path), "--pp-size", "4", "--prompt-lens", "1000")
+    assert str(refused.value).startswith(message)
+
+
+def test_nothing_measured_says_which_command_to_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^measurements: none .*; measure them first: isochunk profile"):
+        tune(*TEN_TOKENS, "--db", f"sqlite:///{tmp_path / 'empty.db'}")

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from db.engine import Database, open_database
+from db.hardware import Hardware
+from db.plans import save_plan_row
+from db.runs import RoundTime, RunOutcome, finish_run, start_run
+from tests.tuner.measured import SHAPE, Machine, measure
+from tuner.correction import MeasuredRounds, fit_correction, load_measured_rounds
+from tuner.fit import fit_layer_costs
+from tuner.plan import Parallel, Plan, Request
+from tuner.planner import plan_rounds
+from tuner.rows import RankWork
+from tuner.search import rounds_to_plan
+
+HARDWARE = Hardware(
+    device="cpu", device_count=1, memory_bytes=2**34, driver="d", torch_version="t", backend="gloo", num_threads=1,
+    link="lo",
+)  # fmt: skip
+WORK = RankWork(shape=SHAPE, dtype="float32", tp_size=1)
+COSTS = fit_layer_costs(measure(Machine()), WORK, busy_ranks=2)
+
+
+def planned(partition: tuple[int, ...] = (8, 8)) -> Plan:
+    cost = COSTS.cost_model(partition)
+    requests = (Request(id="r", prompt_tokens=6000),)
+    return rounds_to_plan(
+        plan_rounds(cost, requests, policy="fixed:512"),
+        requests=requests,
+        model=dict(SHAPE.config),
+        precision="float32",
+        parallel=Parallel(tp_size=1, pp_size=2, layer_partition=partition),
+        window=None,
+        cost_model=cost.to_json(),
+    )
+
+
+def keep_run(database: Database, plan: Plan, *, factor: float, hardware: Hardware = HARDWARE) -> None:
+    """A run whose rounds took `factor` times what was predicted."""
+    assert plan.predicted is not None
+    assert plan.predicted.round_s is not None
+    run = start_run(database, save_plan_row(database, plan.to_json()), hardware)
+    rounds = [
+        RoundTime(round=i, stage=k, start_s=1.0, finish_s=1.0 + factor * seconds)
+        for i, row in enumerate(plan.predicted.round_s)
+        for k, seconds in enumerate(row)
+    ]
+    finish_run(database, run, RunOutcome(makespan_s=1.0, rounds=rounds))
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    return open_database(f"sqlite:///{tmp_path / 'runs.db'}")
+
+
+def test_runs_correct_the_next_prediction(database: Database) -> None:
+    keep_run(database, planned(), factor=1.2)
+    measured = load_measured_rounds(database, HARDWARE, WORK, cost_model=COSTS.cost_model)
+    correction = fit_correction(measured)
+    assert correction.num_runs == 1
+    assert correction.num_rounds == 2 * len(planned().rounds)
+    assert correction.error_before == pytest.approx(1 - 1 / 1.2, abs=0.01)
+    assert correction.error_after < 0.04
+    before, after = (
+        costs.cost_model((8, 8)).stage_seconds(0, [(1024, 2048, False)])
+        for costs in (COSTS, replace(COSTS, correction=correction))
+    )
+    assert after / before == pytest.approx(1.2, abs=0.05)
+
+
+def test_runs_of_other_work_teach_nothing(database: Database) -> None:
+    keep_run(database, planned(), factor=1.2, hardware=replace(HARDWARE, device="another"))
+    keep_run(database, replace(planned(), precision="bfloat16"), factor=1.2)
+    measured = load_measured_rounds(database, HARDWARE, WORK, cost_model=COSTS.cost_model)
+    assert measured.num_runs == 0
+    assert fit_correction(measured).num_rounds == 0
+
+
+def test_few_rounds_correct_little() -> None:
+    def correction(num_rounds: int) -> float:
+        seconds = np.full(num_rounds, 0.1)
+        return fit_correction(MeasuredRounds(predicted_s=seconds, measured_s=1.3 * seconds, num_runs=1)).scale
+
+    assert correction(4) == 1.0
+    assert 1.0 < correction(8) < correction(200) < 1.31
+
+
+def test_overhead_is_told_from_scale() -> None:
+    predicted = np.linspace(0.01, 1.0, 100)
+    found = fit_correction(MeasuredRounds(predicted_s=predicted, measured_s=1.1 * predicted + 0.005, num_runs=3))
+    assert found.scale == pytest.approx(1.1, abs=0.01)
+    assert found.round_s == pytest.approx(0.005, abs=0.002)
