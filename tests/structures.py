@@ -10,8 +10,8 @@ PAGE = ROOT / "docs" / "structures.md"
 FOLDERS = ("db", "profiler", "tuner", "runtime", "service", "benchmarks")
 HEADER = """# Structures
 
-Imports go one way, `db <- profiler <- tuner <- runtime <- service`, and so does the data: measured rows are kept, fitted,
-searched, executed, and what was executed is kept again. One sentence a module, its docstring's first
+Imports go one way, `db <- profiler <- tuner <- runtime <- service`, and so does the data: measured rows are kept,
+fitted, searched, executed, and what was executed is kept again. One sentence a module, its docstring's first
 (`python -m tests.structures` writes this page).
 """
 

@@ -24,6 +24,7 @@ RUNS_LOOKED_AT = 100
 LEAST_ROUNDS = 8
 LEAST_SCALE, MOST_SCALE = 0.7, 1.5  # beyond these the runs are of something else than what was profiled
 ROUNDS_OF_BELIEF = 4.0  # "no correction" weighs as much as so many measured rounds
+OVERHEAD_DOUBT = 4.0  # rounds of like size cannot tell an overhead from a scale: the scale is the likelier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ def fit_correction(rounds: MeasuredRounds) -> Correction:
     weight = 1.0 / rounds.measured_s
     design = np.stack([rounds.predicted_s * weight, weight], axis=1)
     typical_s = float(np.median(rounds.measured_s))
-    pull = np.sqrt(ROUNDS_OF_BELIEF) * np.diag([1.0, 1.0 / typical_s])
+    pull = np.sqrt(ROUNDS_OF_BELIEF) * np.diag([1.0, OVERHEAD_DOUBT / typical_s])
     solution = lsq_linear(
         np.concatenate([design, pull]),
         np.concatenate([np.ones(len(weight)), pull @ np.array([1.0, 0.0])]),
