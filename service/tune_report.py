@@ -12,6 +12,7 @@ from tuner.correction import Correction
 from tuner.holdout import HeldOutError
 from tuner.plan import Plan
 from tuner.planner import RoundPlan
+from tuner.replay import Replay
 from tuner.search import Candidate
 
 
@@ -20,7 +21,8 @@ class TuneReport:
     """Everything that tune found, for the table and for JSON."""
 
     plan: Plan
-    policies: list[RoundPlan]
+    policies: list[RoundPlan] = field(default_factory=list)
+    replays: list[Replay] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
     held_out: list[HeldOutError] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
@@ -34,6 +36,7 @@ class TuneReport:
             "plan": self.plan.to_json(),
             "layouts": [_candidate_json(candidate) for candidate in self.candidates],
             "policies": [_policy_json(planned) for planned in self.policies],
+            "replays": [_replay_json(replay) for replay in self.replays],
             "held_out": [error.to_json() for error in self.held_out],
             "correction": self.correction.to_json(),
             "trials": [
@@ -67,11 +70,18 @@ def print_report(report: TuneReport) -> None:
             title="Layouts, the best first",
         )
     parallel = report.plan.parallel
-    print_table(
-        ["policy", "rounds", "makespan s", "mean TTFT s", "p90 TTFT s", "bubble %", "gap %", "planning ms"],
-        [_policy_row(planned) for planned in report.policies],
-        title=f"Policies on TP{parallel.tp_size} PP{parallel.pp_size}, window {report.plan.window}",
-    )
+    if report.policies:
+        print_table(
+            ["policy", "rounds", "makespan s", "mean TTFT s", "p90 TTFT s", "bubble %", "gap %", "planning ms"],
+            [_policy_row(planned) for planned in report.policies],
+            title=f"Policies on TP{parallel.tp_size} PP{parallel.pp_size}, window {report.plan.window}",
+        )
+    if report.replays:
+        print_table(
+            ["policy", "rounds", "mean TTFT s", "p50 s", "p90 s", "p99 s", "tokens/s"],
+            [list(_replay_json(replay).values()) for replay in report.replays],
+            title=f"{len(report.plan.requests)} requests as they arrive, each policy seeing a request when it arrives",
+        )
     if report.trials:
         print_table(
             ["layout", "policy", "predicted s", "measured s", "error %", "failed"],
@@ -80,6 +90,18 @@ def print_report(report: TuneReport) -> None:
         )
     if report.output:
         print(f"Wrote {report.output}")
+
+
+def _replay_json(replay: Replay) -> dict[str, Any]:
+    return {
+        "policy": replay.policy,
+        "num_rounds": replay.num_rounds,
+        "mean_ttft_s": replay.evaluation.mean_ttft_s,
+        "p50_ttft_s": replay.ttft_s(50),
+        "p90_ttft_s": replay.ttft_s(90),
+        "p99_ttft_s": replay.ttft_s(99),
+        "tokens_per_s": replay.tokens_per_s,
+    }
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from tuner.fit import LayerCosts, fit_layer_costs
 from tuner.holdout import HeldOutError, held_out_errors
 from tuner.layout import enumerate_layouts
 from tuner.plan import Parallel, Plan, Request, save_plan
-from tuner.planner import Limits, Objective
+from tuner.planner import Limits, Objective, RoundPlan
+from tuner.replay import Replay
 from tuner.rows import RankWork
 from tuner.search import Rules, Target, rounds_to_plan, search_layouts, to_plan
 from tuner.workload import load_workload
@@ -108,13 +109,14 @@ def tune(
     held_out = held_out_errors(rows, best.costs.work, busy_ranks=best.layout.world_size)
     uncertainty = _uncertainty(held_out)
     plan = to_plan(target, best, rules, uncertainty=uncertainty)
-    policies = rules.compare(best.costs.cost_model(best.layer_partition), requests)
+    policies, replays = _compare(best.costs.cost_model(best.layer_partition), requests, rules)
     if plan.cost_model is not None:
         details = {"held_out": [error.to_json() for error in held_out], "layout": str(best.layout)}
         save_fit(database, hardware, shape.name, target.dtype, plan.cost_model, details)
     report = TuneReport(
         plan=plan,
         policies=policies,
+        replays=replays,
         candidates=candidates,
         held_out=held_out,
         correction=best.costs.correction,
@@ -189,7 +191,15 @@ def _tune_cost_model(
         window=rules.window,
         cost_model=cost.to_json(),
     )
-    return TuneReport(plan=plan, policies=rules.compare(cost, requests))
+    policies, replays = _compare(cost, requests, rules)
+    return TuneReport(plan=plan, policies=policies, replays=replays)
+
+
+def _compare(cost: CostModel, requests: tuple[Request, ...], rules: Rules) -> tuple[list[RoundPlan], list[Replay]]:
+    """A batch is planned by every policy; requests that arrive over time are replayed under every policy."""
+    if any(request.arrival_s > 0.0 for request in requests):
+        return [], rules.replay(cost, requests)
+    return rules.compare(cost, requests), []
 
 
 def _measure(

@@ -16,6 +16,7 @@ from tuner.partition import choose_partition
 from tuner.plan import Parallel, Plan, Predicted, Request
 from tuner.planner import Limits, Objective, RoundPlan, compare_policies, plan_rounds
 from tuner.problem import NO_LIMITS
+from tuner.replay import Replay, compare_replays
 
 FitLayout = Callable[[Layout], LayerCosts]  # raises UserError when nothing was measured for the layout
 
@@ -62,6 +63,10 @@ class Rules:
     def compare(self, cost: CostModel, requests: Sequence[Request]) -> list[RoundPlan]:
         """Rounds by every policy, the best first."""
         return compare_policies(cost, requests, **self._options())
+
+    def replay(self, cost: CostModel, requests: Sequence[Request]) -> list[Replay]:
+        """Requests that arrive over time under every policy, each seeing a request when it arrives; in table order."""
+        return compare_replays(cost, requests, **self._options())
 
     def choose_partition(
         self, costs: LayerCosts, pp_size: int, requests: Sequence[Request]

@@ -118,8 +118,12 @@ def test_a_workload_brings_lengths_and_arrivals(tmp_path: Path) -> None:
     cost.write_text(json.dumps(COST_MODEL))
     workload.write_text('{"timestamp": 0, "input_length": 4096}\n{"timestamp": 3000, "input_length": 8192}\n')
     arguments = ("--cost-model", str(cost), "--pp-size", "2", "--workload", str(workload))
-    plan = tune_json(*arguments, "--rate", "2")["plan"]
-    assert [(r["prompt_tokens"], r["arrival_s"]) for r in plan["requests"]] == [(4096, 0.0), (8192, 1.5)]
+    report = tune_json(*arguments, "--rate", "2")
+    assert [(r["prompt_tokens"], r["arrival_s"]) for r in report["plan"]["requests"]] == [(4096, 0.0), (8192, 1.5)]
+    replays = {replay["policy"]: replay for replay in report["replays"]}
+    assert {"fixed:2048", "gpipe", "sglang", "ascend", "terapipe", "dp", "joint"} <= set(replays)
+    assert all(0 < one["p50_ttft_s"] <= one["p90_ttft_s"] <= one["p99_ttft_s"] for one in replays.values())
+    assert "requests as they arrive" in tune(*arguments)
 
 
 @pytest.mark.parametrize(
