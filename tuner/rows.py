@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from db.errors import UserError
 from db.measurements import Measurement
 from profiler.grid import head_sizes, layer_sizes, layer_variant, projections
 from profiler.model import DTYPE_BYTES, ModelShape
+
+LEAST_SHARE = 0.3  # of the points of the load measured most densely
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +70,8 @@ class Rows:
     ) -> list[Measurement]:
         """Rows of `op` whose shape has `sizes`, of one variant (None: of all).
 
-        Of several loads, the rows taken with as many ranks at work as come nearest to `busy_ranks`.
+        Of several loads, the rows taken with as many ranks at work as come nearest to `busy_ranks`; a load with far
+        fewer points than another is passed over, for its gaps would cost more than the load does.
         """
         found = [
             row
@@ -77,9 +81,11 @@ class Rows:
             and variant in (None, row.variant)
             and all(row.shape.get(name) == value for name, value in sizes.items())
         ]
-        levels = {row.busy_ranks for row in found}
-        if not levels:
+        counts = Counter(row.busy_ranks for row in found)
+        if not counts:
             return []
+        enough = max(counts.values()) * LEAST_SHARE
+        levels = [level for level, count in counts.items() if count >= enough]
         nearest = min(levels, key=lambda level: (abs(level - busy_ranks), -level))
         return [row for row in found if row.busy_ranks == nearest]
 
