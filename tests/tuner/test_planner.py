@@ -9,7 +9,7 @@ from db.errors import UserError
 from tests.tuner.oracle import best_makespan_s, random_instance
 from tests.tuner.strategies import batches, cost_models, windows
 from tuner.bound import makespan_bound_s
-from tuner.cost_model import CostModel, PairAttention, StageCost
+from tuner.cost_model import CostModel, PairAttention, StageCost, TableAttention
 from tuner.plan import Request, check_rounds
 from tuner.planner import POLICIES, compare_policies, fixed_sweep, plan_rounds
 from tuner.policies.exact import exact_rounds
@@ -226,3 +226,29 @@ def test_impossible_problems_are_refused(options: dict[str, object], message: st
     with pytest.raises(UserError) as error:
         plan_rounds(atom(2), **arguments)  # type: ignore[arg-type]
     assert message in str(error.value)
+
+
+def test_local_improvement_keeps_the_kv_limit() -> None:
+    """Two prompts that the cache cannot hold together gain from sharing a round; that gain may not be taken."""
+    stage = StageCost(
+        token_count=(195, 305, 512, 577, 1751, 6378),
+        token_seconds=(0.003, 0.01806, 0.02404, 0.03991, 0.04817, 0.1),
+        attention=TableAttention(
+            count=(79, 109, 286, 382, 1338),
+            base_s=(0.00114, 0.00195, 0.00477, 0.00783, 0.04497),
+            context_s=(1.57e-07, 1.66e-07, 5.03e-07, 6.39e-07, 3.936e-06),
+        ),
+        round_overhead_s=0.00435,
+        chunk_s=0.05,
+    )
+    requests = [
+        Request(id="r0", prompt_tokens=774, cached_tokens=86, weight=5.0),
+        Request(id="r1", prompt_tokens=1935, cached_tokens=763, arrival_s=0.1, weight=0.0),
+        Request(id="r2", prompt_tokens=2275, arrival_s=0.7, weight=0.0),
+        Request(id="r3", prompt_tokens=1, arrival_s=0.1, weight=5.0),
+    ]
+    cost = CostModel(stages=(stage,), hop_token_s=1e-6, return_s=0.02)
+    limits = Limits(max_round_tokens=4096, max_kv_tokens=3412)
+    plan = plan_rounds(cost, requests, window=1, chunk_multiple=256, limits=limits, objective=Objective.MEAN_TTFT)
+    rounds_of = {j: [i for i, chunks in enumerate(plan.rounds) if any(c.request == j for c in chunks)] for j in (1, 2)}
+    assert rounds_of[1][-1] < rounds_of[2][0] or rounds_of[2][-1] < rounds_of[1][0]

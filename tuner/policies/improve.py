@@ -51,7 +51,8 @@ def improve_rounds(
         if not moves:
             break
         scores = _scores(problem, best, moves, limit_s)
-        candidate = _apply(best, moves[int(scores.argmin())])
+        tried = (_apply(best, moves[index]) for index in scores.argsort())
+        candidate = next((rounds for rounds in tried if _fits_kv(problem, rounds)), best)
         new_score = problem.evaluate(candidate).score(problem.objective)
         if not new_score < score or abs(score[0] - new_score[0]) < LEAST_GAIN * abs(score[0]):
             break
@@ -64,7 +65,7 @@ def _apply(rounds: list[Round], move: Move) -> list[Round]:
 
 
 def _moves(problem: Problem, rounds: list[Round]) -> Iterator[Move]:
-    """Moves that keep every limit."""
+    """Moves that keep the limit of a round; that of the KV cache depends on all rounds (`_fits_kv`)."""
     for i, current in enumerate(rounds):
         following = rounds[i + 1] if i + 1 < len(rounds) else None
         if following is not None:
@@ -126,6 +127,21 @@ def _merge(first: Round, second: Round) -> Round:
 def _allowed(problem: Problem, rounds: Sequence[Round]) -> bool:
     most = problem.limits.max_round_tokens
     return most is None or all(sum(chunk.tokens for chunk in r) <= most for r in rounds)
+
+
+def _fits_kv(problem: Problem, rounds: Sequence[Round]) -> bool:
+    """Whether the prompts that are begun and not ended fit into the KV cache in every round."""
+    most = problem.limits.max_kv_tokens
+    if most is None:
+        return True
+    last = {chunk.request: i for i, chunks in enumerate(rounds) for chunk in chunks}
+    held: set[int] = set()
+    for i, chunks in enumerate(rounds):
+        held |= {chunk.request for chunk in chunks}
+        if sum(problem.requests[index].prompt_tokens for index in held) > most:
+            return False
+        held -= {chunk.request for chunk in chunks if last[chunk.request] == i}
+    return True
 
 
 def _scores(problem: Problem, rounds: list[Round], moves: list[Move], limit_s: float) -> Floats:
