@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.demo_model import DEMO, SMALL, write_demo_model
+from profiler.model import load_model_shape
 
 WORLD_SIZE = 2
 NEW_TOKENS = 4
@@ -26,13 +28,13 @@ NEW_TOKENS = 4
 class DemoSizes:
     """How much the demo runs."""
 
-    prompt_lens: tuple[int, ...]
+    longest_prompt: int
     budget_s: int
     repeat: int
 
 
-FULL_SIZES = DemoSizes(prompt_lens=(4096,), budget_s=90, repeat=2)
-SMALL_SIZES = DemoSizes(prompt_lens=(1024,), budget_s=30, repeat=2)
+FULL_SIZES = DemoSizes(longest_prompt=4096, budget_s=75, repeat=2)
+SMALL_SIZES = DemoSizes(longest_prompt=1024, budget_s=30, repeat=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,22 +94,26 @@ def main() -> None:
 def run_demo(model: Path, sizes: DemoSizes, folder: Path) -> list[Row]:
     """Profile, then tune and run each plan of the table."""
     database = f"sqlite:///{(folder / 'isochunk.db').resolve()}"
+    shape = load_model_shape(str(model))
+    longest = min(sizes.longest_prompt, shape.max_positions - NEW_TOKENS)
+    can_split = shape.num_heads % WORLD_SIZE == 0 and shape.intermediate_size % WORLD_SIZE == 0
+    tp_sizes = f"1,{WORLD_SIZE}" if can_split else "1"
+    baselines = [one for one in BASELINES if can_split or one.plan != "tp2"]
     common = ["--db", database, "--threads-per-rank", "1", "--device", "cpu"]
-    longest = str(max(sizes.prompt_lens))
     step(f"Profiling this machine with {WORLD_SIZE} ranks, about {sizes.budget_s} s")
     isochunk(
-        "profile", str(model), "--world-size", str(WORLD_SIZE), "--tp-sizes", "1,2", "--context-length", longest,
-        "--budget-s", str(sizes.budget_s), *common,
+        "profile", str(model), "--world-size", str(WORLD_SIZE), "--tp-sizes", tp_sizes,
+        "--context-length", str(longest), "--budget-s", str(sizes.budget_s), *common,
     )  # fmt: skip
     prompts = folder / "prompts.jsonl"
-    write_prompts(prompts, model, sizes.prompt_lens)
+    write_prompts(prompts, shape.vocab_size, longest)
     rows = []
-    for number, baseline in enumerate(BASELINES, 1):
-        step(f"Plan {number} of {len(BASELINES)}: {baseline.plan}")
+    for number, baseline in enumerate(baselines, 1):
+        step(f"Plan {number} of {len(baselines)}: {baseline.plan}")
         plan = folder / f"{baseline.plan.replace(':', '-')}.json"
         # Without corrections, so that no plan of the table profits from the runs of the ones before.
         tuned = isochunk_json(
-            "tune", str(model), "--prompt-lens", ",".join(map(str, sizes.prompt_lens)), "--no-correct",
+            "tune", str(model), "--prompt-lens", str(longest), "--no-correct",
             *(() if "--world-size" in baseline.arguments else ("--world-size", str(WORLD_SIZE))),
             *baseline.arguments, "--max-new-tokens", str(NEW_TOKENS), "-o", str(plan), *common,
         )["plan"]  # fmt: skip
@@ -139,17 +145,11 @@ def make_row(name: str, plan: dict[str, Any], ran: dict[str, Any]) -> Row:
     )
 
 
-def write_prompts(path: Path, model: Path, prompt_lens: tuple[int, ...]) -> None:
-    """Random token ids of the planned lengths, the same for every plan."""
-    import random
-
-    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+def write_prompts(path: Path, vocab_size: int, num_tokens: int) -> None:
+    """Random token ids, the same for every plan."""
     choose = random.Random(0)
-    lines = [
-        json.dumps({"id": f"r{index}", "token_ids": [choose.randrange(vocab_size) for _ in range(length)]})
-        for index, length in enumerate(prompt_lens)
-    ]
-    path.write_text("\n".join(lines) + "\n")
+    token_ids = [choose.randrange(vocab_size) for _ in range(num_tokens)]
+    path.write_text(json.dumps({"id": "r0", "token_ids": token_ids}) + "\n")
 
 
 def isochunk(*arguments: str) -> None:

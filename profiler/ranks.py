@@ -228,6 +228,8 @@ def _keep_to_own_cores(num_threads: int) -> None:
 
     With cores to spare the system's scheduler does better, and other jobs are left alone.
     """
+    if not hasattr(os, "sched_setaffinity"):  # not on every system
+        return
     cores = sorted(os.sched_getaffinity(0))
     first = int(os.environ["LOCAL_RANK"]) * num_threads
     if int(os.environ["LOCAL_WORLD_SIZE"]) * num_threads == len(cores):

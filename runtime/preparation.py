@@ -27,7 +27,9 @@ def with_dtype(plan: Plan, dtype: str | None) -> Plan:
     if precision not in SUPPORTED_DTYPES:
         field = "precision" if dtype is None else "--dtype"
         raise UserError(field, precision, "supported are " + ", ".join(SUPPORTED_DTYPES))
-    return replace(plan, precision=precision)
+    if precision == plan.precision:
+        return plan
+    return replace(plan, precision=precision, predicted=None, cost_model=None)  # they were the other precision's
 
 
 def model_shape(model: Mapping[str, object], weights: Path | None) -> ModelShape:

@@ -90,6 +90,7 @@ def run_plan(
             repeat=repeat,
             kernels=_kernel_choice(plan, shape, rows, device_type),
         )
+        ends = end_ids(weights)
         with Record(database, plan, hardware, kind=kind, study=study, job=job) as record:
             reports = run_ranks(
                 run_rank, job, world_size=world_size(plan.parallel), device_type=device_type, num_threads=num_threads
@@ -98,7 +99,7 @@ def run_plan(
                 job,
                 reports,
                 prediction=prediction,
-                end_ids=end_ids(weights),
+                end_ids=ends,
             )
             return record.finish(with_mfu(result, plan, shape, hardware, rows))
 
@@ -183,9 +184,13 @@ def _kernel_choice(plan: Plan, shape: ModelShape, rows: list[Measurement], devic
         "kv_heads": shape.kv_heads_per_rank(tp_size),
         "head_dim": shape.head_dim,
     }
-    default = available_kernels(torch.device(device_type), getattr(torch, plan.precision))[0]
+    dtype: torch.dtype = getattr(torch, plan.precision)
+    default = available_kernels(torch.device(device_type), dtype)[0]
     measured = {row.busy_ranks for row in rows if row.op == Op.ATTENTION}
     if not measured:
         return KernelChoice((), default=default)
     busy_ranks = min(measured, key=lambda ranks: abs(ranks - world_size(plan.parallel)))
-    return KernelChoice(kernel_times(rows, heads, busy_ranks=busy_ranks), default=default)
+    times = kernel_times(rows, heads, busy_ranks=busy_ranks)
+    # Rows may name a kernel that this environment lacks; on a CPU the dense mask of `sdpa` has no bound in memory.
+    usable = [default] if device_type == "cpu" else available_kernels(torch.device(device_type), dtype)
+    return KernelChoice([time for time in times if time.kernel in usable], default=default)

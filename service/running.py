@@ -72,7 +72,7 @@ def execute(request: RunRequest) -> Run:
     plan = with_dtype(load_plan(request.plan), request.dtype)
     tokenizer = Tokenizer(request.weights)
     prompts, is_text = _prompts(request, plan, tokenizer)
-    num_threads = request.threads_per_rank
+    num_threads = request.threads_per_rank or plan.threads_per_rank
     if num_threads is None:
         num_threads = default_num_threads(request.device_type, world_size(plan.parallel))
     result = run_plan(

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+
+import click
 
 from db.engine import Database, open_database
 from db.errors import UserError
 from db.fits import save_fit
-from db.hardware import Hardware, get_hardware, list_hardware
+from db.hardware import Hardware, get_hardware, list_hardware, save_hardware
 from db.measurements import load_measurements
 from db.plans import save_plan_row
+from db.provenance import now
 from profiler.device import default_device_type, default_dtype, default_num_threads, describe_hardware
 from profiler.model import SUPPORTED_DTYPES, load_model_shape
 from service.tune_report import TuneReport
@@ -69,7 +73,11 @@ def tune(
         limits=Limits(max_round_tokens=max_round_tokens, max_kv_tokens=max_kv_tokens),
         objective=Objective(objective),
     )
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise UserError("-o", output, "must be in a folder that exists")
     if cost_model is not None:
+        if measure is not None:
+            raise UserError("--measure", measure, "a cost model alone cannot be run; give MODEL")
         report = _tune_cost_model(load_cost_model(cost_model), requests, rules, tp_size or 1, pp_size)
         return _write(report, output, None, None)
     if model is None:
@@ -89,6 +97,7 @@ def tune(
         device_type=planned_device,
         memory_bytes=hardware.memory_bytes,
         max_new_tokens=max_new_tokens,
+        threads_per_rank=hardware.num_threads,
     )
     rows = load_measurements(database, hardware, dtype=target.dtype)
     if not rows:
@@ -167,6 +176,7 @@ def _hardware(
     known = [stored.hardware for stored in list_hardware(database) if stored.num_measurements]
     if any(hardware.fingerprint == here.fingerprint for hardware in known) or len(known) != 1:
         return here
+    click.echo(f"Nothing was measured on this machine; planning for {known[0].device}", err=True)
     return known[0]
 
 
@@ -215,6 +225,10 @@ def _measure(
     """Run the best of layouts x policies on this machine."""
     from runtime.run import run_plan
 
+    here = describe_hardware(target.device_type, num_threads=hardware.num_threads)
+    if here.fingerprint != hardware.fingerprint:
+        raise UserError("--measure", num_trials, f"needs the hardware that is planned for, {hardware.device}")
+    study = f"{target.shape.name}-{now():%Y%m%dT%H%M%S}"
     uncertainty = _uncertainty(report.held_out)
     choices = []
     for candidate in report.candidates:
@@ -222,22 +236,30 @@ def _measure(
             continue
         for planned in rules.compare(candidate.costs.cost_model(candidate.layer_partition), target.requests):
             one = to_plan(target, replace(candidate, rounds=planned), rules, uncertainty=uncertainty)
-            choices.append(Choice(layout=str(candidate.layout), policy=planned.policy, plan=one))
+            expected = planned.evaluation
+            predicted_s = expected.makespan_s if rules.objective is Objective.MAKESPAN else expected.mean_ttft_s
+            choices.append(
+                Choice(layout=str(candidate.layout), policy=planned.policy, plan=one, predicted_s=predicted_s)
+            )
 
     def run(plan: Plan) -> float:
         result = run_plan(
             plan,
             random_weights=True,
+            max_new_tokens=target.max_new_tokens,
             device_type=target.device_type,
             num_threads=hardware.num_threads,
             repeat=repeat,
             db_url=db_url,
             kind="tune-trial",
+            study=study,
         )
         if echo:
             parallel = plan.parallel
             echo(f"TP{parallel.tp_size} PP{parallel.pp_size} {plan.policy}: {result.makespan_s:.3f} s measured")
-        return result.makespan_s
+        if rules.objective is Objective.MAKESPAN:
+            return result.makespan_s
+        return sum(request.ttft_s for request in result.requests) / len(result.requests)
 
     trials = autotune(choices, run, num_trials=num_trials)
     if trials[0].measured_s is None:
@@ -249,5 +271,6 @@ def _write(report: TuneReport, output: str | None, database: Database | None, ha
     if output is not None:
         save_plan(output, report.plan)
     if database is not None:
-        save_plan_row(database, report.plan.to_json())
+        hardware_id = None if hardware is None else save_hardware(database, hardware)
+        save_plan_row(database, report.plan.to_json(), hardware_id=hardware_id)
     return replace(report, output=output)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from db.errors import UserError
 from tuner.plan import Plan
 
-RunPlan = Callable[[Plan], float]  # runs a plan and returns its measured makespan_s
+RunPlan = Callable[[Plan], float]  # runs a plan and returns what is minimised, in seconds
 SAMPLER_SEED = 0
 
 
@@ -20,10 +20,8 @@ class Choice:
     policy: str
     plan: Plan
 
-    @property
-    def predicted_s(self) -> float:
-        """What the cost model expects."""
-        return self.plan.predicted.makespan_s if self.plan.predicted else float("inf")
+    predicted_s: float
+    """What the cost model expects of the objective."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,5 +72,5 @@ def autotune(choices: Sequence[Choice], run_plan: RunPlan, *, num_trials: int) -
 def _run(choice: Choice, run_plan: RunPlan) -> Trial:
     try:
         return Trial(choice=choice, measured_s=run_plan(choice.plan))
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         return Trial(choice=choice, measured_s=None, error=str(error))

@@ -10,7 +10,7 @@ from scipy.optimize import lsq_linear
 
 from db.engine import Database
 from db.errors import UserError
-from db.hardware import Hardware, find_hardware
+from db.hardware import Hardware
 from db.plans import get_plan_row
 from db.runs import RunStatus, list_runs, load_round_times
 from profiler.model import ModelShape
@@ -84,13 +84,10 @@ def load_measured_rounds(
 
     The prediction stored with a run may come from an older fit or carry a correction already, so it is not used.
     """
-    hardware_id = find_hardware(database, hardware)
     predicted: list[float] = []
     measured: list[float] = []
     num_runs = 0
-    for run in list_runs(database, status=RunStatus.DONE, limit=RUNS_LOOKED_AT):
-        if run.hardware_id != hardware_id:
-            continue
+    for run in list_runs(database, status=RunStatus.DONE, hardware=hardware, limit=RUNS_LOOKED_AT):
         try:
             plan = Plan.from_json(get_plan_row(database, run.plan_id))
             shape = ModelShape.from_config(plan.model, name="")

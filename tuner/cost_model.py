@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from db.errors import UserError
+from db.files import replace_file
 
 SCHEMA = "isochunk.cost-model/1"
 Floats = npt.NDArray[np.float64]
@@ -267,13 +267,7 @@ def read_json(path: str | Path) -> object:
 
 def write_json(path: str | Path, data: object) -> None:
     """Replace a JSON file atomically: a reader sees the old content or the new, never a part."""
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace_file(Path(path), (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _scaled_stage(stage: StageCost, factor: float) -> StageCost:

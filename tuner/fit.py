@@ -111,7 +111,9 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
     overhead_s, chunk_s = fit_line(
         [row.shape["chunks"] - 1 for row in overhead_rows], list(map(expected_s, overhead_rows))
     )
-    sends = rows.select("send_recv", {}, busy_ranks=busy_ranks, group_size=2)
+    sends = []
+    if busy_ranks > work.tp_size:  # there are stages
+        sends = rows.require("send_recv", {}, busy_ranks=busy_ranks, group_size=2, why=f"the links of {why}")
     hop_latency_s, hop_byte_s = _fit_hop(sends)
     shape = work.shape
     costs = LayerCosts(

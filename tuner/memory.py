@@ -96,7 +96,11 @@ def memory_refusal(stages: Sequence[RankMemory], *, tp_size: int, device_type: s
         needed, who = tp_size * sum(stage.total_bytes for stage in stages), "all ranks of this host"
     if needed <= usable:
         return None
-    return f"needs {_gib(needed)} for {who}; at most {_gib(usable)} can be used"
+    share = max(stage.kv_bytes / stage.total_bytes for stage in stages)
+    return (
+        f"needs {_gib(needed)} for {who}, up to {share:.0%} of it for the KV cache of all requests together; "
+        f"at most {_gib(usable)} can be used"
+    )
 
 
 def check_memory(shape: ModelShape, plan: Plan, *, max_new_tokens: int, device_type: str, memory_bytes: int) -> None:

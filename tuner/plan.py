@@ -123,6 +123,8 @@ class Plan:
     requests: tuple[Request, ...]
     rounds: tuple[Round, ...]
     window: int | None = None
+    threads_per_rank: int | None = None
+    """Threads of one rank on a CPU that the prediction holds for."""
     predicted: Predicted | None = None
     policy: str | None = None
     cost_model: Mapping[str, Any] | None = None
@@ -131,6 +133,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_window(self.window)
+        if self.threads_per_rank is not None and self.threads_per_rank < 1:
+            raise UserError("threads_per_rank", self.threads_per_rank, "at least 1")
         check_rounds(self.requests, self.rounds)
 
     def to_json(self) -> dict[str, Any]:
@@ -144,6 +148,8 @@ class Plan:
             "requests": [_request_to_json(request) for request in self.requests],
             "rounds": [[{"request": c.request, "start": c.start, "tokens": c.tokens} for c in r] for r in self.rounds],
         }
+        if self.threads_per_rank is not None:
+            out["threads_per_rank"] = self.threads_per_rank
         if self.predicted is not None:
             out["predicted"] = self.predicted.to_json()
         if self.policy is not None:
@@ -160,7 +166,8 @@ class Plan:
             raise UserError("schema", plan.get("schema", "missing"), f"{SCHEMA} is the version read here")
         requests = _list("requests", plan.get("requests"))
         rounds = _list("rounds", plan.get("rounds"))
-        predicted, policy, cost_model = (plan.get(name) for name in ("predicted", "policy", "cost_model"))
+        names = ("predicted", "policy", "cost_model", "threads_per_rank")
+        predicted, policy, cost_model, threads = (plan.get(name) for name in names)
         return cls(
             model=_object("model", plan.get("model")),
             precision=_text("precision", plan.get("precision")),
@@ -168,6 +175,7 @@ class Plan:
             requests=tuple(_request_from_json(i, entry) for i, entry in enumerate(requests)),
             rounds=tuple(_round_from_json(f"rounds[{i}]", entry) for i, entry in enumerate(rounds)),
             window=None if plan.get("window") is None else _integer("window", plan["window"]),
+            threads_per_rank=None if threads is None else _integer("threads_per_rank", threads),
             predicted=None if predicted is None else _predicted_from_json(_object("predicted", predicted)),
             policy=None if policy is None else _text("policy", policy),
             cost_model=None if cost_model is None else _object("cost_model", cost_model),

@@ -31,6 +31,7 @@ class Target:
     device_type: str
     memory_bytes: int
     max_new_tokens: int = 1
+    threads_per_rank: int | None = None
 
     def __post_init__(self) -> None:
         for request in self.requests:
@@ -105,8 +106,9 @@ class Candidate:
         """Whether a chunk or a context of the plan is larger than any that was measured."""
         if self.costs is None or self.rounds is None:
             return False
-        chunks = [chunk for chunks in self.rounds.rounds for chunk in chunks]
-        return any(c.tokens > self.costs.max_chunk or c.end > self.costs.max_context for c in chunks)
+        largest = max(sum(chunk.tokens for chunk in chunks) for chunks in self.rounds.rounds)
+        longest = max(chunk.end for chunks in self.rounds.rounds for chunk in chunks)
+        return largest > self.costs.max_chunk or longest > self.costs.max_context
 
 
 def search_layouts(target: Target, layouts: Sequence[Layout], rules: Rules, fit_layout: FitLayout) -> list[Candidate]:
@@ -126,6 +128,7 @@ def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: 
         precision=target.dtype,
         parallel=Parallel(tp_size=layout.tp_size, pp_size=layout.pp_size, layer_partition=candidate.layer_partition),
         window=rules.window,
+        threads_per_rank=target.threads_per_rank,
         cost_model=candidate.costs.cost_model(candidate.layer_partition).to_json(),
         uncertainty=uncertainty,
     )
@@ -140,6 +143,7 @@ def rounds_to_plan(
     parallel: Parallel,
     window: int | None,
     cost_model: dict[str, object],
+    threads_per_rank: int | None = None,
     uncertainty: float | None = None,
 ) -> Plan:
     """Rounds with their prediction as a plan."""
@@ -149,6 +153,7 @@ def rounds_to_plan(
         precision=precision,
         parallel=parallel,
         window=window,
+        threads_per_rank=threads_per_rank,
         requests=requests,
         rounds=planned.rounds,
         policy=planned.policy,

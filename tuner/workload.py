@@ -25,6 +25,8 @@ def load_workload(path: str | Path, *, rate: float = 1.0, limit: int | None = No
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(str(path), error.strerror or "unreadable", "a readable JSONL file is needed") from error
+    except UnicodeDecodeError as error:
+        raise UserError(str(path), "not text", "a JSONL file in UTF-8 is needed") from error
     entries = [(number, _entry(number, line)) for number, line in enumerate(lines, start=1) if line.strip()]
     if not entries:
         raise UserError(str(path), "empty", "at least one request (one JSON object a line) is needed")

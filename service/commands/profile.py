@@ -55,6 +55,7 @@ def command(
     """
     started = time.monotonic()
     from profiler.profile import ProfileOptions, profile_model
+    from profiler.ranks import RanksFailedError
 
     options = ProfileOptions(
         model=model,
@@ -68,7 +69,10 @@ def command(
         remeasure=remeasure,
         db_url=db_url,
     )
-    summary = profile_model(options)
+    try:
+        summary = profile_model(options)
+    except RanksFailedError as error:
+        raise click.ClickException(str(error)) from None
     if as_json:
         print_json(summary)
     else:

@@ -28,7 +28,7 @@ from service.options import db_option, json_option
 )
 @click.option("--repeat", type=int, default=1, show_default=True, help="Passes over the rounds; the median counts.")
 @click.option("--device", "device_type", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
-@click.option("--threads-per-rank", type=int, help="Threads of one rank on a CPU. [default: the cores shared out]")
+@click.option("--threads-per-rank", type=int, help="Threads of one rank on a CPU. [default: the plan's]")
 @click.option("--dtype", help="float32, bfloat16 or float16. [default: the plan's precision]")
 @db_option
 @json_option

@@ -11,7 +11,11 @@ LAYOUTS, POLICIES = ("TP1 PP2", "TP2 PP1"), ("fixed:256", "fixed:512", "joint")
 
 
 def choices() -> list[Choice]:
-    return [Choice(layout=layout, policy=policy, plan=planned()) for layout in LAYOUTS for policy in POLICIES]
+    return [
+        Choice(layout=layout, policy=policy, plan=planned(), predicted_s=1.0)
+        for layout in LAYOUTS
+        for policy in POLICIES
+    ]
 
 
 def test_the_best_measured_comes_first_and_no_run_is_spent_twice() -> None:
