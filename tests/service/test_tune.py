@@ -51,7 +51,7 @@ def url(tmp_path: Path) -> str:
 def tune(*arguments: str) -> str:
     """Output of a call that succeeds; a refusal raises."""
     done = CliRunner().invoke(cli, ["tune", *arguments], standalone_mode=False, catch_exceptions=False)
-    return done.output
+    return done.stdout
 
 
 def tune_json(*arguments: str) -> dict[str, Any]:
