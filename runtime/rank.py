@@ -37,13 +37,13 @@ def run_rank(context: RankContext, job: Job) -> RankReport:
             return Pass(origin_s=clock.origin_s, rounds=tuple(clock.intervals()))
 
         pipeline.warm_up()
-        pipeline.prefill(cached_rounds(job), wait_for_arrivals=False)
+        pipeline.fill_cache(cached_rounds(job))
         gc.collect()
         gc.freeze()  # a collection among the rounds would walk all that the imports made
         passes = []
         for _ in range(job.repeat):
             begin()
-            pipeline.prefill(job.rounds)
+            pipeline.prefill()
             passes.append(note())
         begin()
         new_ids = pipeline.decode(job.max_new_tokens - 1)
