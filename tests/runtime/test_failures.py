@@ -35,7 +35,7 @@ def test_a_failing_rank_ends_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weights = checkpoint("qwen2")
-    monkeypatch.setattr("runtime.run.run_rank", worker)
+    monkeypatch.setattr("runtime.run.run_jobs", worker)
     with pytest.raises(RanksFailedError) as caught:
         run_plan(make_plan(weights, tp_size=tp_size, pp_size=pp_size), weights=weights, db_url=db_url)
     failure = caught.value.failure
@@ -55,7 +55,7 @@ def test_an_interrupted_run_says_so(
     def interrupt(*_args: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("runtime.run.run_ranks", interrupt)
+    monkeypatch.setattr("runtime.run.run_jobss", interrupt)
     weights = checkpoint("qwen2")
     with pytest.raises(KeyboardInterrupt):
         run_plan(make_plan(weights), weights=weights, db_url=db_url)
