@@ -55,7 +55,7 @@ def test_an_interrupted_run_says_so(
     def interrupt(*_args: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("runtime.run.run_jobss", interrupt)
+    monkeypatch.setattr("runtime.run.run_ranks", interrupt)
     weights = checkpoint("qwen2")
     with pytest.raises(KeyboardInterrupt):
         run_plan(make_plan(weights), weights=weights, db_url=db_url)
