@@ -37,6 +37,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (x * torch.rsqrt(length * length / x.shape[-1] + eps)).mul_(weight)
 
 
+def add_rms_norm(
+    stream: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream with a block's output added, and its norm: [T, hidden] each."""
+    if _fuses(stream):
+        from profiler import fused
+
+        return fused.add_rms_norm(stream, update, weight, eps)
+    stream = stream + update
+    return stream, rms_norm(stream, weight, eps)
+
+
 def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
     """SwiGLU's element-wise half (Shazeer, 2020): [T, 2F] -> silu of the first half times the second [T, F]."""
     if _fuses(gate_up):

@@ -20,6 +20,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
+def add_rms_norm(
+    stream: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """stream + update, rounded as it is kept, and its root-mean-square norm; all [T, hidden]."""
+    num_rows, hidden = stream.shape
+    added, normed = torch.empty_like(stream), torch.empty_like(stream)
+    block = triton.next_power_of_2(hidden)
+    num_warps = 4 if block <= 2048 else 8
+    _add_rms_norm[(num_rows,)](
+        stream, update, weight, added, normed, hidden, eps, BLOCK=block, num_warps=num_warps
+    )  # fmt: skip
+    return added, normed
+
+
 def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
     """SwiGLU's element-wise half: gate_up [T, 2F] -> silu(gate) * up [T, F]."""
     num_rows, doubled = gate_up.shape
@@ -71,6 +85,23 @@ def _rms_norm(x, weight, out, hidden, eps, BLOCK: tl.constexpr):  # type: ignore
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / hidden + eps)
     weights = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * hidden + at, (values * scale * weights).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_rms_norm(  # type: ignore[no-untyped-def]
+    stream, update, weight, added, normed, hidden, eps, BLOCK: tl.constexpr  # noqa: N803
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < hidden
+    values = tl.load(stream + row * hidden + at, mask=inside, other=0.0).to(tl.float32)
+    values += tl.load(update + row * hidden + at, mask=inside, other=0.0).to(tl.float32)
+    rounded = values.to(added.dtype.element_ty)
+    tl.store(added + row * hidden + at, rounded, mask=inside)
+    values = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / hidden + eps)
+    weights = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + row * hidden + at, (values * scale * weights).to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from profiler.attention import attend
-from profiler.elementwise import rms_norm, rotate_into_slab, silu_product
+from profiler.elementwise import add_rms_norm, rms_norm, rotate_into_slab, silu_product
 from profiler.model import ModelShape
 from profiler.round import RoundInputs
 
@@ -25,6 +25,27 @@ class Norms:
     query: torch.Tensor | None
     key: torch.Tensor | None
     eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The residual stream between blocks: hidden states [T, hidden] and the last block's output, not yet added.
+
+    Adding belongs to the next norm, which reads both anyway: one pass over memory instead of two.
+    """
+
+    hidden: torch.Tensor
+    update: torch.Tensor | None = None
+
+    def add_and_norm(self, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum, and its norm."""
+        if self.update is None:
+            return self.hidden, rms_norm(self.hidden, weight, eps)
+        return add_rms_norm(self.hidden, self.update, weight, eps)
+
+    def added(self) -> torch.Tensor:
+        """The sum [T, hidden]."""
+        return self.hidden if self.update is None else self.hidden + self.update
 
 
 class DecoderLayer:
@@ -52,17 +73,14 @@ class DecoderLayer:
         self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
         self.reduce_o, self.reduce_down = reduce_o, reduce_down
 
-    def __call__(
-        self, hidden: torch.Tensor, inputs: RoundInputs, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """hidden: [T, hidden]; keys, values: this layer's slab [KV, rows, head_dim] -> [T, hidden]."""
+    def __call__(self, stream: Stream, inputs: RoundInputs, keys: torch.Tensor, values: torch.Tensor) -> Stream:
+        """keys, values: this layer's slab [KV, rows, head_dim]."""
         norms = self.norms
-        normed = rms_norm(hidden, norms.before_attention, norms.eps)
+        hidden, normed = stream.add_and_norm(norms.before_attention, norms.eps)
         q = rotate_into_slab(self.qkv(normed), inputs, norms, keys, values, num_heads=self.num_heads)
         mixed = self.attend_spans(q, inputs, keys, values)
-        hidden = hidden + self.reduce_o(self.o(mixed))
-        normed = rms_norm(hidden, norms.before_mlp, norms.eps)
-        return hidden + self.reduce_down(self.down(silu_product(self.gate_up(normed))))
+        hidden, normed = Stream(hidden, self.reduce_o(self.o(mixed))).add_and_norm(norms.before_mlp, norms.eps)
+        return Stream(hidden, self.reduce_down(self.down(silu_product(self.gate_up(normed)))))
 
     def attend_spans(
         self, q: torch.Tensor, inputs: RoundInputs, keys: torch.Tensor, values: torch.Tensor

@@ -9,13 +9,15 @@ import torch
 from profiler.attention import AttentionKernel, attend
 from profiler.grid import projections
 from profiler.head import Head, embed
-from profiler.layer import DecoderLayer, Norms, Project
+from profiler.layer import DecoderLayer, Norms, Project, Stream
 from profiler.model import ModelShape
 from profiler.point import WARM, Op, Point
 from profiler.rotary import Rotary
 from profiler.round import ChooseKernel, RoundInputs, prepare_round
 from profiler.timing import Prepared, Run
 from profiler.workspace import Slabs, Workspace
+
+_MANY_ROWS = 384  # a card's FLOPs for each byte it reads, with two bytes a weight
 
 
 class Operators:
@@ -30,7 +32,7 @@ class Operators:
 
     def prepare(self, point: Point) -> Prepared:
         """The work of a point that needs no other rank. A call of `layer` runs one layer, the next call the next."""
-        return Prepared(run=self._run(point))
+        return Prepared(run=self._run(point), follows_clock=_follows_clock(point))
 
     def _run(self, point: Point) -> Run:
         match point.op:
@@ -111,7 +113,7 @@ class Operators:
 
         def run(call: int) -> torch.Tensor:
             copy = call % slabs.num_copies
-            return layer(hidden, inputs, slabs.keys[copy], slabs.values[copy])
+            return layer(Stream(hidden, projected), inputs, slabs.keys[copy], slabs.values[copy]).hidden
 
         return run
 
@@ -120,15 +122,15 @@ class Operators:
         chunk, context = point.shape["chunk"], point.shape["context"]
         layers, slabs = self._cold_layers(point), self._slabs(point)
         inputs = self.round_inputs([(0, context, chunk)])
-        first = self.workspace.random(chunk, point.shape["hidden"])
-        hidden = first
+        first = Stream(*(self.workspace.random(chunk, point.shape["hidden"]) for _ in range(2)))
+        stream = first
 
         def run(call: int) -> torch.Tensor:
-            nonlocal hidden
+            nonlocal stream
             index, copy = call % len(layers), call % slabs.num_copies
-            before = first if index == 0 else hidden
-            hidden = layers[index](before, inputs, slabs.keys[copy], slabs.values[copy])
-            return hidden
+            before = first if index == 0 else stream
+            stream = layers[index](before, inputs, slabs.keys[copy], slabs.values[copy])
+            return stream.hidden
 
         return run
 
@@ -201,3 +203,9 @@ class ElementwiseLayer(DecoderLayer):
     ) -> torch.Tensor:
         """The attention made beforehand."""
         return self.mixed
+
+
+def _follows_clock(point: Point) -> bool:
+    """Whether arithmetic and not memory bounds the work: with so many rows to each weight or key that is read."""
+    rows = point.shape.get("m") or point.shape.get("chunk") or 0
+    return point.op in (Op.MATMUL, Op.ATTENTION, Op.LAYER) and rows >= _MANY_ROWS

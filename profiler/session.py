@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -20,14 +19,14 @@ from profiler.attention import AttentionKernel
 from profiler.collectives import make_groups, prepare_collective, prepare_message, prepare_round_overhead
 from profiler.device import cache_bytes, free_bytes
 from profiler.grid import Grid, group_sizes, head_sizes, layer_sizes
+from profiler.load import Load
 from profiler.operators import Operators
 from profiler.peer import PeerRing, has_peer_memory
 from profiler.point import COLLECTIVES, Op, Point
 from profiler.probe import CoreProbe
 from profiler.progress import ProfileProgress
 from profiler.ranks import RankContext
-from profiler.recording import record
-from profiler.timing import LOAD_S, Prepared, Samples, Timing, call_seconds, plan_sampling, summarize, take_samples
+from profiler.timing import Prepared, Samples, Timing, call_seconds, plan_sampling, summarize, take_samples
 from profiler.workspace import Workspace
 
 COMMIT_EVERY_S = 0.5
@@ -102,15 +101,14 @@ class RankSession:
         self.neighbours = make_groups(group_sizes(job.grid.tp_sizes, context.world_size), context.world_size)
         self.ring = self.make_ring()
 
-    def make_load(self) -> Callable[[], object]:
-        """A model's usual work, LOAD_S of it: whole layers over a round of middling size and context."""
+    def make_load(self) -> Load:
+        """The model's usual work: whole layers over a round of middling size and context."""
         grid = self.job.grid
         chunk = min(_LOAD_CHUNK, grid.context_length)
         shape = {"chunk": chunk, "context": min(_LOAD_CONTEXT, grid.context_length - chunk)}
         run = self.operators.prepare(Point(op=Op.LAYER, dtype=grid.dtype, shape=shape | layer_sizes(grid.shape, 1))).run
-        run(0)
-        num_layers = math.ceil(LOAD_S / call_seconds(run, self.device))
-        return record(lambda: [run(call) for call in range(num_layers)][-1], self.device)
+        call_seconds(run, self.device)
+        return Load(run, call_seconds(run, self.device), self.device)
 
     def make_ring(self) -> PeerRing | None:
         """What a pair's messages go through where cards reach each other's memory, as in a pipeline."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from profiler.load import LOAD_S, Load
 from profiler.recording import record
 
 Run = Callable[[int], object]  # given how often it was called before, so that it can take turns over cold weights
@@ -23,8 +24,7 @@ _WAITING_FACTOR = 4  # messages vary one by one with what the scheduler wakes fi
 _UNDISTURBED_SHARE = 0.95
 # A card's clocks fall under load within some tens of milliseconds: what counts is its rate in the middle of a run.
 SUSTAINED_S = {"cpu": 0.0, "cuda": 0.06}
-LOAD_S = 2e-3  # of a model's usual work on a card before each sample of less than LONG_SAMPLE_S
-LONG_SAMPLE_S = 5e-3
+LONG_SAMPLE_S = 5e-3  # brings a card to its own power; shorter ones are taken at that of the load between them
 RECORDED_CALL_S = 2e-3  # shorter calls on a card are replayed: launched one by one they would time the host
 
 
@@ -37,6 +37,7 @@ class Prepared:
     finish: Callable[[], None] | None = None
     waits: bool = False  # for other ranks: time off the processor is part of the work then
     recordable: bool = True
+    follows_clock: bool = False  # bound by arithmetic: its time on a card goes with the inverse of the clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +143,12 @@ def take_samples(
     device: torch.device,
     *,
     is_slow: Callable[[], bool] | None = None,
-    load: Callable[[], object] | None = None,
+    load: Load | None = None,
 ) -> Samples:
     """Time the work; `run` is told the number of the call, from 0 on.
 
     is_slow: asked between the samples on a CPU, says whether the core is slower than usual.
-    load: some milliseconds of a run's usual work. On CUDA it comes before each short sample, so that the card's clocks
-    and its cache are as they are in the middle of a run.
+    load: a card's usual work, run around each sample so that clocks and cache are as they are in the middle of a run.
 
     On CUDA events are recorded around samples and read at the end, so that the card never waits for the host's clock.
     """
@@ -196,9 +196,7 @@ def _sample_cpu(run: Run, sampling: Sampling, *, may_wait: bool, is_slow: Callab
     return Samples(us, disturbed)
 
 
-def _sample_cuda(
-    prepared: Prepared, sampling: Sampling, device: torch.device, load: Callable[[], object] | None
-) -> list[float]:
+def _sample_cuda(prepared: Prepared, sampling: Sampling, device: torch.device, load: Load | None) -> list[float]:
     first_call = sampling.warmup_calls
 
     def sample() -> None:
@@ -206,18 +204,23 @@ def _sample_cuda(
             prepared.run(first_call + repeat)
 
     run = record(sample, device) if sampling.recorded and prepared.recordable else sample
-    before = load if load is not None and sampling.sample_s < LONG_SAMPLE_S else lambda: None
-    for _ in range(math.ceil(SUSTAINED_S["cuda"] / LOAD_S)):
-        before()
+    if load is not None and sampling.sample_s < LONG_SAMPLE_S:
+        for _ in range(math.ceil(SUSTAINED_S["cuda"] / LOAD_S)):
+            load.run()
     run()
-    pairs = [(_event(), _event()) for _ in range(sampling.num_samples)]
-    for start, finish in pairs:
-        before()
+    events = [tuple(_event() for _ in range(3)) for _ in range(sampling.num_samples)]
+    for before, start, finish in events:
+        before.record()
+        if load is not None:
+            load.run()
         start.record()
         run()
         finish.record()
     torch.cuda.synchronize(device)
-    return [start.elapsed_time(finish) / sampling.inner_repeats * 1e3 for start, finish in pairs]
+    factor = 1.0
+    if load is not None and prepared.follows_clock:
+        factor = load.clock_factor([before.elapsed_time(start) * 1e3 for before, start, _ in events])
+    return [factor * start.elapsed_time(finish) / sampling.inner_repeats * 1e3 for _, start, finish in events]
 
 
 def _event() -> torch.cuda.Event:

@@ -58,6 +58,10 @@ class Pipeline:
             for index, chunks in enumerate(self.job.rounds[:MOST_RECORDED])
         ]
 
+    def close(self) -> None:
+        """Give up the recordings: NCCL's groups are not left while a graph holds their work."""
+        self.recorded.clear()
+
     def fill_cache(self, rounds: Sequence[Round]) -> None:
         """Run rounds that the plan does not count: cached tokens of its requests."""
         self._begin(rounds)

@@ -65,6 +65,7 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     begin()
     new_ids = pipeline.decode(job.max_new_tokens - 1)
     decode = note()
+    pipeline.close()
     gc.unfreeze()
     reports_tokens = place.is_last and place.tp_rank == 0
     return RankReport(

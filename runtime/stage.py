@@ -9,6 +9,7 @@ import torch
 
 from profiler.attention import AttentionKernel
 from profiler.head import embed
+from profiler.layer import Stream
 from profiler.rotary import Rotary
 from profiler.round import prepare_round
 from runtime.checkpoint import Checkpoint, RandomWeights
@@ -58,9 +59,10 @@ class Stage:
             device=self.device,
             dtype=self.dtype,
         )
+        stream = Stream(hidden)
         for index, layer in enumerate(self.shard.layers[:num_layers]):
-            hidden = layer(hidden, inputs, *self.slab[index])
-        return hidden
+            stream = layer(stream, inputs, *self.slab[index])
+        return stream.added()
 
     def final_rows(self, chunks: Round) -> dict[int, int]:
         """Row of the packed round that gives each request's next token, for the requests whose prompt is complete."""

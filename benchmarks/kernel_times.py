@@ -1,0 +1,86 @@
+"""Where the time of a plan's rounds goes on cards: the kernels of each stage by kind, beside what the rounds took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from profiler.ranks import RankContext
+from runtime.clock import make_clock
+from runtime.group import make_groups
+from runtime.job import Job
+from runtime.pipeline import Pipeline
+from runtime.place import Place
+from runtime.stage import Stage
+
+# Parts of kernel names, the first that is found counts.
+KINDS = {
+    "attention": ("sdpa", "fmha", "flash", "attention"),
+    "waiting": ("wait_signal", "put_signal"),
+    "collective": ("nccl",),
+    "element-wise": ("_rms_norm", "_silu_product", "_rotate_into_slab"),
+    "copies": ("memcpy", "memset"),
+    "products": ("gemm", "nvjet", "cutlass", "splitk"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelTimes:
+    """One pass over the rounds on one rank, in seconds."""
+
+    by_kind: dict[str, float]
+    rounds_s: float  # from each round's start to its finish, added up
+    pass_s: float
+
+    @property
+    def kernels_s(self) -> float:
+        """All kernels but those that wait for another rank."""
+        return sum(seconds for kind, seconds in self.by_kind.items() if kind != "waiting")
+
+
+@torch.inference_mode()
+def time_kernels(context: RankContext, jobs: Sequence[Job]) -> list[KernelTimes]:
+    """Run each job as one of its ranks, a pass to warm up, one timed by events, and one under torch's profiler."""
+    found = []
+    for job in jobs:
+        place = Place.of(context.rank, job.parallel)
+        with make_groups(place) as groups:
+            stage = Stage(job, place, groups.tensor, context.device)
+            clock = make_clock(context.device)
+            pipeline = Pipeline(job, place, groups, stage, clock, context.progress)
+            pipeline.warm_up()
+            for _ in range(2):
+                torch.cuda.synchronize()
+                dist.barrier(groups.host)
+                clock.begin()
+                pipeline.prefill()
+                intervals = clock.intervals()
+            dist.barrier(groups.host)
+            clock.begin()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                pipeline.prefill()
+                torch.cuda.synchronize()
+            pipeline.close()
+        by_kind: dict[str, float] = {}
+        for event in profile.events() or ():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                kind = kind_of(event.name)
+                by_kind[kind] = by_kind.get(kind, 0.0) + event.device_time_total * 1e-6
+        found.append(
+            KernelTimes(
+                by_kind=by_kind, rounds_s=sum(finish - start for start, finish in intervals), pass_s=intervals[-1][1]
+            )
+        )
+    return found
+
+
+def kind_of(name: str) -> str:
+    """The kind of a kernel by its name."""
+    lowered = name.lower()
+    for kind, parts in KINDS.items():
+        if any(part in lowered for part in parts):
+            return kind
+    return "other"
