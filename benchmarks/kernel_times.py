@@ -66,7 +66,7 @@ def time_kernels(context: RankContext, jobs: Sequence[Job]) -> list[KernelTimes]
             pipeline.close()
         by_kind: dict[str, float] = {}
         for event in profile.events() or ():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
+            if event.device_type == torch._C._autograd.DeviceType.CUDA:
                 kind = kind_of(event.name)
                 by_kind[kind] = by_kind.get(kind, 0.0) + event.device_time_total * 1e-6
         found.append(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from profiler.recording import record
+from profiler.recording import new_scratch, record
 
 LOAD_S = 2e-3  # a repetition
 _SETTLE_S = 1.5
@@ -26,7 +26,7 @@ class Load:
     def __init__(self, layer: Callable[[int], object], layer_s: float, device: torch.device) -> None:
         self.device = device
         num_layers = max(1, math.ceil(LOAD_S / layer_s))
-        self.run = record(lambda: [layer(call) for call in range(num_layers)][-1], device)
+        self.run = record(lambda: [layer(call) for call in range(num_layers)][-1], device, new_scratch(device))
         self.usual_us = self._settle()
 
     def clock_factor(self, load_us: list[float]) -> float:

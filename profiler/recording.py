@@ -13,18 +13,19 @@ from typing import Any, Generic, TypeVar
 import torch
 
 T = TypeVar("T")
+Scratch = Any  # torch's own handle of a memory pool
 
 
 class Recording(Generic[T]):
     """A captured graph; what it reads and writes stays alive with it."""
 
-    def __init__(self, work: Callable[[], T], device: torch.device) -> None:
+    def __init__(self, work: Callable[[], T], device: torch.device, scratch: Scratch) -> None:
         self.work, self.graph = work, torch.cuda.CUDAGraph()
         stream = _capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             # thread_local: NCCL's watchdog asks for events while other threads capture.
-            self.graph.capture_begin(pool=_pool(device), capture_error_mode="thread_local")
+            self.graph.capture_begin(pool=scratch, capture_error_mode="thread_local")
             try:
                 self.result = work()
             finally:
@@ -36,21 +37,21 @@ class Recording(Generic[T]):
         return self.result
 
 
-def record(work: Callable[[], T], device: torch.device) -> Callable[[], T]:
+def new_scratch(device: torch.device) -> Scratch:
+    """Memory for what recorded work allocates; free again when the last recording that uses it is gone."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def record(work: Callable[[], T], device: torch.device, scratch: Scratch) -> Callable[[], T]:
     """Make `work` replayable on `device`.
 
     On CUDA the work is captured, not run: it must have run before (libraries build kernels and connections the first
-    time), use the same memory each time, and never wait for the host. All recordings of a device share their scratch
-    memory, so that they must be replayed one after another on one stream. On a CPU the work itself comes back.
+    time), use the same memory each time, and never wait for the host. Recordings that share their scratch memory must
+    be replayed one after another on one stream. On a CPU the work itself comes back.
     """
-    return Recording(work, device) if device.type == "cuda" else work
+    return Recording(work, device, scratch) if device.type == "cuda" else work
 
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-@cache
-def _pool(_device: torch.device) -> Any:
-    return torch.cuda.graph_pool_handle()

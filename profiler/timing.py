@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from profiler.load import LOAD_S, Load
-from profiler.recording import record
+from profiler.recording import new_scratch, record
 
 Run = Callable[[int], object]  # given how often it was called before, so that it can take turns over cold weights
 
@@ -203,7 +203,7 @@ def _sample_cuda(prepared: Prepared, sampling: Sampling, device: torch.device, l
         for repeat in range(sampling.inner_repeats):
             prepared.run(first_call + repeat)
 
-    run = record(sample, device) if sampling.recorded and prepared.recordable else sample
+    run = record(sample, device, new_scratch(device)) if sampling.recorded and prepared.recordable else sample
     if load is not None and sampling.sample_s < LONG_SAMPLE_S:
         for _ in range(math.ceil(SUSTAINED_S["cuda"] / LOAD_S)):
             load.run()

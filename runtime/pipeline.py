@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from profiler.ranks import Progress
-from profiler.recording import record
+from profiler.recording import new_scratch, record
 from runtime.boundary import make_links
 from runtime.clock import Clock
 from runtime.group import Groups
@@ -53,8 +53,9 @@ class Pipeline:
         elif self.back:
             self.back.receive(1)
         self.drain()
+        scratch = new_scratch(self.stage.device)
         self.recorded = [
-            record(partial(self._compute, index, chunks), self.stage.device)
+            record(partial(self._compute, index, chunks), self.stage.device, scratch)
             for index, chunks in enumerate(self.job.rounds[:MOST_RECORDED])
         ]
 
