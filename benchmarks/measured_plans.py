@@ -1,10 +1,11 @@
-"""Plans made from a profile and run on this machine: what the benchmarks on two cores share."""
+"""Plans made from a profile and run on this machine: what the benchmarks that run plans share."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from profiler.device import describe_hardware
 from profiler.model import ModelShape, load_model_shape
 from profiler.profile import ProfileOptions, profile_model
 from runtime.result import RunResult
-from runtime.run import run_plan
+from runtime.run import run_plans
+from tuner.correction import fit_correction, load_measured_rounds
 from tuner.fit import LayerCosts, fit_layer_costs
 from tuner.layout import Layout
 from tuner.plan import Plan, Request
@@ -44,54 +46,69 @@ class Case:
 
 
 class Machine:
-    """This machine, profiled for the demo's model with two ranks."""
+    """This machine, profiled for a model: plans of cases, and what they measure."""
 
-    def __init__(self, folder: Path, *, context_length: int, budget_s: float) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model = folder / "model"
-        if not (self.model / "config.json").exists():
-            write_demo_model(self.model)
-        self.database_url = f"sqlite:///{(folder / 'isochunk.db').resolve()}"
-        import time
-
-        profile_model(
+    def __init__(
+        self,
+        model: str,
+        *,
+        database_url: str,
+        context_length: int,
+        budget_s: float,
+        device_type: str = "cpu",
+        dtype: str = DTYPE,
+        chunk_multiple: int = CHUNK_MULTIPLE,
+    ) -> None:
+        self.database_url, self.device_type, self.dtype = database_url, device_type, dtype
+        self.chunk_multiple = chunk_multiple
+        self.profile = profile_model(
             ProfileOptions(
-                model=str(self.model), world_size=2, tp_sizes="1,2", context_length=context_length, dtype=DTYPE,
-                device_type="cpu", threads_per_rank=NUM_THREADS, deadline=time.monotonic() + budget_s,
-                remeasure=None, db_url=self.database_url,
+                model=model, world_size=2, tp_sizes="1,2", context_length=context_length, dtype=dtype,
+                device_type=device_type, threads_per_rank=NUM_THREADS, deadline=time.monotonic() + budget_s,
+                remeasure=None, db_url=database_url,
             )
         )  # fmt: skip
-        self.shape: ModelShape = load_model_shape(str(self.model))
-        self.hardware = describe_hardware("cpu", num_threads=NUM_THREADS)
+        self.shape: ModelShape = load_model_shape(model)
+        self.hardware = describe_hardware(device_type, num_threads=NUM_THREADS)
         with open_database(self.database_url) as database:
-            self.rows = load_measurements(database, self.hardware, dtype=DTYPE)
+            self.rows = load_measurements(database, self.hardware, dtype=dtype)
         self.fit = cache(self._fit)
 
-    def plan(self, case: Case) -> Plan:
-        """Make the plan of a case."""
+    def plan(self, case: Case, *, correct: bool = False) -> Plan:
+        """Make the plan of a case; `correct`: with what the database's runs taught."""
         target = Target(
             shape=self.shape,
-            dtype=DTYPE,
+            dtype=self.dtype,
             requests=tuple(Request(id=f"r{i}", prompt_tokens=length) for i, length in enumerate(case.prompt_lens)),
-            device_type="cpu",
+            device_type=self.device_type,
             memory_bytes=self.hardware.memory_bytes,
         )
-        rules = Rules(policy=case.policy, chunk_multiple=CHUNK_MULTIPLE)
+        rules = Rules(policy=case.policy, chunk_multiple=self.chunk_multiple)
         layout = Layout(tp_size=case.tp_size, pp_size=case.pp_size)
-        (candidate,) = search_layouts(target, [layout], rules, lambda layout: self.fit(layout))
+        (candidate,) = search_layouts(target, [layout], rules, lambda layout: self.fit(layout, correct))
         check(candidate)
         return to_plan(target, candidate, rules)
 
     def run(self, plan: Plan, *, repeat: int) -> RunResult:
         """Run a plan on random weights; the median pass counts."""
-        return run_plan(
-            plan, random_weights=True, repeat=repeat, device_type="cpu", num_threads=NUM_THREADS,
+        (result,) = self.run_all([plan], repeat=repeat)
+        return result
+
+    def run_all(self, plans: Sequence[Plan], *, repeat: int) -> list[RunResult]:
+        """Run plans of as many ranks one after another on the same ranks."""
+        return run_plans(
+            plans, random_weights=True, repeat=repeat, device_type=self.device_type, num_threads=NUM_THREADS,
             db_url=self.database_url, kind="benchmark",
         )  # fmt: skip
 
-    def _fit(self, layout: Layout) -> LayerCosts:
-        work = RankWork(shape=self.shape, dtype=DTYPE, tp_size=layout.tp_size)
-        return fit_layer_costs(self.rows, work, busy_ranks=layout.world_size)
+    def _fit(self, layout: Layout, correct: bool) -> LayerCosts:
+        work = RankWork(shape=self.shape, dtype=self.dtype, tp_size=layout.tp_size)
+        costs = fit_layer_costs(self.rows, work, busy_ranks=layout.world_size)
+        if not correct:
+            return costs
+        with open_database(self.database_url) as database:
+            measured = load_measured_rounds(database, self.hardware, work, cost_model=costs.cost_model)
+        return replace(costs, correction=fit_correction(measured))
 
 
 def check(candidate: Candidate) -> None:
@@ -106,4 +123,10 @@ def machine_from_arguments(description: str, *, context_length: int, argv: Seque
     parser.add_argument("--output", type=Path, default=Path("demo-out"), help="folder with the model and the database")
     parser.add_argument("--budget-s", type=float, default=300.0, help="for profiling what the database does not hold")
     options = parser.parse_args(argv)
-    return Machine(options.output, context_length=context_length, budget_s=options.budget_s)
+    folder: Path = options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / "model"
+    if not (model / "config.json").exists():
+        write_demo_model(model)
+    url = f"sqlite:///{(folder / 'isochunk.db').resolve()}"
+    return Machine(str(model), database_url=url, context_length=context_length, budget_s=options.budget_s)

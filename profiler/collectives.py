@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from profiler.operators import Operators
+from profiler.peer import PeerRing
 from profiler.point import Op, Point
 from profiler.timing import Prepared, Run
 
@@ -68,23 +69,45 @@ def prepare_collective(point: Point, neighbours: Neighbours, device: torch.devic
         case Op.ALL_TO_ALL:
             received = torch.empty_like(whole)
             run = lambda _call: dist.all_to_all_single(received, whole, group=group)  # noqa: E731
-        case Op.SEND_RECV:
-            return _there_and_back(whole, neighbours)
         case _:
             raise ValueError(f"{point.op} is no collective")
     return Prepared(run=run, waits=True)
+
+
+def prepare_message(
+    point: Point, neighbours: Neighbours, ring: PeerRing | None, device: torch.device, dtype: torch.dtype
+) -> Prepared:
+    """A message goes from the pair's first rank to its second and back, through `ring` where there is one."""
+    count = point.shape["bytes"] // dtype.itemsize
+    if ring is None:
+        return _there_and_back(torch.ones(count, device=device, dtype=dtype), neighbours)
+
+    def push() -> None:
+        ring.push(0, count)
+
+    def take() -> None:
+        ring.wait_pushed(0)
+
+    order = (take, push) if neighbours.index else (push, take)
+
+    def run(_call: int) -> None:
+        for step in order:
+            step()
+
+    return Prepared(run=run, num_units=2, waits=True, recordable=False)
 
 
 def prepare_round_overhead(point: Point, operators: Operators, neighbours: Neighbours | None) -> Prepared:
     """What a round costs a stage besides its layers: making it ready, and posting its receive or its send.
 
     As in a pipeline a pair's first rank sends and its second receives. Nothing is waited for while the clock runs: the
-    link's own time is that of `send_recv`, and receives are posted rounds ahead.
+    link's own time is that of `send_recv`, and receives are posted rounds ahead. On CUDA the host posts beside the
+    card's work.
     """
     chunks, tokens = point.shape["chunks"], point.shape["tokens"]
     length = tokens // chunks
     layout = [(index * length, 0, length) for index in range(chunks)]
-    if neighbours is None:
+    if neighbours is None or operators.workspace.device.type == "cuda":
         return Prepared(run=lambda _call: operators.round_inputs(layout))
     message = operators.workspace.random(tokens, operators.shape.hidden_size)
     group, partner = neighbours.group, neighbours.partner
@@ -116,4 +139,4 @@ def _there_and_back(message: torch.Tensor, neighbours: Neighbours) -> Prepared:
         dist.recv(message, partner, group=group)
         dist.send(message, partner, group=group)
 
-    return Prepared(run=second if neighbours.index else first, num_units=2, waits=True)
+    return Prepared(run=second if neighbours.index else first, num_units=2, waits=True, recordable=False)

@@ -12,6 +12,9 @@ from profiler.point import COLLECTIVES, WARM, Op, Point
 SMALLEST_CHUNK = 16
 OFF_GRID_CHUNKS = (1, 48, 100, 384, 1000, 3000, 12288)  # the last chunks of requests are never powers of two
 LAST_LEVEL = 4
+# A card's products run in waves of tiles: their rate moves by ten percent from one multiple of 128 tokens to the next.
+TILE_TOKENS = 128
+_FINE_END, _FINE_STEP, _MIDDLE_END, _MIDDLE_STEP = 2048, 128, 8192, 512
 # What today's plans use of the collectives is measured more finely than the others.
 _OFTEN = (Op.ALL_REDUCE, Op.SEND_RECV)
 # Kernels that build a dense mask on a CPU are not tried beyond this many pairs.
@@ -46,6 +49,15 @@ class Grid:
         levels = bisection_levels([*powers, self.context_length])
         return levels | {size: LAST_LEVEL for size in OFF_GRID_CHUNKS if size < self.context_length}
 
+    @property
+    def product_levels(self) -> dict[int, int]:
+        """Rows of products with the level at which each is wanted: on a card finer than other work."""
+        if self.device_type != "cuda":
+            return self.chunk_levels
+        fine = [*range(_FINE_STEP, _FINE_END, _FINE_STEP), *range(_FINE_END, _MIDDLE_END, _MIDDLE_STEP)]
+        levels = {size: 3 if size % (2 * TILE_TOKENS) else 2 for size in fine if size < self.context_length}
+        return dict(sorted((levels | self.chunk_levels).items()))
+
     def context_levels(self, chunk: int) -> dict[int, int]:
         """Contexts before a chunk: at a fixed chunk attention is linear in them, so that few do."""
         rest = self.context_length - chunk
@@ -79,7 +91,7 @@ class Grid:
 
     def _matmuls(self, tp_size: int) -> Iterator[Point]:
         for n, k in projections(self.shape, tp_size).values():
-            for m, level in self.chunk_levels.items():
+            for m, level in self.product_levels.items():
                 point = Point(
                     op=Op.MATMUL, dtype=self.dtype, shape={"m": m, "n": n, "k": k}, level=level,
                     flops=2.0 * m * n * k, size_bytes=self._bytes(2 * n * k + m * (n + k)),

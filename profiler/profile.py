@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from db.engine import Database, default_url, open_database
 from db.errors import UserError
-from db.hardware import Hardware
-from db.measurements import Measurement, load_measurements
+from db.hardware import Hardware, list_hardware
+from db.measurements import Measurement, load_measurements, save_measurements
 from db.provenance import now
 from profiler.agenda import Agenda
 from profiler.attention import available_kernels
@@ -64,6 +64,7 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
     hardware = describe_hardware(grid.device_type, num_threads=threads)
     url = options.db_url or default_url()
     with open_database(url) as database:
+        _adopt_kernels(database, hardware)
         points, too_large = _split_by_memory(grid)
         rows = _kept_rows(database, hardware, points, options.remeasure)
         interrupted = False
@@ -163,6 +164,16 @@ def _split_by_memory(grid: Grid) -> tuple[tuple[Point, ...], int]:
     points = grid.points()
     fitting = tuple(point for point in points if point.size_bytes <= limit)
     return fitting, len(points) - len(fitting)
+
+
+def _adopt_kernels(database: Database, hardware: Hardware) -> None:
+    """Keep as this hardware's own what one rank measured alone where all but the link between the devices is equal."""
+    mine = {row.key for row in load_measurements(database, hardware)}
+    for stored in list_hardware(database):
+        alike = replace(stored.hardware, link=hardware.link).fingerprint == hardware.fingerprint
+        if alike and stored.hardware.link != hardware.link:
+            rows = load_measurements(database, stored.hardware, group_size=1)
+            save_measurements(database, hardware, [row for row in rows if row.key not in mine])
 
 
 def _kept_rows(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -16,15 +17,17 @@ from db.measurements import Measurement, save_measurements
 from db.provenance import code_version, now
 from profiler.agenda import Agenda
 from profiler.attention import AttentionKernel
-from profiler.collectives import make_groups, prepare_collective, prepare_round_overhead
+from profiler.collectives import make_groups, prepare_collective, prepare_message, prepare_round_overhead
 from profiler.device import cache_bytes, free_bytes
-from profiler.grid import Grid, group_sizes, head_sizes
+from profiler.grid import Grid, group_sizes, head_sizes, layer_sizes
 from profiler.operators import Operators
+from profiler.peer import PeerRing, has_peer_memory
 from profiler.point import COLLECTIVES, Op, Point
 from profiler.probe import CoreProbe
 from profiler.progress import ProfileProgress
 from profiler.ranks import RankContext
-from profiler.timing import Prepared, Samples, Timing, call_seconds, plan_sampling, summarize, take_samples
+from profiler.recording import record
+from profiler.timing import LOAD_S, Prepared, Samples, Timing, call_seconds, plan_sampling, summarize, take_samples
 from profiler.workspace import Workspace
 
 COMMIT_EVERY_S = 0.5
@@ -33,9 +36,10 @@ ATTEMPTS = 2  # at once; a point that stays noisy is tried once more at the end
 _STOP = -1
 _TRIAL_CALLS = 2  # one alone may have met another process
 _LONG_CALL_S = 2.5  # too long for a second try
+_LOAD_CHUNK, _LOAD_CONTEXT = 2048, 8192
 _CACHES = 2  # weights lie so many caches apart, or a stage of the model if that is less
 _ROUGH_FLOPS = {"cpu": 5e10, "cuda": 3e14}
-_POINT_OVERHEAD_S = 0.03
+_POINT_OVERHEAD_S = {"cpu": 0.03, "cuda": 0.18}  # on a card mostly load before and between the samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +71,7 @@ def expected_seconds(point: Point, device_type: str, num_threads: int) -> float:
     """Roughly how long a point takes, to tell how much time is left."""
     rate = _ROUGH_FLOPS[device_type] * (num_threads if device_type == "cpu" else 1)
     sampling = plan_sampling(point.flops / rate, device_type=device_type, budget_s=POINT_S[device_type])
-    return _POINT_OVERHEAD_S + (sampling.num_calls + 2) * point.flops / rate
+    return _POINT_OVERHEAD_S[device_type] + (sampling.num_calls + 2) * point.flops / rate
 
 
 class RankSession:
@@ -89,12 +93,33 @@ class RankSession:
         self.operators = Operators(shape, job.grid.context_length, workspace, self.choose_kernel)
         self.heads = head_sizes(shape, 1)
         self.is_slow = CoreProbe() if self.device.type == "cpu" else None
+        self.load = self.make_load() if self.device.type == "cuda" else None
         # Every rank makes every group, in the same order. What ranks agree on travels over gloo, beside NCCL.
         self.control = {
             busy: dist.new_group(list(range(busy)), backend="gloo")
             for busy in sorted({point.busy_ranks for point in job.points} | {context.world_size})
         }
         self.neighbours = make_groups(group_sizes(job.grid.tp_sizes, context.world_size), context.world_size)
+        self.ring = self.make_ring()
+
+    def make_load(self) -> Callable[[], object]:
+        """A model's usual work, LOAD_S of it: whole layers over a round of middling size and context."""
+        grid = self.job.grid
+        chunk = min(_LOAD_CHUNK, grid.context_length)
+        shape = {"chunk": chunk, "context": min(_LOAD_CONTEXT, grid.context_length - chunk)}
+        run = self.operators.prepare(Point(op=Op.LAYER, dtype=grid.dtype, shape=shape | layer_sizes(grid.shape, 1))).run
+        run(0)
+        num_layers = math.ceil(LOAD_S / call_seconds(run, self.device))
+        return record(lambda: [run(call) for call in range(num_layers)][-1], self.device)
+
+    def make_ring(self) -> PeerRing | None:
+        """What a pair's messages go through where cards reach each other's memory, as in a pipeline."""
+        sizes = [point.shape["bytes"] for point in self.job.points if point.op is Op.SEND_RECV]
+        pair = self.neighbours.get(2)
+        if not sizes or pair is None or not has_peer_memory(self.device):
+            return None
+        rows = max(sizes) // self.dtype.itemsize
+        return PeerRing(pair.group, rows=rows, width=1, device=self.device, dtype=self.dtype)
 
     def choose_kernel(self, chunk: int, context: int) -> AttentionKernel:
         """The kernel that measured best for the layer being prepared."""
@@ -145,6 +170,8 @@ class RankSession:
 
     def prepare(self, point: Point) -> Prepared:
         """The point's work, made ready on this rank."""
+        if point.op is Op.SEND_RECV:
+            return prepare_message(point, self.neighbours[2], self.ring, self.device, self.dtype)
         if point.op in COLLECTIVES:
             return prepare_collective(point, self.neighbours[point.group_size], self.device, self.dtype)
         if point.op is Op.ROUND_OVERHEAD:
@@ -173,7 +200,7 @@ class RankSession:
         device_type = self.device.type
         sampling = plan_sampling(call_s, device_type=device_type, budget_s=POINT_S[device_type], waits=prepared.waits)
         self.barrier(point)
-        mine = take_samples(prepared, sampling, self.device, is_slow=self.is_slow)
+        mine = take_samples(prepared, sampling, self.device, is_slow=self.is_slow, load=self.load)
         table = torch.tensor([mine.us, mine.disturbed], dtype=torch.float64)
         gathered = torch.stack([torch.empty_like(table) for _ in range(point.busy_ranks)])  # [ranks, 2, samples]
         dist.all_gather(list(gathered.unbind()), table, group=self.control[point.busy_ranks])

@@ -7,10 +7,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
+
+from profiler.recording import record
 
 Run = Callable[[int], object]  # given how often it was called before, so that it can take turns over cold weights
 
@@ -20,8 +21,11 @@ MIN_SAMPLE_S = {"cpu": 2e-3, "cuda": 2e-4}  # a shorter sample would time the cl
 _WAITING_FACTOR = 4  # messages vary one by one with what the scheduler wakes first; their mean is what a run sees
 # A sample during which its thread had the core for less than this share was not alone on it.
 _UNDISTURBED_SHARE = 0.95
-# CUDA clocks fall under load: what counts is the rate of a card that has been busy for a while.
-SUSTAINED_S = {"cpu": 0.0, "cuda": 0.3}
+# A card's clocks fall under load within some tens of milliseconds: what counts is its rate in the middle of a run.
+SUSTAINED_S = {"cpu": 0.0, "cuda": 0.06}
+LOAD_S = 2e-3  # of a model's usual work on a card before each sample of less than LONG_SAMPLE_S
+LONG_SAMPLE_S = 5e-3
+RECORDED_CALL_S = 2e-3  # shorter calls on a card are replayed: launched one by one they would time the host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +36,7 @@ class Prepared:
     num_units: int = 1
     finish: Callable[[], None] | None = None
     waits: bool = False  # for other ranks: time off the processor is part of the work then
+    recordable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,9 @@ class Sampling:
     warmup_calls: int
     num_samples: int
     inner_repeats: int
+    sample_s: float = 0.0
+    recorded: bool = False
+    """Whether the calls of a sample are one recording."""
 
     @property
     def num_calls(self) -> int:
@@ -118,18 +126,31 @@ def plan_sampling(call_s: float, *, device_type: str, budget_s: float, waits: bo
     num_samples = max(MIN_SAMPLES, min(MAX_SAMPLES, int(budget_s / sample_s)))
     if num_samples * sample_s > 2 * budget_s:
         num_samples = max(1, int(2 * budget_s / sample_s))
-    warmup_calls = math.ceil(SUSTAINED_S[device_type] / call_s) if sample_s > 1e-3 else inner_repeats
-    return Sampling(warmup_calls=warmup_calls, num_samples=num_samples, inner_repeats=inner_repeats)
+    warmup_calls = math.ceil(SUSTAINED_S[device_type] / call_s) if sample_s >= LONG_SAMPLE_S else inner_repeats
+    return Sampling(
+        warmup_calls=warmup_calls,
+        num_samples=num_samples,
+        inner_repeats=inner_repeats,
+        sample_s=sample_s,
+        recorded=device_type == "cuda" and call_s < RECORDED_CALL_S,
+    )
 
 
 def take_samples(
-    prepared: Prepared, sampling: Sampling, device: torch.device, *, is_slow: Callable[[], bool] | None = None
+    prepared: Prepared,
+    sampling: Sampling,
+    device: torch.device,
+    *,
+    is_slow: Callable[[], bool] | None = None,
+    load: Callable[[], object] | None = None,
 ) -> Samples:
     """Time the work; `run` is told the number of the call, from 0 on.
 
     is_slow: asked between the samples on a CPU, says whether the core is slower than usual.
+    load: some milliseconds of a run's usual work. On CUDA it comes before each short sample, so that the card's clocks
+    and its cache are as they are in the middle of a run.
 
-    On CUDA events are recorded between samples and read at the end, so that the card never waits for the host's clock.
+    On CUDA events are recorded around samples and read at the end, so that the card never waits for the host's clock.
     """
     for call in range(sampling.warmup_calls):
         prepared.run(call)
@@ -137,7 +158,7 @@ def take_samples(
     gc.disable()
     try:
         if device.type == "cuda":
-            us = _sample_cuda(prepared.run, sampling, device)
+            us = _sample_cuda(prepared, sampling, device, None if prepared.waits else load)
             return Samples([each / prepared.num_units for each in us], [False] * len(us))
         # With several threads the first may well wait for the others.
         may_wait = prepared.waits or torch.get_num_threads() > 1
@@ -175,17 +196,29 @@ def _sample_cpu(run: Run, sampling: Sampling, *, may_wait: bool, is_slow: Callab
     return Samples(us, disturbed)
 
 
-def _sample_cuda(run: Run, sampling: Sampling, device: torch.device) -> list[float]:
-    call = sampling.warmup_calls
-    events = [
-        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        for _ in range(sampling.num_samples + 1)
-    ]
-    events[0].record()
-    for event in events[1:]:
+def _sample_cuda(
+    prepared: Prepared, sampling: Sampling, device: torch.device, load: Callable[[], object] | None
+) -> list[float]:
+    first_call = sampling.warmup_calls
+
+    def sample() -> None:
         for repeat in range(sampling.inner_repeats):
-            run(call + repeat)
-        event.record()
-        call += sampling.inner_repeats
+            prepared.run(first_call + repeat)
+
+    run = record(sample, device) if sampling.recorded and prepared.recordable else sample
+    before = load if load is not None and sampling.sample_s < LONG_SAMPLE_S else lambda: None
+    for _ in range(math.ceil(SUSTAINED_S["cuda"] / LOAD_S)):
+        before()
+    run()
+    pairs = [(_event(), _event()) for _ in range(sampling.num_samples)]
+    for start, finish in pairs:
+        before()
+        start.record()
+        run()
+        finish.record()
     torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) / sampling.inner_repeats * 1e3 for before, after in pairwise(events)]
+    return [start.elapsed_time(finish) / sampling.inner_repeats * 1e3 for start, finish in pairs]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

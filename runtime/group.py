@@ -57,8 +57,9 @@ def make_groups(place: Place) -> Iterator[Groups]:
     rank = place.peer(place.stage)
     mine: list[dist.ProcessGroup] = []
 
-    def group_of(*ranks: int) -> dist.ProcessGroup | None:
-        group: dist.ProcessGroup = dist.new_group(list(ranks))
+    def group_of(*ranks: int, few_blocks: bool = False) -> dist.ProcessGroup | None:
+        options = _few_blocks() if few_blocks and dist.get_backend() == "nccl" else None
+        group: dist.ProcessGroup = dist.new_group(list(ranks), pg_options=options)
         if rank not in ranks:
             return None
         mine.append(group)
@@ -71,7 +72,7 @@ def make_groups(place: Place) -> Iterator[Groups]:
     for stage in range(pp_size - 1):
         for tp_rank in range(tp_size):
             first, second = stage * tp_size + tp_rank, (stage + 1) * tp_size + tp_rank
-            pair = group_of(first, second)
+            pair = group_of(first, second, few_blocks=True)
             inbound = pair if rank == second else inbound
             outbound = pair if rank == first else outbound
     if pp_size > 1:
@@ -89,3 +90,10 @@ def make_groups(place: Place) -> Iterator[Groups]:
     dist.barrier(host)
     for group in (*mine, host):
         dist.destroy_process_group(group)
+
+
+def _few_blocks() -> dist.ProcessGroupNCCL.Options:
+    """NCCL's kernels wait for their data on multiprocessors: two are enough for what a boundary carries."""
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.min_ctas, options.config.max_ctas = 1, 2
+    return options

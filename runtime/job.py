@@ -47,6 +47,7 @@ class RankReport:
 
     stage: int
     host: str
+    warm_up_s: float  # kernels, connections and recordings of the plan's rounds, cached tokens
     passes: tuple[Pass, ...]
     decode: Pass
     token_ids: tuple[tuple[int, ...], ...] | None  # the new ones of each request

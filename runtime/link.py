@@ -4,16 +4,53 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 POSTED_AHEAD = 2  # receives a stage has posted beyond the round that it runs
-SEND_BUFFER_BYTES = 512 << 20  # what unfinished sends may hold; the pipeline's sends are to be unlimited
+STAGED = 2  # hidden states on a card that wait to be sent, each at a place of its own
+SEND_BUFFER_BYTES = 512 << 20  # what unfinished sends may hold on a CPU; the pipeline's sends are to be unlimited
 
 
-class Inbound:
-    """Receives the rounds' hidden states in order from the stage before."""
+class Inbound(Protocol):
+    """Hidden states of the rounds announced, in order, from the stage before."""
+
+    def expect(self, tokens: Sequence[int]) -> None:
+        """Announce the rounds to come, `tokens` rows each. Those announced before must all have been received."""
+
+    def buffer(self, index: int, num_tokens: int) -> torch.Tensor:
+        """Where the hidden states of the announced round `index` will lie, [T, hidden]."""
+
+    def receive(self) -> None:
+        """Wait for the next round; on CUDA the current stream waits, not the host."""
+
+    def release(self) -> None:
+        """The round received last has run: its buffer may be filled again."""
+
+
+class Outbound(Protocol):
+    """Hidden states of rounds, in order, to the stage after."""
+
+    def begin(self) -> None:
+        """Rounds are counted from 0 again; all sends before are done or waited for."""
+
+    def buffer(self, index: int, num_tokens: int) -> torch.Tensor | None:
+        """Where round `index` must lay what it sends, [T, hidden]; None where it may lie anywhere."""
+
+    def reserve(self) -> None:
+        """Wait until the next round may write to its buffer."""
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """Begin to send the next round."""
+
+    def drain(self) -> None:
+        """Wait for all sends."""
+
+
+class CollectiveInbound:
+    """Receives of torch.distributed, posted ahead of their rounds. See `Inbound`."""
 
     def __init__(
         self,
@@ -29,52 +66,69 @@ class Inbound:
         # One buffer for each receive posted, used in turn.
         size = (POSTED_AHEAD, max_tokens, hidden_size)
         self.buffers = torch.zeros(size, device=device, dtype=dtype)
-        self._posted: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._posted: deque[dist.Work] = deque()
         self._to_post: deque[torch.Tensor] = deque()
 
     def expect(self, tokens: Sequence[int]) -> None:
-        """Announce the rounds to come, `tokens` rows each, and post the first receives."""
+        """See `Inbound`; posts the first receives."""
         if self._posted:
             raise RuntimeError("the rounds announced before have not all been received")
-        self._to_post.extend(self.buffers[i % POSTED_AHEAD, :count] for i, count in enumerate(tokens))
+        self._to_post.extend(self.buffer(index, count) for index, count in enumerate(tokens))
         for _ in range(POSTED_AHEAD):
-            self.post()
+            self.release()
 
-    def receive(self) -> torch.Tensor:
-        """The next round's hidden states [T, hidden], valid until `post` is called for it."""
-        work, tensor = self._posted.popleft()
-        work.wait()
-        return tensor
+    def buffer(self, index: int, num_tokens: int) -> torch.Tensor:
+        """See `Inbound`."""
+        return self.buffers[index % POSTED_AHEAD, :num_tokens]
 
-    def post(self) -> None:
-        """Post the receive after those posted, into the buffer of the round that has just run."""
+    def receive(self) -> None:
+        """See `Inbound`."""
+        self._posted.popleft().wait()
+
+    def release(self) -> None:
+        """See `Inbound`; posts the receive after those posted, into the buffer of the round that has just run."""
         if self._to_post:
-            tensor = self._to_post.popleft()
-            work = dist.irecv(tensor, self.source, group=self.group)
+            work = dist.irecv(self._to_post.popleft(), self.source, group=self.group)
             assert work is not None
-            self._posted.append((work, tensor))
+            self._posted.append(work)
 
 
-class Outbound:
-    """Sends tensors in order to one rank; neither a Work nor its tensor may go before the send is done."""
+class CollectiveOutbound:
+    """Sends of torch.distributed: neither a Work nor its tensor may go before the send is done. See `Outbound`.
 
-    def __init__(self, group: dist.ProcessGroup, target: int) -> None:
-        self.group, self.target = group, target
+    staging: [STAGED, max_tokens, hidden] on a card, where a recorded round writes to the same place each time.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, target: int, *, staging: torch.Tensor | None = None) -> None:
+        self.group, self.target, self.staging = group, target, staging
         self._pending: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self._pending_bytes = 0
 
+    def begin(self) -> None:
+        """See `Outbound`."""
+        self.drain()
+
+    def buffer(self, index: int, num_tokens: int) -> torch.Tensor | None:
+        """See `Outbound`."""
+        return None if self.staging is None else self.staging[index % STAGED, :num_tokens]
+
+    def reserve(self) -> None:
+        """See `Outbound`."""
+        while self.staging is not None and len(self._pending) >= STAGED:
+            self._finish_oldest()
+
     def send(self, tensor: torch.Tensor) -> None:
-        """Begin to send; waits only when earlier sends hold more than SEND_BUFFER_BYTES."""
+        """See `Outbound`; waits only when earlier sends hold more than SEND_BUFFER_BYTES."""
         tensor = tensor.contiguous()
         work = dist.isend(tensor, self.target, group=self.group)
         assert work is not None
         self._pending.append((work, tensor))
         self._pending_bytes += tensor.nbytes
-        while len(self._pending) > 1 and self._oldest_may_go():
+        while self.staging is None and len(self._pending) > 1 and self._oldest_may_go():
             self._finish_oldest()
 
     def drain(self) -> None:
-        """Wait for all sends."""
+        """See `Outbound`."""
         while self._pending:
             self._finish_oldest()
 
@@ -93,7 +147,7 @@ class Return:
 
     def __init__(self, group: dist.ProcessGroup, *, first: int, last: int, device: torch.device) -> None:
         self.group, self.source, self.device = group, last, device
-        self._outbound = Outbound(group, first)
+        self._outbound = CollectiveOutbound(group, first)
 
     def send(self, values: torch.Tensor) -> None:
         """On the last stage: values [n] int64, sent as they are now."""

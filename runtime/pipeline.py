@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from profiler.ranks import Progress
+from profiler.recording import record
+from runtime.boundary import make_links
 from runtime.clock import Clock
 from runtime.group import Groups
 from runtime.job import Job
-from runtime.link import Inbound, Outbound, Return
+from runtime.link import Return
 from runtime.place import Place
 from runtime.stage import Stage
 from tuner.plan import Chunk, Round
+
+MOST_RECORDED = 1024  # a recorded round of 16 layers holds about a megabyte of a card
 
 
 class Pipeline:
@@ -25,45 +30,54 @@ class Pipeline:
         device, last = stage.device, place.parallel.pp_size - 1
         self.prompts = [torch.tensor(ids, device=device) for ids in job.prompts] if place.is_first else []
         self.next_ids = torch.zeros(len(job.requests), device=device, dtype=torch.int64)  # of each request
-        self.inbound = groups.inbound and Inbound(
-            groups.inbound,
-            place.peer(place.stage - 1),
-            max_tokens=max(*job.round_tokens, len(job.requests)),
-            hidden_size=job.shape.hidden_size,
-            device=device,
-            dtype=stage.dtype,
-        )
-        self.outbound = groups.outbound and Outbound(groups.outbound, place.peer(place.stage + 1))
+        self.inbound, self.outbound = make_links(job, place, groups, device, stage.dtype)
+        self.recorded: list[Callable[[], torch.Tensor]] = []  # of the plan's rounds, in order
         self.back = groups.back and Return(groups.back, first=place.peer(0), last=place.peer(last), device=device)
 
     def warm_up(self) -> None:
-        """Build what is built lazily: kernels for the rounds' shapes, connections between the stages."""
+        """Build what is built lazily: kernels for the rounds' shapes, connections between the stages, recordings."""
         self.stage.warm_up([*self.job.rounds, *self._decode_rounds(min(1, self.job.max_new_tokens - 1))])
         most = max(self.job.round_tokens)
         if self.inbound:
             self.inbound.expect([most])
             self.inbound.receive()
+            self.inbound.release()
         if self.outbound:
             size = (most, self.job.shape.hidden_size)
-            self.outbound.send(torch.zeros(size, device=self.stage.device, dtype=self.stage.dtype))
+            self.outbound.begin()
+            place = self.outbound.buffer(0, most)
+            zeros = torch.zeros(size, device=self.stage.device, dtype=self.stage.dtype)
+            self.outbound.send(zeros if place is None else place.copy_(zeros))
         if self.back and self.place.is_last:
             self.back.send(self.next_ids[:1])
         elif self.back:
             self.back.receive(1)
         self.drain()
+        self.recorded = [
+            record(partial(self._compute, index, chunks), self.stage.device)
+            for index, chunks in enumerate(self.job.rounds[:MOST_RECORDED])
+        ]
 
-    def prefill(self, rounds: Sequence[Round], *, wait_for_arrivals: bool = True) -> None:
-        """Run the rounds. `next_ids` of the last stage then holds each finished prompt's next token."""
+    def fill_cache(self, rounds: Sequence[Round]) -> None:
+        """Run rounds that the plan does not count: cached tokens of its requests."""
+        self._begin(rounds)
+        for index, chunks in enumerate(rounds):
+            self._run(partial(self._compute, index, chunks))
+        self.drain()
+
+    def prefill(self) -> None:
+        """Run the plan's rounds. `next_ids` of the last stage then holds each prompt's next token."""
+        rounds = self.job.rounds
         window = self.job.window or len(rounds)
-        self._expect(rounds)
+        self._begin(rounds)
         for index, chunks in enumerate(rounds):
             self.progress.mark(self.place.stage, index)
             if self.place.is_first:
-                if wait_for_arrivals:
-                    self._wait_for_arrival(chunks)
+                self._wait_for_arrival(chunks)
                 if self.back and index >= window:
                     self.back.receive(1)
-            self._run(chunks)
+            is_recorded = index < len(self.recorded)
+            self._run(self.recorded[index] if is_recorded else partial(self._compute, index, chunks))
             if self.back and self.place.is_last and index + window < len(rounds):
                 self.back.send(self.next_ids[:1])
         self.drain()
@@ -79,8 +93,8 @@ class Pipeline:
                 self.next_ids = self.back.receive(len(self.job.requests))
             # One receive at a time: it waits on the device for what this rank has yet to cause, and CUDA may wait for
             # the device when it loads a kernel.
-            self._expect([chunks])
-            self._run(chunks)
+            self._begin([chunks])
+            self._run(partial(self._compute, 0, chunks))
             chosen.append(self.next_ids.clone())
         self.drain()
         return torch.stack(chosen)
@@ -98,22 +112,34 @@ class Pipeline:
             for step in range(num_steps)
         ]
 
-    def _expect(self, rounds: Sequence[Round]) -> None:
+    def _begin(self, rounds: Sequence[Round]) -> None:
         if self.inbound:
-            self.inbound.expect([sum(chunk.tokens for chunk in chunks) for chunks in rounds])
+            self.inbound.expect([num_tokens(chunks) for chunks in rounds])
+        if self.outbound:
+            self.outbound.begin()
 
-    def _run(self, chunks: Round) -> None:
-        received = self.inbound.receive() if self.inbound else None
+    def _run(self, compute: Callable[[], torch.Tensor]) -> None:
+        if self.inbound:
+            self.inbound.receive()
+        if self.outbound:
+            self.outbound.reserve()
         self.clock.start()
-        hidden = self.stage.embed(self._token_ids(chunks)) if received is None else received
-        hidden = self.stage.forward(chunks, hidden)
-        if self.place.is_last:
-            self._choose(chunks, hidden)
+        hidden = compute()
         self.clock.finish()
         if self.inbound:
-            self.inbound.post()
+            self.inbound.release()
         if self.outbound:
             self.outbound.send(hidden)
+
+    def _compute(self, index: int, chunks: Round) -> torch.Tensor:
+        """Everything of a round that the device does, between its hidden states' arrival and their departure."""
+        count = num_tokens(chunks)
+        received = self.inbound.buffer(index, count) if self.inbound else self.stage.embed(self._token_ids(chunks))
+        hidden = self.stage.forward(chunks, received)
+        if self.place.is_last:
+            self._choose(chunks, hidden)
+        place = self.outbound.buffer(index, count) if self.outbound else None
+        return hidden if place is None else place.copy_(hidden)
 
     def _token_ids(self, chunks: Round) -> torch.Tensor:
         if all(chunk.start >= self.job.requests[chunk.request].prompt_tokens for chunk in chunks):
@@ -130,3 +156,8 @@ class Pipeline:
     def _wait_for_arrival(self, chunks: Round) -> None:
         arrival = self.clock.origin_s + max(self.job.requests[chunk.request].arrival_s for chunk in chunks)
         time.sleep(max(0.0, arrival - time.perf_counter()))
+
+
+def num_tokens(chunks: Round) -> int:
+    """Rows of a round's hidden states."""
+    return sum(chunk.tokens for chunk in chunks)

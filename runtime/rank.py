@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import socket
+import time
+from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
 
 from profiler.ranks import RankContext
 from runtime.clock import make_clock
-from runtime.group import make_groups
+from runtime.group import Groups, make_groups
 from runtime.job import Job, Pass, RankReport
 from runtime.pipeline import Pipeline
 from runtime.place import Place
@@ -19,40 +22,55 @@ from tuner.plan import Chunk, Round
 
 
 @torch.inference_mode()
-def run_rank(context: RankContext, job: Job) -> RankReport:
-    """Run `job` as one of its ranks; the function that `profiler.ranks.run_ranks` starts on each."""
+def run_jobs(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
+    """Run jobs as one of their ranks; the function that `profiler.ranks.run_ranks` starts on each.
+
+    All take as many ranks; starting them takes seconds, and so does joining them, which jobs of one layout share.
+    """
+    reports = []
+    for _, alike in groupby(jobs, key=lambda job: (job.parallel.tp_size, job.parallel.pp_size)):
+        same = list(alike)
+        with make_groups(Place.of(context.rank, same[0].parallel)) as groups:
+            reports += [_run_job(context, job, groups) for job in same]
+    return reports
+
+
+def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     place = Place.of(context.rank, job.parallel)
     clock = make_clock(context.device)
-    with make_groups(place) as groups:
-        stage = Stage(job, place, groups.tensor, context.device)
-        pipeline = Pipeline(job, place, groups, stage, clock, context.progress)
 
-        def begin() -> None:
-            if context.device.type == "cuda":
-                torch.cuda.synchronize()
-            dist.barrier(groups.host)
-            clock.begin()
+    def begin() -> None:
+        if context.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier(groups.host)
+        clock.begin()
 
-        def note() -> Pass:
-            return Pass(origin_s=clock.origin_s, rounds=tuple(clock.intervals()))
+    def note() -> Pass:
+        return Pass(origin_s=clock.origin_s, rounds=tuple(clock.intervals()))
 
-        pipeline.warm_up()
-        pipeline.prefill(cached_rounds(job), wait_for_arrivals=False)
-        gc.collect()
-        gc.freeze()  # a collection among the rounds would walk all that the imports made
-        passes = []
-        for _ in range(job.repeat):
-            begin()
-            pipeline.prefill(job.rounds)
-            passes.append(note())
+    begin()
+    stage = Stage(job, place, groups.tensor, context.device)
+    pipeline = Pipeline(job, place, groups, stage, clock, context.progress)
+    begin()
+    pipeline.warm_up()
+    pipeline.fill_cache(cached_rounds(job))
+    gc.collect()
+    gc.freeze()  # a collection among the rounds would walk all that the imports made
+    warm_up_s = time.perf_counter() - clock.origin_s
+    passes = []
+    for _ in range(job.repeat):
         begin()
-        new_ids = pipeline.decode(job.max_new_tokens - 1)
-        decode = note()
-        gc.unfreeze()
+        pipeline.prefill()
+        passes.append(note())
+    begin()
+    new_ids = pipeline.decode(job.max_new_tokens - 1)
+    decode = note()
+    gc.unfreeze()
     reports_tokens = place.is_last and place.tp_rank == 0
     return RankReport(
         stage=place.stage,
         host=socket.gethostname(),
+        warm_up_s=warm_up_s,
         passes=tuple(passes),
         decode=decode,
         token_ids=tuple(tuple(ids) for ids in new_ids.T.tolist()) if reports_tokens else None,

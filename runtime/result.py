@@ -32,6 +32,7 @@ class RunResult:
     makespans_s: tuple[float, ...]  # of every pass
     rounds: tuple[RoundTime, ...]
     decode_s: tuple[float, ...]  # of each token after the first: from token to token
+    warm_up_s: float = 0.0  # on the slowest rank, before the first pass
     predicted_makespan_s: float | None = None
     mfu: float | None = None  # of the published peak of all devices
     mfu_of_ceiling: float | None = None  # of the fastest matmul measured on this hardware
@@ -60,6 +61,7 @@ class RunResult:
             "mfu": self.mfu,
             "mfu_of_ceiling": self.mfu_of_ceiling,
             "decode_s": self.decode_s,
+            "warm_up_s": self.warm_up_s,
             "run_id": self.run_id,
             "rounds": [asdict(time) for time in self.rounds],
         }
@@ -132,6 +134,7 @@ def make_result(
             for stage, (start, finish) in enumerate(stages)
         ),
         decode_s=_decode_s(reports),
+        warm_up_s=max(report.warm_up_s for report in reports),
         predicted_makespan_s=prediction.makespan_s,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from runtime.place import world_size
 from runtime.prediction import read_prediction
 from runtime.preparation import check_counts, check_layout, checked_prompts, model_shape, with_dtype
 from runtime.prompts import random_prompts
-from runtime.rank import run_rank
+from runtime.rank import run_jobs
 from runtime.result import RunResult, make_result
 from tuner.memory import check_memory
 from tuner.plan import Plan
@@ -60,10 +61,81 @@ def run_plan(
     dies or raises; its run's row then says failed. Under torchrun each rank calls this and gets the result; the first
     writes the rows.
     """
+    (result,) = run_plans(
+        [plan], weights=weights, random_weights=random_weights, prompts=prompts, max_new_tokens=max_new_tokens,
+        repeat=repeat, device_type=device_type, num_threads=num_threads, dtype=dtype, db_url=db_url, kind=kind,
+        study=study,
+    )  # fmt: skip
+    return result
+
+
+def run_plans(
+    plans: Sequence[Plan],
+    *,
+    weights: Path | None = None,
+    random_weights: bool = False,
+    prompts: Sequence[Sequence[int]] | None = None,
+    max_new_tokens: int = 1,
+    repeat: int = 1,
+    device_type: str = "cpu",
+    num_threads: int = 1,
+    dtype: str | None = None,
+    db_url: str | None = None,
+    kind: RunKind | str = RunKind.RUN_PLAN,
+    study: str | None = None,
+) -> list[RunResult]:
+    """`run_plan` for plans of as many ranks, one after another on the same ones.
+
+    `prompts` are those of every plan. When a rank fails, all runs that belong to the call have failed.
+    """
     check_counts(max_new_tokens=max_new_tokens, repeat=repeat, num_threads=num_threads)
     if (weights is None) != random_weights:
         raise UserError("--weights", weights or "", "give either a folder of weights or --random-weights")
-    plan, prediction = with_dtype(plan, dtype), read_prediction(plan)
+    plans = [with_dtype(plan, dtype) for plan in plans]
+    sizes = {world_size(plan.parallel) for plan in plans}
+    if len(sizes) != 1:
+        raise UserError("plans", f"{sorted(sizes)} ranks", "must be one or more plans of as many ranks")
+    hardware = describe_hardware(device_type, num_threads=num_threads)
+    with ExitStack() as stack:
+        database = stack.enter_context(open_database(db_url))
+        rows = load_measurements(database, hardware)
+        jobs = [
+            _make_job(
+                plan, hardware, rows, weights=weights, prompts=prompts, max_new_tokens=max_new_tokens, repeat=repeat,
+                device_type=device_type,
+            )
+            for plan in plans
+        ]  # fmt: skip
+        predictions = [read_prediction(plan) for plan in plans]
+        records = [
+            stack.enter_context(Record(database, plan, hardware, kind=kind, study=study, job=job))
+            for plan, job in zip(plans, jobs, strict=True)
+        ]
+        reports = run_ranks(
+            run_jobs, jobs, world_size=world_size(plans[0].parallel), device_type=device_type, num_threads=num_threads
+        )
+        ends = end_ids(weights)
+        results = []
+        for plan, job, prediction, record, of_ranks in zip(
+            plans, jobs, predictions, records, zip(*reports, strict=True), strict=True
+        ):
+            result = make_result(job, of_ranks, prediction=prediction, end_ids=ends)
+            results.append(record.finish(with_mfu(result, plan, job.shape, hardware, rows)))
+        return results
+
+
+def _make_job(
+    plan: Plan,
+    hardware: Hardware,
+    rows: Sequence[Measurement],
+    *,
+    weights: Path | None,
+    prompts: Sequence[Sequence[int]] | None,
+    max_new_tokens: int,
+    repeat: int,
+    device_type: str,
+) -> Job:
+    """What the ranks are told, checked against the model, the weights, the prompts and the machine."""
     shape = model_shape(plan.model, weights)
     check_layout(plan, shape, max_new_tokens=max_new_tokens, device_type=device_type)
     if weights is not None:
@@ -71,37 +143,22 @@ def run_plan(
     token_ids = checked_prompts(
         random_prompts(plan.requests, shape.vocab_size) if prompts is None else prompts, plan, shape.vocab_size
     )
-    hardware = describe_hardware(device_type, num_threads=num_threads)
     check_memory(
         shape, plan, max_new_tokens=max_new_tokens, device_type=device_type, memory_bytes=hardware.memory_bytes
     )
-    with open_database(db_url) as database:
-        rows = load_measurements(database, hardware, dtype=plan.precision)
-        job = Job(
-            shape=shape,
-            parallel=plan.parallel,
-            requests=plan.requests,
-            rounds=plan.rounds,
-            window=plan.window,
-            prompts=token_ids,
-            weights=weights,
-            dtype=plan.precision,
-            max_new_tokens=max_new_tokens,
-            repeat=repeat,
-            kernels=_kernel_choice(plan, shape, rows, device_type),
-        )
-        ends = end_ids(weights)
-        with Record(database, plan, hardware, kind=kind, study=study, job=job) as record:
-            reports = run_ranks(
-                run_rank, job, world_size=world_size(plan.parallel), device_type=device_type, num_threads=num_threads
-            )
-            result = make_result(
-                job,
-                reports,
-                prediction=prediction,
-                end_ids=ends,
-            )
-            return record.finish(with_mfu(result, plan, shape, hardware, rows))
+    return Job(
+        shape=shape,
+        parallel=plan.parallel,
+        requests=plan.requests,
+        rounds=plan.rounds,
+        window=plan.window,
+        prompts=token_ids,
+        weights=weights,
+        dtype=plan.precision,
+        max_new_tokens=max_new_tokens,
+        repeat=repeat,
+        kernels=_kernel_choice(plan, shape, rows, device_type),
+    )
 
 
 class Record:
@@ -158,7 +215,11 @@ def with_mfu(
     chunks = ((chunk.tokens, chunk.start) for chunks in plan.rounds for chunk in chunks)
     rate = prefill_flops(shape, chunks, len(plan.requests)) / result.makespan_s / world_size(plan.parallel)
     peak = published_peak_flops(hardware.device, plan.precision)
-    ceilings = [matmul_flops(row) / (row.median_us * 1e-6) for row in rows if row.op == Op.MATMUL_CEILING]
+    ceilings = [
+        matmul_flops(row) / (row.median_us * 1e-6)
+        for row in rows
+        if row.op == Op.MATMUL_CEILING and row.dtype == plan.precision
+    ]
     return replace(result, mfu=rate / peak if peak else None, mfu_of_ceiling=rate / max(ceilings) if ceilings else None)
 
 
@@ -177,7 +238,7 @@ def end_ids(weights: Path | None) -> frozenset[int]:
     return frozenset()
 
 
-def _kernel_choice(plan: Plan, shape: ModelShape, rows: list[Measurement], device_type: str) -> KernelChoice:
+def _kernel_choice(plan: Plan, shape: ModelShape, rows: Iterable[Measurement], device_type: str) -> KernelChoice:
     tp_size = plan.parallel.tp_size
     heads = {
         "heads": shape.num_heads // tp_size,
@@ -187,7 +248,8 @@ def _kernel_choice(plan: Plan, shape: ModelShape, rows: list[Measurement], devic
     dtype: torch.dtype = getattr(torch, plan.precision)
     kernels = available_kernels(torch.device(device_type), dtype)
     default = kernels[0]
-    measured = {row.busy_ranks for row in rows if row.op == Op.ATTENTION}
+    rows = [row for row in rows if row.op == Op.ATTENTION and row.dtype == plan.precision]
+    measured = {row.busy_ranks for row in rows}
     if not measured:
         return KernelChoice((), default=default)
     busy_ranks = min(measured, key=lambda ranks: abs(ranks - world_size(plan.parallel)))

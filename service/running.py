@@ -117,7 +117,7 @@ def print_run(run: Run) -> None:
     print_table(("request", "prompt tokens", "predicted TTFT s", "TTFT s", "new tokens", "tokens equal"), rows)
     result, parallel = run.result, run.plan.parallel
     is_published = result.mfu is not None
-    columns = ["plan", "rounds", "predicted s", "measured s", "error", "MFU", "MFU of", "TPOT s", "run"]
+    columns = ["plan", "rounds", "predicted s", "measured s", "error", "MFU", "MFU of", "TPOT s", "warm-up s", "run"]
     row = [
         f"TP{parallel.tp_size} PP{parallel.pp_size} {run.plan.policy or ''}".strip(),
         len(run.plan.rounds),
@@ -127,6 +127,7 @@ def print_run(run: Run) -> None:
         _percent(result.mfu if is_published else result.mfu_of_ceiling),
         "published peak" if is_published else None if result.mfu_of_ceiling is None else "measured ceiling",
         result.tpot_s,
+        result.warm_up_s,
         result.run_id,
     ]
     print_table(columns, [row])

@@ -10,7 +10,8 @@ from profiler.model import DTYPE_BYTES, ModelShape
 from tuner.plan import Plan
 
 USABLE_SHARE = 0.92  # the rest is the allocator's and the driver's
-RECEIVES_POSTED = 2  # hidden states that a stage may hold before it runs them
+# Hidden states that a stage may hold before it runs them, and on a card before they are sent.
+BOUNDARY_BUFFERS = {"cuda": 4, "cpu": 2}
 RUNTIME_BYTES = {"cuda": 2 << 30, "cpu": 300 << 20}  # libraries, context and communicators of one rank
 
 
@@ -52,7 +53,7 @@ def rank_memory(
     # or gate, up and their product.
     attention_row = 2 * qkv * item + heads * head_dim * (item + 12)
     mlp_row = 3 * ffn * item
-    row_bytes = (3 + RECEIVES_POSTED) * hidden * item + max(attention_row, mlp_row)
+    row_bytes = (3 + BOUNDARY_BUFFERS[device_type]) * hidden * item + max(attention_row, mlp_row)
     last = len(layer_partition) - 1
     stages = []
     for stage, num_layers in enumerate(layer_partition):

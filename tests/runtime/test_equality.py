@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from profiler.ranks import run_ranks
+from runtime.rank import run_jobs
 from tests.checkpoints import VARIANTS
 from tests.runtime.cases import make_job
 from tests.runtime.conftest import Generate
-from tests.runtime.workers import run_jobs
 
 NEW_TOKENS = 5
 # (tp_size, pp_size) by the number of ranks. With four ranks every variant has fewer KV heads than ranks or as many.

@@ -35,7 +35,7 @@ def test_a_failing_rank_ends_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weights = checkpoint("qwen2")
-    monkeypatch.setattr("runtime.run.run_rank", worker)
+    monkeypatch.setattr("runtime.run.run_jobs", worker)
     with pytest.raises(RanksFailedError) as caught:
         run_plan(make_plan(weights, tp_size=tp_size, pp_size=pp_size), weights=weights, db_url=db_url)
     failure = caught.value.failure

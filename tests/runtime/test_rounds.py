@@ -11,11 +11,10 @@ import pytest
 from profiler.ranks import run_ranks
 from runtime.job import Job, RankReport
 from runtime.prediction import Prediction
-from runtime.rank import cached_rounds
+from runtime.rank import cached_rounds, run_jobs
 from runtime.result import RunResult, make_result
 from tests.runtime.cases import make_job, prompts, requests
 from tests.runtime.conftest import Generate
-from tests.runtime.workers import run_jobs
 from tuner.plan import Chunk, Round
 
 FIXED: tuple[Round, ...] = tuple((Chunk(0, start, min(40, 202 - start)),) for start in range(0, 202, 40))

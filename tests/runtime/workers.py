@@ -10,20 +10,15 @@ from typing import Any
 
 from profiler.ranks import RankContext
 from runtime.job import Job, RankReport
-from runtime.rank import run_rank
+from runtime.rank import run_jobs
 
 
-def run_jobs(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
-    """Run several jobs one after another on the same ranks: starting ranks takes seconds, a small job does not."""
-    return [run_rank(context, job) for job in jobs]
+def raise_in_round_two(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
+    return run_jobs(_failing(context, _raise), jobs)
 
 
-def raise_in_round_two(context: RankContext, job: Job) -> RankReport:
-    return run_rank(_failing(context, _raise), job)
-
-
-def die_in_round_two(context: RankContext, job: Job) -> RankReport:
-    return run_rank(_failing(context, _die), job)
+def die_in_round_two(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
+    return run_jobs(_failing(context, _die), jobs)
 
 
 def _failing(context: RankContext, fail: Any) -> RankContext:

@@ -1,0 +1,181 @@
+"""Tokens and logits on cards against Transformers: one card, PP2 and TP2, on a small checkpoint written on the spot.
+
+    python -m benchmarks.gpu_equality [--device cpu]
+
+In float32 the tokens must equal those of `generate`. In bfloat16 random weights flip near ties, so logits are compared:
+the teacher-forced logits at the end of each prompt against Transformers' full forward, beside the difference that
+Transformers' own chunked forward shows to its full one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from benchmarks.demo_model import SMALL, write_demo_model
+from profiler.attention import available_kernels
+from profiler.kernel_choice import KernelChoice
+from profiler.model import load_model_shape
+from profiler.ranks import RankContext, run_ranks
+from runtime.clock import make_clock
+from runtime.group import make_groups
+from runtime.job import Job
+from runtime.pipeline import Pipeline
+from runtime.place import Place, world_size
+from runtime.rank import run_jobs
+from runtime.reference import check_tokens
+from runtime.result import RequestResult
+from runtime.stage import Stage
+from service.output import print_table
+from tuner.plan import Chunk, Parallel, Request, Round
+
+LENGTHS = (1500, 700, 1100, 333)
+CHUNK = 400
+NEW_TOKENS = 8
+LAYOUTS = {"one": (1, 1), "PP2": (1, 2), "TP2": (2, 1)}
+
+
+class LogitStage(Stage):
+    """Keeps the logits that tokens are chosen by."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.logits: dict[int, torch.Tensor] = {}
+
+    def next_ids(self, hidden: torch.Tensor, rows: Any) -> torch.Tensor:
+        """Choose as a stage does, and keep."""
+        rows = list(rows)
+        assert self.shard.head is not None
+        for row in rows:
+            self.logits[len(self.logits)] = self.shard.head.local_logits(hidden[row : row + 1]).float().cpu()
+        return super().next_ids(hidden, rows)
+
+
+@torch.inference_mode()
+def logits_of(context: RankContext, jobs: Sequence[Job]) -> list[list[torch.Tensor]]:
+    """The logits at the end of each prompt, in the order in which the prompts end; [] on ranks without a head."""
+    kept = []
+    for job in jobs:
+        place = Place.of(context.rank, job.parallel)
+        with make_groups(place) as groups:
+            stage = LogitStage(job, place, groups.tensor, context.device)
+            clock = make_clock(context.device)
+            clock.begin()
+            Pipeline(job, place, groups, stage, clock, context.progress).prefill()
+            kept.append(list(stage.logits.values()))
+    return kept
+
+
+def make_job(folder: Path, layout: tuple[int, int], dtype: str, device: torch.device) -> Job:
+    """All prompts in chunks of CHUNK tokens, two requests a round where they go on together."""
+    shape = load_model_shape(str(folder))
+    tp_size, pp_size = layout
+    source = random.Random(1)
+    prompts = tuple(tuple(source.choices(range(shape.vocab_size), k=length)) for length in LENGTHS)
+    rounds: list[Round] = []
+    for first, second in ((0, 1), (2, 3)):
+        for start in range(0, max(LENGTHS[first], LENGTHS[second]), CHUNK):
+            chunks = [
+                Chunk(index, start, min(CHUNK, LENGTHS[index] - start))
+                for index in (first, second)
+                if start < LENGTHS[index]
+            ]
+            rounds.append(tuple(chunks))
+    base, rest = divmod(shape.num_layers, pp_size)
+    partition = tuple(base + (stage < rest) for stage in range(pp_size))
+    return Job(
+        shape=shape,
+        parallel=Parallel(tp_size=tp_size, pp_size=pp_size, layer_partition=partition),
+        requests=tuple(Request(id=f"r{i}", prompt_tokens=length) for i, length in enumerate(LENGTHS)),
+        rounds=tuple(rounds),
+        window=None,
+        prompts=prompts,
+        weights=folder,
+        dtype=dtype,
+        max_new_tokens=1,
+        repeat=1,
+        kernels=KernelChoice((), default=available_kernels(device, getattr(torch, dtype))[0]),
+    )
+
+
+def end_order(job: Job) -> list[int]:
+    """Requests in the order in which their prompts end."""
+    return [
+        chunk.request
+        for chunks in job.rounds
+        for chunk in chunks
+        if chunk.end == job.requests[chunk.request].prompt_tokens
+    ]
+
+
+@torch.inference_mode()
+def transformers_logits(job: Job, device: torch.device, *, chunk: int | None) -> list[torch.Tensor]:
+    """Logits of the last prompt token, [V] float32: one forward, or forwards of `chunk` tokens over a cache."""
+    from transformers import AutoModelForCausalLM
+
+    assert job.weights is not None
+    model = AutoModelForCausalLM.from_pretrained(job.weights, dtype=getattr(torch, job.dtype)).to(device).eval()
+    logits = []
+    for prompt in job.prompts:
+        ids = torch.tensor([prompt], device=device)
+        cache = None
+        for start in range(0, len(prompt), chunk or len(prompt)):
+            part = ids[:, start : start + (chunk or len(prompt))]
+            out = model(part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+        logits.append(out.logits[0, -1].float().cpu())
+    return logits
+
+
+def difference(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
+    """The largest |left - right| / |right| over the prompts."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(left, right, strict=True))
+
+
+def main() -> None:
+    """Run all layouts and print what equals what."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    device_type = parser.parse_args().device
+    device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
+    rows: list[list[object]] = []
+    with TemporaryDirectory() as name:
+        folder = Path(name) / "model"
+        write_demo_model(folder, SMALL)
+        for layout_name, layout in LAYOUTS.items():
+            job = replace(make_job(folder, layout, "float32", device), max_new_tokens=NEW_TOKENS)
+            ranks = world_size(job.parallel)
+            reports = run_ranks(run_jobs, [job], world_size=ranks, device_type=device_type, num_threads=1)
+            ids = next(report[0].token_ids for report in reports if report[0].token_ids is not None)
+            outcomes = [RequestResult(id=r.id, token_ids=i, ttft_s=0.0) for r, i in zip(job.requests, ids, strict=True)]
+            checks = check_tokens(
+                outcomes, job.prompts, folder, dtype="float32", max_new_tokens=NEW_TOKENS, end_ids=frozenset(),
+                device_type=device_type,
+            )  # fmt: skip
+            rows.append([layout_name, "float32", all(check.equal for check in checks), None, None])
+        for layout_name, layout in LAYOUTS.items():
+            job = make_job(folder, layout, "bfloat16", device)
+            ranks = world_size(job.parallel)
+            kept = run_ranks(logits_of, [job], world_size=ranks, device_type=device_type, num_threads=1)
+            slices = [of_rank[0] for of_rank in kept if of_rank[0]]
+            joined = [torch.cat(parts, dim=-1)[0] for parts in zip(*slices, strict=True)]
+            by_request = [joined[end_order(job).index(index)] for index in range(len(LENGTHS))]
+            full = transformers_logits(job, device, chunk=None)
+            chunked = transformers_logits(job, device, chunk=CHUNK)
+            rows.append([layout_name, "bfloat16", None, difference(by_request, full), difference(chunked, full)])
+    print_table(
+        ["layout", "dtype", "tokens equal", "logits to full forward", "Transformers chunked to full"],
+        rows,
+        title=f"{len(LENGTHS)} prompts of {LENGTHS} tokens against Transformers on {device_type}",
+    )
+
+
+if __name__ == "__main__":
+    main()
