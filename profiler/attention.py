@@ -7,7 +7,7 @@ from enum import StrEnum
 import torch
 import torch.nn.functional as F
 
-from profiler import cudnn_graph
+from profiler import cudnn_graph, folded
 
 aten = torch.ops.aten
 
@@ -16,6 +16,7 @@ class AttentionKernel(StrEnum):
     """The kernels that can be chosen; which is fastest for a (chunk, context) is measured."""
 
     CPU_FLASH = "cpu-flash"  # two calls merged by log-sum-exp
+    CPU_FOLDED = "cpu-folded"  # flash over the context, heads of a group folded; the diagonal in strips
     SDPA = "sdpa"  # one call with a bottom-right mask: flash on CUDA, a dense mask on a CPU
     CUDNN = "cudnn"  # two cuDNN calls merged by log-sum-exp
     CUDNN_GRAPH = "cudnn-graph"  # one cuDNN kernel with a bottom-right mask; needs nvidia-cudnn-frontend
@@ -24,7 +25,8 @@ class AttentionKernel(StrEnum):
 def available_kernels(device: torch.device, dtype: torch.dtype) -> list[AttentionKernel]:
     """The kernels that run on `device` in `dtype`, the usual best first."""
     if device.type == "cpu":
-        return [AttentionKernel.CPU_FLASH, AttentionKernel.SDPA]
+        usual = [AttentionKernel.CPU_FLASH, AttentionKernel.SDPA]
+        return [AttentionKernel.CPU_FOLDED, *usual] if dtype == torch.float32 else usual
     if dtype in (torch.bfloat16, torch.float16):
         two_calls = [AttentionKernel.CUDNN, AttentionKernel.SDPA]
         return [AttentionKernel.CUDNN_GRAPH, *two_calls] if cudnn_graph.is_installed() else two_calls
@@ -38,6 +40,8 @@ def attend(kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.T
     p + i. The merge of two calls is that of FlashAttention's partial results: each is weighted by the share of the
     softmax's denominator that it saw.
     """
+    if kernel is AttentionKernel.CPU_FOLDED:
+        return folded.attend(q, k, v)
     context = k.shape[1] - q.shape[1]
     q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     if kernel is AttentionKernel.SDPA:

@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from tuner.memory import SEND_BUFFER_BYTES
+
 POSTED_AHEAD = 2  # receives a stage has posted beyond the round that it runs
 STAGED = 2  # hidden states on a card that wait to be sent, each at a place of its own
-SEND_BUFFER_BYTES = 512 << 20  # what unfinished sends may hold on a CPU; the pipeline's sends are to be unlimited
 
 
 class Inbound(Protocol):

@@ -17,7 +17,7 @@ from db.hardware import Hardware, save_hardware
 from db.measurements import Measurement, load_measurements
 from db.plans import save_plan_row
 from db.runs import RunKind, RunOutcome, fail_run, finish_run, start_run
-from profiler.attention import available_kernels
+from profiler.attention import AttentionKernel, available_kernels
 from profiler.device import describe_hardware
 from profiler.flops import prefill_flops
 from profiler.kernel_choice import KernelChoice, kernel_times
@@ -246,7 +246,8 @@ def _kernel_choice(plan: Plan, shape: ModelShape, rows: Iterable[Measurement], d
         "head_dim": shape.head_dim,
     }
     dtype: torch.dtype = getattr(torch, plan.precision)
-    default = available_kernels(torch.device(device_type), dtype)[0]
+    kernels = available_kernels(torch.device(device_type), dtype)
+    default = kernels[0]
     rows = [row for row in rows if row.op == Op.ATTENTION and row.dtype == plan.precision]
     measured = {row.busy_ranks for row in rows}
     if not measured:
@@ -254,5 +255,5 @@ def _kernel_choice(plan: Plan, shape: ModelShape, rows: Iterable[Measurement], d
     busy_ranks = min(measured, key=lambda ranks: abs(ranks - world_size(plan.parallel)))
     times = kernel_times(rows, heads, busy_ranks=busy_ranks)
     # Rows may name a kernel that this environment lacks; on a CPU the dense mask of `sdpa` has no bound in memory.
-    usable = [default] if device_type == "cpu" else available_kernels(torch.device(device_type), dtype)
+    usable = [kernel for kernel in kernels if device_type != "cpu" or kernel is not AttentionKernel.SDPA]
     return KernelChoice([time for time in times if time.kernel in usable], default=default)

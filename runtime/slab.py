@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
-
 import torch
 
 from profiler.model import ModelShape
-from tuner.plan import Request
+from tuner.kv_rows import KVRows
 
 
 class KVSlab:
@@ -17,18 +14,16 @@ class KVSlab:
     def __init__(
         self,
         shape: ModelShape,
-        requests: Sequence[Request],
+        rows: KVRows,
         *,
         num_layers: int,
         tp_size: int,
-        max_new_tokens: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        rows = [request.prompt_tokens + max_new_tokens for request in requests]
-        self.start = tuple(accumulate(rows[:-1], initial=0))
+        self.start = rows.start
         """Row of each request's first token."""
-        size = (num_layers, shape.kv_heads_per_rank(tp_size), sum(rows), shape.head_dim)
+        size = (num_layers, shape.kv_heads_per_rank(tp_size), rows.total, shape.head_dim)
         # Zeros and not empty: on a CPU this touches the pages before the clock starts.
         self.keys = torch.zeros(size, device=device, dtype=dtype)
         self.values = torch.zeros(size, device=device, dtype=dtype)

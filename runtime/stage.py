@@ -18,6 +18,7 @@ from runtime.job import Job
 from runtime.place import Place
 from runtime.shard import load_shard
 from runtime.slab import KVSlab
+from tuner.kv_rows import assign_rows
 from tuner.plan import Round
 
 
@@ -35,10 +36,9 @@ class Stage:
         self.shard = load_shard(job.shape, place, weights, group)
         self.slab = KVSlab(
             job.shape,
-            job.requests,
+            assign_rows(job.requests, job.rounds, max_new_tokens=job.max_new_tokens),
             num_layers=len(place.layers),
             tp_size=place.parallel.tp_size,
-            max_new_tokens=job.max_new_tokens,
             device=device,
             dtype=self.dtype,
         )

@@ -1,4 +1,4 @@
-"""Attention of one layer as a function of chunk and context, fitted with non-negative least squares."""
+"""Attention of one layer as a function of chunk and context, fitted with non-negative least absolute deviations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
+
+from tuner.curve import SPIKE, least_absolute
 
 Floats = npt.NDArray[np.float64]
 SHORTEST_S = 1e-12  # stands for zero where a logarithm is taken
@@ -52,13 +53,14 @@ class AttentionCurve:
 def fit_attention(chunk: Sequence[int], context: Sequence[int], seconds: Sequence[float]) -> AttentionCurve:
     """Fit measured points (chunk, context, seconds), minimising relative errors chunk by chunk.
 
-    A chunk measured at one context alone takes its slope from its neighbours' cost of a (query, key) pair.
+    A chunk measured at one context alone takes its slope from its neighbours' cost of a (query, key) pair. A larger
+    chunk could run as several smaller ones: where its pairs cost far more than theirs, the machine was disturbed.
     """
     c, p = np.asarray(chunk, dtype=np.float64), np.asarray(context, dtype=np.float64)
     measured = np.maximum(np.asarray(seconds, dtype=np.float64), SHORTEST_S)
     chunks = np.unique(c)
     lines = {
-        at: nnls(np.stack([np.ones(mine.sum()), p[mine]], axis=1) / measured[mine, None], np.ones(mine.sum()))[0]
+        at: least_absolute(np.stack([np.ones(mine.sum()), p[mine]], axis=1) / measured[mine, None], np.ones(mine.sum()))
         for at in chunks
         for mine in [c == at]
         if len(np.unique(p[mine])) > 1
@@ -68,10 +70,17 @@ def fit_attention(chunk: Sequence[int], context: Sequence[int], seconds: Sequenc
         pair_s = np.interp(np.log(chunks), np.log(known), np.array([line[1] for line in lines.values()]) / known)
     else:
         pair_s = np.array([float(np.min(measured / (c * p + c * (c + 1.0) / 2.0)))] * len(chunks))
-    slope = pair_s * chunks
+    slope = _undisturbed(pair_s) * chunks
     base = np.empty_like(slope)
     for index, at in enumerate(chunks):
         mine = c == at
         alone = float(np.min(measured[mine] - slope[index] * p[mine]))
         base[index] = lines[at][0] if at in lines else max(alone, 0.0)
-    return AttentionCurve(chunks=chunks, base_s=base, context_s=slope)
+    pairs = chunks * (chunks + 1.0) / 2.0
+    return AttentionCurve(chunks=chunks, base_s=_undisturbed(base / pairs) * pairs, context_s=slope)
+
+
+def _undisturbed(pair_s: Floats) -> Floats:
+    """Costs of a pair by chunk size, the far larger ones lowered to the least of a smaller chunk."""
+    least_before = np.minimum.accumulate(np.concatenate([[np.inf], pair_s[:-1]]))
+    return np.where(pair_s > SPIKE * least_before, least_before, pair_s)

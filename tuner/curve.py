@@ -10,6 +10,9 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 Floats = npt.NDArray[np.float64]
+SPIKE = 1.15  # times its neighbours' cost of a unit: kernels differ by less, a core that was taken away by more
+_ROUNDS_OF_WEIGHTS = 30
+_LEAST_RESIDUAL = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,34 @@ def fit_curve(x: Sequence[float], seconds: Sequence[float]) -> Curve:
     weight = 1.0 / np.maximum(measured, 1e-12)
     rises, _ = nnls(steps * weight[:, None], measured * weight)
     return Curve(knots=knots, seconds=np.cumsum(rises))
+
+
+def without_spikes(x: Sequence[float], seconds: Sequence[float]) -> list[float]:
+    """The seconds, less those that cost far more for a unit of x than both the next smaller x and the next larger.
+
+    A core that others share, or a hypervisor takes away, makes single points slow while they are measured.
+    """
+    order = np.argsort(x, kind="stable")
+    rates = np.asarray(seconds, dtype=np.float64)[order] / np.asarray(x, dtype=np.float64)[order]
+    usual = np.maximum(rates[:-2], rates[2:])
+    spiked = rates[1:-1] > SPIKE * usual
+    rates[1:-1] = np.where(spiked, usual, rates[1:-1])
+    steady = np.empty_like(rates)
+    steady[order] = rates
+    return [float(rate * at) for rate, at in zip(steady, x, strict=True)]
+
+
+def least_absolute(design: Floats, target: Floats) -> Floats:
+    """Non-negative solution of the least sum of absolute residuals, which single outliers do not move.
+
+    Iteratively reweighted least squares (Schlossmacher, 1973) over `scipy.optimize.nnls`.
+    """
+    weight = np.ones(len(target))
+    solution: Floats = np.zeros(design.shape[1])
+    for _ in range(_ROUNDS_OF_WEIGHTS):
+        solution = nnls(design * weight[:, None], target * weight)[0]
+        weight = np.maximum(np.abs(design @ solution - target), _LEAST_RESIDUAL) ** -0.5
+    return solution
 
 
 def fit_line(x: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:

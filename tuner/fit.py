@@ -12,7 +12,7 @@ from tuner.attention_fit import AttentionCurve, fit_attention
 from tuner.calibration import Calibration, fit_calibration
 from tuner.correction import Correction
 from tuner.cost_model import CostModel, StageCost, TableAttention
-from tuner.curve import Curve, Floats, fit_curve, fit_line
+from tuner.curve import Curve, Floats, fit_curve, fit_line, without_spikes
 from tuner.rows import RankWork, Rows, expected_s, fastest_variants
 
 # Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
@@ -102,7 +102,8 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
 
     def curve(op: str, sizes: dict[str, int], at: str, variant: str = "") -> Curve:
         found = rows.require(op, sizes, busy_ranks=busy_ranks, variant=variant, why=why)
-        return fit_curve([row.shape[at] for row in found], [expected_s(row, ranks=work.tp_size) for row in found])
+        units = [row.shape[at] for row in found]
+        return fit_curve(units, without_spikes(units, [expected_s(row, ranks=work.tp_size) for row in found]))
 
     attention_rows = fastest_variants(
         rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None, why=why)

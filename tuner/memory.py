@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from db.errors import UserError
 from profiler.model import DTYPE_BYTES, ModelShape
-from tuner.plan import Plan
+from tuner.kv_rows import assign_rows
+from tuner.plan import Plan, Request, Round
 
 USABLE_SHARE = 0.92  # the rest is the allocator's and the driver's
 # Hidden states that a stage may hold before it runs them, and on a card before they are sent.
 BOUNDARY_BUFFERS = {"cuda": 4, "cpu": 2}
+SEND_BUFFER_BYTES = 512 << 20  # what unfinished sends of a rank may hold on a CPU, where gloo never says that one ended
 RUNTIME_BYTES = {"cuda": 2 << 30, "cpu": 300 << 20}  # libraries, context and communicators of one rank
 
 
@@ -22,12 +24,13 @@ class RankMemory:
     weights_bytes: int
     kv_bytes: int
     activation_bytes: int
+    unsent_bytes: int
     runtime_bytes: int
 
     @property
     def total_bytes(self) -> int:
         """All of it at the worst moment."""
-        return self.weights_bytes + self.kv_bytes + self.activation_bytes + self.runtime_bytes
+        return self.weights_bytes + self.kv_bytes + self.activation_bytes + self.unsent_bytes + self.runtime_bytes
 
 
 def rank_memory(
@@ -38,11 +41,12 @@ def rank_memory(
     layer_partition: Sequence[int],
     slab_tokens: int,
     max_round_tokens: int,
+    all_tokens: int,
     device_type: str,
 ) -> tuple[RankMemory, ...]:
     """Memory of a rank of each stage.
 
-    slab_tokens: KV rows of all requests together, new tokens included; max_round_tokens: of the largest round.
+    slab_tokens: KV rows at once, new tokens included; max_round_tokens: of the largest round; all_tokens: of all.
     """
     item, hidden, head_dim = DTYPE_BYTES[dtype], shape.hidden_size, shape.head_dim
     heads, kv_heads = shape.num_heads // tp_size, shape.kv_heads_per_rank(tp_size)
@@ -55,6 +59,9 @@ def rank_memory(
     mlp_row = 3 * ffn * item
     row_bytes = (3 + BOUNDARY_BUFFERS[device_type]) * hidden * item + max(attention_row, mlp_row)
     last = len(layer_partition) - 1
+    # The buffer may be overrun by the round that fills it.
+    unsent = min(all_tokens * hidden * item, SEND_BUFFER_BYTES + max_round_tokens * hidden * item)
+    unsent = unsent if device_type == "cpu" else 0
     stages = []
     for stage, num_layers in enumerate(layer_partition):
         weights = num_layers * layer_weights
@@ -65,21 +72,48 @@ def rank_memory(
                 weights_bytes=weights * item,
                 kv_bytes=2 * num_layers * slab_tokens * kv_heads * head_dim * item,
                 activation_bytes=max_round_tokens * row_bytes,
+                unsent_bytes=unsent if stage < last else 0,
                 runtime_bytes=RUNTIME_BYTES[device_type],
             )
         )
     return tuple(stages)
 
 
-def plan_memory(shape: ModelShape, plan: Plan, *, max_new_tokens: int, device_type: str) -> tuple[RankMemory, ...]:
-    """Memory of a rank of each stage of a plan that decodes `max_new_tokens` for each request."""
+def rounds_memory(
+    shape: ModelShape,
+    requests: Sequence[Request],
+    rounds: Sequence[Round],
+    *,
+    dtype: str,
+    tp_size: int,
+    layer_partition: Sequence[int],
+    max_new_tokens: int,
+    device_type: str,
+) -> tuple[RankMemory, ...]:
+    """Memory of a rank of each stage that runs these rounds, then decodes `max_new_tokens` for each request."""
+    round_tokens = [sum(chunk.tokens for chunk in chunks) for chunks in rounds]
     return rank_memory(
         shape,
+        dtype=dtype,
+        tp_size=tp_size,
+        layer_partition=layer_partition,
+        slab_tokens=assign_rows(requests, rounds, max_new_tokens=max_new_tokens).total,
+        max_round_tokens=max(round_tokens),
+        all_tokens=sum(round_tokens),
+        device_type=device_type,
+    )
+
+
+def plan_memory(shape: ModelShape, plan: Plan, *, max_new_tokens: int, device_type: str) -> tuple[RankMemory, ...]:
+    """Memory of a rank of each stage of a plan that decodes `max_new_tokens` for each request."""
+    return rounds_memory(
+        shape,
+        plan.requests,
+        plan.rounds,
         dtype=plan.precision,
         tp_size=plan.parallel.tp_size,
         layer_partition=plan.parallel.layer_partition,
-        slab_tokens=sum(request.prompt_tokens + max_new_tokens for request in plan.requests),
-        max_round_tokens=max(sum(chunk.tokens for chunk in chunks) for chunks in plan.rounds),
+        max_new_tokens=max_new_tokens,
         device_type=device_type,
     )
 
@@ -99,8 +133,7 @@ def memory_refusal(stages: Sequence[RankMemory], *, tp_size: int, device_type: s
         return None
     share = max(stage.kv_bytes / stage.total_bytes for stage in stages)
     return (
-        f"needs {_gib(needed)} for {who}, up to {share:.0%} of it for the KV cache of all requests together; "
-        f"at most {_gib(usable)} can be used"
+        f"needs {_gib(needed)} for {who}, up to {share:.0%} of it for the KV cache; at most {_gib(usable)} can be used"
     )
 
 

@@ -11,7 +11,7 @@ from profiler.model import ModelShape
 from tuner.cost_model import CostModel
 from tuner.fit import LayerCosts
 from tuner.layout import Layout
-from tuner.memory import RankMemory, memory_refusal, rank_memory
+from tuner.memory import RankMemory, memory_refusal, rounds_memory
 from tuner.partition import choose_partition
 from tuner.plan import Parallel, Plan, Predicted, Request
 from tuner.planner import Limits, Objective, RoundPlan, compare_policies, plan_rounds
@@ -179,13 +179,14 @@ def _candidate(target: Target, layout: Layout, rules: Rules, fit_layout: FitLayo
         return Candidate(layout=layout, refusal=str(error))
     partition, rounds = rules.choose_partition(costs, layout.pp_size, target.requests)
     candidate = Candidate(layout=layout, costs=costs, layer_partition=partition, rounds=rounds)
-    memory = rank_memory(
+    memory = rounds_memory(
         target.shape,
+        target.requests,
+        rounds.rounds,
         dtype=target.dtype,
         tp_size=layout.tp_size,
         layer_partition=partition,
-        slab_tokens=sum(request.prompt_tokens + target.max_new_tokens for request in target.requests),
-        max_round_tokens=max(sum(chunk.tokens for chunk in chunks) for chunks in rounds.rounds),
+        max_new_tokens=target.max_new_tokens,
         device_type=target.device_type,
     )
     refusal = memory_refusal(

@@ -1,4 +1,4 @@
-"""The KV slab holds each request's rows once, and is as large as the memory check counts."""
+"""The KV slab is as large as the memory check counts, and requests that share rows do not meet."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import pytest
 import torch
 
 from profiler.model import load_model_shape
+from profiler.ranks import run_ranks
+from runtime.rank import run_jobs
 from runtime.slab import KVSlab
-from tests.runtime.cases import make_plan, requests
+from tests.runtime.cases import make_job, make_plan, prompts, requests
+from tests.runtime.conftest import Generate
+from tuner.kv_rows import assign_rows
 from tuner.memory import plan_memory
+from tuner.plan import Chunk
 
 
 @pytest.mark.parametrize(("variant", "tp_size"), [("llama", 1), ("llama", 2), ("llama", 4), ("qwen3", 2)])
@@ -21,18 +26,20 @@ def test_the_slab_is_as_large_as_counted(variant: str, tp_size: int, checkpoint:
     counted = plan_memory(shape, plan, max_new_tokens=3, device_type="cpu")
     for stage, num_layers in enumerate(plan.parallel.layer_partition):
         slab = KVSlab(
-            shape, plan.requests, num_layers=num_layers, tp_size=tp_size, max_new_tokens=3,
+            shape, assign_rows(plan.requests, plan.rounds, max_new_tokens=3), num_layers=num_layers, tp_size=tp_size,
             device=torch.device("cpu"), dtype=torch.float32,
         )  # fmt: skip
         assert slab.keys.nbytes + slab.values.nbytes == counted[stage].kv_bytes
 
 
-def test_requests_do_not_share_rows(checkpoint: Callable[[str], Path]) -> None:
-    shape = load_model_shape(str(checkpoint("llama")))
-    slab = KVSlab(
-        shape, requests(5, 9, 2), num_layers=1, tp_size=1, max_new_tokens=2,
-        device=torch.device("cpu"), dtype=torch.float32,
-    )  # fmt: skip
-    assert slab.start == (0, 7, 18)
-    keys, values = slab[0]
-    assert keys.shape == values.shape == (2, 22, 16)
+def test_tokens_are_the_same_where_requests_share_rows(checkpoint: Callable[[str], Path], generate: Generate) -> None:
+    lengths = (90, 40, 45)  # the second and the third take the rows of the first
+    rounds = ((Chunk(0, 0, 90),), (Chunk(1, 0, 15), Chunk(2, 0, 30)), (Chunk(1, 15, 25), Chunk(2, 30, 15)))
+    asked = requests(*lengths)
+    rows = assign_rows(asked, rounds, max_new_tokens=1)
+    assert rows.start == (0, 0, 41)
+    assert rows.total == 91
+    job = make_job(checkpoint("llama"), requests=asked, rounds=rounds, prompts=prompts(*lengths), repeat=2)
+    reports = run_ranks(run_jobs, [job], world_size=2, device_type="cpu", num_threads=1)
+    (found,) = [ranks[0].token_ids for ranks in reports if ranks[0].token_ids is not None]
+    assert list(found) == [generate(checkpoint("llama"), prompt, 1) for prompt in job.prompts]

@@ -6,7 +6,7 @@ import pytest
 from db.errors import UserError
 from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, relative
 from tuner.attention_fit import fit_attention
-from tuner.curve import fit_curve, fit_line
+from tuner.curve import fit_curve, fit_line, without_spikes
 from tuner.fit import LayerCosts, fit_layer_costs
 from tuner.holdout import held_out_errors
 from tuner.rows import RankWork
@@ -40,14 +40,35 @@ def test_line_has_no_negative_latency() -> None:
     assert per_unit > 0.0
 
 
-def test_attention_between_powers_of_two_follows_the_square() -> None:
-    def true(c: int, p: int) -> float:
-        return 1e-9 * (c * p + c * (c + 1) / 2)
+def test_a_spike_is_a_disturbance_and_a_slope_is_not() -> None:
+    sizes = [4096, 16, 256, 1024]  # in any order; 256 took far too long
+    assert without_spikes(sizes, [410.0, 4.0, 120.0, 100.0]) == pytest.approx([410.0, 4.0, 64.0, 100.0])
+    for steady in ([16.0, 20.0, 100.0, 1000.0], [16.0, 250.0, 1100.0, 4000.0]):
+        assert without_spikes([16, 256, 1024, 4096], steady) == pytest.approx(steady)
+    assert without_spikes([16, 256], [1.0, 99.0]) == pytest.approx([1.0, 99.0])
 
-    points = [(c, p) for c in (256, 512, 1024, 2048) for p in (0, 4096, 16384)]
-    curve = fit_attention([c for c, _ in points], [p for _, p in points], [true(c, p) for c, p in points])
+
+def pair_seconds(chunk: int, context: int) -> float:
+    return 1e-9 * (chunk * context + chunk * (chunk + 1) / 2)
+
+
+ATTENTION_POINTS = [(c, p) for c in (256, 512, 1024, 2048) for p in (0, 4096, 8192, 16384)]
+
+
+def test_attention_between_powers_of_two_follows_the_square() -> None:
+    curve = fit_attention(*zip(*ATTENTION_POINTS, strict=True), [pair_seconds(c, p) for c, p in ATTENTION_POINTS])
     for c, p in ((700, 0), (1500, 10000), (3000, 30000)):
-        assert relative(float(curve(c, p)), true(c, p)) < 0.01
+        assert relative(float(curve(c, p)), pair_seconds(c, p)) < 0.01
+
+
+@pytest.mark.parametrize("disturbed", [{(512, 4096)}, {(512, 16384), (2048, 0)}, {(1024, p) for p in (0, 4096, 16384)}])
+def test_attention_forgets_single_disturbed_points_and_a_chunk_that_was_disturbed(
+    disturbed: set[tuple[int, int]],
+) -> None:
+    seconds = [pair_seconds(*at) * (1.9 if at in disturbed else 1.0) for at in ATTENTION_POINTS]
+    curve = fit_attention(*zip(*ATTENTION_POINTS, strict=True), seconds)
+    for c, p in ((512, 0), (512, 8192), (700, 16384), (1024, 12288), (2048, 0)):
+        assert relative(float(curve(c, p)), pair_seconds(c, p)) < 0.02
 
 
 def test_a_stage_costs_what_its_layers_cost() -> None:
