@@ -22,15 +22,28 @@ class AttentionKernel(StrEnum):
     CUDNN_GRAPH = "cudnn-graph"  # one cuDNN kernel with a bottom-right mask; needs nvidia-cudnn-frontend
 
 
+# The usual best of those that a device has comes first.
+PREFERENCE = (
+    AttentionKernel.CUDNN_GRAPH,
+    AttentionKernel.CUDNN,
+    AttentionKernel.CPU_FOLDED,
+    AttentionKernel.CPU_FLASH,
+    AttentionKernel.SDPA,
+)
+
+
 def available_kernels(device: torch.device, dtype: torch.dtype) -> list[AttentionKernel]:
     """The kernels that run on `device` in `dtype`, the usual best first."""
     if device.type == "cpu":
-        usual = [AttentionKernel.CPU_FLASH, AttentionKernel.SDPA]
-        return [AttentionKernel.CPU_FOLDED, *usual] if dtype == torch.float32 else usual
-    if dtype in (torch.bfloat16, torch.float16):
-        two_calls = [AttentionKernel.CUDNN, AttentionKernel.SDPA]
-        return [AttentionKernel.CUDNN_GRAPH, *two_calls] if cudnn_graph.is_installed() else two_calls
-    return [AttentionKernel.SDPA]
+        absent = set() if dtype == torch.float32 else {AttentionKernel.CPU_FOLDED}
+        absent |= {AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH}
+    else:
+        absent = {AttentionKernel.CPU_FOLDED, AttentionKernel.CPU_FLASH}
+        if dtype not in (torch.bfloat16, torch.float16):
+            absent |= {AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH}
+        elif not cudnn_graph.is_installed():
+            absent.add(AttentionKernel.CUDNN_GRAPH)
+    return [kernel for kernel in PREFERENCE if kernel not in absent]
 
 
 def attend(kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

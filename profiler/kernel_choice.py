@@ -1,4 +1,4 @@
-"""Which attention kernel to take for a (chunk, context): the one that measured best nearest to it."""
+"""Which attention kernel to take for a (chunk, context): the usual one, or one that measured clearly faster nearby."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ class KernelTime:
     median_us: float
 
 
+# Of the usual kernel's time: what another one must stay below. Contests are few and noise is a few percent, and between
+# two of them a kernel of two calls and a merge loses more than it won at a long context.
+CLEARLY_FASTER = 0.93
+
+
 class KernelChoice:
-    """Callable (chunk tokens, context) -> kernel. Without measurements it is always `default`."""
+    """Callable (chunk tokens, context) -> kernel. Without measurements it is always `default`, the usual one."""
 
     def __init__(self, times: Iterable[KernelTime], *, default: AttentionKernel) -> None:
         self.default = default
@@ -33,9 +38,13 @@ class KernelChoice:
         self.contests = {at: times for at, times in self.contests.items() if len(times) > 1}
 
     def __call__(self, chunk: int, context: int) -> AttentionKernel:
-        """The kernel that won the nearest contest."""
+        """The kernel that won the nearest contest, the usual one unless it lost clearly."""
         times = self.nearest(chunk, context)
-        return min(times, key=lambda kernel: times[kernel]) if times else self.default
+        if not times:
+            return self.default
+        best = min(times, key=lambda kernel: times[kernel])
+        usual_us = times.get(self.default)
+        return best if usual_us is None or times[best] < CLEARLY_FASTER * usual_us else self.default
 
     def nearest(self, chunk: int, context: int) -> Mapping[AttentionKernel, float]:
         """Microseconds of each kernel at the nearest point where more than one ran, on a logarithmic scale."""

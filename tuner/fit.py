@@ -13,7 +13,7 @@ from tuner.calibration import Calibration, fit_calibration
 from tuner.correction import Correction
 from tuner.cost_model import CostModel, StageCost, TableAttention
 from tuner.curve import Curve, Floats, fit_curve, fit_line, without_spikes
-from tuner.rows import RankWork, Rows, expected_s, fastest_variants
+from tuner.rows import RankWork, Rows, chosen_kernels, expected_s
 
 # Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
 DENSE_STEP, DENSE_END, SPARSE_RATIO, TABLE_END = 64, 4096, 1.05, 1 << 20
@@ -105,7 +105,7 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         units = [row.shape[at] for row in found]
         return fit_curve(units, without_spikes(units, [expected_s(row, ranks=work.tp_size) for row in found]))
 
-    attention_rows = fastest_variants(
+    attention_rows = chosen_kernels(
         rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None, why=why)
     )
     overhead_rows = rows.require("round_overhead", {}, busy_ranks=busy_ranks, why=why)

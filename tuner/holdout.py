@@ -10,7 +10,7 @@ import numpy as np
 from db.measurements import Measurement
 from tuner.attention_fit import fit_attention
 from tuner.curve import fit_curve
-from tuner.rows import RankWork, Rows, expected_s, fastest_variants
+from tuner.rows import RankWork, Rows, chosen_kernels, expected_s
 
 WIDEST_GAP = 4  # leaving a point out may open a gap of this ratio, twice the profile's own finest
 
@@ -44,7 +44,7 @@ def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy
         errors.setdefault("matmul", []).extend(_curve_errors(found, lambda row: row.shape["m"]))
     found = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
     errors["elementwise"] = _curve_errors(found, lambda row: row.shape["tokens"])
-    found = fastest_variants(rows.select("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None))
+    found = chosen_kernels(rows.select("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None))
     errors["attention"] = _attention_errors(found)
     if work.tp_size > 1:
         found = rows.select("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size)

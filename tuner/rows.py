@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from db.errors import UserError
 from db.measurements import Measurement
+from profiler.attention import PREFERENCE, AttentionKernel
 from profiler.grid import head_sizes, layer_sizes, layer_variant, projections
+from profiler.kernel_choice import KernelChoice, KernelTime
 from profiler.model import DTYPE_BYTES, ModelShape
 
 LEAST_SHARE = 0.3  # of the points of the load measured most densely
@@ -120,11 +122,23 @@ def expected_s(row: Measurement, *, ranks: int = 1) -> float:
     return (row.median_us + share * (row.p90_us - row.median_us)) * 1e-6
 
 
-def fastest_variants(rows: Iterable[Measurement]) -> list[Measurement]:
-    """Of rows that differ in their variant alone, the fastest: the runtime chooses it too."""
-    best: dict[tuple[tuple[str, int], ...], Measurement] = {}
+def chosen_kernels(rows: Iterable[Measurement]) -> list[Measurement]:
+    """Of attention rows that differ in their kernel alone, that of the kernel which the runtime takes there."""
+    by_shape: dict[tuple[tuple[str, int], ...], dict[AttentionKernel, Measurement]] = {}
     for row in rows:
-        key = tuple(sorted(row.shape.items()))
-        if key not in best or row.median_us < best[key].median_us:
-            best[key] = row
-    return list(best.values())
+        by_shape.setdefault(tuple(sorted(row.shape.items())), {})[AttentionKernel(row.variant)] = row
+    kernels = {kernel for variants in by_shape.values() for kernel in variants}
+    if not kernels:
+        return []
+    times = [
+        KernelTime(kernel=kernel, chunk=row.shape["chunk"], context=row.shape["context"], median_us=row.median_us)
+        for variants in by_shape.values()
+        for kernel, row in variants.items()
+    ]
+    choose = KernelChoice(times, default=min(kernels, key=PREFERENCE.index))
+    chosen = []
+    for variants in by_shape.values():
+        some = next(iter(variants.values()))
+        fastest = min(variants.values(), key=lambda row: row.median_us)
+        chosen.append(variants.get(choose(some.shape["chunk"], some.shape["context"]), fastest))
+    return chosen
