@@ -63,6 +63,9 @@ SETS = {
 }
 
 
+LAUNCH = 20  # cases at most on ranks that are started once: what a failure may lose
+
+
 def ordered(cases: Sequence[Case]) -> Iterator[list[Case]]:
     """Cases that run on as many ranks together, those of a layout one after another."""
 
@@ -70,7 +73,9 @@ def ordered(cases: Sequence[Case]) -> Iterator[list[Case]]:
         return case.tp_size * case.pp_size, case.tp_size
 
     for _, alike in groupby(sorted(dict.fromkeys(cases), key=size), key=lambda case: case.tp_size * case.pp_size):
-        yield list(alike)
+        same = list(alike)
+        for first in range(0, len(same), LAUNCH):
+            yield same[first : first + LAUNCH]
 
 
 def row_of(case: Case, plan: Plan, result: RunResult, sets: Sequence[str]) -> dict[str, object]:
