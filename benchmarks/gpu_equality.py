@@ -26,7 +26,7 @@ from profiler.model import load_model_shape
 from profiler.ranks import RankContext, run_ranks
 from runtime.clock import make_clock
 from runtime.group import make_groups
-from runtime.job import Job
+from runtime.job import Job, RankReport
 from runtime.pipeline import Pipeline
 from runtime.place import Place, world_size
 from runtime.rank import run_jobs
@@ -71,6 +71,25 @@ def logits_of(context: RankContext, jobs: Sequence[Job]) -> list[list[torch.Tens
             Pipeline(job, place, groups, stage, clock, context.progress).prefill()
             kept.append(list(stage.logits.values()))
     return kept
+
+
+def tokens_and_logits(
+    context: RankContext, exact: Sequence[Job], rough: Sequence[Job]
+) -> tuple[list[RankReport], list[list[torch.Tensor]]]:
+    """Tokens of the jobs in float32 and logits of those in bfloat16, on the same ranks."""
+    return run_jobs(context, exact), logits_of(context, rough)
+
+
+def tokens_equal(job: Job, reports: Sequence[RankReport], device_type: str) -> bool:
+    """Whether all new tokens are those of `generate`."""
+    assert job.weights is not None
+    ids = next(report.token_ids for report in reports if report.token_ids is not None)
+    outcomes = [RequestResult(id=r.id, token_ids=i, ttft_s=0.0) for r, i in zip(job.requests, ids, strict=True)]
+    checks = check_tokens(
+        outcomes, job.prompts, job.weights, dtype=job.dtype, max_new_tokens=job.max_new_tokens, end_ids=frozenset(),
+        device_type=device_type,
+    )  # fmt: skip
+    return all(check.equal for check in checks)
 
 
 def make_job(folder: Path, layout: tuple[int, int], dtype: str, device: torch.device) -> Job:
@@ -149,27 +168,24 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = Path(name) / "model"
         write_demo_model(folder, SMALL)
-        for layout_name, layout in LAYOUTS.items():
-            job = replace(make_job(folder, layout, "float32", device), max_new_tokens=NEW_TOKENS)
-            ranks = world_size(job.parallel)
-            reports = run_ranks(run_jobs, [job], world_size=ranks, device_type=device_type, num_threads=1)
-            ids = next(report[0].token_ids for report in reports if report[0].token_ids is not None)
-            outcomes = [RequestResult(id=r.id, token_ids=i, ttft_s=0.0) for r, i in zip(job.requests, ids, strict=True)]
-            checks = check_tokens(
-                outcomes, job.prompts, folder, dtype="float32", max_new_tokens=NEW_TOKENS, end_ids=frozenset(),
-                device_type=device_type,
-            )  # fmt: skip
-            rows.append([layout_name, "float32", all(check.equal for check in checks), None, None])
-        for layout_name, layout in LAYOUTS.items():
-            job = make_job(folder, layout, "bfloat16", device)
-            ranks = world_size(job.parallel)
-            kept = run_ranks(logits_of, [job], world_size=ranks, device_type=device_type, num_threads=1)
-            slices = [of_rank[0] for of_rank in kept if of_rank[0]]
-            joined = [torch.cat(parts, dim=-1)[0] for parts in zip(*slices, strict=True)]
-            by_request = [joined[end_order(job).index(index)] for index in range(len(LENGTHS))]
-            full = transformers_logits(job, device, chunk=None)
-            chunked = transformers_logits(job, device, chunk=CHUNK)
-            rows.append([layout_name, "bfloat16", None, difference(by_request, full), difference(chunked, full)])
+        for layouts in (["one"], ["PP2", "TP2"]):
+            exact = [
+                replace(make_job(folder, LAYOUTS[one], "float32", device), max_new_tokens=NEW_TOKENS) for one in layouts
+            ]
+            rough = [make_job(folder, LAYOUTS[one], "bfloat16", device) for one in layouts]
+            ranks = world_size(exact[0].parallel)
+            found = run_ranks(tokens_and_logits, exact, rough, world_size=ranks, device_type=device_type, num_threads=1)
+            for index, layout in enumerate(layouts):
+                equal = tokens_equal(exact[index], [reports[index] for reports, _ in found], device_type)
+                rows.append([layout, "float32", equal, None, None])
+            for index, layout in enumerate(layouts):
+                job = rough[index]
+                slices = [kept[index] for _, kept in found if kept[index]]
+                joined = [torch.cat(parts, dim=-1)[0] for parts in zip(*slices, strict=True)]
+                ours = [joined[end_order(job).index(request)] for request in range(len(LENGTHS))]
+                full = transformers_logits(job, device, chunk=None)
+                chunked = transformers_logits(job, device, chunk=CHUNK)
+                rows.append([layout, "bfloat16", None, difference(ours, full), difference(chunked, full)])
     print_table(
         ["layout", "dtype", "tokens equal", "logits to full forward", "Transformers chunked to full"],
         rows,

@@ -19,10 +19,12 @@ from runtime.result import RunResult
 from runtime.run import run_plans
 from tuner.correction import fit_correction, load_measured_rounds
 from tuner.fit import LayerCosts, fit_layer_costs
+from tuner.holdout import HeldOutError, held_out_errors
 from tuner.layout import Layout
 from tuner.plan import Plan, Request
 from tuner.rows import RankWork
 from tuner.search import Candidate, Rules, Target, search_layouts, to_plan
+from tuner.uncertainty import makespan_uncertainty
 
 DTYPE = "float32"
 NUM_THREADS = 1
@@ -73,6 +75,7 @@ class Machine:
         with open_database(self.database_url) as database:
             self.rows = load_measurements(database, self.hardware, dtype=dtype)
         self.fit = cache(self._fit)
+        self.held_out = cache(self._held_out)
 
     def plan(self, case: Case, *, correct: bool = False) -> Plan:
         """Make the plan of a case; `correct`: with what the database's runs taught."""
@@ -87,7 +90,11 @@ class Machine:
         layout = Layout(tp_size=case.tp_size, pp_size=case.pp_size)
         (candidate,) = search_layouts(target, [layout], rules, lambda layout: self.fit(layout, correct))
         check(candidate)
-        return to_plan(target, candidate, rules)
+        assert candidate.costs is not None
+        held_out = self.held_out(case.tp_size, layout.world_size)
+        correction = candidate.costs.correction
+        uncertainty = makespan_uncertainty(held_out, correction, extrapolates=candidate.extrapolates)
+        return to_plan(target, candidate, rules, uncertainty=uncertainty)
 
     def run(self, plan: Plan, *, repeat: int) -> RunResult:
         """Run a plan on random weights; the median pass counts."""
@@ -101,8 +108,14 @@ class Machine:
             db_url=self.database_url, kind="benchmark",
         )  # fmt: skip
 
+    def _work(self, tp_size: int) -> RankWork:
+        return RankWork(shape=self.shape, dtype=self.dtype, tp_size=tp_size)
+
+    def _held_out(self, tp_size: int, busy_ranks: int) -> list[HeldOutError]:
+        return held_out_errors(self.rows, self._work(tp_size), busy_ranks=busy_ranks)
+
     def _fit(self, layout: Layout, correct: bool) -> LayerCosts:
-        work = RankWork(shape=self.shape, dtype=self.dtype, tp_size=layout.tp_size)
+        work = self._work(layout.tp_size)
         costs = fit_layer_costs(self.rows, work, busy_ranks=layout.world_size)
         if not correct:
             return costs

@@ -29,8 +29,12 @@ from tuner.plan import Parallel, Plan, Request, save_plan
 from tuner.planner import Limits, Objective, RoundPlan
 from tuner.replay import Replay
 from tuner.rows import RankWork
-from tuner.search import Rules, Target, rounds_to_plan, search_layouts, to_plan
+from tuner.search import Candidate, Rules, Target, rounds_to_plan, search_layouts, to_plan
+from tuner.uncertainty import makespan_uncertainty
 from tuner.workload import load_workload
+
+# Rows that a card's products are tiled by: between multiples their rate falls, and so finely they are measured.
+CHUNK_MULTIPLE = {"cpu": 64, "cuda": 256}
 
 Echo = Callable[[str], None] | None
 
@@ -47,7 +51,7 @@ def tune(
     pp_size: int | None,
     policy: str,
     window: str,
-    chunk_multiple: int,
+    chunk_multiple: int | None,
     max_round_tokens: int | None,
     max_kv_tokens: int | None,
     objective: str,
@@ -69,7 +73,7 @@ def tune(
     rules = Rules(
         policy=policy,
         window=_window(window),
-        chunk_multiple=chunk_multiple,
+        chunk_multiple=chunk_multiple or CHUNK_MULTIPLE["cpu"],
         limits=Limits(max_round_tokens=max_round_tokens, max_kv_tokens=max_kv_tokens),
         objective=Objective(objective),
     )
@@ -90,6 +94,8 @@ def tune(
     database = open_database(db_url)
     hardware = _hardware(database, hardware_id, device_type, threads_per_rank, world)
     planned_device = "cuda" if hardware.backend == "nccl" else "cpu"
+    if chunk_multiple is None:
+        rules = replace(rules, chunk_multiple=CHUNK_MULTIPLE[planned_device])
     target = Target(
         shape=shape,
         dtype=dtype or default_dtype(shape, planned_device),
@@ -116,8 +122,7 @@ def tune(
     if best.refusal or best.rounds is None or best.costs is None:
         raise UserError("layouts", "", "none can run: " + "; ".join(f"{c.layout}: {c.refusal}" for c in candidates))
     held_out = held_out_errors(rows, best.costs.work, busy_ranks=best.layout.world_size)
-    uncertainty = _uncertainty(held_out)
-    plan = to_plan(target, best, rules, uncertainty=uncertainty)
+    plan = to_plan(target, best, rules, uncertainty=_uncertainty(held_out, best))
     policies, replays = _compare(best.costs.cost_model(best.layer_partition), requests, rules)
     if plan.cost_model is not None:
         details = {"held_out": [error.to_json() for error in held_out], "layout": str(best.layout)}
@@ -180,9 +185,9 @@ def _hardware(
     return known[0]
 
 
-def _uncertainty(held_out: list[HeldOutError]) -> float:
-    """The relative error to expect: a makespan adds up many kernels, so their median error stands for it."""
-    return max((error.median for error in held_out), default=0.0)
+def _uncertainty(held_out: list[HeldOutError], candidate: Candidate) -> float:
+    assert candidate.costs is not None
+    return makespan_uncertainty(held_out, candidate.costs.correction, extrapolates=candidate.extrapolates)
 
 
 def _tune_cost_model(
@@ -229,13 +234,13 @@ def _measure(
     if here.fingerprint != hardware.fingerprint:
         raise UserError("--measure", num_trials, f"needs the hardware that is planned for, {hardware.device}")
     study = f"{target.shape.name}-{now():%Y%m%dT%H%M%S}"
-    uncertainty = _uncertainty(report.held_out)
     choices = []
     for candidate in report.candidates:
         if candidate.refusal or candidate.costs is None:
             continue
         for planned in rules.compare(candidate.costs.cost_model(candidate.layer_partition), target.requests):
-            one = to_plan(target, replace(candidate, rounds=planned), rules, uncertainty=uncertainty)
+            chosen = replace(candidate, rounds=planned)
+            one = to_plan(target, chosen, rules, uncertainty=_uncertainty(report.held_out, chosen))
             expected = planned.evaluation
             predicted_s = expected.makespan_s if rules.objective is Objective.MAKESPAN else expected.mean_ttft_s
             choices.append(

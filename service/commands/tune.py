@@ -22,7 +22,7 @@ from service.options import db_option, json_option
     "--policy", default="joint", show_default=True, help="fixed:N, gpipe, sglang, ascend, terapipe, dp, joint."
 )
 @click.option("--window", default="none", show_default=True, metavar="N|none", help="Rounds that may be in flight.")
-@click.option("--chunk-multiple", type=int, default=64, show_default=True, help="Chunks end on multiples of this.")
+@click.option("--chunk-multiple", type=int, help="Chunks end on multiples of this. [default: 64; on CUDA 256]")
 @click.option("--max-round-tokens", type=int, help="Most tokens in a round.")
 @click.option("--max-kv-tokens", type=int, help="Most tokens in the KV cache.")
 @click.option("--objective", type=click.Choice(["makespan", "mean-ttft", "sla"]), default="makespan", show_default=True)
