@@ -59,7 +59,7 @@ def measure(machine: Machine, *, shape: ModelShape = SHAPE, tp_size: int = 1, bu
         for context in (0, 2048, 8192 - m):
             add("attention", machine.attention_us(m, context), variant="sdpa", chunk=m, context=context,
                 **work.attention_sizes)  # fmt: skip
-            add("attention", 2 * machine.attention_us(m, context), variant="slow", chunk=m, context=context,
+            add("attention", 2 * machine.attention_us(m, context), variant="cpu-flash", chunk=m, context=context,
                 **work.attention_sizes)  # fmt: skip
         add("layer", machine.layer_us(work, m, 0), chunk=m, context=0, **work.layer_sizes)
         for group_size in {2, tp_size} - {1}:
