@@ -7,12 +7,16 @@ millisecond.
     ...
     planner.finish_round(now_s=0.7)               # the oldest round in flight has left the last stage
 
-How long may the next round be? With C the mean, over the waiting requests in running order, of the work up to a
-request's end, rounds of m seconds (o of them overhead and context read again) make the mean TTFT about C (1 + o/m) +
-(K-1) m, which is least at m = o + sqrt(C o / (K-1)). Rounds no longer than those the pipeline is already busy with
-cost no latency: on equal stages a round waits behind the slowest one before it (`tuner.schedule`), so the cap never
-falls below what is in flight. Then the remaining work is shared out evenly over whole rounds. For the makespan C is
-all the work that waits.
+How long may the next round be? `tuner.lookahead.pooled_caps` says, from the work that waits, which caps make the mean
+TTFT least when nothing else arrives; the first request's counts. Where requests keep arriving faster than the queue
+drains, those ahead of a long prompt are soon replaced by newcomers: then all that wait share one cap, that of the mean
+over them. For the makespan C seconds of work that waits, in rounds with o seconds of overhead and context read again,
+want rounds of o + sqrt(C o / (K-1)). Rounds no longer than those the pipeline is already busy with cost no latency: on
+equal stages a round waits behind the slowest one before it (`tuner.schedule`), so the cap never falls below what is in
+flight. Then the remaining work is shared out evenly over whole rounds.
+
+With few requests, where rounds and requests end matters: the rounds of all of them are planned under several scales of
+these caps, and held until the queue changes (`tuner.lookahead`).
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ from dataclasses import dataclass
 
 from db.errors import UserError
 from tuner.cost_model import CostModel, PairAttention
-from tuner.packing import OpenRound, Packer, fill_rounds
+from tuner.lookahead import Lookahead, pooled_caps
+from tuner.packing import OpenRound, Packer
 from tuner.plan import Chunk, Request, Round, check_window
 from tuner.policies.queue import Clock
 from tuner.problem import NO_LIMITS, Limits, Problem
@@ -35,10 +40,14 @@ FIRST_TABLE_TOKENS = 131_072
 AGING = 0.01
 """Seconds of remaining work that a second of waiting makes up for in the running order: long prompts do not starve."""
 FEW_WAITING = 32
-"""For the makespan, with no more requests than these, a few caps are tried whenever the queue has changed."""
-CAP_SCALES = (1.0, 0.85, 0.92, 0.96, 1.04, 1.08, 1.16, 1.3)
-HORIZON_SHARE = {Objective.MAKESPAN: 1.1, Objective.MEAN_TTFT: 0.9, Objective.SLA: 0.9}
-"""Corrections of the horizon, found on batches known at the start; the mean is flat around them."""
+"""With no more requests than these, the rounds of all of them are planned whenever the queue has changed."""
+MAKESPAN_SHARE, ENDS_INSIDE = 1.1, 0.5
+"""Corrections found on batches known at the start; the results are flat around them: the share of the work that counts
+for the makespan, and the share of a round that a request which ends inside it waits for."""
+SETTLED_SHARE = 0.5
+"""What waits counts as all there is if it takes at most this share of the mean time between arrivals."""
+GAP_MEMORY = 0.1
+"""How much the last time between two arrivals counts in their running mean."""
 
 
 @dataclass(slots=True)
@@ -100,7 +109,9 @@ class Planner:
         self._late_s = 0.0  # how much later than the clock the engine is
         self._total_work_s = 0.0
         self._total_context_work = 0.0
-        self._held_cap_s: float | None = None  # chosen for the queue as it is; a request that comes or goes voids it
+        self._last_arrival_s = 0.0
+        self._arrival_gap_s = math.inf  # running mean; infinite while all that came was there at the start
+        self._planned: deque[Round] = deque()  # for the queue as it is; a request that comes or goes voids them
         self._packer = self._make_packer(FIRST_TABLE_TOKENS)
 
     @property
@@ -118,7 +129,8 @@ class Planner:
         if request.new_tokens > self._table_tokens:
             self._packer = self._make_packer(2 * request.new_tokens)
         index = len(self.requests)
-        self._held_cap_s = None
+        self._note_arrival(now_s)
+        self._planned.clear()
         self.requests.append(request)
         self._index_of[request.id] = index
         self._enqueue(_Waiting(index, request, request.cached_tokens, 0.0, 0.0, 0.0))
@@ -130,7 +142,7 @@ class Planner:
         index = self._index_of.get(request_id)
         if index is None or index not in self._waiting:
             return False
-        self._held_cap_s = None
+        self._planned.clear()
         self._release(self._dequeue(index))
         return True
 
@@ -147,7 +159,23 @@ class Planner:
         if not self._waiting or (self.window is not None and len(self._in_flight) >= self.window):
             return None
         start_s = max(now_s - self._late_s, self._clock.ready_s())
-        cap_s = self._cap_s(start_s)
+        if not self._planned and self._may_plan_ahead():
+            self._planned.extend(self._plan_ahead(start_s))
+        chunks = self._planned_round() if self._planned else self._greedy_round(start_s)
+        while self._ending:  # their KV room is free for the round after this one
+            self._release(self._ending.pop())
+        self._in_flight.append(self._clock.run(chunks, self.requests, start_s))
+        return chunks
+
+    def _planned_round(self) -> Round:
+        chunks = self._planned.popleft()
+        for chunk in chunks:
+            self._run(self._waiting[chunk.request], chunk.tokens)
+        return chunks
+
+    def _greedy_round(self, start_s: float) -> Round:
+        """The cap's fill of the queue in running order."""
+        cap_s = max(self._evened_s(self._caps_s()[0]), self._lag_s(start_s))
         into = self._packer.open_round()
         for _, index in list(self._queue):
             if not self._put(into, self._waiting[index], cap_s):
@@ -157,11 +185,7 @@ class Planner:
                 if self._admissible(self._waiting[index]):
                     self._force(into, self._waiting[index])
                     break
-        while self._ending:  # their KV room is free for the round after this one
-            self._release(self._ending.pop())
-        chunks = tuple(into.chunks)
-        self._in_flight.append(self._clock.run(chunks, self.requests, start_s))
-        return chunks
+        return tuple(into.chunks)
 
     def _put(self, into: OpenRound, waiting: _Waiting, cap_s: float) -> bool:
         """Run as much of a request as fits; False once the round is full."""
@@ -181,12 +205,15 @@ class Planner:
 
     def _take(self, into: OpenRound, waiting: _Waiting, tokens: int, final: bool) -> None:
         self._packer.add(into, waiting.index, waiting.done, tokens, final)
+        self._run(waiting, tokens)
+
+    def _run(self, waiting: _Waiting, tokens: int) -> None:
         self._dequeue(waiting.index)
         if waiting.index not in self._started:
             self._started.add(waiting.index)
             self._held_tokens += waiting.request.prompt_tokens
         waiting.done += tokens
-        if final:
+        if waiting.done == waiting.request.prompt_tokens:
             self._ending.append(waiting)
         else:
             self._enqueue(waiting)
@@ -196,43 +223,77 @@ class Planner:
         fits = most is None or self._held_tokens + waiting.request.prompt_tokens <= most
         return fits or waiting.index in self._started
 
-    def _cap_s(self, start_s: float) -> float:
-        """Most seconds the next round may take on the slowest stage."""
-        stages_after = self.cost.pp_size - 1
-        if not stages_after:
-            return math.inf
-        lag_s = (self._clock.finish_s[-1] - start_s) / stages_after  # what rounds may take without leaving any later
-        if self._held_cap_s is not None:
-            return max(self._held_cap_s, lag_s)
-        work_s = max(self._total_work_s, 1e-12)
-        per_round_s = self._overhead_s + self._context_token_s * self._total_context_work / work_s
-        horizon_s = work_s
-        if self.objective is not Objective.MAKESPAN:
-            ahead = total = 0.0
-            for _, index in self._queue:
-                ahead += self._waiting[index].work_s
-                total += ahead
-            horizon_s = total / len(self._queue)
-        cap_s = per_round_s + math.sqrt(HORIZON_SHARE[self.objective] * horizon_s * per_round_s / stages_after)
-        cap_s *= self.cap_scale
-        num_rounds = math.ceil(work_s / max(cap_s - per_round_s, 1e-12))
-        cap_s = per_round_s + work_s / num_rounds
-        if self.objective is Objective.MAKESPAN and len(self._queue) <= FEW_WAITING:
-            cap_s = self._held_cap_s = self._best_cap_s(cap_s, max(lag_s, 0.0))
-        return max(cap_s, lag_s)
+    def _lag_s(self, start_s: float) -> float:
+        """What rounds may take without leaving any later than what is in flight makes them."""
+        return (self._clock.finish_s[-1] - start_s) / max(self.cost.pp_size - 1, 1)
 
-    def _best_cap_s(self, cap_s: float, lag_s: float) -> float:
-        """The best of a few caps for what waits now: with few requests, where rounds and requests end matters."""
-        spans = [(index, self._waiting[index].done, self.requests[index].prompt_tokens) for _, index in self._queue]
-        best = (math.inf, cap_s)
-        for scale in CAP_SCALES:
-            cap = max(cap_s * scale, lag_s)
-            total, slowest = 0.0, lag_s
-            for chunks in fill_rounds(self._packer, self.requests, spans, dict.fromkeys(self._waiting, cap)):
-                seconds = self._packer.seconds(chunks, self.requests)
-                total, slowest = total + seconds, max(slowest, seconds)
-            best = min(best, (total + (self.cost.pp_size - 1) * slowest, cap))
-        return best[1]
+    def _caps_s(self) -> list[float]:
+        """Most seconds that a round may take on the slowest stage while each request waits to be run next, in running
+        order."""
+        stages_after = self.cost.pp_size - 1
+        waiting = [self._waiting[index] for _, index in self._queue]
+        if not stages_after:
+            return [math.inf] * len(waiting)
+        per_round_s = self._per_round_s()
+        if self.objective is Objective.MAKESPAN:
+            beside = [math.sqrt(MAKESPAN_SHARE * self._total_work_s * per_round_s / stages_after)] * len(waiting)
+        else:
+            weights = [each.request.weight for each in waiting]
+            if not any(weights):
+                weights = [1.0] * len(waiting)
+            delays, left = [], sum(weights)
+            for each, weight in zip(waiting, weights, strict=True):
+                delays.append(left * (self._overhead_s * each.work_s + self._context_token_s * each.context_work))
+                left -= weight
+            if self._is_settled():
+                beside = pooled_caps(delays, weights, stages_after + ENDS_INSIDE)
+            else:
+                beside = pooled_caps([sum(delays)], [sum(weights)], stages_after + ENDS_INSIDE) * len(waiting)
+        return [self.cap_scale * (per_round_s + seconds) for seconds in beside]
+
+    def _per_round_s(self) -> float:
+        """Overhead of a round and the context that one more chunk reads."""
+        return self._overhead_s + self._context_token_s * self._total_context_work / max(self._total_work_s, 1e-12)
+
+    def _evened_s(self, cap_s: float) -> float:
+        """The cap, lowered so that all work that waits fills whole rounds."""
+        per_round_s = self._per_round_s()
+        if not math.isfinite(cap_s):
+            return cap_s
+        num_rounds = math.ceil(self._total_work_s / max(cap_s - per_round_s, 1e-12))
+        return per_round_s + self._total_work_s / max(num_rounds, 1)
+
+    def _note_arrival(self, now_s: float) -> None:
+        since_s = now_s - self._last_arrival_s
+        if since_s > 0.0:
+            known = math.isfinite(self._arrival_gap_s)
+            self._arrival_gap_s = (1.0 - GAP_MEMORY) * self._arrival_gap_s + GAP_MEMORY * since_s if known else since_s
+            self._last_arrival_s = now_s
+
+    def _is_settled(self) -> bool:
+        """Whether what waits should be done before much else arrives."""
+        return self._total_work_s <= SETTLED_SHARE * self._arrival_gap_s
+
+    def _may_plan_ahead(self) -> bool:
+        """Few requests wait, hardly any will join them, all fit into the KV cache, the caps' scale is not the
+        caller's."""
+        if len(self._queue) > FEW_WAITING or self.cap_scale != 1.0 or not self._is_settled():
+            return False
+        most = self.limits.max_kv_tokens
+        to_come = sum(self.requests[i].prompt_tokens for i in self._waiting if i not in self._started)
+        return most is None or self._held_tokens + to_come <= most
+
+    def _plan_ahead(self, start_s: float) -> list[Round]:
+        """Rounds of all that waits."""
+        return Lookahead(
+            packer=self._packer,
+            requests=self.requests,
+            spans=[(i, self._waiting[i].done, self.requests[i].prompt_tokens) for _, i in self._queue],
+            free_s=self._clock.finish_s,
+            start_s=start_s,
+            window=self.window,
+            objective=self.objective,
+        ).rounds([self._evened_s(cap_s) for cap_s in self._caps_s()], self._lag_s(start_s))
 
     def _enqueue(self, waiting: _Waiting) -> None:
         request = waiting.request

@@ -112,14 +112,16 @@ def simulate(
     window: int | None = None,
     return_s: float = 0.0,
     ready_s: Floats | None = None,
+    free_s: Floats | None = None,
 ) -> Timeline:
     """Run the recurrence.
 
-    `stage_s` is [num_rounds, pp_size], `hop_s` and `ready_s` (the earliest start on stage 0) are [num_rounds].
+    `stage_s` is [num_rounds, pp_size], `hop_s` and `ready_s` (the earliest start on stage 0) are [num_rounds], `free_s`
+    (when each stage ends what ran before the first round) is [pp_size].
     """
     num_rounds, pp_size = stage_s.shape
     hop = np.zeros(num_rounds) if hop_s is None else hop_s
-    if ready_s is None or not ready_s.any():
+    if (ready_s is None or not ready_s.any()) and (free_s is None or not free_s.any()):
         finish = _equal_stages(stage_s, hop)
         if finish is not None and (window is None or _window_is_wide(finish, stage_s, window, return_s)):
             return Timeline(finish - stage_s, finish)
@@ -129,7 +131,7 @@ def simulate(
     after = before + stage_s
     finish = np.empty_like(stage_s)
     block = num_rounds if window is None else max(1, min(window, num_rounds))
-    latest = np.full(pp_size, -np.inf)  # finish(i-1,k) - S(i-1,k), the running maximum so far
+    latest = np.zeros(pp_size) if free_s is None else free_s.copy()  # finish(i-1,k) - S(i-1,k), the running maximum
     for first in range(0, num_rounds, block):
         rows = slice(first, min(first + block, num_rounds))
         earliest = ready[rows]

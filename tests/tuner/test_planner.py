@@ -112,6 +112,20 @@ def test_the_bound_is_below_the_best_plan(cost: CostModel, requests: list[Reques
     assert makespan_bound_s(problem) <= problem.evaluate(best).makespan_s * (1 + 1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), requests=batches(max_requests=2, max_tokens=1500, timed=False), window=windows)
+def test_the_bound_is_below_the_best_plan_on_stages_alike_in_kind(
+    data: st.DataObject, requests: list[Request], window: int | None
+) -> None:
+    """One stage's costs times a factor a stage, as layers are dealt out: where the bound for uneven stages counts."""
+    one = data.draw(cost_models(max_stages=1)).stages[0]
+    factors = data.draw(st.lists(st.sampled_from([0.5, 0.8, 0.9, 1.0, 1.1]), min_size=2, max_size=4))
+    stages = tuple(CostModel(stages=(one,)).scaled(factor).stages[0] for factor in factors)
+    problem = Problem(cost=CostModel(stages=stages), requests=tuple(requests), window=window, chunk_multiple=128)
+    best = exact_rounds(problem, fixed_rounds(problem, 128))
+    assert makespan_bound_s(problem) <= problem.evaluate(best).makespan_s * (1 + 1e-9)
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 500), factor=st.sampled_from([1e-3, 0.25, 8.0, 1e3]))
 def test_scaling_all_costs_scales_the_plan(seed: int, factor: float) -> None:
@@ -156,6 +170,13 @@ def test_the_field_s_records_are_beaten(
     plan = plan_rounds(atom(pp_size), prompts(*lengths), window=window)
     assert plan.makespan_s <= record_s
     assert plan.gap <= 0.01
+
+
+def test_the_gap_is_small_where_stages_hold_other_work() -> None:
+    """7, 9, 8 and 8 layers and a head on the last stage: an envelope below all stages leaves 13.8 % here."""
+    model = atom(1)
+    stages = [model.scaled(layers / 8).stages[0] for layers in (7.0, 9.0, 8.0, 8.3)]
+    assert plan_rounds(CostModel(stages=tuple(stages)), prompts(131072), window=5).gap <= 0.08
 
 
 def test_mean_ttft_is_traded_for_at_most_one_percent_of_makespan() -> None:

@@ -51,6 +51,19 @@ def test_simulated_time_is_the_recurrence(data: st.DataObject) -> None:
     assert timeline.makespan_s == pytest.approx(expected[-1][-1], abs=1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_rounds_run_on_from_stages_that_are_still_busy(data: st.DataObject) -> None:
+    """Cut anywhere, the second part starts when the first leaves each stage."""
+    num_rounds, pp_size = data.draw(st.integers(2, 10)), data.draw(st.integers(1, 5))
+    row = st.lists(st.floats(0.0, 10.0), min_size=pp_size, max_size=pp_size)
+    stage_s = np.array([data.draw(row) for _ in range(num_rounds)])
+    cut = data.draw(st.integers(1, num_rounds - 1))
+    whole = simulate(stage_s).finish_s
+    rest = simulate(stage_s[cut:], free_s=whole[cut - 1]).finish_s
+    assert rest == pytest.approx(whole[cut:], abs=1e-9)
+
+
 def test_the_window_of_uneven_rounds_costs_what_the_field_found() -> None:
     """Alternating 600 and 100 ms rounds on 4 stages: unlimited 29.8 s, W = 5 35.0 s, W = 4 48.8 s (80 rounds)."""
     stage_s = np.repeat(np.array([0.6, 0.1] * 40)[:, None], 4, axis=1)

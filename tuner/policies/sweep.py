@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tuner.bound import Work, envelopes, likely_cap_s
 from tuner.cost_model import StageCost
 from tuner.packing import Packer
 from tuner.plan import Request, Round
 from tuner.problem import Problem
+from tuner.relaxation import Work, envelopes, likely_cap_s
 from tuner.schedule import Evaluation, Objective
 
 Pack = Callable[[Packer, Sequence[Request], Sequence[int], Sequence[float]], list[Round]]
