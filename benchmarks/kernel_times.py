@@ -1,20 +1,27 @@
-"""Where the time of a plan's rounds goes on cards: the kernels of each stage by kind, beside what the rounds took."""
+"""Where the time of a plan's rounds goes on cards: the kernels of each stage by kind, beside what the rounds took.
+
+python -m benchmarks.kernel_times [--model NAME] [--db URL] [--budget-s S]
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from profiler.ranks import RankContext
+from benchmarks.measured_plans import Case, Machine
+from profiler.ranks import RankContext, run_ranks
 from runtime.clock import make_clock
 from runtime.group import make_groups
 from runtime.job import Job
 from runtime.pipeline import Pipeline
 from runtime.place import Place
+from runtime.run import make_job
 from runtime.stage import Stage
+from service.output import print_table
 
 # Parts of kernel names, the first that is found counts.
 KINDS = {
@@ -84,3 +91,34 @@ def kind_of(name: str) -> str:
         if any(part in lowered for part in parts):
             return kind
     return "other"
+
+
+def main() -> None:
+    """A prompt of 32768 tokens on two stages, on two tensor-parallel ranks and on one card."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="llama-3-8b")
+    parser.add_argument("--db", default="sqlite:///gpu.db")
+    parser.add_argument("--budget-s", type=float, default=150.0)
+    options = parser.parse_args()
+    machine = Machine(
+        options.model, database_url=options.db, context_length=131072, budget_s=options.budget_s, device_type="cuda",
+        dtype="bfloat16", chunk_multiple=256,
+    )  # fmt: skip
+    launches = [
+        [Case(tp_size=1, pp_size=2, prompt_lens=(32768,)), Case(tp_size=2, pp_size=1, prompt_lens=(32768,))],
+        [Case(tp_size=1, pp_size=1, prompt_lens=(32768,), policy="fixed:2048")],
+    ]
+    table: list[list[object]] = []
+    for cases in launches:
+        jobs = [make_job(machine.plan(case), machine.hardware, machine.rows, device_type="cuda") for case in cases]
+        world_size = cases[0].tp_size * cases[0].pp_size
+        reports = run_ranks(time_kernels, jobs, world_size=world_size, device_type="cuda", num_threads=1)
+        for rank, times in enumerate(reports):
+            for case, one in zip(cases, times, strict=True):
+                kinds = [one.by_kind.get(kind, 0.0) for kind in (*KINDS, "other")]
+                table.append([case.name, rank, one.pass_s, one.rounds_s, one.kernels_s, *kinds])
+    print_table(["plan", "rank", "pass s", "rounds s", "kernels s", *KINDS, "other"], table, title="Seconds")
+
+
+if __name__ == "__main__":
+    main()

@@ -26,6 +26,7 @@ class Job:
     max_new_tokens: int
     repeat: int
     kernels: KernelChoice
+    settle_s: float = 0.0  # passes before the measured ones take at least so long together: clocks fall under load
 
     @property
     def round_tokens(self) -> tuple[int, ...]:

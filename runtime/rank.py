@@ -57,6 +57,7 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     gc.collect()
     gc.freeze()  # a collection among the rounds would walk all that the imports made
     warm_up_s = time.perf_counter() - clock.origin_s
+    _settle(job, pipeline, groups)
     passes = []
     for _ in range(job.repeat):
         begin()
@@ -76,6 +77,18 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         decode=decode,
         token_ids=tuple(tuple(ids) for ids in new_ids.T.tolist()) if reports_tokens else None,
     )
+
+
+def _settle(job: Job, pipeline: Pipeline, groups: Groups) -> None:
+    """Run passes that do not count; the first rank tells all when it is enough."""
+    started = time.perf_counter()
+    enough = torch.tensor([job.settle_s <= 0.0])
+    while not enough.item():
+        pipeline.prefill()
+        if pipeline.stage.device.type == "cuda":
+            torch.cuda.synchronize()
+        enough[0] = time.perf_counter() - started >= job.settle_s
+        dist.broadcast(enough, 0, group=groups.host)
 
 
 def cached_rounds(job: Job) -> list[Round]:

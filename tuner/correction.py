@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import lsq_linear
 
 from db.engine import Database
@@ -21,36 +23,58 @@ from tuner.rows import RankWork
 from tuner.schedule import evaluate
 
 RUNS_LOOKED_AT = 100
-LEAST_ROUNDS = 8
+LEAST_ROUNDS = 4
 LEAST_SCALE, MOST_SCALE = 0.7, 1.5  # beyond these the runs are of something else than what was profiled
-ROUNDS_OF_BELIEF = 4.0  # "no correction" weighs as much as so many measured rounds
+ROUNDS_OF_BELIEF = 2.0  # "no correction" weighs as much as so many measured rounds
+# A card that rested runs the first tenths of a second up to a fifth faster than it can go on: that teaches nothing.
+SETTLED_S = {"nccl": 0.2, "gloo": 0.0}
 OVERHEAD_DOUBT = 4.0  # rounds of like size cannot tell an overhead from a scale: the scale is the likelier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
-    """measured = scale * predicted + round_s, for each round on each stage."""
+    """measured = stage_scale * (scale * predicted + round_s), for each round on each stage.
+
+    stage_scales: (pp_size, stage, scale) of stages that were run: devices of one kind differ by several percent, and a
+    pipeline goes at the pace of the slowest.
+    """
 
     scale: float = 1.0
     round_s: float = 0.0
+    stage_scales: tuple[tuple[int, int, float], ...] = ()
     num_rounds: int = 0
     num_runs: int = 0
     error_before: float = 0.0
     """Median relative error of the rounds' predictions without the correction."""
     error_after: float = 0.0
 
-    def to_json(self) -> dict[str, float | int]:
+    def of_stage(self, pp_size: int, stage: int) -> float:
+        """Scale of one stage of `pp_size`; 1 where none like it was run."""
+        return next((scale for size, index, scale in self.stage_scales if (size, index) == (pp_size, stage)), 1.0)
+
+    def to_json(self) -> dict[str, Any]:
         """The same as a JSON object."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredRounds:
-    """Rounds of earlier runs on a stage each: what the uncorrected model says, and what was measured."""
+    """Rounds of earlier runs on a stage each: what the uncorrected model says, and what was measured.
+
+    places: (pp_size, stage) of each, [num_rounds, 2]; all on one where it is left out.
+    """
 
     predicted_s: Floats
     measured_s: Floats
     num_runs: int
+    places: npt.NDArray[np.int64] | None = None
+
+    def by_place(self) -> dict[tuple[int, int], npt.NDArray[np.bool_]]:
+        """Which rounds ran on each place."""
+        if self.places is None:
+            return {}
+        found = np.unique(self.places, axis=0)
+        return {(int(size), int(stage)): (self.places == (size, stage)).all(axis=1) for size, stage in found}
 
 
 def fit_correction(rounds: MeasuredRounds) -> Correction:
@@ -67,25 +91,41 @@ def fit_correction(rounds: MeasuredRounds) -> Correction:
         bounds=([LEAST_SCALE, 0.0], [MOST_SCALE, typical_s]),
     )
     scale, round_s = (float(value) for value in solution.x)
+    corrected_s = scale * rounds.predicted_s + round_s
+    ratio = rounds.measured_s / corrected_s
+    stage_scales = []
+    for (pp_size, stage), mine in rounds.by_place().items():
+        count = int(mine.sum())
+        believed = (float(np.median(ratio[mine])) * count + ROUNDS_OF_BELIEF) / (count + ROUNDS_OF_BELIEF)
+        stage_scales.append((pp_size, stage, believed))
+        corrected_s[mine] *= believed
     return Correction(
         scale=scale,
         round_s=round_s,
+        stage_scales=tuple(stage_scales),
         num_rounds=len(weight),
         num_runs=rounds.num_runs,
         error_before=_median_error(rounds.predicted_s, rounds.measured_s),
-        error_after=_median_error(scale * rounds.predicted_s + round_s, rounds.measured_s),
+        error_after=_median_error(corrected_s, rounds.measured_s),
     )
 
 
 def load_measured_rounds(
-    database: Database, hardware: Hardware, work: RankWork, *, cost_model: Callable[[Sequence[int]], CostModel]
+    database: Database,
+    hardware: Hardware,
+    work: RankWork,
+    *,
+    cost_model: Callable[[Sequence[int]], CostModel],
+    of: Callable[[Plan], bool] = lambda _plan: True,
 ) -> MeasuredRounds:
     """Rounds of `work`'s model, dtype and tp_size that were run on `hardware`, predicted anew by `cost_model`.
 
+    of: which of them count.
     The prediction stored with a run may come from an older fit or carry a correction already, so it is not used.
     """
     predicted: list[float] = []
     measured: list[float] = []
+    places: list[tuple[int, int]] = []
     num_runs = 0
     for run in list_runs(database, status=RunStatus.DONE, hardware=hardware, limit=RUNS_LOOKED_AT):
         try:
@@ -94,14 +134,21 @@ def load_measured_rounds(
         except UserError:
             continue
         ran = (shape.fingerprint, plan.precision, plan.parallel.tp_size)
-        if ran != (work.shape.fingerprint, work.dtype, work.tp_size):
+        if ran != (work.shape.fingerprint, work.dtype, work.tp_size) or not of(plan):
             continue
         seconds = evaluate(cost_model(plan.parallel.layer_partition), plan.requests, plan.rounds).round_s
-        times = load_round_times(database, run.id)
+        settled_s = SETTLED_S.get(hardware.backend, 0.0)
+        times = [time for time in load_round_times(database, run.id) if (time.start_s + time.finish_s) / 2 >= settled_s]
         predicted += [float(seconds[time.round, time.stage]) for time in times]
         measured += [time.finish_s - time.start_s for time in times]
+        places += [(plan.parallel.pp_size, time.stage) for time in times]
         num_runs += 1
-    return MeasuredRounds(predicted_s=np.array(predicted), measured_s=np.array(measured), num_runs=num_runs)
+    return MeasuredRounds(
+        predicted_s=np.array(predicted),
+        measured_s=np.array(measured),
+        num_runs=num_runs,
+        places=np.array(places, dtype=np.int64).reshape(-1, 2),
+    )
 
 
 def _median_error(predicted: Floats, measured: Floats) -> float:

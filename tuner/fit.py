@@ -57,9 +57,11 @@ class LayerCosts:
 
     def cost_model(self, layer_partition: Sequence[int]) -> CostModel:
         """The cost model of stages of so many layers each: embedding on the first, head on the last."""
-        last = len(layer_partition) - 1
+        pp_size = len(layer_partition)
         stages = tuple(
-            self._stage(num_layers, first=stage == 0, last=stage == last)
+            self._stage(
+                num_layers, self.correction.of_stage(pp_size, stage), first=stage == 0, last=stage == pp_size - 1
+            )
             for stage, num_layers in enumerate(layer_partition)
         )
         return CostModel(
@@ -69,10 +71,10 @@ class LayerCosts:
             return_s=self.return_s,
         )
 
-    def _stage(self, num_layers: int, *, first: bool, last: bool) -> StageCost:
+    def _stage(self, num_layers: int, stage_scale: float, *, first: bool, last: bool) -> StageCost:
         grid = table_grid()
         points = grid.astype(np.float64)
-        scale = self.correction.scale
+        scale = stage_scale * self.correction.scale
         tokens = num_layers * self.tokens_s(points)
         if first:
             tokens = tokens + self.embedding(points)
@@ -86,7 +88,7 @@ class LayerCosts:
                 base_s=_rising(factor * self.attention.base(points)),
                 context_s=_rising(factor * self.attention.slope(points)),
             ),
-            round_overhead_s=scale * self.round_overhead_s + self.correction.round_s,
+            round_overhead_s=scale * self.round_overhead_s + stage_scale * self.correction.round_s,
             chunk_s=scale * self.chunk_s,
             final_s=scale * self.head_s if last else 0.0,
         )
