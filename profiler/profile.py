@@ -64,7 +64,7 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
     hardware = describe_hardware(grid.device_type, num_threads=threads)
     url = options.db_url or default_url()
     with open_database(url) as database:
-        _adopt_kernels(database, hardware)
+        adopt_kernels(database, hardware)
         points, too_large = _split_by_memory(grid)
         rows = _kept_rows(database, hardware, points, options.remeasure)
         interrupted = False
@@ -166,7 +166,7 @@ def _split_by_memory(grid: Grid) -> tuple[tuple[Point, ...], int]:
     return fitting, len(points) - len(fitting)
 
 
-def _adopt_kernels(database: Database, hardware: Hardware) -> None:
+def adopt_kernels(database: Database, hardware: Hardware) -> None:
     """Keep as this hardware's own what one rank measured alone where all but the link between the devices is equal."""
     mine = {row.key for row in load_measurements(database, hardware)}
     for stored in list_hardware(database):

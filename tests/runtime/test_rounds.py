@@ -45,6 +45,7 @@ def _jobs(weights: Path) -> dict[str, Job]:
             rounds=((Chunk(0, 77, 60), Chunk(1, 1, 96)), (Chunk(0, 137, 65),)),
         ),
         "three passes": replace(job, repeat=3),
+        "settled": replace(job, settle_s=0.05, window=1),
         "many rounds": replace(one, rounds=tuple((Chunk(0, start, 1),) for start in range(202)), window=7),
     }
 

@@ -40,13 +40,21 @@ def planned(partition: tuple[int, ...] = (8, 8)) -> Plan:
     )
 
 
-def keep_run(database: Database, plan: Plan, *, factor: float, hardware: Hardware = HARDWARE) -> None:
-    """A run whose rounds took `factor` times what was predicted."""
+def keep_run(
+    database: Database,
+    plan: Plan,
+    *,
+    factor: float | tuple[float, float],
+    hardware: Hardware = HARDWARE,
+    start_s: float = 1.0,
+) -> None:
+    """A run whose rounds took `factor` times what was predicted, on both stages or on each."""
+    factors = factor if isinstance(factor, tuple) else (factor, factor)
     assert plan.predicted is not None
     assert plan.predicted.round_s is not None
     run = start_run(database, save_plan_row(database, plan.to_json()), hardware)
     rounds = [
-        RoundTime(round=i, stage=k, start_s=1.0, finish_s=1.0 + factor * seconds)
+        RoundTime(round=i, stage=k, start_s=start_s, finish_s=start_s + factors[k] * seconds)
         for i, row in enumerate(plan.predicted.round_s)
         for k, seconds in enumerate(row)
     ]
@@ -86,8 +94,8 @@ def test_few_rounds_correct_little() -> None:
         seconds = np.full(num_rounds, 0.1)
         return fit_correction(MeasuredRounds(predicted_s=seconds, measured_s=1.3 * seconds, num_runs=1)).scale
 
-    assert correction(4) == 1.0
-    assert 1.0 < correction(8) < correction(200) < 1.31
+    assert correction(3) == 1.0
+    assert 1.0 < correction(4) < correction(8) < correction(200) < 1.31
 
 
 def test_overhead_is_told_from_scale() -> None:
@@ -95,3 +103,31 @@ def test_overhead_is_told_from_scale() -> None:
     found = fit_correction(MeasuredRounds(predicted_s=predicted, measured_s=1.1 * predicted + 0.005, num_runs=3))
     assert found.scale == pytest.approx(1.1, abs=0.01)
     assert found.round_s == pytest.approx(0.005, abs=0.002)
+
+
+def test_each_stage_is_corrected_by_its_own_rounds(database: Database) -> None:
+    keep_run(database, planned(), factor=(1.3, 1.1))
+    measured = load_measured_rounds(database, HARDWARE, WORK, cost_model=COSTS.cost_model)
+    correction = fit_correction(measured)
+    assert correction.error_after < 0.05
+    corrected = replace(COSTS, correction=correction).cost_model((8, 8))
+    first, second = (corrected.stage_seconds(stage, [(1024, 2048, False)]) for stage in (0, 1))
+    assert first / second == pytest.approx(1.3 / 1.1, rel=0.05)
+    # Of other stages nothing is known but what all have in common.
+    other = replace(COSTS, correction=correction).cost_model((4, 4, 4, 4))
+    assert other.stage_seconds(1, [(64, 0, False)]) == pytest.approx(other.stage_seconds(2, [(64, 0, False)]))
+
+
+def test_the_first_moments_of_a_card_teach_nothing(database: Database) -> None:
+    card = replace(HARDWARE, backend="nccl")
+    keep_run(database, planned(), factor=0.8, hardware=card, start_s=-10.0)
+    keep_run(database, planned(), factor=1.2, hardware=card, start_s=5.0)
+    measured = load_measured_rounds(database, card, WORK, cost_model=COSTS.cost_model)
+    assert len(measured.measured_s) == 2 * len(planned().rounds)
+    assert fit_correction(measured).scale > 1.1
+
+
+def test_only_the_plans_asked_for_teach(database: Database) -> None:
+    keep_run(database, planned(), factor=1.2)
+    measured = load_measured_rounds(database, HARDWARE, WORK, cost_model=COSTS.cost_model, of=lambda _plan: False)
+    assert measured.num_runs == 0

@@ -1,0 +1,28 @@
+"""How far off a makespan may be."""
+
+import pytest
+
+from tuner.correction import Correction
+from tuner.holdout import HeldOutError
+from tuner.uncertainty import EXTRAPOLATED, NINETY_OF_MEDIAN, UNSEEN, makespan_uncertainty
+
+
+def held_out(median: float) -> HeldOutError:
+    return HeldOutError(op="matmul", num_points=9, median=median, p90=3 * median, worst=5 * median)
+
+
+def test_without_runs_the_worst_fit_speaks() -> None:
+    found = makespan_uncertainty([held_out(0.01), held_out(0.05)], Correction(), extrapolates=False)
+    assert found == pytest.approx(NINETY_OF_MEDIAN * 0.05)
+
+
+def test_runs_speak_before_fits_and_nothing_is_certain() -> None:
+    taught = Correction(num_rounds=50, error_after=0.03)
+    assert makespan_uncertainty([held_out(0.2)], taught, extrapolates=False) == pytest.approx(NINETY_OF_MEDIAN * 0.03)
+    perfect = Correction(num_rounds=50, error_after=0.0)
+    assert makespan_uncertainty([], perfect, extrapolates=False) == pytest.approx(NINETY_OF_MEDIAN * UNSEEN)
+
+
+def test_extrapolation_is_less_certain() -> None:
+    inside, beyond = (makespan_uncertainty([held_out(0.03)], Correction(), extrapolates=e) for e in (False, True))
+    assert beyond == pytest.approx(EXTRAPOLATED * inside)
