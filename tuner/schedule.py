@@ -195,7 +195,7 @@ def evaluate(
         ttft_s=tuple(ttft.tolist()),
         mean_ttft_s=float(ttft @ weights / weights.sum()) if weights.any() else float(ttft.mean()),
         num_sla_met=int((ttft <= deadline).sum()),
-        bubble_share=1.0 - float(round_s.sum()) / (makespan * cost.pp_size) if makespan else 0.0,
+        bubble_share=max(0.0, 1.0 - float(round_s.sum()) / (makespan * cost.pp_size)) if makespan else 0.0,
         timeline=timeline,
         round_s=round_s,
     )
