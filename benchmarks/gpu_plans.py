@@ -126,8 +126,8 @@ def main() -> None:
         case: [name for name in options.sets if case in SETS[name]] for name in options.sets for case in SETS[name]
     }
     rows: list[dict[str, object]] = []
-    for cases in ordered(list(sets_of)):
-        plans = [machine.plan(case) for case in cases]
+    launches = [(cases, [machine.plan(case) for case in cases]) for cases in ordered(list(sets_of))]
+    for cases, plans in launches:
         started = time.perf_counter()
         results = machine.run_all(plans, repeat=options.repeat)
         print(
@@ -147,7 +147,7 @@ def main() -> None:
             },
             "rows": rows,
         }  # fmt: skip
-        write_json(options.output, json.loads(json.dumps(report)))
+        write_json(options.output, report)
     print_table(
         ["plan", "rounds", "predicted s", "± %", "measured s", "error %", "least s", "most s", "warm-up s", "MFU %"],
         [

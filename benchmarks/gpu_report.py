@@ -135,6 +135,8 @@ def print_predictions(judged: Sequence[Judged]) -> None:
         ],
     )  # fmt: skip
     unseen = [one for one in judged if not one.taught]
+    if not unseen:
+        return
     for name, errors in (
         ("first", [abs(one.first_s / one.measured_s - 1) for one in unseen]),
         ("corrected", [abs(one.corrected_s / one.measured_s - 1) for one in unseen]),
@@ -147,17 +149,19 @@ def print_predictions(judged: Sequence[Judged]) -> None:
 def print_regret(judged: Sequence[Judged]) -> None:
     """For each workload: the plan that the first predictions choose among ours, against the best that was measured."""
     table: list[list[object]] = []
-    for workload in dict.fromkeys(one.workload for one in judged):
-        mine = [one for one in judged if one.workload == workload]
+    for model, workload in dict.fromkeys((one.model, one.workload) for one in judged):
+        mine = [one for one in judged if (one.model, one.workload) == (model, workload)]
         ours = [one for one in mine if one.plan.policy == "joint"]
         if len(mine) < 4 or not ours:
             continue
         chosen, best = min(ours, key=lambda one: one.first_s), min(mine, key=lambda one: one.measured_s)
         table.append([
-            workload, len(mine), f"{chosen.layout} {chosen.plan.policy}", chosen.measured_s,
+            model, workload, len(mine), f"{chosen.layout} {chosen.plan.policy}", chosen.measured_s,
             f"{best.layout} {best.plan.policy}", best.measured_s, 100 * (chosen.measured_s / best.measured_s - 1),
         ])  # fmt: skip
-    print_table(["workload", "plans", "chosen", "measured s", "best measured", "measured s", "regret %"], table)
+    print_table(
+        ["model", "workload", "plans", "chosen", "measured s", "best measured", "measured s", "regret %"], table
+    )
 
 
 def main() -> None:

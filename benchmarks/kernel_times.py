@@ -59,6 +59,7 @@ def time_kernels(context: RankContext, jobs: Sequence[Job]) -> list[KernelTimes]
             clock = make_clock(context.device)
             pipeline = Pipeline(job, place, groups, stage, clock, context.progress)
             pipeline.warm_up()
+            pipeline.record()
             for _ in range(2):
                 torch.cuda.synchronize()
                 dist.barrier(groups.host)

@@ -115,11 +115,17 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cards_reach_each_other() -> bool:
+    """Whether each of this machine's cards can read and write the memory of all others."""
+    cards = range(torch.cuda.device_count())
+    return all(torch.cuda.can_device_access_peer(one, other) for one in cards for other in cards if one != other)
+
+
 def nccl_link() -> str:
     """The transport NCCL takes between this machine's cards, as the environment steers it."""
     if torch.cuda.device_count() < 2:
         return "none"
-    if os.environ.get("NCCL_P2P_DISABLE", "0") == "0":
+    if os.environ.get("NCCL_P2P_DISABLE", "0") == "0" and cards_reach_each_other():
         return "nvlink" if _nvlink_active() else "p2p"
     if os.environ.get("NCCL_SHM_DISABLE", "0") == "0":
         return "shm"

@@ -77,9 +77,19 @@ class DecoderLayer:
         """keys, values: this layer's slab [KV, rows, head_dim]."""
         norms = self.norms
         hidden, normed = stream.add_and_norm(norms.before_attention, norms.eps)
-        q = rotate_into_slab(self.qkv(normed), inputs, norms, keys, values, num_heads=self.num_heads)
-        mixed = self.attend_spans(q, inputs, keys, values)
-        hidden, normed = Stream(hidden, self.reduce_o(self.o(mixed))).add_and_norm(norms.before_mlp, norms.eps)
+        # No names for what is large and used once: it would live through the MLP.
+        attended = self.reduce_o(
+            self.o(
+                self.attend_spans(
+                    rotate_into_slab(self.qkv(normed), inputs, norms, keys, values, num_heads=self.num_heads),
+                    inputs,
+                    keys,
+                    values,
+                )
+            )
+        )
+        hidden, normed = Stream(hidden, attended).add_and_norm(norms.before_mlp, norms.eps)
+        del attended
         return Stream(hidden, self.reduce_down(self.down(silu_product(self.gate_up(normed)))))
 
     def attend_spans(

@@ -7,6 +7,7 @@ is one launch, and its kernels follow one another without a gap.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any, Generic, TypeVar
 
@@ -28,8 +29,11 @@ class Recording(Generic[T]):
             self.graph.capture_begin(pool=scratch, capture_error_mode="thread_local")
             try:
                 self.result = work()
-            finally:
-                self.graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # that the capture is broken is not the cause
+                    self.graph.capture_end()
+                raise
+            self.graph.capture_end()
 
     def __call__(self) -> T:
         """Replay; the result's tensors are those of the capture, written anew."""

@@ -197,11 +197,9 @@ def _sample_cpu(run: Run, sampling: Sampling, *, may_wait: bool, is_slow: Callab
 
 
 def _sample_cuda(prepared: Prepared, sampling: Sampling, device: torch.device, load: Load | None) -> list[float]:
-    first_call = sampling.warmup_calls
-
     def sample() -> None:
-        for repeat in range(sampling.inner_repeats):
-            prepared.run(first_call + repeat)
+        for call in range(sampling.inner_repeats):  # from 0 on: a recording must not read what an earlier call left
+            prepared.run(call)
 
     run = record(sample, device, new_scratch(device)) if sampling.recorded and prepared.recordable else sample
     if load is not None and sampling.sample_s < LONG_SAMPLE_S:

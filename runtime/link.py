@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 from tuner.memory import SEND_BUFFER_BYTES
 
-POSTED_AHEAD = 2  # receives a stage has posted beyond the round that it runs
+# The recurrence knows no limit to what waits between two stages. Here a stage may be POSTED_AHEAD + STAGED rounds ahead
+# of the next on a card; on a CPU SEND_BUFFER_BYTES.
+POSTED_AHEAD = 2  # receives that are posted at once
 STAGED = 2  # hidden states on a card that wait to be sent, each at a place of its own
 
 

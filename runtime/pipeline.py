@@ -17,9 +17,8 @@ from runtime.job import Job
 from runtime.link import Return
 from runtime.place import Place
 from runtime.stage import Stage
+from tuner.memory import MOST_RECORDED
 from tuner.plan import Chunk, Round
-
-MOST_RECORDED = 1024  # a recorded round of 16 layers holds about a megabyte of a card
 
 
 class Pipeline:
@@ -35,7 +34,7 @@ class Pipeline:
         self.back = groups.back and Return(groups.back, first=place.peer(0), last=place.peer(last), device=device)
 
     def warm_up(self) -> None:
-        """Build what is built lazily: kernels for the rounds' shapes, connections between the stages, recordings."""
+        """Build what is built lazily: kernels for the rounds' shapes, connections between the stages."""
         self.stage.warm_up([*self.job.rounds, *self._decode_rounds(min(1, self.job.max_new_tokens - 1))])
         most = max(self.job.round_tokens)
         if self.inbound:
@@ -53,6 +52,11 @@ class Pipeline:
         elif self.back:
             self.back.receive(1)
         self.drain()
+
+    def record(self) -> None:
+        """Make the plan's rounds replayable, once all that runs only once has run."""
+        if self.stage.device.type == "cuda":
+            torch.cuda.empty_cache()  # recordings keep their scratch memory elsewhere
         scratch = new_scratch(self.stage.device)
         self.recorded = [
             record(partial(self._compute, index, chunks), self.stage.device, scratch)
@@ -143,7 +147,9 @@ class Pipeline:
         hidden = self.stage.forward(chunks, received)
         if self.place.is_last:
             self._choose(chunks, hidden)
-        place = self.outbound.buffer(index, count) if self.outbound else None
+        if self.outbound is None:
+            return self.next_ids  # nothing leaves: a recording would hold on to the hidden states
+        place = self.outbound.buffer(index, count)
         return hidden if place is None else place.copy_(hidden)
 
     def _token_ids(self, chunks: Round) -> torch.Tensor:

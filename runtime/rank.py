@@ -48,12 +48,17 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     def note() -> Pass:
         return Pass(origin_s=clock.origin_s, rounds=tuple(clock.intervals()))
 
+    if context.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the job before left: peer memory and NCCL allocate beside torch
     begin()
     stage = Stage(job, place, groups.tensor, context.device)
     pipeline = Pipeline(job, place, groups, stage, clock, context.progress)
     begin()
     pipeline.warm_up()
     pipeline.fill_cache(cached_rounds(job))
+    pipeline.record()
+    if context.device.type == "cuda":
+        torch.cuda.synchronize()
     gc.collect()
     gc.freeze()  # a collection among the rounds would walk all that the imports made
     warm_up_s = time.perf_counter() - clock.origin_s

@@ -17,10 +17,11 @@ from db.hardware import Hardware, save_hardware
 from db.measurements import Measurement, load_measurements
 from db.plans import save_plan_row
 from db.runs import RunKind, RunOutcome, fail_run, finish_run, start_run
-from profiler.attention import AttentionKernel, available_kernels
+from profiler.attention import available_kernels
 from profiler.device import describe_hardware
 from profiler.flops import prefill_flops
-from profiler.kernel_choice import KernelChoice, kernel_times
+from profiler.grid import head_sizes
+from profiler.kernel_choice import KernelChoice
 from profiler.model import ModelShape
 from profiler.peak import published_peak_flops
 from profiler.point import Op
@@ -35,6 +36,7 @@ from runtime.rank import run_jobs
 from runtime.result import RunResult, make_result
 from tuner.memory import check_memory
 from tuner.plan import Plan
+from tuner.rows import Rows, kernel_choice
 
 # A card that rested starts at a clock that it cannot hold: a round took up to a fifth longer 0.2 s later.
 SETTLE_S = {"cpu": 0.0, "cuda": 0.3}
@@ -99,6 +101,7 @@ def run_plans(
     if len(sizes) != 1:
         raise UserError("plans", f"{sorted(sizes)} ranks", "must be one or more plans of as many ranks")
     hardware = describe_hardware(device_type, num_threads=num_threads)
+    ends = end_ids(weights)
     with ExitStack() as stack:
         database = stack.enter_context(open_database(db_url))
         rows = load_measurements(database, hardware)
@@ -117,7 +120,6 @@ def run_plans(
         reports = run_ranks(
             run_jobs, jobs, world_size=world_size(plans[0].parallel), device_type=device_type, num_threads=num_threads
         )
-        ends = end_ids(weights)
         results = []
         for plan, job, prediction, record, of_ranks in zip(
             plans, jobs, predictions, records, zip(*reports, strict=True), strict=True
@@ -183,6 +185,7 @@ class Record:
             "dtype": job.dtype,
             "max_new_tokens": job.max_new_tokens,
             "repeat": job.repeat,
+            "settle_s": job.settle_s,
         }
         plan_id = save_plan_row(database, plan.to_json(), hardware_id=save_hardware(database, hardware))
         self.run_id = start_run(database, plan_id, hardware, kind=kind, study=study, details=details)
@@ -246,21 +249,9 @@ def end_ids(weights: Path | None) -> frozenset[int]:
 
 
 def _kernel_choice(plan: Plan, shape: ModelShape, rows: Iterable[Measurement], device_type: str) -> KernelChoice:
-    tp_size = plan.parallel.tp_size
-    heads = {
-        "heads": shape.num_heads // tp_size,
-        "kv_heads": shape.kv_heads_per_rank(tp_size),
-        "head_dim": shape.head_dim,
-    }
-    dtype: torch.dtype = getattr(torch, plan.precision)
-    kernels = available_kernels(torch.device(device_type), dtype)
-    default = kernels[0]
-    rows = [row for row in rows if row.op == Op.ATTENTION and row.dtype == plan.precision]
-    measured = {row.busy_ranks for row in rows}
-    if not measured:
-        return KernelChoice((), default=default)
-    busy_ranks = min(measured, key=lambda ranks: abs(ranks - world_size(plan.parallel)))
-    times = kernel_times(rows, heads, busy_ranks=busy_ranks)
-    # Rows may name a kernel that this environment lacks; on a CPU the dense mask of `sdpa` has no bound in memory.
-    usable = [kernel for kernel in kernels if device_type != "cpu" or kernel is not AttentionKernel.SDPA]
-    return KernelChoice([time for time in times if time.kernel in usable], default=default)
+    """By the rows that the plan's prediction was fitted to; rows may name a kernel that this environment lacks."""
+    kernels = available_kernels(torch.device(device_type), getattr(torch, plan.precision))
+    mine = Rows([row for row in rows if row.dtype == plan.precision])
+    sizes = head_sizes(shape, plan.parallel.tp_size)
+    found = mine.select(Op.ATTENTION, sizes, busy_ranks=world_size(plan.parallel), variant=None)
+    return kernel_choice(found, kernels)

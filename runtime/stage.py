@@ -93,8 +93,6 @@ class Stage:
             rows = self.final_rows(chunks)
             if self.shard.head is not None and rows:
                 self.next_ids(hidden, rows.values())
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # recorded rounds keep their scratch memory elsewhere
 
     def _choose_kernel(self, chunk: int, context: int) -> AttentionKernel:
         if chunk == 1 and self.device.type == "cuda":

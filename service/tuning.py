@@ -73,7 +73,7 @@ def tune(
     rules = Rules(
         policy=policy,
         window=_window(window),
-        chunk_multiple=chunk_multiple or CHUNK_MULTIPLE["cpu"],
+        chunk_multiple=CHUNK_MULTIPLE["cpu"] if chunk_multiple is None else chunk_multiple,
         limits=Limits(max_round_tokens=max_round_tokens, max_kv_tokens=max_kv_tokens),
         objective=Objective(objective),
     )

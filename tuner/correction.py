@@ -26,7 +26,8 @@ RUNS_LOOKED_AT = 100
 LEAST_ROUNDS = 4
 LEAST_SCALE, MOST_SCALE = 0.7, 1.5  # beyond these the runs are of something else than what was profiled
 ROUNDS_OF_BELIEF = 2.0  # "no correction" weighs as much as so many measured rounds
-# A card that rested runs the first tenths of a second up to a fifth faster than it can go on: that teaches nothing.
+# A card that rested runs the first tenths of a second up to a fifth faster than it can go on: no lesson,
+# unless passes that did not count had settled the card before.
 SETTLED_S = {"nccl": 0.2, "gloo": 0.0}
 OVERHEAD_DOUBT = 4.0  # rounds of like size cannot tell an overhead from a scale: the scale is the likelier
 
@@ -137,12 +138,12 @@ def load_measured_rounds(
         if ran != (work.shape.fingerprint, work.dtype, work.tp_size) or not of(plan):
             continue
         seconds = evaluate(cost_model(plan.parallel.layer_partition), plan.requests, plan.rounds).round_s
-        settled_s = SETTLED_S.get(hardware.backend, 0.0)
+        settled_s = 0.0 if run.details.get("settle_s") else SETTLED_S.get(hardware.backend, 0.0)
         times = [time for time in load_round_times(database, run.id) if (time.start_s + time.finish_s) / 2 >= settled_s]
         predicted += [float(seconds[time.round, time.stage]) for time in times]
         measured += [time.finish_s - time.start_s for time in times]
         places += [(plan.parallel.pp_size, time.stage) for time in times]
-        num_runs += 1
+        num_runs += bool(times)
     return MeasuredRounds(
         predicted_s=np.array(predicted),
         measured_s=np.array(measured),

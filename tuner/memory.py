@@ -13,6 +13,8 @@ from tuner.plan import Plan, Request, Round
 USABLE_SHARE = 0.92  # the rest is the allocator's and the driver's
 # Hidden states that a stage may hold before it runs them, and on a card before they are sent.
 BOUNDARY_BUFFERS = {"cuda": 4, "cpu": 2}
+MOST_RECORDED = 1024  # rounds that a rank on a card keeps recorded
+RECORDED_LAYER_BYTES = 64 << 10  # what a layer of a recorded round holds on a card
 SEND_BUFFER_BYTES = 512 << 20  # what unfinished sends of a rank may hold on a CPU, where gloo never says that one ended
 RUNTIME_BYTES = {"cuda": 2 << 30, "cpu": 300 << 20}  # libraries, context and communicators of one rank
 
@@ -42,6 +44,7 @@ def rank_memory(
     slab_tokens: int,
     max_round_tokens: int,
     all_tokens: int,
+    num_rounds: int,
     device_type: str,
 ) -> tuple[RankMemory, ...]:
     """Memory of a rank of each stage.
@@ -53,15 +56,18 @@ def rank_memory(
     ffn = shape.intermediate_size // tp_size
     qkv = (heads + 2 * kv_heads) * head_dim
     layer_weights = hidden * qkv + heads * head_dim * hidden + 3 * hidden * ffn + 2 * hidden
-    # Beside the residual and its norm: q, k, v before and after rotation with both partial attentions in float32,
-    # or gate, up and their product.
+    # Beside the residual before and after a block, that block's output and its norm: q, k, v before and after rotation
+    # with both partial attentions in float32, or gate, up and their product.
     attention_row = 2 * qkv * item + heads * head_dim * (item + 12)
     mlp_row = 3 * ffn * item
-    row_bytes = (3 + BOUNDARY_BUFFERS[device_type]) * hidden * item + max(attention_row, mlp_row)
+    row_bytes = (4 + BOUNDARY_BUFFERS[device_type]) * hidden * item + max(attention_row, mlp_row)
     last = len(layer_partition) - 1
     # The buffer may be overrun by the round that fills it.
     unsent = min(all_tokens * hidden * item, SEND_BUFFER_BYTES + max_round_tokens * hidden * item)
     unsent = unsent if device_type == "cpu" else 0
+    num_recorded = min(num_rounds, MOST_RECORDED) if device_type == "cuda" else 0
+    # Rounds beyond those that are recorded take their scratch memory from elsewhere.
+    scratches = 2 if num_recorded and num_rounds > MOST_RECORDED else 1
     stages = []
     for stage, num_layers in enumerate(layer_partition):
         weights = num_layers * layer_weights
@@ -71,9 +77,9 @@ def rank_memory(
             RankMemory(
                 weights_bytes=weights * item,
                 kv_bytes=2 * num_layers * slab_tokens * kv_heads * head_dim * item,
-                activation_bytes=max_round_tokens * row_bytes,
+                activation_bytes=scratches * max_round_tokens * row_bytes,
                 unsent_bytes=unsent if stage < last else 0,
-                runtime_bytes=RUNTIME_BYTES[device_type],
+                runtime_bytes=RUNTIME_BYTES[device_type] + num_recorded * num_layers * RECORDED_LAYER_BYTES,
             )
         )
     return tuple(stages)
@@ -100,6 +106,7 @@ def rounds_memory(
         slab_tokens=assign_rows(requests, rounds, max_new_tokens=max_new_tokens).total,
         max_round_tokens=max(round_tokens),
         all_tokens=sum(round_tokens),
+        num_rounds=len(rounds),
         device_type=device_type,
     )
 

@@ -1,4 +1,4 @@
-"""How far a predicted makespan may be off: a relative half-width that should hold nine times in ten."""
+"""How far a predicted makespan may be off: the relative half-width that holds nine times in ten for normal errors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ EXTRAPOLATED = 2.0  # times as uncertain beyond what was measured
 
 
 def makespan_uncertainty(held_out: Sequence[HeldOutError], correction: Correction, *, extrapolates: bool) -> float:
-    """From the rounds of earlier runs where there are enough, else from the fits' held-out errors.
+    """The largest of what is known: the fits' held-out errors, and the errors of corrected rounds of earlier runs.
 
     A makespan adds up many kernels, so that the largest median error of an operation stands for them.
     """
-    if correction.num_rounds:
-        typical = correction.error_after
-    else:
-        typical = max((error.median for error in held_out), default=0.0)
-    width = NINETY_OF_MEDIAN * max(typical, UNSEEN)
+    typical = max((error.median for error in held_out), default=0.0)
+    width = NINETY_OF_MEDIAN * max(typical, correction.error_after, UNSEEN)
     return EXTRAPOLATED * width if extrapolates else width

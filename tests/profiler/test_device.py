@@ -64,3 +64,16 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_published_peaks(device: str, dtype: str, peak: float | None) -> None:
     assert published_peak_flops(device, dtype) == peak
+
+
+@pytest.mark.parametrize(
+    ("reach", "disabled", "expected"), [(True, "0", "p2p"), (True, "1", "shm"), (False, "0", "shm")]
+)
+def test_the_link_is_what_the_cards_can_do(
+    reach: bool, disabled: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda _one, _other: reach)
+    monkeypatch.setattr("profiler.device._nvlink_active", lambda: False)
+    assert nccl_link() == expected

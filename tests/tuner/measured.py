@@ -57,7 +57,7 @@ def measure(machine: Machine, *, shape: ModelShape = SHAPE, tp_size: int = 1, bu
         add("elementwise", machine.elementwise_us(m), tokens=m, **work.layer_sizes)
         add("embedding", 1.0 + 0.01 * m, tokens=m, hidden=shape.hidden_size, vocab=shape.vocab_size)
         for context in (0, 2048, 8192 - m):
-            add("attention", machine.attention_us(m, context), variant="sdpa", chunk=m, context=context,
+            add("attention", machine.attention_us(m, context), variant="cpu-folded", chunk=m, context=context,
                 **work.attention_sizes)  # fmt: skip
             add("attention", 2 * machine.attention_us(m, context), variant="cpu-flash", chunk=m, context=context,
                 **work.attention_sizes)  # fmt: skip

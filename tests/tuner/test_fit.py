@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import numpy as np
 import pytest
 
 from db.errors import UserError
+from db.measurements import Measurement
+from profiler.attention import AttentionKernel
 from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, relative
 from tuner.attention_fit import fit_attention
 from tuner.curve import fit_curve, fit_line, without_spikes
 from tuner.fit import LayerCosts, fit_layer_costs
 from tuner.holdout import held_out_errors
-from tuner.rows import RankWork
+from tuner.rows import RankWork, chosen_kernels, kernel_choice
 
 WORK = RankWork(shape=SHAPE, dtype="float32", tp_size=1)
 
@@ -144,3 +148,27 @@ def test_held_out_points_are_predicted_and_counted() -> None:
     assert errors["matmul"].num_points == 4 * gaps_of_four_at_most
     assert errors["elementwise"].worst < 1e-9
     assert errors["attention"].median < 0.05
+
+
+def test_the_fit_and_the_runtime_take_the_same_kernels() -> None:
+    sizes = {"heads": 8, "kv_heads": 8, "head_dim": 64}
+
+    def row(kernel: str, chunk: int, us: float) -> Measurement:
+        return Measurement(
+            op="attention", dtype="float32", shape=sizes | {"chunk": chunk, "context": 0}, group_size=1, busy_ranks=2,
+            variant=kernel, num_samples=3, median_us=us, p10_us=us, p90_us=us, min_us=us, std_us=0.0, noisy=False,
+            measured_at=datetime.now(UTC), code_version="test",
+        )  # fmt: skip
+
+    rows = [
+        row("cpu-folded", 64, 10.0), row("cpu-flash", 64, 8.0), row("sdpa", 64, 1.0),
+        row("cpu-folded", 4096, 100.0), row("cpu-flash", 4096, 99.0), row("sdpa", 4096, 1.0),
+    ]  # fmt: skip
+    choose = kernel_choice(rows)
+    chosen = {one.shape["chunk"]: one.variant for one in chosen_kernels(rows)}
+    assert chosen == {64: "cpu-flash", 4096: "cpu-folded"}
+    assert all(choose(chunk, 0).value == kernel for chunk, kernel in chosen.items())
+    cards = [row("cudnn-graph", 64, 10.0), row("sdpa", 64, 1.0)]
+    assert [one.variant for one in chosen_kernels(cards)] == ["sdpa"]
+    assert kernel_choice([], [AttentionKernel.SDPA])(64, 0) is AttentionKernel.SDPA
+    assert chosen_kernels([]) == []

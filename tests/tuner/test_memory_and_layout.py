@@ -5,7 +5,7 @@ import pytest
 from db.errors import UserError
 from profiler.model import load_model_shape
 from tuner.layout import enumerate_layouts
-from tuner.memory import SEND_BUFFER_BYTES, memory_refusal, rank_memory
+from tuner.memory import MOST_RECORDED, SEND_BUFFER_BYTES, RankMemory, memory_refusal, rank_memory
 
 LLAMA = load_model_shape("llama-3-8b")
 
@@ -13,7 +13,7 @@ LLAMA = load_model_shape("llama-3-8b")
 def test_weights_of_all_ranks_are_the_model() -> None:
     stages = rank_memory(
         LLAMA, dtype="bfloat16", tp_size=1, layer_partition=(16, 16), slab_tokens=0, max_round_tokens=0,
-        all_tokens=0, device_type="cuda",
+        all_tokens=0, num_rounds=8, device_type="cuda",
     )  # fmt: skip
     norm = LLAMA.hidden_size  # the final one
     assert sum(stage.weights_bytes for stage in stages) == 2 * (LLAMA.num_parameters - norm)
@@ -22,7 +22,7 @@ def test_weights_of_all_ranks_are_the_model() -> None:
 def test_kv_cache_of_a_long_prompt_is_counted_exactly() -> None:
     (stage,) = rank_memory(
         LLAMA, dtype="bfloat16", tp_size=1, layer_partition=(32,), slab_tokens=131072, max_round_tokens=2048,
-        all_tokens=131072, device_type="cuda",
+        all_tokens=131072, num_rounds=8, device_type="cuda",
     )  # fmt: skip
     assert stage.kv_bytes == 131072 * 2 * 32 * 8 * 128 * 2
 
@@ -31,7 +31,7 @@ def test_kv_heads_are_replicated_beyond_their_number() -> None:
     def kv_bytes(tp_size: int) -> int:
         (stage,) = rank_memory(
             LLAMA, dtype="bfloat16", tp_size=tp_size, layer_partition=(32,), slab_tokens=1024, max_round_tokens=64,
-            all_tokens=1024, device_type="cuda",
+            all_tokens=1024, num_rounds=8, device_type="cuda",
         )  # fmt: skip
         return stage.kv_bytes
 
@@ -41,7 +41,7 @@ def test_kv_heads_are_replicated_beyond_their_number() -> None:
 def test_ranks_of_a_host_share_its_memory() -> None:
     stages = rank_memory(
         LLAMA, dtype="float32", tp_size=2, layer_partition=(16, 16), slab_tokens=1024, max_round_tokens=64,
-        all_tokens=1024, device_type="cpu",
+        all_tokens=1024, num_rounds=8, device_type="cpu",
     )  # fmt: skip
     enough = 2 * sum(stage.total_bytes for stage in stages)
     assert memory_refusal(stages, tp_size=2, device_type="cpu", memory_bytes=2 * enough) is None
@@ -54,7 +54,7 @@ def test_unfinished_sends_are_counted_where_there_is_a_stage_to_send_to() -> Non
     def unsent_bytes(device_type: str, all_tokens: int) -> list[int]:
         stages = rank_memory(
             LLAMA, dtype="float32", tp_size=1, layer_partition=(16, 16), slab_tokens=1024, max_round_tokens=1024,
-            all_tokens=all_tokens, device_type=device_type,
+            all_tokens=all_tokens, num_rounds=8, device_type=device_type,
         )  # fmt: skip
         return [stage.unsent_bytes for stage in stages]
 
@@ -62,6 +62,20 @@ def test_unfinished_sends_are_counted_where_there_is_a_stage_to_send_to() -> Non
     assert unsent_bytes("cpu", 2000) == [2000 * row_bytes, 0]
     assert unsent_bytes("cpu", 10**7) == [SEND_BUFFER_BYTES + 1024 * row_bytes, 0]
     assert unsent_bytes("cuda", 10**7) == [0, 0]
+
+
+def test_recorded_rounds_are_counted_on_cards() -> None:
+    def stage(device_type: str, num_rounds: int) -> RankMemory:
+        (only,) = rank_memory(
+            LLAMA, dtype="bfloat16", tp_size=1, layer_partition=(32,), slab_tokens=1024, max_round_tokens=1024,
+            all_tokens=10**6, num_rounds=num_rounds, device_type=device_type,
+        )  # fmt: skip
+        return only
+
+    assert stage("cpu", 10).total_bytes == stage("cpu", 1000).total_bytes
+    few, many, too_many = (stage("cuda", count) for count in (10, MOST_RECORDED, MOST_RECORDED + 1))
+    assert few.runtime_bytes < many.runtime_bytes == too_many.runtime_bytes
+    assert 2 * many.activation_bytes == too_many.activation_bytes
 
 
 def test_every_layout_of_four_ranks() -> None:
