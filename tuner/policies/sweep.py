@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tuner.caps import QueueCaps, context_token_s, round_overhead_s
 from tuner.cost_model import StageCost
 from tuner.packing import Packer
 from tuner.plan import Request, Round
@@ -159,14 +160,20 @@ def _most_on_time(by_deadline: Sequence[int], work: Sequence[float], deadline: S
     return kept + sorted(dropped, key=lambda i: work[i])
 
 
-def cap_profile(problem: Problem, order: Sequence[int], power: float) -> list[float]:
-    """Each request's share of the cap: (work up to its end / all work) ** power.
-
-    A request that ends after S seconds of work in rounds of m seconds waits about S (1 + o/m) + (K-1) m, least at
-    m = sqrt(S o / (K-1)): rounds grow with the square root of the work done so far.
-    """
-    work = work_s(problem)
-    done = np.cumsum([work[index] for index in order])
-    profile = np.ones(len(order))
-    profile[list(order)] = (done / done[-1]) ** power
-    return profile.tolist()
+def cap_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]:
+    """Each request's share of the cap, in each way that `tuner.caps` finds worth a try for the mean TTFT."""
+    work, requests = work_s(problem), [problem.requests[index] for index in order]
+    caps = QueueCaps(
+        work_s=[work[index] for index in order],
+        context_work=[work[i] * (r.cached_tokens + r.new_tokens / 2.0) for i, r in zip(order, requests, strict=True)],
+        weights=[request.weight for request in requests],
+        overhead_s=round_overhead_s(problem.cost),
+        context_token_s=context_token_s(problem.cost),
+        stages_after=problem.cost.pp_size - 1,
+    )
+    profiles = []
+    for choice in [*caps.choices(), caps.for_makespan()]:
+        largest = max(choice)
+        share_of = dict(zip(order, (cap / largest if cap < largest else 1.0 for cap in choice), strict=True))
+        profiles.append([share_of[index] for index in range(len(order))])
+    return profiles
