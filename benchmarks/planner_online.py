@@ -13,7 +13,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from benchmarks.planner_records import CASES, atom, prompts
+from benchmarks.planner_records import CASES, prompts
+from tests.tuner.atom import atom
 from tuner.online import online_rounds
 from tuner.planner import make_rounds
 from tuner.problem import Problem

@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from db.errors import UserError
+from tests.tuner.atom import ATOM, atom
 from tests.tuner.strategies import batches, cost_models, windows
-from tests.tuner.test_planner import ATOM, atom, prompts
+from tests.tuner.test_planner import prompts
 from tuner.cost_model import CostModel, PairAttention, StageCost
 from tuner.online import Planner, online_rounds
 from tuner.plan import Request, check_rounds

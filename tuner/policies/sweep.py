@@ -21,6 +21,8 @@ Pack = Callable[[Packer, Sequence[Request], Sequence[int], Sequence[float]], lis
 ROUNDS_SWEPT = 2_400
 """Rounds over all caps of one sweep: with many rounds a plan, their whole number matters less and fewer caps do."""
 LEAST_CAPS, MANY_CAPS, MOST_CAPS = 6, 24, 72
+CAP_POWERS = (0.25, 0.5)
+"""Exponents of the share of the work done that are tried for the mean TTFT."""
 
 
 @dataclass(slots=True)
@@ -161,7 +163,12 @@ def _most_on_time(by_deadline: Sequence[int], work: Sequence[float], deadline: S
 
 
 def cap_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]:
-    """Each request's share of the cap, in each way that `tuner.caps` finds worth a try for the mean TTFT."""
+    """Each request's share of the cap, in each way that is worth a try for the mean TTFT: those of `tuner.caps`, and
+    powers of the share of the work done by a request's end.
+
+    A request that ends after S seconds of work in rounds of m seconds waits about S (1 + o/m) + (K-1) m, least at
+    m = sqrt(S o / (K-1)): rounds grow with the square root of the work done so far.
+    """
     work, requests = work_s(problem), [problem.requests[index] for index in order]
     caps = QueueCaps(
         work_s=[work[index] for index in order],
@@ -171,9 +178,9 @@ def cap_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]:
         context_token_s=context_token_s(problem.cost),
         stages_after=problem.cost.pp_size - 1,
     )
-    profiles = []
-    for choice in [*caps.choices(), caps.for_makespan()]:
-        largest = max(choice)
-        share_of = dict(zip(order, (cap / largest if cap < largest else 1.0 for cap in choice), strict=True))
-        profiles.append([share_of[index] for index in range(len(order))])
-    return profiles
+    done = np.cumsum(caps.work_s)
+    powers = [(done / done[-1]) ** power for power in CAP_POWERS]
+    choices = [np.array(choice) for choice in [*caps.choices(), caps.for_makespan()]]
+    shares = [*(np.where(choice < choice.max(), choice / choice.max(), 1.0) for choice in choices), *powers]
+    place = np.argsort(order)
+    return [share[place].tolist() for share in shares]
