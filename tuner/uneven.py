@@ -111,10 +111,14 @@ class _Side:
 
     def caps_s(self, excess_s: Floats, done_s: Floats) -> Floats:
         """The longest round for each excess when so much has run; the shapes broadcast."""
-        caps: Floats = np.full(np.broadcast_shapes(excess_s.shape, done_s.shape), np.inf)
-        for ratio, before_s, slowness in zip(self.ratio, self.before_s[:-1], self.slowness, strict=True):
-            if slowness > 0.0:
-                caps = np.minimum(caps, (excess_s - before_s + (1.0 - ratio) * done_s) / slowness)
+        shape = np.broadcast_shapes(excess_s.shape, done_s.shape)
+        held_up = self.slowness > 0.0
+        if not held_up.any():
+            return np.full(shape, np.inf)
+        columns = (self.ratio[held_up], self.before_s[:-1][held_up], self.slowness[held_up])
+        ratio, before_s, slowness = (column.reshape(-1, *(1 for _ in shape)) for column in columns)
+        with np.errstate(over="ignore"):
+            caps = ((excess_s - before_s + (1.0 - ratio) * done_s) / slowness).min(axis=0)
         allowed: Floats = np.maximum(caps, 0.0) * (1.0 + 1e-9)
         return allowed
 

@@ -180,7 +180,7 @@ def cap_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]:
     )
     done = np.cumsum(caps.work_s)
     powers = [(done / done[-1]) ** power for power in CAP_POWERS]
-    choices = [np.array(choice) for choice in [*caps.choices(), caps.for_makespan()]]
-    shares = [*(np.where(choice < choice.max(), choice / choice.max(), 1.0) for choice in choices), *powers]
+    choices = [np.array(choice) for choice in [*caps.choices(), caps.for_makespan()]]  # infinite on one stage
+    shares = [np.divide(cap, cap.max(), out=np.ones(len(cap)), where=cap < cap.max()) for cap in choices]
     place = np.argsort(order)
-    return [share[place].tolist() for share in shares]
+    return [share[place].tolist() for share in [*shares, *powers]]
