@@ -41,6 +41,8 @@ MANY_STAGES, FEWER_CLOSER = 16, 2
 
 def uneven_bound_s(cost: CostModel, work: Work, known_s: float) -> float:
     """Seconds that no makespan is below, where `known_s` is proven already."""
+    if known_s <= 0.0:  # nothing to scale the grid by
+        return known_s
     tokens, context = work.prompt - work.cached, work.cached
     busy = [float(kind.tokens_s(tokens.sum()) + kind.chunk_seconds(tokens, context).sum()) for kind in cost.kinds]
     stage = max(range(cost.pp_size), key=lambda stage: busy[cost.kind_of_stage[stage]])
