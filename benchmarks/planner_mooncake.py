@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.planner_records import atom
+from tests.tuner.atom import atom
 from tuner.replay import Replay, compare_replays
 from tuner.workload import load_workload
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-from tuner.cost_model import CostModel, PairAttention, StageCost
+from tests.tuner.atom import ATOM, atom
 from tuner.plan import Request
 from tuner.planner import compare_policies, plan_rounds
 from tuner.schedule import Objective
-
-ATOM = json.loads((Path(__file__).parents[1] / "tests" / "data" / "atom_kimi_k25_mi355x.json").read_text())
 
 CASES = [
     ("1 x 131072, K = 4", [131072], 4, None, 9.28),
@@ -18,17 +13,6 @@ CASES = [
     ("mix of 16, K = 8, W = 9", ATOM["request_mix"], 8, 9, 25.15),
     ("8 x 131072, K = 4, W = 5", [131072] * 8, 4, 5, 58.5),
 ]
-
-
-def atom(pp_size: int) -> CostModel:
-    """Kimi-K2.5 on MI355X as ATOM measured it, the hand-off of 17.5 ms added to c."""
-    stage = StageCost(
-        token_count=(0, 65536),
-        token_seconds=(0.0, 65536 * ATOM["b"] / 1e3),
-        attention=PairAttention(pair_s=2 * ATOM["a"] / 1e3, context_token_s=ATOM["gamma"] / 1e3),
-        round_overhead_s=(ATOM["c"] + ATOM["handoff_ms_per_round"]) / 1e3,
-    )
-    return CostModel(stages=(stage,)).for_pp_size(pp_size)
 
 
 def prompts(lengths: list[int]) -> list[Request]:

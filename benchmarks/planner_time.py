@@ -7,7 +7,9 @@ import time
 
 import numpy as np
 
-from benchmarks.planner_records import atom, prompts
+from benchmarks.planner_records import prompts
+from tests.tuner.atom import atom
+from tuner.cost_model import CostModel
 from tuner.online import Planner
 from tuner.plan import Request
 from tuner.planner import plan_rounds
@@ -20,11 +22,13 @@ def main() -> None:
     """Print median and worst planning times beside their limits, and the online planner's time a round."""
     rng = random.Random(0)
     mixed = [int(2048 * 2 ** (6 * rng.random())) for _ in range(256)]
-    for name, lengths, pp_size, limit_ms in [
-        ("1 x 1048576 tokens, 64 stages", [1_048_576], 64, 50),
-        ("256 requests of 2K-128K, 16 stages", mixed, 16, 300),
+    for name, lengths, cost, limit_ms in [
+        ("1 x 1048576 tokens, 64 stages", [1_048_576], atom(64), 50),
+        ("1 x 1048576 tokens, 64 uneven stages", [1_048_576], uneven(64), 50),
+        ("256 requests of 2K-128K, 16 stages", mixed, atom(16), 300),
+        ("256 requests of 2K-128K, 16 uneven stages", mixed, uneven(16), 300),
     ]:
-        plans = [plan_rounds(atom(pp_size), prompts(lengths), window=pp_size + 1) for _ in range(REPEATS)]
+        plans = [plan_rounds(cost, prompts(lengths), window=cost.pp_size + 1) for _ in range(REPEATS)]
         times_ms = [plan.planning_s * 1e3 for plan in plans]
         print(
             f"{name}: median {np.median(times_ms):.1f} ms, worst {max(times_ms):.1f} ms (limit {limit_ms} ms); "
@@ -36,6 +40,11 @@ def main() -> None:
             f"online next round with 256 waiting, {objective}: median {np.median(times_ms):.3f} ms, "
             f"p99 {np.percentile(times_ms, 99):.3f} ms (limit 1 ms in the median)"
         )
+
+
+def uneven(pp_size: int) -> CostModel:
+    """ATOM's stages with 7, 8 and 9 layers in turn instead of 8."""
+    return CostModel(stages=tuple(atom(1).scaled((7 + k % 3) / 8).stages[0] for k in range(pp_size)))
 
 
 def _online_ms(lengths: list[int], objective: Objective, rng: random.Random) -> list[float]:

@@ -1,18 +1,14 @@
 """Rounds for what waits right now: requests packed in their running order under a few caps, judged by the recurrence.
 
-How long should rounds be for the mean TTFT? Let request r, in running order, have `a(r)` seconds of work, times the
-overhead o of a round, times the weight of all requests that have not ended before it; rounds of m(r) seconds beside
-their overhead then delay all TTFTs by a(r) / m(r), weighted. On equal stages a round waits behind the longest before
-it (`tuner.schedule`), so rounds never need to shrink, and a request's TTFT also holds K - 1 times the m(r) it ends
-under. The sum of a(r) / m(r) + (K - 1) weight(r) m(r), m never falling, is least where neighbours that would fall are
-pooled and each pool takes m = sqrt(sum of a / ((K - 1) sum of weights)): isotonic regression, by pooling adjacent
-violators (Ayer and others, 1955).
+Caps come in lists, one cap a request (`tuner.caps`); each list is tried at several scales. Where the makespan is
+limited, caps for the makespan alone say first how short it can be, and lists of several weights of the makespan are
+tried under that limit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,28 +16,36 @@ import numpy as np
 from tuner.cost_model import Floats
 from tuner.packing import Packer, fill_rounds
 from tuner.plan import Request, Round
-from tuner.schedule import FlatRounds, Objective, simulate
+from tuner.schedule import MAKESPAN_SLACK, FlatRounds, Objective, simulate
 
+ROUNDING = 1e-9
+"""A round's own time as its cap lets it in again."""
 ROUNDS_SWEPT = 320
 """Rounds over all caps of one sweep: with many rounds, their whole number matters less and fewer caps do."""
 LEAST_CAPS, MOST_CAPS = 8, 24
 WIDTH = 2.5
 """Caps up to so many times longer and shorter are tried; with many rounds only its square root."""
+MOST_PASSES, ROUNDS_VARIED = 6, 40
+"""How often single rounds are varied, and over how many rounds in all: in long plans one round matters little."""
+LOOSENESS = (1.005, 1.0, 1.002, 1.01)
+"""Shares of the makespan's limit whose best plans are varied, as many as ROUNDS_VARIED allows."""
+FACTORS = (0.7, 0.85, 0.95, 0.98, 1.02, 1.05, 1.15, 1.4)
+"""What a single round's cap is scaled by."""
 
 
-def pooled_caps(delays: Sequence[float], weights: Sequence[float], stages_after: float) -> list[float]:
-    """m(r) of each request: sqrt(a / (stages_after * weight)), pooled so that it never falls."""
-    pools: list[list[float]] = []  # [sum of a, sum of weights, number of requests]
-    for delay, weight in zip(delays, weights, strict=True):
-        pool = [delay, weight, 1]
-        while pools and pools[-1][0] * pool[1] >= pool[0] * pools[-1][1]:
-            pool = [mine + before for mine, before in zip(pool, pools.pop(), strict=True)]
-        pools.append(pool)
-    caps: list[float] = []
-    for delay, weight, count in pools:
-        cap = math.sqrt(delay / (stages_after * weight)) if weight else math.inf
-        caps.extend([cap] * int(count))
-    return caps
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Rounds, when the last ends, and the weighted sum of when each request ends."""
+
+    makespan_s: float
+    ends_s: float
+    rounds: list[Round]
+
+    def score(self, objective: Objective, limit_s: float = math.inf) -> tuple[float, ...]:
+        """What to minimise: how far the makespan is over its limit first."""
+        if objective is Objective.MAKESPAN:
+            return (self.makespan_s, self.ends_s)
+        return (max(self.makespan_s - limit_s, 0.0), self.ends_s, self.makespan_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,25 +64,93 @@ class Lookahead:
     objective: Objective
 
     def rounds(self, caps_s: Sequence[float], least_s: float) -> list[Round]:
-        """The best rounds under scaled caps (one a span), none below `least_s`: a wide sweep, then a closer one."""
-        tried: dict[float, tuple[tuple[float, float], list[Round]]] = {}
+        """The best rounds under scaled caps (one a span), none below `least_s`."""
+        found = self._sweep(caps_s, least_s, self.objective)
+        return min(found, key=lambda each: each.score(self.objective)).rounds
+
+    def limited_rounds(
+        self, fastest_caps_s: Sequence[float], choices: Sequence[Sequence[float]], least_s: float
+    ) -> list[Round]:
+        """The best rounds under any choice of caps whose makespan is within MAKESPAN_SLACK of the best found under the
+        fastest caps.
+
+        Plans a little over the limit are starts too: varying single rounds may bring them back under it.
+        """
+        found = self._sweep(fastest_caps_s, least_s, Objective.MAKESPAN)
+        limit_s = MAKESPAN_SLACK * min(each.makespan_s for each in found)
+        for caps_s in choices:
+            found.extend(self._sweep(caps_s, least_s, self.objective, limit_s))
+        best = min(found, key=lambda each: each.score(self.objective, limit_s))
+        for share in LOOSENESS[: max(ROUNDS_VARIED // len(best.rounds), 1)]:
+            start = min(found, key=lambda each: each.score(self.objective, share * limit_s))
+            best = min(best, self._varied(start, limit_s), key=lambda each: each.score(self.objective, limit_s))
+        return best.rounds
+
+    def _sweep(
+        self, caps_s: Sequence[float], least_s: float, objective: Objective, limit_s: float = math.inf
+    ) -> list[_Found]:
+        """Plans under scaled caps: a wide sweep, then a closer one around its best."""
+        tried: dict[float, _Found] = {}
 
         def attempt(scale: float) -> None:
             caps = [max(scale * cap, least_s) for cap in caps_s]
             spans = zip(self.spans, caps, strict=True)
             rounds = fill_rounds(self.packer, self.requests, self.spans, {span[0]: cap for span, cap in spans})
-            tried[scale] = (self._score(rounds), rounds)
+            tried[scale] = self._found(rounds)
 
         attempt(1.0)
-        num_caps = min(max(ROUNDS_SWEPT // len(tried[1.0][1]), LEAST_CAPS), MOST_CAPS)
+        num_caps = min(max(ROUNDS_SWEPT // len(tried[1.0].rounds), LEAST_CAPS), MOST_CAPS)
         width = WIDTH if num_caps == MOST_CAPS else math.sqrt(WIDTH)
         for reach, count in ((width, num_caps), (width ** (2.0 / num_caps), num_caps // 2)):
-            centre = min(tried, key=lambda scale: tried[scale][0])
+            centre = min(tried, key=lambda scale: tried[scale].score(objective, limit_s))
             for scale in np.geomspace(centre / reach, centre * reach, count):
                 attempt(float(scale))
-        return min(tried.values(), key=lambda found: found[0])[1]
+        return list(tried.values())
 
-    def _score(self, rounds: list[Round]) -> tuple[float, float]:
+    def _varied(self, start: _Found, limit_s: float) -> _Found:
+        """Make single rounds longer or shorter while that helps."""
+        best = start
+        for _ in range(min(ROUNDS_VARIED // len(start.rounds), MOST_PASSES)):
+            before = best
+            for i in range(len(before.rounds)):
+                for factor in FACTORS:
+                    others = [self._found(self._filled(caps_s)) for caps_s in self._changed(best.rounds, i, factor)]
+                    best = min([best, *others], key=lambda each: each.score(self.objective, limit_s))
+            if best is before:
+                break
+        return best
+
+    def _changed(self, rounds: Sequence[Round], i: int, factor: float) -> Iterator[list[float]]:
+        """Caps of all rounds when round i is so many times as long: what no longer fits moves on to the last round, or
+        the next one makes up for it."""
+        if i + 1 < len(rounds):
+            caps_s = [self.packer.seconds(chunks, self.requests) for chunks in rounds]
+            longer_s = factor * caps_s[i]
+            yield [*caps_s[:i], longer_s, *caps_s[i + 1 : -1], math.inf]
+            with_next = [*caps_s[:i], longer_s, caps_s[i] + caps_s[i + 1] - longer_s, *caps_s[i + 2 :]]
+            yield [*with_next[:-1], math.inf]
+
+    def _filled(self, caps_s: Sequence[float]) -> list[Round]:
+        """The spans in running order, each round filled up to its own cap, the last one with all that is left."""
+        rounds: list[Round] = []
+        current = self.packer.open_round()
+        for index, first, end in self.spans:
+            start = first
+            while start < end:
+                cap_s = caps_s[min(len(rounds), len(caps_s) - 1)] * (1.0 + ROUNDING)
+                tokens = self.packer.longest(current, start, end - start, cap_s)
+                if not tokens and not current.chunks:
+                    tokens = min(self.packer.multiple, end - start)
+                if tokens:
+                    self.packer.add(current, index, start, tokens, start + tokens == end)
+                    start += tokens
+                if start < end:
+                    rounds.append(tuple(current.chunks))
+                    current = self.packer.open_round()
+        return [*rounds, tuple(current.chunks)]
+
+    def _found(self, rounds: list[Round]) -> _Found:
+        """What the recurrence makes of rounds."""
         cost, flat = self.packer.cost, FlatRounds.of(rounds)
         prompt = np.array([self.requests[index].prompt_tokens for index in flat.request.tolist()])
         final = flat.start + flat.tokens == prompt
@@ -88,6 +160,4 @@ class Lookahead:
         finish = simulate(stage_s, hop_s, self.window, cost.return_s, free_s=free_s).finish_s[:, -1]
         weights = np.array([self.requests[index].weight for index in flat.request[final].tolist()])
         ends = finish[flat.round_index[final]]
-        mean = float(ends @ weights) if weights.any() else float(ends.sum())
-        makespan = float(finish[-1])
-        return (makespan, mean) if self.objective is Objective.MAKESPAN else (mean, makespan)
+        return _Found(float(finish[-1]), float(ends @ weights) if weights.any() else float(ends.sum()), rounds)

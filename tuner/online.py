@@ -7,12 +7,12 @@ millisecond.
     ...
     planner.finish_round(now_s=0.7)               # the oldest round in flight has left the last stage
 
-How long may the next round be? `tuner.lookahead.pooled_caps` says, from the work that waits, which caps make the mean
-TTFT least when nothing else arrives; the first request's counts. Where requests keep arriving faster than the queue
-drains, those ahead of a long prompt are soon replaced by newcomers: then all that wait share one cap, that of the mean
-over them. For the makespan C seconds of work that waits, in rounds with o seconds of overhead and context read again,
-want rounds of o + sqrt(C o / (K-1)). Rounds no longer than those the pipeline is already busy with cost no latency: on
-equal stages a round waits behind the slowest one before it (`tuner.schedule`), so the cap never falls below what is in
+How long may the next round be? `tuner.caps` says, from the work that waits, which caps make the mean TTFT or the
+makespan least when nothing else arrives; the first request's counts. While all that ever came was there at the start,
+the mean TTFT's caps keep the makespan within the limit that the batch planner keeps. Where requests keep arriving
+faster than the queue drains, those ahead of a long prompt are soon replaced by newcomers: then all that wait share one
+cap, that of the mean over them. Rounds no longer than those the pipeline is already busy with cost no latency: on equal
+stages a round waits behind the slowest one before it (`tuner.schedule`), so the cap never falls below what is in
 flight. Then the remaining work is shared out evenly over whole rounds.
 
 With few requests, where rounds and requests end matters: the rounds of all of them are planned under several scales of
@@ -27,8 +27,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from db.errors import UserError
-from tuner.cost_model import CostModel, PairAttention
-from tuner.lookahead import Lookahead, pooled_caps
+from tuner.caps import QueueCaps, context_token_s, round_overhead_s
+from tuner.cost_model import CostModel
+from tuner.lookahead import Lookahead
 from tuner.packing import OpenRound, Packer
 from tuner.plan import Chunk, Request, Round, check_window
 from tuner.policies.queue import Clock
@@ -41,9 +42,6 @@ AGING = 0.01
 """Seconds of remaining work that a second of waiting makes up for in the running order: long prompts do not starve."""
 FEW_WAITING = 32
 """With no more requests than these, the rounds of all of them are planned whenever the queue has changed."""
-MAKESPAN_SHARE, ENDS_INSIDE = 1.1, 0.5
-"""Corrections found on batches known at the start; the results are flat around them: the share of the work that counts
-for the makespan, and the share of a round that a request which ends inside it waits for."""
 SETTLED_SHARE = 0.5
 """What waits counts as all there is if it takes at most this share of the mean time between arrivals."""
 GAP_MEMORY = 0.1
@@ -108,10 +106,12 @@ class Planner:
         self._in_flight: deque[float] = deque()  # when each round in flight should leave the last stage
         self._late_s = 0.0  # how much later than the clock the engine is
         self._total_work_s = 0.0
-        self._total_context_work = 0.0
         self._last_arrival_s = 0.0
         self._arrival_gap_s = math.inf  # running mean; infinite while all that came was there at the start
+        self._makespan_weight: float | None = None  # kept while no request comes
         self._planned: deque[Round] = deque()  # for the queue as it is; a request that comes or goes voids them
+        self._overhead_s = round_overhead_s(cost)
+        self._context_token_s = context_token_s(cost)
         self._packer = self._make_packer(FIRST_TABLE_TOKENS)
 
     @property
@@ -131,6 +131,7 @@ class Planner:
         index = len(self.requests)
         self._note_arrival(now_s)
         self._planned.clear()
+        self._makespan_weight = None
         self.requests.append(request)
         self._index_of[request.id] = index
         self._enqueue(_Waiting(index, request, request.cached_tokens, 0.0, 0.0, 0.0))
@@ -175,7 +176,7 @@ class Planner:
 
     def _greedy_round(self, start_s: float) -> Round:
         """The cap's fill of the queue in running order."""
-        cap_s = max(self._evened_s(self._caps_s()[0]), self._lag_s(start_s))
+        cap_s = max(self._cap_s(), self._lag_s(start_s))
         into = self._packer.open_round()
         for _, index in list(self._queue):
             if not self._put(into, self._waiting[index], cap_s):
@@ -227,41 +228,29 @@ class Planner:
         """What rounds may take without leaving any later than what is in flight makes them."""
         return (self._clock.finish_s[-1] - start_s) / max(self.cost.pp_size - 1, 1)
 
-    def _caps_s(self) -> list[float]:
-        """Most seconds that a round may take on the slowest stage while each request waits to be run next, in running
-        order."""
-        stages_after = self.cost.pp_size - 1
+    def _queue_caps(self) -> QueueCaps:
         waiting = [self._waiting[index] for _, index in self._queue]
-        if not stages_after:
-            return [math.inf] * len(waiting)
-        per_round_s = self._per_round_s()
+        return QueueCaps(
+            work_s=[each.work_s for each in waiting],
+            context_work=[each.context_work for each in waiting],
+            weights=[each.request.weight for each in waiting],
+            overhead_s=self._overhead_s,
+            context_token_s=self._context_token_s,
+            stages_after=self.cost.pp_size - 1,
+        )
+
+    def _cap_s(self) -> float:
+        """Most seconds that the next round may take on the slowest stage."""
+        caps = self._queue_caps()
         if self.objective is Objective.MAKESPAN:
-            beside = [math.sqrt(MAKESPAN_SHARE * self._total_work_s * per_round_s / stages_after)] * len(waiting)
+            allowed = caps.for_makespan()
+        elif not self._is_settled():
+            allowed = caps.shared()
         else:
-            weights = [each.request.weight for each in waiting]
-            if not any(weights):
-                weights = [1.0] * len(waiting)
-            delays, left = [], sum(weights)
-            for each, weight in zip(waiting, weights, strict=True):
-                delays.append(left * (self._overhead_s * each.work_s + self._context_token_s * each.context_work))
-                left -= weight
-            if self._is_settled():
-                beside = pooled_caps(delays, weights, stages_after + ENDS_INSIDE)
-            else:
-                beside = pooled_caps([sum(delays)], [sum(weights)], stages_after + ENDS_INSIDE) * len(waiting)
-        return [self.cap_scale * (per_round_s + seconds) for seconds in beside]
-
-    def _per_round_s(self) -> float:
-        """Overhead of a round and the context that one more chunk reads."""
-        return self._overhead_s + self._context_token_s * self._total_context_work / max(self._total_work_s, 1e-12)
-
-    def _evened_s(self, cap_s: float) -> float:
-        """The cap, lowered so that all work that waits fills whole rounds."""
-        per_round_s = self._per_round_s()
-        if not math.isfinite(cap_s):
-            return cap_s
-        num_rounds = math.ceil(self._total_work_s / max(cap_s - per_round_s, 1e-12))
-        return per_round_s + self._total_work_s / max(num_rounds, 1)
+            if self._is_limited and self._makespan_weight is None:
+                self._makespan_weight = caps.makespan_weight()
+            allowed = caps.for_mean_ttft(self._makespan_weight or 0.0)
+        return caps.evened(self.cap_scale * allowed[0])
 
     def _note_arrival(self, now_s: float) -> None:
         since_s = now_s - self._last_arrival_s
@@ -274,6 +263,11 @@ class Planner:
         """Whether what waits should be done before much else arrives."""
         return self._total_work_s <= SETTLED_SHARE * self._arrival_gap_s
 
+    @property
+    def _is_limited(self) -> bool:
+        """Whether all that ever came was there at the start: then the last end is the makespan, and is limited."""
+        return not math.isfinite(self._arrival_gap_s)
+
     def _may_plan_ahead(self) -> bool:
         """Few requests wait, hardly any will join them, all fit into the KV cache, the caps' scale is not the
         caller's."""
@@ -285,7 +279,8 @@ class Planner:
 
     def _plan_ahead(self, start_s: float) -> list[Round]:
         """Rounds of all that waits."""
-        return Lookahead(
+        caps, least_s = self._queue_caps(), self._lag_s(start_s)
+        ahead = Lookahead(
             packer=self._packer,
             requests=self.requests,
             spans=[(i, self._waiting[i].done, self.requests[i].prompt_tokens) for _, i in self._queue],
@@ -293,7 +288,13 @@ class Planner:
             start_s=start_s,
             window=self.window,
             objective=self.objective,
-        ).rounds([self._evened_s(cap_s) for cap_s in self._caps_s()], self._lag_s(start_s))
+        )
+
+        if self.objective is Objective.MAKESPAN:
+            return ahead.rounds(caps.for_makespan(), least_s)
+        if not self._is_limited:
+            return ahead.rounds(caps.for_mean_ttft(), least_s)
+        return ahead.limited_rounds(caps.for_makespan(), [*caps.choices(), caps.for_makespan()], least_s)
 
     def _enqueue(self, waiting: _Waiting) -> None:
         request = waiting.request
@@ -307,7 +308,6 @@ class Planner:
         else:
             waiting.rank = waiting.work_s / max(request.weight, 1e-12) + self.aging * request.arrival_s
         self._total_work_s += waiting.work_s
-        self._total_context_work += waiting.context_work
         self._waiting[waiting.index] = waiting
         insort(self._queue, (waiting.rank, waiting.index))
 
@@ -315,9 +315,8 @@ class Planner:
         waiting = self._waiting.pop(index)
         self._queue.remove((waiting.rank, index))
         self._total_work_s -= waiting.work_s
-        self._total_context_work -= waiting.context_work
         if not self._waiting:
-            self._total_work_s = self._total_context_work = 0.0
+            self._total_work_s = 0.0
         return waiting
 
     def _release(self, waiting: _Waiting) -> None:
@@ -327,10 +326,6 @@ class Planner:
 
     def _make_packer(self, longest_tokens: int) -> Packer:
         self._table_tokens = longest_tokens
-        self._overhead_s = max(
-            kind.round_overhead_s + float(kind.tokens_s(0)) + kind.chunk_s for kind in self.cost.kinds
-        )
-        self._context_token_s = max(_context_token_s(kind.attention) for kind in self.cost.kinds)
         return Packer(
             self.cost,
             self.chunk_multiple,
@@ -338,13 +333,6 @@ class Planner:
             total_tokens=4 * longest_tokens,
             limits=self.limits,
         )
-
-
-def _context_token_s(attention: object) -> float:
-    """Seconds a chunk pays for each context token whatever its length."""
-    if isinstance(attention, PairAttention):
-        return attention.context_token_s
-    return 0.0
 
 
 def online_rounds(problem: Problem, cap_scale: float = 1.0) -> list[Round]:

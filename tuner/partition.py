@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Unpack
 
 from db.errors import UserError
 from tuner.cost_model import CostModel
 from tuner.plan import Request
 from tuner.planner import RoundPlan, plan_rounds
-from tuner.problem import NO_LIMITS, Limits
+from tuner.problem import RoundOptions
 from tuner.schedule import Objective, evaluate
 
 BuildCost = Callable[[tuple[int, ...]], CostModel]
@@ -37,10 +38,7 @@ def choose_partition(
     requests: Sequence[Request],
     *,
     policy: str = "joint",
-    window: int | None = None,
-    chunk_multiple: int = 64,
-    limits: Limits = NO_LIMITS,
-    objective: Objective = Objective.MAKESPAN,
+    **options: Unpack[RoundOptions],
 ) -> tuple[tuple[int, ...], RoundPlan]:
     """Layers of each stage, and the rounds planned for them.
 
@@ -48,7 +46,7 @@ def choose_partition(
     single layers between stages as long as the exact recurrence says that the same rounds end sooner, and plan the
     rounds anew. Stops when that no longer helps.
     """
-    wanted = Objective.parse(objective)
+    wanted, window = Objective.parse(options.get("objective", Objective.MAKESPAN)), options.get("window")
     costs: dict[tuple[int, ...], CostModel] = {}
 
     def cost_of(partition: tuple[int, ...]) -> CostModel:
@@ -57,15 +55,7 @@ def choose_partition(
         return costs[partition]
 
     def plan(partition: tuple[int, ...]) -> RoundPlan:
-        return plan_rounds(
-            cost_of(partition),
-            requests,
-            policy=policy,
-            window=window,
-            chunk_multiple=chunk_multiple,
-            limits=limits,
-            objective=wanted,
-        )
+        return plan_rounds(cost_of(partition), requests, policy=policy, **options)
 
     partition = even_partition(num_layers, pp_size)
     best = plan(partition)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 from db.errors import UserError
 from tuner.bound import makespan_bound_s
@@ -17,7 +18,7 @@ from tuner.policies.fixed import fixed_rounds, gpipe_rounds
 from tuner.policies.joint import joint_rounds
 from tuner.policies.sglang import sglang_rounds
 from tuner.policies.terapipe import terapipe_rounds
-from tuner.problem import NO_LIMITS, Limits, Problem
+from tuner.problem import Limits, Problem, RoundOptions
 from tuner.schedule import Evaluation, Objective
 
 __all__ = ["POLICIES", "Limits", "Objective", "RoundPlan", "compare_policies", "plan_rounds"]
@@ -59,24 +60,14 @@ def plan_rounds(
     requests: Sequence[Request],
     *,
     policy: str = "joint",
-    window: int | None = None,
-    chunk_multiple: int = 64,
-    limits: Limits = NO_LIMITS,
-    objective: Objective = Objective.MAKESPAN,
+    **options: Unpack[RoundOptions],
 ) -> RoundPlan:
     """Decide the rounds of a batch.
 
     `cost` has one entry a stage (`CostModel.for_pp_size`). Raises UserError for an unknown policy, an empty batch, a
     window of 0 or limits under which no plan exists.
     """
-    problem = Problem(
-        cost=cost,
-        requests=tuple(requests),
-        window=window,
-        chunk_multiple=chunk_multiple,
-        limits=limits,
-        objective=Objective.parse(objective),
-    )
+    problem = Problem.of(cost, requests, **options)
     started = time.perf_counter()
     bound = makespan_bound_s(problem)
     rounds = tuple(make_rounds(problem, policy, bound))
@@ -126,30 +117,12 @@ def _num_tokens(policy: str, argument: str, chunk_multiple: int) -> int:
     return int(argument)
 
 
-def compare_policies(
-    cost: CostModel,
-    requests: Sequence[Request],
-    *,
-    window: int | None = None,
-    chunk_multiple: int = 64,
-    limits: Limits = NO_LIMITS,
-    objective: Objective = Objective.MAKESPAN,
-) -> list[RoundPlan]:
+def compare_policies(cost: CostModel, requests: Sequence[Request], **options: Unpack[RoundOptions]) -> list[RoundPlan]:
     """Plan by every policy, the fixed chunk swept over powers of two of `chunk_multiple`; the best first."""
-    policies = [*fixed_sweep(requests, chunk_multiple), *POLICIES[1:]]
-    plans = [
-        plan_rounds(
-            cost,
-            requests,
-            policy=policy,
-            window=window,
-            chunk_multiple=chunk_multiple,
-            limits=limits,
-            objective=objective,
-        )
-        for policy in policies
-    ]
-    return sorted(plans, key=lambda plan: plan.evaluation.score(Objective.parse(objective)))
+    problem = Problem.of(cost, requests, **options)
+    policies = [*fixed_sweep(requests, problem.chunk_multiple), *POLICIES[1:]]
+    plans = [plan_rounds(cost, requests, policy=policy, **options) for policy in policies]
+    return sorted(plans, key=lambda plan: plan.evaluation.score(problem.objective))
 
 
 def fixed_sweep(requests: Sequence[Request], chunk_multiple: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self, TypedDict, Unpack
 
 from db.errors import UserError
 from tuner.cost_model import CostModel
@@ -25,6 +26,15 @@ class Limits:
 NO_LIMITS = Limits()
 
 
+class RoundOptions(TypedDict, total=False):
+    """How rounds are made, beside the policy: fields of `Problem`, whose defaults hold for what is missing."""
+
+    window: int | None
+    chunk_multiple: int
+    limits: Limits
+    objective: Objective
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """A batch to plan. Raises UserError for input under which no plan exists."""
@@ -36,6 +46,12 @@ class Problem:
     """Chunks are this many tokens or a multiple of it; only a prompt's last chunk may be shorter."""
     limits: Limits = NO_LIMITS
     objective: Objective = Objective.MAKESPAN
+
+    @classmethod
+    def of(cls, cost: CostModel, requests: Sequence[Request], **options: Unpack[RoundOptions]) -> Self:
+        """The problem with these options, an objective's name parsed."""
+        options["objective"] = Objective.parse(options.get("objective", Objective.MAKESPAN))
+        return cls(cost=cost, requests=tuple(requests), **options)
 
     def __post_init__(self) -> None:
         if not self.requests:

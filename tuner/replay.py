@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from tuner.cost_model import CostModel
 from tuner.online import online_rounds
 from tuner.plan import Request
 from tuner.planner import POLICIES, fixed_sweep, make_rounds
-from tuner.problem import NO_LIMITS, Limits, Problem
+from tuner.problem import Problem, RoundOptions
 from tuner.schedule import Evaluation, Objective
 
 
@@ -35,10 +36,7 @@ def replay(
     requests: Sequence[Request],
     *,
     policy: str = "joint",
-    window: int | None = None,
-    chunk_multiple: int = 64,
-    limits: Limits = NO_LIMITS,
-    objective: Objective = Objective.MEAN_TTFT,
+    **options: Unpack[RoundOptions],
 ) -> Replay:
     """Run a trace under a policy, in the exact recurrence.
 
@@ -46,14 +44,7 @@ def replay(
     sources do. The batch policies (`gpipe`, `terapipe`, `dp`) plan all that waits whenever the first stage has run
     dry.
     """
-    problem = Problem(
-        cost=cost,
-        requests=tuple(requests),
-        window=window,
-        chunk_multiple=chunk_multiple,
-        limits=limits,
-        objective=Objective.parse(objective),
-    )
+    problem = _problem(cost, requests, options)
     rounds = online_rounds(problem) if policy == "joint" else make_rounds(problem, policy)
     evaluation = problem.evaluate(rounds)
     first = min(request.arrival_s for request in requests)
@@ -67,26 +58,15 @@ def replay(
 
 
 def compare_replays(
-    cost: CostModel,
-    requests: Sequence[Request],
-    *,
-    window: int | None = None,
-    chunk_multiple: int = 64,
-    limits: Limits = NO_LIMITS,
-    objective: Objective = Objective.MEAN_TTFT,
-    least_chunk: int = 1024,
+    cost: CostModel, requests: Sequence[Request], *, least_chunk: int = 1024, **options: Unpack[RoundOptions]
 ) -> list[Replay]:
     """Replay a trace under every policy, the fixed chunk swept over powers of two from `least_chunk` tokens up."""
-    fixed = [name for name in fixed_sweep(requests, chunk_multiple) if int(name.removeprefix("fixed:")) >= least_chunk]
-    return [
-        replay(
-            cost,
-            requests,
-            policy=policy,
-            window=window,
-            chunk_multiple=chunk_multiple,
-            limits=limits,
-            objective=objective,
-        )
-        for policy in [*fixed, *POLICIES[1:]]
-    ]
+    swept = fixed_sweep(requests, _problem(cost, requests, options).chunk_multiple)
+    fixed = [name for name in swept if int(name.removeprefix("fixed:")) >= least_chunk]
+    return [replay(cost, requests, policy=policy, **options) for policy in [*fixed, *POLICIES[1:]]]
+
+
+def _problem(cost: CostModel, requests: Sequence[Request], options: RoundOptions) -> Problem:
+    """The problem; where the caller names no objective, the mean TTFT's."""
+    with_objective: RoundOptions = {"objective": Objective.MEAN_TTFT, **options}
+    return Problem.of(cost, requests, **with_objective)

@@ -23,6 +23,9 @@ from db.errors import UserError
 from tuner.cost_model import CostModel, Floats, Ints
 from tuner.plan import Request, Round
 
+MAKESPAN_SLACK = 1.0075
+"""A plan for mean TTFT or deadlines has at most this much times the best makespan found."""
+
 
 class Objective(StrEnum):
     """What the rounds are optimised for."""

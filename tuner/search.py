@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
 
 from db.errors import UserError
 from profiler.model import ModelShape
@@ -15,7 +14,7 @@ from tuner.memory import RankMemory, memory_refusal, rounds_memory
 from tuner.partition import choose_partition
 from tuner.plan import Parallel, Plan, Predicted, Request
 from tuner.planner import Limits, Objective, RoundPlan, compare_policies, plan_rounds
-from tuner.problem import NO_LIMITS
+from tuner.problem import NO_LIMITS, RoundOptions
 from tuner.replay import Replay, compare_replays
 
 FitLayout = Callable[[Layout], LayerCosts]  # raises UserError when nothing was measured for the layout
@@ -38,13 +37,6 @@ class Target:
             if request.prompt_tokens > self.shape.max_positions:
                 allowed = f"at most {self.shape.max_positions}, the positions of {self.shape.name}"
                 raise UserError(f"prompt_tokens of request {request.id}", request.prompt_tokens, allowed)
-
-
-class _RoundOptions(TypedDict):
-    window: int | None
-    chunk_multiple: int
-    limits: Limits
-    objective: Objective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +68,7 @@ class Rules:
         num_layers = costs.work.shape.num_layers
         return choose_partition(costs.cost_model, num_layers, pp_size, requests, policy=self.policy, **self._options())
 
-    def _options(self) -> _RoundOptions:
+    def _options(self) -> RoundOptions:
         return {
             "window": self.window,
             "chunk_multiple": self.chunk_multiple,

@@ -1,15 +1,13 @@
-import json
-from pathlib import Path
-
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from db.errors import UserError
+from tests.tuner.atom import ATOM, atom
 from tests.tuner.oracle import best_makespan_s, random_instance
 from tests.tuner.strategies import batches, cost_models, windows
 from tuner.bound import makespan_bound_s
-from tuner.cost_model import CostModel, PairAttention, StageCost, TableAttention
+from tuner.cost_model import CostModel, StageCost, TableAttention
 from tuner.plan import Request, check_rounds
 from tuner.planner import POLICIES, compare_policies, fixed_sweep, plan_rounds
 from tuner.policies.exact import exact_rounds
@@ -17,19 +15,7 @@ from tuner.policies.fixed import fixed_rounds
 from tuner.problem import Limits, Problem
 from tuner.schedule import Objective
 
-ATOM = json.loads((Path(__file__).parents[1] / "data" / "atom_kimi_k25_mi355x.json").read_text())
 NAMED = ["fixed:256", *POLICIES[1:]]
-
-
-def atom(pp_size: int) -> CostModel:
-    """ATOM's published coefficients, the hand-off added to c."""
-    stage = StageCost(
-        token_count=(0, 65536),
-        token_seconds=(0.0, 65536 * ATOM["b"] / 1e3),
-        attention=PairAttention(pair_s=2 * ATOM["a"] / 1e3, context_token_s=ATOM["gamma"] / 1e3),
-        round_overhead_s=(ATOM["c"] + ATOM["handoff_ms_per_round"]) / 1e3,
-    )
-    return CostModel(stages=(stage,)).for_pp_size(pp_size)
 
 
 def prompts(*lengths: int) -> list[Request]:

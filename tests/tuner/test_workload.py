@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from db.errors import UserError
-from tests.tuner.test_planner import atom
+from tests.tuner.atom import atom
 from tuner.plan import check_rounds
 from tuner.planner import make_rounds
 from tuner.problem import Problem

@@ -22,16 +22,14 @@ from tuner.plan import Round
 from tuner.policies.dp import pack_line
 from tuner.policies.exact import exact_rounds, is_small
 from tuner.policies.improve import improve_rounds
-from tuner.policies.sweep import Pack, Search, cap_profile, request_orders, shortest_first
+from tuner.policies.sweep import Pack, Search, cap_profiles, request_orders, shortest_first
 from tuner.problem import Problem
-from tuner.schedule import Objective
+from tuner.schedule import MAKESPAN_SLACK, Objective
 
 MOST_STARTS = 3
 """Candidates, of different numbers of rounds, that are improved locally."""
 GOOD_ENOUGH = 1.002
 """A makespan within this factor of the bound is not improved further."""
-MAKESPAN_SLACK = 1.0075
-"""A plan for mean TTFT or deadlines has at most this much times the best makespan found."""
 FEW_PROMPTS = 3
 """Batches of so few prompts are also searched exactly on a coarser grid: it finds how rounds should grow and shrink
 where stages differ, which one cap for all rounds does not."""
@@ -41,8 +39,6 @@ CAP_SCALES = (1.0, 0.7, 0.85, 1.2, 1.5)
 """With arrivals, scales of the online planner's caps that are tried."""
 FEW_REQUESTS = 256
 """With more requests that arrive over time, only the first scale is tried."""
-CAP_POWERS = (0.0, 0.25, 0.5)
-"""Exponents of the cap profiles tried for mean TTFT (`cap_profile`)."""
 
 
 def joint_rounds(problem: Problem, bound_s: float) -> list[Round]:
@@ -60,8 +56,8 @@ def joint_rounds(problem: Problem, bound_s: float) -> list[Round]:
             search.limit(MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s, objective)
             search.keep(online_rounds(problem), objective)
             for order in request_orders(problem):
-                for power in CAP_POWERS:
-                    search.sweep(pack_in_order, order, cap_profile(problem, order, power), objective)
+                for profile in cap_profiles(problem, order):
+                    search.sweep(pack_in_order, order, profile, objective)
     if objective is Objective.MAKESPAN:
         known = search.ranked()[0]
         if is_small(problem):

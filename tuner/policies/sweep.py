@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tuner.caps import QueueCaps, context_token_s, round_overhead_s
 from tuner.cost_model import StageCost
 from tuner.packing import Packer
 from tuner.plan import Request, Round
@@ -20,6 +21,8 @@ Pack = Callable[[Packer, Sequence[Request], Sequence[int], Sequence[float]], lis
 ROUNDS_SWEPT = 2_400
 """Rounds over all caps of one sweep: with many rounds a plan, their whole number matters less and fewer caps do."""
 LEAST_CAPS, MANY_CAPS, MOST_CAPS = 6, 24, 72
+CAP_POWERS = (0.25, 0.5)
+"""Exponents of the share of the work done that are tried for the mean TTFT."""
 
 
 @dataclass(slots=True)
@@ -159,14 +162,25 @@ def _most_on_time(by_deadline: Sequence[int], work: Sequence[float], deadline: S
     return kept + sorted(dropped, key=lambda i: work[i])
 
 
-def cap_profile(problem: Problem, order: Sequence[int], power: float) -> list[float]:
-    """Each request's share of the cap: (work up to its end / all work) ** power.
+def cap_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]:
+    """Each request's share of the cap, in each way that is worth a try for the mean TTFT: those of `tuner.caps`, and
+    powers of the share of the work done by a request's end.
 
     A request that ends after S seconds of work in rounds of m seconds waits about S (1 + o/m) + (K-1) m, least at
     m = sqrt(S o / (K-1)): rounds grow with the square root of the work done so far.
     """
-    work = work_s(problem)
-    done = np.cumsum([work[index] for index in order])
-    profile = np.ones(len(order))
-    profile[list(order)] = (done / done[-1]) ** power
-    return profile.tolist()
+    work, requests = work_s(problem), [problem.requests[index] for index in order]
+    caps = QueueCaps(
+        work_s=[work[index] for index in order],
+        context_work=[work[i] * (r.cached_tokens + r.new_tokens / 2.0) for i, r in zip(order, requests, strict=True)],
+        weights=[request.weight for request in requests],
+        overhead_s=round_overhead_s(problem.cost),
+        context_token_s=context_token_s(problem.cost),
+        stages_after=problem.cost.pp_size - 1,
+    )
+    done = np.cumsum(caps.work_s)
+    powers = [(done / done[-1]) ** power for power in CAP_POWERS]
+    choices = [np.array(choice) for choice in [*caps.choices(), caps.for_makespan()]]  # infinite on one stage
+    shares = [np.divide(cap, cap.max(), out=np.ones(len(cap)), where=cap < cap.max()) for cap in choices]
+    place = np.argsort(order)
+    return [share[place].tolist() for share in [*shares, *powers]]
