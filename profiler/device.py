@@ -43,6 +43,9 @@ def describe_hardware(device_type: str, *, num_threads: int) -> Hardware:
     )
 
 
+MOST_RANKS_PER_CORE = 8  # more ranks than cores only show that a layout works
+
+
 def check_device_type(device_type: str) -> None:
     """Raise `UserError` unless torch sees such a device."""
     if device_type not in ("cpu", "cuda"):
@@ -55,6 +58,9 @@ def check_world_size(world_size: int, device_type: str) -> None:
     """Raise `UserError` for more ranks than this machine has CUDA devices."""
     if world_size < 1:
         raise UserError("world_size", world_size, "must be 1 or more")
+    most = MOST_RANKS_PER_CORE * num_cores()
+    if device_type == "cpu" and world_size > most:
+        raise UserError("world_size", world_size, f"at most {most}, {MOST_RANKS_PER_CORE} for each core here")
     if device_type == "cuda" and world_size > torch.cuda.device_count():
         allowed = f"at most one rank for each of the {torch.cuda.device_count()} CUDA devices here"
         raise UserError("world_size", world_size, allowed)

@@ -69,6 +69,12 @@ def tune(
     echo: Echo,
 ) -> TuneReport:
     """Plan as `isochunk tune` is asked to; the arguments are its options."""
+    _check_positive(
+        world_size=world_size, tp_size=tp_size, pp_size=pp_size, threads_per_rank=threads_per_rank,
+        max_new_tokens=max_new_tokens, measure=measure, repeat=repeat, sla_ttft_s=sla_ttft_s,
+    )  # fmt: skip
+    if objective == Objective.SLA and sla_ttft_s is None:
+        raise UserError("--sla-ttft-s", "missing", "the objective sla needs a deadline in seconds")
     requests = _requests(prompt_lens, workload, rate, sla_ttft_s)
     rules = Rules(
         policy=policy,
@@ -82,6 +88,8 @@ def tune(
     if cost_model is not None:
         if measure is not None:
             raise UserError("--measure", measure, "a cost model alone cannot be run; give MODEL")
+        if model is not None:
+            raise UserError("--cost-model", cost_model, "stands instead of a model; give one of the two")
         report = _tune_cost_model(load_cost_model(cost_model), requests, rules, tp_size or 1, pp_size)
         return _write(report, output, None, None)
     if model is None:
@@ -139,6 +147,12 @@ def tune(
     if measure is not None:
         report = _measure(report, target, rules, measure, repeat, hardware, db_url, echo)
     return _write(report, output, database, hardware)
+
+
+def _check_positive(**options: float | None) -> None:
+    for name, value in options.items():
+        if value is not None and not value > 0:  # NaN is not either
+            raise UserError(f"--{name.replace('_', '-')}", value, "must be more than 0")
 
 
 def _requests(

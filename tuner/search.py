@@ -34,8 +34,9 @@ class Target:
 
     def __post_init__(self) -> None:
         for request in self.requests:
-            if request.prompt_tokens > self.shape.max_positions:
-                allowed = f"at most {self.shape.max_positions}, the positions of {self.shape.name}"
+            most = self.shape.max_positions - self.max_new_tokens + 1
+            if request.prompt_tokens > most:
+                allowed = f"at most {most} with {self.max_new_tokens} new tokens, by the positions of {self.shape.name}"
                 raise UserError(f"prompt_tokens of request {request.id}", request.prompt_tokens, allowed)
 
 

@@ -77,3 +77,10 @@ def test_the_link_is_what_the_cards_can_do(
     monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda _one, _other: reach)
     monkeypatch.setattr("profiler.device._nvlink_active", lambda: False)
     assert nccl_link() == expected
+
+
+def test_a_cpu_is_not_asked_for_thousands_of_ranks() -> None:
+    check_world_size(2, "cpu")
+    for world_size in (0, 100_000):
+        with pytest.raises(UserError, match=f"^world_size: {world_size}; "):
+            check_world_size(world_size, "cpu")
