@@ -122,7 +122,7 @@ def least_sums(envelope: Envelope, work: Work, caps_s: Floats) -> tuple[Floats, 
         needed = np.where(held > 0.0, np.ceil(held / (caps_s - envelope.round_s) - 1e-9), 0.0)
         rounds = np.maximum(needed, most_cuts)
     possible &= np.isfinite(rounds)
-    rounds = np.maximum(rounds, np.ceil(work.new_tokens / work.max_round_tokens))
+    rounds = np.where(possible, np.maximum(rounds, np.ceil(work.new_tokens / work.max_round_tokens)), 0.0)
     return np.where(possible, held + envelope.round_s * rounds, np.inf), np.where(possible, rounds, np.inf)
 
 
