@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import select
 
 from db.engine import Database
-from db.errors import UserError
+from db.errors import UserError, cut
 from db.files import replace_file
 from db.hardware import Hardware, get_hardware, hardware_id
 from db.measurements import Measurement, MeasurementKey, from_row, load_measurements, write_measurements
@@ -20,6 +21,11 @@ from db.provenance import code_version
 from db.tables import MeasurementRow, Source
 
 SCHEMA = "isochunk.profile/1"
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+_MAX_TEXT = 1000
+_MAX_SIZE = 2**40
+_MAX_US = 1e15
+_FIRST_YEAR, _LAST_YEAR = 1970, 9000
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -89,15 +95,44 @@ def read_profile(path: Path) -> Profile:
         profile = TypeAdapter(Profile).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-        value = "missing" if first["type"] == "missing" else json.dumps(first["input"], default=str)[:200]
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{cut(part)}" for part in first["loc"]).lstrip(".")
+        if first["type"] == "value_error":  # the message names the fields; the input is the whole row
+            raise UserError(f"{path}: {where}", "", first["msg"].removeprefix("Value error, ")) from None
+        value = "missing" if first["type"] == "missing" else json.dumps(first["input"], default=str)
         raise UserError(f"{path}: {where}", value, first["msg"]) from None
+    _check_limits(f"{path}: hardware", profile.hardware)
+    for index, row in enumerate(profile.measurements):
+        _check_limits(f"{path}: measurements[{index}]", row)
     first_at: dict[MeasurementKey, int] = {}
     for index, row in enumerate(profile.measurements):
         if first_at.setdefault(row.key, index) != index:
             where = f"{path}: measurements[{index}]"
             raise UserError(where, ", ".join(map(str, row.key)), f"must not repeat measurements[{first_at[row.key]}]")
     return profile
+
+
+def _check_limits(where: str, row: Hardware | Measurement) -> None:
+    """Raise UserError for a value that a database cannot keep, or that no measurement can be."""
+    for field in fields(row):
+        name, value = field.name, getattr(row, field.name)
+        if name == "op" and not _WORD.fullmatch(value):
+            raise UserError(f"{where}.{name}", value, "must be a word of at most 64 letters, digits, '_', '-' and '.'")
+        if name == "shape":
+            for size, number in value.items():
+                if not 0 <= number <= _MAX_SIZE:
+                    raise UserError(f"{where}.shape.{cut(size)}", number, f"must be from 0 to {_MAX_SIZE}")
+        elif name == "measured_at" and not _FIRST_YEAR <= value.year <= _LAST_YEAR:
+            raise UserError(f"{where}.{name}", value, f"must be of a year from {_FIRST_YEAR} to {_LAST_YEAR}")
+        elif isinstance(value, str) and (len(value) > _MAX_TEXT or not value.isprintable()):
+            raise UserError(f"{where}.{name}", value, f"must be printable text of at most {_MAX_TEXT} characters")
+        elif isinstance(value, bool):
+            continue
+        elif isinstance(value, int):
+            least, most = (0, 2**63 - 1) if name == "memory_bytes" else (1, 2**31 - 1)
+            if not least <= value <= most:
+                raise UserError(f"{where}.{name}", value, f"must be from {least} to {most}")
+        elif isinstance(value, float) and not value <= _MAX_US:
+            raise UserError(f"{where}.{name}", value, f"must be at most {_MAX_US:g}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 from sqlalchemy import DateTime, Dialect, Enum, String
 from sqlalchemy.types import TypeDecorator
 
+from db.errors import cut
+
 _SHAPE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -57,7 +59,7 @@ def shape_text(shape: Mapping[str, int]) -> str:
     """
     for name in shape:
         if not _SHAPE_NAME.fullmatch(name):
-            raise ValueError(f"shape name {name!r} must match {_SHAPE_NAME.pattern}")
+            raise ValueError(f"shape name {cut(name)!r} must match {_SHAPE_NAME.pattern}")
     return ",".join(f"{name}={int(shape[name])}" for name in sorted(shape))
 
 

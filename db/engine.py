@@ -93,7 +93,7 @@ def open_database(url: str | None = None, *, read_only: bool = False, lock_timeo
     try:
         with translated(location, timeout_s):
             with engine.connect() as connection:
-                revision = stored_revision(connection)
+                revision = stored_revision(connection, location)
             if revision != HEAD:
                 if read_only:
                     allowed = f"has schema {revision}, this version reads {HEAD}; run `isochunk db upgrade`"

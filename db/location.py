@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,6 +14,7 @@ from db.errors import UserError
 
 URL_VARIABLE = "ISOCHUNK_DB"
 _ALLOWED = "must be a URL such as sqlite:////home/me/profile.db or postgresql://user@host/name"
+_QUERY_PASSWORD = re.compile(r"(password=)[^&]*", re.IGNORECASE)
 _DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 
 
@@ -32,10 +34,8 @@ def parse_url(text: str) -> URL:
     """Read a SQLAlchemy URL of SQLite or PostgreSQL (through psycopg 3)."""
     try:
         url = make_url(text)
-    except ArgumentError:
-        raise UserError("database", text, _ALLOWED) from None
-    except ValueError as error:  # e.g. a port that is not a number
-        raise UserError("database", text, f"{_ALLOWED} ({error})") from None
+    except (ArgumentError, ValueError):  # a ValueError: a port that is not a number
+        raise UserError("database", _masked(text), _ALLOWED) from None
     backend, _, driver = url.drivername.partition("+")
     if backend not in _DRIVERS or driver not in {"", "psycopg", "pysqlite"}:
         raise UserError("database", shown(url), _ALLOWED)
@@ -44,7 +44,17 @@ def parse_url(text: str) -> URL:
 
 def shown(url: URL) -> str:
     """The URL as it may be printed: without the password."""
-    return url.render_as_string(hide_password=True)
+    return _QUERY_PASSWORD.sub(r"\1***", url.render_as_string(hide_password=True))
+
+
+def _masked(text: str) -> str:
+    """A text that is no URL, without what may be a password in it."""
+    login, at, rest = text.rpartition("@")
+    if at:
+        text = f"{login.partition('//')[0]}//***@{rest}" if "//" in login else f"***@{rest}"
+    else:  # user:password without its host reads as host:port
+        text = re.sub(r"(//[^/:]+:)[^/]*", r"\1***", text)
+    return _QUERY_PASSWORD.sub(r"\1***", text)
 
 
 def sqlite_path(url: URL) -> Path | None:

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from db.columns import shape_text
 from db.engine import Database
+from db.errors import cut
 from db.hardware import Hardware, hardware_id, id_of
 from db.tables import MeasurementRow, Source
 from db.upsert import insert_or_replace
@@ -71,12 +72,13 @@ class Measurement:
         times = (self.min_us, self.p10_us, self.median_us, self.p90_us)
         if not all(math.isfinite(time) and time >= 0 for time in (*times, self.std_us)):
             raise ValueError(f"times must be finite and not negative: {times}, std_us {self.std_us}")
+        for name in ("num_samples", "group_size", "busy_ranks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {cut(getattr(self, name))} and must be 1 or more")
         if list(times) != sorted(times):
             raise ValueError(f"min_us <= p10_us <= median_us <= p90_us must hold: {times}")
-        if min(self.num_samples, self.group_size, self.busy_ranks) < 1:
-            raise ValueError("num_samples, group_size and busy_ranks must be 1 or more")
         if self.measured_at.tzinfo is None:
-            raise ValueError("measured_at must have a time zone")
+            raise ValueError(f"measured_at is {self.measured_at} and must have a time zone")
 
     @property
     def key(self) -> MeasurementKey:

@@ -19,12 +19,13 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x69736F63  # "isoc": PostgreSQL's name for the lock that upgrades take
 
 
-def stored_revision(connection: Connection) -> str | None:
+def stored_revision(connection: Connection, location: str | None = None) -> str | None:
     """The revision the database has; None when it has no tables of ours.
 
+    location: where it is, as a user may read it; None is the connection's URL.
     Raises UserError when the tables are another program's or of a newer version than this code.
     """
-    location = connection.engine.url.render_as_string(hide_password=True)
+    location = location or connection.engine.url.render_as_string(hide_password=True)
     tables = set(inspect(connection).get_table_names())
     if VERSION_TABLE not in tables:
         ours = set(Base.metadata.tables)

@@ -15,7 +15,19 @@ from db.errors import UserError
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Types whose frequencies do not change with the length of the prompt: a chunk must see the same rotation as the whole.
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_NUMBERS = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    "attention_factor", "beta_fast", "beta_slow",
+)  # fmt: skip
+_ROPE_NEEDED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
+_MAX_NUMBER = 1e15
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
+MAX_LAYERS = 10_000
+MAX_SIZE = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -49,7 +61,8 @@ class ModelShape:
     def from_config(cls, config: Mapping[str, Any], *, name: str) -> ModelShape:
         """Read a configuration; raises `UserError` that names the field for anything that cannot be run exactly."""
         _refuse_unsupported(config)
-        architecture = config["architectures"][0]
+        _check_rope(config)
+        architecture = _architecture(config)
         heads = _positive(config, "num_attention_heads")
         kv_heads = _positive(config, "num_key_value_heads", heads)
         if heads % kv_heads:
@@ -59,7 +72,7 @@ class ModelShape:
         return cls(
             name=name,
             architecture=architecture,
-            num_layers=_positive(config, "num_hidden_layers"),
+            num_layers=_positive(config, "num_hidden_layers", most=MAX_LAYERS),
             hidden_size=hidden,
             intermediate_size=_positive(config, "intermediate_size"),
             num_heads=heads,
@@ -72,7 +85,7 @@ class ModelShape:
             o_bias=bias,
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=architecture == "Qwen3ForCausalLM",
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            norm_eps=_positive_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
             dtype=_dtype(config),
             config=dict(config),
         )
@@ -141,6 +154,8 @@ def load_model_shape(model: str) -> ModelShape:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError("MODEL", path, f"must be a readable JSON file ({error})") from error
+    except RecursionError as error:
+        raise UserError("MODEL", path, "must be a readable JSON file (it is nested too deeply)") from error
     if not isinstance(config, dict):
         raise UserError("MODEL", path, "must hold a JSON object")
     return ModelShape.from_config(config, name=folder.resolve().name)
@@ -148,11 +163,13 @@ def load_model_shape(model: str) -> ModelShape:
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     """Anything that would run and be wrong is refused here, by name."""
-    found = config.get("architectures")
-    architecture = found[0] if isinstance(found, list) and found else found
+    architecture = _architecture(config)
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise UserError("architectures", architecture, "supported are " + ", ".join(SUPPORTED_ARCHITECTURES))
-    for kind in config.get("layer_types") or ():
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise UserError("layer_types", layer_types, "must be a list in config.json")
+    for kind in layer_types:
         if kind != "full_attention":
             raise UserError("layer_types", kind, "only full_attention layers are supported")
     sliding = config.get("sliding_window") is not None and (
@@ -163,7 +180,8 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             "sliding_window", config["sliding_window"], "sliding-window attention is not supported; must be null"
         )
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "?")
+        found = config["quantization_config"]
+        method = found.get("quant_method", "?") if isinstance(found, Mapping) else found
         raise UserError("quantization_config", method, "quantized checkpoints are not supported")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError("hidden_act", config["hidden_act"], "only silu is supported")
@@ -171,19 +189,55 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise UserError("rope_scaling", rope_type(config), "supported types are " + ", ".join(SUPPORTED_ROPE_TYPES))
 
 
+def _architecture(config: Mapping[str, Any]) -> Any:
+    found = config.get("architectures")
+    return found[0] if isinstance(found, list) and found else found
+
+
+def _check_rope(config: Mapping[str, Any]) -> None:
+    """Numbers that the rotation is computed from; Transformers' names of each type's own."""
+    if config.get("rope_theta") is not None:
+        _positive_number("rope_theta", config["rope_theta"])
+    given: dict[str, Any] = {}
+    for field in ("rope_scaling", "rope_parameters"):
+        entry = config.get(field) or {}
+        for name, value in entry.items():
+            if name in _ROPE_NUMBERS and value is not None:
+                _positive_number(f"{field}.{name}", value)
+                given[name] = value
+    kind = rope_type(config)
+    for name in _ROPE_NEEDED.get(kind, ()):
+        if name not in given:
+            raise UserError(f"rope_scaling.{name}", "missing", f"rotary scaling of type {kind} needs it")
+    if kind == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
+        allowed = f"must be above low_freq_factor = {given['low_freq_factor']}"
+        raise UserError("rope_scaling.high_freq_factor", given["high_freq_factor"], allowed)
+
+
 def rope_type(config: Mapping[str, Any]) -> str:
     """The rotary scaling's type, under its newer name (`rope_parameters`) or its older ones."""
+    for field in ("rope_parameters", "rope_scaling"):
+        if config.get(field) and not isinstance(config[field], Mapping):
+            raise UserError(field, config[field], "must be an object or null in config.json")
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return str(scaling.get("rope_type", scaling.get("type", "default")))
 
 
-def _positive(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
+def _positive(config: Mapping[str, Any], field: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
     value = config.get(field)
     if value is None:
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(field, value, "must be a positive integer in config.json")
+    if value > most:
+        raise UserError(field, value, f"must be at most {most}")
     return value
+
+
+def _positive_number(field: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MAX_NUMBER:
+        raise UserError(field, value, f"must be a number above 0, at most {_MAX_NUMBER:g}, in config.json")
+    return float(value)
 
 
 def _dtype(config: Mapping[str, Any]) -> str:

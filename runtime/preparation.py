@@ -66,6 +66,8 @@ def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_t
     if sum(parallel.layer_partition) != shape.num_layers:
         allowed = f"must add up to {shape.num_layers}, the model's layers"
         raise UserError("parallel.layer_partition", list(parallel.layer_partition), allowed)
+    if max_new_tokens > shape.max_positions:
+        raise UserError("--max-new-tokens", max_new_tokens, f"at most {shape.max_positions}, {shape.name}'s positions")
     for index, request in enumerate(plan.requests):
         most = shape.max_positions - max_new_tokens + 1
         if request.prompt_tokens > most:

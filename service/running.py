@@ -10,7 +10,7 @@ from db.errors import UserError
 from profiler.device import default_num_threads
 from profiler.ranks import is_first_process
 from runtime.place import world_size
-from runtime.preparation import model_shape, with_dtype
+from runtime.preparation import check_counts, check_layout, model_shape, with_dtype
 from runtime.prompts import TokenIds, Tokenizer, random_prompts, read_prompts
 from runtime.reference import TokenCheck, check_tokens
 from runtime.result import RunResult
@@ -70,11 +70,12 @@ def execute(request: RunRequest) -> Run:
     """Read, run, check and write. Raises `UserError` and `RanksFailedError`."""
     _check_writable(request)
     plan = with_dtype(load_plan(request.plan), request.dtype)
-    tokenizer = Tokenizer(request.weights)
-    prompts, is_text = _prompts(request, plan, tokenizer)
-    num_threads = request.threads_per_rank or plan.threads_per_rank
+    num_threads = plan.threads_per_rank if request.threads_per_rank is None else request.threads_per_rank
     if num_threads is None:
         num_threads = default_num_threads(request.device_type, world_size(plan.parallel))
+    check_counts(max_new_tokens=request.max_new_tokens, repeat=request.repeat, num_threads=num_threads)
+    tokenizer = Tokenizer(request.weights)
+    prompts, is_text = _prompts(request, plan, tokenizer)
     result = run_plan(
         plan,
         weights=request.weights,
@@ -146,7 +147,9 @@ def _prompts(request: RunRequest, plan: Plan, tokenizer: Tokenizer) -> tuple[tup
         return read_prompts(request.prompts, plan.requests, tokenizer)
     if (request.weights is None) != request.random_weights:
         raise UserError("--weights", request.weights or "", "give either a folder of weights or --random-weights")
-    return random_prompts(plan.requests, model_shape(plan.model, request.weights).vocab_size), False
+    shape = model_shape(plan.model, request.weights)  # a layout that cannot be run is refused before prompts are made
+    check_layout(plan, shape, max_new_tokens=request.max_new_tokens, device_type=request.device_type)
+    return random_prompts(plan.requests, shape.vocab_size), False
 
 
 def _check_writable(request: RunRequest) -> None:
@@ -154,6 +157,8 @@ def _check_writable(request: RunRequest) -> None:
     for option, path in (("--output", request.output), ("--trace", request.trace)):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(option, path, "must be in a folder that exists")
+        if path is not None and path.is_dir():
+            raise UserError(option, path, "must be a file, not a folder")
 
 
 def _shown(run: Run, index: int, limit: int = 8) -> str:

@@ -21,7 +21,7 @@ from profiler.model import SUPPORTED_DTYPES, load_model_shape
 from service.tune_report import TuneReport
 from tuner.autotune import Choice, autotune
 from tuner.correction import fit_correction, load_measured_rounds
-from tuner.cost_model import CostModel, load_cost_model
+from tuner.cost_model import MAX_TOKENS, CostModel, load_cost_model
 from tuner.fit import LayerCosts, fit_layer_costs
 from tuner.holdout import HeldOutError, held_out_errors
 from tuner.layout import enumerate_layouts
@@ -171,9 +171,12 @@ def _requests(
 
 
 def _length(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
+    digits = text.strip().lstrip("0")
+    if not digits.isdecimal():
         raise UserError("--prompt-lens", text, "must be positive whole numbers separated by commas")
-    return int(text)
+    if len(digits) > len(str(MAX_TOKENS)) or int(digits) > MAX_TOKENS:
+        raise UserError("--prompt-lens", text, f"must be at most {MAX_TOKENS}")
+    return int(digits)
 
 
 def _window(text: str) -> int | None:

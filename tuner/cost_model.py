@@ -10,7 +10,6 @@ and its lower bound rely on both, so both are checked when a model is made.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,8 @@ from db.errors import UserError
 from db.files import replace_file
 
 SCHEMA = "isochunk.cost-model/1"
+MAX_SECONDS = 1e9
+MAX_TOKENS = 2**40
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -164,8 +165,9 @@ class CostModel:
     def __post_init__(self) -> None:
         if not self.stages:
             raise UserError("stages", "[]", "at least one stage is needed")
-        for name in ("hop_latency_s", "hop_token_s", "return_s"):
-            _check_seconds(name, getattr(self, name))
+        _check_seconds("hop.latency_s", self.hop_latency_s)
+        _check_seconds("hop.token_s", self.hop_token_s)
+        _check_seconds("return_s", self.return_s)
         kinds = tuple(dict.fromkeys(self.stages))
         index = {stage: i for i, stage in enumerate(kinds)}
         object.__setattr__(self, "kinds", kinds)
@@ -263,6 +265,8 @@ def read_json(path: str | Path) -> object:
         raise UserError(str(path), error.strerror or "unreadable", "a readable file is needed") from error
     except ValueError as error:
         raise UserError(str(path), error, "a JSON file is needed") from error
+    except RecursionError as error:
+        raise UserError(str(path), "nested too deeply", "a JSON file is needed") from error
 
 
 def write_json(path: str | Path, data: object) -> None:
@@ -329,7 +333,10 @@ def _mapping(name: str, value: object) -> Mapping[str, Any]:
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(name, value, "a number is needed")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise UserError(name, value, "a finite number is needed") from None
 
 
 def _numbers(name: str, value: object) -> tuple[float, ...]:
@@ -347,8 +354,8 @@ def _integers(name: str, value: object) -> tuple[int, ...]:
 
 
 def _check_seconds(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0.0):
-        raise UserError(name, value, "a finite number of seconds, at least 0, is needed")
+    if not 0.0 <= value <= MAX_SECONDS:
+        raise UserError(name, value, f"a finite number of seconds, at least 0 and at most {MAX_SECONDS:g}, is needed")
 
 
 def _check_table(name: str, count: Sequence[int], columns: Mapping[str, Sequence[float]], *, first: int) -> None:
@@ -358,6 +365,8 @@ def _check_table(name: str, count: Sequence[int], columns: Mapping[str, Sequence
     for i, point in enumerate(count):
         if point < first or (i and point <= count[i - 1]):
             raise UserError(f"{name}.count[{i}]", point, f"whole numbers from {first} up, each above the one before")
+        if point > MAX_TOKENS:
+            raise UserError(f"{name}.count[{i}]", point, f"at most {MAX_TOKENS} tokens")
     for column, values in columns.items():
         if len(values) != len(count):
             raise UserError(f"{name}.{column}", f"{len(values)} values", f"one value a point ({len(count)}) is needed")

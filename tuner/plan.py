@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from db.errors import UserError
-from tuner.cost_model import read_json, write_json
+from tuner.cost_model import MAX_SECONDS, MAX_TOKENS, read_json, write_json
 
 SCHEMA = "isochunk.plan/1"
 
@@ -31,15 +31,19 @@ class Request:
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1:
             raise UserError("prompt_tokens", self.prompt_tokens, "at least 1")
+        if self.prompt_tokens > MAX_TOKENS:
+            raise UserError("prompt_tokens", self.prompt_tokens, f"at most {MAX_TOKENS}")
         if not 0 <= self.cached_tokens < self.prompt_tokens:
             allowed = f"0 to {self.prompt_tokens - 1} (a prompt runs at least its last token)"
             raise UserError("cached_tokens", self.cached_tokens, allowed)
-        if not (math.isfinite(self.arrival_s) and self.arrival_s >= 0.0):
-            raise UserError("arrival_s", self.arrival_s, "a finite number of seconds, at least 0, is needed")
+        if not 0.0 <= self.arrival_s <= MAX_SECONDS:
+            allowed = f"a finite number of seconds, at least 0 and at most {MAX_SECONDS:g}, is needed"
+            raise UserError("arrival_s", self.arrival_s, allowed)
         if not (math.isfinite(self.weight) and self.weight >= 0.0):
             raise UserError("weight", self.weight, "a finite number, at least 0, is needed")
-        if self.sla_ttft_s is not None and not (math.isfinite(self.sla_ttft_s) and self.sla_ttft_s > 0.0):
-            raise UserError("sla_ttft_s", self.sla_ttft_s, "a finite number of seconds above 0 is needed")
+        if self.sla_ttft_s is not None and not 0.0 < self.sla_ttft_s <= MAX_SECONDS:
+            allowed = f"a finite number of seconds above 0, at most {MAX_SECONDS:g}, is needed"
+            raise UserError("sla_ttft_s", self.sla_ttft_s, allowed)
 
     @property
     def new_tokens(self) -> int:
@@ -176,7 +180,9 @@ class Plan:
             rounds=tuple(_round_from_json(f"rounds[{i}]", entry) for i, entry in enumerate(rounds)),
             window=None if plan.get("window") is None else _integer("window", plan["window"]),
             threads_per_rank=None if threads is None else _integer("threads_per_rank", threads),
-            predicted=None if predicted is None else _predicted_from_json(_object("predicted", predicted)),
+            predicted=None
+            if predicted is None
+            else _predicted_from_json(_object("predicted", predicted), len(requests)),
             policy=None if policy is None else _text("policy", policy),
             cost_model=None if cost_model is None else _object("cost_model", cost_model),
         )
@@ -278,13 +284,21 @@ def _parallel_from_json(entry: Mapping[str, Any]) -> Parallel:
     )
 
 
-def _predicted_from_json(entry: Mapping[str, Any]) -> Predicted:
+def _predicted_from_json(entry: Mapping[str, Any], num_requests: int) -> Predicted:
     optional = ("lower_bound_s", "gap", "planning_s", "uncertainty")
     numbers = {name: _float(f"predicted.{name}", entry[name]) for name in optional if entry.get(name) is not None}
+    makespan_s = _float("predicted.makespan_s", entry.get("makespan_s"))
+    if makespan_s <= 0.0:
+        raise UserError("predicted.makespan_s", makespan_s, "seconds above 0 are needed")
+    ttft_s = _floats("predicted.ttft_s", entry.get("ttft_s", []))
+    if ttft_s and len(ttft_s) != num_requests:
+        raise UserError(
+            "predicted.ttft_s", f"{len(ttft_s)} values", f"one for each of {num_requests} requests, or none"
+        )
     rows = entry.get("round_s")
     return Predicted(
-        makespan_s=_float("predicted.makespan_s", entry.get("makespan_s")),
-        ttft_s=_floats("predicted.ttft_s", entry.get("ttft_s", [])),
+        makespan_s=makespan_s,
+        ttft_s=ttft_s,
         round_s=None
         if rows is None
         else tuple(_floats(f"predicted.round_s[{i}]", row) for i, row in enumerate(_list("predicted.round_s", rows))),
@@ -317,9 +331,21 @@ def _integer(name: str, value: object) -> int:
 
 
 def _float(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    number = finite(value)
+    if number is None:
         raise UserError(name, "missing" if value is None else value, "a finite number is needed")
-    return float(value)
+    return number
+
+
+def finite(value: object) -> float | None:
+    """The float of a number read from JSON; None for anything else, and for numbers that no float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _floats(name: str, value: object) -> tuple[float, ...]:

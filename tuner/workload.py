@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from db.errors import UserError
-from tuner.plan import Request
+from tuner.plan import Request, finite
 
 
 def load_workload(path: str | Path, *, rate: float = 1.0, limit: int | None = None) -> list[Request]:
@@ -22,7 +22,7 @@ def load_workload(path: str | Path, *, rate: float = 1.0, limit: int | None = No
     if not (math.isfinite(rate) and rate > 0.0):
         raise UserError("rate", rate, "a finite number above 0 (2 makes requests arrive twice as fast)")
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(str(path), error.strerror or "unreadable", "a readable JSONL file is needed") from error
     except UnicodeDecodeError as error:
@@ -40,6 +40,8 @@ def _entry(number: int, line: str) -> Mapping[str, Any]:
         entry = json.loads(line)
     except ValueError as error:
         raise UserError(f"line {number}", error, "a JSON object is needed") from error
+    except RecursionError as error:
+        raise UserError(f"line {number}", "nested too deeply", "a JSON object is needed") from error
     if not isinstance(entry, dict):
         raise UserError(f"line {number}", line.strip()[:40], "a JSON object is needed")
     return entry
@@ -65,9 +67,10 @@ def _request(number: int, entry: Mapping[str, Any], first_ms: float, rate: float
 
 def _number(number: int, entry: Mapping[str, Any], name: str, default: float) -> float:
     value = entry.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    found = finite(value)
+    if found is None:
         raise UserError(f"line {number}: {name}", value, "a finite number is needed")
-    return float(value)
+    return found
 
 
 def _whole(number: int, entry: Mapping[str, Any], name: str, default: int | None) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
 import click
 
+from db.errors import UserError
 from service.options import db_option, json_option
 from service.output import print_json, print_table
 
@@ -54,6 +56,8 @@ def command(
     Only what the database does not hold yet is measured, coarse to fine; interrupted, it goes on where it was.
     """
     started = time.monotonic()
+    if not math.isfinite(budget_s):
+        raise UserError("--budget-s", budget_s, "must be a finite number of seconds, 0 or more")
     from profiler.profile import ProfileOptions, profile_model
     from profiler.ranks import RanksFailedError
 

@@ -92,6 +92,18 @@ def edit_row(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (edit_row("shape", {"m m": 1}), r"measurements\[1\].*shape name 'm m'"),
         (edit_row("measured_at", "2026-01-01T00:00:00"), r"measurements\[1\].*time zone"),
         (edit_row("num_samples", 0), r"measurements\[1\].*1 or more"),
+        (edit_row("num_samples", 10**30), r"measurements\[1\].num_samples: 10+; must be from 1 to 2147483647"),
+        (edit_row("shape", {"m": -1}), r"measurements\[1\].shape.m: -1; must be from 0"),
+        (edit_row("shape", {"m": 10**30}), r"measurements\[1\].shape.m: 10+; must be from 0"),
+        (edit_row("shape", {"M" * 9999: 1}), r"measurements\[1\]: shape name 'M+\.\.\.M+' must match"),
+        (edit_row("op", "not a word"), r"measurements\[1\].op: not a word; must be a word"),
+        (edit_row("op", "m" * 9999), r"measurements\[1\].op: m+\.\.\.m+; must be a word"),
+        (edit_row("median_us", 10**400), r"measurements\[1\].median_us: "),
+        (edit_row("measured_at", "0001-01-01T00:00:00+14:00"), r"measurements\[1\].measured_at: .*year from 1970"),
+        (lambda content: content["hardware"].update(memory_bytes=10**30), "hardware.memory_bytes: 10+; must be from"),
+        (lambda content: content["hardware"].update(memory_bytes=-1), "hardware.memory_bytes: -1; must be from 0"),
+        (lambda content: content["hardware"].update(device="a\ud800"), "hardware.device: "),
+        (lambda content: content["hardware"].update(device="a\0b"), r"hardware.device: a\\x00b; must be printable"),
         (
             lambda content: content["measurements"].append(content["measurements"][0]),
             r"\[3\].*not repeat .*\[0\]",
@@ -107,6 +119,7 @@ def test_malformed_content_is_named_and_nothing_kept(
     with pytest.raises(UserError, match=message) as caught:
         import_hardware(database, archive)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
     assert list_hardware(database) == []
 
 

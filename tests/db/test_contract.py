@@ -63,8 +63,9 @@ class TestOpening:
         with open_database(database_url) as database, database.session() as session:
             session.execute(text("UPDATE isochunk_schema SET version_num = '9999'"))
         for read_only in (False, True):
-            with pytest.raises(UserError, match=r"has schema 9999 of a newer version.*update isochunk"):
+            with pytest.raises(UserError, match=r"has schema 9999 of a newer version.*update isochunk") as refused:
                 open_database(database_url, read_only=read_only)
+            assert "file:" not in str(refused.value)
 
     def test_a_session_that_raises_keeps_nothing(self, database: Database) -> None:
         hardware_id = save_hardware(database, make_hardware())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,21 @@ def test_flops_of_a_prefill_do_not_depend_on_its_chunks(num_tokens: int, flops: 
         ({"hidden_size": -1}, "hidden_size: -1; must be a positive integer"),
         ({"num_hidden_layers": None}, "num_hidden_layers: None; must be a positive integer"),
         ({"torch_dtype": "int4"}, "dtype: int4; supported are"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000; must be at most 10000"),
+        ({"vocab_size": 2**31}, "vocab_size: 2147483648; must be at most 1073741824"),
+        ({"hidden_size": 10**400}, "hidden_size: 1000"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: None; must be a number above 0"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: small; must be a number above 0"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps: nan; must be a number above 0"),
+        ({"rope_theta": math.nan}, "rope_theta: nan; must be a number above 0"),
+        ({"rope_theta": [1]}, "rope_theta: [1]; must be a number above 0"),
+        ({"rope_theta": 10**400}, "rope_theta: 1000"),
+        ({"rope_scaling": "linear"}, "rope_scaling: linear; must be an object or null"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "rope_scaling.factor: 4; must be a number above 0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 0}}, "rope_parameters.factor: 0; must be a number"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: missing; rotary scaling of type linear"),
+        ({"layer_types": 5}, "layer_types: 5; must be a list"),
+        ({"quantization_config": "gptq"}, "quantization_config: gptq; "),
     ],
 )
 def test_what_cannot_be_run_exactly_is_refused_by_name(change: dict[str, Any], message: str) -> None:
@@ -71,12 +87,18 @@ def test_tensor_parallel_sizes_that_do_not_divide(tp_size: int) -> None:
         ModelShape.from_config(LLAMA, name="m").check_tp_size(tp_size)
 
 
-@pytest.mark.parametrize("content", [None, "not json", "[1]"])
+@pytest.mark.parametrize("content", [None, "not json", "[1]", "[" * 100_000], ids=["none", "text", "list", "deep"])
 def test_folders_without_a_configuration(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"^MODEL: .*must "):
+    with pytest.raises(UserError, match=r"^MODEL: .*must ") as refused:
         load_model_shape(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_architecture_that_is_no_list_is_read() -> None:
+    shape = ModelShape.from_config(LLAMA | {"architectures": "LlamaForCausalLM"}, name="m")
+    assert shape.architecture == "LlamaForCausalLM"
 
 
 def test_older_and_newer_names_of_one_thing(tmp_path: Path) -> None:

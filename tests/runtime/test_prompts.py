@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def test_text_is_tokenized_by_the_weights_tokenizer(tmp_path: Path) -> None:
     assert is_text
     assert (len(first), second) == (3, (first[1], first[0]))
     assert tokenizer.decode(first).replace(" ", "") == "abc"
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    name = "a\u2028b\u2029c\u0085d"
+    path = tmp_path / "prompts.jsonl"
+    line = json.dumps({"id": name, "token_ids": [1, 2]}, ensure_ascii=False)
+    path.write_text(line + "\r\n", encoding="utf-8")
+    assert read_prompts(path, (replace(requests(2)[0], id=name),), Tokenizer(None)) == (((1, 2),), False)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from db.engine import open_database
 from db.errors import UserError
@@ -20,6 +21,7 @@ from db.hardware import list_hardware
 from db.measurements import Measurement, MeasurementKey, load_measurements
 from profiler.point import COLLECTIVES, Op
 from profiler.profile import ProfileOptions, profile_model
+from service.commands.profile import command as profile_command
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -192,6 +194,14 @@ def test_bad_options_are_named(model: Path, tmp_path: Path, options: dict[str, A
         profile_model(ProfileOptions(**(asked | options)))
     assert raised.value.field == field and allowed in raised.value.allowed
     assert not database.exists()
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf"])
+def test_a_budget_is_finite(seconds: str, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'profile.db'}"
+    refused = CliRunner().invoke(profile_command, ["llama-3-8b", "--budget-s", seconds, "--db", url])
+    assert isinstance(refused.exception, UserError)
+    assert str(refused.exception) == f"--budget-s: {seconds}; must be a finite number of seconds, 0 or more"
 
 
 def test_an_error_is_one_line_and_exit_code_2(model: Path, tmp_path: Path) -> None:

@@ -118,6 +118,21 @@ def test_torchrun_starts_the_ranks_just_as_well(weights: Path, tmp_path: Path) -
         ({}, ("--output", "nowhere/out.json"), ("--output: nowhere/out.json",)),
         ({}, ("--max-new-tokens", "0"), ("--max-new-tokens: 0",)),
         ({}, ("--prompts", "nowhere.jsonl"), ("--prompts: nowhere.jsonl",)),
+        ({}, ("--max-new-tokens", "9" * 20), ("--max-new-tokens: 99999999999999999999; at most",)),
+        ({}, ("--threads-per-rank", "0"), ("--threads-per-rank: 0",)),
+        ({}, ("--threads-per-rank", "-1"), ("--threads-per-rank: -1",)),
+        ({}, ("--output", "/"), ("--output: /; must be a file, not a folder",)),
+        ({}, ("--trace", "/"), ("--trace: /; must be a file, not a folder",)),
+        (
+            {
+                "requests": [{"prompt_tokens": 10**12}],
+                "rounds": [[{"request": 0, "start": 0, "tokens": 10**12}]],
+            },
+            (),
+            ("requests[0].prompt_tokens: 1000000000000; at most 512",),
+        ),
+        ("[" * 100_000, (), ("nested too deeply",)),
+        ({"predicted": {"makespan_s": 1.0, "ttft_s": [1.0]}}, (), ("predicted.ttft_s: 1 values",)),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -133,6 +133,8 @@ def test_a_workload_brings_lengths_and_arrivals(tmp_path: Path) -> None:
         ((SHAPE.name,), "--prompt-lens: missing; give either"),
         ((SHAPE.name, "--prompt-lens", "10,x"), "--prompt-lens: x; must be positive whole numbers"),
         ((SHAPE.name, "--prompt-lens", "0"), "--prompt-lens: 0; must be positive"),
+        ((SHAPE.name, "--prompt-lens", "10,2199023255552"), "--prompt-lens: 2199023255552; must be at most"),
+        ((SHAPE.name, "--prompt-lens", "9" * 5000), "--prompt-lens: 9999"),
         ((SHAPE.name, "--prompt-lens", "999999999"), "prompt_tokens of request r0: 999999999; at most 131072"),
         ((*TEN_TOKENS, "--window", "0"), "--window: 0; must be a whole number from 1"),
         ((*TEN_TOKENS, "--dtype", "int4"), "--dtype: int4; must be one of"),
@@ -167,7 +169,7 @@ def test_bad_input_is_named(arguments: tuple[str, ...], message: str, url: str) 
     [
         ({"schema": "isochunk.cost-model/2"}, "schema: isochunk.cost-model/2; "),
         ({"stages": []}, "stages: "),
-        ({"hop": {"latency_s": -1.0}}, "hop_latency_s: -1.0; "),
+        ({"hop": {"latency_s": -1.0}}, "hop.latency_s: -1.0; "),
     ],
 )
 def test_bad_cost_models_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ def test_a_trace_is_read_and_sped_up(tmp_path: Path) -> None:
         ({"timestamp": 0}, "line 1: input_length: missing; a whole number"),
         ({"input_length": 0}, "line 1: input_length: 0; at least 1"),
         ({"input_length": 5, "timestamp": "x"}, "line 1: timestamp: x"),
+        ("[" * 100_000, "line 1: nested too deeply; a JSON object"),
+        ({"input_length": 5, "timestamp": 10**400}, "line 1: timestamp: 1000"),
+        ({"input_length": 10**400}, "line 1: input_length: 1000"),
+        ({"input_length": 2**41}, "line 1: input_length: 2199023255552; at most"),
         ({"input_length": 5, "cached_tokens": 5}, "line 1: cached_tokens: 5"),
         ({"input_length": 5, "sla_ttft_s": -1}, "line 1: sla_ttft_s: -1"),
     ],
@@ -51,6 +55,14 @@ def test_bad_lines_are_named(tmp_path: Path, line: object, message: str) -> None
         load_workload(write(tmp_path / "trace.jsonl", line))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    name = "a\u2028b\u2029c\u0085d"
+    path = tmp_path / "trace.jsonl"
+    path.write_text(json.dumps({"input_length": 5, "id": name}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (request,) = load_workload(path)
+    assert request.id == name
 
 
 def test_bad_files_and_rates_are_named(tmp_path: Path) -> None:
