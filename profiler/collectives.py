@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from profiler.operators import Operators
 from profiler.peer import PeerRing
 from profiler.point import Op, Point
-from profiler.timing import Prepared, Run
+from profiler.timing import Prepared
 
 # Renamed in torch 2.13, which warns at the older names.
 _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -57,21 +58,21 @@ def prepare_collective(point: Point, neighbours: Neighbours, device: torch.devic
     group, count = neighbours.group, point.shape["bytes"] // dtype.itemsize
     whole = torch.ones(count, device=device, dtype=dtype)
     part = torch.ones(count // neighbours.size, device=device, dtype=dtype)
-    run: Run
+    call: Callable[[], object]
     match point.op:
         case Op.ALL_REDUCE:
             zeros = torch.zeros_like(whole)  # a sum of sums would overflow
-            run = lambda _call: dist.all_reduce(zeros, group=group)  # noqa: E731
+            call = partial(dist.all_reduce, zeros, group=group)
         case Op.ALL_GATHER:
-            run = lambda _call: _ALL_GATHER(whole, part, group=group)  # noqa: E731
+            call = partial(_ALL_GATHER, whole, part, group=group)
         case Op.REDUCE_SCATTER:
-            run = lambda _call: _REDUCE_SCATTER(part, whole, group=group)  # noqa: E731
+            call = partial(_REDUCE_SCATTER, part, whole, group=group)
         case Op.ALL_TO_ALL:
             received = torch.empty_like(whole)
-            run = lambda _call: dist.all_to_all_single(received, whole, group=group)  # noqa: E731
+            call = partial(dist.all_to_all_single, received, whole, group=group)
         case _:
             raise ValueError(f"{point.op} is no collective")
-    return Prepared(run=run, waits=True)
+    return Prepared(run=lambda _call: call(), waits=True)
 
 
 def prepare_message(

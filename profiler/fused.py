@@ -77,7 +77,7 @@ def rotate_into_slab(
 
 
 @triton.jit
-def _rms_norm(x, weight, out, hidden, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _rms_norm(x, weight, out, hidden, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < hidden
@@ -88,8 +88,8 @@ def _rms_norm(x, weight, out, hidden, eps, BLOCK: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def _add_rms_norm(  # type: ignore[no-untyped-def]
-    stream, update, weight, added, normed, hidden, eps, BLOCK: tl.constexpr  # noqa: N803
+def _add_rms_norm(
+    stream, update, weight, added, normed, hidden, eps, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -105,7 +105,7 @@ def _add_rms_norm(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _silu_product(gate_up, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _silu_product(gate_up, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -115,10 +115,10 @@ def _silu_product(gate_up, out, width, BLOCK: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
-def _rotate_into_slab(  # type: ignore[no-untyped-def]
+def _rotate_into_slab(
     qkv, cos, sin, slab_rows, q, keys, values, query_norm, key_norm,
     num_heads, num_kv_heads, key_stride, value_stride, eps,
-    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,  # noqa: N803
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]

@@ -47,7 +47,7 @@ class Load:
         end = time.perf_counter() + _BURST_S
         while time.perf_counter() < end:
             for _ in range(10):
-                events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+                events.append(torch.cuda.Event(enable_timing=True))
                 events[-1].record()
                 self.run()
             events[-1].synchronize()

@@ -58,4 +58,4 @@ def record(work: Callable[[], T], device: torch.device, scratch: Scratch) -> Cal
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)

@@ -222,4 +222,4 @@ def _sample_cuda(prepared: Prepared, sampling: Sampling, device: torch.device, l
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)

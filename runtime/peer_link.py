@@ -41,7 +41,7 @@ class PeerOutbound:
     def __init__(self, ring: PeerRing, device: torch.device) -> None:
         self.ring, self.device = ring, device
         # Of high priority: its small kernels must not queue behind the blocks of a product.
-        self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device, priority=-1)
         self._next = 0
         self._copied: deque[torch.cuda.Event] = deque()  # of the rounds whose slots are not yet free to be written
         self._unread: deque[int] = deque()  # slots pushed and not yet acknowledged
@@ -68,7 +68,7 @@ class PeerOutbound:
                 self.ring.wait_acknowledged(self._unread.popleft())
             self.ring.push(self._next % SLOTS, tensor.shape[0])
             self._unread.append(self._next % SLOTS)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied = torch.cuda.Event()
             copied.record()
         self._copied.append(copied)
         self._next += 1

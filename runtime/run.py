@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
@@ -42,35 +42,25 @@ from tuner.rows import Rows, kernel_choice
 SETTLE_S = {"cpu": 0.0, "cuda": 0.3}
 
 
-def run_plan(
-    plan: Plan,
-    *,
-    weights: Path | None = None,
-    random_weights: bool = False,
-    prompts: Sequence[Sequence[int]] | None = None,
-    max_new_tokens: int = 1,
-    repeat: int = 1,
-    device_type: str = "cpu",
-    num_threads: int = 1,
-    dtype: str | None = None,
-    db_url: str | None = None,
-    kind: RunKind | str = RunKind.RUN_PLAN,
-    study: str | None = None,
-) -> RunResult:
-    """Execute the rounds of `plan` on its ranks, then decode greedily to `max_new_tokens`.
+class RunOptions(TypedDict, total=False):
+    """The options of `run_plans`."""
 
-    weights: a Hugging Face checkpoint, or None with `random_weights`. prompts: token ids of each request in the plan's
-    order, random ids of the planned lengths if None. repeat: passes over the rounds by the same ranks.
+    weights: Path | None
+    random_weights: bool
+    prompts: Sequence[Sequence[int]] | None
+    max_new_tokens: int
+    repeat: int
+    device_type: str
+    num_threads: int
+    dtype: str | None
+    db_url: str | None
+    kind: RunKind | str
+    study: str | None
 
-    Raises `UserError` before any rank starts for whatever does not fit together, and `RanksFailedError` when a rank
-    dies or raises; its run's row then says failed. Under torchrun each rank calls this and gets the result; the first
-    writes the rows.
-    """
-    (result,) = run_plans(
-        [plan], weights=weights, random_weights=random_weights, prompts=prompts, max_new_tokens=max_new_tokens,
-        repeat=repeat, device_type=device_type, num_threads=num_threads, dtype=dtype, db_url=db_url, kind=kind,
-        study=study,
-    )  # fmt: skip
+
+def run_plan(plan: Plan, **options: Unpack[RunOptions]) -> RunResult:
+    """`run_plans` for one plan."""
+    (result,) = run_plans([plan], **options)
     return result
 
 
@@ -89,9 +79,14 @@ def run_plans(
     kind: RunKind | str = RunKind.RUN_PLAN,
     study: str | None = None,
 ) -> list[RunResult]:
-    """`run_plan` for plans of as many ranks, one after another on the same ones.
+    """Execute the rounds of plans of as many ranks, one after another on the same ones, each then decoding greedily.
 
-    `prompts` are those of every plan. When a rank fails, all runs that belong to the call have failed.
+    weights: a Hugging Face checkpoint, or None with `random_weights`. prompts: token ids of each request, of every
+    plan, in the plans' order; random ids of the planned lengths if None. repeat: passes over the rounds.
+
+    Raises `UserError` before any rank starts for whatever does not fit together, and `RanksFailedError` when a rank
+    dies or raises; the rows of all runs of the call then say failed. Under torchrun each rank calls this and gets the
+    results; the first writes the rows.
     """
     check_counts(max_new_tokens=max_new_tokens, repeat=repeat, num_threads=num_threads)
     if (weights is None) != random_weights:

@@ -144,8 +144,8 @@ class Packer:
             base, slope, tokens = table.base, table.slope, table.tokens
 
             def seconds(u: int) -> float:
-                whole = base[u] + slope[u] * start + tokens[first + u]  # noqa: B023
-                return whole + share * (tokens[first + u + 1] - tokens[first + u]) if share else whole  # noqa: B023
+                whole = base[u] + slope[u] * start + tokens[first + u]  # noqa: B023 - called before the loop goes on
+                return whole + share * (tokens[first + u + 1] - tokens[first + u]) if share else whole  # noqa: B023 - called before the loop goes on
 
             units = self._most_units(min(units, len(tokens) - 2 - first), cap_s + EPSILON_S - added, seconds)
         if left <= room and units >= (left - 1) // self.multiple and self.fits(into, left, start, True, cap_s):
@@ -209,7 +209,7 @@ class Packer:
                 most = self._most_units(
                     min(most, len(tokens) - 1),
                     spare,
-                    lambda u: base[u] + slope[u] * (end - u * multiple) + tokens[u],  # noqa: B023
+                    lambda u: base[u] + slope[u] * (end - u * multiple) + tokens[u],  # noqa: B023 - called before the loop goes on
                 )
             chunk = max(most, 1) * multiple
         return end - chunk

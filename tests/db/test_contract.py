@@ -251,7 +251,7 @@ class TestRuns:
     )
 
     def start(self, database: Database, **options: object) -> int:
-        return start_run(database, save_plan_row(database, PLAN), make_hardware(), **options)  # type: ignore[arg-type]
+        return start_run(database, save_plan_row(database, PLAN), make_hardware(), **options)  # type: ignore[arg-type]  # wrong on purpose
 
     def test_done(self, database: Database) -> None:
         run_id = self.start(database, kind="benchmark", study="sweep", details={"seed": 3})

@@ -20,7 +20,7 @@ def make_grid(**changes: object) -> Grid:
         "device_type": "cpu",
         "kernels": (AttentionKernel.CPU_FLASH, AttentionKernel.SDPA),
     }
-    return Grid(**(asked | changes))  # type: ignore[arg-type]
+    return Grid(**(asked | changes))  # type: ignore[arg-type]  # fields of several types
 
 
 def of(points: Sequence[Point], op: Op) -> list[Point]:

@@ -59,7 +59,7 @@ def test_rounds_are_not_announced_twice(monkeypatch: pytest.MonkeyPatch) -> None
         def wait(self) -> None: ...
 
     monkeypatch.setattr(dist, "irecv", lambda *_args, **_options: Posted())
-    group: dist.ProcessGroup = object()  # type: ignore[assignment]
+    group: dist.ProcessGroup = object()  # type: ignore[assignment]  # never looked at
     inbound = CollectiveInbound(
         group, 0, max_tokens=3, hidden_size=HIDDEN, device=torch.device("cpu"), dtype=torch.float32
     )

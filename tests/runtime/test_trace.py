@@ -57,7 +57,7 @@ def test_the_cost_model_gives_the_predicted_bars(plan: Plan, result: RunResult, 
     path = tmp_path / "trace.json"
     write_trace(path, replace(plan, cost_model=COST.to_json()), result)
     timeline = evaluate(COST.for_pp_size(2), plan.requests, plan.rounds, 2).timeline
-    ends = [bar["ts"] + bar["dur"] for bar in _bars(path, PREDICTED)]  # type: ignore[operator]
+    ends = [bar["ts"] + bar["dur"] for bar in _bars(path, PREDICTED)]  # type: ignore[operator]  # JSON's numbers
     assert ends == pytest.approx([1e6 * finish for stages in timeline.finish_s for finish in stages])
 
 
@@ -65,4 +65,4 @@ def test_round_seconds_do_without_a_cost_model(plan: Plan, result: RunResult, tm
     path = tmp_path / "trace.json"
     round_s = ((1.0, 2.0),) * 4
     write_trace(path, replace(plan, predicted=Predicted(makespan_s=9.0, round_s=round_s)), result)
-    assert max(bar["ts"] + bar["dur"] for bar in _bars(path, PREDICTED)) == pytest.approx(9e6)  # type: ignore[operator]
+    assert max(bar["ts"] + bar["dur"] for bar in _bars(path, PREDICTED)) == pytest.approx(9e6)  # type: ignore[operator]  # JSON's numbers

@@ -30,7 +30,7 @@ def _failing(context: RankContext, fail: Any) -> RankContext:
             if (stage, round_index) == (1, 2):
                 fail()
 
-    return replace(context, progress=FailingProgress())  # type: ignore[arg-type]
+    return replace(context, progress=FailingProgress())  # type: ignore[arg-type]  # has what a rank calls
 
 
 def _raise() -> None:

@@ -192,7 +192,7 @@ def test_bad_calls_are_refused() -> None:
     with pytest.raises(UserError, match="max_round_tokens: 10"):
         Planner(atom(2), limits=Limits(max_round_tokens=10))
     with pytest.raises(UserError, match="objective: best"):
-        Planner(atom(2), objective="best")  # type: ignore[arg-type]
+        Planner(atom(2), objective="best")  # type: ignore[arg-type]  # wrong on purpose
     planner = Planner(atom(2), limits=Limits(max_kv_tokens=100))
     planner.add(Request(id="a", prompt_tokens=100))
     with pytest.raises(UserError, match="id: a; each waiting request"):

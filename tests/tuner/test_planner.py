@@ -231,7 +231,7 @@ def test_unknown_policies_are_refused(policy: str) -> None:
 def test_impossible_problems_are_refused(options: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {"requests": prompts(100), **options}
     with pytest.raises(UserError) as error:
-        plan_rounds(atom(2), **arguments)  # type: ignore[arg-type]
+        plan_rounds(atom(2), **arguments)  # type: ignore[arg-type]  # wrong on purpose
     assert message in str(error.value)
 
 
