@@ -26,7 +26,10 @@ from tuner.plan import Plan
 LONG, LONGEST = (32768,), (131072,)
 MIXED = (65536, 32768, 16384, 16384, 8192, 8192, 8192, 8192, 4096, 4096, 4096, 4096, 2048, 2048, 2048, 2048)
 SHORT = (1024,) * 64
-OURS_AND_FIELD = ("joint", "dp", "ascend", "sglang", "terapipe")
+FIXED = tuple(f"fixed:{tokens}" for tokens in (512, 1024, 2048, 4096, 8192, 16384, 32768))
+ALL = ("joint", "dp", "ascend", "sglang", "terapipe", "gpipe", *FIXED)
+TP = ("joint", "fixed:2048", "fixed:8192")  # with one stage only the rounds' size counts
+MIDDLE = (20000, 10000, 5000)
 
 
 def sweep(lengths: Sequence[int], pp2: Sequence[str], tp2: Sequence[str]) -> list[Case]:
@@ -44,21 +47,27 @@ def one_card(lengths: Sequence[int], *policies: str) -> list[Case]:
 
 
 SETS = {
-    "long": sweep(
-        LONG,
-        [*OURS_AND_FIELD, "fixed:1024", "fixed:2048", "fixed:4096", "fixed:8192", "gpipe"],
-        ["joint", "fixed:8192"],
-    ),
-    "longest": sweep(LONGEST, ["joint", "fixed:2048", "fixed:4096"], ["joint"]),
-    "mixed": sweep(MIXED, ["joint", "dp", "fixed:2048", "fixed:4096"], ["joint"]),
-    "short": sweep(SHORT, ["joint", "dp", "fixed:1024", "fixed:2048"], ["joint"]),
-    "one": [*one_card(LONG, "joint", "fixed:2048", "fixed:8192"), *one_card((4096,), "joint")],
+    "long": sweep(LONG, ALL, TP),
+    "longest": sweep(LONGEST, ALL, TP),
+    "mixed": sweep(MIXED, ALL, TP),
+    "short": sweep(SHORT, ALL, TP),
+    "one": [
+        *one_card(LONG, "joint", "fixed:2048", "fixed:8192"),
+        *one_card((4096,), "joint"),
+        *one_card(SHORT, "joint"),
+    ],
     "more": [
         *sweep((4096,), ["joint"], ["joint"]),
-        *sweep((8192,), ["joint"], []),
-        *sweep((20000, 10000, 5000), ["joint"], ["joint"]),
+        *sweep((8192,), ["joint", "fixed:1024"], ["joint"]),
+        *sweep((16384,), ["joint"], ["joint"]),
+        *sweep(MIDDLE, ["joint", "fixed:4096"], ["joint"]),
     ],
-    "link": [*sweep(LONG, ["joint"], ["joint"]), *sweep((8192,), ["joint"], [])],
+    "link": [
+        *sweep(LONG, ["joint"], ["joint"]),
+        *sweep((8192,), ["joint"], ["joint"]),
+        *sweep(MIDDLE, ["joint"], ["joint"]),
+        *sweep(SHORT, ["joint"], []),
+    ],
     "tiny": [*sweep((512,), ["joint", "fixed:128"], ["joint"]), *sweep((300, 200), ["joint"], [])],
 }
 
@@ -93,6 +102,7 @@ def row_of(case: Case, plan: Plan, result: RunResult, sets: Sequence[str]) -> di
         "gap": plan.predicted.gap,
         "measured_s": result.makespan_s,
         "passes_s": result.makespans_s,
+        "rested_s": result.rested_makespan_s,
         "warm_up_s": result.warm_up_s,
         "stage_busy_s": busy,
         "stage_predicted_s": expected,
@@ -149,12 +159,15 @@ def main() -> None:
         }  # fmt: skip
         write_json(options.output, report)
     print_table(
-        ["plan", "rounds", "predicted s", "± %", "measured s", "error %", "least s", "most s", "warm-up s", "MFU %"],
+        [
+            "plan", "rounds", "predicted s", "± %", "measured s", "error %", "least s", "most s", "from rest s",
+            "warm-up s", "MFU %",
+        ],
         [
             [
                 _name(row), len(row["rounds"]), row["predicted_s"], 100 * (row["uncertainty"] or 0), row["measured_s"],
                 100 * (row["predicted_s"] / row["measured_s"] - 1), min(row["passes_s"]), max(row["passes_s"]),
-                row["warm_up_s"], None if row["mfu"] is None else 100 * row["mfu"],
+                row["rested_s"], row["warm_up_s"], None if row["mfu"] is None else 100 * row["mfu"],
             ]
             for row in json.loads(json.dumps(rows))
         ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 
 from sqlalchemy import ScalarSelect, func, select
@@ -40,6 +40,10 @@ class Hardware:
         """Equal for equal hardware. Memory counts in whole GiB: what a kernel reserves changes from boot to boot."""
         fields = asdict(self) | {"memory_bytes": round(self.memory_bytes / _GIB) * _GIB}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    def computes_like(self, other: Hardware) -> bool:
+        """Whether the two differ at most in the link: what one rank does alone takes as long on both."""
+        return replace(self, link=other.link).fingerprint == other.fingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,7 +74,10 @@ class Grid:
             yield from self._collectives(group_size)
 
     def _layer_points(self, tp_size: int) -> Iterator[Point]:
-        """The parts of a layer and whole layers: with all ranks at work, and coarsely with one."""
+        """The parts of a layer and whole layers: with all ranks at work, and coarsely with one.
+
+        Cards share nothing that a kernel uses, so that one alone needs no points of its own.
+        """
         parts = [
             *self._matmuls(tp_size),
             *self._attention(tp_size),
@@ -82,7 +85,9 @@ class Grid:
             *self._layers(tp_size),
         ]
         yield from (replace(point, busy_ranks=self.world_size) for point in parts)
-        if tp_size == 1 and self.world_size > 1:  # a plan for one rank leaves the others idle
+        if (
+            tp_size == 1 and self.world_size > 1 and self.device_type == "cpu"
+        ):  # a plan for one rank leaves the others idle
             yield from (
                 replace(point, busy_ranks=1, level=point.level + 1)
                 for point in parts

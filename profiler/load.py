@@ -2,7 +2,7 @@
 
 A card under load is held at its power limit by its clocks: an H100 swings between 1.3 and 1.9 GHz within tenths of
 a second, and products measured one after another differ by ten percent. Work of a model's own mix between the samples
-brings every kernel to the same power; its time, beside its mean over a second, says how fast the clock was.
+brings every kernel to the same power; its time, beside its usual one, says how fast the clock was.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from itertools import pairwise
+from statistics import median
 
 import torch
 
 from profiler.recording import new_scratch, record
 
 LOAD_S = 2e-3  # a repetition
-_REST_S, _BURST_S = 0.5, 1.0
-_MOST_SHIFT = 0.15  # beyond it something else disturbed the card
+# A card that rested runs a tenth of a second at its highest clock, a sixth faster than it can go on, and answers the
+# new load some 0.8 s later with a quarter of a second at its lowest. What comes then is what a busy card does.
+_SETTLE_S, _LISTEN_S = 1.0, 1.0
+_AHEAD = 8  # repetitions that the host is at most before the card
+_MOST_SHIFT = 0.3  # beyond it something else disturbed the card
 
 
 class Load:
@@ -28,27 +33,28 @@ class Load:
         num_layers = max(1, math.ceil(LOAD_S / layer_s))
         self.run = record(lambda: [layer(call) for call in range(num_layers)][-1], device, new_scratch(device))
         self.run()
-        self.usual_us = self._burst()
+        self.usual_us = self._listen()
 
     def clock_factor(self, load_us: list[float]) -> float:
         """What a kernel's time is multiplied by to stand for the usual clock, by the load's time beside it."""
         factor = self.usual_us / (sum(load_us) / len(load_us))
         return min(max(factor, 1.0 - _MOST_SHIFT), 1.0 + _MOST_SHIFT)
 
-    def _burst(self) -> float:
-        """Mean time over a burst of a second after a rest: what a prompt of about that length meets.
+    def _listen(self) -> float:
+        """Median time once the card has settled under uninterrupted load."""
+        for seconds in (_SETTLE_S, _LISTEN_S):
+            events = self._repeat(seconds)
+        return float(median(before.elapsed_time(after) for before, after in pairwise(events))) * 1e3
 
-        The first hundred milliseconds run at the highest clock, a tenth faster than the mean; seconds of uninterrupted
-        load end at the lowest, as much slower.
-        """
-        torch.cuda.synchronize(self.device)
-        time.sleep(_REST_S)
+    def _repeat(self, seconds: float) -> list[torch.cuda.Event]:
+        """Repeat for so long -> events between the repetitions."""
         events: list[torch.cuda.Event] = []
-        end = time.perf_counter() + _BURST_S
+        end = time.perf_counter() + seconds
         while time.perf_counter() < end:
-            for _ in range(10):
-                events.append(torch.cuda.Event(enable_timing=True))
-                events[-1].record()
-                self.run()
-            events[-1].synchronize()
-        return float(events[0].elapsed_time(events[-1])) / (len(events) - 1) * 1e3
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+            self.run()
+            if len(events) > _AHEAD:
+                events[-_AHEAD].synchronize()
+        torch.cuda.synchronize(self.device)
+        return events

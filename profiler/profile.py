@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -170,8 +170,7 @@ def adopt_kernels(database: Database, hardware: Hardware) -> None:
     """Keep as this hardware's own what one rank measured alone where all but the link between the devices is equal."""
     mine = {row.key for row in load_measurements(database, hardware)}
     for stored in list_hardware(database):
-        alike = replace(stored.hardware, link=hardware.link).fingerprint == hardware.fingerprint
-        if alike and stored.hardware.link != hardware.link:
+        if stored.hardware.computes_like(hardware) and stored.hardware.link != hardware.link:
             rows = load_measurements(database, stored.hardware, group_size=1)
             save_measurements(database, hardware, [row for row in rows if row.key not in mine])
 

@@ -49,6 +49,7 @@ class RankReport:
     stage: int
     host: str
     warm_up_s: float  # kernels, connections and recordings of the plan's rounds, cached tokens
+    first: Pass | None  # from rest, where passes that do not count came before the others
     passes: tuple[Pass, ...]
     decode: Pass
     token_ids: tuple[tuple[int, ...], ...] | None  # the new ones of each request

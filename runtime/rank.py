@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
@@ -48,6 +48,11 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     def note() -> Pass:
         return Pass(origin_s=clock.origin_s, rounds=tuple(clock.intervals()))
 
+    def run_pass() -> Pass:
+        begin()
+        pipeline.prefill()
+        return note()
+
     if context.device.type == "cuda":
         torch.cuda.empty_cache()  # what the job before left: peer memory and NCCL allocate beside torch
     begin()
@@ -62,12 +67,8 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     gc.collect()
     gc.freeze()  # a collection among the rounds would walk all that the imports made
     warm_up_s = time.perf_counter() - clock.origin_s
-    _settle(job, pipeline, groups)
-    passes = []
-    for _ in range(job.repeat):
-        begin()
-        pipeline.prefill()
-        passes.append(note())
+    first = _settle(job, run_pass, groups)
+    passes = tuple(run_pass() for _ in range(job.repeat))
     begin()
     new_ids = pipeline.decode(job.max_new_tokens - 1)
     decode = note()
@@ -78,22 +79,24 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         stage=place.stage,
         host=socket.gethostname(),
         warm_up_s=warm_up_s,
-        passes=tuple(passes),
+        first=first,
+        passes=passes,
         decode=decode,
         token_ids=tuple(tuple(ids) for ids in new_ids.T.tolist()) if reports_tokens else None,
     )
 
 
-def _settle(job: Job, pipeline: Pipeline, groups: Groups) -> None:
-    """Run passes that do not count; the first rank tells all when it is enough."""
+def _settle(job: Job, run_pass: Callable[[], Pass], groups: Groups) -> Pass | None:
+    """Run passes that do not count; the first rank tells all when it is enough. Returns the very first, if any."""
+    first: Pass | None = None
     started = time.perf_counter()
     enough = torch.tensor([job.settle_s <= 0.0])
     while not enough.item():
-        pipeline.prefill()
-        if pipeline.stage.device.type == "cuda":
-            torch.cuda.synchronize()
+        done = run_pass()
+        first = first or done
         enough[0] = time.perf_counter() - started >= job.settle_s
         dist.broadcast(enough, 0, group=groups.host)
+    return first
 
 
 def cached_rounds(job: Job) -> list[Round]:

@@ -32,6 +32,7 @@ class RunResult:
     makespans_s: tuple[float, ...]  # of every pass
     rounds: tuple[RoundTime, ...]
     decode_s: tuple[float, ...]  # of each token after the first: from token to token
+    rested_makespan_s: float | None = None  # of a pass from rest, where the others were run on settled devices
     warm_up_s: float = 0.0  # on the slowest rank, before the first pass
     predicted_makespan_s: float | None = None
     mfu: float | None = None  # of the published peak of all devices
@@ -56,6 +57,7 @@ class RunResult:
             "requests": [asdict(request) for request in self.requests],
             "makespan_s": self.makespan_s,
             "makespans_s": self.makespans_s,
+            "rested_makespan_s": self.rested_makespan_s,
             "predicted_makespan_s": self.predicted_makespan_s,
             "error": self.error,
             "mfu": self.mfu,
@@ -111,6 +113,7 @@ def make_result(
         merge_passes([(report.stage, report.host, report.passes[index]) for report in reports])
         for index in range(job.repeat)
     ]
+    firsts = [(report.stage, report.host, report.first) for report in reports if report.first is not None]
     makespans = [timeline.makespan_s for timeline in timelines]
     timeline = timelines[makespans.index(median_low(makespans))]
     done, round_s = _first_token_s(job, timeline), prediction.round_s
@@ -134,6 +137,7 @@ def make_result(
             for stage, (start, finish) in enumerate(stages)
         ),
         decode_s=_decode_s(reports),
+        rested_makespan_s=merge_passes(firsts).makespan_s if firsts else None,
         warm_up_s=max(report.warm_up_s for report in reports),
         predicted_makespan_s=prediction.makespan_s,
     )

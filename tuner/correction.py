@@ -12,9 +12,9 @@ from scipy.optimize import lsq_linear
 
 from db.engine import Database
 from db.errors import UserError
-from db.hardware import Hardware
+from db.hardware import Hardware, list_hardware
 from db.plans import get_plan_row
-from db.runs import RunStatus, list_runs, load_round_times
+from db.runs import RunStatus, StoredRun, list_runs, load_round_times
 from profiler.model import ModelShape
 from tuner.cost_model import CostModel
 from tuner.curve import Floats
@@ -22,7 +22,7 @@ from tuner.plan import Plan
 from tuner.rows import RankWork
 from tuner.schedule import evaluate
 
-RUNS_LOOKED_AT = 100
+RUNS_LOOKED_AT = 300
 LEAST_ROUNDS = 4
 LEAST_SCALE, MOST_SCALE = 0.7, 1.5  # beyond these the runs are of something else than what was profiled
 ROUNDS_OF_BELIEF = 2.0  # "no correction" weighs as much as so many measured rounds
@@ -121,14 +121,15 @@ def load_measured_rounds(
 ) -> MeasuredRounds:
     """Rounds of `work`'s model, dtype and tp_size that were run on `hardware`, predicted anew by `cost_model`.
 
-    of: which of them count.
+    of: which of them count. Rounds of one rank a stage move nothing between their start and their finish, so that runs
+    over another link between the same devices teach as much.
     The prediction stored with a run may come from an older fit or carry a correction already, so it is not used.
     """
     predicted: list[float] = []
     measured: list[float] = []
     places: list[tuple[int, int]] = []
     num_runs = 0
-    for run in list_runs(database, status=RunStatus.DONE, hardware=hardware, limit=RUNS_LOOKED_AT):
+    for run in _runs(database, hardware, any_link=work.tp_size == 1):
         try:
             plan = Plan.from_json(get_plan_row(database, run.plan_id))
             shape = ModelShape.from_config(plan.model, name="")
@@ -150,6 +151,16 @@ def load_measured_rounds(
         num_runs=num_runs,
         places=np.array(places, dtype=np.int64).reshape(-1, 2),
     )
+
+
+def _runs(database: Database, hardware: Hardware, *, any_link: bool) -> list[StoredRun]:
+    """Runs that ended on the hardware, newest first; any_link: on its devices, whatever joins them."""
+    alike = [stored.hardware for stored in list_hardware(database) if stored.hardware.computes_like(hardware)]
+    wanted = alike if any_link else [hardware]
+    runs = [
+        run for one in wanted for run in list_runs(database, status=RunStatus.DONE, hardware=one, limit=RUNS_LOOKED_AT)
+    ]
+    return sorted(runs, key=lambda run: run.id, reverse=True)[:RUNS_LOOKED_AT]
 
 
 def _median_error(predicted: Floats, measured: Floats) -> float:
