@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,9 +49,9 @@ class LogitStage(Stage):
         super().__init__(*args)
         self.logits: dict[int, torch.Tensor] = {}
 
-    def next_ids(self, hidden: torch.Tensor, rows: Any) -> torch.Tensor:
+    def next_ids(self, hidden: torch.Tensor, rows: Iterable[int] | None = None) -> torch.Tensor:
         """Choose as a stage does, and keep."""
-        rows = list(rows)
+        rows = range(hidden.shape[0]) if rows is None else list(rows)
         assert self.shard.head is not None
         for row in rows:
             self.logits[len(self.logits)] = self.shard.head.local_logits(hidden[row : row + 1]).float().cpu()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from profiler import cudnn_graph, folded
+from profiler.elementwise import has_triton
 
 aten = torch.ops.aten
 
@@ -68,6 +69,30 @@ def attend(kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.T
         before, before_lse = partial(q, k[:, :, :context], v[:, :, :context], False)
         out = merge_partial(out, lse, before, before_lse)
     return out.squeeze(0)
+
+
+def attend_tokens(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Attention of the last token of each of R requests over its rows of a slab.
+
+    q: [R, H, D]; keys, values: [KV, rows, D] with H a multiple of KV; starts, lengths: [R] int64, a request's first row
+    and how many it has -> [R, H, D]. Where `attends_on_device`, the host need not know the lengths.
+    """
+    if q.is_cuda and has_triton():
+        from profiler import flash_decoding
+
+        return flash_decoding.attend(q, keys, values, starts, lengths)
+    outputs = []
+    for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        seen = slice(start, start + length)
+        outputs.append(attend(AttentionKernel.SDPA, q[row, :, None], keys[:, seen], values[:, seen]))
+    return torch.stack(outputs).squeeze(2)
+
+
+def attends_on_device(device: torch.device) -> bool:
+    """Whether `attend_tokens` reads nothing back from a card, so that it can be recorded there; true without a card."""
+    return device.type == "cpu" or has_triton()
 
 
 def merge_partial(out: torch.Tensor, lse: torch.Tensor, before: torch.Tensor, before_lse: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -11,17 +10,17 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from profiler.layer import Norms
-    from profiler.round import RoundInputs, Span
+    from profiler.layer import LayerInputs, Norms
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether kernels can be fused: torch brings Triton along where there may be a card."""
     return find_spec("triton") is not None
 
 
 def _fuses(x: torch.Tensor) -> bool:
-    return x.is_cuda and _has_triton()
+    return x.is_cuda and has_triton()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -60,7 +59,7 @@ def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def rotate_into_slab(
-    qkv: torch.Tensor, inputs: RoundInputs, norms: Norms, keys: torch.Tensor, values: torch.Tensor, *, num_heads: int
+    qkv: torch.Tensor, inputs: LayerInputs, norms: Norms, keys: torch.Tensor, values: torch.Tensor, *, num_heads: int
 ) -> torch.Tensor:
     """Norm (Qwen3) and rotate q and k, write k and v to the slab, return q [T, H, D].
 
@@ -79,8 +78,8 @@ def rotate_into_slab(
     q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if norms.query is not None and norms.key is not None:
         q, k = rms_norm(q, norms.query, norms.eps), rms_norm(k, norms.key, norms.eps)
-    _write(rotate(k, cos, sin), inputs.spans, keys)
-    _write(v, inputs.spans, values)
+    inputs.write(rotate(k, cos, sin), keys)
+    inputs.write(v, values)
     return rotate(q, cos, sin)
 
 
@@ -93,11 +92,3 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
     return out
-
-
-def _write(rows: torch.Tensor, spans: Sequence[Span], slab: torch.Tensor) -> None:
-    """Copy a round's rows [T, KV, D] to each request's place in the slab [KV, rows, D]."""
-    for span in spans:
-        first = span.slab_start + span.context
-        packed = rows[span.first_row : span.first_row + span.num_tokens]
-        slab[:, first : first + span.num_tokens] = packed.transpose(0, 1)

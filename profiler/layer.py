@@ -1,4 +1,4 @@
-"""One decoder layer over a round: packed tokens of several requests in, hidden states out, KV written to its slab."""
+"""One decoder layer over a round or a step: packed tokens in, hidden states out, KV written to its slab."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from profiler.attention import attend
 from profiler.elementwise import add_rms_norm, rms_norm, rotate_into_slab, silu_product
 from profiler.model import ModelShape
 from profiler.round import RoundInputs
+from profiler.step import StepInputs
 
 Project = Callable[[torch.Tensor], torch.Tensor]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
+LayerInputs = RoundInputs | StepInputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,14 +74,14 @@ class DecoderLayer:
         self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
         self.reduce_o, self.reduce_down = reduce_o, reduce_down
 
-    def __call__(self, stream: Stream, inputs: RoundInputs, keys: torch.Tensor, values: torch.Tensor) -> Stream:
+    def __call__(self, stream: Stream, inputs: LayerInputs, keys: torch.Tensor, values: torch.Tensor) -> Stream:
         """keys, values: this layer's slab [KV, rows, head_dim]."""
         norms = self.norms
         hidden, normed = stream.add_and_norm(norms.before_attention, norms.eps)
         # No names for what is large and used once: it would live through the MLP.
         attended = self.reduce_o(
             self.o(
-                self.attend_spans(
+                self.attend(
                     rotate_into_slab(self.qkv(normed), inputs, norms, keys, values, num_heads=self.num_heads),
                     inputs,
                     keys,
@@ -92,15 +93,6 @@ class DecoderLayer:
         del attended
         return Stream(hidden, self.reduce_down(self.down(silu_product(self.gate_up(normed)))))
 
-    def attend_spans(
-        self, q: torch.Tensor, inputs: RoundInputs, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """Attend each chunk of q [T, H, D] over its request's rows of the slab -> [T, H D]."""
-        outputs = []
-        for span in inputs.spans:
-            rows = slice(span.first_row, span.first_row + span.num_tokens)
-            seen = slice(span.slab_start, span.slab_start + span.context + span.num_tokens)
-            out = attend(span.kernel, q[rows].transpose(0, 1), keys[:, seen], values[:, seen])
-            outputs.append(out.transpose(0, 1))
-        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return mixed.reshape(q.shape[0], -1)
+    def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Attend each token of q [T, H, D] over its request's rows of the slab -> [T, H D]."""
+        return inputs.attend(q, keys, values)

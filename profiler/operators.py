@@ -9,7 +9,7 @@ import torch
 from profiler.attention import AttentionKernel, attend
 from profiler.grid import projections
 from profiler.head import Head, embed
-from profiler.layer import DecoderLayer, Norms, Project, Stream
+from profiler.layer import DecoderLayer, LayerInputs, Norms, Project, Stream
 from profiler.model import ModelShape
 from profiler.point import WARM, Op, Point
 from profiler.rotary import Rotary
@@ -198,9 +198,7 @@ class ElementwiseLayer(DecoderLayer):
 
     mixed: torch.Tensor  # [T, H D]
 
-    def attend_spans(
-        self, q: torch.Tensor, inputs: RoundInputs, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The attention made beforehand."""
         return self.mixed
 

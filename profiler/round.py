@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from profiler.attention import AttentionKernel
+from profiler.attention import AttentionKernel, attend
 from profiler.rotary import Rotary
 
 ChooseKernel = Callable[[int, int], AttentionKernel]  # (chunk tokens, context) -> kernel
@@ -36,6 +36,24 @@ class RoundInputs:
     def num_tokens(self) -> int:
         """Rows of the packed round."""
         return sum(span.num_tokens for span in self.spans)
+
+    def write(self, rows: torch.Tensor, slab: torch.Tensor) -> None:
+        """Copy the round's rows [T, KV, D] to each request's place in the slab [KV, rows, D]."""
+        for span in self.spans:
+            first = span.slab_start + span.context
+            packed = rows[span.first_row : span.first_row + span.num_tokens]
+            slab[:, first : first + span.num_tokens] = packed.transpose(0, 1)
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Attend each chunk of q [T, H, D] over its request's rows of the slab -> [T, H D]."""
+        outputs = []
+        for span in self.spans:
+            rows = slice(span.first_row, span.first_row + span.num_tokens)
+            seen = slice(span.slab_start, span.slab_start + span.context + span.num_tokens)
+            out = attend(span.kernel, q[rows].transpose(0, 1), keys[:, seen], values[:, seen])
+            outputs.append(out.transpose(0, 1))
+        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return mixed.reshape(q.shape[0], -1)
 
 
 def prepare_round(

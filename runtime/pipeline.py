@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from profiler.attention import attends_on_device
 from profiler.ranks import Progress
 from profiler.recording import new_scratch, record
 from runtime.boundary import make_links
@@ -18,7 +19,7 @@ from runtime.link import Return
 from runtime.place import Place
 from runtime.stage import Stage
 from tuner.memory import MOST_RECORDED
-from tuner.plan import Chunk, Round
+from tuner.plan import Round
 
 
 class Pipeline:
@@ -31,11 +32,14 @@ class Pipeline:
         self.next_ids = torch.zeros(len(job.requests), device=device, dtype=torch.int64)  # of each request
         self.inbound, self.outbound = make_links(job, place, groups, device, stage.dtype)
         self.recorded: list[Callable[[], torch.Tensor]] = []  # of the plan's rounds, in order
+        self.recorded_step: Callable[[], torch.Tensor] | None = None  # of decode
         self.back = groups.back and Return(groups.back, first=place.peer(0), last=place.peer(last), device=device)
 
     def warm_up(self) -> None:
         """Build what is built lazily: kernels for the rounds' shapes, connections between the stages."""
-        self.stage.warm_up([*self.job.rounds, *self._decode_rounds(min(1, self.job.max_new_tokens - 1))])
+        self.stage.warm_up(self.job.rounds)
+        if self.job.max_new_tokens > 1:
+            self._compute_step()  # what it writes to the slab, the first step writes again
         most = max(self.job.round_tokens)
         if self.inbound:
             self.inbound.expect([most])
@@ -54,7 +58,7 @@ class Pipeline:
         self.drain()
 
     def record(self) -> None:
-        """Make the plan's rounds replayable, once all that runs only once has run."""
+        """Make the plan's rounds and a step of decode replayable, once all that runs only once has run."""
         if self.stage.device.type == "cuda":
             torch.cuda.empty_cache()  # recordings keep their scratch memory elsewhere
         scratch = new_scratch(self.stage.device)
@@ -62,14 +66,19 @@ class Pipeline:
             record(partial(self._compute, index, chunks), self.stage.device, scratch)
             for index, chunks in enumerate(self.job.rounds[:MOST_RECORDED])
         ]
+        if self.job.max_new_tokens > 1 and attends_on_device(self.stage.device):
+            self.recorded_step = record(self._compute_step, self.stage.device, scratch)
+            self.stage.step.restart()
+            self.recorded_step()  # a graph's first launch also brings it to the card
 
     def close(self) -> None:
         """Give up the recordings: NCCL's groups are not left while a graph holds their work."""
         self.recorded.clear()
+        self.recorded_step = None
 
     def fill_cache(self, rounds: Sequence[Round]) -> None:
         """Run rounds that the plan does not count: cached tokens of its requests."""
-        self._begin(rounds)
+        self._begin([num_tokens(chunks) for chunks in rounds])
         for index, chunks in enumerate(rounds):
             self._run(partial(self._compute, index, chunks))
         self.drain()
@@ -78,7 +87,7 @@ class Pipeline:
         """Run the plan's rounds. `next_ids` of the last stage then holds each prompt's next token."""
         rounds = self.job.rounds
         window = self.job.window or len(rounds)
-        self._begin(rounds)
+        self._begin([num_tokens(chunks) for chunks in rounds])
         for index, chunks in enumerate(rounds):
             self.progress.mark(self.place.stage, index)
             if self.place.is_first:
@@ -92,18 +101,19 @@ class Pipeline:
         self.drain()
 
     def decode(self, num_steps: int) -> torch.Tensor:
-        """Run `num_steps` rounds of one token of every request -> on the last stage, all new ids [1 + num_steps, R]."""
+        """Run `num_steps` steps of one token of every request -> on the last stage, all new ids [1 + num_steps, R]."""
         chosen = [self.next_ids.clone()]
-        for step, chunks in enumerate(self._decode_rounds(num_steps)):
+        self.stage.step.restart()
+        for step in range(num_steps):
             self.progress.mark(self.place.stage, len(self.job.rounds) + step)
             if self.back and self.place.is_last:
                 self.back.send(self.next_ids)
             elif self.back:
-                self.next_ids = self.back.receive(len(self.job.requests))
+                self.next_ids.copy_(self.back.receive(len(self.job.requests)))
             # One receive at a time: it waits on the device for what this rank has yet to cause, and CUDA may wait for
             # the device when it loads a kernel.
-            self._begin([chunks])
-            self._run(partial(self._compute, 0, chunks))
+            self._begin([len(self.job.requests)])
+            self._run(self.recorded_step or self._compute_step)
             chosen.append(self.next_ids.clone())
         self.drain()
         return torch.stack(chosen)
@@ -114,16 +124,10 @@ class Pipeline:
             if link:
                 link.drain()
 
-    def _decode_rounds(self, num_steps: int) -> list[Round]:
-        """One new token of every request, in order, `num_steps` times."""
-        return [
-            tuple(Chunk(i, request.prompt_tokens + step, 1) for i, request in enumerate(self.job.requests))
-            for step in range(num_steps)
-        ]
-
-    def _begin(self, rounds: Sequence[Round]) -> None:
+    def _begin(self, tokens: Sequence[int]) -> None:
+        """Rounds of `tokens` rows each follow, counted from 0."""
         if self.inbound:
-            self.inbound.expect([num_tokens(chunks) for chunks in rounds])
+            self.inbound.expect(tokens)
         if self.outbound:
             self.outbound.begin()
 
@@ -147,14 +151,27 @@ class Pipeline:
         hidden = self.stage.forward(chunks, received)
         if self.place.is_last:
             self._choose(chunks, hidden)
+        return self._lay_out(index, hidden)
+
+    def _compute_step(self) -> torch.Tensor:
+        """Everything of a decode step that the device does: the same work on the same memory each time.
+
+        Each step is announced by itself, so it is always round 0 of the links.
+        """
+        received = self.inbound.buffer(0, len(self.job.requests)) if self.inbound else self.stage.embed(self.next_ids)
+        hidden = self.stage.forward_step(received)
+        if self.place.is_last:
+            self.next_ids.copy_(self.stage.next_ids(hidden))
+        return self._lay_out(0, hidden)
+
+    def _lay_out(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Put a round's hidden states where the next stage expects them to be sent from."""
         if self.outbound is None:
             return self.next_ids  # nothing leaves: a recording would hold on to the hidden states
-        place = self.outbound.buffer(index, count)
+        place = self.outbound.buffer(index, hidden.shape[0])
         return hidden if place is None else place.copy_(hidden)
 
     def _token_ids(self, chunks: Round) -> torch.Tensor:
-        if all(chunk.start >= self.job.requests[chunk.request].prompt_tokens for chunk in chunks):
-            return self.next_ids  # a decode round has every request in order
         return torch.cat([self.prompts[chunk.request][chunk.start : chunk.end] for chunk in chunks])
 
     def _choose(self, chunks: Round, hidden: torch.Tensor) -> None:

@@ -9,9 +9,10 @@ import torch
 
 from profiler.attention import AttentionKernel
 from profiler.head import embed
-from profiler.layer import Stream
+from profiler.layer import LayerInputs, Stream
 from profiler.rotary import Rotary
 from profiler.round import prepare_round
+from profiler.step import Step
 from runtime.checkpoint import Checkpoint, RandomWeights
 from runtime.group import TensorGroup
 from runtime.job import Job
@@ -42,6 +43,8 @@ class Stage:
             device=device,
             dtype=self.dtype,
         )
+        prompt_tokens = [request.prompt_tokens for request in job.requests]
+        self.step = Step(starts=self.slab.start, prompt_tokens=prompt_tokens, device=device)
         self.rotary = Rotary(job.shape, device)
         self.kernels = cache(job.kernels)  # a search among the measured points, for each chunk of each round
 
@@ -59,10 +62,16 @@ class Stage:
             device=self.device,
             dtype=self.dtype,
         )
-        stream = Stream(hidden)
-        for index, layer in enumerate(self.shard.layers[:num_layers]):
-            stream = layer(stream, inputs, *self.slab[index])
-        return stream.added()
+        return self._run_layers(hidden, inputs, num_layers)
+
+    def forward_step(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Run one token of every request, in order, at the positions that `step` holds, and move those on.
+
+        hidden: [R, hidden] -> [R, hidden]; KV goes to the slab.
+        """
+        hidden = self._run_layers(hidden, self.step.inputs(self.rotary, self.dtype))
+        self.step.advance()
+        return hidden
 
     def final_rows(self, chunks: Round) -> dict[int, int]:
         """Row of the packed round that gives each request's next token, for the requests whose prompt is complete."""
@@ -73,10 +82,10 @@ class Stage:
                 rows[chunk.request] = row - 1
         return rows
 
-    def next_ids(self, hidden: torch.Tensor, rows: Iterable[int]) -> torch.Tensor:
-        """On the last stage: hidden [T, hidden] and the rows wanted [R] -> token ids [R] int64."""
+    def next_ids(self, hidden: torch.Tensor, rows: Iterable[int] | None = None) -> torch.Tensor:
+        """On the last stage: hidden [T, hidden] and the rows wanted [R], all if None -> token ids [R] int64."""
         assert self.shard.head is not None
-        return self.shard.head(torch.cat([hidden[row : row + 1] for row in rows]))
+        return self.shard.head(hidden if rows is None else torch.cat([hidden[row : row + 1] for row in rows]))
 
     def warm_up(self, rounds: Iterable[Round]) -> None:
         """Run each distinct shape of round once through one layer and the head.
@@ -94,9 +103,15 @@ class Stage:
             if self.shard.head is not None and rows:
                 self.next_ids(hidden, rows.values())
 
+    def _run_layers(self, hidden: torch.Tensor, inputs: LayerInputs, num_layers: int | None = None) -> torch.Tensor:
+        stream = Stream(hidden)
+        for index, layer in enumerate(self.shard.layers[:num_layers]):
+            stream = layer(stream, inputs, *self.slab[index])
+        return stream.added()
+
     def _choose_kernel(self, chunk: int, context: int) -> AttentionKernel:
         if chunk == 1 and self.device.type == "cuda":
-            return AttentionKernel.SDPA  # decode: the context grows by one a step, and cuDNN plans each length anew
+            return AttentionKernel.SDPA  # token by token the context grows by one, and cuDNN plans each length anew
         return self.kernels(chunk, context)
 
     def _distinct(self, rounds: Iterable[Round]) -> Iterable[Round]:

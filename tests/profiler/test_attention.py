@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from profiler.attention import AttentionKernel, attend, available_kernels
+from profiler.attention import AttentionKernel, attend, attend_tokens, attends_on_device, available_kernels
 
 CPU = torch.device("cpu")
 KERNELS = available_kernels(CPU, torch.float32)
@@ -36,3 +36,25 @@ def test_attention_is_causal(
         found = attend(kernel, q, k, v)
     assert found.shape == q.shape
     torch.testing.assert_close(found.double(), causal_attention(q, k, v), atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 4, 32), (6, 2, 24), (5, 1, 64)])
+def test_one_token_of_each_request_sees_its_own_rows(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    torch.manual_seed(0)
+    # Out of order, with rows between that belong to nobody.
+    starts, lengths = torch.tensor([90, 3, 60, 300]), torch.tensor([200, 57, 1, 33])
+    q = torch.randn(4, num_heads, head_dim) * 3
+    keys, values = torch.randn(2, num_kv_heads, 350, head_dim)
+    rows = torch.arange(350)
+    seen = (rows >= starts[:, None]) & (rows < (starts + lengths)[:, None])
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q[:, :, None].double(), keys.double().expand(4, -1, -1, -1), values.double().expand(4, -1, -1, -1),
+        attn_mask=seen[:, None, None], enable_gqa=True,
+    ).squeeze(2)  # fmt: skip
+    with torch.inference_mode():
+        found = attend_tokens(q, keys, values, starts, lengths)
+    torch.testing.assert_close(found.double(), expected, atol=3e-6, rtol=1e-5)
+
+
+def test_a_cpu_attends_on_device() -> None:
+    assert attends_on_device(CPU)
