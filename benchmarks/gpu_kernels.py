@@ -22,6 +22,7 @@ from profiler.attention import available_kernels
 from profiler.device import describe_hardware
 from profiler.grid import Grid, head_sizes, projections
 from profiler.model import load_model_shape
+from profiler.peak import published_multiprocessors
 from profiler.point import Op, Point
 from profiler.ranks import run_ranks
 from profiler.session import ProfileJob, profile_rank
@@ -88,10 +89,12 @@ def main() -> None:
     hardware = describe_hardware(options.device, num_threads=1)
     with open_database(options.db) as database:
         rows = load_measurements(database, hardware, dtype=dtype)
-    costs = {
-        tp_size: fit_layer_costs(rows, RankWork(shape=shape, dtype=dtype, tp_size=tp_size), busy_ranks=2)
+    multiprocessors = published_multiprocessors(hardware.device)
+    works = [
+        RankWork(shape=shape, dtype=dtype, tp_size=tp_size, num_multiprocessors=multiprocessors)
         for tp_size in grid.tp_sizes
-    }
+    ]
+    costs = {work.tp_size: fit_layer_costs(rows, work, busy_ranks=2) for work in works}
     points = random_points(grid, options.points)
     with TemporaryDirectory() as folder:
         url = f"sqlite:///{folder}/unseen.db"

@@ -25,6 +25,7 @@ from db.measurements import load_measurements
 from db.plans import get_plan_row
 from db.runs import RunStatus, list_runs
 from profiler.model import ModelShape
+from profiler.peak import published_multiprocessors
 from service.output import print_table
 from tuner.correction import fit_correction, load_measured_rounds
 from tuner.fit import LayerCosts, fit_layer_costs
@@ -78,7 +79,9 @@ def judge(database: Database, hardware: Hardware, teach: int) -> list[Judged]:
     rows = load_measurements(database, hardware)
 
     def fit(shape: ModelShape, dtype: str, tp_size: int, busy_ranks: int) -> tuple[LayerCosts, LayerCosts, float]:
-        work = RankWork(shape=shape, dtype=dtype, tp_size=tp_size)
+        work = RankWork(
+            shape=shape, dtype=dtype, tp_size=tp_size, num_multiprocessors=published_multiprocessors(hardware.device)
+        )
         mine = [row for row in rows if row.dtype == dtype]
         costs = fit_layer_costs(mine, work, busy_ranks=busy_ranks)
         taught = load_measured_rounds(

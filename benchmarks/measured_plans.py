@@ -14,6 +14,7 @@ from db.engine import open_database
 from db.measurements import load_measurements
 from profiler.device import describe_hardware
 from profiler.model import ModelShape, load_model_shape
+from profiler.peak import published_multiprocessors
 from profiler.profile import ProfileOptions, profile_model
 from runtime.result import RunResult
 from runtime.run import run_plans
@@ -109,7 +110,8 @@ class Machine:
         )  # fmt: skip
 
     def _work(self, tp_size: int) -> RankWork:
-        return RankWork(shape=self.shape, dtype=self.dtype, tp_size=tp_size)
+        multiprocessors = published_multiprocessors(self.hardware.device)
+        return RankWork(shape=self.shape, dtype=self.dtype, tp_size=tp_size, num_multiprocessors=multiprocessors)
 
     def _held_out(self, tp_size: int, busy_ranks: int) -> list[HeldOutError]:
         return held_out_errors(self.rows, self._work(tp_size), busy_ranks=busy_ranks)

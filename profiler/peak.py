@@ -1,6 +1,11 @@
-"""The published peak of a device: what MFU is measured against."""
+"""What vendors publish of devices: the peak that MFU is measured against, and how many blocks run at once."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # Dense FLOP/s in (float16 and bfloat16, float32 without TF32), from NVIDIA's data sheets; longer names first.
 _PEAKS = {
@@ -23,11 +28,22 @@ _PEAKS = {
     "T4": (65e12, 8.1e12),
 }
 
+# Streaming multiprocessors of the cards whose attention kernels were seen to run in waves of them.
+_MULTIPROCESSORS = {"H200": 132, "H100 PCIe": 114, "H100 NVL": 132, "H100": 132, "H800": 132}
+
 
 def published_peak_flops(device_name: str, dtype: str) -> float | None:
     """FLOP/s that the vendor publishes for dense products in `dtype`; None where none is known (any CPU)."""
-    words = device_name.replace("-", " ").upper()
-    for name, (half, single) in _PEAKS.items():
-        if f" {name.upper()} " in f" {words} ":
-            return half if dtype in ("bfloat16", "float16") else single if dtype == "float32" else None
-    return None
+    half, single = _find(_PEAKS, device_name) or (None, None)
+    return half if dtype in ("bfloat16", "float16") else single if dtype == "float32" else None
+
+
+def published_multiprocessors(device_name: str) -> int | None:
+    """How many multiprocessors the device has; None where none is known."""
+    return _find(_MULTIPROCESSORS, device_name)
+
+
+def _find(table: Mapping[str, T], device_name: str) -> T | None:
+    """The entry whose name is part of the device's, in whole words; the first that is."""
+    words = f" {device_name.replace('-', ' ').upper()} "
+    return next((entry for name, entry in table.items() if f" {name.upper()} " in words), None)

@@ -34,9 +34,10 @@ from runtime.preparation import check_counts, check_layout, checked_prompts, mod
 from runtime.prompts import random_prompts
 from runtime.rank import run_jobs
 from runtime.result import RunResult, make_result
+from tuner.attention_rows import kernel_choice
 from tuner.memory import check_memory
 from tuner.plan import Plan
-from tuner.rows import Rows, kernel_choice
+from tuner.rows import Rows
 
 # A card that rested starts at a clock that it cannot hold: a round took up to a fifth longer 0.2 s later, and some
 # 0.8 s after the start the card corrects itself by a quarter of a second at its lowest clock.

@@ -60,7 +60,8 @@ def print_report(report: TuneReport) -> None:
     if correction.num_rounds:
         print(
             f"Corrected by {correction.num_rounds} rounds of {correction.num_runs} earlier runs: "
-            f"x {correction.scale:.3f} and {1e3 * correction.round_s:+.2f} ms a round; "
+            f"token-wise work x {correction.tokens_scale:.3f}, attention x {correction.attention_scale:.3f} and "
+            f"{1e3 * correction.round_s:+.2f} ms a round; "
             f"median error of a round {100 * correction.error_before:.1f} % -> {100 * correction.error_after:.1f} %\n"
         )
     if report.candidates:

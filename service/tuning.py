@@ -18,6 +18,7 @@ from db.plans import save_plan_row
 from db.provenance import now
 from profiler.device import default_device_type, default_dtype, default_num_threads, describe_hardware
 from profiler.model import SUPPORTED_DTYPES, load_model_shape
+from profiler.peak import published_multiprocessors
 from service.tune_report import TuneReport
 from tuner.autotune import Choice, autotune
 from tuner.correction import fit_correction, load_measured_rounds
@@ -120,7 +121,10 @@ def tune(
 
     @cache
     def fit(tp_size: int, busy_ranks: int) -> LayerCosts:
-        work = RankWork(shape=shape, dtype=target.dtype, tp_size=tp_size)
+        work = RankWork(
+            shape=shape, dtype=target.dtype, tp_size=tp_size,
+            num_multiprocessors=published_multiprocessors(hardware.device),
+        )  # fmt: skip
         costs = fit_layer_costs(rows, work, busy_ranks=busy_ranks)
         measured = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
         return replace(costs, correction=fit_correction(measured)) if correct else costs

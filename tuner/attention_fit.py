@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +12,41 @@ from tuner.curve import SPIKE, least_absolute
 
 Floats = npt.NDArray[np.float64]
 SHORTEST_S = 1e-12  # stands for zero where a logarithm is taken
+TILE_ROWS = 128  # query rows of a block of cuDNN's kernels on Hopper, as measured chunks show
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waves:
+    """How a card's blocks fill it: one for each head and each TILE_ROWS rows of a chunk, one a multiprocessor.
+
+    After a long context all blocks take as long, and the last wave of them as long as a full one: 1280 rows of 32 heads
+    are 320 blocks, three waves on 132 multiprocessors, as 1536 rows are. (NVIDIA, Matrix Multiplication Background
+    User's Guide, "Wave Quantization".)
+    """
+
+    num_heads: int
+    num_multiprocessors: int | None
+    """None: the time is in proportion to the rows."""
+    first_chunk: float = 0.0
+    """Smaller chunks run in another kernel, whose blocks are not these."""
+
+    def __call__(self, chunk: npt.ArrayLike) -> Floats:
+        """Time over what a card would take that is full to the end; at least 1."""
+        rows = np.asarray(chunk, dtype=np.float64)
+        if self.num_multiprocessors is None:
+            return np.ones_like(rows)
+        blocks = np.ceil(rows / TILE_ROWS) * self.num_heads
+        full = rows / TILE_ROWS * self.num_heads / self.num_multiprocessors
+        waste = np.ceil(blocks / self.num_multiprocessors) / np.maximum(full, SHORTEST_S)
+        return np.where(rows < self.first_chunk, 1.0, waste)
+
+
+IN_PROPORTION = Waves(num_heads=1, num_multiprocessors=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCurve:
-    """t(c, p) = base(c) + slope(c) * p.
+    """t(c, p) = base(c) + slope(c) * waves(c) * p.
 
     For a given chunk a kernel's time is linear in the context. Between the measured chunks base and slope follow a
     power of the chunk (linear interpolation of logarithms): the square of large chunks and the constant of small ones
@@ -27,6 +57,7 @@ class AttentionCurve:
     chunks: Floats
     base_s: Floats
     context_s: Floats
+    waves: Waves = IN_PROPORTION
 
     def base(self, chunk: npt.ArrayLike) -> Floats:
         """Seconds of chunks without context."""
@@ -34,7 +65,7 @@ class AttentionCurve:
 
     def slope(self, chunk: npt.ArrayLike) -> Floats:
         """Seconds that each token of context adds."""
-        return self._power(chunk, self.context_s) * self._beyond(chunk)
+        return self._power(chunk, self.context_s) * self._beyond(chunk) * self.waves(chunk)
 
     def __call__(self, chunk: npt.ArrayLike, context: npt.ArrayLike) -> Floats:
         """Seconds of chunks after contexts."""
@@ -50,11 +81,19 @@ class AttentionCurve:
         return factor
 
 
-def fit_attention(chunk: Sequence[int], context: Sequence[int], seconds: Sequence[float]) -> AttentionCurve:
+def fit_attention(
+    chunk: Sequence[int],
+    context: Sequence[int],
+    seconds: Sequence[float],
+    *,
+    kernel_of: Callable[[int], str] = lambda _chunk: "",
+    waves: Waves = IN_PROPORTION,
+) -> AttentionCurve:
     """Fit measured points (chunk, context, seconds), minimising relative errors chunk by chunk.
 
-    A chunk measured at one context alone takes its slope from its neighbours' cost of a (query, key) pair. A larger
-    chunk could run as several smaller ones: where its pairs cost far more than theirs, the machine was disturbed.
+    kernel_of: the kernel of a chunk after a long context. A chunk measured at one context alone takes its slope from
+    its neighbours' cost of a (query, key) pair, of those with its kernel if there are any. A larger chunk could run as
+    several smaller ones: where its pairs cost far more than theirs, the machine was disturbed.
     """
     c, p = np.asarray(chunk, dtype=np.float64), np.asarray(context, dtype=np.float64)
     measured = np.maximum(np.asarray(seconds, dtype=np.float64), SHORTEST_S)
@@ -65,19 +104,27 @@ def fit_attention(chunk: Sequence[int], context: Sequence[int], seconds: Sequenc
         for mine in [c == at]
         if len(np.unique(p[mine])) > 1
     }
+    for at, line in lines.items():
+        line[1] /= waves(at)
     if lines:
-        known = np.array(list(lines))
-        pair_s = np.interp(np.log(chunks), np.log(known), np.array([line[1] for line in lines.values()]) / known)
+        pair_s = np.array([_pair_seconds(at, lines, kernel_of) for at in chunks])
     else:
         pair_s = np.array([float(np.min(measured / (c * p + c * (c + 1.0) / 2.0)))] * len(chunks))
     slope = _undisturbed(pair_s) * chunks
     base = np.empty_like(slope)
     for index, at in enumerate(chunks):
         mine = c == at
-        alone = float(np.min(measured[mine] - slope[index] * p[mine]))
+        alone = float(np.min(measured[mine] - slope[index] * waves(at) * p[mine]))
         base[index] = lines[at][0] if at in lines else max(alone, 0.0)
     pairs = chunks * (chunks + 1.0) / 2.0
-    return AttentionCurve(chunks=chunks, base_s=_undisturbed(base / pairs) * pairs, context_s=slope)
+    return AttentionCurve(chunks=chunks, base_s=_undisturbed(base / pairs) * pairs, context_s=slope, waves=waves)
+
+
+def _pair_seconds(chunk: float, lines: Mapping[float, Floats], kernel_of: Callable[[int], str]) -> float:
+    """Seconds that a context token adds for each token of a chunk: the chunk's own, or between its neighbours'."""
+    known = [at for at in lines if kernel_of(int(at)) == kernel_of(int(chunk))] or list(lines)
+    per_pair = [lines[at][1] / at for at in known]
+    return float(np.interp(np.log(chunk), np.log(known), per_pair))
 
 
 def _undisturbed(pair_s: Floats) -> Floats:

@@ -14,27 +14,34 @@ from tuner.curve import Floats
 from tuner.rows import expected_s
 
 LEAST_FACTOR, MOST_FACTOR = 0.5, 2.0  # parts that miss the whole by more are a mistake, not a correction
-PULL_TO_ONE = 0.02  # weight of "no correction" against one measured layer: only decides where nothing was measured
+PULL_TO_ONE = 0.1  # weight of "no correction" against one measured layer
+FEW_SAMPLES = 3.0  # a row of so many samples counts for half
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Factors on the sum of the parts: on token-wise work by the round's tokens, on attention one for all."""
+    """Factors on the parts by their tokens: a round's for token-wise work, a chunk's for attention."""
 
     tokens: Floats
     factors: Floats
-    attention_factor: float
+    attention_factors: Floats
     num_layers_measured: int
 
     @classmethod
     def none(cls) -> Calibration:
         """The parts as they are."""
-        return cls(tokens=np.ones(1), factors=np.ones(1), attention_factor=1.0, num_layers_measured=0)
+        return cls(tokens=np.ones(1), factors=np.ones(1), attention_factors=np.ones(1), num_layers_measured=0)
 
     def tokens_factor(self, tokens: Floats) -> Floats:
         """Factor for rounds of so many tokens, interpolated over the logarithm, constant outside."""
-        at = np.log(np.maximum(tokens, 1.0))
-        factor: Floats = np.interp(at, np.log(self.tokens), self.factors)
+        return self._at(tokens, self.factors)
+
+    def attention_factor(self, chunk: Floats) -> Floats:
+        """Factor for the attention of chunks of so many tokens, likewise."""
+        return self._at(chunk, self.attention_factors)
+
+    def _at(self, tokens: Floats, factors: Floats) -> Floats:
+        factor: Floats = np.interp(np.log(np.maximum(tokens, 1.0)), np.log(self.tokens), factors)
         return factor
 
 
@@ -43,6 +50,7 @@ def fit_calibration(
 ) -> Calibration:
     """Fit the factors to `layer` rows (bounded least squares on relative errors, `scipy.optimize.lsq_linear`).
 
+    Layers of one chunk after several contexts tell its two factors apart.
     ranks: that wait for one another after each layer's parts.
     """
     if not layers:
@@ -50,18 +58,18 @@ def fit_calibration(
     chunk = np.array([row.shape["chunk"] for row in layers], dtype=np.float64)
     context = np.array([row.shape["context"] for row in layers], dtype=np.float64)
     measured = np.array([expected_s(row, ranks=ranks) for row in layers])
+    samples = np.array([row.num_samples for row in layers], dtype=np.float64)
+    weight = np.sqrt(samples / (samples + FEW_SAMPLES))
     knots = np.unique(chunk)
     hats = np.stack([np.interp(np.log(chunk), np.log(knots), unit) for unit in np.eye(len(knots))], axis=1)
-    design = np.concatenate([hats * compute_s(chunk)[:, None], attention(chunk, context)[:, None]], axis=1)
-    design /= measured[:, None]
+    design = np.concatenate([hats * part[:, None] for part in (compute_s(chunk), attention(chunk, context))], axis=1)
     num_factors = design.shape[1]
-    pull = PULL_TO_ONE * np.eye(num_factors)
     solution = lsq_linear(
-        np.concatenate([design, pull]),
-        np.concatenate([np.ones(len(layers)), np.full(num_factors, PULL_TO_ONE)]),
+        np.concatenate([design * (weight / measured)[:, None], PULL_TO_ONE * np.eye(num_factors)]),
+        np.concatenate([weight, np.full(num_factors, PULL_TO_ONE)]),
         bounds=(LEAST_FACTOR, MOST_FACTOR),
     )
-    factors = np.asarray(solution.x, dtype=np.float64)
+    factors, attention_factors = np.split(np.asarray(solution.x, dtype=np.float64), 2)
     return Calibration(
-        tokens=knots, factors=factors[:-1], attention_factor=float(factors[-1]), num_layers_measured=len(layers)
+        tokens=knots, factors=factors, attention_factors=attention_factors, num_layers_measured=len(layers)
     )

@@ -26,21 +26,26 @@ RUNS_LOOKED_AT = 300
 LEAST_ROUNDS = 4
 LEAST_SCALE, MOST_SCALE = 0.7, 1.5  # beyond these the runs are of something else than what was profiled
 ROUNDS_OF_BELIEF = 2.0  # "no correction" weighs as much as so many measured rounds
-# A card that rested runs the first tenths of a second up to a fifth faster than it can go on: no lesson,
-# unless passes that did not count had settled the card before.
+# A card that rested runs the first tenths of a second up to a fifth faster than it can go on: no lesson. After passes that
+# did not count it rested only for the moment between two passes.
 SETTLED_S = {"nccl": 0.2, "gloo": 0.0}
+SETTLED_AGAIN_S = {"nccl": 0.1, "gloo": 0.0}
 OVERHEAD_DOUBT = 4.0  # rounds of like size cannot tell an overhead from a scale: the scale is the likelier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
-    """measured = stage_scale * (scale * predicted + round_s), for each round on each stage.
+    """measured = stage_scale * (tokens_scale * token-wise + attention_scale * attention + round_s), of each round.
+
+    Two scales, because a card at its power limit runs products, which draw the most, at another clock than attention,
+    and either at another than the mix that the profile stands for.
 
     stage_scales: (pp_size, stage, scale) of stages that were run: devices of one kind differ by several percent, and a
     pipeline goes at the pace of the slowest.
     """
 
-    scale: float = 1.0
+    tokens_scale: float = 1.0
+    attention_scale: float = 1.0
     round_s: float = 0.0
     stage_scales: tuple[tuple[int, int, float], ...] = ()
     num_rounds: int = 0
@@ -65,7 +70,9 @@ class MeasuredRounds:
     places: (pp_size, stage) of each, [num_rounds, 2]; all on one where it is left out.
     """
 
-    predicted_s: Floats
+    tokens_s: Floats
+    """Predicted, of all but attention."""
+    attention_s: Floats
     measured_s: Floats
     num_runs: int
     places: npt.NDArray[np.int64] | None = None
@@ -79,20 +86,20 @@ class MeasuredRounds:
 
 
 def fit_correction(rounds: MeasuredRounds) -> Correction:
-    """Fit scale and round_s to relative errors (bounded least squares), drawn to no correction by few rounds."""
+    """Fit scales and round_s to relative errors (bounded least squares), drawn to no correction by few rounds."""
     if len(rounds.measured_s) < LEAST_ROUNDS:
         return Correction()
     weight = 1.0 / rounds.measured_s
-    design = np.stack([rounds.predicted_s * weight, weight], axis=1)
+    parts = np.stack([rounds.tokens_s, rounds.attention_s, np.ones(len(weight))], axis=1)
     typical_s = float(np.median(rounds.measured_s))
-    pull = np.sqrt(ROUNDS_OF_BELIEF) * np.diag([1.0, OVERHEAD_DOUBT / typical_s])
+    pull = np.sqrt(ROUNDS_OF_BELIEF) * np.diag([1.0, 1.0, OVERHEAD_DOUBT / typical_s])
     solution = lsq_linear(
-        np.concatenate([design, pull]),
-        np.concatenate([np.ones(len(weight)), pull @ np.array([1.0, 0.0])]),
-        bounds=([LEAST_SCALE, 0.0], [MOST_SCALE, typical_s]),
+        np.concatenate([parts * weight[:, None], pull]),
+        np.concatenate([np.ones(len(weight)), pull @ np.array([1.0, 1.0, 0.0])]),
+        bounds=([LEAST_SCALE, LEAST_SCALE, 0.0], [MOST_SCALE, MOST_SCALE, typical_s]),
     )
-    scale, round_s = (float(value) for value in solution.x)
-    corrected_s = scale * rounds.predicted_s + round_s
+    tokens_scale, attention_scale, round_s = (float(value) for value in solution.x)
+    corrected_s = parts @ solution.x
     ratio = rounds.measured_s / corrected_s
     stage_scales = []
     for (pp_size, stage), mine in rounds.by_place().items():
@@ -101,12 +108,13 @@ def fit_correction(rounds: MeasuredRounds) -> Correction:
         stage_scales.append((pp_size, stage, believed))
         corrected_s[mine] *= believed
     return Correction(
-        scale=scale,
+        tokens_scale=tokens_scale,
+        attention_scale=attention_scale,
         round_s=round_s,
         stage_scales=tuple(stage_scales),
         num_rounds=len(weight),
         num_runs=rounds.num_runs,
-        error_before=_median_error(rounds.predicted_s, rounds.measured_s),
+        error_before=_median_error(rounds.tokens_s + rounds.attention_s, rounds.measured_s),
         error_after=_median_error(corrected_s, rounds.measured_s),
     )
 
@@ -125,7 +133,8 @@ def load_measured_rounds(
     over another link between the same devices teach as much.
     The prediction stored with a run may come from an older fit or carry a correction already, so it is not used.
     """
-    predicted: list[float] = []
+    tokens: list[float] = []
+    attention: list[float] = []
     measured: list[float] = []
     places: list[tuple[int, int]] = []
     num_runs = 0
@@ -138,15 +147,20 @@ def load_measured_rounds(
         ran = (shape.fingerprint, plan.precision, plan.parallel.tp_size)
         if ran != (work.shape.fingerprint, work.dtype, work.tp_size) or not of(plan):
             continue
-        seconds = evaluate(cost_model(plan.parallel.layer_partition), plan.requests, plan.rounds).round_s
-        settled_s = 0.0 if run.details.get("settle_s") else SETTLED_S.get(hardware.backend, 0.0)
+        model = cost_model(plan.parallel.layer_partition)
+        without, seconds = (
+            evaluate(each, plan.requests, plan.rounds).round_s for each in (model.without_attention(), model)
+        )
+        settled_s = (SETTLED_AGAIN_S if run.details.get("settle_s") else SETTLED_S).get(hardware.backend, 0.0)
         times = [time for time in load_round_times(database, run.id) if (time.start_s + time.finish_s) / 2 >= settled_s]
-        predicted += [float(seconds[time.round, time.stage]) for time in times]
+        tokens += [float(without[time.round, time.stage]) for time in times]
+        attention += [float((seconds - without)[time.round, time.stage]) for time in times]
         measured += [time.finish_s - time.start_s for time in times]
         places += [(plan.parallel.pp_size, time.stage) for time in times]
         num_runs += bool(times)
     return MeasuredRounds(
-        predicted_s=np.array(predicted),
+        tokens_s=np.array(tokens),
+        attention_s=np.array(attention),
         measured_s=np.array(measured),
         num_runs=num_runs,
         places=np.array(places, dtype=np.int64).reshape(-1, 2),

@@ -198,6 +198,11 @@ class CostModel:
             return_s=self.return_s * factor,
         )
 
+    def without_attention(self) -> CostModel:
+        """The same engine with attention that costs nothing."""
+        stages = tuple(replace(stage, attention=PairAttention()) for stage in self.stages)
+        return replace(self, stages=stages)
+
     def stage_seconds(self, stage_index: int, chunks: Iterable[tuple[int, int, bool]]) -> float:
         """Seconds of one round on one stage; `chunks` are (tokens, context, ends its prompt)."""
         return self.stages[stage_index].seconds(chunks)

@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from db.measurements import Measurement
-from tuner.attention_fit import AttentionCurve, fit_attention
+from tuner.attention_fit import AttentionCurve
+from tuner.attention_rows import AttentionRows
 from tuner.calibration import Calibration, fit_calibration
 from tuner.correction import Correction
 from tuner.cost_model import CostModel, StageCost, TableAttention
 from tuner.curve import Curve, Floats, fit_curve, fit_line, without_spikes
-from tuner.rows import RankWork, Rows, chosen_kernels, expected_s
+from tuner.rows import RankWork, Rows, expected_s
 
 # Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
-DENSE_STEP, DENSE_END, SPARSE_RATIO, TABLE_END = 64, 4096, 1.05, 1 << 20
+DENSE_STEP, DENSE_END, MIDDLE_STEP, MIDDLE_END, SPARSE_RATIO, TABLE_END = 64, 4096, 256, 16384, 1.05, 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +75,13 @@ class LayerCosts:
     def _stage(self, num_layers: int, stage_scale: float, *, first: bool, last: bool) -> StageCost:
         grid = table_grid()
         points = grid.astype(np.float64)
-        scale = stage_scale * self.correction.scale
+        scale = stage_scale * self.correction.tokens_scale
         tokens = num_layers * self.tokens_s(points)
         if first:
             tokens = tokens + self.embedding(points)
         tokens = scale * tokens
-        factor = scale * self.calibration.attention_factor * num_layers
+        attention_scale = stage_scale * self.correction.attention_scale
+        factor = attention_scale * num_layers * self.calibration.attention_factor(points)
         return StageCost(
             token_count=(0, *grid.tolist()),
             token_seconds=_rising([tokens[0], *tokens]),
@@ -107,8 +109,8 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         units = [row.shape[at] for row in found]
         return fit_curve(units, without_spikes(units, [expected_s(row, ranks=work.tp_size) for row in found]))
 
-    attention_rows = chosen_kernels(
-        rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None, why=why)
+    attention = AttentionRows(
+        rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None, why=why), work
     )
     overhead_rows = rows.require("round_overhead", {}, busy_ranks=busy_ranks, why=why)
     overhead_s, chunk_s = fit_line(
@@ -124,7 +126,7 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         projections=tuple(curve("matmul", {"n": n, "k": k}, "m") for n, k in work.projections),
         elementwise=curve("elementwise", work.layer_sizes, "tokens", work.layer_variant),
         all_reduce=_all_reduce(rows, work, busy_ranks, why),
-        attention=_fit_attention_rows(attention_rows, work.tp_size),
+        attention=attention.fit(attention.chosen),
         calibration=Calibration.none(),
         correction=Correction(),
         embedding=curve("embedding", {"hidden": shape.hidden_size, "vocab": shape.vocab_size}, "tokens"),
@@ -134,8 +136,8 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         hop_latency_s=hop_latency_s,
         hop_byte_s=hop_byte_s,
         return_s=min((expected_s(row) for row in sends), default=0.0),
-        max_chunk=max(row.shape["chunk"] for row in attention_rows),
-        max_context=max(row.shape["context"] + row.shape["chunk"] for row in attention_rows),
+        max_chunk=max(row.shape["chunk"] for row in attention.chosen),
+        max_context=max(row.shape["context"] + row.shape["chunk"] for row in attention.chosen),
     )
     whole_layers = rows.select("layer", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
     calibration = fit_calibration(costs.compute_s, costs.attention, whole_layers, ranks=work.tp_size)
@@ -145,17 +147,10 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
 def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Token counts at which the planner's tables hold a value, up to a million."""
     dense = np.array([1, 8, 16, 32, *range(DENSE_STEP, DENSE_END + 1, DENSE_STEP)], dtype=np.int64)
-    num_sparse = int(np.ceil(np.log(TABLE_END / DENSE_END) / np.log(SPARSE_RATIO)))
-    sparse = np.geomspace(DENSE_END, TABLE_END, num_sparse + 1)[1:].round().astype(np.int64)
-    return np.concatenate([dense, sparse])
-
-
-def _fit_attention_rows(rows: Sequence[Measurement], ranks: int) -> AttentionCurve:
-    return fit_attention(
-        [row.shape["chunk"] for row in rows],
-        [row.shape["context"] for row in rows],
-        [expected_s(row, ranks=ranks) for row in rows],
-    )
+    middle = np.arange(DENSE_END + MIDDLE_STEP, MIDDLE_END + 1, MIDDLE_STEP)
+    num_sparse = int(np.ceil(np.log(TABLE_END / MIDDLE_END) / np.log(SPARSE_RATIO)))
+    sparse = np.geomspace(MIDDLE_END, TABLE_END, num_sparse + 1)[1:].round().astype(np.int64)
+    return np.concatenate([dense, middle, sparse])
 
 
 def _all_reduce(rows: Rows, work: RankWork, busy_ranks: int, why: str) -> Curve | None:

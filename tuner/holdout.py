@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from db.measurements import Measurement
-from tuner.attention_fit import fit_attention
+from tuner.attention_rows import AttentionRows
 from tuner.curve import fit_curve
-from tuner.rows import RankWork, Rows, chosen_kernels, expected_s
+from tuner.rows import RankWork, Rows, expected_s
 
 WIDEST_GAP = 4  # leaving a point out may open a gap of this ratio, twice the profile's own finest
 
@@ -44,8 +44,8 @@ def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy
         errors.setdefault("matmul", []).extend(_curve_errors(found, lambda row: row.shape["m"]))
     found = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
     errors["elementwise"] = _curve_errors(found, lambda row: row.shape["tokens"])
-    found = chosen_kernels(rows.select("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None))
-    errors["attention"] = _attention_errors(found)
+    found = rows.select("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None)
+    errors["attention"] = _attention_errors(AttentionRows(found, work)) if found else []
     if work.tp_size > 1:
         found = rows.select("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size)
         errors["all_reduce"] = _curve_errors(found, lambda row: row.shape["bytes"])
@@ -64,10 +64,10 @@ def _curve_errors(rows: Sequence[Measurement], at: Callable[[Measurement], int])
     return errors
 
 
-def _attention_errors(rows: Sequence[Measurement]) -> list[float]:
+def _attention_errors(attention: AttentionRows) -> list[float]:
     """A context between others of its chunk is left out alone; a chunk between others with all its contexts."""
     by_chunk: dict[int, list[Measurement]] = {}
-    for row in rows:
+    for row in attention.chosen:
         by_chunk.setdefault(row.shape["chunk"], []).append(row)
     chunks = sorted(by_chunk)
     tests = [
@@ -82,9 +82,7 @@ def _attention_errors(rows: Sequence[Measurement]) -> list[float]:
     ]
     errors = []
     for left_out in tests:
-        rest = [row for row in rows if row not in left_out]
-        chunk, context = ([row.shape[name] for row in rest] for name in ("chunk", "context"))
-        curve = fit_attention(chunk, context, [expected_s(row) for row in rest])
+        curve = attention.fit([row for row in attention.chosen if row not in left_out])
         errors += [float(curve(row.shape["chunk"], row.shape["context"])) / expected_s(row) - 1.0 for row in left_out]
     return errors
 

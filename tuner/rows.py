@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from db.errors import UserError
 from db.measurements import Measurement
-from profiler.attention import PREFERENCE, AttentionKernel
 from profiler.grid import head_sizes, layer_sizes, layer_variant, projections
-from profiler.kernel_choice import KernelChoice, KernelTime
 from profiler.model import DTYPE_BYTES, ModelShape
 
 LEAST_SHARE = 0.3  # of the points of the load measured most densely
@@ -23,6 +21,8 @@ class RankWork:
     shape: ModelShape
     dtype: str
     tp_size: int
+    num_multiprocessors: int | None = None
+    """Of the rank's device, where it is a card that is known."""
 
     @property
     def hidden_bytes(self) -> int:
@@ -120,42 +120,3 @@ def expected_s(row: Measurement, *, ranks: int = 1) -> float:
     quantile = min(ranks / (ranks + 1), 0.9)
     share = (quantile - 0.5) / 0.4
     return (row.median_us + share * (row.p90_us - row.median_us)) * 1e-6
-
-
-def kernel_choice(rows: Iterable[Measurement], kernels: Sequence[AttentionKernel] = PREFERENCE) -> KernelChoice:
-    """The choice that attention rows of one rank's heads lead to, among `kernels`, the usual one first.
-
-    Raises `ValueError` for no kernels at all.
-    """
-    found = [row for row in _bounded(rows) if AttentionKernel(row.variant) in kernels]
-    measured = {AttentionKernel(row.variant) for row in found}
-    times = [
-        KernelTime(
-            kernel=AttentionKernel(row.variant), chunk=row.shape["chunk"], context=row.shape["context"],
-            median_us=row.median_us,
-        )
-        for row in found
-    ]  # fmt: skip
-    return KernelChoice(times, default=min(measured or kernels, key=list(kernels).index))
-
-
-def chosen_kernels(rows: Iterable[Measurement]) -> list[Measurement]:
-    """Of attention rows that differ in their kernel alone, that of the kernel which the runtime takes there."""
-    by_shape: dict[tuple[tuple[str, int], ...], dict[AttentionKernel, Measurement]] = {}
-    rows = _bounded(rows)
-    for row in rows:
-        by_shape.setdefault(tuple(sorted(row.shape.items())), {})[AttentionKernel(row.variant)] = row
-    choose = kernel_choice(rows)
-    chosen = []
-    for variants in by_shape.values():
-        some = next(iter(variants.values()))
-        fastest = min(variants.values(), key=lambda row: row.median_us)
-        chosen.append(variants.get(choose(some.shape["chunk"], some.shape["context"]), fastest))
-    return chosen
-
-
-def _bounded(rows: Iterable[Measurement]) -> list[Measurement]:
-    """Without `sdpa` where rows of a CPU's own kernels stand beside it: its dense mask has no bound in memory."""
-    rows = list(rows)
-    on_cpu = any(row.variant in (AttentionKernel.CPU_FOLDED, AttentionKernel.CPU_FLASH) for row in rows)
-    return [row for row in rows if not on_cpu or row.variant != AttentionKernel.SDPA]
