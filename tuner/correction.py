@@ -26,8 +26,8 @@ RUNS_LOOKED_AT = 300
 LEAST_ROUNDS = 4
 LEAST_SCALE, MOST_SCALE = 0.7, 1.5  # beyond these the runs are of something else than what was profiled
 ROUNDS_OF_BELIEF = 2.0  # "no correction" weighs as much as so many measured rounds
-# A card that rested runs the first tenths of a second up to a fifth faster than it can go on: no lesson. After passes that
-# did not count it rested only for the moment between two passes.
+# A card that rested runs the first tenths of a second up to a fifth faster than it can go on: no lesson. After passes
+# that did not count it rested only for the moment between two passes.
 SETTLED_S = {"nccl": 0.2, "gloo": 0.0}
 SETTLED_AGAIN_S = {"nccl": 0.1, "gloo": 0.0}
 OVERHEAD_DOUBT = 4.0  # rounds of like size cannot tell an overhead from a scale: the scale is the likelier

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from db.errors import UserError
 from db.measurements import Measurement
 from tuner.attention_fit import AttentionCurve
 from tuner.attention_rows import AttentionRows
@@ -41,7 +42,7 @@ class LayerCosts:
     return_s: float
     correction: Correction
     max_chunk: int
-    """The largest chunk measured; plans beyond it are extrapolated."""
+    """The largest chunk that all parts of a layer were measured at; plans beyond it are extrapolated."""
     max_context: int
     """The longest context measured."""
 
@@ -103,15 +104,26 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
     """
     rows = Rows(measurements)
     why = f"{work.shape.name} at tp_size {work.tp_size} in {work.dtype}"
+    attention = AttentionRows(
+        rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None, why=why), work
+    )
+    max_chunk = max(row.shape["chunk"] for row in attention.chosen)
+    reached = [max_chunk]  # tokens, by each part of a layer
 
     def curve(op: str, sizes: dict[str, int], at: str, variant: str = "") -> Curve:
         found = rows.require(op, sizes, busy_ranks=busy_ranks, variant=variant, why=why)
         units = [row.shape[at] for row in found]
+        if at in ("m", "tokens") and max(units) < max_chunk and len(set(units)) == 1:
+            shape = ", ".join(f"{name}={value}" for name, value in sizes.items())
+            raise UserError(
+                "measurements", f"one size of {op} ({shape}) for {why}",
+                "the profile ended too early; the same isochunk profile command goes on with it",
+            )  # fmt: skip
+        reached.append(max(units))
         return fit_curve(units, without_spikes(units, [expected_s(row, ranks=work.tp_size) for row in found]))
 
-    attention = AttentionRows(
-        rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None, why=why), work
-    )
+    projections = tuple(curve("matmul", {"n": n, "k": k}, "m") for n, k in work.projections)
+    elementwise = curve("elementwise", work.layer_sizes, "tokens", work.layer_variant)
     overhead_rows = rows.require("round_overhead", {}, busy_ranks=busy_ranks, why=why)
     overhead_s, chunk_s = fit_line(
         [row.shape["chunks"] - 1 for row in overhead_rows], list(map(expected_s, overhead_rows))
@@ -123,8 +135,8 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
     shape = work.shape
     costs = LayerCosts(
         work=work,
-        projections=tuple(curve("matmul", {"n": n, "k": k}, "m") for n, k in work.projections),
-        elementwise=curve("elementwise", work.layer_sizes, "tokens", work.layer_variant),
+        projections=projections,
+        elementwise=elementwise,
         all_reduce=_all_reduce(rows, work, busy_ranks, why),
         attention=attention.fit(attention.chosen),
         calibration=Calibration.none(),
@@ -136,7 +148,7 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         hop_latency_s=hop_latency_s,
         hop_byte_s=hop_byte_s,
         return_s=min((expected_s(row) for row in sends), default=0.0),
-        max_chunk=max(row.shape["chunk"] for row in attention.chosen),
+        max_chunk=min(reached),
         max_context=max(row.shape["context"] + row.shape["chunk"] for row in attention.chosen),
     )
     whole_layers = rows.select("layer", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)

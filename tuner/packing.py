@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tuner.cost_model import CostModel, StageCost
+from tuner.cost_model import CostModel, Floats, StageCost
 from tuner.plan import Chunk, Request, Round
 from tuner.problem import NO_LIMITS, Limits, Problem
 
 EPSILON_S = 1e-12
 """What a round may exceed its cap by: rounding of sums."""
+THRIFTY = 1.005
+"""Costs of a token that differ by less are alike."""
 
 
 @dataclass(slots=True)
@@ -31,18 +33,22 @@ class StageTable:
     slope: list[float]
     tokens: list[float]
     """Round overhead and token-wise seconds."""
+    thrifty: list[int]
+    """For each number of units the largest up to it that no smaller one undercuts in the cost of context a token."""
 
     @classmethod
     def of(cls, stage: StageCost, multiple: int, chunk_units: int, round_units: int) -> StageTable:
         """Tables for chunks up to `chunk_units` and rounds up to `round_units` grid units."""
         chunk = np.arange(chunk_units + 2, dtype=np.float64) * multiple
         total = np.arange(round_units + 2, dtype=np.float64) * multiple
+        slope = stage.attention.slope(chunk)
         return cls(
             stage,
             multiple,
             (stage.attention.base(chunk) + stage.chunk_s).tolist(),
-            stage.attention.slope(chunk).tolist(),
+            slope.tolist(),
             (stage.round_overhead_s + stage.tokens_s(total)).tolist(),
+            _thrifty(slope),
         )
 
     def round_s(self, tokens: int) -> float:
@@ -64,6 +70,11 @@ class StageTable:
             base += (self.base[unit + 1] - base) * share
             slope += (self.slope[unit + 1] - slope) * share
         return base + slope * context
+
+    def thriftier(self, units: int, seconds: Callable[[int], float]) -> int:
+        """The thrifty number of units up to `units` if a token costs less with it; kernels fill a card in steps."""
+        fewer = self.thrifty[units]
+        return fewer if fewer and seconds(fewer) * units < seconds(units) * fewer else units
 
 
 @dataclass(slots=True)
@@ -150,7 +161,13 @@ class Packer:
             units = self._most_units(min(units, len(tokens) - 2 - first), cap_s + EPSILON_S - added, seconds)
         if left <= room and units >= (left - 1) // self.multiple and self.fits(into, left, start, True, cap_s):
             return left
-        return units * self.multiple
+        if units < 1:
+            return 0
+        table = self.tables[0]
+        before_s = table.tokens[first] if into.chunks else 0.0
+        return self.multiple * table.thriftier(
+            units, lambda u: table.base[u] + table.slope[u] * start + table.tokens[first + u] - before_s
+        )
 
     def _most_units(self, highest: int, spare_s: float, seconds: Callable[[int], float]) -> int:
         """Most units up to `highest` whose seconds are at most `spare_s`; looks near the last answer first."""
@@ -211,6 +228,10 @@ class Packer:
                     spare,
                     lambda u: base[u] + slope[u] * (end - u * multiple) + tokens[u],  # noqa: B023 - called before the loop goes on
                 )
+            table = self.tables[0]
+            most = table.thriftier(
+                most, lambda u: table.base[u] + table.slope[u] * (end - u * multiple) + table.tokens[u]
+            )
             chunk = max(most, 1) * multiple
         return end - chunk
 
@@ -293,6 +314,14 @@ def fill_rounds(
     if current.chunks:
         rounds.append(tuple(current.chunks))
     return rounds
+
+
+def _thrifty(slope: Floats) -> list[int]:
+    units = np.arange(len(slope))
+    rate = slope / np.maximum(units, 1)
+    least = np.minimum.accumulate(np.concatenate([[np.inf], rate[1:]]))
+    thrifty: list[int] = np.maximum.accumulate(np.where(rate <= THRIFTY * least, units, 0)).tolist()
+    return thrifty
 
 
 def _undominated(tables: list[StageTable]) -> list[StageTable]:

@@ -92,16 +92,22 @@ def test_runs_of_other_work_teach_nothing(database: Database) -> None:
 def test_few_rounds_correct_little() -> None:
     def correction(num_rounds: int) -> float:
         seconds = np.full(num_rounds, 0.1)
-        return fit_correction(MeasuredRounds(predicted_s=seconds, measured_s=1.3 * seconds, num_runs=1)).scale
+        rounds = MeasuredRounds(tokens_s=seconds, attention_s=0 * seconds, measured_s=1.3 * seconds, num_runs=1)
+        return fit_correction(rounds).tokens_scale
 
     assert correction(3) == 1.0
     assert 1.0 < correction(4) < correction(8) < correction(200) < 1.31
 
 
-def test_overhead_is_told_from_scale() -> None:
-    predicted = np.linspace(0.01, 1.0, 100)
-    found = fit_correction(MeasuredRounds(predicted_s=predicted, measured_s=1.1 * predicted + 0.005, num_runs=3))
-    assert found.scale == pytest.approx(1.1, abs=0.01)
+def test_products_attention_and_overhead_are_told_apart() -> None:
+    tokens_s, attention_s = np.full(100, 0.3), np.linspace(0.01, 1.0, 100)
+    tokens_s[::2] = 0.1
+    measured_s = 1.1 * tokens_s + 0.9 * attention_s + 0.005
+    found = fit_correction(
+        MeasuredRounds(tokens_s=tokens_s, attention_s=attention_s, measured_s=measured_s, num_runs=3)
+    )
+    assert found.tokens_scale == pytest.approx(1.1, abs=0.02)
+    assert found.attention_scale == pytest.approx(0.9, abs=0.01)
     assert found.round_s == pytest.approx(0.005, abs=0.002)
 
 
@@ -124,7 +130,7 @@ def test_the_first_moments_of_a_card_teach_nothing(database: Database) -> None:
     keep_run(database, planned(), factor=1.2, hardware=card, start_s=5.0)
     measured = load_measured_rounds(database, card, WORK, cost_model=COSTS.cost_model)
     assert len(measured.measured_s) == 2 * len(planned().rounds)
-    assert fit_correction(measured).scale > 1.1
+    assert fit_correction(measured).tokens_scale > 1.1
 
 
 def test_only_the_plans_asked_for_teach(database: Database) -> None:

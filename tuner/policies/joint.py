@@ -2,7 +2,8 @@
 
 1. The relaxation of `tuner.bound` says near which cap on a round's time the best plan lies.
 2. Around it caps are swept; under each, requests are packed into rounds in three ways: in order, by tails
-   (`tuner.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`).
+   (`tuner.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). Fixed chunks of about the
+   size that came out best compete: kernels that fill a card in steps make equal rounds of the right size hard to beat.
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `MAKESPAN_SLACK` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online`).
@@ -14,6 +15,7 @@ Every candidate is judged by the exact recurrence: uneven stages, hand-offs, the
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from tuner.online import online_rounds
@@ -21,6 +23,7 @@ from tuner.packing import pack_in_order, pack_tails
 from tuner.plan import Round
 from tuner.policies.dp import pack_line
 from tuner.policies.exact import exact_rounds, is_small
+from tuner.policies.fixed import fixed_rounds
 from tuner.policies.improve import improve_rounds
 from tuner.policies.sweep import Pack, Search, cap_profiles, request_orders, shortest_first
 from tuner.problem import Problem
@@ -52,6 +55,8 @@ def joint_rounds(problem: Problem, bound_s: float) -> list[Round]:
         flat = [1.0] * len(problem.requests)
         for pack in _packs(problem):
             search.sweep(pack, shortest_first(problem), flat, Objective.MAKESPAN)
+        for num_tokens in _usual_sizes(problem, len(search.ranked()[0].rounds)):
+            search.keep(fixed_rounds(problem, num_tokens), Objective.MAKESPAN)
         if objective is not Objective.MAKESPAN:
             search.limit(MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s, objective)
             search.keep(online_rounds(problem), objective)
@@ -69,6 +74,13 @@ def joint_rounds(problem: Problem, bound_s: float) -> list[Round]:
     starts = best[: MOST_STARTS if objective is Objective.MAKESPAN else 1]
     improved = [improve_rounds(problem, start.rounds, bound_s * GOOD_ENOUGH, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
+
+
+def _usual_sizes(problem: Problem, num_rounds: int) -> list[int]:
+    """The powers of two on the grid around the mean size of `num_rounds` rounds: what is easily swept by hand."""
+    units = sum(request.new_tokens for request in problem.requests) / num_rounds / problem.chunk_multiple
+    power = max(round(math.log2(units)), 0)
+    return [problem.chunk_multiple << near for near in (power - 1, power, power + 1) if near >= 0]
 
 
 def _coarser(problem: Problem) -> Problem:
