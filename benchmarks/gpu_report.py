@@ -1,10 +1,10 @@
-"""What a database of plans run on cards says: predictions before and after the runs taught, and the regret of choices.
+"""What a database of plans run on cards says: how far predictions were off, and the regret of choices.
 
     python -m benchmarks.gpu_report [DATABASE] [--teach LENGTH]
 
 DATABASE is a SQLite file, gzipped or not, as `benchmarks.gpu_plans --db` leaves it; by default the one kept here.
-Predictions are made anew from its measurements. The corrected ones know the runs of one prompt of --teach tokens alone,
-and are judged on all others.
+"told" is what was predicted when the plan was made, before it ran. "now" is predicted anew from the measurements alone,
+by the model as it is. "corrected" also knows the runs of one prompt of --teach tokens, and is judged on all others.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -29,27 +30,45 @@ from profiler.peak import published_multiprocessors
 from service.output import print_table
 from tuner.correction import fit_correction, load_measured_rounds
 from tuner.fit import LayerCosts, fit_layer_costs
-from tuner.holdout import held_out_errors
+from tuner.holdout import HeldOutError, held_out_errors
 from tuner.plan import Plan
 from tuner.rows import RankWork
 from tuner.schedule import evaluate
 from tuner.uncertainty import makespan_uncertainty
 
-KEPT = Path(__file__).parent / "results" / "h100x2-nvlink.db.gz"
+MOST_ERROR = 0.08  # what a prediction should stay within
+
+KEPT = Path(__file__).parent / "results" / "h100x2.db.gz"
+
+
+@dataclass(frozen=True, slots=True)
+class Foretold:
+    """A predicted makespan and its stated relative uncertainty."""
+
+    seconds: float
+    uncertainty: float
+
+    def error(self, measured_s: float) -> float:
+        """Relative error."""
+        return self.seconds / measured_s - 1.0
+
+    def held(self, measured_s: float) -> bool:
+        """Whether the error is within what was stated."""
+        return abs(self.error(measured_s)) <= self.uncertainty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """A run beside what is predicted of it, in seconds."""
+    """A run beside what is predicted of it."""
 
     plan: Plan
     model: str
     taught: bool
     measured_s: float
     mfu: float | None
-    first_s: float
-    corrected_s: float
-    uncertainty: float  # of the corrected prediction
+    told: Foretold
+    now: Foretold
+    corrected: Foretold
 
     @property
     def layout(self) -> str:
@@ -57,10 +76,48 @@ class Judged:
         return f"TP{self.plan.parallel.tp_size} PP{self.plan.parallel.pp_size}"
 
     @property
+    def short_name(self) -> str:
+        """Layout and policy."""
+        return f"{self.layout} {self.plan.policy}"
+
+    @property
     def workload(self) -> str:
         """Prompts, for tables."""
         lengths = [request.prompt_tokens for request in self.plan.requests]
         return "+".join(map(str, lengths)) if len(lengths) < 4 else f"{len(lengths)} prompts, {sum(lengths)} tokens"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One workload's plans: the tuner's before any ran, those of all that predict least now, and the best measured."""
+
+    told: Judged
+    now: Judged
+    corrected: Judged
+    best: Judged
+    num_plans: int
+
+    def regret(self, chosen: Judged) -> float:
+        """How much longer it took than the best."""
+        return chosen.measured_s / self.best.measured_s - 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fits:
+    """The costs of a layer before and after runs taught, and how far held-out points were off."""
+
+    costs: LayerCosts
+    corrected: LayerCosts
+    held_out: list[HeldOutError]
+
+    def foretell(self, plan: Plan, costs: LayerCosts) -> Foretold:
+        """The plan's makespan by `costs`."""
+        model = costs.cost_model(plan.parallel.layer_partition)
+        makespan_s = evaluate(model, plan.requests, plan.rounds, plan.window).makespan_s
+        largest = max(sum(chunk.tokens for chunk in chunks) for chunks in plan.rounds)
+        longest = max(request.prompt_tokens for request in plan.requests)
+        beyond = largest > costs.max_chunk or longest > costs.max_context
+        return Foretold(makespan_s, makespan_uncertainty(self.held_out, costs.correction, extrapolates=beyond))
 
 
 @contextmanager
@@ -78,9 +135,15 @@ def judge(database: Database, hardware: Hardware, teach: int) -> list[Judged]:
     """All runs that ended, in order."""
     rows = load_measurements(database, hardware)
 
-    def fit(shape: ModelShape, dtype: str, tp_size: int, busy_ranks: int) -> tuple[LayerCosts, LayerCosts, float]:
+    shapes: dict[str, ModelShape] = {}
+
+    @cache
+    def fit(fingerprint: str, dtype: str, tp_size: int, busy_ranks: int) -> Fits:
         work = RankWork(
-            shape=shape, dtype=dtype, tp_size=tp_size, num_multiprocessors=published_multiprocessors(hardware.device)
+            shape=shapes[fingerprint],
+            dtype=dtype,
+            tp_size=tp_size,
+            num_multiprocessors=published_multiprocessors(hardware.device),
         )
         mine = [row for row in rows if row.dtype == dtype]
         costs = fit_layer_costs(mine, work, busy_ranks=busy_ranks)
@@ -88,28 +151,21 @@ def judge(database: Database, hardware: Hardware, teach: int) -> list[Judged]:
             database, hardware, work, cost_model=costs.cost_model, of=lambda plan: is_taught(plan, teach, busy_ranks)
         )
         corrected = replace(costs, correction=fit_correction(taught))
-        held_out = held_out_errors(mine, work, busy_ranks=busy_ranks)
-        return costs, corrected, makespan_uncertainty(held_out, corrected.correction, extrapolates=False)
+        return Fits(costs, corrected, held_out_errors(mine, work, busy_ranks=busy_ranks))
 
-    fits: dict[tuple[str, str, int, int], tuple[LayerCosts, LayerCosts, float]] = {}
     found = []
     for run in list_runs(database, status=RunStatus.DONE, hardware=hardware, limit=1000):
         plan = Plan.from_json(get_plan_row(database, run.plan_id))
         shape = ModelShape.from_config(plan.model, name=str(plan.model.get("name")))
-        tp_size, partition = plan.parallel.tp_size, plan.parallel.layer_partition
-        busy_ranks = tp_size * plan.parallel.pp_size
-        key = (shape.fingerprint, plan.precision, tp_size, busy_ranks)
-        if key not in fits:
-            fits[key] = fit(shape, plan.precision, tp_size, busy_ranks)
-        *both, uncertainty = fits[key]
-        first_s, corrected_s = (
-            evaluate(costs.cost_model(partition), plan.requests, plan.rounds, plan.window).makespan_s for costs in both
-        )
-        assert run.makespan_s is not None
+        shapes[shape.fingerprint] = shape
+        busy_ranks = plan.parallel.tp_size * plan.parallel.pp_size
+        fits = fit(shape.fingerprint, plan.precision, plan.parallel.tp_size, busy_ranks)
+        assert run.makespan_s is not None and run.predicted_makespan_s is not None and plan.predicted is not None
         found.append(
             Judged(
                 plan=plan, model=shape.name, taught=is_taught(plan, teach, busy_ranks), measured_s=run.makespan_s,
-                mfu=run.mfu, first_s=first_s, corrected_s=corrected_s, uncertainty=uncertainty,
+                mfu=run.mfu, told=Foretold(run.predicted_makespan_s, plan.predicted.uncertainty or 0.0),
+                now=fits.foretell(plan, fits.costs), corrected=fits.foretell(plan, fits.corrected),
             )
         )  # fmt: skip
     return found[::-1]
@@ -123,56 +179,94 @@ def is_taught(plan: Plan, teach: int, busy_ranks: int) -> bool:
 
 def print_predictions(judged: Sequence[Judged]) -> None:
     """Each run, and how far off predictions were."""
-    print_table(
-        [
-            "model", "plan", "rounds", "measured s", "MFU %", "first s", "error %", "corrected s", "error %", "± %", "",
-        ],
-        [
-            [
-                one.model, f"{one.layout} {one.plan.policy} {one.workload}", len(one.plan.rounds), one.measured_s,
-                None if one.mfu is None else 100 * one.mfu, one.first_s, 100 * (one.first_s / one.measured_s - 1),
-                one.corrected_s, 100 * (one.corrected_s / one.measured_s - 1), 100 * one.uncertainty,
-                "taught" if one.taught else "",
-            ]
-            for one in judged
-        ],
-    )  # fmt: skip
-    unseen = [one for one in judged if not one.taught]
-    if not unseen:
-        return
-    for name, errors in (
-        ("first", [abs(one.first_s / one.measured_s - 1) for one in unseen]),
-        ("corrected", [abs(one.corrected_s / one.measured_s - 1) for one in unseen]),
-    ):
-        print(f"{len(errors)} runs not taught from, {name}: median {median(errors):.1%}, worst {max(errors):.1%}")
-    held = sum(abs(one.corrected_s / one.measured_s - 1) <= one.uncertainty for one in unseen)
-    print(f"The stated uncertainty held for {held} of {len(unseen)}")
-
-
-def print_regret(judged: Sequence[Judged]) -> None:
-    """For each workload: the plan that the first predictions choose among ours, against the best that was measured."""
     table: list[list[object]] = []
-    for model, workload in dict.fromkeys((one.model, one.workload) for one in judged):
-        mine = [one for one in judged if (one.model, one.workload) == (model, workload)]
-        ours = [one for one in mine if one.plan.policy == "joint"]
-        if len(mine) < 4 or not ours:
-            continue
-        chosen, best = min(ours, key=lambda one: one.first_s), min(mine, key=lambda one: one.measured_s)
-        table.append([
-            model, workload, len(mine), f"{chosen.layout} {chosen.plan.policy}", chosen.measured_s,
-            f"{best.layout} {best.plan.policy}", best.measured_s, 100 * (chosen.measured_s / best.measured_s - 1),
-        ])  # fmt: skip
+    for one in judged:
+        row: list[object] = [
+            one.model, f"{one.layout} {one.plan.policy} {one.workload}", len(one.plan.rounds), one.measured_s,
+            None if one.mfu is None else 100 * one.mfu,
+        ]  # fmt: skip
+        for foretold in (one.told, one.now, one.corrected):
+            row += [100 * foretold.error(one.measured_s), 100 * foretold.uncertainty]
+        table.append([*row, "taught" if one.taught else ""])
     print_table(
-        ["model", "workload", "plans", "chosen", "measured s", "best measured", "measured s", "regret %"], table
+        ["model", "plan", "rounds", "measured s", "MFU %", "told %", "± %", "now %", "± %", "corrected %", "± %", ""],
+        table,
+        title="Errors of the predicted makespan",
     )
 
 
+def print_summary(judged: Sequence[Judged]) -> None:
+    """How far off predictions were over all plans, and how often the stated uncertainty held."""
+    table: list[list[object]] = []
+    unseen = [one for one in judged if not one.taught]
+    for name, mine, which in (
+        ("told before the run", judged, [one.told for one in judged]),
+        ("now, from the profile alone", judged, [one.now for one in judged]),
+        ("corrected, runs not taught from", unseen, [one.corrected for one in unseen]),
+    ):
+        if not mine:
+            continue
+        errors = sorted(abs(each.error(one.measured_s)) for one, each in zip(mine, which, strict=True))
+        held = sum(each.held(one.measured_s) for one, each in zip(mine, which, strict=True))
+        table.append([
+            name, len(mine), 100 * median(errors), 100 * errors[int(0.9 * len(errors))], 100 * errors[-1],
+            sum(error > MOST_ERROR for error in errors), f"{held} of {len(mine)}",
+        ])  # fmt: skip
+    print_table(
+        [
+            "prediction",
+            "plans",
+            "median error %",
+            "p90 %",
+            "worst %",
+            f"above {MOST_ERROR:.0%}",
+            "within stated",
+        ],
+        table,
+    )
+
+
+def choices(judged: Sequence[Judged]) -> Iterator[Choice]:
+    """For each workload with several plans."""
+    for model, workload in dict.fromkeys((one.model, one.workload) for one in judged):
+        mine = [one for one in judged if (one.model, one.workload) == (model, workload)]
+        ours = [one for one in mine if one.plan.policy == "joint"]
+        if len(mine) >= 4 and ours:
+            yield Choice(
+                told=min(ours, key=lambda one: one.told.seconds),
+                now=min(mine, key=lambda one: one.now.seconds),
+                corrected=min(mine, key=lambda one: one.corrected.seconds),
+                best=min(mine, key=lambda one: one.measured_s),
+                num_plans=len(mine),
+            )
+
+
+def print_regret(judged: Sequence[Judged]) -> None:
+    """For each workload: the plan that was chosen before any ran, and the one of all that the model now thinks best."""
+    table: list[list[object]] = []
+    for choice in choices(judged):
+        row: list[object] = [choice.best.model, choice.best.workload, choice.num_plans]
+        row += [choice.best.short_name, choice.best.measured_s]
+        for chosen in (choice.told, choice.now, choice.corrected):
+            row += [chosen.short_name, 100 * choice.regret(chosen)]
+        table.append(row)
+    print_table(
+        [
+            "model", "workload", "plans", "best measured", "seconds", "chosen", "regret %", "least now", "regret %",
+            "least corrected", "regret %",
+        ],
+        table,
+        title="Regret: how much slower than the best measured plan",
+    )  # fmt: skip
+
+
 def main() -> None:
-    """Print both tables for each hardware of the database."""
+    """Print tables for each hardware of the database, and one over all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("database", nargs="?", type=Path, default=KEPT)
     parser.add_argument("--teach", type=int, default=32768, help="tokens of the one prompt whose runs teach")
     options = parser.parse_args()
+    everything: list[Judged] = []
     with opened(options.database) as database:
         for stored in list_hardware(database):
             hardware = stored.hardware
@@ -180,6 +274,8 @@ def main() -> None:
             judged = judge(database, hardware, options.teach)
             print_predictions(judged)
             print_regret(judged)
+            everything += judged
+    print_summary(everything)
 
 
 if __name__ == "__main__":

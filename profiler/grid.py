@@ -14,6 +14,7 @@ OFF_GRID_CHUNKS = (1, 48, 100, 384, 1000, 3000, 12288)  # the last chunks of req
 LAST_LEVEL = 4
 # A card's products run in waves of tiles: their rate moves by ten percent from one multiple of 128 tokens to the next.
 TILE_TOKENS = 128
+_WAVE_STEP, _WAVES_END = 256, 4096
 _FINE_END, _FINE_STEP, _MIDDLE_END, _MIDDLE_STEP = 2048, 128, 8192, 512
 # What today's plans use of the collectives is measured more finely than the others.
 _OFTEN = (Op.ALL_REDUCE, Op.SEND_RECV)
@@ -57,6 +58,15 @@ class Grid:
         fine = [*range(_FINE_STEP, _FINE_END, _FINE_STEP), *range(_FINE_END, _MIDDLE_END, _MIDDLE_STEP)]
         levels = {size: 3 if size % (2 * TILE_TOKENS) else 2 for size in fine if size < self.context_length}
         return dict(sorted((levels | self.chunk_levels).items()))
+
+    @property
+    def attention_levels(self) -> dict[int, int]:
+        """Chunks of attention with the level at which each is wanted: on a card each whole wave of blocks counts."""
+        if self.device_type != "cuda":
+            return self.chunk_levels
+        steps = [*range(_WAVE_STEP, _FINE_END, _WAVE_STEP), *range(_FINE_END, _WAVES_END + 1, 2 * _WAVE_STEP)]
+        fine = {size: 2 for size in steps if size < self.context_length}
+        return dict(sorted((fine | self.chunk_levels).items()))
 
     def context_levels(self, chunk: int) -> dict[int, int]:
         """Contexts before a chunk: at a fixed chunk attention is linear in them, so that few do."""
@@ -108,7 +118,7 @@ class Grid:
     def _attention(self, tp_size: int) -> Iterator[Point]:
         heads = head_sizes(self.shape, tp_size)
         slab = 2 * heads["kv_heads"] * heads["head_dim"] * self.context_length
-        for chunk, chunk_level in self.chunk_levels.items():
+        for chunk, chunk_level in self.attention_levels.items():
             for context, context_level in self.context_levels(chunk).items():
                 for kernel in self.kernels:
                     if self._dense_mask(kernel, chunk, context):

@@ -107,23 +107,13 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
     attention = AttentionRows(
         rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None, why=why), work
     )
-    max_chunk = max(row.shape["chunk"] for row in attention.chosen)
-    reached = [max_chunk]  # tokens, by each part of a layer
 
     def curve(op: str, sizes: dict[str, int], at: str, variant: str = "") -> Curve:
         found = rows.require(op, sizes, busy_ranks=busy_ranks, variant=variant, why=why)
         units = [row.shape[at] for row in found]
-        if at in ("m", "tokens") and max(units) < max_chunk and len(set(units)) == 1:
-            shape = ", ".join(f"{name}={value}" for name, value in sizes.items())
-            raise UserError(
-                "measurements", f"one size of {op} ({shape}) for {why}",
-                "the profile ended too early; the same isochunk profile command goes on with it",
-            )  # fmt: skip
-        reached.append(max(units))
         return fit_curve(units, without_spikes(units, [expected_s(row, ranks=work.tp_size) for row in found]))
 
-    projections = tuple(curve("matmul", {"n": n, "k": k}, "m") for n, k in work.projections)
-    elementwise = curve("elementwise", work.layer_sizes, "tokens", work.layer_variant)
+    max_chunk = _most_tokens(rows, work, busy_ranks, [row.shape["chunk"] for row in attention.chosen])
     overhead_rows = rows.require("round_overhead", {}, busy_ranks=busy_ranks, why=why)
     overhead_s, chunk_s = fit_line(
         [row.shape["chunks"] - 1 for row in overhead_rows], list(map(expected_s, overhead_rows))
@@ -135,8 +125,8 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
     shape = work.shape
     costs = LayerCosts(
         work=work,
-        projections=projections,
-        elementwise=elementwise,
+        projections=tuple(curve("matmul", {"n": n, "k": k}, "m") for n, k in work.projections),
+        elementwise=curve("elementwise", work.layer_sizes, "tokens", work.layer_variant),
         all_reduce=_all_reduce(rows, work, busy_ranks, why),
         attention=attention.fit(attention.chosen),
         calibration=Calibration.none(),
@@ -148,7 +138,7 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         hop_latency_s=hop_latency_s,
         hop_byte_s=hop_byte_s,
         return_s=min((expected_s(row) for row in sends), default=0.0),
-        max_chunk=min(reached),
+        max_chunk=max_chunk,
         max_context=max(row.shape["context"] + row.shape["chunk"] for row in attention.chosen),
     )
     whole_layers = rows.select("layer", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
@@ -163,6 +153,24 @@ def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     num_sparse = int(np.ceil(np.log(TABLE_END / MIDDLE_END) / np.log(SPARSE_RATIO)))
     sparse = np.geomspace(MIDDLE_END, TABLE_END, num_sparse + 1)[1:].round().astype(np.int64)
     return np.concatenate([dense, middle, sparse])
+
+
+def _most_tokens(rows: Rows, work: RankWork, busy_ranks: int, chunks: Sequence[int]) -> int:
+    """The most tokens that all parts of a layer were measured at; raises `UserError` if a part has one size alone."""
+    sizes = {
+        f"matmul n={n} k={k}": [
+            row.shape["m"] for row in rows.select("matmul", {"n": n, "k": k}, busy_ranks=busy_ranks)
+        ]
+        for n, k in work.projections
+    }
+    found = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
+    sizes |= {"elementwise": [row.shape["tokens"] for row in found], "attention": list(chunks)}
+    reached = {name: max(tokens, default=0) for name, tokens in sizes.items()}
+    for name, tokens in sizes.items():
+        if len(set(tokens)) == 1 and reached[name] < max(reached.values()):
+            allowed = "the profile ended too early: the same isochunk profile command goes on with it"
+            raise UserError("measurements", f"{name} at {reached[name]} tokens alone", allowed)
+    return min(reached.values())
 
 
 def _all_reduce(rows: Rows, work: RankWork, busy_ranks: int, why: str) -> Curve | None:

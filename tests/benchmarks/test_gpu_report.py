@@ -7,11 +7,22 @@ from statistics import median
 
 import pytest
 
-from benchmarks.gpu_report import KEPT, Judged, judge, opened, print_predictions, print_regret
+from benchmarks.gpu_report import (
+    KEPT,
+    MOST_ERROR,
+    Judged,
+    choices,
+    judge,
+    opened,
+    print_predictions,
+    print_regret,
+    print_summary,
+)
 from db.engine import Database
 from db.hardware import Hardware, list_hardware
 from db.measurements import load_measurements
 from profiler.model import load_model_shape
+from profiler.peak import published_multiprocessors
 from tuner.fit import fit_layer_costs
 from tuner.layout import enumerate_layouts
 from tuner.plan import Request
@@ -28,59 +39,103 @@ def database() -> Iterator[Database]:
 
 
 @pytest.fixture(scope="module")
-def hardware(database: Database) -> Hardware:
-    (stored,) = list_hardware(database)
-    return stored.hardware
+def hardware(database: Database) -> dict[str, Hardware]:
+    """By the link between the cards."""
+    return {stored.hardware.link: stored.hardware for stored in list_hardware(database)}
 
 
 @pytest.fixture(scope="module")
-def judged(database: Database, hardware: Hardware) -> list[Judged]:
-    return judge(database, hardware, TAUGHT)
+def judged(database: Database, hardware: dict[str, Hardware]) -> dict[str, list[Judged]]:
+    return {link: judge(database, one, TAUGHT) for link, one in hardware.items()}
 
 
-def test_runs_make_predictions_of_other_plans_better(judged: list[Judged]) -> None:
-    unseen = [one for one in judged if not one.taught]
-    first = median(abs(one.first_s / one.measured_s - 1) for one in unseen)
-    corrected = median(abs(one.corrected_s / one.measured_s - 1) for one in unseen)
-    assert len(unseen) >= 20
-    assert corrected < 0.03 < first
+def test_plans_are_predicted_within_a_few_percent(judged: dict[str, list[Judged]]) -> None:
+    everything = [one for mine in judged.values() for one in mine]
+    unseen = [one for one in everything if not one.taught]
+    assert len(judged) == 3 and len(unseen) >= 80
+    for mine, which in (
+        (everything, [one.told for one in everything]),
+        (everything, [one.now for one in everything]),
+        (unseen, [one.corrected for one in unseen]),
+    ):
+        errors = [abs(each.error(one.measured_s)) for one, each in zip(mine, which, strict=True)]
+        assert median(errors) < 0.03
+    corrected = [abs(one.corrected.error(one.measured_s)) for one in unseen]
+    assert sum(error > MOST_ERROR for error in corrected) <= 1
+    held = sum(one.now.held(one.measured_s) for one in everything)
+    assert 0.85 <= held / len(everything) < 1.0  # stated for nine in ten
 
 
-def test_the_choice_is_within_two_percent_of_the_best_measured(judged: list[Judged]) -> None:
-    for workload in {one.workload for one in judged}:
-        mine = [one for one in judged if one.workload == workload]
-        if len(mine) < 4:
-            continue
-        chosen = min((one for one in mine if one.plan.policy == "joint"), key=lambda one: one.first_s)
-        assert chosen.measured_s <= 1.02 * min(one.measured_s for one in mine), workload
+def test_runs_correct_what_the_profile_alone_misses(judged: dict[str, list[Judged]]) -> None:
+    """Over a slow link the profile's messages are quicker than those of a run."""
+    unseen = [one for one in judged["socket/lo"] if not one.taught and one.plan.parallel.tp_size == 2]
+    now, corrected = (
+        median(abs(each.error(one.measured_s)) for one, each in zip(unseen, which, strict=True))
+        for which in ([one.now for one in unseen], [one.corrected for one in unseen])
+    )
+    assert corrected < 0.06 < now
 
 
-def test_a_laptop_plans_for_the_cards(database: Database, hardware: Hardware) -> None:
+def test_the_plan_that_is_predicted_best_is_close_to_the_best_measured(judged: dict[str, list[Judged]]) -> None:
+    pipelined = [one for one in judged["nvlink"] if one.plan.parallel.pp_size == 2 and one.model == "llama-3-8b"]
+    found = list(choices(pipelined))
+    assert len(found) >= 4 and max(choice.num_plans for choice in found) >= 13
+    for choice in found:
+        assert choice.regret(choice.now) < 0.02, choice.best.workload
+        assert choice.regret(choice.corrected) < 0.02, choice.best.workload
+
+
+def test_stages_beat_tensor_parallelism_the_more_the_slower_the_link(judged: dict[str, list[Judged]]) -> None:
+    times: dict[str, float] = {}
+    for link, mine in judged.items():
+        alone = [one for one in mine if one.workload == str(TAUGHT) and one.model == "llama-3-8b"]
+        of = {
+            size: min(one.measured_s for one in alone if one.plan.parallel.pp_size == size and one.layout != "TP1 PP1")
+            for size in (1, 2)
+        }
+        times[link] = of[1] / of[2]
+        chosen = min(alone, key=lambda one: one.now.seconds)
+        assert chosen.plan.parallel.pp_size == 2, link
+    assert times["nvlink"] >= 1.0
+    assert times["shm"] >= 1.7
+    assert times["socket/lo"] >= 6.5
+
+
+@pytest.mark.parametrize("link", ["nvlink", "shm", "socket/lo"])
+def test_a_laptop_plans_for_the_cards(database: Database, hardware: dict[str, Hardware], link: str) -> None:
     shape = load_model_shape("llama-3-8b")
-    rows = load_measurements(database, hardware, dtype="bfloat16")
+    card = hardware[link]
+    rows = load_measurements(database, card, dtype="bfloat16")
     target = Target(
         shape=shape,
         dtype="bfloat16",
         requests=(Request(id="a", prompt_tokens=TAUGHT), Request(id="b", prompt_tokens=5000)),
         device_type="cuda",
-        memory_bytes=hardware.memory_bytes,
+        memory_bytes=card.memory_bytes,
     )
     candidates = search_layouts(
         target,
         enumerate_layouts(shape, 2),
         Rules(chunk_multiple=256),
         lambda layout: fit_layer_costs(
-            rows, RankWork(shape=shape, dtype="bfloat16", tp_size=layout.tp_size), busy_ranks=layout.world_size
+            rows,
+            RankWork(
+                shape=shape, dtype="bfloat16", tp_size=layout.tp_size,
+                num_multiprocessors=published_multiprocessors(card.device),
+            ),
+            busy_ranks=layout.world_size,
         ),
-    )
+    )  # fmt: skip
     assert [one.refusal for one in candidates] == [None] * 3
     seconds = {str(one.layout): one.rounds.makespan_s for one in candidates if one.rounds}
-    assert seconds["TP1 PP2"] < seconds["TP2 PP1"] < seconds["TP1 PP1"]
+    assert min(seconds, key=lambda layout: seconds[layout]) == "TP1 PP2"
+    assert (seconds["TP2 PP1"] < seconds["TP1 PP1"]) == (link == "nvlink")
     assert candidates[0].rounds is not None and len(candidates[0].rounds.rounds) > 8
 
 
-def test_the_report_prints(judged: list[Judged], capsys: pytest.CaptureFixture[str]) -> None:
-    print_predictions(judged)
-    print_regret(judged)
+def test_the_report_prints(judged: dict[str, list[Judged]], capsys: pytest.CaptureFixture[str]) -> None:
+    print_predictions(judged["nvlink"])
+    print_regret(judged["nvlink"])
+    print_summary(judged["nvlink"])
     printed = capsys.readouterr().out
-    assert "runs not taught from, corrected: median" in printed and "regret %" in printed
+    assert "corrected, runs not taught from" in printed and "regret %" in printed

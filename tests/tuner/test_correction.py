@@ -106,8 +106,8 @@ def test_products_attention_and_overhead_are_told_apart() -> None:
     found = fit_correction(
         MeasuredRounds(tokens_s=tokens_s, attention_s=attention_s, measured_s=measured_s, num_runs=3)
     )
-    assert found.tokens_scale == pytest.approx(1.1, abs=0.02)
-    assert found.attention_scale == pytest.approx(0.9, abs=0.01)
+    assert found.tokens_scale == pytest.approx(1.1, abs=0.04)
+    assert found.attention_scale == pytest.approx(0.9, abs=0.03)
     assert found.round_s == pytest.approx(0.005, abs=0.002)
 
 
@@ -131,6 +131,16 @@ def test_the_first_moments_of_a_card_teach_nothing(database: Database) -> None:
     measured = load_measured_rounds(database, card, WORK, cost_model=COSTS.cost_model)
     assert len(measured.measured_s) == 2 * len(planned().rounds)
     assert fit_correction(measured).tokens_scale > 1.1
+
+
+def test_rounds_of_one_rank_teach_over_any_link(database: Database) -> None:
+    keep_run(database, planned(), factor=1.2, hardware=replace(HARDWARE, link="another"))
+    measured = load_measured_rounds(database, HARDWARE, WORK, cost_model=COSTS.cost_model)
+    assert measured.num_runs == 1
+    shared = replace(planned(), parallel=Parallel(tp_size=2, pp_size=2, layer_partition=(8, 8)))
+    keep_run(database, shared, factor=1.2, hardware=replace(HARDWARE, link="another"))
+    work = replace(WORK, tp_size=2)  # two ranks exchange partial sums within a round
+    assert load_measured_rounds(database, HARDWARE, work, cost_model=COSTS.cost_model).num_runs == 0
 
 
 def test_only_the_plans_asked_for_teach(database: Database) -> None:

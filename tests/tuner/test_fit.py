@@ -9,9 +9,10 @@ from db.errors import UserError
 from db.measurements import Measurement
 from profiler.attention import AttentionKernel
 from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, relative
-from tuner.attention_fit import fit_attention
+from tuner.attention_fit import IN_PROPORTION, Waves, fit_attention
 from tuner.attention_rows import chosen_kernels, kernel_choice
-from tuner.curve import fit_curve, fit_line, without_spikes
+from tuner.calibration import fit_calibration
+from tuner.curve import Floats, fit_curve, fit_line, without_spikes
 from tuner.fit import LayerCosts, fit_layer_costs
 from tuner.holdout import held_out_errors
 from tuner.rows import RankWork
@@ -76,6 +77,53 @@ def test_attention_forgets_single_disturbed_points_and_a_chunk_that_was_disturbe
         assert relative(float(curve(c, p)), pair_seconds(c, p)) < 0.02
 
 
+CARD_WAVES = Waves(num_heads=32, num_multiprocessors=132, first_chunk=512)
+
+
+def test_blocks_run_in_waves() -> None:
+    # 1280 rows of 32 heads are 320 blocks: three waves of 132, as the 384 blocks of 1536 rows are.
+    waves = CARD_WAVES(np.array([1024.0, 1280.0, 1536.0, 100_000.0]))
+    assert waves == pytest.approx([2 * 132 / 256, 3 * 132 / 320, 3 * 132 / 384, 1.0], rel=1e-2)
+    assert waves[1] * 1280 == pytest.approx(waves[2] * 1536)
+    assert (CARD_WAVES([16, 256]) == 1.0).all()
+    assert (IN_PROPORTION([1, 1280]) == 1.0).all()
+
+
+def test_attention_in_waves_is_predicted_between_the_measured_chunks() -> None:
+    def seconds(chunk: int, context: int) -> float:
+        return 1e-9 * chunk * (float(CARD_WAVES(chunk)) * context + chunk / 2)
+
+    points = [(c, p) for c in (512, 1024, 2048, 4096, 8192) for p in (0, 8192, 65536)]
+    curve = fit_attention(*zip(*points, strict=True), [seconds(c, p) for c, p in points], waves=CARD_WAVES)
+    for c, p in ((1280, 65536), (1792, 30000), (2304, 65536), (3072, 8192)):
+        assert relative(float(curve(c, p)), seconds(c, p)) < 0.02
+
+
+def test_a_chunk_measured_without_context_follows_chunks_of_its_own_kernel() -> None:
+    points = [(c, p) for c in (16, 1024, 2048) for p in (0, 4096, 8192)] + [(256, 0)]
+    slow = [pair_seconds(c, p) * (3.0 if c == 16 else 1.0) for c, p in points]
+
+    def predicted(first_quick: int) -> float:
+        kernel_of = lambda chunk: "quick" if chunk >= first_quick else "slow"  # noqa: E731 - one expression
+        return float(fit_attention(*zip(*points, strict=True), slow, kernel_of=kernel_of)(256, 8192))
+
+    assert relative(predicted(256), pair_seconds(256, 8192)) < 0.01
+    assert relative(predicted(1024), 3.0 * pair_seconds(256, 8192)) < 0.02
+
+
+def test_a_profile_that_ended_too_early_is_refused() -> None:
+    n, k = WORK.projections[2]
+    rows = [r for r in measure(Machine()) if (r.shape.get("n"), r.shape.get("k")) != (n, k) or r.shape["m"] == 16]
+    with pytest.raises(UserError, match=rf"matmul n={n} k={k} at 16 tokens alone.*goes on"):
+        fit_layer_costs(rows, WORK, busy_ranks=2)
+
+
+def test_plans_beyond_the_shortest_part_are_extrapolated() -> None:
+    rows = [row for row in measure(Machine()) if row.op != "elementwise" or row.shape["tokens"] <= 1024]
+    assert fit_layer_costs(rows, WORK, busy_ranks=2).max_chunk == 1024
+    assert fitted().max_chunk == max(CHUNKS)
+
+
 def test_a_stage_costs_what_its_layers_cost() -> None:
     machine = Machine()
     model = fitted(machine).cost_model((10, 6))
@@ -97,6 +145,27 @@ def test_whole_layers_calibrate_their_parts() -> None:
     model = costs.cost_model((16,))
     true_s = 16 * machine.layer_us(WORK, 1024, 2048) * 1e-6
     assert relative(model.stage_seconds(0, [(1024, 2048, False)]), true_s) < 0.03
+
+
+def test_attention_of_short_chunks_does_not_calibrate_that_of_long_ones() -> None:
+    curve = fit_attention(*zip(*ATTENTION_POINTS, strict=True), [pair_seconds(c, p) for c, p in ATTENTION_POINTS])
+
+    def compute_s(tokens: Floats) -> Floats:
+        return 1e-6 * tokens
+
+    def layer(chunk: int, context: int) -> Measurement:
+        share = 0.5 if chunk == 256 else 1.0  # alone, its attention looks twice as slow as it is
+        us = 1e6 * (1e-6 * chunk + share * pair_seconds(chunk, context))
+        return Measurement(
+            op="layer", dtype="float32", shape={"chunk": chunk, "context": context}, group_size=1, busy_ranks=2,
+            variant="", num_samples=20, median_us=us, p10_us=us, p90_us=us, min_us=us, std_us=0.0, noisy=False,
+            measured_at=datetime.now(UTC), code_version="test",
+        )  # fmt: skip
+
+    layers = [layer(chunk, context) for chunk in (256, 2048) for context in (0, 4096, 16384)]
+    calibration = fit_calibration(compute_s, curve, layers, ranks=1)
+    assert calibration.attention_factor(np.array([256.0, 2048.0])) == pytest.approx([0.5, 1.0], abs=0.02)
+    assert calibration.tokens_factor(np.array([256.0, 2048.0])) == pytest.approx([1.0, 1.0], abs=0.02)
 
 
 def test_the_fastest_attention_kernel_counts() -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -6,6 +7,7 @@ from db.errors import UserError
 from tests.tuner.atom import ATOM, atom
 from tests.tuner.oracle import best_makespan_s, random_instance
 from tests.tuner.strategies import batches, cost_models, windows
+from tuner.attention_fit import Waves
 from tuner.bound import makespan_bound_s
 from tuner.cost_model import CostModel, StageCost, TableAttention
 from tuner.plan import Request, check_rounds
@@ -199,6 +201,28 @@ def test_stairs_are_not_started_for_a_few_tokens() -> None:
     cost = CostModel(stages=(StageCost(token_count=tuple(points), token_seconds=tuple(steps)),)).for_pp_size(3)
     plan = plan_rounds(cost, prompts(8192), chunk_multiple=128)
     assert all(sum(chunk.tokens for chunk in chunks) % 512 == 0 for chunks in plan.rounds)
+
+
+@pytest.mark.parametrize("lengths", [(32768,), (131072,), (20000, 10000, 5000)])
+def test_chunks_fill_a_card_that_works_in_steps(lengths: tuple[int, ...]) -> None:
+    sizes = range(256, 131072 + 1, 256)
+    waves = Waves(num_heads=32, num_multiprocessors=132)
+    attention = TableAttention(
+        count=tuple(sizes),
+        base_s=tuple(1e-10 * size**2 for size in sizes),
+        context_s=tuple(np.maximum.accumulate([3e-10 * size * float(waves(size)) for size in sizes]).tolist()),
+    )
+    stage = StageCost(token_count=(0, 131072), token_seconds=(0.0, 3.2), attention=attention, round_overhead_s=3e-4)
+    cost = CostModel(stages=(stage, stage))
+    requests = prompts(*lengths)
+    ours, *fixed = (
+        plan_rounds(cost, requests, policy=policy, chunk_multiple=256)
+        for policy in ("joint", "fixed:512", "fixed:1024", "fixed:2048", "fixed:4096")
+    )
+    assert ours.makespan_s <= min(plan.makespan_s for plan in fixed)
+    rounds = [sum(chunk.tokens for chunk in chunks) for chunks in ours.rounds if len(chunks) == 1]
+    full = sum(size % 512 == 0 for size in rounds[len(rounds) // 2 :])  # late rounds, whose context is long
+    assert full >= 0.8 * (len(rounds) - len(rounds) // 2)
 
 
 def test_comparing_lists_every_policy_and_ours_first() -> None:
