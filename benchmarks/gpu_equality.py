@@ -4,7 +4,7 @@
 
 In float32 the tokens must equal those of `generate`. In bfloat16 random weights flip near ties, so logits are compared:
 the teacher-forced logits at the end of each prompt against Transformers' full forward, beside the difference that
-Transformers' own chunked forward shows to its full one.
+Transformers' own chunked forward shows to its full one; and all three against Transformers in float32.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def main() -> None:
             found = run_ranks(tokens_and_logits, exact, rough, world_size=ranks, device_type=device_type, num_threads=1)
             for index, layout in enumerate(layouts):
                 equal = tokens_equal(exact[index], [reports[index] for reports, _ in found], device_type)
-                rows.append([layout, "float32", equal, None, None])
+                rows.append([layout, "float32", equal, *[None] * 5])
             for index, layout in enumerate(layouts):
                 job = rough[index]
                 slices = [kept[index] for _, kept in found if kept[index]]
@@ -185,9 +185,20 @@ def main() -> None:
                 ours = [joined[end_order(job).index(request)] for request in range(len(LENGTHS))]
                 full = transformers_logits(job, device, chunk=None)
                 chunked = transformers_logits(job, device, chunk=CHUNK)
-                rows.append([layout, "bfloat16", None, difference(ours, full), difference(chunked, full)])
+                exactly = transformers_logits(replace(job, dtype="float32"), device, chunk=None)
+                to_exact = [difference(logits, exactly) for logits in (ours, full, chunked)]
+                rows.append([layout, "bfloat16", None, difference(ours, full), difference(chunked, full), *to_exact])
     print_table(
-        ["layout", "dtype", "tokens equal", "logits to full forward", "Transformers chunked to full"],
+        [
+            "layout",
+            "dtype",
+            "tokens equal",
+            "logits to full forward",
+            "Transformers chunked to full",
+            "logits to float32",
+            "full to float32",
+            "chunked to float32",
+        ],
         rows,
         title=f"{len(LENGTHS)} prompts of {LENGTHS} tokens against Transformers on {device_type}",
     )

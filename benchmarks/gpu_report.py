@@ -22,20 +22,22 @@ from tempfile import TemporaryDirectory
 
 from db.engine import Database, open_database
 from db.hardware import Hardware, list_hardware
-from db.measurements import load_measurements
+from db.measurements import Measurement, load_measurements
 from db.plans import get_plan_row
 from db.runs import RunStatus, list_runs
 from profiler.model import ModelShape
 from profiler.peak import published_multiprocessors
 from service.output import print_table
+from tuner.attention_rows import AttentionRows
 from tuner.correction import fit_correction, load_measured_rounds
 from tuner.fit import LayerCosts, fit_layer_costs
 from tuner.holdout import HeldOutError, held_out_errors
 from tuner.plan import Plan
-from tuner.rows import RankWork
+from tuner.rows import RankWork, Rows, expected_s
 from tuner.schedule import evaluate
 from tuner.uncertainty import makespan_uncertainty
 
+LONG_CHUNK = 512
 MOST_ERROR = 0.08  # what a prediction should stay within
 
 KEPT = Path(__file__).parent / "results" / "h100x2.db.gz"
@@ -241,6 +243,51 @@ def choices(judged: Sequence[Judged]) -> Iterator[Choice]:
             )
 
 
+def print_held_out(database: Database, hardware: Hardware) -> None:
+    """How far off kernels are that were left out of the fit, for every model that was run on one or two stages."""
+    table: list[list[object]] = []
+    rows = load_measurements(database, hardware)
+    shapes = {}
+    for run in list_runs(database, status=RunStatus.DONE, hardware=hardware, limit=1000):
+        config = get_plan_row(database, run.plan_id)["model"]
+        shape = ModelShape.from_config(config, name=str(config.get("name")))
+        shapes[shape.fingerprint] = shape
+    for shape in shapes.values():
+        for tp_size in (1, 2):
+            work = RankWork(
+                shape=shape, dtype="bfloat16", tp_size=tp_size,
+                num_multiprocessors=published_multiprocessors(hardware.device),
+            )  # fmt: skip
+            for error in held_out_errors(rows, work, busy_ranks=2):
+                table.append([
+                    f"{shape.name}, TP{tp_size}", error.op, error.num_points, 100 * error.median, 100 * error.p90,
+                    100 * error.worst,
+                ])  # fmt: skip
+            errors = sorted(map(abs, left_out_chunks(rows, work)))
+            table.append([
+                f"{shape.name}, TP{tp_size}", f"attention, {LONG_CHUNK}+ tokens after a context", len(errors),
+                100 * median(errors), 100 * errors[int(0.9 * len(errors))], 100 * errors[-1],
+            ])  # fmt: skip
+    print_table(
+        ["of", "kernel", "points left out", "median error %", "p90 %", "worst %"], table, title="Held-out kernels"
+    )
+
+
+def left_out_chunks(rows: Sequence[Measurement], work: RankWork) -> list[float]:
+    """Errors of attention after a context, each chunk of LONG_CHUNK tokens and more left out with all its points."""
+    attention = AttentionRows(Rows(rows).select("attention", work.attention_sizes, busy_ranks=2, variant=None), work)
+    chunks = sorted({row.shape["chunk"] for row in attention.chosen})
+    errors = []
+    for chunk in chunks[1:-1]:
+        mine = [row for row in attention.chosen if row.shape["chunk"] == chunk]
+        after = [row for row in mine if row.shape["context"]]
+        if chunk < LONG_CHUNK or not after:
+            continue
+        curve = attention.fit([row for row in attention.chosen if row not in mine])
+        errors += [float(curve(chunk, row.shape["context"])) / expected_s(row) - 1.0 for row in after]
+    return errors
+
+
 def print_regret(judged: Sequence[Judged]) -> None:
     """For each workload: the plan that was chosen before any ran, and the one of all that the model now thinks best."""
     table: list[list[object]] = []
@@ -274,6 +321,8 @@ def main() -> None:
             judged = judge(database, hardware, options.teach)
             print_predictions(judged)
             print_regret(judged)
+            if hardware.link == "nvlink":  # the kernels are the same over any link
+                print_held_out(database, hardware)
             everything += judged
     print_summary(everything)
 

@@ -177,7 +177,8 @@ def _all_reduce(rows: Rows, work: RankWork, busy_ranks: int, why: str) -> Curve 
     if work.tp_size == 1:
         return None
     found = rows.require("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size, why=why)
-    return fit_curve([row.shape["bytes"] for row in found], [expected_s(row) for row in found])
+    sizes = [row.shape["bytes"] for row in found]
+    return fit_curve(sizes, without_spikes(sizes, [expected_s(row) for row in found]))
 
 
 def _fit_hop(sends: Sequence[Measurement]) -> tuple[float, float]:
