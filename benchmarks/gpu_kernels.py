@@ -19,10 +19,10 @@ import torch
 from db.engine import open_database
 from db.measurements import load_measurements
 from profiler.attention import available_kernels
+from profiler.datasheet import published_multiprocessors
 from profiler.device import describe_hardware
 from profiler.grid import Grid, head_sizes, projections
 from profiler.model import load_model_shape
-from profiler.peak import published_multiprocessors
 from profiler.point import Op, Point
 from profiler.ranks import run_ranks
 from profiler.session import ProfileJob, profile_rank

@@ -25,8 +25,8 @@ from db.hardware import Hardware, list_hardware
 from db.measurements import Measurement, load_measurements
 from db.plans import get_plan_row
 from db.runs import RunStatus, list_runs
+from profiler.datasheet import published_multiprocessors
 from profiler.model import ModelShape
-from profiler.peak import published_multiprocessors
 from service.output import print_table
 from tuner.attention_rows import AttentionRows
 from tuner.correction import fit_correction, load_measured_rounds

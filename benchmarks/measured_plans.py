@@ -12,9 +12,9 @@ from pathlib import Path
 from benchmarks.demo_model import write_demo_model
 from db.engine import open_database
 from db.measurements import load_measurements
+from profiler.datasheet import published_multiprocessors
 from profiler.device import describe_hardware
 from profiler.model import ModelShape, load_model_shape
-from profiler.peak import published_multiprocessors
 from profiler.profile import ProfileOptions, profile_model
 from runtime.result import RunResult
 from runtime.run import run_plans

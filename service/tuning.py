@@ -16,9 +16,9 @@ from db.hardware import Hardware, get_hardware, list_hardware, save_hardware
 from db.measurements import load_measurements
 from db.plans import save_plan_row
 from db.provenance import now
+from profiler.datasheet import published_multiprocessors
 from profiler.device import default_device_type, default_dtype, default_num_threads, describe_hardware
 from profiler.model import SUPPORTED_DTYPES, load_model_shape
-from profiler.peak import published_multiprocessors
 from service.tune_report import TuneReport
 from tuner.autotune import Choice, autotune
 from tuner.correction import fit_correction, load_measured_rounds

@@ -21,8 +21,8 @@ from benchmarks.gpu_report import (
 from db.engine import Database
 from db.hardware import Hardware, list_hardware
 from db.measurements import load_measurements
+from profiler.datasheet import published_multiprocessors
 from profiler.model import load_model_shape
-from profiler.peak import published_multiprocessors
 from tuner.fit import fit_layer_costs
 from tuner.layout import enumerate_layouts
 from tuner.plan import Request

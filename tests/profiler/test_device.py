@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from db.errors import UserError
+from profiler.datasheet import published_peak_flops
 from profiler.device import (
     cache_bytes,
     check_device_type,
@@ -13,7 +14,6 @@ from profiler.device import (
     nccl_link,
     num_cores,
 )
-from profiler.peak import published_peak_flops
 
 
 def test_a_cpu_is_described_alike_twice_and_apart_by_its_threads() -> None:
