@@ -70,6 +70,7 @@ def print_report(report: TuneReport) -> None:
             [_candidate_row(candidate) for candidate in report.candidates],
             title="Layouts, the best first",
         )
+        print(f"{_certainty(report)}\n")
     parallel = report.plan.parallel
     if report.policies:
         print_table(
@@ -91,6 +92,20 @@ def print_report(report: TuneReport) -> None:
         )
     if report.output:
         print(f"Wrote {report.output}")
+
+
+def _certainty(report: TuneReport) -> str:
+    """How sure the prediction is, and which other layouts it cannot tell apart from the best."""
+    predicted = report.plan.predicted
+    if predicted is None or predicted.uncertainty is None:
+        return ""
+    told = f"Predicted: {predicted.makespan_s:.4g} s, give or take {predicted.uncertainty:.1%}."
+    close = [
+        str(candidate.layout)
+        for candidate in report.candidates[1:]
+        if candidate.rounds and candidate.rounds.makespan_s <= (1.0 + predicted.uncertainty) * predicted.makespan_s
+    ]
+    return f"{told} Too close to tell: {', '.join(close)}; --measure N runs the best." if close else told
 
 
 def _replay_json(replay: Replay) -> dict[str, Any]:
