@@ -19,7 +19,6 @@ import torch
 from db.engine import open_database
 from db.measurements import load_measurements
 from profiler.attention import available_kernels
-from profiler.datasheet import published_multiprocessors
 from profiler.device import describe_hardware
 from profiler.grid import Grid, head_sizes, projections
 from profiler.model import load_model_shape
@@ -89,11 +88,7 @@ def main() -> None:
     hardware = describe_hardware(options.device, num_threads=1)
     with open_database(options.db) as database:
         rows = load_measurements(database, hardware, dtype=dtype)
-    multiprocessors = published_multiprocessors(hardware.device)
-    works = [
-        RankWork(shape=shape, dtype=dtype, tp_size=tp_size, num_multiprocessors=multiprocessors)
-        for tp_size in grid.tp_sizes
-    ]
+    works = [RankWork.on(hardware, shape=shape, dtype=dtype, tp_size=tp_size) for tp_size in grid.tp_sizes]
     costs = {work.tp_size: fit_layer_costs(rows, work, busy_ranks=2) for work in works}
     points = random_points(grid, options.points)
     with TemporaryDirectory() as folder:

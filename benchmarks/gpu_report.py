@@ -25,7 +25,6 @@ from db.hardware import Hardware, list_hardware
 from db.measurements import Measurement, load_measurements
 from db.plans import get_plan_row
 from db.runs import RunStatus, list_runs
-from profiler.datasheet import published_multiprocessors
 from profiler.model import ModelShape
 from service.output import print_table
 from tuner.attention_rows import AttentionRows
@@ -141,12 +140,7 @@ def judge(database: Database, hardware: Hardware, teach: int) -> list[Judged]:
 
     @cache
     def fit(fingerprint: str, dtype: str, tp_size: int, busy_ranks: int) -> Fits:
-        work = RankWork(
-            shape=shapes[fingerprint],
-            dtype=dtype,
-            tp_size=tp_size,
-            num_multiprocessors=published_multiprocessors(hardware.device),
-        )
+        work = RankWork.on(hardware, shape=shapes[fingerprint], dtype=dtype, tp_size=tp_size)
         mine = [row for row in rows if row.dtype == dtype]
         costs = fit_layer_costs(mine, work, busy_ranks=busy_ranks)
         taught = load_measured_rounds(
@@ -162,7 +156,9 @@ def judge(database: Database, hardware: Hardware, teach: int) -> list[Judged]:
         shapes[shape.fingerprint] = shape
         busy_ranks = plan.parallel.tp_size * plan.parallel.pp_size
         fits = fit(shape.fingerprint, plan.precision, plan.parallel.tp_size, busy_ranks)
-        assert run.makespan_s is not None and run.predicted_makespan_s is not None and plan.predicted is not None
+        assert run.makespan_s is not None
+        if run.predicted_makespan_s is None or plan.predicted is None:
+            continue  # written by hand
         found.append(
             Judged(
                 plan=plan, model=shape.name, taught=is_taught(plan, teach, busy_ranks), measured_s=run.makespan_s,
@@ -254,20 +250,18 @@ def print_held_out(database: Database, hardware: Hardware) -> None:
         shapes[shape.fingerprint] = shape
     for shape in shapes.values():
         for tp_size in (1, 2):
-            work = RankWork(
-                shape=shape, dtype="bfloat16", tp_size=tp_size,
-                num_multiprocessors=published_multiprocessors(hardware.device),
-            )  # fmt: skip
+            work = RankWork.on(hardware, shape=shape, dtype="bfloat16", tp_size=tp_size)
             for error in held_out_errors(rows, work, busy_ranks=2):
                 table.append([
                     f"{shape.name}, TP{tp_size}", error.op, error.num_points, 100 * error.median, 100 * error.p90,
                     100 * error.worst,
                 ])  # fmt: skip
             errors = sorted(map(abs, left_out_chunks(rows, work)))
-            table.append([
-                f"{shape.name}, TP{tp_size}", f"attention, {LONG_CHUNK}+ tokens after a context", len(errors),
-                100 * median(errors), 100 * errors[int(0.9 * len(errors))], 100 * errors[-1],
-            ])  # fmt: skip
+            if errors:
+                table.append([
+                    f"{shape.name}, TP{tp_size}", f"attention, {LONG_CHUNK}+ tokens after a context", len(errors),
+                    100 * median(errors), 100 * errors[int(0.9 * len(errors))], 100 * errors[-1],
+                ])  # fmt: skip
     print_table(
         ["of", "kernel", "points left out", "median error %", "p90 %", "worst %"], table, title="Held-out kernels"
     )
@@ -275,7 +269,10 @@ def print_held_out(database: Database, hardware: Hardware) -> None:
 
 def left_out_chunks(rows: Sequence[Measurement], work: RankWork) -> list[float]:
     """Errors of attention after a context, each chunk of LONG_CHUNK tokens and more left out with all its points."""
-    attention = AttentionRows(Rows(rows).select("attention", work.attention_sizes, busy_ranks=2, variant=None), work)
+    found = Rows(rows).select("attention", work.attention_sizes, busy_ranks=2, variant=None)
+    if not found:
+        return []
+    attention = AttentionRows(found, work)
     chunks = sorted({row.shape["chunk"] for row in attention.chosen})
     errors = []
     for chunk in chunks[1:-1]:
@@ -284,7 +281,9 @@ def left_out_chunks(rows: Sequence[Measurement], work: RankWork) -> list[float]:
         if chunk < LONG_CHUNK or not after:
             continue
         curve = attention.fit([row for row in attention.chosen if row not in mine])
-        errors += [float(curve(chunk, row.shape["context"])) / expected_s(row) - 1.0 for row in after]
+        errors += [
+            float(curve(chunk, row.shape["context"])) / expected_s(row, ranks=work.tp_size) - 1.0 for row in after
+        ]
     return errors
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from benchmarks.demo_model import write_demo_model
 from db.engine import open_database
 from db.measurements import load_measurements
-from profiler.datasheet import published_multiprocessors
 from profiler.device import describe_hardware
 from profiler.model import ModelShape, load_model_shape
 from profiler.profile import ProfileOptions, profile_model
@@ -110,8 +109,7 @@ class Machine:
         )  # fmt: skip
 
     def _work(self, tp_size: int) -> RankWork:
-        multiprocessors = published_multiprocessors(self.hardware.device)
-        return RankWork(shape=self.shape, dtype=self.dtype, tp_size=tp_size, num_multiprocessors=multiprocessors)
+        return RankWork.on(self.hardware, shape=self.shape, dtype=self.dtype, tp_size=tp_size)
 
     def _held_out(self, tp_size: int, busy_ranks: int) -> list[HeldOutError]:
         return held_out_errors(self.rows, self._work(tp_size), busy_ranks=busy_ranks)

@@ -28,6 +28,7 @@ def attend(
     flight a program waits for memory, not for arithmetic: each byte of keys or values takes part in as many
     multiplications as the group has heads.
     """
+    q = q.contiguous()
     num_requests, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[0]
     group = num_heads // num_kv_heads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from profiler.attention import AttentionKernel
@@ -56,17 +56,23 @@ class Grid:
         if self.device_type != "cuda":
             return self.chunk_levels
         fine = [*range(_FINE_STEP, _FINE_END, _FINE_STEP), *range(_FINE_END, _MIDDLE_END, _MIDDLE_STEP)]
-        levels = {size: 3 if size % (2 * TILE_TOKENS) else 2 for size in fine if size < self.context_length}
-        return dict(sorted((levels | self.chunk_levels).items()))
+        return self._with_levels({size: 3 if size % (2 * TILE_TOKENS) else 2 for size in fine})
 
     @property
     def attention_levels(self) -> dict[int, int]:
-        """Chunks of attention with the level at which each is wanted: on a card each whole wave of blocks counts."""
+        """Chunks of attention with the level at which each is wanted: on a card finer, for its blocks come in waves."""
         if self.device_type != "cuda":
             return self.chunk_levels
         steps = [*range(_WAVE_STEP, _FINE_END, _WAVE_STEP), *range(_FINE_END, _WAVES_END + 1, 2 * _WAVE_STEP)]
-        fine = {size: 2 for size in steps if size < self.context_length}
-        return dict(sorted((fine | self.chunk_levels).items()))
+        return self._with_levels(dict.fromkeys(steps, 2))
+
+    def _with_levels(self, fine: Mapping[int, int]) -> dict[int, int]:
+        """Sizes below the context with their levels; of the usual levels and the given ones the lower counts."""
+        levels = self.chunk_levels
+        for size, level in fine.items():
+            if size < self.context_length:
+                levels[size] = min(level, levels.get(size, level))
+        return dict(sorted(levels.items()))
 
     def context_levels(self, chunk: int) -> dict[int, int]:
         """Contexts before a chunk: at a fixed chunk attention is linear in them, so that few do."""
@@ -84,7 +90,7 @@ class Grid:
             yield from self._collectives(group_size)
 
     def _layer_points(self, tp_size: int) -> Iterator[Point]:
-        """The parts of a layer and whole layers: with all ranks at work, and coarsely with one.
+        """The parts of a layer and whole layers: with all ranks at work, and on a CPU coarsely with one.
 
         Cards share nothing that a kernel uses, so that one alone needs no points of its own.
         """
@@ -95,9 +101,8 @@ class Grid:
             *self._layers(tp_size),
         ]
         yield from (replace(point, busy_ranks=self.world_size) for point in parts)
-        if (
-            tp_size == 1 and self.world_size > 1 and self.device_type == "cpu"
-        ):  # a plan for one rank leaves the others idle
+        # A plan for one rank leaves the others idle.
+        if tp_size == 1 and self.world_size > 1 and self.device_type == "cpu":
             yield from (
                 replace(point, busy_ranks=1, level=point.level + 1)
                 for point in parts

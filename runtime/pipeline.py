@@ -68,8 +68,9 @@ class Pipeline:
         ]
         if self.job.max_new_tokens > 1 and attends_on_device(self.stage.device):
             self.recorded_step = record(self._compute_step, self.stage.device, scratch)
-            self.stage.step.restart()
-            self.recorded_step()  # a graph's first launch also brings it to the card
+            if self.stage.device.type == "cuda":
+                self.stage.step.restart()
+                self.recorded_step()  # a graph's first launch also brings it to the card
 
     def close(self) -> None:
         """Give up the recordings: NCCL's groups are not left while a graph holds their work."""

@@ -111,7 +111,7 @@ class Stage:
 
     def _choose_kernel(self, chunk: int, context: int) -> AttentionKernel:
         if chunk == 1 and self.device.type == "cuda":
-            return AttentionKernel.SDPA  # token by token the context grows by one, and cuDNN plans each length anew
+            return AttentionKernel.SDPA  # a prompt's single last token is not worth a cuDNN plan for its context
         return self.kernels(chunk, context)
 
     def _distinct(self, rounds: Iterable[Round]) -> Iterable[Round]:

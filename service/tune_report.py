@@ -95,17 +95,21 @@ def print_report(report: TuneReport) -> None:
 
 
 def _certainty(report: TuneReport) -> str:
-    """How sure the prediction is, and which other layouts it cannot tell apart from the best."""
-    predicted = report.plan.predicted
+    """How sure the prediction is, and which other layouts it cannot tell apart from the plan's."""
+    predicted, parallel = report.plan.predicted, report.plan.parallel
     if predicted is None or predicted.uncertainty is None:
         return ""
     told = f"Predicted: {predicted.makespan_s:.4g} s, give or take {predicted.uncertainty:.1%}."
+    most_s = (1.0 + predicted.uncertainty) * predicted.makespan_s
     close = [
         str(candidate.layout)
-        for candidate in report.candidates[1:]
-        if candidate.rounds and candidate.rounds.makespan_s <= (1.0 + predicted.uncertainty) * predicted.makespan_s
-    ]
-    return f"{told} Too close to tell: {', '.join(close)}; --measure N runs the best." if close else told
+        for candidate in report.candidates
+        if candidate.rounds and not candidate.refusal and candidate.rounds.makespan_s <= most_s
+        and (candidate.layout.tp_size, candidate.layout.pp_size) != (parallel.tp_size, parallel.pp_size)
+    ]  # fmt: skip
+    if report.trials or not close:
+        return told
+    return f"{told} Too close to tell: {', '.join(close)}; --measure N runs the best."
 
 
 def _replay_json(replay: Replay) -> dict[str, Any]:

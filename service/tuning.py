@@ -16,7 +16,6 @@ from db.hardware import Hardware, get_hardware, list_hardware, save_hardware
 from db.measurements import load_measurements
 from db.plans import save_plan_row
 from db.provenance import now
-from profiler.datasheet import published_multiprocessors
 from profiler.device import default_device_type, default_dtype, default_num_threads, describe_hardware
 from profiler.model import SUPPORTED_DTYPES, load_model_shape
 from service.tune_report import TuneReport
@@ -121,10 +120,7 @@ def tune(
 
     @cache
     def fit(tp_size: int, busy_ranks: int) -> LayerCosts:
-        work = RankWork(
-            shape=shape, dtype=target.dtype, tp_size=tp_size,
-            num_multiprocessors=published_multiprocessors(hardware.device),
-        )  # fmt: skip
+        work = RankWork.on(hardware, shape=shape, dtype=target.dtype, tp_size=tp_size)
         costs = fit_layer_costs(rows, work, busy_ranks=busy_ranks)
         measured = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
         return replace(costs, correction=fit_correction(measured)) if correct else costs

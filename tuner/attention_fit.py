@@ -28,16 +28,16 @@ class Waves:
     num_multiprocessors: int | None
     """None: the time is in proportion to the rows."""
     first_chunk: float = 0.0
-    """Smaller chunks run in another kernel, whose blocks are not these."""
+    """From it on all chunks run in such a kernel; among the smaller ones are some of a kernel with other blocks."""
 
     def __call__(self, chunk: npt.ArrayLike) -> Floats:
         """Time over what a card would take that is full to the end; at least 1."""
-        rows = np.asarray(chunk, dtype=np.float64)
+        rows = np.maximum(np.asarray(chunk, dtype=np.float64), 1.0)
         if self.num_multiprocessors is None:
             return np.ones_like(rows)
         blocks = np.ceil(rows / TILE_ROWS) * self.num_heads
         full = rows / TILE_ROWS * self.num_heads / self.num_multiprocessors
-        waste = np.ceil(blocks / self.num_multiprocessors) / np.maximum(full, SHORTEST_S)
+        waste = np.ceil(blocks / self.num_multiprocessors) / full
         return np.where(rows < self.first_chunk, 1.0, waste)
 
 

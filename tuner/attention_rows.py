@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from db.measurements import Measurement
@@ -21,11 +22,11 @@ class AttentionRows:
         self.chosen = chosen_kernels(rows)
         choose, longest = kernel_choice(rows), max(row.shape["context"] for row in rows)
         self.kernel_of = {chunk: choose(chunk, longest) for chunk in {row.shape["chunk"] for row in rows}}
-        in_waves = [chunk for chunk, kernel in self.kernel_of.items() if kernel in IN_WAVES]
+        others = max((chunk for chunk, kernel in self.kernel_of.items() if kernel not in IN_WAVES), default=0)
         self.waves = Waves(
             num_heads=work.attention_sizes["heads"],
-            num_multiprocessors=work.num_multiprocessors if in_waves else None,
-            first_chunk=min(in_waves, default=0),
+            num_multiprocessors=work.num_multiprocessors,
+            first_chunk=min((chunk for chunk in self.kernel_of if chunk > others), default=math.inf),
         )
 
     def fit(self, rows: Sequence[Measurement]) -> AttentionCurve:

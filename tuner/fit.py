@@ -9,16 +9,16 @@ import numpy as np
 
 from db.errors import UserError
 from db.measurements import Measurement
-from tuner.attention_fit import AttentionCurve
+from tuner.attention_fit import TILE_ROWS, AttentionCurve
 from tuner.attention_rows import AttentionRows
 from tuner.calibration import Calibration, fit_calibration
 from tuner.correction import Correction
 from tuner.cost_model import CostModel, StageCost, TableAttention
-from tuner.curve import Curve, Floats, fit_curve, fit_line, without_spikes
-from tuner.rows import RankWork, Rows, expected_s
+from tuner.curve import Curve, Floats, fit_line
+from tuner.rows import RankWork, Rows, expected_s, fit_rows
 
 # Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
-DENSE_STEP, DENSE_END, MIDDLE_STEP, MIDDLE_END, SPARSE_RATIO, TABLE_END = 64, 4096, 256, 16384, 1.05, 1 << 20
+DENSE_STEP, DENSE_END, MIDDLE_STEP, MIDDLE_END, SPARSE_RATIO, TABLE_END = 64, 4096, TILE_ROWS, 16384, 1.05, 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +110,7 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
 
     def curve(op: str, sizes: dict[str, int], at: str, variant: str = "") -> Curve:
         found = rows.require(op, sizes, busy_ranks=busy_ranks, variant=variant, why=why)
-        units = [row.shape[at] for row in found]
-        return fit_curve(units, without_spikes(units, [expected_s(row, ranks=work.tp_size) for row in found]))
+        return fit_rows(found, at, ranks=work.tp_size)
 
     max_chunk = _most_tokens(rows, work, busy_ranks, [row.shape["chunk"] for row in attention.chosen])
     overhead_rows = rows.require("round_overhead", {}, busy_ranks=busy_ranks, why=why)
@@ -177,8 +176,7 @@ def _all_reduce(rows: Rows, work: RankWork, busy_ranks: int, why: str) -> Curve 
     if work.tp_size == 1:
         return None
     found = rows.require("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size, why=why)
-    sizes = [row.shape["bytes"] for row in found]
-    return fit_curve(sizes, without_spikes(sizes, [expected_s(row) for row in found]))
+    return fit_rows(found, "bytes")
 
 
 def _fit_hop(sends: Sequence[Measurement]) -> tuple[float, float]:

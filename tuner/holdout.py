@@ -9,18 +9,19 @@ import numpy as np
 
 from db.measurements import Measurement
 from tuner.attention_rows import AttentionRows
-from tuner.curve import fit_curve
-from tuner.rows import RankWork, Rows, expected_s
+from tuner.rows import RankWork, Rows, expected_s, fit_rows
 
 WIDEST_GAP = 4  # leaving a point out may open a gap of this ratio, twice the profile's own finest
+UNTESTED = 0.1  # the error of an operation none of whose points can be left out
 Seconds = Callable[[float], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutError:
-    """Relative errors of one operation's left-out points.
+    """Relative errors of one operation's left-out points; UNTESTED where there are none.
 
-    The ends of a range are not left out (that would be extrapolation), nor points in a grid still too coarse.
+    The ends of a range are not left out (that would be extrapolation), nor points in a grid still too coarse, nor
+    those that disagree with themselves.
     """
 
     op: str
@@ -46,60 +47,70 @@ class LeftOut:
 
 def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[HeldOutError]:
     """Leave-one-out errors of the fits behind `tuner.fit.fit_layer_costs`, by operation."""
-    rows = Rows(measurements)
+    rows, ranks = Rows(measurements), work.tp_size
     products = [rows.select("matmul", {"n": n, "k": k}, busy_ranks=busy_ranks) for n, k in work.projections]
     elementwise = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
-    attention = rows.select("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None)
-    if not all((*products, elementwise, attention)):
-        return []
-    parts = [_curve(found, lambda row: row.shape["m"]) for found in products]
-    parts.append(_curve(elementwise, lambda row: row.shape["tokens"]))
+    parts = [fit_rows(found, "m", ranks=ranks) for found in products if found]
+    parts += [fit_rows(elementwise, "tokens", ranks=ranks)] if elementwise else []
 
     def compute_s(tokens: float) -> float:
-        return sum(part(tokens) for part in parts)
+        return sum(float(part(tokens)) for part in parts)
 
-    points = {
-        "matmul": [
-            point for found in products for point in _curve_errors(found, lambda row: row.shape["m"], compute_s)
-        ],
-        "elementwise": _curve_errors(elementwise, lambda row: row.shape["tokens"], compute_s),
-        "attention": _attention_errors(AttentionRows(attention, work), compute_s),
-    }
+    def share_of(row: Measurement, at: str) -> float:
+        return expected_s(row, ranks=ranks) / compute_s(row.shape[at])
+
+    found = [
+        _summary(
+            "matmul",
+            [point for mine in products for point in _curve_errors(mine, "m", share_of, ranks)],
+            [share_of(row, "m") for mine in products for row in mine],
+        ),
+        _summary(
+            "elementwise",
+            _curve_errors(elementwise, "tokens", share_of, ranks),
+            [share_of(row, "tokens") for row in elementwise],
+        ),
+    ]
+    attended = rows.select("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None)
+    if attended:
+        found.append(_attention_summary(AttentionRows(attended, work), compute_s))
     if work.tp_size > 1:
-        found = rows.select("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size)
-        points["all_reduce"] = _curve_errors(
-            found, lambda row: row.shape["bytes"], lambda size: compute_s(size / work.hidden_bytes), times=2
+        reduced = rows.select("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size)
+
+        def share_of_messages(row: Measurement, at: str) -> float:
+            twice_s = 2.0 * expected_s(row)
+            return twice_s / (twice_s + compute_s(row.shape[at] / work.hidden_bytes))
+
+        found.append(
+            _summary(
+                "all_reduce",
+                _curve_errors(reduced, "bytes", share_of_messages, 1),
+                [share_of_messages(row, "bytes") for row in reduced],
+            )
         )
-    return [_summary(op, left_out) for op, left_out in points.items() if left_out]
-
-
-def _curve(rows: Sequence[Measurement], at: Callable[[Measurement], int]) -> Seconds:
-    curve = fit_curve([at(row) for row in rows], [expected_s(row) for row in rows])
-    return lambda x: float(curve(x))
+    return [error for error in found if error is not None]
 
 
 def _curve_errors(
-    rows: Sequence[Measurement], at: Callable[[Measurement], int], layer_s: Seconds, *, times: int = 1
+    rows: Sequence[Measurement], at: str, share_of: Callable[[Measurement, str], float], ranks: int
 ) -> list[LeftOut]:
-    """times: how often a layer does the operation beside the rest, which takes layer_s; with 1 it is part of that."""
-    ordered = sorted(rows, key=at)
+    ordered = sorted(rows, key=lambda row: row.shape[at])
     found = []
     for before, left_out, after in zip(ordered, ordered[1:], ordered[2:], strict=False):
-        if at(after) > WIDEST_GAP * at(before):
+        if left_out.noisy or after.shape[at] > WIDEST_GAP * before.shape[at]:
             continue
-        curve = _curve([row for row in ordered if row is not left_out], at)
-        seconds = expected_s(left_out)
-        beside = layer_s(at(left_out)) + (times * seconds if times > 1 else 0.0)
-        found.append(LeftOut(error=curve(at(left_out)) / seconds - 1.0, share=times * seconds / beside))
+        curve = fit_rows([row for row in ordered if row is not left_out], at, ranks=ranks)
+        error = float(curve(left_out.shape[at])) / expected_s(left_out, ranks=ranks) - 1.0
+        found.append(LeftOut(error=error, share=share_of(left_out, at)))
     return found
 
 
-def _attention_errors(attention: AttentionRows, compute_s: Seconds) -> list[LeftOut]:
+def _attention_summary(attention: AttentionRows, compute_s: Seconds) -> HeldOutError | None:
     """A context between others of its chunk is left out alone; a chunk between others with all its contexts."""
     by_chunk: dict[int, list[Measurement]] = {}
     for row in attention.chosen:
         by_chunk.setdefault(row.shape["chunk"], []).append(row)
-    chunks = sorted(by_chunk)
+    chunks, ranks = sorted(by_chunk), attention.work.tp_size
     tests = [
         [left_out]
         for mine in by_chunk.values()
@@ -110,23 +121,32 @@ def _attention_errors(attention: AttentionRows, compute_s: Seconds) -> list[Left
         for before, chunk, after in zip(chunks, chunks[1:], chunks[2:], strict=False)
         if after <= WIDEST_GAP * before
     ]
+
+    def share_of(row: Measurement) -> float:
+        seconds = expected_s(row, ranks=ranks)
+        return seconds / (seconds + compute_s(row.shape["chunk"]))
+
     found = []
     for left_out in tests:
         curve = attention.fit([row for row in attention.chosen if row not in left_out])
         for row in left_out:
-            chunk, seconds = row.shape["chunk"], expected_s(row)
-            error = float(curve(chunk, row.shape["context"])) / seconds - 1.0
-            found.append(LeftOut(error=error, share=seconds / (seconds + compute_s(chunk))))
-    return found
+            if not row.noisy:
+                predicted_s = float(curve(row.shape["chunk"], row.shape["context"]))
+                found.append(LeftOut(error=predicted_s / expected_s(row, ranks=ranks) - 1.0, share=share_of(row)))
+    return _summary("attention", found, [share_of(row) for row in attention.chosen])
 
 
-def _summary(op: str, left_out: Sequence[LeftOut]) -> HeldOutError:
-    size = np.abs([point.error for point in left_out])
+def _summary(op: str, left_out: Sequence[LeftOut], shares: Sequence[float]) -> HeldOutError | None:
+    """shares: of all the operation's points; None without any."""
+    if not shares:
+        return None
+    tested = left_out or [LeftOut(error=UNTESTED, share=share) for share in shares]
+    size = np.abs([point.error for point in tested])
     return HeldOutError(
         op=op,
-        num_points=len(size),
+        num_points=len(left_out),
         median=float(np.median(size)),
         p90=float(np.quantile(size, 0.9)),
         worst=float(size.max()),
-        of_layer=float(np.median(size * [point.share for point in left_out])),
+        of_layer=float(np.median(size * [point.share for point in tested])),
     )

@@ -97,7 +97,7 @@ class Packer:
     Only stages that no other stage dominates term by term are looked at: 64 equal stages cost as much as one.
     """
 
-    __slots__ = ("_hint", "cost", "limits", "max_round_tokens", "multiple", "tables")
+    __slots__ = ("_hint", "cost", "limits", "max_round_tokens", "multiple", "slowest", "tables")
 
     def __init__(
         self,
@@ -118,6 +118,7 @@ class Packer:
         chunk_units = min(longest_tokens, self.max_round_tokens) // multiple + 1
         round_units = min(self.max_round_tokens, 2 * longest_tokens) // multiple + 1
         self.tables = _undominated([StageTable.of(kind, multiple, chunk_units, round_units) for kind in cost.kinds])
+        self.slowest = max(self.tables, key=lambda table: table.tokens[-1] + table.base[-1])
 
     @classmethod
     def of(cls, problem: Problem) -> Packer:
@@ -144,7 +145,10 @@ class Packer:
         return True
 
     def longest(self, into: OpenRound, start: int, left: int, cap_s: float) -> int:
-        """Most tokens of a prompt, from token `start` with `left` to go, that keep the round within cap and limits."""
+        """Tokens of a prompt, from token `start` with `left` to go, that keep the round within cap and limits.
+
+        The most that do, or fewer that cost less each.
+        """
         room = self.max_round_tokens - into.num_tokens
         if left <= room and left <= 2 * self.multiple * self._hint and self.fits(into, left, start, True, cap_s):
             return left
@@ -163,7 +167,7 @@ class Packer:
             return left
         if units < 1:
             return 0
-        table = self.tables[0]
+        table = self.slowest
         before_s = table.tokens[first] if into.chunks else 0.0
         return self.multiple * table.thriftier(
             units, lambda u: table.base[u] + table.slope[u] * start + table.tokens[first + u] - before_s
@@ -207,7 +211,10 @@ class Packer:
         return longest
 
     def earliest_start(self, end: int, cached: int, final: bool, cap_s: float) -> int:
-        """The earliest start of a chunk up to token `end` that fits in a round of its own."""
+        """The start of a chunk up to token `end` that fits in a round of its own.
+
+        The earliest, or a later one after which a token costs less.
+        """
         multiple = self.multiple
         units, rest = divmod(end - cached, multiple)
         if rest:  # the prompt's last tokens: off the grid, looked up with interpolation
@@ -228,7 +235,7 @@ class Packer:
                     spare,
                     lambda u: base[u] + slope[u] * (end - u * multiple) + tokens[u],  # noqa: B023 - called before the loop goes on
                 )
-            table = self.tables[0]
+            table = self.slowest
             most = table.thriftier(
                 most, lambda u: table.base[u] + table.slope[u] * (end - u * multiple) + table.tokens[u]
             )

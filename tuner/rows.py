@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from db.errors import UserError
+from db.hardware import Hardware
 from db.measurements import Measurement
+from profiler.datasheet import published_multiprocessors
 from profiler.grid import head_sizes, layer_sizes, layer_variant, projections
 from profiler.model import DTYPE_BYTES, ModelShape
+from tuner.curve import Curve, fit_curve, without_spikes
 
-LEAST_SHARE = 0.3  # of the points of the load measured most densely
+LEAST_SHARE, LEAST_POINTS = 0.3, 3  # of the points of the load measured most densely; the coarsest profile has three
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +27,12 @@ class RankWork:
     tp_size: int
     num_multiprocessors: int | None = None
     """Of the rank's device, where it is a card that is known."""
+
+    @classmethod
+    def on(cls, hardware: Hardware, *, shape: ModelShape, dtype: str, tp_size: int) -> Self:
+        """The work on a device of `hardware`."""
+        multiprocessors = published_multiprocessors(hardware.device)
+        return cls(shape=shape, dtype=dtype, tp_size=tp_size, num_multiprocessors=multiprocessors)
 
     @property
     def hidden_bytes(self) -> int:
@@ -86,7 +96,8 @@ class Rows:
         counts = Counter(row.busy_ranks for row in found)
         if not counts:
             return []
-        enough = max(counts.values()) * LEAST_SHARE
+        most = max(counts.values())
+        enough = max(most * LEAST_SHARE, min(LEAST_POINTS, most))
         levels = [level for level, count in counts.items() if count >= enough]
         nearest = min(levels, key=lambda level: (abs(level - busy_ranks), -level))
         return [row for row in found if row.busy_ranks == nearest]
@@ -120,3 +131,9 @@ def expected_s(row: Measurement, *, ranks: int = 1) -> float:
     quantile = min(ranks / (ranks + 1), 0.9)
     share = (quantile - 0.5) / 0.4
     return (row.median_us + share * (row.p90_us - row.median_us)) * 1e-6
+
+
+def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
+    """The curve of what rows are expected to cost over one of their sizes, single disturbed points smoothed."""
+    sizes = [row.shape[at] for row in rows]
+    return fit_curve(sizes, without_spikes(sizes, [expected_s(row, ranks=ranks) for row in rows]))

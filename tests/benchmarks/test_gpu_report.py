@@ -21,7 +21,6 @@ from benchmarks.gpu_report import (
 from db.engine import Database
 from db.hardware import Hardware, list_hardware
 from db.measurements import load_measurements
-from profiler.datasheet import published_multiprocessors
 from profiler.model import load_model_shape
 from tuner.fit import fit_layer_costs
 from tuner.layout import enumerate_layouts
@@ -119,10 +118,7 @@ def test_a_laptop_plans_for_the_cards(database: Database, hardware: dict[str, Ha
         Rules(chunk_multiple=256),
         lambda layout: fit_layer_costs(
             rows,
-            RankWork(
-                shape=shape, dtype="bfloat16", tp_size=layout.tp_size,
-                num_multiprocessors=published_multiprocessors(card.device),
-            ),
+            RankWork.on(card, shape=shape, dtype="bfloat16", tp_size=layout.tp_size),
             busy_ranks=layout.world_size,
         ),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from tuner.attention_rows import chosen_kernels, kernel_choice
 from tuner.calibration import fit_calibration
 from tuner.curve import Floats, fit_curve, fit_line, without_spikes
 from tuner.fit import LayerCosts, fit_layer_costs
-from tuner.holdout import held_out_errors
+from tuner.holdout import UNTESTED, held_out_errors
 from tuner.rows import RankWork
 
 WORK = RankWork(shape=SHAPE, dtype="float32", tp_size=1)
@@ -209,6 +209,21 @@ def test_rows_of_the_nearest_load_are_used() -> None:
     launches = 5  # four matmuls and attention
     added = heavy.stage_seconds(0, [(16, 0, False)]) - light.stage_seconds(0, [(16, 0, False)])
     assert added == pytest.approx(launches * 1000e-6, rel=0.02)
+
+
+def test_a_load_of_few_points_is_passed_over() -> None:
+    few = [row for row in measure(Machine(launch_us=1020.0), busy_ranks=1) if 16 in row.shape.values()]
+    rows = few + measure(Machine(), busy_ranks=2)
+    one, two = (fit_layer_costs(rows, WORK, busy_ranks=busy).cost_model((1,)) for busy in (1, 2))
+    assert one.stage_seconds(0, [(1024, 0, False)]) == pytest.approx(two.stage_seconds(0, [(1024, 0, False)]))
+
+
+def test_what_cannot_be_left_out_is_doubted() -> None:
+    kept = (16, 256, 4096)  # too far apart to leave the middle out
+    rows = [row for row in measure(Machine()) if row.op != "elementwise" or row.shape["tokens"] in kept]
+    errors = {error.op: error for error in held_out_errors(rows, WORK, busy_ranks=2)}
+    assert errors["elementwise"].num_points == 0 and errors["elementwise"].median == UNTESTED
+    assert 0.0 < errors["elementwise"].of_layer < UNTESTED
 
 
 def test_held_out_points_are_predicted_and_counted() -> None:

@@ -225,6 +225,28 @@ def test_chunks_fill_a_card_that_works_in_steps(lengths: tuple[int, ...]) -> Non
     assert full >= 0.8 * (len(rounds) - len(rounds) // 2)
 
 
+@pytest.mark.parametrize(("lengths", "most"), [((32768, 30000), 1500), ((131072,) * 3, 2048)])
+def test_few_long_prompts_on_uneven_stages_keep_a_short_round(lengths: tuple[int, ...], most: int) -> None:
+    stages = tuple(
+        StageCost(token_count=(0, 4096), token_seconds=(0.0, s), round_overhead_s=1e-3) for s in (0.10, 0.11)
+    )
+    plan = plan_rounds(
+        CostModel(stages=stages), prompts(*lengths), chunk_multiple=64, limits=Limits(max_round_tokens=most)
+    )
+    assert max(sum(chunk.tokens for chunk in chunks) for chunks in plan.rounds) <= most
+
+
+def test_fixed_chunks_compete_from_far_away() -> None:
+    # Each chunk pays for a whole wave of 4096 tokens: far fewer rounds are better than where the caps are swept.
+    sizes = (64, 4096, 8192, 12288)
+    attention = TableAttention(count=sizes, base_s=(1e-4,) * 4, context_s=(4e-7, 4e-7, 8e-7, 12e-7))
+    stage = StageCost(token_count=(0, 131072), token_seconds=(0.0, 0.01), attention=attention)
+    cost = CostModel(stages=(stage,) * 4)
+    ours = plan_rounds(cost, prompts(65536), chunk_multiple=64).makespan_s
+    for size in (1024, 2048, 4096, 8192):
+        assert ours <= plan_rounds(cost, prompts(65536), policy=f"fixed:{size}", chunk_multiple=64).makespan_s
+
+
 def test_comparing_lists_every_policy_and_ours_first() -> None:
     plans = compare_policies(atom(4), prompts(*ATOM["request_mix"]), window=5)
     assert {plan.policy.partition(":")[0] for plan in plans} == {name.partition(":")[0] for name in POLICIES}

@@ -2,8 +2,8 @@
 
 1. The relaxation of `tuner.bound` says near which cap on a round's time the best plan lies.
 2. Around it caps are swept; under each, requests are packed into rounds in three ways: in order, by tails
-   (`tuner.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). Fixed chunks of about the
-   size that came out best compete: kernels that fill a card in steps make equal rounds of the right size hard to beat.
+   (`tuner.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). Fixed chunks compete, from
+   about the size that came out best on: where kernels fill a card in steps, equal rounds are hard to beat.
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `MAKESPAN_SLACK` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online`).
@@ -33,6 +33,8 @@ MOST_STARTS = 3
 """Candidates, of different numbers of rounds, that are improved locally."""
 GOOD_ENOUGH = 1.002
 """A makespan within this factor of the bound is not improved further."""
+NEAR_BOUND = 1.01
+"""Plans within this factor of the bound need not compete with fixed chunks."""
 FEW_PROMPTS = 3
 """Batches of so few prompts are also searched exactly on a coarser grid: it finds how rounds should grow and shrink
 where stages differ, which one cap for all rounds does not."""
@@ -55,8 +57,9 @@ def joint_rounds(problem: Problem, bound_s: float) -> list[Round]:
         flat = [1.0] * len(problem.requests)
         for pack in _packs(problem):
             search.sweep(pack, shortest_first(problem), flat, Objective.MAKESPAN)
-        for num_tokens in _usual_sizes(problem, len(search.ranked()[0].rounds)):
-            search.keep(fixed_rounds(problem, num_tokens), Objective.MAKESPAN)
+        best_so_far = search.ranked()[0]
+        if best_so_far.evaluation.makespan_s > NEAR_BOUND * bound_s:
+            _keep_fixed(search, len(best_so_far.rounds))
         if objective is not Objective.MAKESPAN:
             search.limit(MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s, objective)
             search.keep(online_rounds(problem), objective)
@@ -69,24 +72,38 @@ def joint_rounds(problem: Problem, bound_s: float) -> list[Round]:
             return exact_rounds(problem, known.rounds)
         uneven = len(problem.cost.kinds) > 1 and problem.cost.pp_size <= MOST_UNEVEN_STAGES
         if uneven and len(problem.requests) <= FEW_PROMPTS:
-            search.keep(exact_rounds(_coarser(problem), known.rounds, COARSE_LABELS), objective)
+            coarser = _coarser(problem)
+            if is_small(coarser):
+                search.keep(exact_rounds(coarser, known.rounds, COARSE_LABELS), objective)
     best = search.ranked()
     starts = best[: MOST_STARTS if objective is Objective.MAKESPAN else 1]
     improved = [improve_rounds(problem, start.rounds, bound_s * GOOD_ENOUGH, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
 
 
-def _usual_sizes(problem: Problem, num_rounds: int) -> list[int]:
-    """The powers of two on the grid around the mean size of `num_rounds` rounds: what is easily swept by hand."""
-    units = sum(request.new_tokens for request in problem.requests) / num_rounds / problem.chunk_multiple
-    power = max(round(math.log2(units)), 0)
-    return [problem.chunk_multiple << near for near in (power - 1, power, power + 1) if near >= 0]
+def _keep_fixed(search: Search, num_rounds: int) -> None:
+    """Climb over fixed chunks of a power of two of grid units, from the mean size of `num_rounds` rounds."""
+    problem = search.problem
+    units = sum(request.new_tokens for request in problem.requests) / problem.chunk_multiple
+    most = max(math.ceil(math.log2(max(units, 1.0))), 0)
+
+    def makespan_s(power: int) -> float:
+        rounds = fixed_rounds(problem, problem.chunk_multiple << power)
+        search.keep(rounds, Objective.MAKESPAN)
+        return problem.evaluate(rounds).makespan_s
+
+    at = min(max(round(math.log2(max(units / num_rounds, 1.0))), 0), most)
+    best_s = makespan_s(at)
+    for step in (1, -1):
+        while 0 <= at + step <= most and (found_s := makespan_s(at + step)) < best_s:
+            at, best_s = at + step, found_s
 
 
 def _coarser(problem: Problem) -> Problem:
-    """The same problem on the finest grid, a power of two coarser, on which it is small."""
+    """The same problem on the finest grid, a power of two coarser, on which it is small; a round must hold a unit."""
     longest = max(request.new_tokens for request in problem.requests)
-    while not is_small(problem) and problem.chunk_multiple < longest:
+    most = min(longest, problem.limits.max_round_tokens or longest)
+    while not is_small(problem) and 2 * problem.chunk_multiple <= most:
         problem = replace(problem, chunk_multiple=2 * problem.chunk_multiple)
     return problem
 
