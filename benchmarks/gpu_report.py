@@ -134,9 +134,7 @@ def opened(path: Path) -> Iterator[Database]:
 
 def judge(database: Database, hardware: Hardware, teach: int) -> list[Judged]:
     """All runs that ended, in order."""
-    rows = load_measurements(database, hardware)
-
-    shapes: dict[str, ModelShape] = {}
+    rows, shapes = load_measurements(database, hardware), model_shapes(database, hardware)
 
     @cache
     def fit(fingerprint: str, dtype: str, tp_size: int, busy_ranks: int) -> Fits:
@@ -152,8 +150,7 @@ def judge(database: Database, hardware: Hardware, teach: int) -> list[Judged]:
     found = []
     for run in list_runs(database, status=RunStatus.DONE, hardware=hardware, limit=1000):
         plan = Plan.from_json(get_plan_row(database, run.plan_id))
-        shape = ModelShape.from_config(plan.model, name=str(plan.model.get("name")))
-        shapes[shape.fingerprint] = shape
+        shape = shape_of(plan)
         busy_ranks = plan.parallel.tp_size * plan.parallel.pp_size
         fits = fit(shape.fingerprint, plan.precision, plan.parallel.tp_size, busy_ranks)
         assert run.makespan_s is not None
@@ -167,6 +164,18 @@ def judge(database: Database, hardware: Hardware, teach: int) -> list[Judged]:
             )
         )  # fmt: skip
     return found[::-1]
+
+
+def shape_of(plan: Plan) -> ModelShape:
+    """The model that a plan is for."""
+    return ModelShape.from_config(plan.model, name=str(plan.model.get("name")))
+
+
+def model_shapes(database: Database, hardware: Hardware) -> dict[str, ModelShape]:
+    """The models that were run, by fingerprint."""
+    runs = list_runs(database, status=RunStatus.DONE, hardware=hardware, limit=1000)
+    shapes = [shape_of(Plan.from_json(get_plan_row(database, run.plan_id))) for run in runs]
+    return {shape.fingerprint: shape for shape in shapes}
 
 
 def is_taught(plan: Plan, teach: int, busy_ranks: int) -> bool:
@@ -243,12 +252,7 @@ def print_held_out(database: Database, hardware: Hardware) -> None:
     """How far off kernels are that were left out of the fit, for every model that was run on one or two stages."""
     table: list[list[object]] = []
     rows = load_measurements(database, hardware)
-    shapes = {}
-    for run in list_runs(database, status=RunStatus.DONE, hardware=hardware, limit=1000):
-        config = get_plan_row(database, run.plan_id)["model"]
-        shape = ModelShape.from_config(config, name=str(config.get("name")))
-        shapes[shape.fingerprint] = shape
-    for shape in shapes.values():
+    for shape in model_shapes(database, hardware).values():
         for tp_size in (1, 2):
             work = RankWork.on(hardware, shape=shape, dtype="bfloat16", tp_size=tp_size)
             for error in held_out_errors(rows, work, busy_ranks=2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from db.measurements import Measurement
 from profiler.attention import AttentionKernel
@@ -19,6 +20,14 @@ class KernelTime:
     chunk: int
     context: int
     median_us: float
+
+    @classmethod
+    def of(cls, row: Measurement) -> Self:
+        """The time of an attention row."""
+        return cls(
+            kernel=AttentionKernel(row.variant), chunk=row.shape["chunk"], context=row.shape["context"],
+            median_us=row.median_us,
+        )  # fmt: skip
 
 
 # Of the usual kernel's time: what another one must stay below. Contests are few and noise is a few percent, and between
@@ -56,12 +65,7 @@ class KernelChoice:
 def kernel_times(rows: Iterable[Measurement], heads: Mapping[str, int], *, busy_ranks: int) -> list[KernelTime]:
     """The attention rows of `heads` (heads, kv_heads, head_dim) among `rows`."""
     return [
-        KernelTime(
-            kernel=AttentionKernel(row.variant),
-            chunk=row.shape["chunk"],
-            context=row.shape["context"],
-            median_us=row.median_us,
-        )
+        KernelTime.of(row)
         for row in rows
         if row.op == Op.ATTENTION
         and row.busy_ranks == busy_ranks

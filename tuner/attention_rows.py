@@ -47,14 +47,7 @@ def kernel_choice(rows: Iterable[Measurement], kernels: Sequence[AttentionKernel
     """
     found = [row for row in _bounded(rows) if AttentionKernel(row.variant) in kernels]
     measured = {AttentionKernel(row.variant) for row in found}
-    times = [
-        KernelTime(
-            kernel=AttentionKernel(row.variant), chunk=row.shape["chunk"], context=row.shape["context"],
-            median_us=row.median_us,
-        )
-        for row in found
-    ]  # fmt: skip
-    return KernelChoice(times, default=min(measured or kernels, key=list(kernels).index))
+    return KernelChoice(map(KernelTime.of, found), default=min(measured or kernels, key=list(kernels).index))
 
 
 def chosen_kernels(rows: Iterable[Measurement]) -> list[Measurement]:
