@@ -104,8 +104,10 @@ def test_a_chunk_measured_without_context_follows_chunks_of_its_own_kernel() -> 
     slow = [pair_seconds(c, p) * (3.0 if c == 16 else 1.0) for c, p in points]
 
     def predicted(first_quick: int) -> float:
-        kernel_of = lambda chunk: "quick" if chunk >= first_quick else "slow"  # noqa: E731 - one expression
-        return float(fit_attention(*zip(*points, strict=True), slow, kernel_of=kernel_of)(256, 8192))
+        curve = fit_attention(
+            *zip(*points, strict=True), slow, kernel_of=lambda chunk: "quick" if chunk >= first_quick else "slow"
+        )
+        return float(curve(256, 8192))
 
     assert relative(predicted(256), pair_seconds(256, 8192)) < 0.01
     assert relative(predicted(1024), 3.0 * pair_seconds(256, 8192)) < 0.02
