@@ -24,7 +24,7 @@ from db.engine import Database, open_database
 from db.hardware import Hardware, list_hardware
 from db.measurements import Measurement, load_measurements
 from db.plans import get_plan_row
-from db.runs import RunStatus, list_runs
+from db.runs import RunStatus, StoredRun, list_runs
 from profiler.model import ModelShape
 from service.output import print_table
 from tuner.attention_rows import AttentionRows
@@ -134,7 +134,8 @@ def opened(path: Path) -> Iterator[Database]:
 
 def judge(database: Database, hardware: Hardware, teach: int) -> list[Judged]:
     """All runs that ended, in order."""
-    rows, shapes = load_measurements(database, hardware), model_shapes(database, hardware)
+    rows, runs = load_measurements(database, hardware), runs_of(database, hardware)
+    shapes = {shape.fingerprint: shape for _, _, shape in runs}
 
     @cache
     def fit(fingerprint: str, dtype: str, tp_size: int, busy_ranks: int) -> Fits:
@@ -148,9 +149,7 @@ def judge(database: Database, hardware: Hardware, teach: int) -> list[Judged]:
         return Fits(costs, corrected, held_out_errors(mine, work, busy_ranks=busy_ranks))
 
     found = []
-    for run in list_runs(database, status=RunStatus.DONE, hardware=hardware, limit=1000):
-        plan = Plan.from_json(get_plan_row(database, run.plan_id))
-        shape = shape_of(plan)
+    for run, plan, shape in runs:
         busy_ranks = plan.parallel.tp_size * plan.parallel.pp_size
         fits = fit(shape.fingerprint, plan.precision, plan.parallel.tp_size, busy_ranks)
         assert run.makespan_s is not None
@@ -163,19 +162,15 @@ def judge(database: Database, hardware: Hardware, teach: int) -> list[Judged]:
                 now=fits.foretell(plan, fits.costs), corrected=fits.foretell(plan, fits.corrected),
             )
         )  # fmt: skip
-    return found[::-1]
+    return found
 
 
-def shape_of(plan: Plan) -> ModelShape:
-    """The model that a plan is for."""
-    return ModelShape.from_config(plan.model, name=str(plan.model.get("name")))
-
-
-def model_shapes(database: Database, hardware: Hardware) -> dict[str, ModelShape]:
-    """The models that were run, by fingerprint."""
-    runs = list_runs(database, status=RunStatus.DONE, hardware=hardware, limit=1000)
-    shapes = [shape_of(Plan.from_json(get_plan_row(database, run.plan_id))) for run in runs]
-    return {shape.fingerprint: shape for shape in shapes}
+def runs_of(database: Database, hardware: Hardware) -> list[tuple[StoredRun, Plan, ModelShape]]:
+    """Runs that ended, in order, each with its plan and the model that was run."""
+    runs = list_runs(database, status=RunStatus.DONE, hardware=hardware, limit=1000)[::-1]
+    plans = [Plan.from_json(get_plan_row(database, run.plan_id)) for run in runs]
+    shapes = [ModelShape.from_config(plan.model, name=str(plan.model.get("name"))) for plan in plans]
+    return list(zip(runs, plans, shapes, strict=True))
 
 
 def is_taught(plan: Plan, teach: int, busy_ranks: int) -> bool:
@@ -252,7 +247,7 @@ def print_held_out(database: Database, hardware: Hardware) -> None:
     """How far off kernels are that were left out of the fit, for every model that was run on one or two stages."""
     table: list[list[object]] = []
     rows = load_measurements(database, hardware)
-    for shape in model_shapes(database, hardware).values():
+    for shape in {shape.fingerprint: shape for _, _, shape in runs_of(database, hardware)}.values():
         for tp_size in (1, 2):
             work = RankWork.on(hardware, shape=shape, dtype="bfloat16", tp_size=tp_size)
             for error in held_out_errors(rows, work, busy_ranks=2):

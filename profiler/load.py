@@ -30,8 +30,8 @@ class Load:
 
     def __init__(self, layer: Callable[[int], object], layer_s: float, device: torch.device) -> None:
         self.device = device
-        num_layers = max(1, math.ceil(LOAD_S / layer_s))
-        self.run = record(lambda: [layer(call) for call in range(num_layers)][-1], device, new_scratch(device))
+        self.num_layers = max(1, math.ceil(LOAD_S / layer_s))
+        self.run = record(lambda: [layer(call) for call in range(self.num_layers)][-1], device, new_scratch(device))
         self.run()
         self.usual_us = self._listen()
 
@@ -43,10 +43,10 @@ class Load:
     def _listen(self) -> float:
         """Median time once the card has settled under uninterrupted load."""
         for seconds in (_SETTLE_S, _LISTEN_S):
-            events = self._repeat(seconds)
+            events = self.repeat(seconds)
         return float(median(before.elapsed_time(after) for before, after in pairwise(events))) * 1e3
 
-    def _repeat(self, seconds: float) -> list[torch.cuda.Event]:
+    def repeat(self, seconds: float) -> list[torch.cuda.Event]:
         """Repeat for so long -> events between the repetitions."""
         events: list[torch.cuda.Event] = []
         end = time.perf_counter() + seconds

@@ -34,7 +34,7 @@ from runtime.preparation import check_counts, check_layout, checked_prompts, mod
 from runtime.prompts import random_prompts
 from runtime.rank import run_jobs
 from runtime.result import RunResult, make_result
-from tuner.attention_rows import kernel_choice
+from tuner.kernels import kernel_choice
 from tuner.memory import check_memory
 from tuner.plan import Plan
 from tuner.rows import Rows

@@ -55,6 +55,12 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
+def test_running_a_plan_needs_no_fit() -> None:
+    program = "import sys, runtime.run, runtime.rank; print(sorted({'pandas', 'scipy', 'optuna'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_an_unknown_command_is_refused() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "service", "fly"], capture_output=True, text=True, timeout=60, check=False

@@ -148,13 +148,14 @@ def load_measured_rounds(
         if ran != (work.shape.fingerprint, work.dtype, work.tp_size) or not of(plan):
             continue
         model = cost_model(plan.parallel.layer_partition)
-        without, seconds = (
+        without_s, with_s = (
             evaluate(each, plan.requests, plan.rounds).round_s for each in (model.without_attention(), model)
         )
+        attention_s = with_s - without_s
         settled_s = (SETTLED_AGAIN_S if run.details.get("settle_s") else SETTLED_S).get(hardware.backend, 0.0)
         times = [time for time in load_round_times(database, run.id) if (time.start_s + time.finish_s) / 2 >= settled_s]
-        tokens += [float(without[time.round, time.stage]) for time in times]
-        attention += [float((seconds - without)[time.round, time.stage]) for time in times]
+        tokens += [float(without_s[time.round, time.stage]) for time in times]
+        attention += [float(attention_s[time.round, time.stage]) for time in times]
         measured += [time.finish_s - time.start_s for time in times]
         places += [(plan.parallel.pp_size, time.stage) for time in times]
         num_runs += bool(times)

@@ -14,8 +14,8 @@ from tuner.attention_rows import AttentionRows
 from tuner.calibration import Calibration, fit_calibration
 from tuner.correction import Correction
 from tuner.cost_model import CostModel, StageCost, TableAttention
-from tuner.curve import Curve, Floats, fit_line
-from tuner.rows import RankWork, Rows, expected_s, fit_rows
+from tuner.curve import Curve, Floats, fit_curve, fit_line, without_spikes
+from tuner.rows import RankWork, Rows, expected_s
 
 # Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
 DENSE_STEP, DENSE_END, MIDDLE_STEP, MIDDLE_END, SPARSE_RATIO, TABLE_END = 64, 4096, TILE_ROWS, 16384, 1.05, 1 << 20
@@ -143,6 +143,12 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
     whole_layers = rows.select("layer", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
     calibration = fit_calibration(costs.compute_s, costs.attention, whole_layers, ranks=work.tp_size)
     return replace(costs, calibration=calibration)
+
+
+def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
+    """The curve of what rows are expected to cost over one of their sizes, single disturbed points smoothed."""
+    sizes = [row.shape[at] for row in rows]
+    return fit_curve(sizes, without_spikes(sizes, [expected_s(row, ranks=ranks) for row in rows]))
 
 
 def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -13,7 +13,6 @@ from db.measurements import Measurement
 from profiler.datasheet import published_multiprocessors
 from profiler.grid import head_sizes, layer_sizes, layer_variant, projections
 from profiler.model import DTYPE_BYTES, ModelShape
-from tuner.curve import Curve, fit_curve, without_spikes
 
 LEAST_SHARE, LEAST_POINTS = 0.3, 3  # of the points of the load measured most densely; the coarsest profile has three
 
@@ -131,9 +130,3 @@ def expected_s(row: Measurement, *, ranks: int = 1) -> float:
     quantile = min(ranks / (ranks + 1), 0.9)
     share = (quantile - 0.5) / 0.4
     return (row.median_us + share * (row.p90_us - row.median_us)) * 1e-6
-
-
-def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
-    """The curve of what rows are expected to cost over one of their sizes, single disturbed points smoothed."""
-    sizes = [row.shape[at] for row in rows]
-    return fit_curve(sizes, without_spikes(sizes, [expected_s(row, ranks=ranks) for row in rows]))

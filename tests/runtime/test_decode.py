@@ -23,7 +23,7 @@ from tuner.plan import Chunk
 CPU = torch.device("cpu")
 LENGTHS = (30, 1, 77, 12, 5, 64, 9)
 NEW_TOKENS = 12
-ALONE = Groups(tensor=TensorGroup(None, 1), inbound=None, outbound=None, back=None, host=None)  # type: ignore[arg-type]
+ALONE = Groups(tensor=TensorGroup(None, 1), inbound=None, outbound=None, back=None, host=None)  # type: ignore[arg-type]  # only passes wait on it
 
 
 @pytest.fixture

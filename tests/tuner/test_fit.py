@@ -10,11 +10,11 @@ from db.measurements import Measurement
 from profiler.attention import AttentionKernel
 from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, relative
 from tuner.attention_fit import IN_PROPORTION, Waves, fit_attention
-from tuner.attention_rows import chosen_kernels, kernel_choice
 from tuner.calibration import fit_calibration
 from tuner.curve import Floats, fit_curve, fit_line, without_spikes
 from tuner.fit import LayerCosts, fit_layer_costs
 from tuner.holdout import UNTESTED, held_out_errors
+from tuner.kernels import chosen_kernels, kernel_choice
 from tuner.rows import RankWork
 
 WORK = RankWork(shape=SHAPE, dtype="float32", tp_size=1)

@@ -1,0 +1,64 @@
+"""How a card's speed goes after a rest: whole layers over and over, microseconds a layer by the time since the start.
+
+python -m benchmarks.gpu_clocks [--model NAME] [--rest-s S]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from itertools import pairwise
+from statistics import mean
+
+import torch
+
+from profiler.attention import available_kernels
+from profiler.device import cache_bytes, free_bytes
+from profiler.grid import layer_sizes
+from profiler.load import Load
+from profiler.model import load_model_shape
+from profiler.operators import Operators
+from profiler.point import Op, Point
+from profiler.timing import call_seconds
+from profiler.workspace import Workspace
+from service.output import print_table
+
+CHUNK, CONTEXT = 2048, 8192
+UNTIL_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Rest, run, and print the mean of each stretch of time."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="llama-3-8b")
+    parser.add_argument("--rest-s", type=float, default=1.0)
+    options = parser.parse_args()
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+    torch.cuda.set_device(device)
+    shape, kernel = load_model_shape(options.model), available_kernels(device, dtype)[0]
+    workspace = Workspace(
+        device, dtype, cold_bytes=2 * cache_bytes(device), limit_bytes=int(0.4 * free_bytes(device))
+    )  # fmt: skip
+    operators = Operators(shape, CHUNK + CONTEXT, workspace, lambda _chunk, _context: kernel)
+    sizes = {"chunk": CHUNK, "context": CONTEXT} | layer_sizes(shape, 1)
+    run = operators.prepare(Point(op=Op.LAYER, dtype="bfloat16", shape=sizes)).run
+    call_seconds(run, device)
+    load = Load(run, call_seconds(run, device), device)
+    time.sleep(options.rest_s)
+    events = load.repeat(UNTIL_S[-1])
+    ends_s = [events[0].elapsed_time(event) * 1e-3 for event in events]
+    rows: list[list[object]] = []
+    for first_s, last_s in pairwise((0.0, *UNTIL_S)):
+        times = [end - start for start, end in pairwise(ends_s) if first_s <= start < last_s]
+        if times:
+            layer_us = 1e6 * mean(times) / load.num_layers
+            rows.append([last_s, layer_us, layer_us * load.num_layers / load.usual_us])
+    print_table(
+        ["until s", "us a layer", "of the usual"], rows,
+        title=f"{CHUNK} tokens after {CONTEXT}, {shape.name}, after {options.rest_s:g} s of rest",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Which attention kernel rows lead to: one rule for the fit, which needs SciPy, and for the runtime, which does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from db.measurements import Measurement
+from profiler.attention import PREFERENCE, AttentionKernel
+from profiler.kernel_choice import KernelChoice, KernelTime
+
+
+def kernel_choice(rows: Iterable[Measurement], kernels: Sequence[AttentionKernel] = PREFERENCE) -> KernelChoice:
+    """The choice that attention rows of one rank's heads lead to, among `kernels`, the usual one first.
+
+    Raises `ValueError` for no kernels at all.
+    """
+    found = [row for row in _bounded(rows) if AttentionKernel(row.variant) in kernels]
+    measured = {AttentionKernel(row.variant) for row in found}
+    return KernelChoice(map(KernelTime.of, found), default=min(measured or kernels, key=list(kernels).index))
+
+
+def chosen_kernels(rows: Iterable[Measurement]) -> list[Measurement]:
+    """Of attention rows that differ in their kernel alone, that of the kernel which the runtime takes there."""
+    by_shape: dict[tuple[tuple[str, int], ...], dict[AttentionKernel, Measurement]] = {}
+    rows = _bounded(rows)
+    for row in rows:
+        by_shape.setdefault(tuple(sorted(row.shape.items())), {})[AttentionKernel(row.variant)] = row
+    choose = kernel_choice(rows)
+    chosen = []
+    for variants in by_shape.values():
+        some = next(iter(variants.values()))
+        fastest = min(variants.values(), key=lambda row: row.median_us)
+        chosen.append(variants.get(choose(some.shape["chunk"], some.shape["context"]), fastest))
+    return chosen
+
+
+def _bounded(rows: Iterable[Measurement]) -> list[Measurement]:
+    """Without `sdpa` where rows of a CPU's own kernels stand beside it: its dense mask has no bound in memory."""
+    rows = list(rows)
+    on_cpu = any(row.variant in (AttentionKernel.CPU_FOLDED, AttentionKernel.CPU_FLASH) for row in rows)
+    return [row for row in rows if not on_cpu or row.variant != AttentionKernel.SDPA]
