@@ -1,4 +1,4 @@
-"""Tokens and logits on cards against Transformers: one card, PP2 and TP2, on a small checkpoint written on the spot.
+"""Tokens and logits on cards against Transformers: one card, PP2 and TP2, on a checkpoint written on the spot.
 
     python -m benchmarks.gpu_equality [--device cpu]
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.demo_model import SMALL, write_demo_model
+from benchmarks.demo_model import SMALL, DemoSize, write_demo_model
 from profiler.attention import available_kernels
 from profiler.kernel_choice import KernelChoice
 from profiler.model import load_model_shape
@@ -39,6 +39,11 @@ from tuner.plan import Chunk, Parallel, Request, Round
 LENGTHS = (1500, 700, 1100, 333)
 CHUNK = 400
 NEW_TOKENS = 8
+# On a card the library takes other kernels for other numbers of rows only where products are large enough.
+SIZES = {
+    "cuda": DemoSize(hidden_size=2048, intermediate_size=8192, num_layers=4, num_heads=16, num_kv_heads=4),
+    "cpu": SMALL,
+}
 LAYOUTS = {"one": (1, 1), "PP2": (1, 2), "TP2": (2, 1)}
 
 
@@ -167,7 +172,7 @@ def main() -> None:
     rows: list[list[object]] = []
     with TemporaryDirectory() as name:
         folder = Path(name) / "model"
-        write_demo_model(folder, SMALL)
+        write_demo_model(folder, SIZES[device_type])
         for layouts in (["one"], ["PP2", "TP2"]):
             exact = [
                 replace(make_job(folder, LAYOUTS[one], "float32", device), max_new_tokens=NEW_TOKENS) for one in layouts

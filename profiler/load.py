@@ -20,8 +20,8 @@ from profiler.recording import new_scratch, record
 LOAD_S = 2e-3  # a repetition
 # A card that rested runs a tenth of a second at its highest clock, a sixth faster than it can go on, and answers the
 # new load some 0.8 s later with a quarter of a second at its lowest. What comes then is what a busy card does.
-_SETTLE_S, _LISTEN_S = 1.0, 1.0
-_AHEAD = 8  # repetitions that the host is at most before the card
+SETTLE_S, _LISTEN_S = 1.0, 1.0
+_AHEAD = 3  # repetitions that the host is at most before the card
 _MOST_SHIFT = 0.3  # beyond it something else disturbed the card
 
 
@@ -42,19 +42,24 @@ class Load:
 
     def _listen(self) -> float:
         """Median time once the card has settled under uninterrupted load."""
-        for seconds in (_SETTLE_S, _LISTEN_S):
+        for seconds in (SETTLE_S, _LISTEN_S):
             events = self.repeat(seconds)
         return float(median(before.elapsed_time(after) for before, after in pairwise(events))) * 1e3
 
     def repeat(self, seconds: float) -> list[torch.cuda.Event]:
         """Repeat for so long -> events between the repetitions."""
-        events: list[torch.cuda.Event] = []
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            events.append(torch.cuda.Event(enable_timing=True))
-            events[-1].record()
-            self.run()
-            if len(events) > _AHEAD:
-                events[-_AHEAD].synchronize()
-        torch.cuda.synchronize(self.device)
-        return events
+        return keep_busy(self.run, seconds, self.device)
+
+
+def keep_busy(run: Callable[[], object], seconds: float, device: torch.device) -> list[torch.cuda.Event]:
+    """Run over and over for so long -> events between the runs."""
+    events: list[torch.cuda.Event] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+        run()
+        if len(events) > _AHEAD:
+            events[-_AHEAD].synchronize()
+    torch.cuda.synchronize(device)
+    return events

@@ -32,7 +32,8 @@ class Operators:
 
     def prepare(self, point: Point) -> Prepared:
         """The work of a point that needs no other rank. A call of `layer` runs one layer, the next call the next."""
-        return Prepared(run=self._run(point), follows_clock=_follows_clock(point))
+        own_load = has_own_load(point, self.workspace.device.type)
+        return Prepared(run=self._run(point), follows_clock=_follows_clock(point), own_load=own_load)
 
     def _run(self, point: Point) -> Run:
         match point.op:
@@ -203,7 +204,12 @@ class ElementwiseLayer(DecoderLayer):
         return self.mixed
 
 
+def has_own_load(point: Point, device_type: str) -> bool:
+    """Whether the point is the mix of work that a run consists of: a card is timed while it does nothing else."""
+    return device_type == "cuda" and point.op is Op.LAYER
+
+
 def _follows_clock(point: Point) -> bool:
     """Whether arithmetic and not memory bounds the work: with so many rows to each weight or key that is read."""
     rows = point.shape.get("m") or point.shape.get("chunk") or 0
-    return point.op in (Op.MATMUL, Op.ATTENTION, Op.LAYER) and rows >= _MANY_ROWS
+    return point.op in (Op.MATMUL, Op.ATTENTION) and rows >= _MANY_ROWS

@@ -20,13 +20,22 @@ from profiler.collectives import make_groups, prepare_collective, prepare_messag
 from profiler.device import cache_bytes, free_bytes
 from profiler.grid import Grid, group_sizes, head_sizes, layer_sizes
 from profiler.load import Load
-from profiler.operators import Operators
+from profiler.operators import Operators, has_own_load
 from profiler.peer import PeerRing, has_peer_memory
 from profiler.point import COLLECTIVES, Op, Point
 from profiler.probe import CoreProbe
 from profiler.progress import ProfileProgress
 from profiler.ranks import RankContext
-from profiler.timing import Prepared, Samples, Timing, call_seconds, plan_sampling, summarize, take_samples
+from profiler.timing import (
+    Prepared,
+    Samples,
+    Timing,
+    call_seconds,
+    plan_own_load,
+    plan_sampling,
+    summarize,
+    take_samples,
+)
 from profiler.workspace import Workspace
 
 COMMIT_EVERY_S = 0.5
@@ -69,8 +78,12 @@ def profile_rank(context: RankContext, job: ProfileJob) -> int:
 def expected_seconds(point: Point, device_type: str, num_threads: int) -> float:
     """Roughly how long a point takes, to tell how much time is left."""
     rate = _ROUGH_FLOPS[device_type] * (num_threads if device_type == "cpu" else 1)
-    sampling = plan_sampling(point.flops / rate, device_type=device_type, budget_s=POINT_S[device_type])
-    return _POINT_OVERHEAD_S[device_type] + (sampling.num_calls + 2) * point.flops / rate
+    call_s = point.flops / rate
+    if has_own_load(point, device_type):
+        sampling = plan_own_load(call_s)
+    else:
+        sampling = plan_sampling(call_s, device_type=device_type, budget_s=POINT_S[device_type])
+    return _POINT_OVERHEAD_S[device_type] + sampling.settle_s + (sampling.num_calls + 2) * call_s
 
 
 class RankSession:
@@ -196,12 +209,20 @@ class RankSession:
         ranks would promise too much.
         """
         device_type = self.device.type
-        sampling = plan_sampling(call_s, device_type=device_type, budget_s=POINT_S[device_type], waits=prepared.waits)
+        if prepared.own_load:
+            sampling = plan_own_load(call_s)
+        else:
+            sampling = plan_sampling(
+                call_s, device_type=device_type, budget_s=POINT_S[device_type], waits=prepared.waits,
+                in_step=prepared.in_step,
+            )  # fmt: skip
         self.barrier(point)
         mine = take_samples(prepared, sampling, self.device, is_slow=self.is_slow, load=self.load)
         table = torch.tensor([mine.us, mine.disturbed], dtype=torch.float64)
         gathered = torch.stack([torch.empty_like(table) for _ in range(point.busy_ranks)])  # [ranks, 2, samples]
         dist.all_gather(list(gathered.unbind()), table, group=self.control[point.busy_ranks])
+        if prepared.in_step:
+            gathered[:, 0] = gathered[:, 0].amin(dim=0)
         if prepared.waits:  # for ranks that were disturbed
             gathered[:, 1] = gathered[:, 1].amax(dim=0)
         samples = tuple(Samples(us.tolist(), disturbed.bool().tolist()) for us, disturbed in gathered)

@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from profiler.load import LOAD_S, Load
+from profiler.load import LOAD_S, SETTLE_S, Load, keep_busy
 from profiler.recording import new_scratch, record
 
 Run = Callable[[int], object]  # given how often it was called before, so that it can take turns over cold weights
@@ -25,6 +26,7 @@ _UNDISTURBED_SHARE = 0.95
 # A card's clocks fall under load within some tens of milliseconds: what counts is its rate in the middle of a run.
 SUSTAINED_S = {"cpu": 0.0, "cuda": 0.06}
 LONG_SAMPLE_S = 5e-3  # brings a card to its own power; shorter ones are taken at that of the load between them
+OWN_LOAD_S = 0.6  # of samples under the work's own load: clocks swing by two percent within tenths of a second
 RECORDED_CALL_S = 2e-3  # shorter calls on a card are replayed: launched one by one they would time the host
 
 
@@ -38,6 +40,8 @@ class Prepared:
     waits: bool = False  # for other ranks: time off the processor is part of the work then
     recordable: bool = True
     follows_clock: bool = False  # bound by arithmetic: its time on a card goes with the inverse of the clock
+    in_step: bool = False  # ranks leave it together: the time of the last to come is that of the work
+    own_load: bool = False  # the mix that a run consists of: timed alone, once a card's clocks have settled under it
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,8 @@ class Sampling:
     sample_s: float = 0.0
     recorded: bool = False
     """Whether the calls of a sample are one recording."""
+    settle_s: float = 0.0
+    """How long the work itself runs before it is sampled; otherwise a card's usual load runs between the samples."""
 
     @property
     def num_calls(self) -> int:
@@ -115,14 +121,17 @@ def summarize(all_samples: Samples) -> Timing:
     )
 
 
-def plan_sampling(call_s: float, *, device_type: str, budget_s: float, waits: bool = False) -> Sampling:
+def plan_sampling(
+    call_s: float, *, device_type: str, budget_s: float, waits: bool = False, in_step: bool = False
+) -> Sampling:
     """Sample a call of about `call_s` seconds: a cheap one up to MAX_SAMPLES times, a dear one MIN_SAMPLES times.
 
     budget_s: for all samples; calls so dear that three need twice as long are sampled as often as that allows.
+    waits, in_step: as in `Prepared`.
     """
     call_s = max(call_s, 1e-7)
     min_sample_s = (_WAITING_FACTOR if waits else 1) * MIN_SAMPLE_S[device_type]
-    inner_repeats = max(1, math.ceil(min_sample_s / call_s))
+    inner_repeats = 1 if in_step else max(1, math.ceil(min_sample_s / call_s))
     sample_s = inner_repeats * call_s
     num_samples = max(MIN_SAMPLES, min(MAX_SAMPLES, int(budget_s / sample_s)))
     if num_samples * sample_s > 2 * budget_s:
@@ -134,6 +143,21 @@ def plan_sampling(call_s: float, *, device_type: str, budget_s: float, waits: bo
         inner_repeats=inner_repeats,
         sample_s=sample_s,
         recorded=device_type == "cuda" and call_s < RECORDED_CALL_S,
+    )
+
+
+def plan_own_load(call_s: float) -> Sampling:
+    """Sample a call on a card under its own load for OWN_LOAD_S, or three times."""
+    call_s = max(call_s, 1e-7)
+    inner_repeats = max(1, math.ceil(OWN_LOAD_S / MAX_SAMPLES / call_s))
+    sample_s = inner_repeats * call_s
+    return Sampling(
+        warmup_calls=1,
+        num_samples=max(MIN_SAMPLES, min(MAX_SAMPLES, int(OWN_LOAD_S / sample_s))),
+        inner_repeats=inner_repeats,
+        sample_s=sample_s,
+        recorded=call_s < RECORDED_CALL_S,
+        settle_s=SETTLE_S,
     )
 
 
@@ -158,7 +182,8 @@ def take_samples(
     gc.disable()
     try:
         if device.type == "cuda":
-            us = _sample_cuda(prepared, sampling, device, None if prepared.waits else load)
+            alone = sampling.settle_s > 0 or (prepared.waits and not prepared.in_step)
+            us = _sample_cuda(prepared, sampling, device, None if alone else load)
             return Samples([each / prepared.num_units for each in us], [False] * len(us))
         # With several threads the first may well wait for the others.
         may_wait = prepared.waits or torch.get_num_threads() > 1
@@ -202,6 +227,15 @@ def _sample_cuda(prepared: Prepared, sampling: Sampling, device: torch.device, l
             prepared.run(call)
 
     run = record(sample, device, new_scratch(device)) if sampling.recorded and prepared.recordable else sample
+    if sampling.settle_s:
+        keep_busy(run, sampling.settle_s, device)
+        ends = [_event() for _ in range(sampling.num_samples + 1)]
+        for end in ends[:-1]:
+            end.record()
+            run()
+        ends[-1].record()
+        torch.cuda.synchronize(device)
+        return [before.elapsed_time(after) / sampling.inner_repeats * 1e3 for before, after in pairwise(ends)]
     if load is not None and sampling.sample_s < LONG_SAMPLE_S:
         for _ in range(math.ceil(SUSTAINED_S["cuda"] / LOAD_S)):
             load.run()

@@ -11,9 +11,11 @@ from profiler.probe import CoreProbe
 from profiler.timing import (
     MAX_SAMPLES,
     MIN_SAMPLES,
+    OWN_LOAD_S,
     Prepared,
     Samples,
     Sampling,
+    plan_own_load,
     plan_sampling,
     summarize,
     take_samples,
@@ -62,6 +64,20 @@ def test_cheap_calls_get_more_samples_than_dear_ones_within_their_time(call_s: f
         assert sampling.num_samples * sample_s <= 0.4 or sampling.num_samples == MIN_SAMPLES
     else:
         assert sampling.num_samples * sample_s <= 0.8 or sampling.num_samples == 1
+
+
+@pytest.mark.parametrize("call_s", [1e-5, 3e-4, 5e-3, 0.1, 0.5])
+def test_under_its_own_load_work_settles_and_is_sampled_for_as_long_whatever_it_takes(call_s: float) -> None:
+    sampling = plan_own_load(call_s)
+    sampled_s = sampling.num_samples * sampling.inner_repeats * call_s
+    assert sampling.settle_s > 0 and MIN_SAMPLES <= sampling.num_samples <= MAX_SAMPLES
+    assert 0.75 * OWN_LOAD_S <= sampled_s <= 1.05 * OWN_LOAD_S or sampling.num_samples == MIN_SAMPLES
+    assert sampling.recorded == (call_s < 2e-3)
+
+
+def test_a_collective_between_other_work_is_sampled_one_by_one() -> None:
+    between = plan_sampling(1e-5, device_type="cuda", budget_s=0.2, waits=True, in_step=True)
+    assert between.inner_repeats == 1 < plan_sampling(1e-5, device_type="cuda", budget_s=0.2, waits=True).inner_repeats
 
 
 def test_calls_are_numbered_without_a_gap_and_a_sample_is_the_mean_of_its_calls() -> None:
