@@ -13,6 +13,7 @@ from profiler.point import Op, Point
 # By the nearest coarse point, where all kernels are measured: the usual kernel is not followed further when it is so
 # much slower than the best, another one only when it is so much faster than the usual.
 _HOPELESS, _PROMISING = 1.15, 0.97
+_FAR = 4  # times as many tokens, or as few: there a coarse point decides nothing
 
 
 class Agenda:
@@ -42,7 +43,11 @@ class Agenda:
         kernel = AttentionKernel(point.variant)
         coarse = (row for key, row in self.rows.items() if key in self.coarse)
         choice = self._choice(coarse, point.shape, point.busy_ranks)
-        times = choice.nearest(point.shape["chunk"], point.shape["context"])
+        chunk = point.shape["chunk"]
+        nearest = choice.nearest(chunk, point.shape["context"])
+        if nearest is None or not chunk / _FAR <= nearest[0] <= chunk * _FAR:
+            return False
+        times = choice.contests[nearest]
         if kernel is self.usual_kernel or kernel not in times:
             return kernel in times and times[kernel] > _HOPELESS * min(times.values())
         return times[kernel] > _PROMISING * times.get(self.usual_kernel, math.inf)

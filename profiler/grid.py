@@ -155,7 +155,7 @@ class Grid:
         attention = 4.0 * sizes["heads"] * sizes["head_dim"]
         width = 4 * sizes["hidden"] + 5 * sizes["intermediate"] + 4 * sizes["heads"] * sizes["head_dim"]
         slab = 2 * sizes["kv_heads"] * sizes["head_dim"] * self.context_length
-        finest = 2 if self.device_type == "cuda" else 1
+        finest = 3 if self.device_type == "cuda" else 1
         for chunk, chunk_level in self.chunk_levels.items():
             for context, context_level in self.context_levels(chunk).items():
                 if chunk_level > finest or context_level > 1 or (chunk_level and context_level):

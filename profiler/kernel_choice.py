@@ -40,7 +40,7 @@ class KernelChoice:
 
     def __init__(self, times: Iterable[KernelTime], *, default: AttentionKernel) -> None:
         self.default = default
-        self.contests: dict[tuple[int, int], dict[AttentionKernel, float]] = {}
+        self.contests: dict[tuple[int, int], dict[AttentionKernel, float]] = {}  # microseconds at (chunk, context)
         for time in times:
             self.contests.setdefault((time.chunk, time.context), {})[time.kernel] = time.median_us
         # A point where one kernel ran alone decides nothing.
@@ -48,18 +48,17 @@ class KernelChoice:
 
     def __call__(self, chunk: int, context: int) -> AttentionKernel:
         """The kernel that won the nearest contest, the usual one unless it lost clearly."""
-        times = self.nearest(chunk, context)
-        if not times:
+        nearest = self.nearest(chunk, context)
+        if nearest is None:
             return self.default
+        times = self.contests[nearest]
         best = min(times, key=lambda kernel: times[kernel])
         usual_us = times.get(self.default)
         return best if usual_us is None or times[best] < CLEARLY_FASTER * usual_us else self.default
 
-    def nearest(self, chunk: int, context: int) -> Mapping[AttentionKernel, float]:
-        """Microseconds of each kernel at the nearest point where more than one ran, on a logarithmic scale."""
-        if not self.contests:
-            return {}
-        return self.contests[min(self.contests, key=lambda at: _distance(at, (chunk, context)))]
+    def nearest(self, chunk: int, context: int) -> tuple[int, int] | None:
+        """The nearest (chunk, context) where more than one kernel ran, on a logarithmic scale; None without any."""
+        return min(self.contests, key=lambda at: _distance(at, (chunk, context)), default=None)
 
 
 def kernel_times(rows: Iterable[Measurement], heads: Mapping[str, int], *, busy_ranks: int) -> list[KernelTime]:

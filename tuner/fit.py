@@ -81,15 +81,16 @@ class LayerCosts:
         if first:
             tokens = tokens + self.embedding(points)
         tokens = scale * tokens
-        attention_scale = stage_scale * self.correction.attention_scale
-        factor = attention_scale * num_layers * self.calibration.attention_factor(points)
+        attention_scale = num_layers * stage_scale * self.correction.attention_scale
         return StageCost(
             token_count=(0, *grid.tolist()),
             token_seconds=_rising([tokens[0], *tokens]),
             attention=TableAttention(
                 count=tuple(grid.tolist()),
-                base_s=_rising(factor * self.attention.base(points)),
-                context_s=_rising(factor * self.attention.slope(points)),
+                base_s=_rising(attention_scale * self.calibration.base_factor(points) * self.attention.base(points)),
+                context_s=_rising(
+                    attention_scale * self.calibration.context_factor(points) * self.attention.slope(points)
+                ),
             ),
             round_overhead_s=scale * self.round_overhead_s + stage_scale * self.correction.round_s,
             chunk_s=scale * self.chunk_s,
@@ -153,7 +154,9 @@ def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
 
 def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Token counts at which the planner's tables hold a value, up to a million."""
-    dense = np.array([1, 8, 16, 32, *range(DENSE_STEP, DENSE_END + 1, DENSE_STEP)], dtype=np.int64)
+    steps = range(DENSE_STEP, DENSE_END + 1, DENSE_STEP)
+    # One token more than fills its tiles starts another one.
+    dense = np.array(sorted({1, 8, 16, 32, *steps, *(step + 1 for step in steps if step % TILE_ROWS == 0)}))
     middle = np.arange(DENSE_END + MIDDLE_STEP, MIDDLE_END + 1, MIDDLE_STEP)
     num_sparse = int(np.ceil(np.log(TABLE_END / MIDDLE_END) / np.log(SPARSE_RATIO)))
     sparse = np.geomspace(MIDDLE_END, TABLE_END, num_sparse + 1)[1:].round().astype(np.int64)

@@ -166,7 +166,7 @@ def test_attention_of_short_chunks_does_not_calibrate_that_of_long_ones() -> Non
 
     layers = [layer(chunk, context) for chunk in (256, 2048) for context in (0, 4096, 16384)]
     calibration = fit_calibration(compute_s, curve, layers, ranks=1)
-    assert calibration.attention_factor(np.array([256.0, 2048.0])) == pytest.approx([0.5, 1.0], abs=0.02)
+    assert calibration.context_factor(np.array([256.0, 2048.0])) == pytest.approx([0.5, 1.0], abs=0.02)
     assert calibration.tokens_factor(np.array([256.0, 2048.0])) == pytest.approx([1.0, 1.0], abs=0.02)
 
 
