@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from db.measurements import Measurement, MeasurementKey
 from profiler.attention import AttentionKernel
-from profiler.kernel_choice import KernelChoice, kernel_times
+from profiler.kernel_choice import Contests, KernelChoice, KernelTime, kernel_times
 from profiler.point import Op, Point
 
 # By the nearest coarse point, where all kernels are measured: the usual kernel is not followed further when it is so
@@ -42,23 +42,24 @@ class Agenda:
             return False
         kernel = AttentionKernel(point.variant)
         coarse = (row for key, row in self.rows.items() if key in self.coarse)
-        choice = self._choice(coarse, point.shape, point.busy_ranks)
+        contests = Contests(_times(coarse, point.shape, point.busy_ranks))
         chunk = point.shape["chunk"]
-        nearest = choice.nearest(chunk, point.shape["context"])
+        nearest = contests.nearest(chunk, point.shape["context"])
         if nearest is None or not chunk / _FAR <= nearest[0] <= chunk * _FAR:
             return False
-        times = choice.contests[nearest]
+        times = contests.at[nearest]
         if kernel is self.usual_kernel or kernel not in times:
             return kernel in times and times[kernel] > _HOPELESS * min(times.values())
         return times[kernel] > _PROMISING * times.get(self.usual_kernel, math.inf)
 
     def kernel_choice(self, shape: Mapping[str, int], busy_ranks: int) -> KernelChoice:
         """The best kernels for the heads in `shape` (heads, kv_heads, head_dim), by all rows."""
-        return self._choice(self.rows.values(), shape, busy_ranks)
+        return KernelChoice(_times(self.rows.values(), shape, busy_ranks), default=self.usual_kernel)
 
-    def _choice(self, rows: Iterable[Measurement], shape: Mapping[str, int], busy_ranks: int) -> KernelChoice:
-        heads = {name: shape[name] for name in ("heads", "kv_heads", "head_dim")}
-        return KernelChoice(kernel_times(rows, heads, busy_ranks=busy_ranks), default=self.usual_kernel)
+
+def _times(rows: Iterable[Measurement], shape: Mapping[str, int], busy_ranks: int) -> list[KernelTime]:
+    heads = {name: shape[name] for name in ("heads", "kv_heads", "head_dim")}
+    return kernel_times(rows, heads, busy_ranks=busy_ranks)
 
 
 def relative_spread(row: Measurement) -> float:

@@ -42,8 +42,9 @@ def available_kernels(device: torch.device, dtype: torch.dtype) -> list[Attentio
         absent = {AttentionKernel.CPU_FOLDED, AttentionKernel.CPU_FLASH}
         if dtype not in (torch.bfloat16, torch.float16):
             absent |= {AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH}
-        elif not cudnn_graph.is_installed():
-            absent.add(AttentionKernel.CUDNN_GRAPH)
+        else:  # the same engine, in one call or in two and a merge
+            one_call = cudnn_graph.is_installed()
+            absent.add(AttentionKernel.CUDNN if one_call else AttentionKernel.CUDNN_GRAPH)
     return [kernel for kernel in PREFERENCE if kernel not in absent]
 
 

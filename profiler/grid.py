@@ -15,6 +15,7 @@ LAST_LEVEL = 4
 # A card's products run in waves of tiles: their rate moves by ten percent from one multiple of 128 tokens to the next.
 TILE_TOKENS = 128
 _WAVE_STEP, _WAVES_END = 256, 4096
+_LAYERS_FROM = 256
 _FINE_END, _FINE_STEP, _MIDDLE_END, _MIDDLE_STEP = 2048, 128, 8192, 512
 # What today's plans use of the collectives is measured more finely than the others.
 _OFTEN = (Op.ALL_REDUCE, Op.SEND_RECV)
@@ -65,6 +66,16 @@ class Grid:
             return self.chunk_levels
         steps = [*range(_WAVE_STEP, _FINE_END, _WAVE_STEP), *range(_FINE_END, _WAVES_END + 1, 2 * _WAVE_STEP)]
         return self._with_levels(dict.fromkeys(steps, 2))
+
+    @property
+    def layer_levels(self) -> dict[int, int]:
+        """Chunks of whole layers with the level at which each is wanted: on a card all that plans are made of."""
+        fine = _LAYERS_FROM if self.device_type == "cuda" else self.context_length
+        return {
+            size: min(level, 2)
+            for size, level in self.chunk_levels.items()
+            if level <= 1 or (size >= fine and size not in OFF_GRID_CHUNKS)
+        }
 
     def _with_levels(self, fine: Mapping[int, int]) -> dict[int, int]:
         """Sizes below the context with their levels; of the usual levels and the given ones the lower counts."""
@@ -155,10 +166,9 @@ class Grid:
         attention = 4.0 * sizes["heads"] * sizes["head_dim"]
         width = 4 * sizes["hidden"] + 5 * sizes["intermediate"] + 4 * sizes["heads"] * sizes["head_dim"]
         slab = 2 * sizes["kv_heads"] * sizes["head_dim"] * self.context_length
-        finest = 3 if self.device_type == "cuda" else 1
-        for chunk, chunk_level in self.chunk_levels.items():
+        for chunk, chunk_level in self.layer_levels.items():
             for context, context_level in self.context_levels(chunk).items():
-                if chunk_level > finest or context_level > 1 or (chunk_level and context_level):
+                if context_level > 1 or (chunk_level and context_level):
                     continue
                 yield Point(
                     op=Op.LAYER, dtype=self.dtype, shape={"chunk": chunk, "context": context} | sizes,

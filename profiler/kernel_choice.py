@@ -1,4 +1,4 @@
-"""Which attention kernel to take for a (chunk, context): the usual one, or one that measured clearly faster nearby."""
+"""Which attention kernel to take for a (chunk, context): the usual one, or one that measured clearly faster."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
+
+import numpy as np
 
 from db.measurements import Measurement
 from profiler.attention import AttentionKernel
@@ -30,35 +32,54 @@ class KernelTime:
         )  # fmt: skip
 
 
-# Of the usual kernel's time: what another one must stay below. Contests are few and noise is a few percent, and between
-# two of them a kernel of two calls and a merge loses more than it won at a long context.
+# Of the usual kernel's time: what another one must stay below. Noise is a few percent.
 CLEARLY_FASTER = 0.93
 
 
 class KernelChoice:
-    """Callable (chunk tokens, context) -> kernel. Without measurements it is always `default`, the usual one."""
+    """Callable (chunk tokens, context) -> kernel. Without measurements it is always `default`, the usual one.
+
+    Kernels work in tiles of rows, so that a chunk is like the next larger one that was measured after several contexts.
+    Kernels that were not, there, had no chance.
+    """
 
     def __init__(self, times: Iterable[KernelTime], *, default: AttentionKernel) -> None:
         self.default = default
-        self.contests: dict[tuple[int, int], dict[AttentionKernel, float]] = {}  # microseconds at (chunk, context)
+        self.times: dict[int, dict[AttentionKernel, dict[int, float]]] = {}  # us by chunk, kernel and context
         for time in times:
-            self.contests.setdefault((time.chunk, time.context), {})[time.kernel] = time.median_us
-        # A point where one kernel ran alone decides nothing.
-        self.contests = {at: times for at, times in self.contests.items() if len(times) > 1}
+            self.times.setdefault(time.chunk, {}).setdefault(time.kernel, {})[time.context] = time.median_us
 
     def __call__(self, chunk: int, context: int) -> AttentionKernel:
-        """The kernel that won the nearest contest, the usual one unless it lost clearly."""
-        nearest = self.nearest(chunk, context)
-        if nearest is None:
+        """The kernel that takes the least time, the usual one unless it loses clearly."""
+        expected = self.expected_us(chunk, context)
+        if not expected:
             return self.default
-        times = self.contests[nearest]
-        best = min(times, key=lambda kernel: times[kernel])
-        usual_us = times.get(self.default)
-        return best if usual_us is None or times[best] < CLEARLY_FASTER * usual_us else self.default
+        best = min(expected, key=lambda kernel: expected[kernel])
+        return best if expected[best] < CLEARLY_FASTER * expected.get(self.default, math.inf) else self.default
+
+    def expected_us(self, chunk: int, context: int) -> dict[AttentionKernel, float]:
+        """What the kernels with a chance should take, in proportion to the context; {} without measurements."""
+        here = {kernel: by[context] for kernel, by in self.times.get(chunk, {}).items() if context in by}
+        if len(here) > 1 or not self.times:
+            return here
+        sloped = {at: {k: by for k, by in kernels.items() if len(by) > 1} for at, kernels in self.times.items()}
+        known = {at: kernels for at, kernels in sloped.items() if kernels} or self.times
+        nearest = min((at for at in known if at >= chunk), default=max(known))
+        return {kernel: _at_context(by_context, context) for kernel, by_context in known[nearest].items()}
+
+
+class Contests:
+    """Points at which more than one kernel ran: microseconds of each."""
+
+    def __init__(self, times: Iterable[KernelTime]) -> None:
+        at: dict[tuple[int, int], dict[AttentionKernel, float]] = {}
+        for time in times:
+            at.setdefault((time.chunk, time.context), {})[time.kernel] = time.median_us
+        self.at = {point: found for point, found in at.items() if len(found) > 1}
 
     def nearest(self, chunk: int, context: int) -> tuple[int, int] | None:
-        """The nearest (chunk, context) where more than one kernel ran, on a logarithmic scale; None without any."""
-        return min(self.contests, key=lambda at: _distance(at, (chunk, context)), default=None)
+        """The nearest (chunk, context) on a logarithmic scale; None without any."""
+        return min(self.at, key=lambda at: _distance(at, (chunk, context)), default=None)
 
 
 def kernel_times(rows: Iterable[Measurement], heads: Mapping[str, int], *, busy_ranks: int) -> list[KernelTime]:
@@ -70,6 +91,14 @@ def kernel_times(rows: Iterable[Measurement], heads: Mapping[str, int], *, busy_
         and row.busy_ranks == busy_ranks
         and all(row.shape[name] == size for name, size in heads.items())
     ]
+
+
+def _at_context(us: Mapping[int, float], context: int) -> float:
+    contexts = sorted(us)
+    if len(contexts) > 1 and context > contexts[-1]:
+        before, last = contexts[-2:]
+        return us[last] + (us[last] - us[before]) / (last - before) * (context - last)
+    return float(np.interp(context, contexts, [us[at] for at in contexts]))
 
 
 def _distance(at: tuple[int, int], other: tuple[int, int]) -> float:

@@ -35,7 +35,15 @@ def chosen_kernels(rows: Iterable[Measurement]) -> list[Measurement]:
 
 
 def _bounded(rows: Iterable[Measurement]) -> list[Measurement]:
-    """Without `sdpa` where rows of a CPU's own kernels stand beside it: its dense mask has no bound in memory."""
+    """Without kernels that rows of a better one of their kind stand beside.
+
+    On a CPU that is `sdpa`, whose dense mask has no bound in memory; on a card two calls of the engine that one does.
+    """
     rows = list(rows)
-    on_cpu = any(row.variant in (AttentionKernel.CPU_FOLDED, AttentionKernel.CPU_FLASH) for row in rows)
-    return [row for row in rows if not on_cpu or row.variant != AttentionKernel.SDPA]
+    variants = {row.variant for row in rows}
+    needless = set()
+    if variants & {AttentionKernel.CPU_FOLDED, AttentionKernel.CPU_FLASH}:
+        needless.add(AttentionKernel.SDPA)
+    if AttentionKernel.CUDNN_GRAPH in variants:
+        needless.add(AttentionKernel.CUDNN)
+    return [row for row in rows if row.variant not in needless]

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from db.measurements import Measurement
 from profiler.agenda import Agenda
 from profiler.attention import AttentionKernel
-from profiler.kernel_choice import KernelChoice, KernelTime
+from profiler.kernel_choice import Contests, KernelTime
 from profiler.point import Op, Point
 
 FLASH, SDPA = AttentionKernel.CPU_FLASH, AttentionKernel.SDPA
@@ -57,15 +57,22 @@ def test_rows_of_other_heads_decide_nothing() -> None:
     assert len(list(agenda.missing())) == 1
 
 
-def test_the_choice_is_the_winner_of_the_nearest_contest() -> None:
+def test_far_from_every_contest_each_kernel_has_its_chance() -> None:
+    coarse = [point(kernel, chunk, 0) for kernel in (FLASH, SDPA) for chunk in (16, 2048)]
+    rows = [row(at, 10.0 if at.variant == FLASH else 99.0) for at in coarse]
+    near, far = (point(SDPA, chunk, 0, level=2) for chunk in (512, 128))
+    assert list(Agenda([*coarse, near, far], rows, usual_kernel=FLASH).missing()) == [far]
+
+
+def test_the_contest_that_is_nearest() -> None:
     def time(kernel: AttentionKernel, at: tuple[int, int], us: float) -> KernelTime:
         return KernelTime(kernel=kernel, chunk=at[0], context=at[1], median_us=us)
 
     near, far, lone = (64, 0), (4096, 8192), (128, 0)
-    choice = KernelChoice(
+    contests = Contests(
         [time(FLASH, near, 5.0), time(SDPA, near, 4.0), time(FLASH, far, 7.0), time(SDPA, far, 9.0),
-         time(FLASH, lone, 1.0)],
-        default=FLASH,
+         time(FLASH, lone, 1.0)]
     )  # fmt: skip
-    assert choice(100, 10) is SDPA and choice(2048, 8000) is FLASH
-    assert KernelChoice([], default=SDPA)(1, 1) is SDPA
+    assert contests.nearest(100, 10) == near and contests.nearest(2048, 8000) == far
+    assert contests.at[near] == {FLASH: 5.0, SDPA: 4.0}
+    assert Contests([]).nearest(1, 1) is None

@@ -22,21 +22,40 @@ def test_another_kernel_must_be_clearly_faster(other_us: float, expected: Attent
     assert choice((USUAL, 64, 1000, 100.0), (OTHER, 64, 1000, other_us))(64, 1000) is expected
 
 
-def test_the_nearest_contest_decides() -> None:
+def test_a_chunk_costs_what_the_next_larger_one_does() -> None:
+    """As measured on an H100: blocks of 64 rows that split the context, against blocks of 128 that do not."""
     choose = choice(
-        (USUAL, 16, 0, 10.0), (OTHER, 16, 0, 5.0), (USUAL, 2048, 0, 100.0), (OTHER, 2048, 0, 150.0)
+        *((OTHER, 64, context, us) for context, us in ((0, 11.0), (32768, 152.0))),
+        *((OTHER, 128, context, us) for context, us in ((0, 11.0), (32768, 285.0))),
+        *((OTHER, 256, context, us) for context, us in ((0, 13.0), (32768, 556.0))),
+        *((USUAL, 256, context, us) for context, us in ((0, 14.0), (32768, 501.0))),
+        *((USUAL, 512, context, us) for context, us in ((0, 20.0), (32768, 511.0))),
+    )
+    assert [choose(chunk, 32768) for chunk in (16, 100, 128, 200, 256, 300, 512, 4096)] == [*[OTHER] * 3, *[USUAL] * 5]
+    assert choose(100, 100000) is OTHER and choose(300, 100) is USUAL
+
+
+def test_in_proportion_to_the_context() -> None:
+    choose = choice(
+        *((USUAL, 16, context, us) for context, us in ((0, 10.0), (100000, 1010.0))),
+        *((OTHER, 16, context, us) for context, us in ((0, 20.0), (50000, 120.0), (100000, 220.0))),
+    )
+    assert choose(16, 500) is USUAL and choose(16, 5000) is OTHER and choose(16, 200000) is OTHER
+
+
+def test_a_point_without_context_says_nothing_of_long_ones() -> None:
+    choose = choice(
+        (OTHER, 64, 0, 1.0), (USUAL, 64, 0, 2.0),
+        *((OTHER, 128, context, us) for context, us in ((0, 20.0), (1000, 200.0))),
+        *((USUAL, 128, context, us) for context, us in ((0, 20.0), (1000, 100.0))),
     )  # fmt: skip
-    assert choose(32, 0) is OTHER and choose(1500, 0) is USUAL
+    assert choose(64, 0) is OTHER and choose(64, 1000) is USUAL
 
 
-def test_a_kernel_that_ran_alone_decides_nothing() -> None:
-    assert choice((OTHER, 64, 0, 1.0))(64, 0) is USUAL
+def test_what_was_not_measured_is_not_taken() -> None:
     assert choice()(64, 0) is USUAL
-
-
-def test_where_the_usual_kernel_did_not_run_the_fastest_is_taken() -> None:
-    choose = choice((OTHER, 64, 0, 9.0), (AttentionKernel.CUDNN, 64, 0, 10.0))
-    assert choose(64, 0) is OTHER
+    assert choice((OTHER, 64, 0, 1.0))(64, 0) is OTHER
+    assert choice((OTHER, 64, 0, 9.0), (AttentionKernel.CUDNN, 64, 0, 10.0))(64, 0) is OTHER
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
