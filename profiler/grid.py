@@ -16,6 +16,7 @@ LAST_LEVEL = 4
 TILE_TOKENS = 128
 _WAVE_STEP, _WAVES_END = 256, 4096
 _LAYERS_FROM = 256
+_KNEE = 192  # rows of a product at about which arithmetic begins to take longer than reading the weights
 _FINE_END, _FINE_STEP, _MIDDLE_END, _MIDDLE_STEP = 2048, 128, 8192, 512
 # What today's plans use of the collectives is measured more finely than the others.
 _OFTEN = (Op.ALL_REDUCE, Op.SEND_RECV)
@@ -57,7 +58,7 @@ class Grid:
         if self.device_type != "cuda":
             return self.chunk_levels
         fine = [*range(_FINE_STEP, _FINE_END, _FINE_STEP), *range(_FINE_END, _MIDDLE_END, _MIDDLE_STEP)]
-        return self._with_levels({size: 3 if size % (2 * TILE_TOKENS) else 2 for size in fine})
+        return self._with_levels({size: 3 if size % (2 * TILE_TOKENS) else 2 for size in (_KNEE, *fine)})
 
     @property
     def attention_levels(self) -> dict[int, int]:

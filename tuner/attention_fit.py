@@ -12,7 +12,8 @@ from tuner.curve import SPIKE, least_absolute
 
 Floats = npt.NDArray[np.float64]
 SHORTEST_S = 1e-12  # stands for zero where a logarithm is taken
-TILE_ROWS = 128  # query rows of a block of cuDNN's kernels on Hopper, as measured chunks show
+# Query rows of a block on Hopper, as measured chunks show: of cuDNN's kernels, and of one that splits the context.
+TILE_ROWS, SPLIT_ROWS = 128, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,14 +22,15 @@ class Waves:
 
     After a long context all blocks take as long, and the last wave of them as long as a full one: 1280 rows of 32 heads
     are 320 blocks, three waves on 132 multiprocessors, as 1536 rows are. (NVIDIA, Matrix Multiplication Background
-    User's Guide, "Wave Quantization".)
+    User's Guide, "Wave Quantization" and "Tile Quantization".) A kernel that splits the context among blocks fills the
+    card whatever the chunk; a last block of few rows takes as long as a full one there, too.
     """
 
     num_heads: int
     num_multiprocessors: int | None
     """None: the time is in proportion to the rows."""
-    first_chunk: float = 0.0
-    """From it on all chunks run in such a kernel; among the smaller ones are some of a kernel with other blocks."""
+    split_up_to: int = 0
+    """Chunks up to it run in a kernel that splits the context."""
 
     def __call__(self, chunk: npt.ArrayLike) -> Floats:
         """Time over what a card would take that is full to the end; at least 1."""
@@ -38,7 +40,13 @@ class Waves:
         blocks = np.ceil(rows / TILE_ROWS) * self.num_heads
         full = rows / TILE_ROWS * self.num_heads / self.num_multiprocessors
         waste = np.ceil(blocks / self.num_multiprocessors) / full
-        return np.where(rows < self.first_chunk, 1.0, waste)
+        split: Floats = np.ceil(rows / SPLIT_ROWS) * SPLIT_ROWS / rows
+        factor: Floats = np.where(self.splits(rows), split, waste)
+        return factor
+
+    def splits(self, chunk: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Whether chunks run in the kernel that splits the context."""
+        return np.asarray(chunk, dtype=np.float64) <= self.split_up_to
 
 
 IN_PROPORTION = Waves(num_heads=1, num_multiprocessors=None)
@@ -48,10 +56,10 @@ IN_PROPORTION = Waves(num_heads=1, num_multiprocessors=None)
 class AttentionCurve:
     """t(c, p) = base(c) + slope(c) * waves(c) * p.
 
-    For a given chunk a kernel's time is linear in the context. Between the measured chunks base and slope follow a
-    power of the chunk (linear interpolation of logarithms): the square of large chunks and the constant of small ones
-    are both such powers. Beyond the largest, base grows with the square and slope in proportion; below the smallest
-    both stay.
+    For a given chunk a kernel's time is linear in the context. Between the measured chunks of a kernel base and slope
+    follow a power of the chunk (linear interpolation of logarithms): the square of large chunks and the constant of
+    small ones are both such powers. Beyond the largest, base grows with the square and slope in proportion; below the
+    smallest both stay.
     """
 
     chunks: Floats
@@ -61,24 +69,34 @@ class AttentionCurve:
 
     def base(self, chunk: npt.ArrayLike) -> Floats:
         """Seconds of chunks without context."""
-        return self._power(chunk, self.base_s) * self._beyond(chunk) ** 2
+        rows, largest = self._rows(chunk), float(self.chunks[-1])
+        seconds: Floats = _power(rows, self.chunks, self.base_s) * np.maximum(rows / largest, 1.0) ** 2
+        return seconds
 
     def slope(self, chunk: npt.ArrayLike) -> Floats:
         """Seconds that each token of context adds."""
-        return self._power(chunk, self.context_s) * self._beyond(chunk) * self.waves(chunk)
+        rows, split = self._rows(chunk), self.waves.splits(self.chunks)
+        row_s: Floats = np.where(self.waves.splits(rows), self._row_s(rows, split), self._row_s(rows, ~split))
+        seconds: Floats = row_s * rows * self.waves(rows)
+        return seconds
 
     def __call__(self, chunk: npt.ArrayLike, context: npt.ArrayLike) -> Floats:
         """Seconds of chunks after contexts."""
         return self.base(chunk) + self.slope(chunk) * np.asarray(context, dtype=np.float64)
 
-    def _power(self, chunk: npt.ArrayLike, seconds: Floats) -> Floats:
-        at = np.log(np.maximum(np.asarray(chunk, dtype=np.float64), 1.0))
-        value: Floats = np.exp(np.interp(at, np.log(self.chunks), np.log(np.maximum(seconds, SHORTEST_S))))
-        return value
+    def _rows(self, chunk: npt.ArrayLike) -> Floats:
+        rows: Floats = np.maximum(np.asarray(chunk, dtype=np.float64), self.chunks[0])
+        return rows
 
-    def _beyond(self, chunk: npt.ArrayLike) -> Floats:
-        factor: Floats = np.maximum(np.asarray(chunk, dtype=np.float64) / self.chunks[-1], 1.0)
-        return factor
+    def _row_s(self, rows: Floats, of: npt.NDArray[np.bool_]) -> Floats:
+        """What a context token adds for each row, by the chunks of one kernel if any were measured."""
+        chunks, seconds = (self.chunks[of], self.context_s[of]) if of.any() else (self.chunks, self.context_s)
+        return _power(rows, chunks, seconds / chunks)
+
+
+def _power(at: Floats, knots: Floats, values: Floats) -> Floats:
+    value: Floats = np.exp(np.interp(np.log(at), np.log(knots), np.log(np.maximum(values, SHORTEST_S**2))))
+    return value
 
 
 def fit_attention(

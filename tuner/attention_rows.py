@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from db.measurements import Measurement
@@ -19,15 +18,18 @@ class AttentionRows:
 
     def __init__(self, rows: Sequence[Measurement], work: RankWork) -> None:
         self.work = work
-        self.chosen = chosen_kernels(rows)
         choose, longest = kernel_choice(rows), max(row.shape["context"] for row in rows)
         self.kernel_of = {chunk: choose(chunk, longest) for chunk in {row.shape["chunk"] for row in rows}}
-        others = max((chunk for chunk, kernel in self.kernel_of.items() if kernel not in IN_WAVES), default=0)
+        others = [chunk for chunk, kernel in self.kernel_of.items() if kernel not in IN_WAVES]
+        any_in_waves = len(others) < len(self.kernel_of)
         self.waves = Waves(
             num_heads=work.attention_sizes["heads"],
-            num_multiprocessors=work.num_multiprocessors,
-            first_chunk=min((chunk for chunk in self.kernel_of if chunk > others), default=math.inf),
+            num_multiprocessors=work.num_multiprocessors if any_in_waves else None,
+            split_up_to=max(others, default=0),
         )
+        # A single row packs the heads of a group into one block: no measure for chunks of several.
+        fewest = 2 if self.waves.num_multiprocessors and len(self.kernel_of) > 1 else 1
+        self.chosen = [row for row in chosen_kernels(rows) if row.shape["chunk"] >= fewest]
 
     def fit(self, rows: Sequence[Measurement]) -> AttentionCurve:
         """The curve through some of the chosen rows."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_attention_forgets_single_disturbed_points_and_a_chunk_that_was_disturbe
         assert relative(float(curve(c, p)), pair_seconds(c, p)) < 0.02
 
 
-CARD_WAVES = Waves(num_heads=32, num_multiprocessors=132, first_chunk=512)
+CARD_WAVES = Waves(num_heads=32, num_multiprocessors=132, split_up_to=256)
 
 
 def test_blocks_run_in_waves() -> None:
@@ -85,7 +86,7 @@ def test_blocks_run_in_waves() -> None:
     waves = CARD_WAVES(np.array([1024.0, 1280.0, 1536.0, 100_000.0]))
     assert waves == pytest.approx([2 * 132 / 256, 3 * 132 / 320, 3 * 132 / 384, 1.0], rel=1e-2)
     assert waves[1] * 1280 == pytest.approx(waves[2] * 1536)
-    assert (CARD_WAVES([16, 256]) == 1.0).all()
+    assert CARD_WAVES([16, 64, 100, 256]) == pytest.approx([4.0, 1.0, 1.28, 1.0])  # blocks of 64 rows
     assert (IN_PROPORTION([1, 1280]) == 1.0).all()
 
 
@@ -97,6 +98,20 @@ def test_attention_in_waves_is_predicted_between_the_measured_chunks() -> None:
     curve = fit_attention(*zip(*points, strict=True), [seconds(c, p) for c, p in points], waves=CARD_WAVES)
     for c, p in ((1280, 65536), (1792, 30000), (2304, 65536), (3072, 8192)):
         assert relative(float(curve(c, p)), seconds(c, p)) < 0.02
+
+
+def test_of_two_kernels_each_chunk_follows_its_own() -> None:
+    """As on an H100 with 32 heads: up to 128 tokens one that splits the context, one wave for 129 to 512 tokens."""
+    waves = replace(CARD_WAVES, split_up_to=128)
+
+    def seconds(chunk: int, context: int) -> float:
+        row_s = 7e-11 if chunk <= 128 else 3e-11
+        return 1e-5 + row_s * chunk * float(waves(chunk)) * context
+
+    points = [(c, p) for c in (16, 128, 512, 1024, 2048) for p in (0, 8192, 65536)]
+    curve = fit_attention(*zip(*points, strict=True), [seconds(c, p) for c, p in points], waves=waves)
+    for chunk in (1, 16, 40, 64, 65, 100, 128, 129, 200, 256, 400, 513, 640, 5000):
+        assert relative(float(curve(chunk, 65536)), seconds(max(chunk, 16), 65536)) < 0.01, chunk
 
 
 def test_a_chunk_measured_without_context_follows_chunks_of_its_own_kernel() -> None:
