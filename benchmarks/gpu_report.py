@@ -1,8 +1,9 @@
-"""What a database of plans run on cards says: how far predictions were off, and the regret of choices.
+"""What databases of plans run on cards say: how far predictions were off, and the regret of choices.
 
-    python -m benchmarks.gpu_report [DATABASE] [--teach LENGTH]
+    python -m benchmarks.gpu_report [DATABASE ...] [--teach LENGTH]
 
-DATABASE is a SQLite file, gzipped or not, as `benchmarks.gpu_plans --db` leaves it; by default the one kept here.
+DATABASE is a SQLite file, gzipped or not, as `benchmarks.gpu_plans --db` leaves it; by default those kept here, in the
+order in which they were measured, each on another pair of cards.
 "told" is what was predicted when the plan was made, before it ran. "now" is predicted anew from the measurements alone,
 by the model as it is. "corrected" also knows the runs of one prompt of --teach tokens, and is judged on all others.
 """
@@ -20,6 +21,8 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import numpy as np
+
 from db.engine import Database, open_database
 from db.hardware import Hardware, list_hardware
 from db.measurements import Measurement, load_measurements
@@ -30,7 +33,7 @@ from service.output import print_table
 from tuner.attention_rows import AttentionRows
 from tuner.correction import fit_correction, load_measured_rounds
 from tuner.fit import LayerCosts, fit_layer_costs
-from tuner.holdout import HeldOutError, held_out_errors
+from tuner.holdout import HeldOutError, held_out_errors, leave_out
 from tuner.plan import Plan
 from tuner.rows import RankWork, Rows, expected_s
 from tuner.schedule import evaluate
@@ -39,7 +42,7 @@ from tuner.uncertainty import makespan_uncertainty
 LONG_CHUNK = 512
 MOST_ERROR = 0.08  # what a prediction should stay within
 
-KEPT = Path(__file__).parent / "results" / "h100x2.db.gz"
+KEPT = tuple(sorted((Path(__file__).parent / "results").glob("h100x2-?.db.gz")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +200,7 @@ def print_predictions(judged: Sequence[Judged]) -> None:
     )
 
 
-def print_summary(judged: Sequence[Judged]) -> None:
+def print_summary(judged: Sequence[Judged], where: str) -> None:
     """How far off predictions were over all plans, and how often the stated uncertainty held."""
     table: list[list[object]] = []
     unseen = [one for one in judged if not one.taught]
@@ -225,6 +228,7 @@ def print_summary(judged: Sequence[Judged]) -> None:
             "within stated",
         ],
         table,
+        title=f"All plans of {where}",
     )
 
 
@@ -248,6 +252,7 @@ def print_held_out(database: Database, hardware: Hardware) -> None:
     table: list[list[object]] = []
     rows = load_measurements(database, hardware)
     for shape in {shape.fingerprint: shape for _, _, shape in runs_of(database, hardware)}.values():
+        everything = []
         for tp_size in (1, 2):
             work = RankWork.on(hardware, shape=shape, dtype="bfloat16", tp_size=tp_size)
             for error in held_out_errors(rows, work, busy_ranks=2):
@@ -255,15 +260,20 @@ def print_held_out(database: Database, hardware: Hardware) -> None:
                     f"{shape.name}, TP{tp_size}", error.op, error.num_points, 100 * error.median, 100 * error.p90,
                     100 * error.worst,
                 ])  # fmt: skip
-            errors = sorted(map(abs, left_out_chunks(rows, work)))
-            if errors:
-                table.append([
-                    f"{shape.name}, TP{tp_size}", f"attention, {LONG_CHUNK}+ tokens after a context", len(errors),
-                    100 * median(errors), 100 * errors[int(0.9 * len(errors))], 100 * errors[-1],
-                ])  # fmt: skip
+            for tested in leave_out(rows, work, busy_ranks=2):
+                everything += [point.error for point in tested.points]
+            if errors := left_out_chunks(rows, work):
+                name = f"attention, {LONG_CHUNK}+ tokens after a context"
+                table.append([f"{shape.name}, TP{tp_size}", name, len(errors), *_quantiles(errors)])
+        table.append([shape.name, "all", len(everything), *_quantiles(everything)])
     print_table(
         ["of", "kernel", "points left out", "median error %", "p90 %", "worst %"], table, title="Held-out kernels"
     )
+
+
+def _quantiles(errors: Sequence[float]) -> list[float]:
+    """Median, p90 and worst, in percent."""
+    return [100 * float(np.quantile(np.abs(errors), share)) for share in (0.5, 0.9, 1.0)]
 
 
 def left_out_chunks(rows: Sequence[Measurement], work: RankWork) -> list[float]:
@@ -308,21 +318,23 @@ def print_regret(judged: Sequence[Judged]) -> None:
 def main() -> None:
     """Print tables for each hardware of the database, and one over all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("database", nargs="?", type=Path, default=KEPT)
+    parser.add_argument("databases", nargs="*", type=Path, default=KEPT)
     parser.add_argument("--teach", type=int, default=32768, help="tokens of the one prompt whose runs teach")
     options = parser.parse_args()
-    everything: list[Judged] = []
-    with opened(options.database) as database:
-        for stored in list_hardware(database):
-            hardware = stored.hardware
-            print(f"{hardware.device_count} x {hardware.device}, {hardware.link}, torch {hardware.torch_version}")
-            judged = judge(database, hardware, options.teach)
-            print_predictions(judged)
-            print_regret(judged)
-            if hardware.link == "nvlink":  # the kernels are the same over any link
-                print_held_out(database, hardware)
-            everything += judged
-    print_summary(everything)
+    for path in options.databases:
+        everything: list[Judged] = []
+        with opened(path) as database:
+            for stored in list_hardware(database):
+                hardware = stored.hardware
+                cards = f"{hardware.device_count} x {hardware.device}"
+                print(f"{path.name}: {cards}, {hardware.link}, torch {hardware.torch_version}")
+                judged = judge(database, hardware, options.teach)
+                print_predictions(judged)
+                print_regret(judged)
+                if hardware.link == "nvlink":  # the kernels are the same over any link
+                    print_held_out(database, hardware)
+                everything += judged
+        print_summary(everything, path.name)
 
 
 if __name__ == "__main__":

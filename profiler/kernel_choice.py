@@ -48,6 +48,8 @@ class KernelChoice:
         self.times: dict[int, dict[AttentionKernel, dict[int, float]]] = {}  # us by chunk, kernel and context
         for time in times:
             self.times.setdefault(time.chunk, {}).setdefault(time.kernel, {})[time.context] = time.median_us
+        slopes = {at: {k: by for k, by in kernels.items() if len(by) > 1} for at, kernels in self.times.items()}
+        self.known = {at: kernels for at, kernels in slopes.items() if kernels} or self.times
 
     def __call__(self, chunk: int, context: int) -> AttentionKernel:
         """The kernel that takes the least time, the usual one unless it loses clearly."""
@@ -62,10 +64,8 @@ class KernelChoice:
         here = {kernel: by[context] for kernel, by in self.times.get(chunk, {}).items() if context in by}
         if len(here) > 1 or not self.times:
             return here
-        sloped = {at: {k: by for k, by in kernels.items() if len(by) > 1} for at, kernels in self.times.items()}
-        known = {at: kernels for at, kernels in sloped.items() if kernels} or self.times
-        nearest = min((at for at in known if at >= chunk), default=max(known))
-        return {kernel: _at_context(by_context, context) for kernel, by_context in known[nearest].items()}
+        nearest = min((at for at in self.known if at >= chunk), default=max(self.known))
+        return {kernel: _at_context(by_context, context) for kernel, by_context in self.known[nearest].items()}
 
 
 class Contests:

@@ -54,7 +54,7 @@ IN_PROPORTION = Waves(num_heads=1, num_multiprocessors=None)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCurve:
-    """t(c, p) = base(c) + slope(c) * waves(c) * p.
+    """t(c, p) = base(c) + slope(c) * p, the slope in waves.
 
     For a given chunk a kernel's time is linear in the context. Between the measured chunks of a kernel base and slope
     follow a power of the chunk (linear interpolation of logarithms): the square of large chunks and the constant of
@@ -70,7 +70,8 @@ class AttentionCurve:
     def base(self, chunk: npt.ArrayLike) -> Floats:
         """Seconds of chunks without context."""
         rows, largest = self._rows(chunk), float(self.chunks[-1])
-        seconds: Floats = _power(rows, self.chunks, self.base_s) * np.maximum(rows / largest, 1.0) ** 2
+        base_s = np.maximum(self.base_s, SHORTEST_S)
+        seconds: Floats = _power(rows, self.chunks, base_s) * np.maximum(rows / largest, 1.0) ** 2
         return seconds
 
     def slope(self, chunk: npt.ArrayLike) -> Floats:
@@ -91,11 +92,12 @@ class AttentionCurve:
     def _row_s(self, rows: Floats, of: npt.NDArray[np.bool_]) -> Floats:
         """What a context token adds for each row, by the chunks of one kernel if any were measured."""
         chunks, seconds = (self.chunks[of], self.context_s[of]) if of.any() else (self.chunks, self.context_s)
-        return _power(rows, chunks, seconds / chunks)
+        return _power(rows, chunks, np.maximum(seconds, SHORTEST_S) / chunks)
 
 
 def _power(at: Floats, knots: Floats, values: Floats) -> Floats:
-    value: Floats = np.exp(np.interp(np.log(at), np.log(knots), np.log(np.maximum(values, SHORTEST_S**2))))
+    """Positive values between knots, linear in logarithms and constant outside."""
+    value: Floats = np.exp(np.interp(np.log(at), np.log(knots), np.log(values)))
     return value
 
 

@@ -46,8 +46,22 @@ class LeftOut:
     share: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOutPoints:
+    """An operation's points that were left out, and the shares of a layer's time of all its points."""
+
+    op: str
+    points: list[LeftOut]
+    shares: list[float]
+
+
 def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[HeldOutError]:
     """Leave-one-out errors of the fits behind `tuner.fit.fit_layer_costs`, by operation."""
+    return [_summary(tested) for tested in leave_out(measurements, work, busy_ranks=busy_ranks)]
+
+
+def leave_out(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[LeftOutPoints]:
+    """The points behind `held_out_errors`, of each operation that was measured."""
     rows, ranks = Rows(measurements), work.tp_size
     products = [rows.select("matmul", {"n": n, "k": k}, busy_ranks=busy_ranks) for n, k in work.projections]
     elementwise = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
@@ -61,20 +75,20 @@ def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy
         return expected_s(row, ranks=ranks) / compute_s(row.shape[at])
 
     found = [
-        _summary(
-            "matmul",
-            [point for mine in products for point in _curve_errors(mine, "m", share_of, ranks)],
-            [share_of(row, "m") for mine in products for row in mine],
+        LeftOutPoints(
+            op="matmul",
+            points=[point for mine in products for point in _curve_errors(mine, "m", share_of, ranks)],
+            shares=[share_of(row, "m") for mine in products for row in mine],
         ),
-        _summary(
-            "elementwise",
-            _curve_errors(elementwise, "tokens", share_of, ranks),
-            [share_of(row, "tokens") for row in elementwise],
+        LeftOutPoints(
+            op="elementwise",
+            points=_curve_errors(elementwise, "tokens", share_of, ranks),
+            shares=[share_of(row, "tokens") for row in elementwise],
         ),
     ]
     attended = rows.select("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None)
     if attended:
-        found.append(_attention_summary(AttentionRows(attended, work), compute_s))
+        found.append(_leave_attention_out(AttentionRows(attended, work), compute_s))
     if work.tp_size > 1:
         reduced = rows.select("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size)
 
@@ -83,13 +97,13 @@ def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy
             return twice_s / (twice_s + compute_s(row.shape[at] / work.hidden_bytes))
 
         found.append(
-            _summary(
-                "all_reduce",
-                _curve_errors(reduced, "bytes", share_of_messages, 1),
-                [share_of_messages(row, "bytes") for row in reduced],
+            LeftOutPoints(
+                op="all_reduce",
+                points=_curve_errors(reduced, "bytes", share_of_messages, 1),
+                shares=[share_of_messages(row, "bytes") for row in reduced],
             )
         )
-    return [error for error in found if error is not None]
+    return [tested for tested in found if tested.shares]
 
 
 def _curve_errors(
@@ -106,7 +120,7 @@ def _curve_errors(
     return found
 
 
-def _attention_summary(attention: AttentionRows, compute_s: Seconds) -> HeldOutError | None:
+def _leave_attention_out(attention: AttentionRows, compute_s: Seconds) -> LeftOutPoints:
     """A context between others of its chunk is left out alone; a chunk between others with all its contexts."""
     by_chunk: dict[int, list[Measurement]] = {}
     for row in attention.chosen:
@@ -134,20 +148,17 @@ def _attention_summary(attention: AttentionRows, compute_s: Seconds) -> HeldOutE
             if not row.noisy:
                 predicted_s = float(curve(row.shape["chunk"], row.shape["context"]))
                 found.append(LeftOut(error=predicted_s / expected_s(row, ranks=ranks) - 1.0, share=share_of(row)))
-    return _summary("attention", found, [share_of(row) for row in attention.chosen])
+    return LeftOutPoints(op="attention", points=found, shares=[share_of(row) for row in attention.chosen])
 
 
-def _summary(op: str, left_out: Sequence[LeftOut], shares: Sequence[float]) -> HeldOutError | None:
-    """shares: of all the operation's points; None without any."""
-    if not shares:
-        return None
-    tested = left_out or [LeftOut(error=UNTESTED, share=share) for share in shares]
-    size = np.abs([point.error for point in tested])
+def _summary(tested: LeftOutPoints) -> HeldOutError:
+    points = tested.points or [LeftOut(error=UNTESTED, share=share) for share in tested.shares]
+    size = np.abs([point.error for point in points])
     return HeldOutError(
-        op=op,
-        num_points=len(left_out),
+        op=tested.op,
+        num_points=len(tested.points),
         median=float(np.median(size)),
         p90=float(np.quantile(size, 0.9)),
         worst=float(size.max()),
-        of_layer=float(np.median(size * [point.share for point in tested])),
+        of_layer=float(np.median(size * [point.share for point in points])),
     )

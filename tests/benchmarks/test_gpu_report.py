@@ -31,9 +31,13 @@ from tuner.search import Rules, Target, search_layouts
 TAUGHT = 32768
 
 
+# Three links and two models with an older profile and model; the last, by those of today: two workloads, blind.
+OLDER, LATEST = KEPT[0], KEPT[-1]
+
+
 @pytest.fixture(scope="module")
 def database() -> Iterator[Database]:
-    with opened(KEPT) as kept:
+    with opened(OLDER) as kept:
         yield kept
 
 
@@ -46,6 +50,31 @@ def hardware(database: Database) -> dict[str, Hardware]:
 @pytest.fixture(scope="module")
 def judged(database: Database, hardware: dict[str, Hardware]) -> dict[str, list[Judged]]:
     return {link: judge(database, one, TAUGHT) for link, one in hardware.items()}
+
+
+@pytest.fixture(scope="module")
+def latest() -> list[Judged]:
+    with opened(LATEST) as kept:
+        (stored,) = list_hardware(kept)
+        return judge(kept, stored.hardware, TAUGHT)
+
+
+def test_plans_that_had_never_run_were_told_within_their_uncertainty(latest: list[Judged]) -> None:
+    assert len(latest) == 32
+    for which in ([one.told for one in latest], [one.now for one in latest]):
+        errors = [abs(each.error(one.measured_s)) for one, each in zip(latest, which, strict=True)]
+        assert median(errors) < 0.015 and max(errors) < MOST_ERROR
+        held = sum(each.held(one.measured_s) for one, each in zip(latest, which, strict=True))
+        assert held >= 0.9 * len(latest)
+
+
+def test_what_was_chosen_before_any_ran_is_close_to_the_best_of_a_sweep(latest: list[Judged]) -> None:
+    """Stages and tensor parallelism, every policy; one prompt of 128K tokens, and sixteen of 2K to 64K."""
+    found = list(choices(latest))
+    assert [choice.num_plans for choice in found] == [16, 16]
+    for choice in found:
+        assert choice.told.short_name == "TP1 PP2 joint"
+        assert choice.regret(choice.told) < 0.02 and choice.regret(choice.now) < 0.02
 
 
 def test_plans_are_predicted_within_a_few_percent(judged: dict[str, list[Judged]]) -> None:
@@ -132,6 +161,6 @@ def test_a_laptop_plans_for_the_cards(database: Database, hardware: dict[str, Ha
 def test_the_report_prints(judged: dict[str, list[Judged]], capsys: pytest.CaptureFixture[str]) -> None:
     print_predictions(judged["nvlink"])
     print_regret(judged["nvlink"])
-    print_summary(judged["nvlink"])
+    print_summary(judged["nvlink"], OLDER.name)
     printed = capsys.readouterr().out
     assert "corrected, runs not taught from" in printed and "regret %" in printed

@@ -13,7 +13,7 @@ from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, relative
 from tuner.attention_fit import IN_PROPORTION, Waves, fit_attention
 from tuner.calibration import fit_calibration
 from tuner.curve import Floats, fit_curve, fit_line, without_spikes
-from tuner.fit import LayerCosts, fit_layer_costs
+from tuner.fit import LayerCosts, fit_layer_costs, table_grid
 from tuner.holdout import UNTESTED, held_out_errors
 from tuner.kernels import chosen_kernels, kernel_choice
 from tuner.rows import RankWork
@@ -164,25 +164,53 @@ def test_whole_layers_calibrate_their_parts() -> None:
     assert relative(model.stage_seconds(0, [(1024, 2048, False)]), true_s) < 0.03
 
 
+def layer_row(chunk: int, context: int, *, attention_s: float) -> Measurement:
+    """A layer whose token-wise work takes a microsecond a token."""
+    us = chunk + 1e6 * attention_s
+    return Measurement(
+        op="layer", dtype="float32", shape={"chunk": chunk, "context": context}, group_size=1, busy_ranks=2,
+        variant="", num_samples=20, median_us=us, p10_us=us, p90_us=us, min_us=us, std_us=0.0, noisy=False,
+        measured_at=datetime.now(UTC), code_version="test",
+    )  # fmt: skip
+
+
+def microsecond_a_token(tokens: Floats) -> Floats:
+    return 1e-6 * tokens
+
+
+def test_a_chunk_whose_attention_to_the_context_is_slower_keeps_its_other_costs() -> None:
+    """As one round of 64 prompts was told 20 % too fast after 65536 tokens had met their attention to 65536 others."""
+    curve = fit_attention(*zip(*ATTENTION_POINTS, strict=True), [pair_seconds(c, p) for c, p in ATTENTION_POINTS])
+    layers = []
+    for chunk in (256, 2048, 16384):
+        for context in (0, 16384):
+            alone_s = pair_seconds(chunk, 0)
+            slower = 1.2 if chunk == 16384 else 1.0
+            attention_s = alone_s + slower * (pair_seconds(chunk, context) - alone_s)
+            layers.append(layer_row(chunk, context, attention_s=attention_s))
+    calibration = fit_calibration(microsecond_a_token, curve, layers, ranks=1)
+    largest = np.array([16384.0])
+    assert calibration.tokens_factor(largest) == pytest.approx(1.0, abs=0.03)
+    assert calibration.base_factor(largest) == pytest.approx(1.0, abs=0.05)
+    assert calibration.context_factor(largest) == pytest.approx(1.2, abs=0.03)
+
+
 def test_attention_of_short_chunks_does_not_calibrate_that_of_long_ones() -> None:
     curve = fit_attention(*zip(*ATTENTION_POINTS, strict=True), [pair_seconds(c, p) for c, p in ATTENTION_POINTS])
-
-    def compute_s(tokens: Floats) -> Floats:
-        return 1e-6 * tokens
-
-    def layer(chunk: int, context: int) -> Measurement:
-        share = 0.5 if chunk == 256 else 1.0  # alone, its attention looks twice as slow as it is
-        us = 1e6 * (1e-6 * chunk + share * pair_seconds(chunk, context))
-        return Measurement(
-            op="layer", dtype="float32", shape={"chunk": chunk, "context": context}, group_size=1, busy_ranks=2,
-            variant="", num_samples=20, median_us=us, p10_us=us, p90_us=us, min_us=us, std_us=0.0, noisy=False,
-            measured_at=datetime.now(UTC), code_version="test",
-        )  # fmt: skip
-
-    layers = [layer(chunk, context) for chunk in (256, 2048) for context in (0, 4096, 16384)]
-    calibration = fit_calibration(compute_s, curve, layers, ranks=1)
+    layers = [
+        # Alone, the attention of the shorter looks twice as slow as it is.
+        layer_row(chunk, context, attention_s=(0.5 if chunk == 256 else 1.0) * pair_seconds(chunk, context))
+        for chunk in (256, 2048)
+        for context in (0, 4096, 16384)
+    ]
+    calibration = fit_calibration(microsecond_a_token, curve, layers, ranks=1)
     assert calibration.context_factor(np.array([256.0, 2048.0])) == pytest.approx([0.5, 1.0], abs=0.02)
     assert calibration.tokens_factor(np.array([256.0, 2048.0])) == pytest.approx([1.0, 1.0], abs=0.02)
+
+
+def test_tables_hold_the_step_where_a_token_more_starts_another_tile() -> None:
+    grid = table_grid().tolist()
+    assert {512, 513, 576, 640, 641, 4096} <= set(grid) and grid == sorted(set(grid))
 
 
 def test_the_fastest_attention_kernel_counts() -> None:
