@@ -212,9 +212,10 @@ class Grid:
     def _collectives(self, group_size: int) -> Iterator[Point]:
         """Messages of hidden states; `bytes` counts the whole one, before it is scattered or after it is gathered."""
         row_bytes = self._bytes(self.shape.hidden_size)
+        finest = 3 if self.device_type == "cuda" else 2
         for tokens, level in self.chunk_levels.items():
             for op in COLLECTIVES:
-                if (op is Op.SEND_RECV and group_size != 2) or level > (2 if op in _OFTEN else 1):
+                if (op is Op.SEND_RECV and group_size != 2) or level > (finest if op in _OFTEN else 1):
                     continue
                 message = round_up(tokens * row_bytes, group_size * self._bytes(1))
                 yield Point(
