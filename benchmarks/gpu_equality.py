@@ -39,7 +39,7 @@ from tuner.plan import Chunk, Parallel, Request, Round
 LENGTHS = (1500, 700, 1100, 333)
 CHUNK = 400
 NEW_TOKENS = 8
-# On a card the library takes other kernels for other numbers of rows only where products are large enough.
+# With SMALL a card's library took the same kernels for a chunk's rows as for a whole prompt's.
 SIZES = {
     "cuda": DemoSize(hidden_size=2048, intermediate_size=8192, num_layers=4, num_heads=16, num_kv_heads=4),
     "cpu": SMALL,

@@ -18,7 +18,7 @@ import torch
 
 from db.engine import open_database
 from db.measurements import load_measurements
-from profiler.attention import available_kernels
+from profiler.attention import available_kernels, worth_measuring
 from profiler.device import describe_hardware
 from profiler.grid import Grid, head_sizes, projections
 from profiler.model import load_model_shape
@@ -80,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     dtype = "bfloat16" if options.device == "cuda" else "float32"
     shape = load_model_shape(options.model)
-    kernels = tuple(available_kernels(torch.device(options.device), getattr(torch, dtype)))
+    kernels = tuple(worth_measuring(available_kernels(torch.device(options.device), getattr(torch, dtype))))
     grid = Grid(
         shape=shape, dtype=dtype, tp_sizes=(1, 2), world_size=2, context_length=options.context_length,
         device_type=options.device, kernels=kernels,

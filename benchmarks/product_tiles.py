@@ -2,7 +2,8 @@
 
     python -m benchmarks.product_tiles [--model NAME] [--tp-size N] [--most-rows M]
 
-The names of the kernels tell their tiles: nvjet_sm90_tst_192x128_... computes 192 x 128 outputs a block.
+The names of the kernels tell their tiles: nvjet_sm90_tst_192x128_... computes 192 x 128 outputs a block. Of a product
+in several kernels the longest is shown; the least of three times, on a card that rested, weights perhaps in the cache.
 """
 
 from __future__ import annotations

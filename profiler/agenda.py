@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from db.measurements import Measurement, MeasurementKey
 from profiler.attention import AttentionKernel
-from profiler.kernel_choice import Contests, KernelChoice, KernelTime, kernel_times
+from profiler.kernel_choice import FAR, Contests, KernelChoice, KernelTime, kernel_times
 from profiler.point import Op, Point
 
 # By the nearest coarse point, where all kernels are measured: the usual kernel is not followed further when it is so
 # much slower than the best, another one only when it is so much faster than the usual.
 _HOPELESS, _PROMISING = 1.15, 0.97
-_FAR = 4  # times as many tokens, or as few: there a coarse point decides nothing
 
 
 class Agenda:
@@ -45,7 +44,7 @@ class Agenda:
         contests = Contests(_times(coarse, point.shape, point.busy_ranks))
         chunk = point.shape["chunk"]
         nearest = contests.nearest(chunk, point.shape["context"])
-        if nearest is None or not chunk / _FAR <= nearest[0] <= chunk * _FAR:
+        if nearest is None or not chunk / FAR <= nearest[0] <= chunk * FAR:
             return False
         times = contests.at[nearest]
         if kernel is self.usual_kernel or kernel not in times:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 import torch
@@ -42,10 +43,18 @@ def available_kernels(device: torch.device, dtype: torch.dtype) -> list[Attentio
         absent = {AttentionKernel.CPU_FOLDED, AttentionKernel.CPU_FLASH}
         if dtype not in (torch.bfloat16, torch.float16):
             absent |= {AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH}
-        else:  # the same engine, in one call or in two and a merge
-            one_call = cudnn_graph.is_installed()
-            absent.add(AttentionKernel.CUDNN if one_call else AttentionKernel.CUDNN_GRAPH)
+        elif not cudnn_graph.is_installed():
+            absent.add(AttentionKernel.CUDNN_GRAPH)
     return [kernel for kernel in PREFERENCE if kernel not in absent]
+
+
+def worth_measuring(kernels: Sequence[AttentionKernel]) -> list[AttentionKernel]:
+    """Without two calls of an engine and their merge where one call does the same."""
+    return [
+        kernel
+        for kernel in kernels
+        if kernel is not AttentionKernel.CUDNN or AttentionKernel.CUDNN_GRAPH not in kernels
+    ]
 
 
 def attend(kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

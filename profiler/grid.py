@@ -16,7 +16,7 @@ LAST_LEVEL = 4
 TILE_TOKENS = 128
 _WAVE_STEP, _WAVES_END = 256, 4096
 _LAYERS_FROM = 256
-_KNEE = 192  # rows of a product at about which arithmetic begins to take longer than reading the weights
+_KNEE = 192  # where products bend between their cost of reading weights, flat in the rows, and that of arithmetic
 _FINE_END, _FINE_STEP, _MIDDLE_END, _MIDDLE_STEP = 2048, 128, 8192, 512
 # What today's plans use of the collectives is measured more finely than the others.
 _OFTEN = (Op.ALL_REDUCE, Op.SEND_RECV)
@@ -70,7 +70,7 @@ class Grid:
 
     @property
     def layer_levels(self) -> dict[int, int]:
-        """Chunks of whole layers with the level at which each is wanted: on a card all that plans are made of."""
+        """Chunks of whole layers with the level at which each is wanted: on a card all powers of two that plans use."""
         fine = _LAYERS_FROM if self.device_type == "cuda" else self.context_length
         return {
             size: min(level, 2)

@@ -34,13 +34,14 @@ class KernelTime:
 
 # Of the usual kernel's time: what another one must stay below. Noise is a few percent.
 CLEARLY_FASTER = 0.93
+FAR = 4  # times as many tokens, or as few: what was measured there says little
 
 
 class KernelChoice:
     """Callable (chunk tokens, context) -> kernel. Without measurements it is always `default`, the usual one.
 
-    Kernels work in tiles of rows, so that a chunk is like the next larger one that was measured after several contexts.
-    Kernels that were not, there, had no chance.
+    Kernels work in tiles of rows, so that a chunk is like the next larger one that was measured after several contexts,
+    unless that is far and a smaller one nearer. Kernels that were not measured there had no chance.
     """
 
     def __init__(self, times: Iterable[KernelTime], *, default: AttentionKernel) -> None:
@@ -62,9 +63,11 @@ class KernelChoice:
     def expected_us(self, chunk: int, context: int) -> dict[AttentionKernel, float]:
         """What the kernels with a chance should take, in proportion to the context; {} without measurements."""
         here = {kernel: by[context] for kernel, by in self.times.get(chunk, {}).items() if context in by}
-        if len(here) > 1 or not self.times:
+        if here or not self.times:
             return here
         nearest = min((at for at in self.known if at >= chunk), default=max(self.known))
+        if nearest > FAR * chunk:
+            nearest = min(self.known, key=lambda at: abs(math.log(at / chunk)))
         return {kernel: _at_context(by_context, context) for kernel, by_context in self.known[nearest].items()}
 
 
@@ -97,7 +100,7 @@ def _at_context(us: Mapping[int, float], context: int) -> float:
     contexts = sorted(us)
     if len(contexts) > 1 and context > contexts[-1]:
         before, last = contexts[-2:]
-        return us[last] + (us[last] - us[before]) / (last - before) * (context - last)
+        return us[last] + max(us[last] - us[before], 0.0) / (last - before) * (context - last)
     return float(np.interp(context, contexts, [us[at] for at in contexts]))
 
 

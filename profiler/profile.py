@@ -13,7 +13,7 @@ from db.hardware import Hardware, list_hardware
 from db.measurements import Measurement, load_measurements, save_measurements
 from db.provenance import now
 from profiler.agenda import Agenda
-from profiler.attention import available_kernels
+from profiler.attention import available_kernels, worth_measuring
 from profiler.device import (
     check_device_type,
     check_dtype,
@@ -122,7 +122,7 @@ def make_grid(options: ProfileOptions) -> Grid:
         world_size=world_size,
         context_length=_context_length(options.context_length, shape, device_type),
         device_type=device_type,
-        kernels=tuple(available_kernels(torch.device(device_type), getattr(torch, dtype))),
+        kernels=tuple(worth_measuring(available_kernels(torch.device(device_type), getattr(torch, dtype)))),
     )
 
 

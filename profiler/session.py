@@ -83,7 +83,8 @@ def expected_seconds(point: Point, device_type: str, num_threads: int) -> float:
         sampling = plan_own_load(call_s)
     else:
         sampling = plan_sampling(call_s, device_type=device_type, budget_s=POINT_S[device_type])
-    return _POINT_OVERHEAD_S[device_type] + sampling.settle_s + (sampling.num_calls + 2) * call_s
+    settle_s = max(sampling.settle_s, call_s) if sampling.settle_s else 0.0
+    return _POINT_OVERHEAD_S[device_type] + settle_s + (sampling.num_calls + 2) * call_s
 
 
 class RankSession:
@@ -206,7 +207,7 @@ class RankSession:
         """Sample on all busy ranks at once -> each rank's samples, those of `before` included, and the point's timing.
 
         The rank with the largest median counts: a pipeline runs at the pace of its slowest stage, and the mean over
-        ranks would promise too much.
+        ranks would promise too much. Of ranks in step it is the slowest group that counts.
         """
         device_type = self.device.type
         if prepared.own_load:
@@ -222,7 +223,7 @@ class RankSession:
         gathered = torch.stack([torch.empty_like(table) for _ in range(point.busy_ranks)])  # [ranks, 2, samples]
         dist.all_gather(list(gathered.unbind()), table, group=self.control[point.busy_ranks])
         if prepared.in_step:
-            gathered[:, 0] = gathered[:, 0].amin(dim=0)
+            gathered[:, 0] = of_the_last(gathered[:, 0], point.group_size)
         if prepared.waits:  # for ranks that were disturbed
             gathered[:, 1] = gathered[:, 1].amax(dim=0)
         samples = tuple(Samples(us.tolist(), disturbed.bool().tolist()) for us, disturbed in gathered)
@@ -241,6 +242,12 @@ class RankSession:
         figure = torch.tensor([seconds], dtype=torch.float64)
         dist.all_reduce(figure, dist.ReduceOp.MAX, group=self.control[point.busy_ranks])
         return float(figure.item())
+
+
+def of_the_last(us: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Samples [ranks, n] of work that groups of ranks leave in step: of each group the least, which waited for none."""
+    by_group = us.view(-1, group_size, us.shape[1])
+    return by_group.amin(dim=1, keepdim=True).expand_as(by_group).reshape_as(us)
 
 
 class Leader:

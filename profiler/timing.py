@@ -147,13 +147,13 @@ def plan_sampling(
 
 
 def plan_own_load(call_s: float) -> Sampling:
-    """Sample a call on a card under its own load for OWN_LOAD_S, or three times."""
+    """Sample a call on a card under its own load for OWN_LOAD_S, or three times, or once if that takes so long."""
     call_s = max(call_s, 1e-7)
     inner_repeats = max(1, math.ceil(OWN_LOAD_S / MAX_SAMPLES / call_s))
     sample_s = inner_repeats * call_s
     return Sampling(
         warmup_calls=1,
-        num_samples=max(MIN_SAMPLES, min(MAX_SAMPLES, int(OWN_LOAD_S / sample_s))),
+        num_samples=1 if call_s > OWN_LOAD_S else max(MIN_SAMPLES, min(MAX_SAMPLES, int(OWN_LOAD_S / sample_s))),
         inner_repeats=inner_repeats,
         sample_s=sample_s,
         recorded=call_s < RECORDED_CALL_S,
@@ -182,8 +182,7 @@ def take_samples(
     gc.disable()
     try:
         if device.type == "cuda":
-            alone = sampling.settle_s > 0 or (prepared.waits and not prepared.in_step)
-            us = _sample_cuda(prepared, sampling, device, None if alone else load)
+            us = _sample_cuda(prepared, sampling, device, None if prepared.waits and not prepared.in_step else load)
             return Samples([each / prepared.num_units for each in us], [False] * len(us))
         # With several threads the first may well wait for the others.
         may_wait = prepared.waits or torch.get_num_threads() > 1

@@ -56,10 +56,10 @@ IN_PROPORTION = Waves(num_heads=1, num_multiprocessors=None)
 class AttentionCurve:
     """t(c, p) = base(c) + slope(c) * p, the slope in waves.
 
-    For a given chunk a kernel's time is linear in the context. Between the measured chunks of a kernel base and slope
-    follow a power of the chunk (linear interpolation of logarithms): the square of large chunks and the constant of
-    small ones are both such powers. Beyond the largest, base grows with the square and slope in proportion; below the
-    smallest both stay.
+    For a given chunk a kernel's time is linear in the context. Between the measured chunks, for the slope those of one
+    kernel, both follow a power of the chunk (linear interpolation of logarithms): the square of large chunks and the
+    constant of small ones are both such powers. Beyond the largest, base grows with the square and slope in proportion;
+    below the smallest both stay.
     """
 
     chunks: Floats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from db.measurements import Measurement
 from profiler.attention import AttentionKernel
@@ -20,15 +21,15 @@ class AttentionRows:
         self.work = work
         choose, longest = kernel_choice(rows), max(row.shape["context"] for row in rows)
         self.kernel_of = {chunk: choose(chunk, longest) for chunk in {row.shape["chunk"] for row in rows}}
-        others = [chunk for chunk, kernel in self.kernel_of.items() if kernel not in IN_WAVES]
-        any_in_waves = len(others) < len(self.kernel_of)
+        any_in_waves = any(kernel in IN_WAVES for kernel in self.kernel_of.values())
+        others = list(takewhile(lambda chunk: self.kernel_of[chunk] not in IN_WAVES, sorted(self.kernel_of)))
         self.waves = Waves(
             num_heads=work.attention_sizes["heads"],
             num_multiprocessors=work.num_multiprocessors if any_in_waves else None,
             split_up_to=max(others, default=0),
         )
-        # A single row packs the heads of a group into one block: no measure for chunks of several.
-        fewest = 2 if self.waves.num_multiprocessors and len(self.kernel_of) > 1 else 1
+        # The kernel that splits the context packs the heads of a group around a single row: no measure for several.
+        fewest = 2 if any_in_waves and len(others) > 1 else 1
         self.chosen = [row for row in chosen_kernels(rows) if row.shape["chunk"] >= fewest]
 
     def fit(self, rows: Sequence[Measurement]) -> AttentionCurve:

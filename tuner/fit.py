@@ -9,7 +9,7 @@ import numpy as np
 
 from db.errors import UserError
 from db.measurements import Measurement
-from tuner.attention_fit import TILE_ROWS, AttentionCurve
+from tuner.attention_fit import SPLIT_ROWS, TILE_ROWS, AttentionCurve
 from tuner.attention_rows import AttentionRows
 from tuner.calibration import Calibration, fit_calibration
 from tuner.correction import Correction
@@ -156,7 +156,7 @@ def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Token counts at which the planner's tables hold a value, up to a million."""
     steps = range(DENSE_STEP, DENSE_END + 1, DENSE_STEP)
     # One token more than fills its tiles starts another one.
-    dense = np.array(sorted({1, 8, 16, 32, *steps, *(step + 1 for step in steps if step % TILE_ROWS == 0)}))
+    dense = np.array(sorted({1, 8, 16, 32, *steps, *(step + 1 for step in steps if step % SPLIT_ROWS == 0)}))
     middle = np.arange(DENSE_END + MIDDLE_STEP, MIDDLE_END + 1, MIDDLE_STEP)
     num_sparse = int(np.ceil(np.log(TABLE_END / MIDDLE_END) / np.log(SPARSE_RATIO)))
     sparse = np.geomspace(MIDDLE_END, TABLE_END, num_sparse + 1)[1:].round().astype(np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from db.measurements import Measurement
 from profiler.attention import PREFERENCE, AttentionKernel
@@ -12,9 +13,15 @@ from profiler.kernel_choice import KernelChoice, KernelTime
 def kernel_choice(rows: Iterable[Measurement], kernels: Sequence[AttentionKernel] = PREFERENCE) -> KernelChoice:
     """The choice that attention rows of one rank's heads lead to, among `kernels`, the usual one first.
 
+    Where one call of an engine was measured and only two are at hand, these stand in for it.
     Raises `ValueError` for no kernels at all.
     """
-    found = [row for row in _bounded(rows) if AttentionKernel(row.variant) in kernels]
+    rows = list(rows)
+    usable = [row for row in rows if AttentionKernel(row.variant) in kernels]
+    one_call, two_calls = AttentionKernel.CUDNN_GRAPH, AttentionKernel.CUDNN
+    if one_call not in kernels and two_calls in kernels and all(row.variant != two_calls for row in usable):
+        usable += [replace(row, variant=two_calls.value) for row in rows if row.variant == one_call]
+    found = _bounded(usable)
     measured = {AttentionKernel(row.variant) for row in found}
     return KernelChoice(map(KernelTime.of, found), default=min(measured or kernels, key=list(kernels).index))
 

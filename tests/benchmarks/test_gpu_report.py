@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -21,17 +22,20 @@ from benchmarks.gpu_report import (
 from db.engine import Database
 from db.hardware import Hardware, list_hardware
 from db.measurements import load_measurements
+from profiler.attention import AttentionKernel
+from profiler.kernel_choice import CLEARLY_FASTER
 from profiler.model import load_model_shape
 from tuner.fit import fit_layer_costs
+from tuner.kernels import kernel_choice
 from tuner.layout import enumerate_layouts
 from tuner.plan import Request
-from tuner.rows import RankWork
+from tuner.rows import RankWork, Rows
 from tuner.search import Rules, Target, search_layouts
 
 TAUGHT = 32768
 
 
-# Three links and two models with an older profile and model; the last, by those of today: two workloads, blind.
+# Three links and two models, told by an older model; the last, two workloads, by one that differs little from today's.
 OLDER, LATEST = KEPT[0], KEPT[-1]
 
 
@@ -92,6 +96,25 @@ def test_plans_are_predicted_within_a_few_percent(judged: dict[str, list[Judged]
     assert sum(error > MOST_ERROR for error in corrected) <= 1
     held = sum(one.now.held(one.measured_s) for one in everything)
     assert 0.85 <= held / len(everything) < 1.0  # stated for nine in ten
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_the_runtime_takes_kernels_where_they_were_measured(path: Path, tp_size: int) -> None:
+    """And none that took much longer than another at the same point."""
+    with opened(path) as kept:
+        card = next(stored.hardware for stored in list_hardware(kept) if stored.hardware.link == "nvlink")
+        rows = Rows(load_measurements(kept, card, op="attention"))
+    work = RankWork.on(card, shape=load_model_shape("llama-3-8b"), dtype="bfloat16", tp_size=tp_size)
+    found = rows.select("attention", work.attention_sizes, busy_ranks=2, variant=None)
+    choose = kernel_choice(found)
+    points: dict[tuple[int, int], dict[str, float]] = {}
+    for row in found:
+        if row.variant != AttentionKernel.CUDNN:  # two calls of the engine that one does
+            points.setdefault((row.shape["chunk"], row.shape["context"]), {})[row.variant] = row.median_us
+    assert len(points) > 20
+    for at, times in points.items():
+        assert times[choose(*at).value] <= min(times.values()) / CLEARLY_FASTER, at
 
 
 def test_runs_correct_what_the_profile_alone_misses(judged: dict[str, list[Judged]]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from profiler.attention import PREFERENCE, AttentionKernel, available_kernels
+from profiler.attention import PREFERENCE, AttentionKernel, available_kernels, worth_measuring
 from profiler.kernel_choice import CLEARLY_FASTER, KernelChoice, KernelTime
 
 USUAL, OTHER = AttentionKernel.CUDNN_GRAPH, AttentionKernel.SDPA
@@ -66,3 +66,27 @@ def test_the_kernels_of_a_device_come_in_order_of_preference(dtype: torch.dtype)
     assert (AttentionKernel.CPU_FOLDED in on_cpu) is (dtype == torch.float32)
     on_card = available_kernels(torch.device("cuda", 0), dtype)
     assert AttentionKernel.SDPA in on_card and not {k for k in on_card if k.value.startswith("cpu")}
+
+
+def test_two_calls_of_an_engine_are_not_measured_beside_one_but_stay_at_hand() -> None:
+    one_call, two_calls, other = AttentionKernel.CUDNN_GRAPH, AttentionKernel.CUDNN, AttentionKernel.SDPA
+    assert worth_measuring([one_call, two_calls, other]) == [one_call, other]
+    assert worth_measuring([two_calls, other]) == [two_calls, other]
+
+
+def test_far_above_what_was_measured_the_nearer_chunk_decides() -> None:
+    choose = choice(
+        *((OTHER, 16, context, us) for context, us in ((0, 10.0), (100000, 300.0))),
+        *((USUAL, 16, context, us) for context, us in ((0, 10.0), (100000, 900.0))),
+        *((OTHER, 2048, context, us) for context, us in ((0, 100.0), (100000, 14000.0))),
+        *((USUAL, 2048, context, us) for context, us in ((0, 100.0), (100000, 7000.0))),
+    )
+    assert choose(64, 50000) is OTHER and choose(600, 50000) is USUAL and choose(5000, 50000) is USUAL
+
+
+def test_noise_does_not_make_a_long_context_cheap() -> None:
+    choose = choice(
+        *((OTHER, 64, context, us) for context, us in ((100, 500.0), (200, 490.0))),
+        *((USUAL, 64, context, us) for context, us in ((100, 300.0), (200, 310.0))),
+    )
+    assert choose.expected_us(64, 20000)[OTHER] == 490.0 and choose.expected_us(64, 20000)[USUAL] > 2000.0

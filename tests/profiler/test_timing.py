@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from profiler.point import Op, Point
 from profiler.probe import CoreProbe
+from profiler.session import expected_seconds, of_the_last
 from profiler.timing import (
     MAX_SAMPLES,
     MIN_SAMPLES,
@@ -64,6 +66,19 @@ def test_cheap_calls_get_more_samples_than_dear_ones_within_their_time(call_s: f
         assert sampling.num_samples * sample_s <= 0.4 or sampling.num_samples == MIN_SAMPLES
     else:
         assert sampling.num_samples * sample_s <= 0.8 or sampling.num_samples == 1
+
+
+def test_of_ranks_in_step_the_one_that_waited_for_none_counts_in_each_group() -> None:
+    us = torch.tensor([[10.0, 30.0], [20.0, 21.0], [50.0, 40.0], [45.0, 60.0]])
+    assert of_the_last(us, 2).tolist() == [[10.0, 21.0], [10.0, 21.0], [45.0, 40.0], [45.0, 40.0]]
+    assert of_the_last(us, 4).tolist() == [[10.0, 21.0]] * 4
+
+
+def test_a_layer_on_a_card_is_expected_to_take_its_settling_too() -> None:
+    layer, product = (Point(op=op, dtype="bfloat16", shape={}, flops=3e11) for op in (Op.LAYER, Op.MATMUL))
+    more_s = expected_seconds(layer, "cuda", 1) - expected_seconds(product, "cuda", 1)
+    assert more_s > plan_own_load(1e-3).settle_s
+    assert expected_seconds(layer, "cpu", 1) == expected_seconds(product, "cpu", 1)
 
 
 @pytest.mark.parametrize("call_s", [1e-5, 3e-4, 5e-3, 0.1, 0.5])

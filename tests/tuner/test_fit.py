@@ -210,7 +210,7 @@ def test_attention_of_short_chunks_does_not_calibrate_that_of_long_ones() -> Non
 
 def test_tables_hold_the_step_where_a_token_more_starts_another_tile() -> None:
     grid = table_grid().tolist()
-    assert {512, 513, 576, 640, 641, 4096} <= set(grid) and grid == sorted(set(grid))
+    assert {64, 65, 512, 513, 576, 640, 641, 4096} <= set(grid) and grid == sorted(set(grid))
 
 
 def test_the_fastest_attention_kernel_counts() -> None:
@@ -302,3 +302,19 @@ def test_the_fit_and_the_runtime_take_the_same_kernels() -> None:
     assert [one.variant for one in chosen_kernels(cards)] == ["sdpa"]
     assert kernel_choice([], [AttentionKernel.SDPA])(64, 0) is AttentionKernel.SDPA
     assert chosen_kernels([]) == []
+
+
+def test_two_calls_of_an_engine_stand_in_for_one_that_is_not_at_hand() -> None:
+    one_call, two_calls, other = AttentionKernel.CUDNN_GRAPH, AttentionKernel.CUDNN, AttentionKernel.SDPA
+
+    def rows(*kernels: AttentionKernel) -> list[Measurement]:
+        return [
+            replace(layer_row(64, 0, attention_s=us * 1e-6), op="attention", variant=kernel.value)
+            for kernel, us in zip(kernels, (10.0, 10.5, 30.0), strict=True)
+        ]
+
+    both = rows(one_call, two_calls, other)
+    assert kernel_choice(both)(64, 0) is one_call
+    assert kernel_choice(both, [two_calls, other])(64, 0) is two_calls
+    assert kernel_choice([both[0], both[2]], [two_calls, other])(64, 0) is two_calls
+    assert kernel_choice(both[1:], [one_call, two_calls, other])(64, 0) is two_calls
