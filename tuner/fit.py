@@ -18,7 +18,8 @@ from tuner.curve import Curve, Floats, fit_curve, fit_line, without_spikes
 from tuner.rows import RankWork, Rows, expected_s
 
 # Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
-DENSE_STEP, DENSE_END, MIDDLE_STEP, MIDDLE_END, SPARSE_RATIO, TABLE_END = 64, 4096, TILE_ROWS, 16384, 1.05, 1 << 20
+DENSE_STEP, DENSE_END, MIDDLE_STEP, MIDDLE_END = SPLIT_ROWS, 4096, TILE_ROWS, 16384
+SPARSE_RATIO, TABLE_END = 1.05, 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +157,7 @@ def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Token counts at which the planner's tables hold a value, up to a million."""
     steps = range(DENSE_STEP, DENSE_END + 1, DENSE_STEP)
     # One token more than fills its tiles starts another one.
-    dense = np.array(sorted({1, 8, 16, 32, *steps, *(step + 1 for step in steps if step % SPLIT_ROWS == 0)}))
+    dense = np.array(sorted({1, 8, 16, 32, *steps, *(step + 1 for step in steps)}))
     middle = np.arange(DENSE_END + MIDDLE_STEP, MIDDLE_END + 1, MIDDLE_STEP)
     num_sparse = int(np.ceil(np.log(TABLE_END / MIDDLE_END) / np.log(SPARSE_RATIO)))
     sparse = np.geomspace(MIDDLE_END, TABLE_END, num_sparse + 1)[1:].round().astype(np.int64)
