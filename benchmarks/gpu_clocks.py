@@ -15,7 +15,7 @@ import torch
 from profiler.attention import available_kernels
 from profiler.device import cache_bytes, free_bytes
 from profiler.grid import layer_sizes
-from profiler.load import Load
+from profiler.load import Load, keep_busy
 from profiler.model import load_model_shape
 from profiler.operators import Operators
 from profiler.point import Op, Point
@@ -46,7 +46,7 @@ def main() -> None:
     call_seconds(run, device)
     load = Load(run, call_seconds(run, device), device)
     time.sleep(options.rest_s)
-    events = load.repeat(UNTIL_S[-1])
+    events = keep_busy(load.run, UNTIL_S[-1], device)
     ends_s = [events[0].elapsed_time(event) * 1e-3 for event in events]
     rows: list[list[object]] = []
     for first_s, last_s in pairwise((0.0, *UNTIL_S)):

@@ -1,6 +1,6 @@
 """Tokens and logits on cards against Transformers: one card, PP2 and TP2, on a checkpoint written on the spot.
 
-    python -m benchmarks.gpu_equality [--device cpu]
+    python -m benchmarks.gpu_equality [--device cpu] [--small]
 
 In float32 the tokens must equal those of `generate`. In bfloat16 random weights flip near ties, so logits are compared:
 the teacher-forced logits at the end of each prompt against Transformers' full forward, beside the difference that
@@ -167,12 +167,14 @@ def main() -> None:
     """Run all layouts and print what equals what."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    device_type = parser.parse_args().device
+    parser.add_argument("--small", action="store_true", help="take the model for a CPU")
+    options = parser.parse_args()
+    device_type = options.device
     device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
     rows: list[list[object]] = []
     with TemporaryDirectory() as name:
         folder = Path(name) / "model"
-        write_demo_model(folder, SIZES[device_type])
+        write_demo_model(folder, SIZES["cpu" if options.small else device_type])
         for layouts in (["one"], ["PP2", "TP2"]):
             exact = [
                 replace(make_job(folder, LAYOUTS[one], "float32", device), max_new_tokens=NEW_TOKENS) for one in layouts

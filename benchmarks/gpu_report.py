@@ -25,15 +25,14 @@ import numpy as np
 
 from db.engine import Database, open_database
 from db.hardware import Hardware, list_hardware
-from db.measurements import Measurement, load_measurements
+from db.measurements import load_measurements
 from db.plans import get_plan_row
 from db.runs import RunStatus, StoredRun, list_runs
 from profiler.model import ModelShape
 from service.output import print_table
-from tuner.attention_rows import AttentionRows
 from tuner.correction import fit_correction, load_measured_rounds
 from tuner.fit import LayerCosts, fit_layer_costs
-from tuner.holdout import HeldOutError, held_out_errors, leave_out
+from tuner.holdout import HeldOutError, LeftOut, held_out_errors, leave_out
 from tuner.plan import Plan
 from tuner.rows import RankWork, Rows, expected_s
 from tuner.schedule import evaluate
@@ -263,9 +262,10 @@ def print_held_out(database: Database, hardware: Hardware) -> None:
                 errors = [point.error for point in tested.points]
                 table.append([of, tested.op, len(errors), *_quantiles(errors)])
                 everything += errors
-            if errors := left_out_chunks(rows, work):
-                name = f"attention, {LONG_CHUNK}+ tokens after a context"
-                table.append([of, name, len(errors), *_quantiles(errors)])
+                if tested.op == "attention":
+                    errors = [point.error for point in tested.points if is_long(point)]
+                    name = f"attention, {LONG_CHUNK}+ tokens after a context"
+                    table.append([of, name, len(errors), *_quantiles(errors)])
         table.append([shape.name, "all", len(everything), *_quantiles(everything)])
     print_table(["of", "kernel", "tests", "median error %", "p90 %", "worst %"], table, title="Held-out kernels")
 
@@ -275,24 +275,29 @@ def _quantiles(errors: Sequence[float]) -> list[float | None]:
     return [100 * float(np.quantile(np.abs(errors), share)) if errors else None for share in (0.5, 0.9, 1.0)]
 
 
-def left_out_chunks(rows: Sequence[Measurement], work: RankWork) -> list[float]:
-    """Errors of attention after a context, each chunk of LONG_CHUNK tokens and more left out with all its points."""
-    found = Rows(rows).select("attention", work.attention_sizes, busy_ranks=2, variant=None)
-    if not found:
-        return []
-    attention = AttentionRows(found, work)
-    chunks = sorted({row.shape["chunk"] for row in attention.chosen})
-    errors = []
-    for chunk in chunks[1:-1]:
-        mine = [row for row in attention.chosen if row.shape["chunk"] == chunk]
-        after = [row for row in mine if row.shape["context"]]
-        if chunk < LONG_CHUNK or not after:
-            continue
-        curve = attention.fit([row for row in attention.chosen if row not in mine])
-        errors += [
-            float(curve(chunk, row.shape["context"])) / expected_s(row, ranks=work.tp_size) - 1.0 for row in after
-        ]
-    return errors
+def is_long(tested: LeftOut) -> bool:
+    """Whether the point is attention of a chunk that plans are made of, after a context."""
+    return tested.row.shape["chunk"] >= LONG_CHUNK and tested.row.shape["context"] > 0
+
+
+def print_layers(database: Database, hardware: Hardware) -> None:
+    """How long whole layers took beside the sum of their parts, which are sampled under a usual load."""
+    table: list[list[object]] = []
+    rows = load_measurements(database, hardware)
+    for shape in {shape.fingerprint: shape for _, _, shape in runs_of(database, hardware)}.values():
+        for tp_size in (1, 2):
+            work = RankWork.on(hardware, shape=shape, dtype="bfloat16", tp_size=tp_size)
+            costs = fit_layer_costs(rows, work, busy_ranks=2)
+            layers = Rows(rows).select("layer", work.layer_sizes, busy_ranks=2)
+            for row in sorted(layers, key=lambda row: (row.shape["chunk"], row.shape["context"])):
+                chunk, context = np.array([row.shape["chunk"]]), np.array([row.shape["context"]])
+                parts_s = float((costs.compute_s(chunk) + costs.attention(chunk, context))[0])
+                whole_s = expected_s(row, ranks=tp_size)
+                table.append([
+                    f"{shape.name}, TP{tp_size}", int(chunk[0]), int(context[0]), 1e6 * whole_s, 1e6 * parts_s,
+                    whole_s / parts_s,
+                ])  # fmt: skip
+    print_table(["of", "chunk", "context", "layer us", "parts us", "ratio"], table, title="Layers and their parts")
 
 
 def print_regret(judged: Sequence[Judged]) -> None:
@@ -332,6 +337,7 @@ def main() -> None:
                 print_regret(judged)
                 if hardware.link == "nvlink":  # the kernels are the same over any link
                     print_held_out(database, hardware)
+                    print_layers(database, hardware)
                 everything += judged
         print_summary(everything, path.name)
 

@@ -43,12 +43,8 @@ class Load:
     def _listen(self) -> float:
         """Median time once the card has settled under uninterrupted load."""
         for seconds in (SETTLE_S, _LISTEN_S):
-            events = self.repeat(seconds)
+            events = keep_busy(self.run, seconds, self.device)
         return float(median(before.elapsed_time(after) for before, after in pairwise(events))) * 1e3
-
-    def repeat(self, seconds: float) -> list[torch.cuda.Event]:
-        """Repeat for so long -> events between the repetitions."""
-        return keep_busy(self.run, seconds, self.device)
 
 
 def keep_busy(run: Callable[[], object], seconds: float, device: torch.device) -> list[torch.cuda.Event]:

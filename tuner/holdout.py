@@ -42,6 +42,7 @@ class HeldOutError:
 class LeftOut:
     """A point that was left out: how far off the fit was there, and the point's part of a layer's time."""
 
+    row: Measurement
     error: float
     share: float
 
@@ -116,7 +117,7 @@ def _curve_errors(
             continue
         curve = fit_rows([row for row in ordered if row is not left_out], at, ranks=ranks)
         error = float(curve(left_out.shape[at])) / expected_s(left_out, ranks=ranks) - 1.0
-        found.append(LeftOut(error=error, share=share_of(left_out, at)))
+        found.append(LeftOut(row=left_out, error=error, share=share_of(left_out, at)))
     return found
 
 
@@ -147,18 +148,20 @@ def _leave_attention_out(attention: AttentionRows, compute_s: Seconds) -> LeftOu
         for row in left_out:
             if not row.noisy:
                 predicted_s = float(curve(row.shape["chunk"], row.shape["context"]))
-                found.append(LeftOut(error=predicted_s / expected_s(row, ranks=ranks) - 1.0, share=share_of(row)))
+                error = predicted_s / expected_s(row, ranks=ranks) - 1.0
+                found.append(LeftOut(row=row, error=error, share=share_of(row)))
     return LeftOutPoints(op="attention", points=found, shares=[share_of(row) for row in attention.chosen])
 
 
 def _summary(tested: LeftOutPoints) -> HeldOutError:
-    points = tested.points or [LeftOut(error=UNTESTED, share=share) for share in tested.shares]
-    size = np.abs([point.error for point in points])
+    size, shares = np.abs([point.error for point in tested.points]), [point.share for point in tested.points]
+    if not tested.points:
+        size, shares = np.full(len(tested.shares), UNTESTED), tested.shares
     return HeldOutError(
         op=tested.op,
         num_points=len(tested.points),
         median=float(np.median(size)),
         p90=float(np.quantile(size, 0.9)),
         worst=float(size.max()),
-        of_layer=float(np.median(size * [point.share for point in points])),
+        of_layer=float(np.median(size * shares)),
     )
