@@ -283,6 +283,7 @@ def is_long(tested: LeftOut) -> bool:
 def print_layers(database: Database, hardware: Hardware) -> None:
     """How long whole layers took beside the sum of their parts, which are sampled under a usual load."""
     table: list[list[object]] = []
+    paces: list[list[object]] = []
     rows = load_measurements(database, hardware)
     for shape in {shape.fingerprint: shape for _, _, shape in runs_of(database, hardware)}.values():
         for tp_size in (1, 2):
@@ -297,7 +298,12 @@ def print_layers(database: Database, hardware: Hardware) -> None:
                     f"{shape.name}, TP{tp_size}", int(chunk[0]), int(context[0]), 1e6 * whole_s, 1e6 * parts_s,
                     whole_s / parts_s,
                 ])  # fmt: skip
+            if costs.pace.factors:
+                paces.append([f"{shape.name}, TP{tp_size}", *costs.pace.factors])
     print_table(["of", "chunk", "context", "layer us", "parts us", "ratio"], table, title="Layers and their parts")
+    if paces:
+        ranks = [f"rank {rank}" for rank in range(max(map(len, paces)) - 1)]
+        print_table(["of", *ranks], paces, title="Each rank's time of a layer over the slowest's")
 
 
 def print_regret(judged: Sequence[Judged]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import torch
@@ -22,7 +22,7 @@ from profiler.grid import Grid, group_sizes, head_sizes, layer_sizes
 from profiler.load import Load
 from profiler.operators import Operators, has_own_load
 from profiler.peer import PeerRing, has_peer_memory
-from profiler.point import COLLECTIVES, Op, Point
+from profiler.point import COLLECTIVES, RANK_LAYER, Op, Point
 from profiler.probe import CoreProbe
 from profiler.progress import ProfileProgress
 from profiler.ranks import RankContext
@@ -141,7 +141,7 @@ class RankSession:
         """Measure until the first rank says stop."""
         measured = 0
         while (index := self.agree_on_index(_STOP)) != _STOP:
-            measured += self.measure(self.job.points[index]) is not None
+            measured += bool(self.measure(self.job.points[index]))
         return measured
 
     def agree_on_index(self, index: int) -> int:
@@ -150,35 +150,25 @@ class RankSession:
         dist.broadcast(message, 0, group=self.control[self.context.world_size])
         return int(message.item())
 
-    def measure(self, point: Point) -> Measurement | None:
-        """Time a point together with the other ranks that are busy; None on a rank that is not."""
+    def measure(self, point: Point) -> list[Measurement]:
+        """Time a point together with the other ranks that are busy -> its row, and each rank's where cards differ.
+
+        Nothing on a rank that is not busy. All ranks have the same rows.
+        """
         if self.context.rank >= point.busy_ranks:
-            return None
+            return []
         prepared = self.prepare(point)
         call_s = self.call_seconds(prepared, point)
         samples, timing = self.sample(prepared, point, call_s)
         for _ in range(ATTEMPTS - 1):
             if timing.noisy and not prepared.waits:  # messages always vary
                 samples, timing = self.sample(prepared, point, call_s, samples)
-        row = Measurement(
-            op=point.op,
-            dtype=point.dtype,
-            shape=point.shape,
-            group_size=point.group_size,
-            busy_ranks=point.busy_ranks,
-            variant=point.variant,
-            num_samples=timing.num_samples,
-            median_us=timing.median_us,
-            p10_us=timing.p10_us,
-            p90_us=timing.p90_us,
-            min_us=timing.min_us,
-            std_us=timing.std_us,
-            noisy=timing.noisy,
-            measured_at=now(),
-            code_version=code_version(),
-        )
-        self.agenda.add(row)
-        return row
+        rows = [row_of(point, timing)]
+        if prepared.own_load and point.busy_ranks > 1:
+            rows += [rank_row(point, rank, summarize(mine)) for rank, mine in enumerate(samples)]
+        for row in rows:
+            self.agenda.add(row)
+        return [self.agenda.rows[row.key] for row in rows]
 
     def prepare(self, point: Point) -> Prepared:
         """The point's work, made ready on this rank."""
@@ -250,6 +240,32 @@ def of_the_last(us: torch.Tensor, group_size: int) -> torch.Tensor:
     return by_group.amin(dim=1, keepdim=True).expand_as(by_group).reshape_as(us)
 
 
+def row_of(point: Point, timing: Timing) -> Measurement:
+    """The row of a point that was just measured."""
+    return Measurement(
+        op=point.op,
+        dtype=point.dtype,
+        shape=point.shape,
+        group_size=point.group_size,
+        busy_ranks=point.busy_ranks,
+        variant=point.variant,
+        num_samples=timing.num_samples,
+        median_us=timing.median_us,
+        p10_us=timing.p10_us,
+        p90_us=timing.p90_us,
+        min_us=timing.min_us,
+        std_us=timing.std_us,
+        noisy=timing.noisy,
+        measured_at=now(),
+        code_version=code_version(),
+    )
+
+
+def rank_row(point: Point, rank: int, timing: Timing) -> Measurement:
+    """One rank's own row of a layer: the point's row is that of the slowest."""
+    return replace(row_of(point, timing), op=RANK_LAYER, shape={**point.shape, "rank": rank})
+
+
 class Leader:
     """The first rank's part: what is next, when to stop, and the rows."""
 
@@ -271,9 +287,7 @@ class Leader:
             with self.progress:
                 for point in self.upcoming():
                     self.session.agree_on_index(index_of[point.key])
-                    row = self.session.measure(point)
-                    assert row is not None, "the first rank is always busy"
-                    self.keep(self.session.agenda.rows[row.key])
+                    self.keep(self.session.measure(point))
                     measured += 1
                     self.progress.advance(str(point), self.expected_seconds(point))
             self.session.agree_on_index(_STOP)
@@ -306,9 +320,9 @@ class Leader:
         """Roughly how long the point takes here."""
         return expected_seconds(point, self.session.device.type, self.job.hardware.num_threads)
 
-    def keep(self, row: Measurement) -> None:
-        """Commit the row with those since the last commit, twice a second at most."""
-        self.unsaved.append(row)
+    def keep(self, rows: Iterable[Measurement]) -> None:
+        """Commit the rows with those since the last commit, twice a second at most."""
+        self.unsaved += rows
         if time.monotonic() - self.last_commit >= COMMIT_EVERY_S:
             self.commit()
 

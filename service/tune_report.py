@@ -10,6 +10,7 @@ from service.output import print_table
 from tuner.autotune import Trial
 from tuner.correction import Correction
 from tuner.holdout import HeldOutError
+from tuner.pace import Pace
 from tuner.plan import Plan
 from tuner.planner import RoundPlan
 from tuner.replay import Replay
@@ -27,6 +28,7 @@ class TuneReport:
     held_out: list[HeldOutError] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     correction: Correction = field(default_factory=Correction)
+    pace: Pace = field(default_factory=Pace)
     hardware: Hardware | None = None
     output: str | None = None
 
@@ -39,6 +41,7 @@ class TuneReport:
             "replays": [_replay_json(replay) for replay in self.replays],
             "held_out": [error.to_json() for error in self.held_out],
             "correction": self.correction.to_json(),
+            "rank_factors": list(self.pace.factors),
             "trials": [
                 {"layout": t.choice.layout, "policy": t.choice.policy, "predicted_s": t.choice.predicted_s,
                  "measured_s": t.measured_s, "error": t.error}
@@ -56,6 +59,8 @@ def print_report(report: TuneReport) -> None:
             [[e.op, e.num_points, 100 * e.median, 100 * e.p90, 100 * e.worst] for e in report.held_out],
             title=f"Held-out errors on {report.hardware.device}",
         )
+    if report.pace.factors:
+        print(f"Each rank's time over the slowest's: {', '.join(f'{factor:.3f}' for factor in report.pace.factors)}\n")
     correction = report.correction
     if correction.num_rounds:
         print(

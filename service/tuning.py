@@ -142,6 +142,7 @@ def tune(
         candidates=candidates,
         held_out=held_out,
         correction=best.costs.correction,
+        pace=best.costs.pace,
         hardware=hardware,
     )
     if measure is not None:

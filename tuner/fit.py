@@ -9,12 +9,14 @@ import numpy as np
 
 from db.errors import UserError
 from db.measurements import Measurement
+from profiler.point import RANK_LAYER
 from tuner.attention_fit import SPLIT_ROWS, TILE_ROWS, AttentionCurve
 from tuner.attention_rows import AttentionRows
 from tuner.calibration import Calibration, fit_calibration
 from tuner.correction import Correction
 from tuner.cost_model import CostModel, StageCost, TableAttention
 from tuner.curve import Curve, Floats, fit_curve, fit_line, without_spikes
+from tuner.pace import Pace, fit_pace
 from tuner.rows import RankWork, Rows, expected_s
 
 # Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
@@ -41,6 +43,7 @@ class LayerCosts:
     hop_latency_s: float
     hop_byte_s: float
     return_s: float
+    pace: Pace
     correction: Correction
     max_chunk: int
     """The largest chunk that all parts of a layer were measured at; plans beyond it are extrapolated."""
@@ -63,7 +66,10 @@ class LayerCosts:
         pp_size = len(layer_partition)
         stages = tuple(
             self._stage(
-                num_layers, self.correction.of_stage(pp_size, stage), first=stage == 0, last=stage == pp_size - 1
+                num_layers,
+                self.pace.of_stage(stage, self.work.tp_size) * self.correction.of_stage(pp_size, stage),
+                first=stage == 0,
+                last=stage == pp_size - 1,
             )
             for stage, num_layers in enumerate(layer_partition)
         )
@@ -131,6 +137,7 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         all_reduce=_all_reduce(rows, work, busy_ranks, why),
         attention=attention.fit(attention.chosen),
         calibration=Calibration.none(),
+        pace=Pace(),
         correction=Correction(),
         embedding=curve("embedding", {"hidden": shape.hidden_size, "vocab": shape.vocab_size}, "tokens"),
         head_s=float(curve("head", {"hidden": shape.hidden_size, "vocab": work.vocab_slice}, "rows")(1)),
@@ -142,9 +149,12 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         max_chunk=max_chunk,
         max_context=max(row.shape["context"] + row.shape["chunk"] for row in attention.chosen),
     )
-    whole_layers = rows.select("layer", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
+    whole_layers, of_ranks = (
+        rows.select(op, work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
+        for op in ("layer", RANK_LAYER)
+    )
     calibration = fit_calibration(costs.compute_s, costs.attention, whole_layers, ranks=work.tp_size)
-    return replace(costs, calibration=calibration)
+    return replace(costs, calibration=calibration, pace=fit_pace(whole_layers, of_ranks))
 
 
 def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
