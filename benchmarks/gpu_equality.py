@@ -4,7 +4,8 @@
 
 In float32 the tokens must equal those of `generate`. In bfloat16 random weights flip near ties, so logits are compared:
 the teacher-forced logits at the end of each prompt against Transformers' full forward, beside the largest difference
-that Transformers' own chunked forwards show to its full one; and all of them against Transformers in float32.
+that Transformers' own chunked forwards show to its full one, and that of its full forward with plain ("eager")
+attention, another kernel that computes the same; and all of them against Transformers in float32.
 """
 
 from __future__ import annotations
@@ -141,12 +142,17 @@ def end_order(job: Job) -> list[int]:
 
 
 @torch.inference_mode()
-def transformers_logits(job: Job, device: torch.device, *, chunk: int | None) -> list[torch.Tensor]:
+def transformers_logits(
+    job: Job, device: torch.device, *, chunk: int | None = None, attention: str = "sdpa"
+) -> list[torch.Tensor]:
     """Logits of the last prompt token, [V] float32: one forward, or forwards of `chunk` tokens over a cache."""
     from transformers import AutoModelForCausalLM
 
     assert job.weights is not None
-    model = AutoModelForCausalLM.from_pretrained(job.weights, dtype=getattr(torch, job.dtype)).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        job.weights, dtype=getattr(torch, job.dtype), attn_implementation=attention
+    )
+    model = model.to(device).eval()
     logits = []
     for prompt in job.prompts:
         ids = torch.tensor([prompt], device=device)
@@ -185,19 +191,20 @@ def main() -> None:
             found = run_ranks(tokens_and_logits, exact, rough, world_size=ranks, device_type=device_type, num_threads=1)
             for index, layout in enumerate(layouts):
                 equal = tokens_equal(exact[index], [reports[index] for reports, _ in found], device_type)
-                rows.append([layout, "float32", equal, *[None] * 5])
+                rows.append([layout, "float32", equal, *[None] * 6])
             for index, layout in enumerate(layouts):
                 job = rough[index]
                 slices = [kept[index] for _, kept in found if kept[index]]
                 joined = [torch.cat(parts, dim=-1)[0] for parts in zip(*slices, strict=True)]
                 ours = [joined[end_order(job).index(request)] for request in range(len(LENGTHS))]
-                full = transformers_logits(job, device, chunk=None)
-                exactly = transformers_logits(replace(job, dtype="float32"), device, chunk=None)
+                full, eager = (transformers_logits(job, device, attention=kernel) for kernel in ("sdpa", "eager"))
+                exactly = transformers_logits(replace(job, dtype="float32"), device)
                 chunked = [transformers_logits(job, device, chunk=chunk) for chunk in THEIR_CHUNKS]
                 rows.append([
                     layout, "bfloat16", None, difference(ours, full),
-                    max(difference(theirs, full) for theirs in chunked), difference(ours, exactly),
-                    difference(full, exactly), max(difference(theirs, exactly) for theirs in chunked),
+                    max(difference(theirs, full) for theirs in chunked), difference(eager, full),
+                    difference(ours, exactly), difference(full, exactly),
+                    max(difference(theirs, exactly) for theirs in chunked),
                 ])  # fmt: skip
     print_table(
         [
@@ -206,6 +213,7 @@ def main() -> None:
             "tokens equal",
             "logits to full forward",
             "Transformers chunked to full",
+            "eager to full",
             "logits to float32",
             "full to float32",
             "chunked to float32",

@@ -37,7 +37,7 @@ from tuner.search import Rules, Target, search_layouts
 TAUGHT = 32768
 
 
-# Three links and two models, told by an older model; the last, two workloads, by one that differs little from today's.
+# Four workloads, three links and two models each: the first told by an older model, the last by the present one.
 OLDER, LATEST = KEPT[0], KEPT[-1]
 
 
@@ -59,23 +59,26 @@ def judged(database: Database, hardware: dict[str, Hardware]) -> dict[str, list[
 
 
 @pytest.fixture(scope="module")
-def latest() -> list[Judged]:
+def latest() -> dict[str, list[Judged]]:
     with opened(LATEST) as kept:
-        (stored,) = list_hardware(kept)
-        return judge(kept, stored.hardware, TAUGHT)
+        return {stored.hardware.link: judge(kept, stored.hardware, TAUGHT) for stored in list_hardware(kept)}
 
 
-def test_plans_are_predicted_within_their_uncertainty(latest: list[Judged]) -> None:
-    assert len(latest) == 32
-    errors = [abs(one.now.error(one.measured_s)) for one in latest]
+def test_plans_are_predicted_within_a_few_percent_by_the_present_model(latest: dict[str, list[Judged]]) -> None:
+    """All but tensor parallelism over sockets, which takes a quarter more or less from one run to the next."""
+    steady = [
+        one for link, mine in latest.items() for one in mine if link != "socket/lo" or one.plan.parallel.tp_size == 1
+    ]
+    assert len(steady) == 107
+    errors = [abs(one.now.error(one.measured_s)) for one in steady]
     assert median(errors) < 0.015 and max(errors) < MOST_ERROR
-    assert sum(one.now.held(one.measured_s) for one in latest) >= 0.9 * len(latest)
+    assert sum(one.now.held(one.measured_s) for one in steady) >= 0.85 * len(steady)
 
 
-def test_the_plan_predicted_best_is_close_to_the_best_of_a_sweep(latest: list[Judged]) -> None:
-    """Stages and tensor parallelism, every policy; one prompt of 128K tokens, and sixteen of 2K to 64K."""
-    found = list(choices(latest))
-    assert [choice.num_plans for choice in found] == [16, 16]
+def test_the_plan_predicted_best_is_close_to_the_best_of_a_sweep(latest: dict[str, list[Judged]]) -> None:
+    """Stages, tensor parallelism, every policy: one prompt of 32K, 64 of 1K, one of 128K, sixteen of 2K to 64K."""
+    found = list(choices([one for one in latest["nvlink"] if one.model == "llama-3-8b"]))
+    assert [choice.num_plans for choice in found] == [19, 17, 16, 16]
     for choice in found:
         assert choice.now.plan.parallel.pp_size == 2 and choice.regret(choice.now) < 0.02
 
@@ -134,9 +137,13 @@ def test_the_plan_that_is_predicted_best_is_close_to_the_best_measured(judged: d
         assert choice.regret(choice.corrected) < 0.02, choice.best.workload
 
 
-def test_stages_beat_tensor_parallelism_the_more_the_slower_the_link(judged: dict[str, list[Judged]]) -> None:
+@pytest.mark.parametrize("kept", ["judged", "latest"])
+def test_stages_beat_tensor_parallelism_the_more_the_slower_the_link(
+    kept: str, request: pytest.FixtureRequest
+) -> None:  # fmt: skip
     times: dict[str, float] = {}
-    for link, mine in judged.items():
+    rounds: dict[str, list[Judged]] = request.getfixturevalue(kept)
+    for link, mine in rounds.items():
         alone = [one for one in mine if one.workload == str(TAUGHT) and one.model == "llama-3-8b"]
         of = {
             size: min(one.measured_s for one in alone if one.plan.parallel.pp_size == size and one.layout != "TP1 PP1")
