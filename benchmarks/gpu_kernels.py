@@ -110,16 +110,12 @@ def main() -> None:
     ]  # fmt: skip
     write_json(options.output, {"model": options.model, "device": hardware.device, "points": found})
     table: list[list[object]] = []
-    for op in (Op.MATMUL, Op.ATTENTION):
+    for name, ops in ((Op.MATMUL, {Op.MATMUL}), (Op.ATTENTION, {Op.ATTENTION}), ("all", {Op.MATMUL, Op.ATTENTION})):
         errors = np.array(
-            [
-                float(str(one["predicted_us"])) / float(str(one["measured_us"])) - 1
-                for one in found
-                if one["op"] == op.value
-            ]
+            [float(str(one["predicted_us"])) / float(str(one["measured_us"])) - 1 for one in found if one["op"] in ops]
         )
         size = np.abs(errors)
-        table.append([op.value, len(size), *(100 * float(np.quantile(size, q)) for q in (0.5, 0.9, 1.0)),
+        table.append([name, len(size), *(100 * float(np.quantile(size, q)) for q in (0.5, 0.9, 1.0)),
                       100 * float(errors.mean())])  # fmt: skip
     print_table(["kernel", "points", "median error %", "p90 %", "worst %", "mean %"], table, title="Unseen kernels")
 

@@ -219,7 +219,7 @@ def print_summary(judged: Sequence[Judged], where: str) -> None:
     print_table(
         [
             "prediction",
-            "plans",
+            "runs",
             "median error %",
             "p90 %",
             "worst %",
@@ -227,7 +227,7 @@ def print_summary(judged: Sequence[Judged], where: str) -> None:
             "within stated",
         ],
         table,
-        title=f"All plans of {where}",
+        title=f"All runs of {where}",
     )
 
 
