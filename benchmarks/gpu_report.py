@@ -303,7 +303,7 @@ def print_layers(database: Database, hardware: Hardware) -> None:
     print_table(["of", "chunk", "context", "layer us", "parts us", "ratio"], table, title="Layers and their parts")
     if paces:
         ranks = [f"rank {rank}" for rank in range(max(map(len, paces)) - 1)]
-        print_table(["of", *ranks], paces, title="Each rank's time of a layer over the slowest's")
+        print_table(["of", *ranks], paces, title="Pace of each rank")
 
 
 def print_regret(judged: Sequence[Judged]) -> None:

@@ -29,7 +29,7 @@ class Op(StrEnum):
 
 COLLECTIVES = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, Op.SEND_RECV)
 WARM = "warm"  # variant of a product whose weights are still in the cache
-RANK_LAYER = "rank_layer"  # rows that come with those of LAYER: each rank's own times, its number in the shape
+RANK_LAYER = "rank_layer"  # rows that come with those of LAYER on cards: each rank's own times, its number in the shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -151,10 +151,7 @@ class RankSession:
         return int(message.item())
 
     def measure(self, point: Point) -> list[Measurement]:
-        """Time a point together with the other ranks that are busy -> its row, and each rank's where cards differ.
-
-        Nothing on a rank that is not busy. All ranks have the same rows.
-        """
+        """Time a point together with the other ranks that are busy -> the rows of `rows_of`; none on idle ranks."""
         if self.context.rank >= point.busy_ranks:
             return []
         prepared = self.prepare(point)
@@ -163,9 +160,7 @@ class RankSession:
         for _ in range(ATTEMPTS - 1):
             if timing.noisy and not prepared.waits:  # messages always vary
                 samples, timing = self.sample(prepared, point, call_s, samples)
-        rows = [row_of(point, timing)]
-        if prepared.own_load and point.busy_ranks > 1:
-            rows += [rank_row(point, rank, summarize(mine)) for rank, mine in enumerate(samples)]
+        rows = rows_of(point, samples, timing, own_load=prepared.own_load)
         for row in rows:
             self.agenda.add(row)
         return [self.agenda.rows[row.key] for row in rows]
@@ -238,6 +233,14 @@ def of_the_last(us: torch.Tensor, group_size: int) -> torch.Tensor:
     """Samples [ranks, n] of work that groups of ranks leave in step: of each group the least, which waited for none."""
     by_group = us.view(-1, group_size, us.shape[1])
     return by_group.amin(dim=1, keepdim=True).expand_as(by_group).reshape_as(us)
+
+
+def rows_of(point: Point, samples: Sequence[Samples], timing: Timing, *, own_load: bool) -> list[Measurement]:
+    """A point's row and, of work under its own load on several ranks, which have a card each, those of every rank."""
+    rows = [row_of(point, timing)]
+    if own_load and len(samples) > 1:
+        rows += [rank_row(point, rank, summarize(mine)) for rank, mine in enumerate(samples)]
+    return rows
 
 
 def row_of(point: Point, timing: Timing) -> Measurement:

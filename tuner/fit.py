@@ -54,9 +54,10 @@ class LayerCosts:
         """Token-wise seconds of a layer without collectives: matmuls and element-wise work, uncalibrated."""
         return np.asarray(sum(curve(tokens) for curve in self.projections)) + self.elementwise(tokens)
 
-    def tokens_s(self, tokens: Floats) -> Floats:
-        """Token-wise seconds of a layer: calibrated compute, and two all-reduces with tensor parallelism."""
-        seconds = self.compute_s(tokens) * self.calibration.tokens_factor(tokens)
+    def tokens_s(self, tokens: Floats, pace: float = 1.0) -> Floats:
+        """Token-wise seconds of a layer: calibrated compute at the rank's pace, and with tensor parallelism two
+        all-reduces."""
+        seconds = pace * self.compute_s(tokens) * self.calibration.tokens_factor(tokens)
         if self.all_reduce is not None:
             seconds = seconds + 2.0 * self.all_reduce(tokens * self.work.hidden_bytes)
         return seconds
@@ -67,7 +68,8 @@ class LayerCosts:
         stages = tuple(
             self._stage(
                 num_layers,
-                self.pace.of_stage(stage, self.work.tp_size) * self.correction.of_stage(pp_size, stage),
+                self.pace.of_stage(stage, self.work.tp_size),
+                self.correction.of_stage(pp_size, stage),
                 first=stage == 0,
                 last=stage == pp_size - 1,
             )
@@ -80,15 +82,15 @@ class LayerCosts:
             return_s=self.return_s,
         )
 
-    def _stage(self, num_layers: int, stage_scale: float, *, first: bool, last: bool) -> StageCost:
+    def _stage(self, num_layers: int, pace: float, stage_scale: float, *, first: bool, last: bool) -> StageCost:
         grid = table_grid()
         points = grid.astype(np.float64)
         scale = stage_scale * self.correction.tokens_scale
-        tokens = num_layers * self.tokens_s(points)
+        tokens = num_layers * self.tokens_s(points, pace)
         if first:
             tokens = tokens + self.embedding(points)
         tokens = scale * tokens
-        attention_scale = num_layers * stage_scale * self.correction.attention_scale
+        attention_scale = num_layers * pace * stage_scale * self.correction.attention_scale
         return StageCost(
             token_count=(0, *grid.tolist()),
             token_seconds=_rising([tokens[0], *tokens]),
@@ -154,7 +156,7 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         for op in ("layer", RANK_LAYER)
     )
     calibration = fit_calibration(costs.compute_s, costs.attention, whole_layers, ranks=work.tp_size)
-    return replace(costs, calibration=calibration, pace=fit_pace(whole_layers, of_ranks))
+    return replace(costs, calibration=calibration, pace=fit_pace(of_ranks))
 
 
 def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:

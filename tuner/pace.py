@@ -18,7 +18,7 @@ class Pace:
     """Rows tell the time of the slowest rank at each point; a stage takes that of its own slowest rank."""
 
     factors: tuple[float, ...] = ()
-    """By rank: its time over that of the rows."""
+    """By rank: its time over that of the slowest, which has 1."""
 
     def of_stage(self, stage: int, tp_size: int) -> float:
         """Factor of a stage of `tp_size` ranks; 1 where one of them was not measured."""
@@ -26,19 +26,18 @@ class Pace:
         return max(self.factors[rank] if rank < len(self.factors) else 1.0 for rank in ranks)
 
 
-def fit_pace(layers: Sequence[Measurement], of_ranks: Sequence[Measurement]) -> Pace:
-    """The median over whole layers of each rank's time over the layer's row.
+def fit_pace(of_ranks: Sequence[Measurement]) -> Pace:
+    """The median over whole layers of each rank's time over the slowest rank's, the slowest rank's own taken as 1.
 
-    layers: `layer` rows. of_ranks: `rank_layer` rows of the same work; where no rank or few layers have any, nothing
-    is known and all ranks are alike.
+    of_ranks: `rank_layer` rows of one work and load. Layers that not all ranks have do not count; where few are left,
+    nothing is known and all ranks are alike.
     """
-    slowest_s = {(row.shape["chunk"], row.shape["context"]): expected_s(row) for row in layers}
-    ratios: dict[int, list[float]] = defaultdict(list)
+    layers: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
     for row in of_ranks:
-        at = (row.shape["chunk"], row.shape["context"])
-        if at in slowest_s:
-            ratios[row.shape["rank"]].append(expected_s(row) / slowest_s[at])
-    known = range(len(ratios))
-    if any(len(ratios.get(rank, ())) < LEAST_LAYERS for rank in known):
+        layers[row.shape["chunk"], row.shape["context"]][row.shape["rank"]] = expected_s(row)
+    ranks = sorted({rank for times in layers.values() for rank in times})
+    whole = [times for times in layers.values() if len(times) == len(ranks)]
+    if len(whole) < LEAST_LAYERS or ranks != list(range(len(ranks))):
         return Pace()
-    return Pace(tuple(median(ratios[rank]) for rank in known))
+    ratios = [median(times[rank] / max(times.values()) for times in whole) for rank in ranks]
+    return Pace(tuple(ratio / max(ratios) for ratio in ratios))

@@ -72,7 +72,10 @@ def test_plans_are_predicted_within_a_few_percent_by_the_present_model(latest: d
     assert len(steady) == 107
     errors = [abs(one.now.error(one.measured_s)) for one in steady]
     assert median(errors) < 0.015 and max(errors) < MOST_ERROR
+    # Stated for nine in ten; tensor parallelism through host memory and plans that wait are told too slow.
     assert sum(one.now.held(one.measured_s) for one in steady) >= 0.85 * len(steady)
+    shaky = [one for one in latest["socket/lo"] if one.plan.parallel.tp_size == 2]
+    assert len(shaky) == 6 and max(abs(one.now.error(one.measured_s)) for one in shaky) < 0.25
 
 
 def test_the_plan_predicted_best_is_close_to_the_best_of_a_sweep(latest: dict[str, list[Judged]]) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from profiler.point import Op, Point
+from profiler.point import RANK_LAYER, Op, Point
 from profiler.probe import CoreProbe
-from profiler.session import expected_seconds, of_the_last
+from profiler.session import expected_seconds, of_the_last, rows_of
 from profiler.timing import (
     MAX_SAMPLES,
     MIN_SAMPLES,
@@ -72,6 +72,19 @@ def test_of_ranks_in_step_the_one_that_waited_for_none_counts_in_each_group() ->
     us = torch.tensor([[10.0, 30.0], [20.0, 21.0], [50.0, 40.0], [45.0, 60.0]])
     assert of_the_last(us, 2).tolist() == [[10.0, 21.0], [10.0, 21.0], [45.0, 40.0], [45.0, 40.0]]
     assert of_the_last(us, 4).tolist() == [[10.0, 21.0]] * 4
+
+
+def test_each_card_has_a_row_of_its_own_beside_that_of_the_slowest() -> None:
+    point = Point(op=Op.LAYER, dtype="bfloat16", shape={"chunk": 512, "context": 0}, busy_ranks=2)
+    ranks = (samples(10.0, 11.0, 12.0), samples(20.0, 21.0, 22.0))
+    slowest = summarize(ranks[1])
+    row, first, second = rows_of(point, ranks, slowest, own_load=True)
+    assert (row.key, row.median_us) == (point.key, 21.0)
+    assert [(one.op, one.shape["rank"], one.median_us) for one in (first, second)] == [
+        (RANK_LAYER, 0, 11.0),
+        (RANK_LAYER, 1, 21.0),
+    ]
+    assert len(rows_of(point, ranks, slowest, own_load=False)) == len(rows_of(point, ranks[:1], slowest, own_load=True))
 
 
 def test_a_layer_on_a_card_is_expected_to_take_its_settling_too() -> None:

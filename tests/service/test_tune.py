@@ -16,7 +16,7 @@ from db.hardware import Hardware
 from db.measurements import save_measurements
 from db.plans import list_plan_rows
 from service.cli import cli
-from tests.tuner.measured import SHAPE, Machine, measure
+from tests.tuner.measured import SHAPE, Machine, measure, with_ranks
 from tuner.plan import load_plan
 
 HARDWARE = Hardware(
@@ -83,6 +83,21 @@ def test_the_tables_name_layouts_policies_and_errors(url: str) -> None:
     text = tune(SHAPE.name, "--world-size", "2", "--prompt-lens", "3000", "--dtype", "float32", "--db", url)
     for words in ("Held-out errors on imaginary", "TP1 PP2", "TP2 PP1", "joint", "fixed:512", "terapipe", "gap %"):
         assert words in text
+
+
+def test_a_quicker_card_is_named_and_its_stage_holds_more_layers(url: str) -> None:
+    arguments = (SHAPE.name, "--tp-size", "1", "--pp-size", "2", "--prompt-lens", "3000", "--dtype", "float32")
+    arguments = (*arguments, "--db", url)
+    alike = tune_json(*arguments)
+    assert alike["rank_factors"] == []
+    with open_database(url) as database:
+        save_measurements(database, HARDWARE, with_ranks(measure(Machine()), 1.0, 0.8))
+    differing = tune_json(*arguments)
+    assert differing["rank_factors"] == pytest.approx([1.0, 0.8])
+    assert differing["layouts"][0]["makespan_s"] < 0.95 * alike["layouts"][0]["makespan_s"]
+    first, second = differing["layouts"][0]["layer_partition"]
+    assert first < second
+    assert "Each rank's time over the slowest's: 1.000, 0.800" in tune(*arguments)
 
 
 def test_refused_layouts_say_why(url: str) -> None:

@@ -7,6 +7,9 @@ from datetime import UTC, datetime
 
 from db.measurements import Measurement
 from profiler.model import ModelShape, load_model_shape
+from profiler.point import Op, Point
+from profiler.session import rows_of
+from profiler.timing import Samples, summarize
 from tuner.rows import RankWork
 
 SHAPE = load_model_shape("llama-3.2-1b")
@@ -69,6 +72,17 @@ def measure(machine: Machine, *, shape: ModelShape = SHAPE, tp_size: int = 1, bu
     for chunks in (1, 2, 4):
         add("round_overhead", 100.0 + 10.0 * (chunks - 1), chunks=chunks, tokens=64)
     return rows
+
+
+def with_ranks(rows: list[Measurement], *factors: float, layers: int = 99) -> list[Measurement]:
+    """The rows, and those of so many ranks for the first layers, as the profiler writes them."""
+    found = []
+    for row in [row for row in rows if row.op == "layer"][:layers]:
+        point = Point(op=Op.LAYER, dtype=row.dtype, shape=row.shape, busy_ranks=row.busy_ranks, variant=row.variant)
+        samples = [Samples([factor * row.median_us] * 3, [False] * 3) for factor in factors]
+        slowest = max(map(summarize, samples), key=lambda timing: timing.median_us)
+        found += rows_of(point, samples, slowest, own_load=True)[1:]
+    return rows + found
 
 
 def relative(found: float, true: float) -> float:

@@ -2,30 +2,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from db.measurements import Measurement
-from profiler.point import RANK_LAYER, Op, Point
-from profiler.session import rank_row
-from profiler.timing import Samples, summarize
-from tests.tuner.measured import SHAPE, Machine, measure
+from profiler.point import RANK_LAYER
+from tests.tuner.measured import SHAPE, Machine, measure, with_ranks
 from tuner.fit import LayerCosts, fit_layer_costs
 from tuner.pace import LEAST_LAYERS, Pace, fit_pace
 from tuner.rows import RankWork
 
 COUNTED = (1024, 2048, False)  # a round of one chunk
-
-
-def with_ranks(rows: list[Measurement], *factors: float, layers: int = 99) -> list[Measurement]:
-    """The rows, and those of so many ranks for the first layers, as the profiler writes them."""
-    found = []
-    for row in [row for row in rows if row.op == "layer"][:layers]:
-        point = Point(op=Op.LAYER, dtype=row.dtype, shape=row.shape, busy_ranks=row.busy_ranks, variant=row.variant)
-        found += [
-            rank_row(point, rank, summarize(Samples([factor * row.median_us] * 3, [False] * 3)))
-            for rank, factor in enumerate(factors)
-        ]
-    return rows + found
 
 
 def fit(rows: list[Measurement], tp_size: int = 1) -> LayerCosts:
@@ -34,11 +21,22 @@ def fit(rows: list[Measurement], tp_size: int = 1) -> LayerCosts:
 
 def test_a_stage_takes_as_long_as_its_own_card() -> None:
     rows = measure(Machine())
-    alike, differing = fit(rows), fit(with_ranks(rows, 1.0, 0.95))
-    for stage, factor in enumerate((1.0, 0.95)):
-        told, before = (costs.cost_model((8, 8)).stage_seconds(stage, [COUNTED]) for costs in (differing, alike))
-        assert told == pytest.approx(factor * before)
-    assert alike.pace == Pace()
+    alike, differing = (fit(every).cost_model((8, 8)) for every in (rows, with_ranks(rows, 1.0, 0.95)))
+    assert differing.stages[0] == alike.stages[0]
+    told, before = (model.stage_seconds(1, [COUNTED]) for model in (differing, alike))
+    on_the_host = alike.stages[1].round_overhead_s
+    assert told - on_the_host == pytest.approx(0.95 * (before - on_the_host))
+    assert fit(rows).pace == Pace()
+
+
+def test_messages_are_not_quicker_between_quicker_cards() -> None:
+    costs = replace(fit(measure(Machine(), tp_size=2), tp_size=2), pace=Pace((0.5, 0.5)))
+    tokens = np.array([1024.0])
+    reduces = float((costs.tokens_s(tokens) - costs.compute_s(tokens) * costs.calibration.tokens_factor(tokens))[0])
+    assert reduces > 0
+    assert float((costs.tokens_s(tokens) - reduces)[0]) == pytest.approx(
+        2 * float((costs.tokens_s(tokens, 0.5) - reduces)[0])
+    )
 
 
 def test_a_group_goes_at_the_pace_of_its_slowest() -> None:
@@ -49,11 +47,26 @@ def test_a_group_goes_at_the_pace_of_its_slowest() -> None:
 
 
 def test_one_layer_that_was_disturbed_does_not_count() -> None:
-    rows = with_ranks(measure(Machine()), 1.0, 0.95)
-    layers, of_ranks = ([row for row in rows if row.op == op] for op in ("layer", RANK_LAYER))
+    of_ranks = [row for row in with_ranks(measure(Machine()), 1.0, 0.95) if row.op == RANK_LAYER]
     slow = of_ranks[1]
     of_ranks[1] = replace(slow, median_us=3 * slow.median_us, p90_us=3 * slow.p90_us)
-    assert fit_pace(layers, of_ranks).factors == pytest.approx((1.0, 0.95))
+    assert fit_pace(of_ranks).factors == pytest.approx((1.0, 0.95))
+
+
+def test_the_slowest_has_no_advantage_of_noise() -> None:
+    """Of cards that are alike now one and now another is the slower."""
+    first, second = (
+        [row for row in with_ranks(measure(Machine()), *factors) if row.op == RANK_LAYER]
+        for factors in ((1.0, 0.98), (0.98, 1.0))
+    )
+    turns = [(first if index % 4 < 2 else second)[index] for index in range(len(first))]
+    assert max(fit_pace(turns).factors) == 1.0 and min(fit_pace(turns).factors) > 0.97
+
+
+def test_a_rank_that_is_missing_tells_nothing() -> None:
+    of_ranks = [row for row in with_ranks(measure(Machine()), 1.0, 0.9, 0.8) if row.op == RANK_LAYER]
+    assert len(fit_pace(of_ranks).factors) == 3
+    assert fit_pace([row for row in of_ranks if row.shape["rank"] != 1]) == Pace()
 
 
 @pytest.mark.parametrize("layers", [0, LEAST_LAYERS - 1])
