@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import gzip
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from statistics import median
+from statistics import fmean, pstdev
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -27,7 +27,7 @@ from db.engine import Database, open_database
 from db.hardware import Hardware, list_hardware
 from db.measurements import load_measurements
 from db.plans import get_plan_row
-from db.runs import RunStatus, StoredRun, list_runs
+from db.runs import RunStatus, StoredRun, list_runs, load_round_times
 from profiler.model import ModelShape
 from service.output import print_table
 from tuner.correction import fit_correction, load_measured_rounds
@@ -40,6 +40,8 @@ from tuner.uncertainty import makespan_uncertainty
 
 LONG_CHUNK = 512
 MOST_ERROR = 0.08  # what a prediction should stay within
+
+ERROR_COLUMNS = ("median error %", "p90 %", "worst %", f"above {MOST_ERROR:.0%}", "within stated")
 
 KEPT = tuple(sorted((Path(__file__).parent / "results").glob("h100x2-?.db.gz")))
 
@@ -210,25 +212,42 @@ def print_summary(judged: Sequence[Judged], where: str) -> None:
     ):
         if not mine:
             continue
-        errors = sorted(abs(each.error(one.measured_s)) for one, each in zip(mine, which, strict=True))
-        held = sum(each.held(one.measured_s) for one, each in zip(mine, which, strict=True))
-        table.append([
-            name, len(mine), 100 * median(errors), 100 * errors[int(0.9 * len(errors))], 100 * errors[-1],
-            sum(error > MOST_ERROR for error in errors), f"{held} of {len(mine)}",
-        ])  # fmt: skip
+        table.append([name, *_errors(mine, which)])
     print_table(
         [
             "prediction",
             "runs",
-            "median error %",
-            "p90 %",
-            "worst %",
-            f"above {MOST_ERROR:.0%}",
-            "within stated",
+            *ERROR_COLUMNS,
         ],
         table,
         title=f"All runs of {where}",
     )
+
+
+def print_groups(judged: Mapping[str, Sequence[Judged]], where: str) -> None:
+    """What was told before each plan's first run by link, model and layout, and how far off that its last run was."""
+    groups: dict[str, dict[str, list[Judged]]] = {}
+    for link, mine in judged.items():
+        for one in mine:
+            plans = groups.setdefault(f"{link}: {one.model}, {one.layout}", {})
+            plans.setdefault(f"{one.plan.policy} {one.workload}", []).append(one)
+    everything = {f"{group} {name}": runs for group, plans in groups.items() for name, runs in plans.items()}
+    table: list[list[object]] = []
+    for group, plans in (groups | {"all": everything}).items():
+        first = [runs[0] for runs in plans.values()]
+        again = [abs(runs[-1].measured_s / runs[0].measured_s - 1.0) for runs in plans.values() if len(runs) > 1]
+        row = _errors(first, [one.told for one in first])
+        table.append([group, *row, len(again), 100 * max(again) if again else None])
+    columns = ["plans", "number", *ERROR_COLUMNS, "run again", "at most % off"]
+    print_table(columns, table, title=f"Told before first runs of {where}")
+
+
+def _errors(mine: Sequence[Judged], which: Sequence[Foretold]) -> list[object]:
+    """How many, quantiles of the errors, how many are large, and how often the stated uncertainty held."""
+    errors = [each.error(one.measured_s) for one, each in zip(mine, which, strict=True)]
+    held = sum(each.held(one.measured_s) for one, each in zip(mine, which, strict=True))
+    large = sum(abs(error) > MOST_ERROR for error in errors)
+    return [len(mine), *_quantiles(errors), large, f"{held} of {len(mine)}"]
 
 
 def choices(judged: Sequence[Judged]) -> Iterator[Choice]:
@@ -306,6 +325,32 @@ def print_layers(database: Database, hardware: Hardware) -> None:
         print_table(["of", *ranks], paces, title="Pace of each rank")
 
 
+def print_stages(database: Database, hardware: Hardware) -> None:
+    """What two stages' rounds took over what is predicted of them, a plan each: cards that differ show as stages do."""
+    table: list[list[object]] = []
+    rows, costs = load_measurements(database, hardware), dict[str, LayerCosts]()
+    ratios: dict[str, list[tuple[float, float]]] = {}
+    for run, plan, shape in runs_of(database, hardware):
+        if (plan.parallel.tp_size, plan.parallel.pp_size) != (1, 2):
+            continue
+        if shape.name not in costs:
+            work = RankWork.on(hardware, shape=shape, dtype=plan.precision, tp_size=1)
+            costs[shape.name] = fit_layer_costs(rows, work, busy_ranks=2)
+        model = costs[shape.name].cost_model(plan.parallel.layer_partition)
+        predicted_s = evaluate(model, plan.requests, plan.rounds).round_s.sum(axis=0)
+        measured_s = np.zeros(2)
+        for time in load_round_times(database, run.id):
+            measured_s[time.stage] += time.finish_s - time.start_s
+        first, second = measured_s / predicted_s
+        ratios.setdefault(shape.name, []).append((float(first), float(second)))
+    for name, found in ratios.items():
+        between = [first / second for first, second in found]
+        firsts, seconds = zip(*found, strict=True)
+        table.append([name, len(found), fmean(firsts), fmean(seconds), fmean(between), pstdev(between)])
+    columns = ["model", "runs", "stage 0", "stage 1", "stage 0 over stage 1", "spread"]
+    print_table(columns, table, title="Rounds measured over predicted, means over plans of two stages")
+
+
 def print_regret(judged: Sequence[Judged]) -> None:
     """For each workload: the plan that was chosen before any ran, and the one of all that the model now thinks best."""
     table: list[list[object]] = []
@@ -332,7 +377,7 @@ def main() -> None:
     parser.add_argument("--teach", type=int, default=32768, help="tokens of the one prompt whose runs teach")
     options = parser.parse_args()
     for path in options.databases:
-        everything: list[Judged] = []
+        by_link: dict[str, list[Judged]] = {}
         with opened(path) as database:
             for stored in list_hardware(database):
                 hardware = stored.hardware
@@ -344,8 +389,10 @@ def main() -> None:
                 if hardware.link == "nvlink":  # the kernels are the same over any link
                     print_held_out(database, hardware)
                     print_layers(database, hardware)
-                everything += judged
-        print_summary(everything, path.name)
+                    print_stages(database, hardware)
+                by_link[hardware.link] = judged
+        print_groups(by_link, path.name)
+        print_summary([one for judged in by_link.values() for one in judged], path.name)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ from benchmarks.gpu_report import (
     choices,
     judge,
     opened,
+    print_groups,
     print_held_out,
     print_layers,
     print_predictions,
     print_regret,
+    print_stages,
     print_summary,
 )
 from db.engine import Database
@@ -202,3 +204,20 @@ def test_the_report_prints(
     print_layers(database, hardware["nvlink"])
     printed = capsys.readouterr().out
     assert "llama-3.2-1b        all" in printed and "Layers and their parts" in printed
+
+
+def test_the_report_tells_runs_of_one_plan_apart(
+    latest: dict[str, list[Judged]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_groups({"socket/lo": latest["socket/lo"]}, LATEST.name)
+    (all_of_them,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["all"]]
+    assert (all_of_them[1], all_of_them[-2]) == ("7", "7")  # plans, and plans that ran again
+    assert 25 < float(all_of_them[-1]) < 30
+
+
+def test_the_report_shows_which_card_is_slower(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first card of the third round's pair, of which no rank's own times are known."""
+    with opened(KEPT[2]) as kept:
+        print_stages(kept, list_hardware(kept)[0].hardware)
+    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["llama-3-8b"]]
+    assert row[1] == "26" and float(row[4]) == pytest.approx(1.04, abs=0.005)
