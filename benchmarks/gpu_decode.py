@@ -20,9 +20,10 @@ from unittest.mock import patch
 
 from benchmarks.demo_model import SMALL, write_demo_model
 from db.hardware import Hardware
+from profiler.comm.launch import run_ranks
+from profiler.comm.rank import RankContext
 from profiler.device import describe_hardware
 from profiler.model import DTYPE_BYTES, ModelShape, load_model_shape
-from profiler.ranks import RankContext, run_ranks
 from runtime.job import Job, RankReport
 from runtime.place import world_size
 from runtime.prediction import Prediction

@@ -22,14 +22,15 @@ import torch
 
 from benchmarks.demo_model import SMALL, DemoSize, write_demo_model
 from profiler.attention import available_kernels
+from profiler.comm.group import make_groups
+from profiler.comm.launch import run_ranks
+from profiler.comm.rank import RankContext
 from profiler.kernel_choice import KernelChoice
 from profiler.model import load_model_shape
-from profiler.ranks import RankContext, run_ranks
 from runtime.clock import make_clock
-from runtime.group import make_groups
 from runtime.job import Job, RankReport
 from runtime.pipeline import Pipeline
-from runtime.place import Place, world_size
+from runtime.place import Place, mesh_of, world_size
 from runtime.rank import run_jobs
 from runtime.reference import check_tokens
 from runtime.result import RequestResult
@@ -71,7 +72,7 @@ def logits_of(context: RankContext, jobs: Sequence[Job]) -> list[list[torch.Tens
     kept = []
     for job in jobs:
         place = Place.of(context.rank, job.parallel)
-        with make_groups(place) as groups:
+        with make_groups(mesh_of(job.parallel), context.rank, context.device) as groups:
             stage = LogitStage(job, place, groups.tensor, context.device)
             clock = make_clock(context.device)
             clock.begin()

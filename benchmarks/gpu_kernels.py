@@ -19,11 +19,11 @@ import torch
 from db.engine import open_database
 from db.measurements import load_measurements
 from profiler.attention import available_kernels, worth_measuring
+from profiler.comm.launch import run_ranks
 from profiler.device import describe_hardware
 from profiler.grid import Grid, head_sizes, projections
 from profiler.model import load_model_shape
 from profiler.point import Op, Point
-from profiler.ranks import run_ranks
 from profiler.session import ProfileJob, profile_rank
 from service.output import print_table
 from tuner.cost_model import write_json

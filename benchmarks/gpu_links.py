@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from profiler.peer import PeerRing
+from profiler.collectives import PeerMessages
+from profiler.comm.group import HostGroup
 from service.output import print_table
 
 TOKENS, HIDDEN, FFN = 1024, 4096, 14336  # a chunk of Llama-3-8B
@@ -43,7 +44,9 @@ def main() -> None:
     options = dist.ProcessGroupNCCL.Options()
     options.config.min_ctas, options.config.max_ctas = 1, 2
     groups = {"NCCL": dist.new_group([0, 1]), "NCCL, two blocks": dist.new_group([0, 1], pg_options=options)}
-    ring = PeerRing(groups["NCCL"], rows=max(ROWS), width=HIDDEN, device=device, dtype=torch.bfloat16)
+    messages_to_peer = PeerMessages.of(
+        HostGroup(ranks=(0, 1), group=host), 1 - rank, count=max(ROWS) * HIDDEN, device=device, dtype=torch.bfloat16
+    )
     hidden = torch.randn(max(ROWS), HIDDEN, device=device, dtype=torch.bfloat16)
     up, down = (torch.randn(*size, device=device, dtype=torch.bfloat16) for size in ((2 * FFN, HIDDEN), (HIDDEN, FFN)))
     middle = torch.randn(TOKENS, FFN, device=device, dtype=torch.bfloat16)
@@ -59,10 +62,10 @@ def main() -> None:
 
     def ring_there_and_back(rows: int) -> None:
         if rank == 0:
-            ring.push(0, rows)
-        ring.wait_pushed(0)
+            messages_to_peer.push(rows * HIDDEN)
+        messages_to_peer.take()
         if rank == 1:
-            ring.push(0, rows)
+            messages_to_peer.push(rows * HIDDEN)
 
     messages: list[list[object]] = []
     for rows in ROWS:

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measured_plans import Case, Machine
-from profiler.ranks import RankContext, run_ranks
+from profiler.comm.group import make_groups
+from profiler.comm.launch import run_ranks
+from profiler.comm.rank import RankContext
 from runtime.clock import make_clock
-from runtime.group import make_groups
 from runtime.job import Job
 from runtime.pipeline import Pipeline
-from runtime.place import Place
+from runtime.place import Place, mesh_of
 from runtime.run import make_job
 from runtime.stage import Stage
 from service.output import print_table
@@ -54,7 +55,7 @@ def time_kernels(context: RankContext, jobs: Sequence[Job]) -> list[KernelTimes]
     found = []
     for job in jobs:
         place = Place.of(context.rank, job.parallel)
-        with make_groups(place) as groups:
+        with make_groups(mesh_of(job.parallel), context.rank, context.device) as groups:
             stage = Stage(job, place, groups.tensor, context.device)
             clock = make_clock(context.device)
             pipeline = Pipeline(job, place, groups, stage, clock, context.progress)
@@ -62,11 +63,11 @@ def time_kernels(context: RankContext, jobs: Sequence[Job]) -> list[KernelTimes]
             pipeline.record()
             for _ in range(2):
                 torch.cuda.synchronize()
-                dist.barrier(groups.host)
+                dist.barrier(groups.everyone)
                 clock.begin()
                 pipeline.prefill()
                 intervals = clock.intervals()
-            dist.barrier(groups.host)
+            dist.barrier(groups.everyone)
             clock.begin()
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 pipeline.prefill()

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from profiler.comm.group import HostGroup
+from profiler.comm.peer_memory import Lane, PeerMemory
 from profiler.operators import Operators
-from profiler.peer import PeerRing
 from profiler.point import Op, Point
 from profiler.timing import Prepared
 
@@ -76,21 +77,44 @@ def prepare_collective(point: Point, neighbours: Neighbours, device: torch.devic
     return Prepared(run=lambda _call: call(), waits=True, in_step=device.type == "cuda")
 
 
+class PeerMessages:
+    """Messages between the two ranks of a pair through memory that they share, as in a pipeline."""
+
+    def __init__(self, memory: PeerMemory, partner: int, staging: torch.Tensor) -> None:
+        self.memory, self.partner, self.staging = memory, partner, staging
+        self._sent = self._received = 0
+
+    @classmethod
+    def of(
+        cls, group: HostGroup, partner: int, *, count: int, device: torch.device, dtype: torch.dtype
+    ) -> PeerMessages:
+        """Make them for messages of at most `count` elements; all ranks of the host call this together."""
+        lane = Lane(slots=1, rows=count, width=1, dtype=dtype)
+        memory = PeerMemory(group.group, group.ranks, [lane], device)
+        return cls(memory, partner, torch.ones(count, 1, device=device, dtype=dtype))
+
+    def push(self, count: int) -> None:
+        """Send `count` elements; the partner has read the message before, since it answered."""
+        queue = self.memory.current_queue()
+        self._sent += 1
+        self.memory.copy(queue, self.partner, 0, 0, self.staging[:count])
+        self.memory.pushed(queue, self.partner, 0, self._sent)
+
+    def take(self) -> None:
+        """Wait for the partner's next message."""
+        self._received += 1
+        self.memory.wait_pushed(self.memory.current_queue(), self.partner, 0, self._received)
+
+
 def prepare_message(
-    point: Point, neighbours: Neighbours, ring: PeerRing | None, device: torch.device, dtype: torch.dtype
+    point: Point, neighbours: Neighbours, messages: PeerMessages | None, device: torch.device, dtype: torch.dtype
 ) -> Prepared:
-    """A message goes from the pair's first rank to its second and back, through `ring` where there is one."""
+    """A message goes from the pair's first rank to its second and back, through shared memory where there is some."""
     count = point.shape["bytes"] // dtype.itemsize
-    if ring is None:
+    if messages is None:
         return _there_and_back(torch.ones(count, device=device, dtype=dtype), neighbours)
-
-    def push() -> None:
-        ring.push(0, count)
-
-    def take() -> None:
-        ring.wait_pushed(0)
-
-    order = (take, push) if neighbours.index else (push, take)
+    push = partial(messages.push, count)
+    order = (messages.take, push) if neighbours.index else (push, messages.take)
 
     def run(_call: int) -> None:
         for step in order:

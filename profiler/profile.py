@@ -14,6 +14,7 @@ from db.measurements import Measurement, load_measurements, save_measurements
 from db.provenance import now
 from profiler.agenda import Agenda
 from profiler.attention import available_kernels, worth_measuring
+from profiler.comm.launch import run_ranks
 from profiler.device import (
     check_device_type,
     check_dtype,
@@ -28,7 +29,6 @@ from profiler.device import (
 from profiler.grid import Grid
 from profiler.model import ModelShape, load_model_shape
 from profiler.point import Point
-from profiler.ranks import run_ranks
 from profiler.session import ProfileJob, profile_rank
 from profiler.summary import ProfileSummary, summarize_ops
 

@@ -16,16 +16,16 @@ from db.measurements import Measurement, save_measurements
 from db.provenance import code_version, now
 from profiler.agenda import Agenda
 from profiler.attention import AttentionKernel
-from profiler.collectives import make_groups, prepare_collective, prepare_message, prepare_round_overhead
+from profiler.collectives import PeerMessages, make_groups, prepare_collective, prepare_message, prepare_round_overhead
+from profiler.comm.group import HostGroup, find_hosts
+from profiler.comm.rank import RankContext
 from profiler.device import cache_bytes, free_bytes
 from profiler.grid import Grid, group_sizes, head_sizes, layer_sizes
 from profiler.load import Load
 from profiler.operators import Operators, has_own_load
-from profiler.peer import PeerRing, has_peer_memory
 from profiler.point import COLLECTIVES, RANK_LAYER, Op, Point
 from profiler.probe import CoreProbe
 from profiler.progress import ProfileProgress
-from profiler.ranks import RankContext
 from profiler.timing import (
     Prepared,
     Samples,
@@ -113,7 +113,7 @@ class RankSession:
             for busy in sorted({point.busy_ranks for point in job.points} | {context.world_size})
         }
         self.neighbours = make_groups(group_sizes(job.grid.tp_sizes, context.world_size), context.world_size)
-        self.ring = self.make_ring()
+        self.messages = self.make_messages()
 
     def make_load(self) -> Load:
         """The model's usual work: whole layers over a round of middling size and context."""
@@ -124,14 +124,21 @@ class RankSession:
         call_seconds(run, self.device)
         return Load(run, call_seconds(run, self.device), self.device)
 
-    def make_ring(self) -> PeerRing | None:
+    def make_messages(self) -> PeerMessages | None:
         """What a pair's messages go through where cards reach each other's memory, as in a pipeline."""
         sizes = [point.shape["bytes"] for point in self.job.points if point.op is Op.SEND_RECV]
-        pair = self.neighbours.get(2)
-        if not sizes or pair is None or not has_peer_memory(self.device):
+        everyone = self.control[self.context.world_size]
+        shared = find_hosts(everyone, self.device).groups()
+        if not sizes or len(shared) != 1 or len(shared[0]) != self.context.world_size:
             return None
-        rows = max(sizes) // self.dtype.itemsize
-        return PeerRing(pair.group, rows=rows, width=1, device=self.device, dtype=self.dtype)
+        pair = self.neighbours.get(2)  # none on a rank that is left over, which takes part all the same
+        return PeerMessages.of(
+            HostGroup(ranks=shared[0], group=everyone),
+            pair.partner if pair else self.context.rank,
+            count=max(sizes) // self.dtype.itemsize,
+            device=self.device,
+            dtype=self.dtype,
+        )
 
     def choose_kernel(self, chunk: int, context: int) -> AttentionKernel:
         """The kernel that measured best for the layer being prepared."""
@@ -168,7 +175,7 @@ class RankSession:
     def prepare(self, point: Point) -> Prepared:
         """The point's work, made ready on this rank."""
         if point.op is Op.SEND_RECV:
-            return prepare_message(point, self.neighbours[2], self.ring, self.device, self.dtype)
+            return prepare_message(point, self.neighbours[2], self.messages, self.device, self.dtype)
         if point.op in COLLECTIVES:
             return prepare_collective(point, self.neighbours[point.group_size], self.device, self.dtype)
         if point.op is Op.ROUND_OVERHEAD:

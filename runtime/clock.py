@@ -59,10 +59,12 @@ class EventClock:
         self.origin_s = 0.0
         self._origin = _event()
         self._events: list[torch.cuda.Event] = []
+        self._passes = 0
 
     def begin(self) -> None:
         """See `Clock`; the device must be idle, so that its origin is the host's."""
         self._events = []
+        self._passes += 1
         self._origin = _event()
         self._origin.record()
         self.origin_s = time.perf_counter()
@@ -80,6 +82,15 @@ class EventClock:
         torch.cuda.synchronize()
         seconds = [self._origin.elapsed_time(event) / 1e3 for event in self._events]
         return list(zip(seconds[::2], seconds[1::2], strict=True))
+
+    def place(self) -> tuple[int, int] | None:
+        """The pass, and how many of its rounds' starts and finishes the device has come to; from any thread."""
+        passes, events = self._passes, self._events
+        low, high = 0, len(events)  # events are met in order
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if events[middle].query() else (low, middle)
+        return (passes, low) if events else None
 
 
 def make_clock(device: torch.device) -> Clock:

@@ -9,13 +9,12 @@ from functools import partial
 import torch
 
 from profiler.attention import attends_on_device
-from profiler.ranks import Progress
+from profiler.comm.boundary import MessageSizes, make_links
+from profiler.comm.group import Groups
+from profiler.comm.mark import Doing, Progress
 from profiler.recording import new_scratch, record
-from runtime.boundary import make_links
 from runtime.clock import Clock
-from runtime.group import Groups
 from runtime.job import Job
-from runtime.link import Return
 from runtime.place import Place
 from runtime.stage import Stage
 from tuner.memory import MOST_RECORDED
@@ -27,13 +26,23 @@ class Pipeline:
 
     def __init__(self, job: Job, place: Place, groups: Groups, stage: Stage, clock: Clock, progress: Progress) -> None:
         self.job, self.place, self.stage, self.clock, self.progress = job, place, stage, clock, progress
-        device, last = stage.device, place.parallel.pp_size - 1
+        device = stage.device
         self.prompts = [torch.tensor(ids, device=device) for ids in job.prompts] if place.is_first else []
         self.next_ids = torch.zeros(len(job.requests), device=device, dtype=torch.int64)  # of each request
-        self.inbound, self.outbound = make_links(job, place, groups, device, stage.dtype)
+        # Decode hands on one row of every request.
+        sizes = MessageSizes(
+            max_tokens=max(*job.round_tokens, len(job.requests)),
+            hidden_size=job.shape.hidden_size,
+            num_requests=len(job.requests),
+        )
+        self.links = make_links(groups, sizes, device, stage.dtype)
+        self.inbound, self.outbound, self.back = self.links.inbound, self.links.outbound, self.links.back
+        self.source = groups.inbound.peer if groups.inbound else None
+        self.last = groups.back.peer if groups.back else None
+        # On a card the host is rounds ahead: there `CardMarks` tells where the card is.
+        self.marks_here = device.type != "cuda"
         self.recorded: list[Callable[[], torch.Tensor]] = []  # of the plan's rounds, in order
         self.recorded_step: Callable[[], torch.Tensor] | None = None  # of decode
-        self.back = groups.back and Return(groups.back, first=place.peer(0), last=place.peer(last), device=device)
 
     def warm_up(self) -> None:
         """Build what is built lazily: kernels for the rounds' shapes, connections between the stages."""
@@ -52,10 +61,10 @@ class Pipeline:
             zeros = torch.zeros(size, device=self.stage.device, dtype=self.stage.dtype)
             self.outbound.send(zeros if place is None else place.copy_(zeros))
         if self.back and self.place.is_last:
-            self.back.send(self.next_ids[:1])
+            self.back.send(self.next_ids)
         elif self.back:
-            self.back.receive(1)
-        self.drain()
+            self.back.receive(self.next_ids)
+        self.links.drain()
 
     def record(self) -> None:
         """Make the plan's rounds and a step of decode replayable, once all that runs only once has run."""
@@ -82,7 +91,7 @@ class Pipeline:
         self._begin([num_tokens(chunks) for chunks in rounds])
         for index, chunks in enumerate(rounds):
             self._run(partial(self._compute, index, chunks))
-        self.drain()
+        self.links.drain()
 
     def prefill(self) -> None:
         """Run the plan's rounds. `next_ids` of the last stage then holds each prompt's next token."""
@@ -90,40 +99,40 @@ class Pipeline:
         window = self.job.window or len(rounds)
         self._begin([num_tokens(chunks) for chunks in rounds])
         for index, chunks in enumerate(rounds):
-            self.progress.mark(self.place.stage, index)
+            self._mark(index, until_s=self.arrival_s(chunks))
             if self.place.is_first:
                 self._wait_for_arrival(chunks)
                 if self.back and index >= window:
-                    self.back.receive(1)
+                    self._wait(Doing.RETURN, self.last)
+                    self.back.wait_acknowledged()
             is_recorded = index < len(self.recorded)
             self._run(self.recorded[index] if is_recorded else partial(self._compute, index, chunks))
             if self.back and self.place.is_last and index + window < len(rounds):
-                self.back.send(self.next_ids[:1])
-        self.drain()
+                self.back.acknowledge()
+        self.links.drain()
 
     def decode(self, num_steps: int) -> torch.Tensor:
         """Run `num_steps` steps of one token of every request -> on the last stage, all new ids [1 + num_steps, R]."""
         chosen = [self.next_ids.clone()]
         self.stage.step.restart()
         for step in range(num_steps):
-            self.progress.mark(self.place.stage, len(self.job.rounds) + step)
+            self._mark(len(self.job.rounds) + step)
             if self.back and self.place.is_last:
                 self.back.send(self.next_ids)
             elif self.back:
-                self.next_ids.copy_(self.back.receive(len(self.job.requests)))
+                self._wait(Doing.RETURN, self.last)
+                self.back.receive(self.next_ids)
             # One receive at a time: it waits on the device for what this rank has yet to cause, and CUDA may wait for
             # the device when it loads a kernel.
             self._begin([len(self.job.requests)])
             self._run(self.recorded_step or self._compute_step)
             chosen.append(self.next_ids.clone())
-        self.drain()
+        self.links.drain()
         return torch.stack(chosen)
 
-    def drain(self) -> None:
-        """Wait for all sends."""
-        for link in (self.outbound, self.back):
-            if link:
-                link.drain()
+    def arrival_s(self, chunks: Round) -> float:
+        """When the last request of a round arrives, on the host's clock."""
+        return self.clock.origin_s + max(self.job.requests[chunk.request].arrival_s for chunk in chunks)
 
     def _begin(self, tokens: Sequence[int]) -> None:
         """Rounds of `tokens` rows each follow, counted from 0."""
@@ -134,9 +143,12 @@ class Pipeline:
 
     def _run(self, compute: Callable[[], torch.Tensor]) -> None:
         if self.inbound:
+            self._wait(Doing.RECEIVE, self.source)
             self.inbound.receive()
         if self.outbound:
             self.outbound.reserve()
+        if self.marks_here:
+            self.progress.work()
         self.clock.start()
         hidden = compute()
         self.clock.finish()
@@ -183,8 +195,18 @@ class Pipeline:
                 self.next_ids[request] = ids[index]  # a copy on the device: no index travels to it
 
     def _wait_for_arrival(self, chunks: Round) -> None:
-        arrival = self.clock.origin_s + max(self.job.requests[chunk.request].arrival_s for chunk in chunks)
-        time.sleep(max(0.0, arrival - time.perf_counter()))
+        wait_s = self.arrival_s(chunks) - time.perf_counter()
+        if wait_s > 0.0:
+            self._wait(Doing.ARRIVAL, None)
+            time.sleep(wait_s)
+
+    def _mark(self, round_index: int, *, until_s: float = 0.0) -> None:
+        if self.marks_here:
+            self.progress.mark(self.place.stage, round_index, until_s=until_s)
+
+    def _wait(self, doing: Doing, peer: int | None) -> None:
+        if self.marks_here:
+            self.progress.wait(doing, peer)
 
 
 def num_tokens(chunks: Round) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from profiler.comm.mesh import Mesh
 from tuner.plan import Parallel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """One rank of a plan. Ranks are laid out stage by stage: rank = stage * tp_size + tp_rank."""
+    """One rank of a plan, laid out as in `Mesh`."""
 
     stage: int
     tp_rank: int
@@ -18,7 +19,7 @@ class Place:
     @classmethod
     def of(cls, rank: int, parallel: Parallel) -> Place:
         """The place of global rank `rank`."""
-        stage, tp_rank = divmod(rank, parallel.tp_size)
+        stage, tp_rank = mesh_of(parallel).place(rank)
         return cls(stage=stage, tp_rank=tp_rank, parallel=parallel)
 
     @property
@@ -38,11 +39,12 @@ class Place:
         first = sum(partition[: self.stage])
         return range(first, first + partition[self.stage])
 
-    def peer(self, stage: int) -> int:
-        """Global rank with the same tp_rank on another stage."""
-        return stage * self.parallel.tp_size + self.tp_rank
+
+def mesh_of(parallel: Parallel) -> Mesh:
+    """Where the ranks of a layout stand."""
+    return Mesh(pp_size=parallel.pp_size, tp_size=parallel.tp_size)
 
 
 def world_size(parallel: Parallel) -> int:
     """Ranks that a layout takes."""
-    return parallel.tp_size * parallel.pp_size * parallel.sp_size
+    return mesh_of(parallel).world_size * parallel.sp_size

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from db.errors import UserError
+from profiler.comm.launch import under_torchrun
 from profiler.device import check_device_type, check_world_size
 from profiler.model import SUPPORTED_DTYPES, ModelShape, bundled_names, load_model_shape
-from profiler.ranks import under_torchrun
 from runtime.place import world_size
 from runtime.prompts import TokenIds, check_prompts
 from tuner.plan import Plan

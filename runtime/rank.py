@@ -11,38 +11,47 @@ from itertools import groupby
 import torch
 import torch.distributed as dist
 
-from profiler.ranks import RankContext
+from profiler.comm.group import Groups, make_groups
+from profiler.comm.mark import Doing, Phase
+from profiler.comm.rank import RankContext
+from runtime.card_marks import CardMarks
 from runtime.clock import make_clock
-from runtime.group import Groups, make_groups
 from runtime.job import Job, Pass, RankReport
 from runtime.pipeline import Pipeline
-from runtime.place import Place
+from runtime.place import Place, mesh_of
 from runtime.stage import Stage
 from tuner.plan import Chunk, Round
 
 
 @torch.inference_mode()
 def run_jobs(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
-    """Run jobs as one of their ranks; the function that `profiler.ranks.run_ranks` starts on each.
+    """Run jobs as one of their ranks; the function that `profiler.comm.launch.run_ranks` starts on each.
 
     All take as many ranks; starting them takes seconds, and so does joining them, which jobs of one layout share.
+    Each report is also handed on at once: it outlives the failure of a later job.
     """
-    reports = []
-    for _, alike in groupby(jobs, key=lambda job: (job.parallel.tp_size, job.parallel.pp_size)):
-        same = list(alike)
-        with make_groups(Place.of(context.rank, same[0].parallel)) as groups:
-            reports += [_run_job(context, job, groups) for job in same]
+    reports: list[RankReport] = []
+    for mesh, alike in groupby(jobs, key=lambda job: mesh_of(job.parallel)):
+        context.progress.enter(Phase.GROUPS, job=len(reports))
+        with make_groups(mesh, context.rank, context.device) as groups:
+            for job in alike:
+                context.progress.enter(Phase.LOAD, job=len(reports))
+                reports.append(_run_job(context, job, groups))
+                context.report(reports[-1])
     return reports
 
 
 def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     place = Place.of(context.rank, job.parallel)
     clock = make_clock(context.device)
+    progress = context.progress
 
     def begin() -> None:
         if context.device.type == "cuda":
             torch.cuda.synchronize()
-        dist.barrier(groups.host)
+        progress.wait(Doing.MEET)
+        dist.barrier(groups.everyone)
+        progress.work()
         clock.begin()
 
     def note() -> Pass:
@@ -57,21 +66,28 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         torch.cuda.empty_cache()  # what the job before left: peer memory and NCCL allocate beside torch
     begin()
     stage = Stage(job, place, groups.tensor, context.device)
-    pipeline = Pipeline(job, place, groups, stage, clock, context.progress)
+    progress.enter(Phase.LINKS)
+    pipeline = Pipeline(job, place, groups, stage, clock, progress)
     begin()
+    progress.enter(Phase.WARM_UP)
     pipeline.warm_up()
     pipeline.fill_cache(cached_rounds(job))
+    progress.enter(Phase.RECORD)
     pipeline.record()
     if context.device.type == "cuda":
         torch.cuda.synchronize()
     gc.collect()
     gc.freeze()  # a collection among the rounds would walk all that the imports made
     warm_up_s = time.perf_counter() - clock.origin_s
-    first = _settle(job, run_pass, groups)
-    passes = tuple(run_pass() for _ in range(job.repeat))
-    begin()
-    new_ids = pipeline.decode(job.max_new_tokens - 1)
-    decode = note()
+    progress.enter(Phase.RUN)
+    with CardMarks.of(clock, pipeline, progress) as marks:
+        first = _settle(job, run_pass, groups)
+        passes = tuple(run_pass() for _ in range(job.repeat))
+        begin()
+        progress.enter(Phase.DECODE)
+        marks.first_round = len(job.rounds)
+        new_ids = pipeline.decode(job.max_new_tokens - 1)
+        decode = note()
     pipeline.close()
     gc.unfreeze()
     reports_tokens = place.is_last and place.tp_rank == 0
@@ -95,7 +111,7 @@ def _settle(job: Job, run_pass: Callable[[], Pass], groups: Groups) -> Pass | No
         done = run_pass()
         first = first or done
         enough[0] = time.perf_counter() - started >= job.settle_s
-        dist.broadcast(enough, 0, group=groups.host)
+        dist.broadcast(enough, 0, group=groups.everyone)
     return first
 
 

@@ -18,6 +18,8 @@ from db.measurements import Measurement, load_measurements
 from db.plans import save_plan_row
 from db.runs import RunKind, RunOutcome, fail_run, finish_run, start_run
 from profiler.attention import available_kernels
+from profiler.comm.failure import RanksFailedError
+from profiler.comm.launch import is_first_process, run_ranks
 from profiler.datasheet import published_peak_flops
 from profiler.device import describe_hardware
 from profiler.flops import prefill_flops
@@ -25,7 +27,6 @@ from profiler.grid import head_sizes
 from profiler.kernel_choice import KernelChoice
 from profiler.model import ModelShape
 from profiler.point import Op
-from profiler.ranks import RanksFailedError, is_first_process, run_ranks
 from runtime.checkpoint import check_checkpoint
 from runtime.job import Job
 from runtime.place import world_size

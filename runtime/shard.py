@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from profiler.comm.group import TensorGroup
 from profiler.head import Head
 from profiler.layer import DecoderLayer, Norms
 from profiler.linear import Linear
 from profiler.model import ModelShape
 from runtime.checkpoint import ALL, Weights
-from runtime.group import TensorGroup
 from runtime.place import Place
 
 

@@ -8,13 +8,13 @@ from functools import cache
 import torch
 
 from profiler.attention import AttentionKernel
+from profiler.comm.group import TensorGroup
 from profiler.head import embed
 from profiler.layer import LayerInputs, Stream
 from profiler.rotary import Rotary
 from profiler.round import prepare_round
 from profiler.step import Step
 from runtime.checkpoint import Checkpoint, RandomWeights
-from runtime.group import TensorGroup
 from runtime.job import Job
 from runtime.place import Place
 from runtime.shard import load_shard

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from db.errors import UserError
+from profiler.comm.launch import is_first_process
 from profiler.device import default_num_threads
-from profiler.ranks import is_first_process
 from runtime.place import world_size
 from runtime.preparation import check_counts, check_layout, model_shape, with_dtype
 from runtime.prompts import TokenIds, Tokenizer, random_prompts, read_prompts

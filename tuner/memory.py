@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from db.errors import UserError
+from profiler.comm.buffers import BOUNDARY_BUFFERS, SEND_BUFFER_BYTES
 from profiler.model import DTYPE_BYTES, ModelShape
 from tuner.kv_rows import assign_rows
 from tuner.plan import Plan, Request, Round
 
 USABLE_SHARE = 0.92  # the rest is the allocator's and the driver's
-# Hidden states that a stage may hold before it runs them, and on a card before they are sent.
-BOUNDARY_BUFFERS = {"cuda": 4, "cpu": 2}
 MOST_RECORDED = 1024  # rounds that a rank on a card keeps recorded
 RECORDED_LAYER_BYTES = 64 << 10  # what a layer of a recorded round holds on a card
-SEND_BUFFER_BYTES = 512 << 20  # what unfinished sends of a rank may hold on a CPU, where gloo never says that one ended
 RUNTIME_BYTES = {"cuda": 2 << 30, "cpu": 300 << 20}  # libraries, context and communicators of one rank
 
 

@@ -58,8 +58,8 @@ def command(
     started = time.monotonic()
     if not math.isfinite(budget_s):
         raise UserError("--budget-s", budget_s, "must be a finite number of seconds, 0 or more")
+    from profiler.comm.failure import RanksFailedError
     from profiler.profile import ProfileOptions, profile_model
-    from profiler.ranks import RanksFailedError
 
     options = ProfileOptions(
         model=model,

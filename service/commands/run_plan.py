@@ -38,8 +38,9 @@ def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) 
     Starts tp_size x pp_size ranks on this machine; under torchrun, on any number of nodes, the ranks are torchrun's.
     Every run leaves rows in the database: its plan, and the predicted and measured time of each round on each stage.
     """
+    from profiler.comm.failure import RanksFailedError
+    from profiler.comm.launch import is_first_process
     from profiler.device import default_device_type
-    from profiler.ranks import RanksFailedError, is_first_process
     from service.output import print_json
     from service.running import RunRequest, execute, print_run
 

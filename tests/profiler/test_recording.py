@@ -2,7 +2,6 @@
 
 import torch
 
-from profiler.peer import has_peer_memory
 from profiler.recording import new_scratch, record
 
 CPU = torch.device("cpu")
@@ -15,7 +14,3 @@ def test_on_a_cpu_each_replay_is_a_call() -> None:
     replay()
     replay()
     assert seen == [0, 1]
-
-
-def test_a_cpu_has_no_peer_memory() -> None:
-    assert not has_peer_memory(CPU)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from profiler.ranks import Progress
+from profiler.comm.group import Groups, TensorGroup
+from profiler.comm.mark import Progress
 from runtime.clock import make_clock
-from runtime.group import Groups, TensorGroup
 from runtime.job import Job
 from runtime.pipeline import Pipeline
 from runtime.place import Place
@@ -23,7 +23,7 @@ from tuner.plan import Chunk
 CPU = torch.device("cpu")
 LENGTHS = (30, 1, 77, 12, 5, 64, 9)
 NEW_TOKENS = 12
-ALONE = Groups(tensor=TensorGroup(None, 1), inbound=None, outbound=None, back=None, host=None)  # type: ignore[arg-type]  # only passes wait on it
+ALONE = Groups(tensor=TensorGroup(None, 1), inbound=None, outbound=None, back=None, everyone=None, sharing=None)  # type: ignore[arg-type]  # only passes wait on it
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def pipeline(job: Job, tmp_path: Path) -> Pipeline:
     clock = make_clock(CPU)
     clock.begin()
     place = Place.of(0, job.parallel)
-    pipeline = Pipeline(job, place, ALONE, _stage(job), clock, Progress(tmp_path / "progress"))
+    pipeline = Pipeline(job, place, ALONE, _stage(job), clock, Progress(tmp_path / "progress", pid=1))
     pipeline.warm_up()
     return pipeline
 
@@ -103,6 +103,6 @@ def test_nothing_is_recorded_for_one_new_token(checkpoint: Callable[[str], Path]
     job = make_job(checkpoint("llama"), pp_size=1)
     place = Place.of(0, job.parallel)
     with torch.inference_mode():
-        pipeline = Pipeline(job, place, ALONE, _stage(job), make_clock(CPU), Progress(tmp_path / "progress"))
+        pipeline = Pipeline(job, place, ALONE, _stage(job), make_clock(CPU), Progress(tmp_path / "progress", pid=1))
         pipeline.record()
         assert pipeline.recorded_step is None

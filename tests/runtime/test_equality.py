@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from profiler.ranks import run_ranks
+from profiler.comm.launch import run_ranks
 from runtime.rank import run_jobs
 from tests.checkpoints import VARIANTS
 from tests.runtime.cases import make_job

@@ -9,7 +9,7 @@ import pytest
 
 from db.engine import open_database
 from db.runs import RunStatus, list_runs
-from profiler.ranks import RanksFailedError
+from profiler.comm.failure import RanksFailedError
 from runtime.run import run_plan
 from tests.runtime import workers
 from tests.runtime.cases import make_plan

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from profiler.ranks import RankContext, run_ranks
-from runtime.link import STAGED, CollectiveInbound, CollectiveOutbound
+from profiler.comm.launch import run_ranks
+from profiler.comm.link import STAGED, CollectiveInbound, CollectiveOutbound
+from profiler.comm.rank import RankContext
 
 HIDDEN = 4
 SEQUENCES = ((5, 1, 7, 3, 7), (2,), (7, 7))  # tokens of the rounds of three passes

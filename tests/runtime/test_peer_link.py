@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from profiler.comm.peer_link import PeerInbound, PeerOutbound
 from profiler.peer import SLOTS
-from runtime.peer_link import PeerInbound, PeerOutbound
 
 
 class FakeRing:

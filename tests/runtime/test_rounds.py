@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from profiler.ranks import run_ranks
+from profiler.comm.launch import run_ranks
 from runtime.job import Job, RankReport
 from runtime.prediction import Prediction
 from runtime.rank import cached_rounds, run_jobs

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from profiler.comm.launch import run_ranks
 from profiler.model import load_model_shape
-from profiler.ranks import run_ranks
 from runtime.rank import run_jobs
 from runtime.slab import KVSlab
 from tests.runtime.cases import make_job, make_plan, prompts, requests

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from profiler.ranks import RankContext
+from profiler.comm.rank import RankContext
 from runtime.job import Job, RankReport
 from runtime.rank import run_jobs
 

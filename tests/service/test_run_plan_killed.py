@@ -15,7 +15,7 @@ import pytest
 
 from db.engine import open_database
 from db.runs import RunStatus, StoredRun, list_runs
-from profiler.ranks import Progress
+from profiler.comm.mark import Progress
 from tests.checkpoints import write_checkpoint
 
 BIN = Path(sys.executable).parent

@@ -9,12 +9,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from tuner.memory import SEND_BUFFER_BYTES
-
-# The recurrence knows no limit to what waits between two stages. Here a stage may be POSTED_AHEAD + STAGED rounds ahead
-# of the next on a card; on a CPU SEND_BUFFER_BYTES.
-POSTED_AHEAD = 2  # receives that are posted at once
-STAGED = 2  # hidden states on a card that wait to be sent, each at a place of its own
+from profiler.comm.buffers import POSTED_AHEAD, SEND_BUFFER_BYTES, STAGED
 
 
 class Inbound(Protocol):
@@ -145,25 +140,51 @@ class CollectiveOutbound:
         self._pending_bytes -= tensor.nbytes
 
 
-class Return:
-    """The way from the last stage back to the first: acknowledged rounds and token ids, each a small int64 tensor."""
+class Return(Protocol):
+    """The way from the last stage back to the first. Both call in the same order; ids are [R] int64."""
 
-    def __init__(self, group: dist.ProcessGroup, *, first: int, last: int, device: torch.device) -> None:
-        self.group, self.source, self.device = group, last, device
-        self._outbound = CollectiveOutbound(group, first)
+    def acknowledge(self) -> None:
+        """On the last stage: one more round is done."""
 
-    def send(self, values: torch.Tensor) -> None:
-        """On the last stage: values [n] int64, sent as they are now."""
-        self._outbound.send(values.clone())
+    def wait_acknowledged(self) -> None:
+        """On the first stage: wait for one more round to be done."""
 
-    def receive(self, count: int) -> torch.Tensor:
-        """On the first stage: the next values [count] int64."""
-        values = torch.empty(count, device=self.device, dtype=torch.int64)
-        work = dist.irecv(values, self.source, group=self.group)
-        assert work is not None
-        work.wait()
-        return values
+    def send(self, ids: torch.Tensor) -> None:
+        """On the last stage: send token ids, as they are now."""
+
+    def receive(self, ids: torch.Tensor) -> None:
+        """On the first stage: the next token ids, into `ids`."""
 
     def drain(self) -> None:
         """Wait for all sends."""
+
+
+class CollectiveReturn:
+    """Sends and receives of torch.distributed. See `Return`."""
+
+    def __init__(self, group: dist.ProcessGroup, peer: int, *, device: torch.device) -> None:
+        self.group, self.peer = group, peer
+        self._token = torch.zeros(1, device=device, dtype=torch.int64)  # an acknowledgement has no content
+        self._outbound = CollectiveOutbound(group, peer)
+
+    def acknowledge(self) -> None:
+        """See `Return`."""
+        self.send(self._token)
+
+    def wait_acknowledged(self) -> None:
+        """See `Return`."""
+        self.receive(self._token)
+
+    def send(self, ids: torch.Tensor) -> None:
+        """See `Return`."""
+        self._outbound.send(ids.clone())
+
+    def receive(self, ids: torch.Tensor) -> None:
+        """See `Return`."""
+        work = dist.irecv(ids, self.peer, group=self.group)
+        assert work is not None
+        work.wait()
+
+    def drain(self) -> None:
+        """See `Return`."""
         self._outbound.drain()

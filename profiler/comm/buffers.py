@@ -1,0 +1,10 @@
+"""What may wait between two stages: here a stage may be a few rounds ahead of the next; the recurrence has no limit."""
+
+POSTED_AHEAD = 2
+"""Receives that are posted at once."""
+STAGED = 2
+"""Hidden states on a card that wait to be sent, each at a place of its own."""
+BOUNDARY_BUFFERS = {"cuda": POSTED_AHEAD + STAGED, "cpu": POSTED_AHEAD}
+"""Hidden states that a rank holds before it runs them, and on a card before they are sent."""
+SEND_BUFFER_BYTES = 512 << 20
+"""What unfinished sends of a rank may hold on a CPU, where gloo never says that one ended."""

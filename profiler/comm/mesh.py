@@ -1,0 +1,86 @@
+"""Where each rank of a layout stands, and by which transport it reaches the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """Ranks stage by stage: rank = stage * tp_size + tp_rank."""
+
+    pp_size: int = 1
+    tp_size: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.pp_size * self.tp_size
+
+    def rank(self, stage: int, tp_rank: int) -> int:
+        """The global rank that stands there."""
+        return stage * self.tp_size + tp_rank
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """Stage and tp_rank of a global rank."""
+        return divmod(rank, self.tp_size)
+
+    def tensor_groups(self) -> Iterator[tuple[int, ...]]:
+        """The ranks that hold a stage together, of each stage; none where one rank does."""
+        if self.tp_size > 1:
+            for stage in range(self.pp_size):
+                yield tuple(self.rank(stage, tp_rank) for tp_rank in range(self.tp_size))
+
+    def boundaries(self) -> Iterator[tuple[int, int]]:
+        """Sender and receiver of hidden states, of each boundary between stages."""
+        for stage in range(self.pp_size - 1):
+            for tp_rank in range(self.tp_size):
+                yield self.rank(stage, tp_rank), self.rank(stage + 1, tp_rank)
+
+    def returns(self) -> Iterator[tuple[int, int]]:
+        """First and last rank of each way back from the last stage to the first."""
+        if self.pp_size > 1:
+            for tp_rank in range(self.tp_size):
+                yield self.rank(0, tp_rank), self.rank(self.pp_size - 1, tp_rank)
+
+
+class Transport(StrEnum):
+    """How two ranks exchange data."""
+
+    PEER_MEMORY = "peer-memory"  # one card writes into the other's memory
+    COLLECTIVE = "collective"  # NCCL or gloo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What a rank tells the others of where it runs: ranks of one name were started together on one machine."""
+
+    name: str
+    has_peer_memory: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """The host of every rank, known alike to all ranks: each decision from it is the same everywhere."""
+
+    of_rank: tuple[Host, ...]
+
+    def transport(self, one: int, other: int) -> Transport:
+        """How two ranks exchange hidden states."""
+        first, second = self.of_rank[one], self.of_rank[other]
+        reach = first.name == second.name and first.has_peer_memory and second.has_peer_memory
+        return Transport.PEER_MEMORY if reach else Transport.COLLECTIVE
+
+    def groups(self) -> list[tuple[int, ...]]:
+        """The ranks of each host that has peer memory on all of its ranks, in the order of the first ranks."""
+        names = dict.fromkeys(host.name for host in self.of_rank)
+        ranks = [tuple(rank for rank, host in enumerate(self.of_rank) if host.name == name) for name in names]
+        return [group for group in ranks if all(self.of_rank[rank].has_peer_memory for rank in group)]
+
+
+def agree(hosts: Sequence[Host]) -> Hosts:
+    """The hosts with peer memory only where all ranks of one host have it."""
+    lacking = {host.name for host in hosts if not host.has_peer_memory}
+    return Hosts(tuple(Host(name=host.name, has_peer_memory=host.name not in lacking) for host in hosts))
