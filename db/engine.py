@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, NullPool, StaticPool, create_engine, event
+from sqlalchemy import URL, Connection, Engine, NullPool, StaticPool, create_engine, event, select, update
 from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.orm import Session
 
 from db.errors import UserError
 from db.failures import translated
+from db.leases import is_held
 from db.location import check_file, default_url, parse_url, read_only_url, shown, sqlite_path
+from db.provenance import now
 from db.schema import HEAD, stored_revision, upgrade
+from db.tables import ProcessRow, RunRow, RunStatus
 
 __all__ = ["Database", "default_url", "open_database"]
 
@@ -30,6 +33,7 @@ class Database:
     """An open database whose tables are those of this version."""
 
     engine: Engine
+    url: URL
     location: str  # the URL without its password
     read_only: bool
     lock_timeout_s: float
@@ -102,9 +106,34 @@ def open_database(url: str | None = None, *, read_only: bool = False, lock_timeo
     except BaseException:
         engine.dispose()
         raise
-    return Database(
-        engine=engine, location=location, read_only=read_only, lock_timeout_s=timeout_s, found_revision=revision
+    database = Database(
+        engine=engine,
+        url=parsed,
+        location=location,
+        read_only=read_only,
+        lock_timeout_s=timeout_s,
+        found_revision=revision,
     )
+    if not read_only:
+        _mark_lost(database)
+    return database
+
+
+def lost_processes(database: Database) -> list[int]:
+    """Ids of processes that are said to run and whose lease nobody holds."""
+    with database.reading() as session:
+        running = session.scalars(select(ProcessRow.id).where(ProcessRow.status == RunStatus.RUNNING)).all()
+    return [number for number in running if not is_held(database.engine, database.url, number)]
+
+
+def _mark_lost(database: Database) -> None:
+    """Mark processes that are gone, and their runs, as lost."""
+    lost = lost_processes(database)
+    if lost:
+        ended = {"status": RunStatus.LOST, "finished_at": now(), "error": "its process ended without a word"}
+        with database.session() as session:
+            for row, owner in ((ProcessRow, ProcessRow.id), (RunRow, RunRow.process_id)):
+                session.execute(update(row).where(owner.in_(lost), row.status == RunStatus.RUNNING).values(**ended))
 
 
 def _lock_timeout_s() -> float:

@@ -48,6 +48,7 @@ class StoredRun:
     id: int
     plan_id: int
     hardware_id: int
+    process_id: int | None
     kind: RunKind
     status: RunStatus
     study: str | None
@@ -73,16 +74,19 @@ def start_run(
     kind: RunKind | str = RunKind.RUN_PLAN,
     study: str | None = None,
     details: Mapping[str, Any] | None = None,
+    process_id: int | None = None,
 ) -> int:
     """Note that a run of a plan begins and return its id.
 
     study: the name of the auto-tuning study or benchmark the run belongs to.
+    process_id: of `db.processes.process_row`; when that process dies, the run counts as lost.
     details: anything else worth keeping, as JSON.
     """
     with database.session() as session:
         row = RunRow(
             plan_id=plan_id,
             hardware_id=hardware_id(session, hardware),
+            process_id=process_id,
             kind=RunKind(kind),
             status=RunStatus.RUNNING,
             study=study,
@@ -169,7 +173,8 @@ def load_round_times(database: Database, run_id: int) -> list[RoundTime]:
 
 
 def _end_run(session: Session, run_id: int, **values: object) -> bool:
-    running = (RunRow.id == run_id, RunRow.status == RunStatus.RUNNING)
+    # A run that was taken for lost, because the database's server was away for a while, may yet end well.
+    running = (RunRow.id == run_id, RunRow.status.in_([RunStatus.RUNNING, RunStatus.LOST]))
     ended = session.execute(
         update(RunRow).where(*running).values(finished_at=now(), **values).returning(RunRow.id),
         execution_options={"synchronize_session": False},

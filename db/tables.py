@@ -29,11 +29,12 @@ class RunKind(StrEnum):
 
 
 class RunStatus(StrEnum):
-    """How far a run came. One that was killed with its launcher stays `running`."""
+    """How far a run, or a process, came."""
 
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
+    LOST = "lost"  # its process ended without a word
 
 
 class Base(DeclarativeBase):
@@ -116,6 +117,23 @@ class PlanRow(Base):
     code_version: Mapped[str]
 
 
+class ProcessRow(Base):
+    """One command that works on the database for long: it holds the lease of its id meanwhile."""
+
+    __tablename__ = "processes"
+    __table_args__ = (Index(None, "status"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    command: Mapped[str]
+    host: Mapped[str]
+    pid: Mapped[int]
+    status: Mapped[RunStatus]
+    started_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+    error: Mapped[str | None]
+    code_version: Mapped[str]
+
+
 class RunRow(Base):
     """One execution of a plan: what came of it beside what was predicted."""
 
@@ -125,6 +143,7 @@ class RunRow(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     plan_id: Mapped[int] = mapped_column(ForeignKey("plans.id", ondelete="CASCADE"))
     hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id", ondelete="CASCADE"))
+    process_id: Mapped[int | None] = mapped_column(ForeignKey("processes.id", ondelete="SET NULL"))
     kind: Mapped[RunKind]
     status: Mapped[RunStatus]
     study: Mapped[str | None]

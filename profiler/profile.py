@@ -11,10 +11,12 @@ from db.engine import Database, default_url, open_database
 from db.errors import UserError
 from db.hardware import Hardware, list_hardware
 from db.measurements import Measurement, load_measurements, save_measurements
+from db.processes import process_row
 from db.provenance import now
 from profiler.agenda import Agenda
 from profiler.attention import available_kernels, worth_measuring
 from profiler.comm.launch import run_ranks
+from profiler.comm.stall import LEAST_LIMIT_S
 from profiler.device import (
     check_device_type,
     check_dtype,
@@ -41,7 +43,7 @@ class ProfileOptions:
     """A user's wishes; None takes what suits the model and the machine.
 
     tp_sizes: numbers with commas between. deadline: `time.monotonic()` after which no point is begun.
-    remeasure: "noisy", "all" or None.
+    remeasure: "noisy", "all" or None. stall_timeout_s: the profile fails when no rank moved for so long.
     """
 
     model: str
@@ -54,6 +56,7 @@ class ProfileOptions:
     deadline: float
     remeasure: str | None = None
     db_url: str | None = None
+    stall_timeout_s: float = LEAST_LIMIT_S
 
 
 def profile_model(options: ProfileOptions) -> ProfileSummary:
@@ -78,9 +81,15 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
                 deadline=options.deadline,
             )
             try:
-                run_ranks(
-                    profile_rank, job, world_size=grid.world_size, device_type=grid.device_type, num_threads=threads
-                )
+                with process_row(database, "profile"):
+                    run_ranks(
+                        profile_rank,
+                        job,
+                        world_size=grid.world_size,
+                        device_type=grid.device_type,
+                        num_threads=threads,
+                        stall_timeout_s=options.stall_timeout_s,
+                    )
             except KeyboardInterrupt:
                 interrupted = True
         found = _kept_rows(database, hardware, points)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from profiler.agenda import Agenda
 from profiler.attention import AttentionKernel
 from profiler.collectives import PeerMessages, make_groups, prepare_collective, prepare_message, prepare_round_overhead
 from profiler.comm.group import HostGroup, find_hosts
+from profiler.comm.mark import Doing, Phase
 from profiler.comm.rank import RankContext
 from profiler.device import cache_bytes, free_bytes
 from profiler.grid import Grid, group_sizes, head_sizes, layer_sizes
@@ -43,6 +45,7 @@ POINT_S = {"cpu": 0.25, "cuda": 0.2}  # what sampling a point may take, unless t
 ATTEMPTS = 2  # at once; a point that stays noisy is tried once more at the end
 _STOP = -1
 _TRIAL_CALLS = 2  # one alone may have met another process
+STALL_FACTOR = 20.0  # a point may take so many times what is expected before it counts as stalled
 _LONG_CALL_S = 2.5  # too long for a second try
 _LOAD_CHUNK, _LOAD_CONTEXT = 2048, 8192
 _CACHES = 2  # weights lie so many caches apart, or a stage of the model if that is less
@@ -114,6 +117,8 @@ class RankSession:
         }
         self.neighbours = make_groups(group_sizes(job.grid.tp_sizes, context.world_size), context.world_size)
         self.messages = self.make_messages()
+        self.num_begun = 0
+        context.progress.enter(Phase.RUN)
 
     def make_load(self) -> Load:
         """The model's usual work: whole layers over a round of middling size and context."""
@@ -149,6 +154,7 @@ class RankSession:
         measured = 0
         while (index := self.agree_on_index(_STOP)) != _STOP:
             measured += bool(self.measure(self.job.points[index]))
+            self.context.progress.wait(Doing.MEET)
         return measured
 
     def agree_on_index(self, index: int) -> int:
@@ -158,11 +164,20 @@ class RankSession:
         return int(message.item())
 
     def measure(self, point: Point) -> list[Measurement]:
-        """Time a point together with the other ranks that are busy -> the rows of `rows_of`; none on idle ranks."""
+        """Time a point together with the other ranks that are busy -> the rows of `rows_of`.
+
+        None on idle ranks, and on all when the memory of one does not hold the point.
+        """
+        self.num_begun += 1
+        expected_s = expected_seconds(point, self.device.type, self.job.hardware.num_threads)
+        self.context.progress.mark(0, self.num_begun, until_s=time.monotonic() + STALL_FACTOR * expected_s)
         if self.context.rank >= point.busy_ranks:
             return []
-        prepared = self.prepare(point)
-        call_s = self.call_seconds(prepared, point)
+        ready = self.prepare_together(point)
+        if ready is None:
+            return []
+        prepared, first_s = ready
+        call_s = self.call_seconds(prepared, point, first_s)
         samples, timing = self.sample(prepared, point, call_s)
         for _ in range(ATTEMPTS - 1):
             if timing.noisy and not prepared.waits:  # messages always vary
@@ -171,6 +186,25 @@ class RankSession:
         for row in rows:
             self.agenda.add(row)
         return [self.agenda.rows[row.key] for row in rows]
+
+    def prepare_together(self, point: Point) -> tuple[Prepared, float] | None:
+        """The point's work, made ready on all busy ranks, and seconds of its first call on the slowest of them.
+
+        The first call may import code and build plans. None on all ranks when the memory of one did not suffice.
+        """
+        prepared, first_s = None, math.inf
+        try:
+            prepared = self.prepare(point)
+            # What waits for other ranks allocates nothing when it runs, and one rank alone must not run it.
+            first_s = 0.0 if prepared.waits else call_seconds(prepared.run, self.device)
+        except (torch.OutOfMemoryError, MemoryError):
+            self.operators.workspace.clear()
+        first_s = self.slowest(first_s, point)
+        if prepared is not None and math.isfinite(first_s):
+            return prepared, first_s
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     def prepare(self, point: Point) -> Prepared:
         """The point's work, made ready on this rank."""
@@ -184,10 +218,11 @@ class RankSession:
             self.heads = {name: point.shape[name] for name in self.heads}
         return self.operators.prepare(point)
 
-    def call_seconds(self, prepared: Prepared, point: Point) -> float:
-        """Seconds of a call on the slowest rank; the first call may import code and build plans, and does not count."""
+    def call_seconds(self, prepared: Prepared, point: Point, first: float) -> float:
+        """Seconds of a call on the slowest rank; the first call, of `first` seconds, counts only if it took long."""
         self.barrier(point)
-        first = self.slowest(call_seconds(prepared.run, self.device), point)
+        if prepared.waits:
+            first = self.slowest(call_seconds(prepared.run, self.device), point)
         if first > _LONG_CALL_S and self.device.type == "cpu":  # on a card the first call may load its kernel
             return first
         trials = 1 if first > POINT_S[self.device.type] else _TRIAL_CALLS
@@ -312,7 +347,8 @@ class Leader:
         for point in self.in_time(self.session.agenda.missing()):
             yield point
             done.append(point)
-        noisy = [point for point in done if self.session.agenda.rows[point.key].noisy]
+        rows = self.session.agenda.rows
+        noisy = [point for point in done if point.key in rows and rows[point.key].noisy]
         self.progress.extend(len(noisy), sum(map(self.expected_seconds, noisy)))
         yield from self.in_time(noisy)
         # Measured again, another attention kernel may be the best.

@@ -77,6 +77,10 @@ class Workspace:
             ),
         )
 
+    def clear(self) -> None:
+        """Give up all that is kept."""
+        self._kept.clear()
+
     def keep(self, key: tuple[object, ...], size_bytes: int, make: Callable[[], T]) -> T:
         """What was made under `key`, or makes it after dropping what no longer fits beside it."""
         if key in self._kept:

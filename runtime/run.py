@@ -16,10 +16,12 @@ from db.errors import UserError
 from db.hardware import Hardware, save_hardware
 from db.measurements import Measurement, load_measurements
 from db.plans import save_plan_row
+from db.processes import process_row
 from db.runs import RunKind, RunOutcome, fail_run, finish_run, start_run
 from profiler.attention import available_kernels
 from profiler.comm.failure import RanksFailedError
 from profiler.comm.launch import is_first_process, run_ranks
+from profiler.comm.stall import LEAST_LIMIT_S
 from profiler.datasheet import published_peak_flops
 from profiler.device import describe_hardware
 from profiler.flops import prefill_flops
@@ -28,7 +30,7 @@ from profiler.kernel_choice import KernelChoice
 from profiler.model import ModelShape
 from profiler.point import Op
 from runtime.checkpoint import check_checkpoint
-from runtime.job import Job
+from runtime.job import Job, RankReport
 from runtime.place import world_size
 from runtime.prediction import read_prediction
 from runtime.preparation import check_counts, check_layout, checked_prompts, model_shape, with_dtype
@@ -44,6 +46,8 @@ from tuner.rows import Rows
 # 0.8 s after the start the card corrects itself by a quarter of a second at its lowest clock.
 SETTLE_S = {"cpu": 0.0, "cuda": 1.0}
 SETTLES_ITSELF_S = 2.5  # in a plan that long the start is lost
+STALL_FACTOR = 20.0
+UNPREDICTED_LIMIT_S = 600.0
 
 
 class RunOptions(TypedDict, total=False):
@@ -60,6 +64,7 @@ class RunOptions(TypedDict, total=False):
     db_url: str | None
     kind: RunKind | str
     study: str | None
+    stall_timeout_s: float | None
 
 
 def run_plan(plan: Plan, **options: Unpack[RunOptions]) -> RunResult:
@@ -82,15 +87,18 @@ def run_plans(
     db_url: str | None = None,
     kind: RunKind | str = RunKind.RUN_PLAN,
     study: str | None = None,
+    stall_timeout_s: float | None = None,
 ) -> list[RunResult]:
     """Execute the rounds of plans of as many ranks, one after another on the same ones, each then decoding greedily.
 
     weights: a Hugging Face checkpoint, or None with `random_weights`. prompts: token ids of each request, of every
     plan, in the plans' order; random ids of the planned lengths if None. repeat: passes over the rounds.
 
+    stall_timeout_s: the run fails when no rank moved for so long; None is a minute, or more for long rounds.
+
     Raises `UserError` before any rank starts for whatever does not fit together, and `RanksFailedError` when a rank
-    dies or raises; the rows of all runs of the call then say failed. Under torchrun each rank calls this and gets the
-    results; the first writes the rows.
+    dies, raises or stalls; the rows of plans that had ended by then keep their results, those of the others say failed.
+    Under torchrun each rank calls this and gets the results; the first writes the rows.
     """
     check_counts(max_new_tokens=max_new_tokens, repeat=repeat, num_threads=num_threads)
     if (weights is None) != random_weights:
@@ -112,20 +120,50 @@ def run_plans(
             for plan in plans
         ]  # fmt: skip
         predictions = [read_prediction(plan) for plan in plans]
+        process_id = stack.enter_context(process_row(database, str(kind))) if is_first_process() else None
         records = [
-            stack.enter_context(Record(database, plan, hardware, kind=kind, study=study, job=job))
-            for plan, job in zip(plans, jobs, strict=True)
+            stack.enter_context(
+                Record(database, plan, hardware, kind=kind, study=study, job=job, index=index, process_id=process_id)
+            )
+            for index, (plan, job) in enumerate(zip(plans, jobs, strict=True))
         ]
-        reports = run_ranks(
-            run_jobs, jobs, world_size=world_size(plans[0].parallel), device_type=device_type, num_threads=num_threads
-        )
-        results = []
-        for plan, job, prediction, record, of_ranks in zip(
-            plans, jobs, predictions, records, zip(*reports, strict=True), strict=True
-        ):
-            result = make_result(job, of_ranks, prediction=prediction, end_ids=ends)
-            results.append(record.finish(with_mfu(result, plan, job.shape, hardware, rows)))
-        return results
+
+        def finish(reports: Iterable[Sequence[RankReport]]) -> list[RunResult]:
+            """Keep the results of the plans that all ranks have reported; reports: of each rank."""
+            results = []
+            for index, of_ranks in enumerate(zip(*reports, strict=False)):
+                result = make_result(jobs[index], of_ranks, prediction=predictions[index], end_ids=ends)
+                result = with_mfu(result, plans[index], jobs[index].shape, hardware, rows)
+                results.append(records[index].finish(result))
+            return results
+
+        try:
+            return finish(
+                run_ranks(
+                    run_jobs,
+                    jobs,
+                    world_size=world_size(plans[0].parallel),
+                    device_type=device_type,
+                    num_threads=num_threads,
+                    stall_timeout_s=stall_timeout_s or max(map(stall_limit_s, plans)),
+                )
+            )
+        except RanksFailedError as error:
+            finish(error.reports.values())
+            raise
+
+
+def stall_limit_s(plan: Plan) -> float:
+    """Seconds without any progress after which a run of the plan counts as stalled, where nobody said.
+
+    Generous: a minute at least, and many times what its longest round is predicted to take. A plan without a prediction
+    may have rounds of any length.
+    """
+    if plan.predicted is None:
+        return UNPREDICTED_LIMIT_S
+    rounds_s = (seconds for row in plan.predicted.round_s or () for seconds in row)
+    longest_s = max(rounds_s, default=plan.predicted.makespan_s)
+    return max(LEAST_LIMIT_S, STALL_FACTOR * longest_s)
 
 
 def make_job(
@@ -170,12 +208,21 @@ def make_job(
 
 
 class Record:
-    """A run's row in the database: running, then done, or failed with where and why."""
+    """A run's row in the database: running, then done, or failed with where and why; `index` among the launch's."""
 
     def __init__(
-        self, database: Database, plan: Plan, hardware: Hardware, *, kind: RunKind | str, study: str | None, job: Job
+        self,
+        database: Database,
+        plan: Plan,
+        hardware: Hardware,
+        *,
+        kind: RunKind | str,
+        study: str | None,
+        job: Job,
+        index: int,
+        process_id: int | None,
     ) -> None:
-        self.database = database
+        self.database, self.index = database, index
         self.run_id: int | None = None
         if not is_first_process():
             return
@@ -187,7 +234,9 @@ class Record:
             "settle_s": job.settle_s,
         }
         plan_id = save_plan_row(database, plan.to_json(), hardware_id=save_hardware(database, hardware))
-        self.run_id = start_run(database, plan_id, hardware, kind=kind, study=study, details=details)
+        self.run_id = start_run(
+            database, plan_id, hardware, kind=kind, study=study, details=details, process_id=process_id
+        )
 
     def finish(self, result: RunResult) -> RunResult:
         """Keep the outcome, all of it at once."""
@@ -211,6 +260,9 @@ class Record:
             return
         if isinstance(error, RanksFailedError):
             failure = error.failure
+            if failure.job < self.index:
+                fail_run(self.database, self.run_id, f"not begun: plan {failure.job + 1} of the launch failed")
+                return
             place = {"rank": failure.rank, "stage": failure.stage, "round_index": failure.round_index}
             fail_run(self.database, self.run_id, failure.error, **place)
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+from typing import Any
 
 import click
 
@@ -31,6 +33,13 @@ class LazyGroup(click.Group):
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an interrupt stays one, where click would print an empty line for it."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Ended(signal.SIGINT) from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands without importing any."""
         with formatter.section("Commands"):
@@ -43,10 +52,39 @@ def cli() -> None:
     """Find, prove and run the fastest chunked-pipeline plan for long-context LLM prefill on the hardware at hand."""
 
 
+class Ended(BaseException):
+    """The process was told to end by a signal."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(f"Ended by {signal.Signals(number).name}")
+
+
 def main() -> None:
-    """Run the command line; a user's error is one line and exit code 2."""
+    """Run the command line.
+
+    What ends it is one line: a user's error with exit code 2, an interrupt with 130, any other signal with 128 and its
+    number.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
     try:
-        cli()
+        code = cli(standalone_mode=False)
     except UserError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
+        code = _say(f"Error: {error}", 2)
+    except click.ClickException as error:
+        code = _say(f"Error: {error.format_message()}", error.exit_code)
+    except KeyboardInterrupt:  # before or after the command
+        code = _say("Interrupted", 128 + signal.SIGINT)
+    except Ended as error:
+        code = _say("Interrupted" if error.number == signal.SIGINT else str(error), 128 + error.number)
+    sys.exit(code or 0)
+
+
+def _end(number: int, _frame: Any) -> None:
+    raise Ended(number)
+
+
+def _say(line: str, code: int) -> int:
+    click.echo(line, err=True)
+    return code

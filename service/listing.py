@@ -18,6 +18,7 @@ class Kept(StrEnum):
     MEASUREMENTS = "measurements"
     PLANS = "plans"
     RUNS = "runs"
+    PROCESSES = "processes"
     FITS = "fits"
 
     @property
@@ -43,6 +44,7 @@ _COLUMNS = {
         "id", "plan_id", "hardware_id", "kind", "status", "study", "predicted_makespan_s", "makespan_s", "mfu",
         "started_at", "error",
     ),
+    Kept.PROCESSES: ("id", "command", "status", "host", "pid", "started_at", "finished_at", "error"),
     Kept.FITS: ("id", "hardware_id", "model_name", "dtype", "created_at", "code_version"),
 }  # fmt: skip
 
@@ -52,6 +54,7 @@ def kept_rows(database: Database, kept: Kept, hardware_id: int | None, limit: in
     from db.fits import list_fits
     from db.hardware import get_hardware, list_hardware
     from db.plans import list_plan_rows
+    from db.processes import list_processes
     from db.runs import list_runs
 
     hardware = None if hardware_id is None else get_hardware(database, hardware_id)
@@ -66,9 +69,24 @@ def kept_rows(database: Database, kept: Kept, hardware_id: int | None, limit: in
             plans = list_plan_rows(database, hardware=hardware, limit=limit)
             return [asdict(row) | _summary(row.plan) for row in plans]
         case Kept.RUNS:
-            return [asdict(row) for row in list_runs(database, hardware=hardware, limit=limit)]
+            runs = [asdict(row) for row in list_runs(database, hardware=hardware, limit=limit)]
+            return _with_lost(database, runs, "process_id")
+        case Kept.PROCESSES:
+            return _with_lost(database, [asdict(row) for row in list_processes(database, limit=limit)], "id")
         case Kept.FITS:
             return [asdict(row) for row in list_fits(database, hardware=hardware, limit=limit)]
+
+
+def _with_lost(database: Database, rows: list[dict[str, Any]], owner: str) -> list[dict[str, Any]]:
+    """The rows; those whose process is gone are lost, whether or not the database says so yet."""
+    from db.engine import lost_processes
+    from db.tables import RunStatus
+
+    lost = set(lost_processes(database))
+    gone = [row for row in rows if row[owner] in lost and row["status"] is RunStatus.RUNNING]
+    for row in gone:
+        row["status"] = RunStatus.LOST
+    return rows
 
 
 def _measurements(database: Database, hardware_id: int | None, limit: int) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ class RunRequest:
     threads_per_rank: int | None
     dtype: str | None
     db_url: str | None
+    stall_timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,7 @@ def execute(request: RunRequest) -> Run:
         device_type=request.device_type,
         num_threads=num_threads,
         db_url=request.db_url,
+        stall_timeout_s=request.stall_timeout_s,
     )
     checks = None
     if request.check and request.weights is not None and is_first_process():

@@ -33,8 +33,9 @@ def find_stall(
     """
     if not marks:
         return None
-    allowed_s = max(SET_UP_LIMIT_S if mark.phase.is_set_up else limit_s for mark in marks.values())
-    allowed_s = max(allowed_s, limit_s)
+    sets_up = any(mark.phase.is_set_up for mark in marks.values())
+    # A process that is stopped gains nothing from the time that loading may take.
+    allowed_s = max(SET_UP_LIMIT_S, limit_s) if sets_up and not stopped else limit_s
     last_s = max(max(mark.since_s, mark.until_s) for mark in marks.values())
     if now_s - last_s <= allowed_s:
         return None

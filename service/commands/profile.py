@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from db.errors import UserError
-from service.options import db_option, json_option
+from service.options import db_option, json_option, stall_option
 from service.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option(
     "--remeasure", type=click.Choice(["noisy", "all"]), help="Measure again what is kept: noisy points, or all."
 )
+@stall_option
 @db_option
 @json_option
 def command(
@@ -48,6 +49,7 @@ def command(
     threads_per_rank: int | None,
     budget_s: float,
     remeasure: str | None,
+    stall_timeout_s: float | None,
     db_url: str | None,
     as_json: bool,
 ) -> None:
@@ -59,6 +61,7 @@ def command(
     if not math.isfinite(budget_s):
         raise UserError("--budget-s", budget_s, "must be a finite number of seconds, 0 or more")
     from profiler.comm.failure import RanksFailedError
+    from profiler.comm.stall import LEAST_LIMIT_S
     from profiler.profile import ProfileOptions, profile_model
 
     options = ProfileOptions(
@@ -72,6 +75,7 @@ def command(
         deadline=started + budget_s,
         remeasure=remeasure,
         db_url=db_url,
+        stall_timeout_s=stall_timeout_s or LEAST_LIMIT_S,
     )
     try:
         summary = profile_model(options)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from service.options import db_option, json_option
+from service.options import db_option, json_option, stall_option
 
 
 @click.command(name="run-plan")
@@ -30,6 +30,7 @@ from service.options import db_option, json_option
 @click.option("--device", "device_type", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--threads-per-rank", type=int, help="Threads of one rank on a CPU. [default: the plan's]")
 @click.option("--dtype", help="float32, bfloat16 or float16. [default: the plan's precision]")
+@stall_option
 @db_option
 @json_option
 def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) -> None:

@@ -26,8 +26,8 @@ NEXT_REVISION = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 
 def upgrade() -> None:
@@ -61,32 +61,32 @@ def test_an_older_database_is_upgraded_whole_or_not_at_all(
         save_measurements(old, make_hardware(), [make_measurement(8), make_measurement(64)])
     migrations = tmp_path / "migrations"
     shutil.copytree(schema.MIGRATIONS, migrations)
-    (migrations / "versions" / "0002_next.py").write_text(NEXT_REVISION.replace("FAILS", str(fails)))
+    (migrations / "versions" / "0003_next.py").write_text(NEXT_REVISION.replace("FAILS", str(fails)))
     with monkeypatch.context() as newer_code:
         newer_code.setattr(schema, "MIGRATIONS", migrations)
-        newer_code.setattr(schema, "REVISIONS", ("0001", "0002"))
-        newer_code.setattr(schema, "HEAD", "0002")
-        newer_code.setattr(engine, "HEAD", "0002")
-        with pytest.raises(UserError, match="has schema 0001, this version reads 0002; run `isochunk db upgrade`"):
+        newer_code.setattr(schema, "REVISIONS", ("0001", "0002", "0003"))
+        newer_code.setattr(schema, "HEAD", "0003")
+        newer_code.setattr(engine, "HEAD", "0003")
+        with pytest.raises(UserError, match="has schema 0002, this version reads 0003; run `isochunk db upgrade`"):
             open_database(database_url, read_only=True)
         if fails:
             with pytest.raises(Exception, match="no_such_table"):
                 open_database(database_url)
         else:
             with open_database(database_url) as upgraded:
-                assert upgraded.found_revision == "0001"
+                assert upgraded.found_revision == "0002"
                 assert load_measurements(upgraded, make_hardware()) == [make_measurement(8), make_measurement(64)]
                 with upgraded.engine.connect() as connection:
                     assert connection.scalar(text("SELECT rack FROM hardware")) == "unknown"
-                    assert schema.stored_revision(connection) == "0002"
+                    assert schema.stored_revision(connection) == "0003"
     if fails:
         with open_database(database_url) as untouched:
-            assert untouched.found_revision == "0001"
+            assert untouched.found_revision == "0002"
             assert load_measurements(untouched, make_hardware()) == [make_measurement(8), make_measurement(64)]
             columns = {column["name"] for column in inspect(untouched.engine).get_columns("hardware")}
             assert "rack" not in columns
     else:
-        with pytest.raises(UserError, match="has schema 0002 of a newer version"):
+        with pytest.raises(UserError, match="has schema 0003 of a newer version"):
             open_database(database_url)
 
 

@@ -9,16 +9,19 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from sqlalchemy import text
+import pytest
+from sqlalchemy import text, update
 
-from db.engine import open_database
-from db.hardware import list_hardware
+from db.engine import Database, lost_processes, open_database
+from db.hardware import list_hardware, save_hardware
 from db.measurements import load_measurements, save_measurements
-from db.plans import list_plan_rows
-from db.runs import RunStatus, list_runs, load_round_times
+from db.plans import list_plan_rows, save_plan_row
+from db.processes import list_processes, process_row
+from db.runs import RunOutcome, RunStatus, finish_run, list_runs, load_round_times, start_run
 from db.schema import HEAD
+from db.tables import RunRow
 from tests.db.samples import make_hardware, make_measurement
-from tests.db.workers import BATCH, NUM_POINTS, measure_and_run, open_at_once
+from tests.db.workers import BATCH, NUM_POINTS, begin_a_run, measure_and_run, open_at_once
 
 NUM_WORKERS = 4
 ROOT = Path(__file__).parents[2]
@@ -85,3 +88,50 @@ def test_killed_while_writing_leaves_whole_rows(database_url: str) -> None:
             with database.reading() as session:
                 assert session.scalar(text("PRAGMA integrity_check")) == "ok"
                 assert session.scalar(text("PRAGMA journal_mode")) == "wal"
+
+
+def test_a_killed_process_and_its_runs_are_lost_and_a_living_one_is_not(database_url: str) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    began = spawn.Queue()
+    workers = [spawn.Process(target=begin_a_run, args=(database_url, began)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        process_of = dict(began.get(timeout=60) for _ in workers)
+        dead, alive = workers
+        dead.kill()
+        dead.join(30)
+        assert dead.pid is not None and alive.pid is not None
+        with open_database(database_url, read_only=True) as reader:
+            assert lost_processes(reader) == [process_of[dead.pid]]
+        with open_database(database_url) as database:
+            processes = {row.id: row.status for row in list_processes(database)}
+            runs = {row.process_id: row.status for row in list_runs(database)}
+            expected = {process_of[dead.pid]: RunStatus.LOST, process_of[alive.pid]: RunStatus.RUNNING}
+            assert processes == runs == expected
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join(30)
+
+
+def test_a_process_says_how_it_ended(database: Database) -> None:
+    with process_row(database, "profile"):
+        assert [row.status for row in list_processes(database)] == [RunStatus.RUNNING]
+        assert lost_processes(database) == []
+    with pytest.raises(ValueError, match="broken"), process_row(database, "tune"):
+        raise ValueError("broken")
+    newest, first = list_processes(database)
+    assert (first.command, first.status, first.error) == ("profile", RunStatus.DONE, None)
+    assert (newest.command, newest.status, newest.error) == ("tune", RunStatus.FAILED, "ValueError: broken")
+
+
+def test_a_run_taken_for_lost_may_yet_end_well(database: Database) -> None:
+    with process_row(database, "run-plan") as process_id:
+        plan_id = save_plan_row(database, {"point": 1})
+        save_hardware(database, make_hardware())
+        run_id = start_run(database, plan_id, make_hardware(), process_id=process_id)
+        with database.session() as session:
+            session.execute(update(RunRow).values(status=RunStatus.LOST))
+        finish_run(database, run_id, RunOutcome(makespan_s=1.0))
+    assert [run.status for run in list_runs(database)] == [RunStatus.DONE]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from datetime import timedelta
+from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 
 from db.engine import open_database
 from db.hardware import save_hardware
 from db.measurements import save_measurements
 from db.plans import save_plan_row
+from db.processes import process_row
 from db.runs import RoundTime, RunOutcome, finish_run, start_run
 from tests.db.samples import NOON, make_hardware, make_measurement
 
@@ -55,3 +59,12 @@ def write_batches_for_ever(url: str) -> None:
 
 if __name__ == "__main__":
     write_batches_for_ever(sys.argv[1])
+
+
+def begin_a_run(url: str, began: Queue[tuple[int, int]]) -> None:
+    """Begin a run, say so, and work until somebody ends this process."""
+    with open_database(url, lock_timeout_s=30) as database, process_row(database, "run-plan") as process_id:
+        save_hardware(database, make_hardware())
+        start_run(database, save_plan_row(database, {"of": process_id}), make_hardware(), process_id=process_id)
+        began.put((os.getpid(), process_id))
+        time.sleep(120)

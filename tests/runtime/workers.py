@@ -25,8 +25,11 @@ def _failing(context: RankContext, fail: Any) -> RankContext:
     """Stage 1 fails as it begins round 2."""
 
     class FailingProgress:
-        def mark(self, stage: int, round_index: int) -> None:
-            context.progress.mark(stage, round_index)
+        def __getattr__(self, name: str) -> Any:
+            return getattr(context.progress, name)
+
+        def mark(self, stage: int, round_index: int, *, until_s: float = 0.0) -> None:
+            context.progress.mark(stage, round_index, until_s=until_s)
             if (stage, round_index) == (1, 2):
                 fail()
 

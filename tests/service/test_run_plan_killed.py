@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -58,11 +59,8 @@ def _kill_rank_one_in_round_one(folder: Path, *launcher: str) -> tuple[subproces
                _plan(folder), "--weights", folder]  # fmt: skip
 
     def rank_one() -> int | None:
-        for path in folder.glob("isochunk-*/progress-1"):
-            if Progress.read(path) == (1, 1):
-                mapped = [maps.parent.name for maps in Path("/proc").glob("[0-9]*/maps") if _reads(maps, str(path))]
-                return int(mapped[0]) if mapped else None
-        return None
+        marks = (Progress.read_file(path) for path in folder.glob("isochunk-*/progress-1"))
+        return next((mark.pid for mark in marks if mark and (mark.stage, mark.round_index) == (1, 1)), None)
 
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
         os.kill(_wait_for(rank_one), signal.SIGKILL)
@@ -70,13 +68,6 @@ def _kill_rank_one_in_round_one(folder: Path, *launcher: str) -> tuple[subproces
     with open_database(f"sqlite:///{folder / 'runs.db'}") as database:
         (row,) = list_runs(database)
     return subprocess.CompletedProcess(command, run.returncode, out, err), row
-
-
-def _reads(maps: Path, text: str) -> bool:
-    try:
-        return text in maps.read_text()
-    except OSError:
-        return False
 
 
 @pytest.mark.timeout(120)
@@ -93,3 +84,45 @@ def test_under_torchrun_the_row_says_failed_too(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert row.status is RunStatus.FAILED
     assert "another rank" in (row.error or "")
+
+
+@pytest.mark.timeout(180)
+def test_two_agents_of_torchrun_run_a_plan_as_two_nodes_do(tmp_path: Path) -> None:
+    """As on two hosts: each agent starts a stage of two ranks, and meets the other over the loopback network."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    write_checkpoint(tmp_path / "model", "qwen2", num_hidden_layers=2)
+    plan = {
+        "schema": "isochunk.plan/1",
+        "model": json.loads((tmp_path / "model" / "config.json").read_text()),
+        "precision": "float32",
+        "parallel": {"tp_size": 2, "pp_size": 2, "layer_partition": [1, 1]},
+        "requests": [{"id": "a", "prompt_tokens": 40}],
+        "rounds": [[{"request": 0, "start": start, "tokens": 10}] for start in (0, 10, 20, 30)],
+        "window": 2,
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    environment = os.environ | {
+        "ISOCHUNK_DB": f"sqlite:///{tmp_path / 'runs.db'}", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    agents = [
+        subprocess.Popen(
+            [BIN / "torchrun", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2", "--rdzv-backend",
+             "static", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1", "--no-python",
+             BIN / "isochunk", "run-plan", tmp_path / "plan.json", "--weights", tmp_path / "model",
+             "--max-new-tokens", "3", "--check", "--json"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [agent.communicate(timeout=150) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    result = json.loads(outputs[0][0])
+    assert outputs[1][0] == "" and [request["tokens_equal"] for request in result["requests"]] == [True]
+    with open_database(f"sqlite:///{tmp_path / 'runs.db'}", read_only=True) as database:
+        assert [row.status for row in list_runs(database)] == [RunStatus.DONE]
