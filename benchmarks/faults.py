@@ -161,7 +161,8 @@ def try_fault(folder: Path, device: str, draw: random.Random) -> Outcome:
         came = False  # the rank had done its part
     elif not ends_well and not at_launcher and (code != 1 or len(lines) != 1 or f"rank {rank}" not in lines[0]):
         problems.append(f"exit code {code}, {len(lines)} lines: {lines[-2:]}")
-    if at_launcher and came and number is signal.SIGTERM and (code != 143 or len(lines) != 1):
+    had_begun = code != -signal.SIGTERM  # Python itself was still starting
+    if at_launcher and came and number is signal.SIGTERM and had_begun and (code != 143 or len(lines) != 1):
         problems.append(f"exit code {code}, {len(lines)} lines: {lines[-2:]}")
     problems += check_database(folder)
     return Outcome(

@@ -70,8 +70,8 @@ def run_child(path: Path, rank: int) -> None:
     progress = Progress(folder.progress(rank), pid=os.getpid())
     stacks = folder.stacks(rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-    signal.signal(signal.SIGTERM, _end)
     try:
+        signal.signal(signal.SIGTERM, _end)
         task: Task = read_whole(folder.task)
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(task.world_size),
@@ -91,9 +91,11 @@ def run_child(path: Path, rank: int) -> None:
             result = task.function(context, *task.args)
         write_whole(folder.result(rank), result)
     except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which has noticed meanwhile
         lost = is_lost_connection(error)
         raised = RaisedError(error=error_line(error), at_s=time.monotonic(), is_lost_connection=lost)
         write_whole(folder.error(rank), raised)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if lost:
             time.sleep(BLAME_OTHERS_S)
         # Not raised: the group's teardown may block on ranks that are gone.
