@@ -10,7 +10,7 @@ import pytest
 from db.engine import open_database
 from db.runs import RunStatus, list_runs
 from profiler.comm.failure import RanksFailedError
-from runtime.run import run_plan
+from runtime.run import run_plan, run_plans
 from tests.runtime import workers
 from tests.runtime.cases import make_plan
 
@@ -46,6 +46,22 @@ def test_a_failing_rank_ends_the_run(
     assert run.status is RunStatus.FAILED
     assert (run.failed_rank, run.failed_stage, run.failed_round, run.error) == (failure.rank, 1, 2, error)
     assert run.makespan_s is None
+
+
+@pytest.mark.timeout(60)
+def test_a_launch_keeps_the_plans_that_ended_and_blames_the_one_that_failed(
+    checkpoint: Callable[[str], Path], db_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = checkpoint("qwen2")
+    monkeypatch.setattr("runtime.run.run_jobs", workers.raise_in_the_second_plan)
+    with pytest.raises(RanksFailedError) as caught:
+        run_plans([make_plan(weights)] * 3, weights=weights, db_url=db_url)
+    assert caught.value.failure.job == 1
+    with open_database(db_url) as database:
+        third, second, first = list_runs(database)
+    assert (first.status, first.error) == (RunStatus.DONE, None) and first.makespan_s
+    assert (second.status, second.failed_rank, second.failed_round) == (RunStatus.FAILED, 1, 2)
+    assert (third.status, third.error) == (RunStatus.FAILED, "not begun: plan 2 of the launch failed")
 
 
 @pytest.mark.timeout(60)

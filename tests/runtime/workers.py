@@ -21,8 +21,12 @@ def die_in_round_two(context: RankContext, jobs: Sequence[Job]) -> list[RankRepo
     return run_jobs(_failing(context, _die), jobs)
 
 
-def _failing(context: RankContext, fail: Any) -> RankContext:
-    """Stage 1 fails as it begins round 2."""
+def raise_in_the_second_plan(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
+    return run_jobs(_failing(context, _raise, job=1), jobs)
+
+
+def _failing(context: RankContext, fail: Any, job: int = 0) -> RankContext:
+    """Stage 1 fails as it begins round 2 of a plan."""
 
     class FailingProgress:
         def __getattr__(self, name: str) -> Any:
@@ -30,7 +34,7 @@ def _failing(context: RankContext, fail: Any) -> RankContext:
 
         def mark(self, stage: int, round_index: int, *, until_s: float = 0.0) -> None:
             context.progress.mark(stage, round_index, until_s=until_s)
-            if (stage, round_index) == (1, 2):
+            if (stage, round_index, context.progress.read().job) == (1, 2, job):
                 fail()
 
     return replace(context, progress=FailingProgress())  # type: ignore[arg-type]  # has what a rank calls
