@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from db.documents import write_json
 from db.errors import UserError
 from profiler.device import default_num_threads
 from profiler.ranks import is_first_process
@@ -17,7 +18,6 @@ from runtime.result import RunResult
 from runtime.run import end_ids, run_plan
 from runtime.trace import write_trace
 from service.output import print_table
-from tuner.cost_model import write_json
 from tuner.plan import Plan, load_plan
 
 
