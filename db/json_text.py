@@ -59,7 +59,7 @@ class _UnusableError(Exception):
 
 
 def _check(value: Any, depth: int) -> None:
-    """Raise unless numbers are finite and of usual size, texts can be encoded, and lists and objects lie at most `depth` deep."""
+    """Raise unless numbers are finite and of usual size, texts can be encoded, and nesting is at most `depth` deep."""
     if isinstance(value, float) and not math.isfinite(value):
         raise _UnusableError("with finite numbers alone")
     if isinstance(value, int) and abs(value) > MAX_INTEGER:

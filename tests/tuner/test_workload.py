@@ -43,7 +43,10 @@ def test_a_trace_is_read_and_sped_up(tmp_path: Path) -> None:
         ({"input_length": 0}, "line 1: input_length: 0; at least 1"),
         ({"input_length": 5, "timestamp": "x"}, "line 1: timestamp: x"),
         ("[" * 100_000, "line 1: must be JSON nested at most 64 deep"),
-        ({"input_length": 5, "timestamp": 10**400}, "line 1: must be JSON with whole numbers of at most 64 bits (timestamp)"),
+        (
+            {"input_length": 5, "timestamp": 10**400},
+            "line 1: must be JSON with whole numbers of at most 64 bits (timestamp)",
+        ),
         ({"input_length": 10**400}, "line 1: must be JSON with whole numbers of at most 64 bits (input_length)"),
         ({"input_length": 2**41}, "line 1: input_length: 2199023255552; at most"),
         ({"input_length": 5, "cached_tokens": 5}, "line 1: cached_tokens: 5"),
