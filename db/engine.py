@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, NullPool, StaticPool, create_engine, event
+from sqlalchemy import URL, Connection, Engine, NullPool, StaticPool, create_engine, event, select
 from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.orm import Session
 
 from db.errors import UserError
 from db.failures import translated
+from db.integrity import check_fully, check_quickly
 from db.location import check_file, default_url, parse_url, read_only_url, shown, sqlite_path
 from db.schema import HEAD, stored_revision, upgrade
+from db.tables import Base
 
 __all__ = ["Database", "default_url", "open_database"]
 
@@ -62,6 +64,13 @@ class Database:
         ):
             yield session
 
+    def check(self) -> None:
+        """Raise UserError unless the database is whole: every page, every index, every reference, every row."""
+        with translated(self.location, self.lock_timeout_s), self.engine.connect() as connection:
+            check_fully(connection, self.location)
+            for table in Base.metadata.sorted_tables:
+                connection.execute(select(table)).fetchall()
+
     def close(self) -> None:
         """Close the connections that are held."""
         self.engine.dispose()
@@ -94,6 +103,8 @@ def open_database(url: str | None = None, *, read_only: bool = False, lock_timeo
         with translated(location, timeout_s):
             with engine.connect() as connection:
                 revision = stored_revision(connection, location)
+                if path is not None and path.exists() and revision is not None:
+                    check_quickly(connection, path, location)
             if revision != HEAD:
                 if read_only:
                     allowed = f"has schema {revision}, this version reads {HEAD}; run `isochunk db upgrade`"

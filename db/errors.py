@@ -25,7 +25,10 @@ class UserError(ValueError):
 
 def cut(value: object, most: int = MAX_SHOWN) -> str:
     """The value's text as one printable line; a text of more than `most` characters keeps its start and its end."""
-    text = str(value)
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = "a number of thousands of digits"
     if len(text) > most:
         text = f"{text[: most // 2]}...{text[3 - most // 2 :]}"
     return printable(text)

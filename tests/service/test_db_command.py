@@ -47,7 +47,7 @@ def run_json(*arguments: str | Path) -> Any:
     return json.loads(run(*arguments, "--json"))
 
 
-@pytest.mark.parametrize("name", ["path", "upgrade", "list", "export", "import"])
+@pytest.mark.parametrize("name", ["path", "upgrade", "check", "list", "export", "import"])
 def test_help(name: str) -> None:
     text = run(name, "--help")
     assert "--json" in text
