@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, NullPool, StaticPool, create_engine, event, select
-from sqlalchemy.exc import NoSuchModuleError
+from sqlalchemy.exc import DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Session
 
-from db.errors import UserError
+from db.errors import UserError, cut
 from db.failures import translated
-from db.integrity import check_fully, check_quickly
+from db.integrity import WHAT_TO_DO, check_fully, check_quickly
 from db.location import check_file, default_url, parse_url, read_only_url, shown, sqlite_path
 from db.schema import HEAD, stored_revision, upgrade
 from db.tables import Base
@@ -52,8 +52,15 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """A transaction that only reads: on SQLite it neither waits for a writer nor holds one up."""
-        with self._begin(self.engine) as session:
-            yield session
+        try:
+            with self._begin(self.engine) as session:
+                yield session
+        except UserError:
+            raise
+        except (ValueError, LookupError, TypeError, ArithmeticError, DBAPIError) as error:
+            # What was written was checked, so that a row which cannot be read was damaged since.
+            reason = cut(getattr(error, "orig", None) or error)
+            raise UserError("database", self.location, f"a row cannot be read ({reason}); {WHAT_TO_DO}") from error
 
     @contextmanager
     def _begin(self, engine: Engine) -> Iterator[Session]:
@@ -68,8 +75,10 @@ class Database:
         """Raise UserError unless the database is whole: every page, every index, every reference, every row."""
         with translated(self.location, self.lock_timeout_s), self.engine.connect() as connection:
             check_fully(connection, self.location)
+        with self.reading() as session:
             for table in Base.metadata.sorted_tables:
-                connection.execute(select(table)).fetchall()
+                for _ in session.execute(select(table).execution_options(yield_per=1000)):
+                    pass
 
     def close(self) -> None:
         """Close the connections that are held."""

@@ -14,9 +14,7 @@ from runtime.place import world_size
 from runtime.prompts import TokenIds, check_prompts
 from tuner.plan import MAX_THREADS, Plan
 
-MOST_PROMPT_TOKENS = (
-    2**24
-)  # their ids, as Python holds them, take some 0.7 GB; the KV cache of any model takes far more
+MOST_PROMPT_TOKENS = 2**24  # their ids, as Python holds them, take some 0.7 GB; any KV cache takes far more
 # What decides the work; the rest of a configuration (names, dates, dropout) may differ between plan and weights.
 _SIZE_FIELDS = (
     "architectures", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",

@@ -68,6 +68,11 @@ def test_upgrade(tmp_path: Path) -> None:
     assert run_json("upgrade", "--db", url) == {"url": url, "found_revision": "0001", "revision": "0001"}
 
 
+def test_check(url: str) -> None:
+    assert run("check", "--db", url) == f"{url}: whole\n"
+    assert run_json("check", "--db", url) == {"url": url, "whole": True}
+
+
 def test_list_tables(url: str) -> None:
     (line,) = [line for line in run("list", "--db", url).splitlines() if "Example CPU" in line]
     assert " ".join(line.split()) == "1 Example CPU 2 8 6.1 2.13.0 gloo 1 shared memory 2 2026-03-01 12:01:00"
