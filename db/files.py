@@ -6,7 +6,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from db.errors import UserError
@@ -31,16 +31,12 @@ def check_writable(field: str, path: Path) -> None:
     A file of 64 KiB is written beside its place and removed: a full disk, a folder that is read-only and a name that
     is too long are told by the file system itself.
     """
-    try:
-        if path.is_dir():
-            raise UserError(field, path, "must be a file, not a folder")
-        if not path.absolute().parent.is_dir():
-            raise UserError(field, path, "must be in a folder that exists")
-        path.exists()  # a name that is too long
-    except (OSError, ValueError) as error:  # a ValueError: a zero byte in the name
-        if isinstance(error, UserError):
-            raise
-        raise UserError(field, path, f"cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    with _told(field, path, _PROBE_BYTES), suppress(FileNotFoundError):
+        path.stat()  # tells of a name that is too long
+    if path.is_dir():
+        raise UserError(field, path, "must be a file, not a folder")
+    if not path.absolute().parent.is_dir():
+        raise UserError(field, path, "must be in a folder that exists")
     with _beside(field, path, _PROBE_BYTES) as temporary:
         _write(temporary, bytes(_PROBE_BYTES))
 
@@ -50,18 +46,25 @@ def _beside(field: str, path: Path, size_bytes: int) -> Iterator[Path]:
     """An empty file beside `path`, gone at the end; what the file system refuses becomes a UserError."""
     temporary = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-    except OSError as error:
-        reason = error.strerror
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            reason = f"no space left for its {size_bytes / 2**20:.2f} MiB"
-        raise UserError(field, path, f"cannot be written ({reason})") from None
+        with _told(field, path, size_bytes):
+            handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+            os.close(handle)
+            temporary = Path(name)
+            yield temporary
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told(field: str, path: Path, size_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # a ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = f"no space left for its {size_bytes / 2**20:.2f} MiB"
+        raise UserError(field, path, f"cannot be written ({reason})") from None
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -21,7 +21,7 @@ RANDOM_STD = 0.02  # the usual initializer_range
 
 
 @dataclass(frozen=True, slots=True)
-class _Index:
+class WeightIndex:
     """`model.safetensors.index.json`: the file in the folder that holds each tensor."""
 
     weight_map: dict[str, str]
@@ -139,7 +139,7 @@ def _file_of_tensor(folder: Path) -> dict[str, str]:
     if (folder / INDEX).is_file():
         content = read_json(folder / INDEX, field="weights")
         with located(folder / INDEX):
-            return parse(_Index, content).weight_map
+            return parse(WeightIndex, content).weight_map
     if not (folder / SINGLE).is_file():
         raise UserError("weights", folder, f"must hold {SINGLE}, or several files with {INDEX}")
     try:

@@ -238,7 +238,7 @@ class CostModel:
     @classmethod
     def from_json(cls, data: object) -> CostModel:
         """Read the content of an isochunk.cost-model/1 file; unknown fields are ignored. Raises UserError."""
-        file = parse(_File, of_schema(data, SCHEMA))
+        file = parse(CostModelFile, of_schema(data, SCHEMA))
         return cls(
             stages=tuple(_stage_cost(f"stages[{i}]", stage) for i, stage in enumerate(file.stages)),
             hop_latency_s=file.hop.latency_s,
@@ -312,7 +312,7 @@ class _HopEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _File:
+class CostModelFile:
     """isochunk.cost-model/1 as it is written."""
 
     stages: tuple[_StageEntry, ...]
