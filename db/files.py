@@ -63,7 +63,7 @@ def _told(field: str, path: Path, size_bytes: int) -> Iterator[None]:
     except (OSError, ValueError) as error:  # a ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            reason = f"no space left for its {size_bytes / 2**20:.2f} MiB"
+            reason = f"no space left for its {max(1, size_bytes >> 10)} KiB"
         raise UserError(field, path, f"cannot be written ({reason})") from None
 
 

@@ -209,8 +209,8 @@ def test_a_full_disk_is_found_before_and_keeps_the_old_file(tmp_path: Path) -> N
     path = tmp_path / "a.json"
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines() == [
-        f"--output: {path}; cannot be written (no space left for its 0.06 MiB)",
-        f"file: {path}; cannot be written (no space left for its 0.85 MiB)",
+        f"--output: {path}; cannot be written (no space left for its 64 KiB)",
+        f"file: {path}; cannot be written (no space left for its 868 KiB)",
     ]
     assert read_json(path) == [1]
     assert os.listdir(tmp_path) == ["a.json"]  # noqa: PTH208
