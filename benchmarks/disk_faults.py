@@ -242,7 +242,8 @@ def prepared() -> Iterator[Place]:
         write_json(good / "cost.json", COST_MODEL)
         write_json(good / "plan.json", PLAN)
         mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_KIB}k", "tmpfs", str(disk)]
-        mounted = subprocess.run(mount, capture_output=True, timeout=30, check=False).returncode == 0
+        found = shutil.which("mount") is not None
+        mounted = found and subprocess.run(mount, capture_output=True, timeout=30, check=False).returncode == 0
         try:
             yield Place(good=good, disk=disk, mounted=mounted)
         finally:
