@@ -55,7 +55,6 @@ class Done:
     """How a command ended."""
 
     code: int
-    stdout: str
     stderr: str
 
     @property
@@ -83,20 +82,18 @@ class Place:
     def run(self, command: tuple[str, ...], *, max_file_bytes: int | None = None) -> Done:
         """The command in a process of its own."""
         arguments = [word.format(disk=self.disk, good=self.good) for word in command]
-        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-            child = os.fork()
-            if child == 0:
-                _run_as_child(arguments, f"sqlite:///{self.database}", stdout.fileno(), stderr.fileno(), max_file_bytes)
-            code = _wait(child)
-            stdout.seek(0)
-            stderr.seek(0)
-            return Done(code=code, stdout=stdout.read().decode(), stderr=stderr.read().decode())
+        here, there = os.pipe()  # no file: the limit on files' size would hold for it too
+        child = os.fork()
+        if child == 0:
+            _run_as_child(arguments, f"sqlite:///{self.database}", there, max_file_bytes)
+        os.close(there)
+        with os.fdopen(here) as said:
+            stderr = said.read()
+        return Done(code=os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stderr=stderr)
 
 
-def _run_as_child(
-    arguments: list[str], database_url: str, stdout: int, stderr: int, max_file_bytes: int | None
-) -> None:
-    os.dup2(stdout, 1)
+def _run_as_child(arguments: list[str], database_url: str, stderr: int, max_file_bytes: int | None) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(stderr, 2)
     code = 1
     try:
@@ -114,11 +111,6 @@ def _run_as_child(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _wait(child: int) -> int:
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
 
 
 @contextmanager
