@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from db.documents import write_json
 from db.engine import open_database
 from db.measurements import load_measurements
 from profiler.attention import available_kernels, worth_measuring
@@ -26,7 +27,6 @@ from profiler.model import load_model_shape
 from profiler.point import Op, Point
 from profiler.session import ProfileJob, profile_rank
 from service.output import print_table
-from tuner.cost_model import write_json
 from tuner.fit import LayerCosts, fit_layer_costs
 from tuner.rows import RankWork, expected_s
 

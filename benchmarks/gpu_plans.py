@@ -17,10 +17,10 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.measured_plans import Case, Machine
+from db.documents import write_json
 from db.provenance import code_version, now
 from runtime.result import RunResult
 from service.output import print_table
-from tuner.cost_model import write_json
 from tuner.plan import Plan
 
 LONG, LONGEST = (32768,), (131072,)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import select
 
+from db.documents import located, of_schema, parse, read_json
 from db.engine import Database
 from db.errors import UserError, cut
 from db.files import replace_file
@@ -26,7 +26,8 @@ _MAX_TEXT = 1000
 _MAX_SIZE = 2**40
 _MAX_US = 1e15
 _FIRST_YEAR, _LAST_YEAR = 1970, 9000
-_GZIP_MAGIC = b"\x1f\x8b"
+_LEAST_US = 0.01
+_MOST_FLOPS = 1e17  # one device; the fastest of 2026 have 2e16 in their narrowest format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,30 +86,30 @@ def import_hardware(database: Database, path: Path | str) -> Imported:
 
 def read_profile(path: Path) -> Profile:
     """Read and check a file. Raises UserError naming the field, the value and what is allowed."""
-    from pydantic import TypeAdapter, ValidationError
-
-    content = _read_json(path)
-    schema = content.get("schema")
-    if schema != SCHEMA:
-        raise UserError(f"{path}: schema", schema, f"must be {SCHEMA}")
-    try:
-        profile = TypeAdapter(Profile).validate_python(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{cut(part)}" for part in first["loc"]).lstrip(".")
-        if first["type"] == "value_error":  # the message names the fields; the input is the whole row
-            raise UserError(f"{path}: {where}", "", first["msg"].removeprefix("Value error, ")) from None
-        value = "missing" if first["type"] == "missing" else json.dumps(first["input"], default=str)
-        raise UserError(f"{path}: {where}", value, first["msg"]) from None
-    _check_limits(f"{path}: hardware", profile.hardware)
-    for index, row in enumerate(profile.measurements):
-        _check_limits(f"{path}: measurements[{index}]", row)
-    first_at: dict[MeasurementKey, int] = {}
-    for index, row in enumerate(profile.measurements):
-        if first_at.setdefault(row.key, index) != index:
-            where = f"{path}: measurements[{index}]"
-            raise UserError(where, ", ".join(map(str, row.key)), f"must not repeat measurements[{first_at[row.key]}]")
+    content = read_json(path)
+    with located(path):
+        profile = parse(Profile, of_schema(content, SCHEMA))
+        _check_limits("hardware", profile.hardware)
+        first_at: dict[MeasurementKey, int] = {}
+        for index, row in enumerate(profile.measurements):
+            where = f"measurements[{index}]"
+            _check_limits(where, row)
+            _check_time(where, row)
+            if first_at.setdefault(row.key, index) != index:
+                allowed = f"must not repeat measurements[{first_at[row.key]}]"
+                raise UserError(where, ", ".join(map(str, row.key)), allowed)
     return profile
+
+
+def _check_time(where: str, row: Measurement) -> None:
+    """Raise UserError for a time that no device can reach: a plan made from it would be believed."""
+    if row.median_us < _LEAST_US:
+        raise UserError(f"{where}.median_us", row.median_us, f"no operation ends within {_LEAST_US:g} us")
+    if {"m", "n", "k"} <= row.shape.keys():
+        rate = 2 * row.shape["m"] * row.shape["n"] * row.shape["k"] / (row.median_us * 1e-6)
+        if rate > _MOST_FLOPS:
+            allowed = f"a product of this shape would run at {rate:.1e} FLOP/s; no device reaches {_MOST_FLOPS:.0e}"
+            raise UserError(f"{where}.median_us", row.median_us, allowed)
 
 
 def _check_limits(where: str, row: Hardware | Measurement) -> None:
@@ -133,19 +134,6 @@ def _check_limits(where: str, row: Hardware | Measurement) -> None:
                 raise UserError(f"{where}.{name}", value, f"must be from {least} to {most}")
         elif isinstance(value, float) and not value <= _MAX_US:
             raise UserError(f"{where}.{name}", value, f"must be at most {_MAX_US:g}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = path.read_bytes()
-        content = json.loads(gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError("file", path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError("file", path, f"must be JSON of {SCHEMA} ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError("file", path, f"must be JSON of {SCHEMA}")
-    return content
 
 
 def _portable(row: Measurement) -> dict[str, Any]:

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, NullPool, StaticPool, create_engine, event, select, update
-from sqlalchemy.exc import NoSuchModuleError
+from sqlalchemy.exc import DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Session
 
-from db.errors import UserError
+from db.errors import UserError, cut
 from db.failures import translated
+from db.integrity import WHAT_TO_DO, check_fully, check_quickly
 from db.leases import is_held
 from db.location import check_file, default_url, parse_url, read_only_url, shown, sqlite_path
 from db.provenance import now
 from db.schema import HEAD, stored_revision, upgrade
-from db.tables import ProcessRow, RunRow, RunStatus
+from db.tables import Base, ProcessRow, RunRow, RunStatus
 
 __all__ = ["Database", "default_url", "open_database"]
 
@@ -54,8 +55,15 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """A transaction that only reads: on SQLite it neither waits for a writer nor holds one up."""
-        with self._begin(self.engine) as session:
-            yield session
+        try:
+            with self._begin(self.engine) as session:
+                yield session
+        except UserError:
+            raise
+        except (ValueError, LookupError, TypeError, ArithmeticError, DBAPIError) as error:
+            # What was written was checked, so that a row which cannot be read was damaged since.
+            reason = cut(getattr(error, "orig", None) or error)
+            raise UserError("database", self.location, f"a row cannot be read ({reason}); {WHAT_TO_DO}") from error
 
     @contextmanager
     def _begin(self, engine: Engine) -> Iterator[Session]:
@@ -65,6 +73,15 @@ class Database:
             session.begin(),
         ):
             yield session
+
+    def check(self) -> None:
+        """Raise UserError unless the database is whole: every page, every index, every reference, every row."""
+        with translated(self.location, self.lock_timeout_s), self.engine.connect() as connection:
+            check_fully(connection, self.location)
+        with self.reading() as session:
+            for table in Base.metadata.sorted_tables:
+                for _ in session.execute(select(table).execution_options(yield_per=1000)):
+                    pass
 
     def close(self) -> None:
         """Close the connections that are held."""
@@ -98,6 +115,8 @@ def open_database(url: str | None = None, *, read_only: bool = False, lock_timeo
         with translated(location, timeout_s):
             with engine.connect() as connection:
                 revision = stored_revision(connection, location)
+                if path is not None and path.exists() and revision is not None:
+                    check_quickly(connection, path, location)
             if revision != HEAD:
                 if read_only:
                     allowed = f"has schema {revision}, this version reads {HEAD}; run `isochunk db upgrade`"

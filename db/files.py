@@ -1,12 +1,17 @@
-"""Replaces a file whole or not at all."""
+"""Replaces a file whole or not at all, and says beforehand where that cannot work."""
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from db.errors import UserError
+
+_PROBE_BYTES = 1 << 16
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -14,20 +19,59 @@ def replace_file(path: Path, data: bytes) -> None:
 
     Raises UserError when it cannot be written; the old file then stands.
     """
+    with _beside("file", path, len(data)) as temporary:
+        _write(temporary, data)
+        temporary.chmod(_mode())
+        os.replace(temporary, path)  # noqa: PTH105 - the word everyone knows for it
+
+
+def check_writable(field: str, path: Path) -> None:
+    """Raise UserError, before the work is done that a file is to keep, where `replace_file` would fail.
+
+    A file of 64 KiB is written beside its place and removed: a full disk, a folder that is read-only and a name that
+    is too long are told by the file system itself.
+    """
+    with _told(field, path, _PROBE_BYTES), suppress(FileNotFoundError):
+        path.stat()  # tells of a name that is too long
+    if path.is_dir():
+        raise UserError(field, path, "must be a file, not a folder")
+    if not path.absolute().parent.is_dir():
+        raise UserError(field, path, "must be in a folder that exists")
+    with _beside(field, path, _PROBE_BYTES) as temporary:
+        _write(temporary, bytes(_PROBE_BYTES))
+
+
+@contextmanager
+def _beside(field: str, path: Path, size_bytes: int) -> Iterator[Path]:
+    """An empty file beside `path`, gone at the end; what the file system refuses becomes a UserError."""
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(_mode())
-        os.replace(temporary, path)  # noqa: PTH105 - the word everyone knows for it
-    except OSError as error:
-        raise UserError("file", path, f"cannot be written ({error.strerror})") from None
+        with _told(field, path, size_bytes):
+            handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+            os.close(handle)
+            temporary = Path(name)
+            yield temporary
     finally:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told(field: str, path: Path, size_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # a ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = f"no space left for its {max(1, size_bytes >> 10)} KiB"
+        raise UserError(field, path, f"cannot be written ({reason})") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _mode() -> int:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from db.documents import located, parse, read_json
 from db.errors import UserError
+from db.json_text import parse_json
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Types whose frequencies do not change with the length of the prompt: a chunk must see the same rotation as the whole.
@@ -68,6 +69,9 @@ class ModelShape:
         if heads % kv_heads:
             raise UserError("num_key_value_heads", kv_heads, f"must divide num_attention_heads = {heads}")
         hidden = _positive(config, "hidden_size")
+        head_dim = _positive(config, "head_dim", hidden // heads)
+        if head_dim % 2:
+            raise UserError("head_dim", head_dim, "must be even: the rotation turns its numbers in pairs")
         bias = bool(config.get("attention_bias", False))
         return cls(
             name=name,
@@ -77,7 +81,7 @@ class ModelShape:
             intermediate_size=_positive(config, "intermediate_size"),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=_positive(config, "head_dim", hidden // heads),
+            head_dim=head_dim,
             vocab_size=_positive(config, "vocab_size"),
             max_positions=_positive(config, "max_position_embeddings"),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -144,21 +148,15 @@ def bundled_names() -> list[str]:
 def load_model_shape(model: str) -> ModelShape:
     """Read the shape of MODEL: a folder with a `config.json`, or the name of a bundled shape."""
     if model in bundled_names():
-        text = files("profiler").joinpath("shapes", f"{model}.json").read_text()
-        return ModelShape.from_config(json.loads(text), name=model)
+        data = files("profiler").joinpath("shapes", f"{model}.json").read_bytes()
+        return ModelShape.from_config(parse_json(data, "MODEL", model), name=model)
     folder = Path(model)
     path = folder / "config.json"
     if not path.is_file():
         raise UserError("MODEL", model, "must be a folder with a config.json, or one of " + ", ".join(bundled_names()))
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError("MODEL", path, f"must be a readable JSON file ({error})") from error
-    except RecursionError as error:
-        raise UserError("MODEL", path, "must be a readable JSON file (it is nested too deeply)") from error
-    if not isinstance(config, dict):
-        raise UserError("MODEL", path, "must hold a JSON object")
-    return ModelShape.from_config(config, name=folder.resolve().name)
+    content = read_json(path, field="MODEL")
+    with located(path):
+        return ModelShape.from_config(parse(dict[str, Any], content), name=folder.resolve().name)
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:

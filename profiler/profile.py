@@ -11,6 +11,7 @@ from db.engine import Database, default_url, open_database
 from db.errors import UserError
 from db.hardware import Hardware, list_hardware
 from db.measurements import Measurement, load_measurements, save_measurements
+from db.numbers import whole_number
 from db.processes import process_row
 from db.provenance import now
 from profiler.agenda import Agenda
@@ -138,10 +139,7 @@ def make_grid(options: ProfileOptions) -> Grid:
 def _tp_sizes(text: str | None, shape: ModelShape, world_size: int) -> tuple[int, ...]:
     if text is None:
         return tuple(size for size in range(1, world_size + 1) if world_size % size == 0 and _splits(shape, size))
-    words = text.replace(" ", "").split(",")
-    if not all(word.isdigit() for word in words):
-        raise UserError("tp_sizes", text, "must be whole numbers with commas between, such as 1,2")
-    sizes = tuple(sorted({int(word) for word in words}))
+    sizes = tuple(sorted({whole_number("--tp-sizes", word, most=world_size) for word in text.split(",")}))
     for size in sizes:
         shape.check_tp_size(size)
         if world_size % size:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from db.documents import located, parse, read_json
 from db.errors import UserError
 from profiler.model import ModelShape
 
@@ -17,6 +18,18 @@ ALL = slice(None)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RANDOM_STD = 0.02  # the usual initializer_range
+
+
+@dataclass(frozen=True, slots=True)
+class WeightIndex:
+    """`model.safetensors.index.json`: the file in the folder that holds each tensor."""
+
+    weight_map: dict[str, str]
+
+    def __post_init__(self) -> None:
+        for name, file in self.weight_map.items():
+            if file in ("", ".", "..") or "\0" in file or Path(file).name != file:
+                raise UserError(f"weight_map.{name}", file, "must be the name of a file in the folder")
 
 
 class Weights(Protocol):
@@ -124,10 +137,9 @@ def _file_of_tensor(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         raise UserError("weights", folder, "must be a folder with config.json and safetensors")
     if (folder / INDEX).is_file():
-        try:
-            return dict(json.loads((folder / INDEX).read_text())["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError("weights", folder / INDEX, f"must be a safetensors index ({error})") from error
+        content = read_json(folder / INDEX, field="weights")
+        with located(folder / INDEX):
+            return parse(WeightIndex, content).weight_map
     if not (folder / SINGLE).is_file():
         raise UserError("weights", folder, f"must hold {SINGLE}, or several files with {INDEX}")
     try:

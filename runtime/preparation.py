@@ -12,8 +12,9 @@ from profiler.device import check_device_type, check_world_size
 from profiler.model import SUPPORTED_DTYPES, ModelShape, bundled_names, load_model_shape
 from runtime.place import world_size
 from runtime.prompts import TokenIds, check_prompts
-from tuner.plan import Plan
+from tuner.plan import MAX_THREADS, Plan
 
+MOST_PROMPT_TOKENS = 2**24  # their ids, as Python holds them, take some 0.7 GB; any KV cache takes far more
 # What decides the work; the rest of a configuration (names, dates, dropout) may differ between plan and weights.
 _SIZE_FIELDS = (
     "architectures", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -75,6 +76,9 @@ def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_t
                 f"at most {most} with {max_new_tokens} new tokens: {shape.name} has {shape.max_positions} positions"
             )
             raise UserError(f"requests[{index}].prompt_tokens", request.prompt_tokens, allowed)
+    tokens = sum(request.prompt_tokens for request in plan.requests)
+    if tokens > MOST_PROMPT_TOKENS:
+        raise UserError("prompt_tokens of all requests", tokens, f"at most {MOST_PROMPT_TOKENS} in a plan that is run")
     check_device_type(device_type)
     if not under_torchrun():
         check_world_size(world_size(parallel), device_type)
@@ -89,6 +93,8 @@ def check_counts(*, max_new_tokens: int, repeat: int, num_threads: int) -> None:
     ):
         if value < 1:
             raise UserError(name, value, "at least 1")
+    if num_threads > MAX_THREADS:
+        raise UserError("--threads-per-rank", num_threads, f"at most {MAX_THREADS}")
 
 
 def checked_prompts(prompts: Sequence[Sequence[int]], plan: Plan, vocab_size: int) -> tuple[TokenIds, ...]:

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-
-from db.errors import UserError
+from db.documents import read_json_lines
+from db.errors import UserError, cut
 from tuner.plan import Request
 
 TokenIds = tuple[int, ...]
 
 
-class PromptLine(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLine:
     """A line of a prompts file: `{"id": ..., "token_ids": [...]}` or `{"id": ..., "text": ...}`."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
 
     id: str
     token_ids: TokenIds | None = None
     text: str | None = None
 
-    @model_validator(mode="after")
-    def _has_one(self) -> Self:
+    def __post_init__(self) -> None:
         if (self.token_ids is None) == (self.text is None):
-            raise ValueError("exactly one of token_ids and text is needed")
-        return self
+            raise UserError("token_ids", "", "exactly one of token_ids and text is needed")
 
 
 class Tokenizer:
@@ -54,8 +51,8 @@ class Tokenizer:
 
             try:
                 self._loaded = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            except (OSError, ValueError, KeyError) as error:
-                reason = str(error).splitlines()[0]
+            except Exception as error:  # the library raises Exception itself for a file that it cannot read
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError("tokenizer", self.folder, f"text prompts need one there ({reason})") from error
         return self._loaded
 
@@ -66,16 +63,9 @@ def read_prompts(path: Path, requests: Sequence[Request], tokenizer: Tokenizer) 
     Raises `UserError` naming the line or the request that is wrong.
     """
     lines: dict[str, PromptLine] = {}
-    for number, text in _numbered_lines(path):
-        try:
-            line = PromptLine.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            allowed = 'a line is {"id": "...", "token_ids": [...]} or {"id": "...", "text": "..."}'
-            raise UserError(f"{path}:{number}", f"{where}: {first['msg']}".removeprefix(": "), allowed) from error
+    for _, place, line in read_json_lines(path, PromptLine, field="--prompts"):
         if line.id in lines:
-            raise UserError(f"{path}:{number}", f"id {line.id!r} again", "each id may stand once")
+            raise UserError(f"{place}: id", line.id, "each id may stand once")
         lines[line.id] = line
     _check_ids(path, lines, requests)
     chosen = [lines[request.id] for request in requests]
@@ -105,20 +95,14 @@ def check_prompts(prompts: Sequence[TokenIds], requests: Sequence[Request], voca
 
 
 def _check_ids(path: Path, lines: Mapping[str, PromptLine], requests: Sequence[Request]) -> None:
-    ids = [request.id for request in requests]
-    for index, name in enumerate(ids):
-        if name in ids[:index]:
-            raise UserError(f"requests[{index}].id", name, "prompts need an id of its own for each request")
+    ids: dict[str, int] = {}
+    for index, request in enumerate(requests):
+        if ids.setdefault(request.id, index) != index:
+            raise UserError(f"requests[{index}].id", request.id, "prompts need an id of its own for each request")
+    known = f"the plan's requests are {cut(', '.join(ids), 400)}"
+    for name in ids:
         if name not in lines:
-            raise UserError(str(path), f"no prompt with id {name!r}", "the plan's requests are " + ", ".join(ids))
+            raise UserError(f"{cut(path)}: id", name, f"no prompt with this id; {known}")
     for name in lines:
         if name not in ids:
-            raise UserError(str(path), f"id {name!r}", "the plan's requests are " + ", ".join(ids))
-
-
-def _numbered_lines(path: Path) -> list[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("--prompts", path, f"must be a readable JSONL file ({error})") from error
-    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+            raise UserError(f"{cut(path)}: id", name, known)

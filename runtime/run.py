@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import torch
 
@@ -30,6 +29,7 @@ from profiler.kernel_choice import KernelChoice
 from profiler.model import ModelShape
 from profiler.point import Op
 from runtime.checkpoint import check_checkpoint
+from runtime.generation import end_ids
 from runtime.job import Job, RankReport
 from runtime.place import world_size
 from runtime.prediction import read_prediction
@@ -287,16 +287,6 @@ def with_mfu(
 def matmul_flops(row: Measurement) -> float:
     """FLOPs of a matmul row: two for each of its m n k products."""
     return 2.0 * row.shape["m"] * row.shape["n"] * row.shape["k"]
-
-
-def end_ids(weights: Path | None) -> frozenset[int]:
-    """Token ids that end a text, as `generate` reads them: generation_config.json first, else config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = weights / name if weights else None
-        if path is not None and path.is_file():
-            found: Any = json.loads(path.read_text()).get("eos_token_id")
-            return frozenset() if found is None else frozenset([found] if isinstance(found, int) else found)
-    return frozenset()
 
 
 def _settle_s(plan: Plan, device_type: str) -> float:

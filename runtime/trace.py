@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from db.documents import write_json
 from runtime.prediction import read_prediction
 from runtime.result import RunResult
-from tuner.cost_model import write_json
 from tuner.plan import Plan, Round
 
 MEASURED, PREDICTED = 1, 2  # process ids of the two groups of rows

@@ -11,6 +11,8 @@ from numbers import Real
 from pathlib import PurePath
 from typing import Any
 
+from db.errors import printable
+
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
     """Print rows under their columns: numbers to the right, None as `-`; off a terminal nothing is cut or folded."""
@@ -19,6 +21,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
     from rich.table import Table
     from rich.text import Text
 
+    title = None if title is None else printable(title)
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         cells = [row[index] for row in rows if row[index] is not None]
@@ -48,7 +51,7 @@ def _cell(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
-    return str(value)
+    return printable(str(value))
 
 
 def _plain(value: object) -> Any:

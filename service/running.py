@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from db.documents import write_json
 from db.errors import UserError
 from profiler.comm.launch import is_first_process
 from profiler.device import default_num_threads
+from runtime.generation import end_ids
 from runtime.place import world_size
 from runtime.preparation import check_counts, check_layout, model_shape, with_dtype
 from runtime.prompts import TokenIds, Tokenizer, random_prompts, read_prompts
 from runtime.reference import TokenCheck, check_tokens
 from runtime.result import RunResult
-from runtime.run import end_ids, run_plan
+from runtime.run import run_plan
 from runtime.trace import write_trace
 from service.output import print_table
-from tuner.cost_model import write_json
 from tuner.plan import Plan, load_plan
 
 

@@ -9,7 +9,6 @@ and its lower bound rely on both, so both are checked when a model is made.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,12 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from db.documents import located, of_schema, parse, read_json, write_json
 from db.errors import UserError
-from db.files import replace_file
 
 SCHEMA = "isochunk.cost-model/1"
 MAX_SECONDS = 1e9
 MAX_TOKENS = 2**40
+MAX_STAGES = 1024
+MAX_POINTS = 100_000
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -163,8 +164,8 @@ class CostModel:
     kind_of_stage: Ints = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.stages:
-            raise UserError("stages", "[]", "at least one stage is needed")
+        if not 1 <= len(self.stages) <= MAX_STAGES:
+            raise UserError("stages", f"{len(self.stages)} entries", f"at least one stage, at most {MAX_STAGES}")
         _check_seconds("hop.latency_s", self.hop_latency_s)
         _check_seconds("hop.token_s", self.hop_token_s)
         _check_seconds("return_s", self.return_s)
@@ -185,8 +186,8 @@ class CostModel:
         if len(self.stages) != 1:
             allowed = f"the model has {len(self.stages)} stages; 1 or pp_size ({pp_size}) entries are allowed"
             raise UserError("stages", len(self.stages), allowed)
-        if pp_size < 1:
-            raise UserError("pp_size", pp_size, "at least 1")
+        if not 1 <= pp_size <= MAX_STAGES:
+            raise UserError("pp_size", pp_size, f"at least 1, at most {MAX_STAGES}")
         return replace(self, stages=self.stages * pp_size)
 
     def scaled(self, factor: float) -> CostModel:
@@ -237,46 +238,25 @@ class CostModel:
     @classmethod
     def from_json(cls, data: object) -> CostModel:
         """Read the content of an isochunk.cost-model/1 file; unknown fields are ignored. Raises UserError."""
-        model = _mapping("cost model", data)
-        if model.get("schema") != SCHEMA:
-            raise UserError("schema", model.get("schema", "missing"), f"{SCHEMA} is the version read here")
-        entries = model.get("stages")
-        if not isinstance(entries, list) or not entries:
-            raise UserError("stages", entries, "a list of at least one stage is needed")
-        hop = _mapping("hop", model.get("hop", {}))
+        file = parse(CostModelFile, of_schema(data, SCHEMA))
         return cls(
-            stages=tuple(_stage_from_json(f"stages[{i}]", entry) for i, entry in enumerate(entries)),
-            hop_latency_s=_number("hop.latency_s", hop.get("latency_s", 0.0)),
-            hop_token_s=_number("hop.token_s", hop.get("token_s", 0.0)),
-            return_s=_number("return_s", model.get("return_s", 0.0)),
+            stages=tuple(_stage_cost(f"stages[{i}]", stage) for i, stage in enumerate(file.stages)),
+            hop_latency_s=file.hop.latency_s,
+            hop_token_s=file.hop.token_s,
+            return_s=file.return_s,
         )
 
 
 def load_cost_model(path: str | Path) -> CostModel:
     """Read an isochunk.cost-model/1 file. Raises UserError naming the field, its value and what is allowed."""
-    return CostModel.from_json(read_json(path))
+    content = read_json(path, field="cost model")
+    with located(path):
+        return CostModel.from_json(content)
 
 
 def save_cost_model(path: str | Path, model: CostModel) -> None:
     """Write an isochunk.cost-model/1 file, atomically."""
     write_json(path, model.to_json())
-
-
-def read_json(path: str | Path) -> object:
-    """The content of a JSON file. Raises UserError if it is missing or is not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(str(path), error.strerror or "unreadable", "a readable file is needed") from error
-    except ValueError as error:
-        raise UserError(str(path), error, "a JSON file is needed") from error
-    except RecursionError as error:
-        raise UserError(str(path), "nested too deeply", "a JSON file is needed") from error
-
-
-def write_json(path: str | Path, data: object) -> None:
-    """Replace a JSON file atomically: a reader sees the old content or the new, never a part."""
-    replace_file(Path(path), (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _scaled_stage(stage: StageCost, factor: float) -> StageCost:
@@ -299,59 +279,67 @@ def _scaled_stage(stage: StageCost, factor: float) -> StageCost:
     )
 
 
-def _stage_from_json(where: str, data: object) -> StageCost:
-    entry = _mapping(where, data)
-    tokens = _mapping(f"{where}.tokens", entry.get("tokens"))
-    attention = _mapping(f"{where}.attention", entry.get("attention", {}))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TokensTable:
+    count: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _AttentionEntry:
+    """Two numbers, or a table where `count` is given."""
+
+    pair_s: float = 0.0
+    context_token_s: float = 0.0
+    count: tuple[float, ...] | None = None
+    base_s: tuple[float, ...] = ()
+    context_s: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StageEntry:
+    tokens: _TokensTable
+    attention: _AttentionEntry = _AttentionEntry()
+    round_overhead_s: float = 0.0
+    chunk_s: float = 0.0
+    final_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _HopEntry:
+    latency_s: float = 0.0
+    token_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModelFile:
+    """isochunk.cost-model/1 as it is written."""
+
+    stages: tuple[_StageEntry, ...]
+    hop: _HopEntry = _HopEntry()
+    return_s: float = 0.0
+
+
+def _stage_cost(where: str, entry: _StageEntry) -> StageCost:
+    found = entry.attention
     try:
         return StageCost(
-            token_count=_integers("tokens.count", tokens.get("count")),
-            token_seconds=_numbers("tokens.seconds", tokens.get("seconds")),
-            attention=_attention_from_json(attention),
-            round_overhead_s=_number("round_overhead_s", entry.get("round_overhead_s", 0.0)),
-            chunk_s=_number("chunk_s", entry.get("chunk_s", 0.0)),
-            final_s=_number("final_s", entry.get("final_s", 0.0)),
+            token_count=_whole_numbers("tokens.count", entry.tokens.count),
+            token_seconds=entry.tokens.seconds,
+            attention=PairAttention(pair_s=found.pair_s, context_token_s=found.context_token_s)
+            if found.count is None
+            else TableAttention(
+                count=_whole_numbers("attention.count", found.count), base_s=found.base_s, context_s=found.context_s
+            ),
+            round_overhead_s=entry.round_overhead_s,
+            chunk_s=entry.chunk_s,
+            final_s=entry.final_s,
         )
     except UserError as error:
         raise UserError(f"{where}.{error.field}", error.value, error.allowed) from None
 
 
-def _attention_from_json(data: Mapping[str, object]) -> Attention:
-    if "count" in data:
-        return TableAttention(
-            count=_integers("attention.count", data["count"]),
-            base_s=_numbers("attention.base_s", data.get("base_s")),
-            context_s=_numbers("attention.context_s", data.get("context_s")),
-        )
-    return PairAttention(
-        pair_s=_number("attention.pair_s", data.get("pair_s", 0.0)),
-        context_token_s=_number("attention.context_token_s", data.get("context_token_s", 0.0)),
-    )
-
-
-def _mapping(name: str, value: object) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise UserError(name, "missing" if value is None else value, "an object is needed")
-    return value
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(name, value, "a number is needed")
-    try:
-        return float(value)
-    except OverflowError:
-        raise UserError(name, value, "a finite number is needed") from None
-
-
-def _numbers(name: str, value: object) -> tuple[float, ...]:
-    if not isinstance(value, list):
-        raise UserError(name, "missing" if value is None else value, "a list of numbers is needed")
-    return tuple(_number(f"{name}[{i}]", item) for i, item in enumerate(value))
-
-
-def _integers(name: str, value: object) -> tuple[int, ...]:
-    numbers = _numbers(name, value)
+def _whole_numbers(name: str, numbers: Sequence[float]) -> tuple[int, ...]:
     for i, number in enumerate(numbers):
         if not number.is_integer():
             raise UserError(f"{name}[{i}]", number, "a whole number is needed")
@@ -367,6 +355,8 @@ def _check_table(name: str, count: Sequence[int], columns: Mapping[str, Sequence
     """Points rise strictly from at least `first`; no column is negative or falls."""
     if not count:
         raise UserError(f"{name}.count", "[]", "at least one point is needed")
+    if len(count) > MAX_POINTS:
+        raise UserError(f"{name}.count", f"{len(count)} points", f"at most {MAX_POINTS}")
     for i, point in enumerate(count):
         if point < first or (i and point <= count[i - 1]):
             raise UserError(f"{name}.count[{i}]", point, f"whole numbers from {first} up, each above the one before")

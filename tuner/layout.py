@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from db.errors import UserError
 from profiler.model import ModelShape
 
+MAX_WORLD_SIZE = 100_000
+MOST_REFUSALS = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -28,21 +31,29 @@ class Layout:
 def enumerate_layouts(
     shape: ModelShape, world_size: int, *, tp_size: int | None = None, pp_size: int | None = None
 ) -> list[Layout]:
-    """Every tp_size x pp_size that uses `world_size` ranks or a divisor of them; the sizes given are kept fixed."""
-    if world_size < 1:
-        raise UserError("world_size", world_size, "must be 1 or more")
-    layouts = [
-        _layout(shape, tp, pp)
-        for used in range(1, world_size + 1)
-        for tp in range(1, used + 1)
-        if world_size % used == 0 and used % tp == 0
-        for pp in [used // tp]
-        if tp_size in (None, tp) and pp_size in (None, pp)
+    """Every tp_size x pp_size that uses `world_size` ranks or a divisor of them; the sizes given are kept fixed.
+
+    Those that cannot run are left out where there are more than `MOST_REFUSALS` in all.
+    """
+    if not 1 <= world_size <= MAX_WORLD_SIZE:
+        raise UserError("world_size", world_size, f"must be 1 or more, at most {MAX_WORLD_SIZE}")
+    pairs = [
+        (tp, used // tp)
+        for used in _divisors(world_size)
+        for tp in _divisors(used)
+        if tp_size in (None, tp) and pp_size in (None, used // tp)
     ]
-    if not layouts:
+    if not pairs:
         asked = f"tp_size {tp_size or 'any'}, pp_size {pp_size or 'any'}"
         raise UserError("world_size", world_size, f"must be a multiple of tp_size x pp_size ({asked})")
+    layouts = [_layout(shape, tp, pp) for tp, pp in pairs]
+    if len(layouts) > MOST_REFUSALS:
+        layouts = [layout for layout in layouts if not layout.refusal] or layouts[:1]
     return sorted(layouts, key=lambda layout: (-layout.world_size, layout.tp_size))
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _layout(shape: ModelShape, tp_size: int, pp_size: int) -> Layout:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from db.documents import located, of_schema, parse, read_json, write_json
 from db.errors import UserError
-from tuner.cost_model import MAX_SECONDS, MAX_TOKENS, read_json, write_json
+from tuner.cost_model import MAX_SECONDS, MAX_TOKENS
 
 SCHEMA = "isochunk.plan/1"
+MAX_REQUESTS = 65_536
+MAX_ROUNDS = 100_000
+MAX_WINDOW = 1_000_000
+MAX_THREADS = 4096
+MAX_WEIGHT = 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +44,8 @@ class Request:
         if not 0.0 <= self.arrival_s <= MAX_SECONDS:
             allowed = f"a finite number of seconds, at least 0 and at most {MAX_SECONDS:g}, is needed"
             raise UserError("arrival_s", self.arrival_s, allowed)
-        if not (math.isfinite(self.weight) and self.weight >= 0.0):
-            raise UserError("weight", self.weight, "a finite number, at least 0, is needed")
+        if not 0.0 <= self.weight <= MAX_WEIGHT:
+            raise UserError("weight", self.weight, f"a number of at least 0 and at most {MAX_WEIGHT:g} is needed")
         if self.sla_ttft_s is not None and not 0.0 < self.sla_ttft_s <= MAX_SECONDS:
             allowed = f"a finite number of seconds above 0, at most {MAX_SECONDS:g}, is needed"
             raise UserError("sla_ttft_s", self.sla_ttft_s, allowed)
@@ -81,12 +86,12 @@ class Parallel:
     def __post_init__(self) -> None:
         for name in ("tp_size", "pp_size", "sp_size"):
             if getattr(self, name) < 1:
-                raise UserError(f"parallel.{name}", getattr(self, name), "at least 1")
+                raise UserError(name, getattr(self, name), "at least 1")
         if len(self.layer_partition) != self.pp_size:
             allowed = f"one number of layers a stage (pp_size is {self.pp_size})"
-            raise UserError("parallel.layer_partition", list(self.layer_partition), allowed)
+            raise UserError("layer_partition", list(self.layer_partition), allowed)
         if any(layers < 1 for layers in self.layer_partition):
-            raise UserError("parallel.layer_partition", list(self.layer_partition), "at least one layer a stage")
+            raise UserError("layer_partition", list(self.layer_partition), "at least one layer a stage")
 
     def to_json(self) -> dict[str, Any]:
         """The `parallel` object of a plan file."""
@@ -107,6 +112,13 @@ class Predicted:
     """[round][stage] seconds of each round on each stage."""
     uncertainty: float | None = None
     """Relative error to expect of makespan_s, from the fit's residuals."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.makespan_s <= MAX_SECONDS:
+            raise UserError("makespan_s", self.makespan_s, f"seconds above 0, at most {MAX_SECONDS:g}, are needed")
+        for index, row in enumerate(self.round_s or ()):
+            if not all(0.0 <= seconds <= MAX_SECONDS for seconds in row):
+                raise UserError(f"round_s[{index}]", list(row), f"seconds from 0 to {MAX_SECONDS:g} are needed")
 
     def to_json(self) -> dict[str, Any]:
         """The `predicted` object of a plan file; what is not known is left out."""
@@ -132,14 +144,16 @@ class Plan:
     predicted: Predicted | None = None
     policy: str | None = None
     cost_model: Mapping[str, Any] | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further top-level fields for the file; readers ignore what they do not know."""
 
     def __post_init__(self) -> None:
         check_window(self.window)
-        if self.threads_per_rank is not None and self.threads_per_rank < 1:
-            raise UserError("threads_per_rank", self.threads_per_rank, "at least 1")
+        if self.threads_per_rank is not None and not 1 <= self.threads_per_rank <= MAX_THREADS:
+            raise UserError("threads_per_rank", self.threads_per_rank, f"at least 1, at most {MAX_THREADS}")
         check_rounds(self.requests, self.rounds)
+        told = len(self.predicted.ttft_s) if self.predicted else 0
+        if told not in (0, len(self.requests)):
+            allowed = f"one for each of {len(self.requests)} requests, or none"
+            raise UserError("predicted.ttft_s", f"{told} values", allowed)
 
     def to_json(self) -> dict[str, Any]:
         """The content of an isochunk.plan/1 file."""
@@ -160,37 +174,23 @@ class Plan:
             out["policy"] = self.policy
         if self.cost_model is not None:
             out["cost_model"] = dict(self.cost_model)
-        return out | {name: value for name, value in self.extra.items() if name not in out}
+        return out
 
     @classmethod
     def from_json(cls, data: object) -> Plan:
         """Read the content of an isochunk.plan/1 file; unknown fields are ignored. Raises UserError."""
-        plan = _object("plan", data)
-        if plan.get("schema") != SCHEMA:
-            raise UserError("schema", plan.get("schema", "missing"), f"{SCHEMA} is the version read here")
-        requests = _list("requests", plan.get("requests"))
-        rounds = _list("rounds", plan.get("rounds"))
-        names = ("predicted", "policy", "cost_model", "threads_per_rank")
-        predicted, policy, cost_model, threads = (plan.get(name) for name in names)
-        return cls(
-            model=_object("model", plan.get("model")),
-            precision=_text("precision", plan.get("precision")),
-            parallel=_parallel_from_json(_object("parallel", plan.get("parallel"))),
-            requests=tuple(_request_from_json(i, entry) for i, entry in enumerate(requests)),
-            rounds=tuple(_round_from_json(f"rounds[{i}]", entry) for i, entry in enumerate(rounds)),
-            window=None if plan.get("window") is None else _integer("window", plan["window"]),
-            threads_per_rank=None if threads is None else _integer("threads_per_rank", threads),
-            predicted=None
-            if predicted is None
-            else _predicted_from_json(_object("predicted", predicted), len(requests)),
-            policy=None if policy is None else _text("policy", policy),
-            cost_model=None if cost_model is None else _object("cost_model", cost_model),
-        )
+        content = of_schema(data, SCHEMA)
+        requests = content.get("requests")
+        if isinstance(requests, list):
+            content = content | {"requests": [_with_id(index, entry) for index, entry in enumerate(requests)]}
+        return parse(cls, content)
 
 
 def load_plan(path: str | Path) -> Plan:
     """Read and check an isochunk.plan/1 file. Raises UserError naming the field, its value and what is allowed."""
-    return Plan.from_json(read_json(path))
+    content = read_json(path, field="plan")
+    with located(path):
+        return Plan.from_json(content)
 
 
 def save_plan(path: str | Path, plan: Plan) -> None:
@@ -199,15 +199,18 @@ def save_plan(path: str | Path, plan: Plan) -> None:
 
 
 def check_window(window: int | None) -> None:
-    """Raise UserError unless `window` is None (unlimited) or at least 1."""
-    if window is not None and window < 1:
-        raise UserError("window", window, "at least 1 round, or null for no limit")
+    """Raise UserError unless `window` is None (unlimited) or a number of rounds."""
+    if window is not None and not 1 <= window <= MAX_WINDOW:
+        raise UserError("window", window, f"at least 1 round, at most {MAX_WINDOW}, or null for no limit")
 
 
 def check_rounds(requests: Sequence[Request], rounds: Sequence[Round]) -> None:
     """Raise UserError unless the rounds run every new token of every request exactly once and in order."""
     if not requests:
         raise UserError("requests", "[]", "at least one request is needed")
+    for name, given, most in (("requests", requests, MAX_REQUESTS), ("rounds", rounds, MAX_ROUNDS)):
+        if len(given) > most:
+            raise UserError(name, f"{len(given)} entries", f"at most {most}")
     done = [request.cached_tokens for request in requests]
     for i, chunks in enumerate(rounds):
         if not chunks:
@@ -249,104 +252,9 @@ def _request_to_json(request: Request) -> dict[str, Any]:
     return out
 
 
-def _request_from_json(index: int, data: object) -> Request:
-    where = f"requests[{index}]"
-    entry = _object(where, data)
-    try:
-        return Request(
-            id=str(entry.get("id", f"r{index}")),
-            prompt_tokens=_integer("prompt_tokens", entry.get("prompt_tokens")),
-            cached_tokens=_integer("cached_tokens", entry.get("cached_tokens", 0)),
-            arrival_s=_float("arrival_s", entry.get("arrival_s", 0.0)),
-            weight=_float("weight", entry.get("weight", 1.0)),
-            sla_ttft_s=None if entry.get("sla_ttft_s") is None else _float("sla_ttft_s", entry["sla_ttft_s"]),
-        )
-    except UserError as error:
-        raise UserError(f"{where}.{error.field}", error.value, error.allowed) from None
-
-
-def _round_from_json(where: str, data: object) -> Round:
-    return tuple(_chunk_from_json(f"{where}[{i}]", entry) for i, entry in enumerate(_list(where, data)))
-
-
-def _chunk_from_json(where: str, data: object) -> Chunk:
-    entry = _object(where, data)
-    return Chunk(*(_integer(f"{where}.{name}", entry.get(name)) for name in ("request", "start", "tokens")))
-
-
-def _parallel_from_json(entry: Mapping[str, Any]) -> Parallel:
-    sizes = {name: _integer(f"parallel.{name}", entry.get(name, 1)) for name in ("tp_size", "pp_size", "sp_size")}
-    layers = _list("parallel.layer_partition", entry.get("layer_partition"))
-    return Parallel(
-        layer_partition=tuple(_integer(f"parallel.layer_partition[{i}]", n) for i, n in enumerate(layers)),
-        sp_mode=_text("parallel.sp_mode", entry.get("sp_mode", "none")),
-        **sizes,
-    )
-
-
-def _predicted_from_json(entry: Mapping[str, Any], num_requests: int) -> Predicted:
-    optional = ("lower_bound_s", "gap", "planning_s", "uncertainty")
-    numbers = {name: _float(f"predicted.{name}", entry[name]) for name in optional if entry.get(name) is not None}
-    makespan_s = _float("predicted.makespan_s", entry.get("makespan_s"))
-    if makespan_s <= 0.0:
-        raise UserError("predicted.makespan_s", makespan_s, "seconds above 0 are needed")
-    ttft_s = _floats("predicted.ttft_s", entry.get("ttft_s", []))
-    if ttft_s and len(ttft_s) != num_requests:
-        raise UserError(
-            "predicted.ttft_s", f"{len(ttft_s)} values", f"one for each of {num_requests} requests, or none"
-        )
-    rows = entry.get("round_s")
-    return Predicted(
-        makespan_s=makespan_s,
-        ttft_s=ttft_s,
-        round_s=None
-        if rows is None
-        else tuple(_floats(f"predicted.round_s[{i}]", row) for i, row in enumerate(_list("predicted.round_s", rows))),
-        **numbers,
-    )
-
-
-def _object(name: str, value: object) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise UserError(name, "missing" if value is None else value, "an object is needed")
-    return value
-
-
-def _list(name: str, value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise UserError(name, "missing" if value is None else value, "a list is needed")
-    return value
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise UserError(name, "missing" if value is None else value, "a string is needed")
-    return value
-
-
-def _integer(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(name, "missing" if value is None else value, "a whole number is needed")
-    return value
-
-
-def _float(name: str, value: object) -> float:
-    number = finite(value)
-    if number is None:
-        raise UserError(name, "missing" if value is None else value, "a finite number is needed")
-    return number
-
-
-def finite(value: object) -> float | None:
-    """The float of a number read from JSON; None for anything else, and for numbers that no float can hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _floats(name: str, value: object) -> tuple[float, ...]:
-    return tuple(_float(f"{name}[{i}]", item) for i, item in enumerate(_list(name, value)))
+def _with_id(index: int, entry: object) -> object:
+    """A request as a hand-written file may give it: without an id it is named by its place, a number is a name too."""
+    if not isinstance(entry, dict):
+        return entry
+    name = entry.get("id", f"r{index}")
+    return entry | {"id": str(name) if isinstance(name, int) else name}

@@ -11,6 +11,11 @@ from tuner.cost_model import CostModel
 from tuner.plan import Request, Round, check_window
 from tuner.schedule import Evaluation, Objective, evaluate
 
+MOST_UNITS = 2**20
+"""Steps of `chunk_multiple` tokens in a batch: 67 million tokens in steps of 64."""
+MOST_UNIT_STAGES = 2**26
+"""Steps times stages."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -59,6 +64,7 @@ class Problem:
         check_window(self.window)
         if self.chunk_multiple < 1:
             raise UserError("chunk_multiple", self.chunk_multiple, "at least 1")
+        self._check_work()
         most = self.limits.max_round_tokens
         needed = min(self.chunk_multiple, max(request.new_tokens for request in self.requests))
         if most is not None and most < needed:
@@ -66,6 +72,14 @@ class Problem:
         most, needed = self.limits.max_kv_tokens, max(request.prompt_tokens for request in self.requests)
         if most is not None and most < needed:
             raise UserError("max_kv_tokens", most, f"at least {needed}, the longest prompt; no plan exists below it")
+
+    def _check_work(self) -> None:
+        """Time and memory of planning go with the batch's chunks of `chunk_multiple` tokens and with the stages."""
+        tokens = sum(request.new_tokens for request in self.requests)
+        most = min(MOST_UNITS, MOST_UNIT_STAGES // self.cost.pp_size) * self.chunk_multiple
+        if tokens > most:
+            allowed = f"at most {most} with chunk_multiple {self.chunk_multiple} on {self.cost.pp_size} stages"
+            raise UserError("prompt_tokens of all requests", tokens, allowed)
 
     @property
     def is_timed(self) -> bool:

@@ -2,79 +2,66 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from db.documents import located, read_json_lines
 from db.errors import UserError
-from tuner.plan import Request, finite
+from tuner.cost_model import MAX_SECONDS
+from tuner.plan import Request
+
+_MAX_MS = MAX_SECONDS * 1e3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadLine:
+    """A line of a trace; other fields are ignored."""
+
+    input_length: int
+    """Tokens of the prompt."""
+    timestamp: float = 0.0
+    """Milliseconds at which it arrives."""
+    id: str | int | None = None
+    cached_tokens: int = 0
+    weight: float = 1.0
+    sla_ttft_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not -_MAX_MS <= self.timestamp <= _MAX_MS:
+            raise UserError("timestamp", self.timestamp, f"a number of milliseconds up to {_MAX_MS:g} is needed")
 
 
 def load_workload(path: str | Path, *, rate: float = 1.0, limit: int | None = None) -> list[Request]:
-    """Read requests from a JSONL trace, ordered by arrival, the first of them arriving at 0.
+    """Read requests from a JSONL trace (`WorkloadLine`), ordered by arrival, the first of them arriving at 0.
 
-    A line has `input_length` (tokens) and may have `timestamp` (ms), `id`, `cached_tokens`, `weight` and
-    `sla_ttft_s`; other fields are ignored. `rate` makes requests arrive that many times faster; `limit` keeps only so
-    many. Raises UserError naming the line and field.
+    `rate` makes requests arrive that many times faster; `limit` keeps only so many. Raises UserError naming the line
+    and field.
     """
     if not (math.isfinite(rate) and rate > 0.0):
         raise UserError("rate", rate, "a finite number above 0 (2 makes requests arrive twice as fast)")
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(str(path), error.strerror or "unreadable", "a readable JSONL file is needed") from error
-    except UnicodeDecodeError as error:
-        raise UserError(str(path), "not text", "a JSONL file in UTF-8 is needed") from error
-    entries = [(number, _entry(number, line)) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not entries:
-        raise UserError(str(path), "empty", "at least one request (one JSON object a line) is needed")
-    entries.sort(key=lambda item: _number(item[0], item[1], "timestamp", 0.0))
-    first_ms = _number(*entries[0], "timestamp", 0.0)
-    return [_request(number, entry, first_ms, rate) for number, entry in entries[:limit]]
+    lines = read_json_lines(path, WorkloadLine, field="workload")
+    if not lines:
+        raise UserError("workload", path, "must have at least one request (one JSON object a line)")
+    lines.sort(key=lambda line: line.content.timestamp)
+    first_ms = lines[0].content.timestamp
+    requests = []
+    for number, place, entry in lines[:limit]:
+        with located(place):
+            requests.append(_request(f"r{number - 1}", entry, (entry.timestamp - first_ms) / 1e3 / rate))
+    return requests
 
 
-def _entry(number: int, line: str) -> Mapping[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"line {number}", error, "a JSON object is needed") from error
-    except RecursionError as error:
-        raise UserError(f"line {number}", "nested too deeply", "a JSON object is needed") from error
-    if not isinstance(entry, dict):
-        raise UserError(f"line {number}", line.strip()[:40], "a JSON object is needed")
-    return entry
-
-
-def _request(number: int, entry: Mapping[str, Any], first_ms: float, rate: float) -> Request:
-    sla = entry.get("sla_ttft_s")
+def _request(name: str, line: WorkloadLine, arrival_s: float) -> Request:
     try:
         return Request(
-            id=str(entry.get("id", f"r{number - 1}")),
-            prompt_tokens=_whole(number, entry, "input_length", None),
-            cached_tokens=_whole(number, entry, "cached_tokens", 0),
-            arrival_s=(_number(number, entry, "timestamp", 0.0) - first_ms) / 1e3 / rate,
-            weight=_number(number, entry, "weight", 1.0),
-            sla_ttft_s=None if sla is None else _number(number, entry, "sla_ttft_s", 0.0),
+            id=name if line.id is None else str(line.id),
+            prompt_tokens=line.input_length,
+            cached_tokens=line.cached_tokens,
+            arrival_s=arrival_s,
+            weight=line.weight,
+            sla_ttft_s=line.sla_ttft_s,
         )
     except UserError as error:
-        field = "input_length" if error.field == "prompt_tokens" else error.field
-        raise UserError(
-            field if field.startswith("line ") else f"line {number}: {field}", error.value, error.allowed
-        ) from None
-
-
-def _number(number: int, entry: Mapping[str, Any], name: str, default: float) -> float:
-    value = entry.get(name, default)
-    found = finite(value)
-    if found is None:
-        raise UserError(f"line {number}: {name}", value, "a finite number is needed")
-    return found
-
-
-def _whole(number: int, entry: Mapping[str, Any], name: str, default: int | None) -> int:
-    value = entry.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"line {number}: {name}", "missing" if value is None else value, "a whole number is needed")
-    return value
+        names = {"prompt_tokens": "input_length", "arrival_s": "timestamp"}
+        raise UserError(names.get(error.field, error.field), error.value, error.allowed) from None

@@ -52,6 +52,22 @@ def upgrade(db_url: str | None, as_json: bool) -> None:
         click.echo(f"{location}: revision {HEAD}, {was}")
 
 
+@command.command()
+@db_option
+@json_option
+def check(db_url: str | None, as_json: bool) -> None:
+    """Read every page and row of the database and say whether it is whole; exit code 2 if it is damaged."""
+    from db.engine import open_database
+
+    with open_database(db_url, read_only=True) as database:
+        database.check()
+        location = database.location
+    if as_json:
+        print_json({"url": location, "whole": True})
+    else:
+        click.echo(f"{location}: whole")
+
+
 @command.command(name="list")
 @click.argument("what", type=click.Choice([kept.value for kept in Kept]), default=Kept.HARDWARE.value)
 @click.option("--hardware", "hardware_id", type=int, metavar="ID", help="Only what belongs to this hardware.")

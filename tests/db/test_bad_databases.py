@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import sqlite3
+import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -153,15 +155,64 @@ def test_a_full_disk_loses_nothing_that_was_written(tmp_path: Path) -> None:
         assert len(load_measurements(database, make_hardware())) == 4
 
 
-def test_a_damaged_file(tmp_path: Path) -> None:
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    """A database file with 500 rows."""
     path = tmp_path / "profile.db"
     with open_database(f"sqlite:///{path}") as database:
         save_measurements(database, make_hardware(), [make_measurement(m) for m in range(500)])
-    data = bytearray(path.read_bytes())
-    data[4096:] = os.urandom(len(data) - 4096)
-    path.write_bytes(data)
-    with pytest.raises(UserError, match="damaged"), open_database(f"sqlite:///{path}") as database:
-        load_measurements(database, make_hardware())
+    return path
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_file_with_bytes_overwritten_in_its_middle_is_not_opened(filled: Path, read_only: bool) -> None:
+    data = bytearray(filled.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 20_000] = os.urandom(20_000)
+    filled.write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged \(.*\); restore a copy, or save what can be read: sqlite3") as caught:
+        open_database(f"sqlite:///{filled}", read_only=read_only)
+    assert "\n" not in str(caught.value)
+    assert filled.read_bytes() == data
+
+
+def test_a_row_that_was_changed_from_outside_is_found_by_the_check_and_by_reading(filled: Path) -> None:
+    with open_database(f"sqlite:///{filled}") as database:
+        database.check()
+    with sqlite3.connect(filled) as other:
+        other.execute("UPDATE measurements SET shape = 'm=many' WHERE id = 17")
+    with open_database(f"sqlite:///{filled}") as database:
+        for read in (database.check, lambda: load_measurements(database, make_hardware())):
+            with pytest.raises(UserError, match=r"a row cannot be read \(.*'many'\); restore a copy"):
+                read()
+
+
+def test_a_row_that_belongs_to_nothing_is_found_by_the_check(filled: Path) -> None:
+    with sqlite3.connect(filled) as other:
+        other.execute("DELETE FROM hardware")
+    with (
+        open_database(f"sqlite:///{filled}") as database,
+        pytest.raises(UserError, match="a row of measurements belongs to nothing"),
+    ):
+        database.check()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_file_system_says_so(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=True, timeout=30)
+    try:
+        url = f"sqlite:///{tmp_path / 'profile.db'}"
+        open_database(url).close()
+        (tmp_path / "filler").write_bytes(bytes(shutil.disk_usage(tmp_path).free))
+        said = r"no space left on its disk; nothing was written \(some 8 MiB must be free"
+        with pytest.raises(UserError, match=said), open_database(url) as database:
+            save_measurements(database, make_hardware(), [make_measurement(m) for m in range(500)])
+        (tmp_path / "filler").unlink()
+        with open_database(url) as database:
+            save_measurements(database, make_hardware(), [make_measurement(m) for m in range(500)])
+            database.check()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True, timeout=30)
 
 
 class TestReadOnlyFiles:

@@ -72,6 +72,7 @@ def test_flops_of_a_prefill_do_not_depend_on_its_chunks(num_tokens: int, flops: 
         ({"rope_parameters": {"rope_type": "yarn", "factor": 0}}, "rope_parameters.factor: 0; must be a number"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: missing; rotary scaling of type linear"),
         ({"layer_types": 5}, "layer_types: 5; must be a list"),
+        ({"head_dim": 15}, "head_dim: 15; must be even"),
         ({"quantization_config": "gptq"}, "quantization_config: gptq; "),
     ],
 )
@@ -91,7 +92,7 @@ def test_tensor_parallel_sizes_that_do_not_divide(tp_size: int) -> None:
 def test_folders_without_a_configuration(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"^MODEL: .*must ") as refused:
+    with pytest.raises(UserError, match=r"^MODEL: .*must |config.json: content: ") as refused:
         load_model_shape(str(tmp_path))
     assert "\n" not in str(refused.value)
 

@@ -47,14 +47,14 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (["{"], (":1", "a line is")),
-        (['{"id": "r0"}'], (":1", "exactly one of token_ids and text")),
-        (['{"id": "r0", "token_ids": [1], "text": "a"}'], (":1", "exactly one")),
-        (['{"id": "r0", "token_ids": ["a"]}'], (":1", "token_ids.0")),
-        (['{"id": 7, "token_ids": [1]}'], (":1", "id")),
-        (['{"id": "r0", "token_ids": [1]}', '{"id": "r0", "token_ids": [1]}'], (":2", "'r0' again")),
-        (['{"id": "r0", "token_ids": [1]}'], ("no prompt with id 'r1'", "r0, r1")),
-        ([json.dumps({"id": f"r{i}", "token_ids": [1]}) for i in range(3)], ("id 'r2'", "r0, r1")),
+        (["{"], ("line 1", "must be JSON")),
+        (['{"id": "r0"}'], ("line 1", "exactly one of token_ids and text")),
+        (['{"id": "r0", "token_ids": [1], "text": "a"}'], ("line 1", "exactly one")),
+        (['{"id": "r0", "token_ids": ["a"]}'], ("line 1", "token_ids[0]")),
+        (['{"id": 7, "token_ids": [1]}'], ("line 1", "id: 7")),
+        (['{"id": "r0", "token_ids": [1]}', '{"id": "r0", "token_ids": [1]}'], ("line 2", "id: r0", "once")),
+        (['{"id": "r0", "token_ids": [1]}'], ("id: r1; no prompt", "r0, r1")),
+        ([json.dumps({"id": f"r{i}", "token_ids": [1]}) for i in range(3)], ("id: r2", "r0, r1")),
         (['{"id": "r0", "text": "a"}', '{"id": "r1", "text": "a"}'], ("text", "token_ids")),
     ],
 )

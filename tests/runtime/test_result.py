@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runtime.generation import end_ids
 from runtime.job import Pass, RankReport
 from runtime.prediction import Prediction
 from runtime.result import RunResult, cut_at_end, make_result, merge_passes
-from runtime.run import end_ids
 from tests.runtime.cases import make_job, prompts, requests
 from tuner.plan import Chunk
 from tuner.schedule import Timeline

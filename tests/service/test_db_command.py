@@ -47,7 +47,7 @@ def run_json(*arguments: str | Path) -> Any:
     return json.loads(run(*arguments, "--json"))
 
 
-@pytest.mark.parametrize("name", ["path", "upgrade", "list", "export", "import"])
+@pytest.mark.parametrize("name", ["path", "upgrade", "check", "list", "export", "import"])
 def test_help(name: str) -> None:
     text = run(name, "--help")
     assert "--json" in text
@@ -66,6 +66,11 @@ def test_upgrade(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'new.db'}"
     assert run("upgrade", "--db", url) == f"{url}: revision 0001, created\n"
     assert run_json("upgrade", "--db", url) == {"url": url, "found_revision": "0001", "revision": "0001"}
+
+
+def test_check(url: str) -> None:
+    assert run("check", "--db", url) == f"{url}: whole\n"
+    assert run_json("check", "--db", url) == {"url": url, "whole": True}
 
 
 def test_list_tables(url: str) -> None:

@@ -106,7 +106,7 @@ def test_torchrun_starts_the_ranks_just_as_well(weights: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
-        ("not json", (), ("a JSON file is needed",)),
+        ("not json", (), ("must be JSON",)),
         ({"schema": "isochunk.plan/2"}, (), ("schema: isochunk.plan/2", "isochunk.plan/1")),
         ({"rounds": [[{"request": 0, "start": 1, "tokens": 10}]]}, (), ("rounds[0][0].start: 1",)),
         ({"rounds": [[{"request": 0, "start": 0, "tokens": 12}]]}, (), ("rounds[0][0].tokens: 12", "1 to 11")),
@@ -131,7 +131,7 @@ def test_torchrun_starts_the_ranks_just_as_well(weights: Path, tmp_path: Path) -
             (),
             ("requests[0].prompt_tokens: 1000000000000; at most 512",),
         ),
-        ("[" * 100_000, (), ("nested too deeply",)),
+        ("[" * 100_000, (), ("must be JSON nested at most 64 deep",)),
         ({"predicted": {"makespan_s": 1.0, "ttft_s": [1.0]}}, (), ("predicted.ttft_s: 1 values",)),
     ],
 )

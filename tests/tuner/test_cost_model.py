@@ -93,13 +93,13 @@ def test_rounds_are_summed_per_stage() -> None:
     ("change", "message"),
     [
         ({"schema": "isochunk.cost-model/2"}, "schema: isochunk.cost-model/2; isochunk.cost-model/1"),
-        ({"stages": []}, "stages: []; a list of at least one stage"),
+        ({"stages": []}, "stages: 0 entries; at least one stage"),
         ({"return_s": -1.0}, "return_s: -1.0; a finite number of seconds, at least 0"),
         ({"return_s": "soon"}, "return_s: soon; a number is needed"),
         ({"hop": {"latency_s": math.nan}}, "hop.latency_s: nan"),
         ({"hop": {"token_s": -1.0}}, "hop.token_s: -1.0"),
         ({"return_s": 1e308}, "return_s: 1e+308; a finite number of seconds, at least 0 and at most 1e+09"),
-        ({"return_s": 10**400}, f"return_s: 1{'0' * 39}...{'0' * 37}; a finite number"),
+        ({"return_s": 10**400}, "return_s: inf; a finite number"),
     ],
 )
 def test_bad_files_are_refused_by_field(change: dict[str, Any], message: str) -> None:
@@ -131,7 +131,7 @@ def test_bad_files_are_refused_by_field(change: dict[str, Any], message: str) ->
             "attention.base_s[1]: 1.0; time may not",
         ),
         ({"chunk_s": True}, "stages[0].chunk_s: True; a number"),
-        ({"tokens": {"count": [0, 10**400], "seconds": [0, 1]}}, "stages[0].tokens.count[1]: 1000"),
+        ({"tokens": {"count": [0, 10**400], "seconds": [0, 1]}}, "stages[0].tokens.count[1]: inf; a whole number"),
         ({"tokens": {"count": [0, 2**41], "seconds": [0, 1]}}, "stages[0].tokens.count[1]: 2199023255552; at most"),
         ({"attention": {"pair_s": 1e300}}, "stages[0].attention.pair_s: 1e+300; "),
     ],
@@ -146,10 +146,10 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         load_cost_model(tmp_path / "none.json")
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(UserError, match="a JSON file is needed"):
+    with pytest.raises(UserError, match="must be JSON"):
         load_cost_model(tmp_path / "broken.json")
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match="nested too deeply; a JSON file is needed"):
+    with pytest.raises(UserError, match="must be JSON nested at most 64 deep"):
         load_cost_model(tmp_path / "deep.json")
 
 

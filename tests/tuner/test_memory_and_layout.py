@@ -90,6 +90,18 @@ def test_refusals_name_the_reason() -> None:
     assert refusals[4, 12] is None
 
 
+def test_of_many_layouts_only_those_that_run_are_kept() -> None:
+    layouts = enumerate_layouts(LLAMA, 20_000)
+    assert 0 < len(layouts) < 64
+    assert [layout.refusal for layout in layouts if layout.refusal] == []
+
+
+@pytest.mark.parametrize("world_size", [0, 100_001, 999_999_999_999])
+def test_worlds_that_nobody_has_are_an_error(world_size: int) -> None:
+    with pytest.raises(UserError, match=f"world_size: {world_size}; must be 1 or more, at most 100000"):
+        enumerate_layouts(LLAMA, world_size)
+
+
 def test_sizes_that_do_not_make_up_the_world_are_an_error() -> None:
     with pytest.raises(UserError, match="world_size: 4; must be a multiple"):
         enumerate_layouts(LLAMA, 4, tp_size=3)
