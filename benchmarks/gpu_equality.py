@@ -23,7 +23,7 @@ import torch
 from benchmarks.demo_model import SMALL, DemoSize, write_demo_model
 from profiler.attention import available_kernels
 from profiler.kernel_choice import KernelChoice
-from profiler.model import load_model_shape
+from profiler.model import PRECISIONS, load_model_shape
 from profiler.ranks import RankContext, run_ranks
 from runtime.clock import make_clock
 from runtime.group import make_groups
@@ -127,7 +127,7 @@ def make_job(folder: Path, layout: tuple[int, int], dtype: str, device: torch.de
         dtype=dtype,
         max_new_tokens=1,
         repeat=1,
-        kernels=KernelChoice((), default=available_kernels(device, getattr(torch, dtype))[0]),
+        kernels=KernelChoice((), default=available_kernels(device, PRECISIONS[dtype].activations.torch_dtype)[0]),
     )
 
 
@@ -150,7 +150,7 @@ def transformers_logits(
 
     assert job.weights is not None
     model = AutoModelForCausalLM.from_pretrained(
-        job.weights, dtype=getattr(torch, job.dtype), attn_implementation=attention
+        job.weights, dtype=PRECISIONS[job.dtype].weights.torch_dtype, attn_implementation=attention
     )
     model = model.to(device).eval()
     logits = []

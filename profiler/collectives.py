@@ -9,6 +9,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from profiler.model.precision import Format
 from profiler.operators import Operators
 from profiler.peer import PeerRing
 from profiler.point import Op, Point
@@ -50,14 +51,14 @@ def make_groups(sizes: Sequence[int], world_size: int) -> dict[int, Neighbours]:
     return found
 
 
-def prepare_collective(point: Point, neighbours: Neighbours, device: torch.device, dtype: torch.dtype) -> Prepared:
+def prepare_collective(point: Point, neighbours: Neighbours, device: torch.device, sent: Format) -> Prepared:
     """The work of a collective point.
 
     `bytes` is the whole message: what is reduced, the gathered result, what is scattered, what one rank sends to all.
     """
-    group, count = neighbours.group, point.shape["bytes"] // dtype.itemsize
-    whole = torch.ones(count, device=device, dtype=dtype)
-    part = torch.ones(count // neighbours.size, device=device, dtype=dtype)
+    group, count = neighbours.group, sent.num_elements(point.shape["bytes"])
+    whole = torch.ones(count, device=device, dtype=sent.torch_dtype)
+    part = torch.ones(count // neighbours.size, device=device, dtype=sent.torch_dtype)
     call: Callable[[], object]
     match point.op:
         case Op.ALL_REDUCE:
@@ -77,12 +78,12 @@ def prepare_collective(point: Point, neighbours: Neighbours, device: torch.devic
 
 
 def prepare_message(
-    point: Point, neighbours: Neighbours, ring: PeerRing | None, device: torch.device, dtype: torch.dtype
+    point: Point, neighbours: Neighbours, ring: PeerRing | None, device: torch.device, sent: Format
 ) -> Prepared:
     """A message goes from the pair's first rank to its second and back, through `ring` where there is one."""
-    count = point.shape["bytes"] // dtype.itemsize
+    count = sent.num_elements(point.shape["bytes"])
     if ring is None:
-        return _there_and_back(torch.ones(count, device=device, dtype=dtype), neighbours)
+        return _there_and_back(torch.ones(count, device=device, dtype=sent.torch_dtype), neighbours)
 
     def push() -> None:
         ring.push(0, count)

@@ -18,7 +18,7 @@ from profiler.agenda import Agenda
 from profiler.attention import AttentionKernel
 from profiler.collectives import make_groups, prepare_collective, prepare_message, prepare_round_overhead
 from profiler.device import cache_bytes, free_bytes
-from profiler.grid import Grid, group_sizes, head_sizes, layer_sizes
+from profiler.grid import Grid, group_sizes
 from profiler.load import Load
 from profiler.operators import Operators, has_own_load
 from profiler.peer import PeerRing, has_peer_memory
@@ -92,19 +92,20 @@ class RankSession:
 
     def __init__(self, context: RankContext, job: ProfileJob) -> None:
         self.context, self.job = context, job
-        self.device, self.dtype = context.device, getattr(torch, job.grid.dtype)
+        self.device, self.precision = context.device, job.grid.precision
         self.agenda = Agenda(job.points, job.rows, usual_kernel=job.grid.kernels[0])
         shape = job.grid.shape
-        stage_bytes = shape.num_layers * shape.layer_parameters * self.dtype.itemsize // context.world_size
+        layer_weights = sum(layer.num_elements() for layer in shape.layers)
+        stage_bytes = self.precision.weights.num_bytes(layer_weights) // context.world_size
         ranks_on_device = context.world_size if self.device.type == "cpu" else 1
         workspace = Workspace(
             self.device,
-            self.dtype,
+            self.precision,
             cold_bytes=min(_CACHES * cache_bytes(self.device), stage_bytes),
             limit_bytes=int(0.4 * free_bytes(self.device) / ranks_on_device),
         )
         self.operators = Operators(shape, job.grid.context_length, workspace, self.choose_kernel)
-        self.heads = head_sizes(shape, 1)
+        self.heads = shape.layers[0].attention.sizes(1)
         self.is_slow = CoreProbe() if self.device.type == "cpu" else None
         self.load = self.make_load() if self.device.type == "cuda" else None
         # Every rank makes every group, in the same order. What ranks agree on travels over gloo, beside NCCL.
@@ -119,8 +120,10 @@ class RankSession:
         """The model's usual work: whole layers over a round of middling size and context."""
         grid = self.job.grid
         chunk = min(_LOAD_CHUNK, grid.context_length)
-        shape = {"chunk": chunk, "context": min(_LOAD_CONTEXT, grid.context_length - chunk)}
-        run = self.operators.prepare(Point(op=Op.LAYER, dtype=grid.dtype, shape=shape | layer_sizes(grid.shape, 1))).run
+        layer = grid.shape.layers[0]
+        shape = {"chunk": chunk, "context": min(_LOAD_CONTEXT, grid.context_length - chunk)} | layer.sizes(1)
+        point = Point(op=Op.LAYER, dtype=grid.dtype, shape=shape, variant=layer.variant)
+        run = self.operators.prepare(point).run
         call_seconds(run, self.device)
         return Load(run, call_seconds(run, self.device), self.device)
 
@@ -130,8 +133,9 @@ class RankSession:
         pair = self.neighbours.get(2)
         if not sizes or pair is None or not has_peer_memory(self.device):
             return None
-        rows = max(sizes) // self.dtype.itemsize
-        return PeerRing(pair.group, rows=rows, width=1, device=self.device, dtype=self.dtype)
+        sent = self.precision.activations
+        rows = sent.num_elements(max(sizes))
+        return PeerRing(pair.group, rows=rows, width=1, device=self.device, dtype=sent.torch_dtype)
 
     def choose_kernel(self, chunk: int, context: int) -> AttentionKernel:
         """The kernel that measured best for the layer being prepared."""
@@ -168,9 +172,9 @@ class RankSession:
     def prepare(self, point: Point) -> Prepared:
         """The point's work, made ready on this rank."""
         if point.op is Op.SEND_RECV:
-            return prepare_message(point, self.neighbours[2], self.ring, self.device, self.dtype)
+            return prepare_message(point, self.neighbours[2], self.ring, self.device, self.precision.activations)
         if point.op in COLLECTIVES:
-            return prepare_collective(point, self.neighbours[point.group_size], self.device, self.dtype)
+            return prepare_collective(point, self.neighbours[point.group_size], self.device, self.precision.reductions)
         if point.op is Op.ROUND_OVERHEAD:
             return prepare_round_overhead(point, self.operators, self.neighbours.get(2))
         if "heads" in point.shape:
