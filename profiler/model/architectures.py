@@ -9,6 +9,7 @@ from typing import Any
 
 from db.errors import UserError
 from profiler.model.fields import positive
+from profiler.model.rope import rope_type
 from profiler.model.spec import AttentionSpec, DenseMLP, LayerSpec
 from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, Part
 
@@ -86,11 +87,23 @@ def _qwen3(config: Config) -> LayerSpec:
     return replace(layer, attention=replace(layer.attention, q_norm=q_norm, k_norm=k_norm))
 
 
+def _phi3(config: Config) -> LayerSpec:
+    """Llama's layer without biases, kept as one tensor for q, k and v and one for gate and up."""
+    refuse_window(config)
+    if rope_type(config) != "default":
+        raise UserError("rope_scaling", rope_type(config), "only default is supported for Phi3ForCausalLM")
+    layer = dense_layer(config)
+    qkv = layer.attention.qkv.stored_in("self_attn.qkv_proj")
+    gate_up = layer.mlp.gate_up.stored_in("mlp.gate_up_proj")
+    return replace(layer, attention=replace(layer.attention, qkv=qkv), mlp=replace(layer.mlp, gate_up=gate_up))
+
+
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "LlamaForCausalLM": Architecture(layer=_llama),
         "MistralForCausalLM": Architecture(layer=_mistral),
         "Qwen2ForCausalLM": Architecture(layer=_qwen2),
         "Qwen3ForCausalLM": Architecture(layer=_qwen3),
+        "Phi3ForCausalLM": Architecture(layer=_phi3, norm_eps=1e-5),
     }
 )

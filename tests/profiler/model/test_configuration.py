@@ -41,6 +41,17 @@ def test_every_bundled_shape_is_read() -> None:
             "layer_types: sliding_attention; only full_attention",
         ),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window: 4096; "),
+        ({"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047}, "sliding_window: 2047; "),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope"}},
+            "rope_scaling: longrope; supported types are",
+        ),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "rope_scaling: yarn; only default",
+        ),
+        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor: 0.75; "),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5; "),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: gptq; "),
         ({"hidden_act": "gelu"}, "hidden_act: gelu; only silu"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling: dynamic; supported types are"),
