@@ -98,6 +98,23 @@ def _phi3(config: Config) -> LayerSpec:
     return replace(layer, attention=replace(layer.attention, qkv=qkv), mlp=replace(layer.mlp, gate_up=gate_up))
 
 
+def _olmo2(config: Config) -> LayerSpec:
+    """Norms of what attention and MLP give, not of what they take, and of q and k over all their heads."""
+    bias = bool(config.get("attention_bias", False))
+    layer = dense_layer(config, qkv_bias=bias, o_bias=bias)
+    heads, kv_heads, hidden = layer.attention.heads, layer.attention.kv_heads, Dim(layer.hidden_size)
+    q_norm = NormSpec("self_attn.q_norm", heads, Cut.COLUMN)
+    k_norm = NormSpec("self_attn.k_norm", kv_heads, Cut.COLUMN)
+    return replace(
+        layer,
+        attention=replace(layer.attention, q_norm=q_norm, k_norm=k_norm),
+        before_attention=None,
+        after_attention=NormSpec("post_attention_layernorm", hidden),
+        before_mlp=None,
+        after_mlp=NormSpec("post_feedforward_layernorm", hidden),
+    )
+
+
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "LlamaForCausalLM": Architecture(layer=_llama),
@@ -105,5 +122,6 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "Qwen2ForCausalLM": Architecture(layer=_qwen2),
         "Qwen3ForCausalLM": Architecture(layer=_qwen3),
         "Phi3ForCausalLM": Architecture(layer=_phi3, norm_eps=1e-5),
+        "Olmo2ForCausalLM": Architecture(layer=_olmo2, norm_eps=1e-5),
     }
 )

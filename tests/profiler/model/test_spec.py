@@ -82,3 +82,9 @@ def test_layers_that_differ_are_all_profiled_but_have_no_one_time() -> None:
 def test_all_reduces_of_a_layer() -> None:
     layer = load_model_shape("llama-3-8b").layer
     assert layer.reduced_bytes(precision_of("bfloat16")) == (8192, 8192)
+
+
+def test_norms_over_all_heads_take_an_all_reduce_of_two_sums(checkpoint: Callable[[str], Path]) -> None:
+    layer = load_model_shape(str(checkpoint("olmo2"))).layer
+    assert layer.variant == "post-norm+qk-norm-all-heads"
+    assert layer.reduced_bytes(precision_of("bfloat16")) == (8, 128, 128)
