@@ -14,9 +14,8 @@ import torch
 
 from profiler.attention import available_kernels
 from profiler.device import cache_bytes, free_bytes
-from profiler.grid import layer_sizes
 from profiler.load import Load, keep_busy
-from profiler.model import load_model_shape
+from profiler.model import load_model_shape, precision_of
 from profiler.operators import Operators
 from profiler.point import Op, Point
 from profiler.timing import call_seconds
@@ -34,15 +33,17 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3-8b")
     parser.add_argument("--rest-s", type=float, default=1.0)
     options = parser.parse_args()
-    device, dtype = torch.device("cuda", 0), torch.bfloat16
+    device, precision = torch.device("cuda", 0), precision_of("bfloat16")
     torch.cuda.set_device(device)
-    shape, kernel = load_model_shape(options.model), available_kernels(device, dtype)[0]
+    shape = load_model_shape(options.model)
+    kernel = available_kernels(device, precision.activations.torch_dtype)[0]
     workspace = Workspace(
-        device, dtype, cold_bytes=2 * cache_bytes(device), limit_bytes=int(0.4 * free_bytes(device))
+        device, precision, cold_bytes=2 * cache_bytes(device), limit_bytes=int(0.4 * free_bytes(device))
     )  # fmt: skip
     operators = Operators(shape, CHUNK + CONTEXT, workspace, lambda _chunk, _context: kernel)
-    sizes = {"chunk": CHUNK, "context": CONTEXT} | layer_sizes(shape, 1)
-    run = operators.prepare(Point(op=Op.LAYER, dtype="bfloat16", shape=sizes)).run
+    sizes = {"chunk": CHUNK, "context": CONTEXT} | shape.layer.sizes(1)
+    point = Point(op=Op.LAYER, dtype=precision.name, shape=sizes, variant=shape.layer.variant)
+    run = operators.prepare(point).run
     call_seconds(run, device)
     load = Load(run, call_seconds(run, device), device)
     time.sleep(options.rest_s)

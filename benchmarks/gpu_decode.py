@@ -23,7 +23,7 @@ from db.hardware import Hardware
 from profiler.comm.launch import run_ranks
 from profiler.comm.rank import RankContext
 from profiler.device import describe_hardware
-from profiler.model import DTYPE_BYTES, ModelShape, load_model_shape
+from profiler.model import PRECISIONS, ModelShape, load_model_shape
 from runtime.job import Job, RankReport
 from runtime.place import world_size
 from runtime.prediction import Prediction
@@ -83,14 +83,11 @@ def make_plan(shape: ModelShape, layout: tuple[int, int], prompt_lens: Sequence[
 
 def read_bytes(job: Job) -> int:
     """Bytes that the ranks of one tp_rank read in a step, all stages together, at the middle of the decode."""
-    shape, tp_size = job.shape, job.parallel.tp_size
-    heads, kv_heads = shape.num_heads // tp_size, shape.kv_heads_per_rank(tp_size)
-    hidden, ffn = shape.hidden_size, shape.intermediate_size // tp_size
-    layer = hidden * shape.head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * ffn
+    shape, tp_size, precision = job.shape, job.parallel.tp_size, PRECISIONS[job.dtype]
+    weights = sum(layer.num_elements(tp_size) for layer in shape.layers) + shape.head.num_elements(tp_size)
     tokens = sum(request.prompt_tokens + job.max_new_tokens // 2 for request in job.requests)
-    kv = 2 * tokens * kv_heads * shape.head_dim
-    head = hidden * shape.vocab_size // tp_size
-    return DTYPE_BYTES[job.dtype] * (shape.num_layers * (layer + kv) + head)
+    kv = tokens * sum(layer.attention.kv_elements(tp_size) for layer in shape.layers)
+    return precision.weights.num_bytes(weights) + precision.kv.num_bytes(kv)
 
 
 def decoded(job: Job, reports: Sequence[RankReport]) -> Decoded:

@@ -26,7 +26,7 @@ from profiler.comm.group import make_groups
 from profiler.comm.launch import run_ranks
 from profiler.comm.rank import RankContext
 from profiler.kernel_choice import KernelChoice
-from profiler.model import load_model_shape
+from profiler.model import PRECISIONS, load_model_shape
 from runtime.clock import make_clock
 from runtime.job import Job, RankReport
 from runtime.pipeline import Pipeline
@@ -128,7 +128,7 @@ def make_job(folder: Path, layout: tuple[int, int], dtype: str, device: torch.de
         dtype=dtype,
         max_new_tokens=1,
         repeat=1,
-        kernels=KernelChoice((), default=available_kernels(device, getattr(torch, dtype))[0]),
+        kernels=KernelChoice((), default=available_kernels(device, PRECISIONS[dtype].activations.torch_dtype)[0]),
     )
 
 
@@ -151,7 +151,7 @@ def transformers_logits(
 
     assert job.weights is not None
     model = AutoModelForCausalLM.from_pretrained(
-        job.weights, dtype=getattr(torch, job.dtype), attn_implementation=attention
+        job.weights, dtype=PRECISIONS[job.dtype].weights.torch_dtype, attn_implementation=attention
     )
     model = model.to(device).eval()
     logits = []

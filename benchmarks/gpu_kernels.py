@@ -22,8 +22,8 @@ from db.measurements import load_measurements
 from profiler.attention import available_kernels, worth_measuring
 from profiler.comm.launch import run_ranks
 from profiler.device import describe_hardware
-from profiler.grid import Grid, head_sizes, projections
-from profiler.model import load_model_shape
+from profiler.grid import Grid
+from profiler.model import load_model_shape, precision_of
 from profiler.point import Op, Point
 from profiler.session import ProfileJob, profile_rank
 from service.output import print_table
@@ -41,12 +41,12 @@ def random_points(grid: Grid, num_points: int, *, seed: int = 5) -> list[Point]:
         tp_size = source.choice(grid.tp_sizes)
         chunk = TILE * source.randrange(LEAST_CHUNK // TILE, min(MOST_CHUNK, grid.context_length) // TILE + 1)
         if index % 2:
-            n, k = source.choice(list(projections(grid.shape, tp_size).values()))
+            n, k = source.choice(list(grid.shape.layer.products(tp_size).values()))
             shape = {"m": chunk, "n": n, "k": k}
             points.append(Point(op=Op.MATMUL, dtype=grid.dtype, shape=shape, busy_ranks=grid.world_size))
         else:
             context = source.randrange(0, min(MOST_CONTEXT, grid.context_length - chunk) + 1)
-            shape = head_sizes(grid.shape, tp_size) | {"chunk": chunk, "context": context}
+            shape = grid.shape.layer.attention.sizes(tp_size) | {"chunk": chunk, "context": context}
             variant = grid.kernels[0].value
             points.append(
                 Point(op=Op.ATTENTION, dtype=grid.dtype, shape=shape, busy_ranks=grid.world_size, variant=variant)
@@ -57,9 +57,9 @@ def random_points(grid: Grid, num_points: int, *, seed: int = 5) -> list[Point]:
 
 def predict_s(costs: dict[int, LayerCosts], point: Point) -> float:
     """What the fit of the point's tensor-parallel degree says; only one degree has products of its size."""
-    for tp_size, cost in costs.items():
+    for cost in costs.values():
         if point.op is Op.MATMUL:
-            sizes = list(projections(cost.work.shape, tp_size).values())
+            sizes = cost.work.projections
             if (point.shape["n"], point.shape["k"]) in sizes:
                 curve = cost.projections[sizes.index((point.shape["n"], point.shape["k"]))]
                 return float(curve(point.shape["m"]))
@@ -80,7 +80,9 @@ def main() -> None:
     options = parser.parse_args()
     dtype = "bfloat16" if options.device == "cuda" else "float32"
     shape = load_model_shape(options.model)
-    kernels = tuple(worth_measuring(available_kernels(torch.device(options.device), getattr(torch, dtype))))
+    kernels = tuple(
+        worth_measuring(available_kernels(torch.device(options.device), precision_of(dtype).activations.torch_dtype))
+    )
     grid = Grid(
         shape=shape, dtype=dtype, tp_sizes=(1, 2), world_size=2, context_length=options.context_length,
         device_type=options.device, kernels=kernels,

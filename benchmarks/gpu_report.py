@@ -28,7 +28,7 @@ from db.hardware import Hardware, list_hardware
 from db.measurements import load_measurements
 from db.plans import get_plan_row
 from db.runs import RunStatus, StoredRun, list_runs, load_round_times
-from profiler.model import ModelShape
+from profiler.model import ModelShape, model_from_config
 from service.output import print_table
 from tuner.correction import fit_correction, load_measured_rounds
 from tuner.fit import LayerCosts, fit_layer_costs
@@ -173,7 +173,7 @@ def runs_of(database: Database, hardware: Hardware) -> list[tuple[StoredRun, Pla
     """Runs that ended, in order, each with its plan and the model that was run."""
     runs = list_runs(database, status=RunStatus.DONE, hardware=hardware, limit=1000)[::-1]
     plans = [Plan.from_json(get_plan_row(database, run.plan_id)) for run in runs]
-    shapes = [ModelShape.from_config(plan.model, name=str(plan.model.get("name"))) for plan in plans]
+    shapes = [model_from_config(plan.model, name=str(plan.model.get("name"))) for plan in plans]
     return list(zip(runs, plans, shapes, strict=True))
 
 

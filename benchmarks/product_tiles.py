@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from profiler.grid import TILE_TOKENS, projections
+from profiler.grid import TILE_TOKENS
 from profiler.model import load_model_shape
 from service.output import print_table
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--most-rows", type=int, default=3072)
     options = parser.parse_args()
     rows = list(range(TILE_TOKENS, options.most_rows + 1, TILE_TOKENS))
-    for name, (n, k) in projections(load_model_shape(options.model), options.tp_size).items():
+    for name, (n, k) in load_model_shape(options.model).layer.products(options.tp_size).items():
         weight = 0.02 * torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
         x = torch.randn(rows[-1], k, device="cuda", dtype=torch.bfloat16)
         table: list[list[object]] = []

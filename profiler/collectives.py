@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from profiler.comm.group import HostGroup
 from profiler.comm.peer_memory import Lane, PeerMemory
+from profiler.model.precision import Format
 from profiler.operators import Operators
 from profiler.point import Op, Point
 from profiler.timing import Prepared
@@ -51,14 +52,14 @@ def make_groups(sizes: Sequence[int], world_size: int) -> dict[int, Neighbours]:
     return found
 
 
-def prepare_collective(point: Point, neighbours: Neighbours, device: torch.device, dtype: torch.dtype) -> Prepared:
+def prepare_collective(point: Point, neighbours: Neighbours, device: torch.device, sent: Format) -> Prepared:
     """The work of a collective point.
 
     `bytes` is the whole message: what is reduced, the gathered result, what is scattered, what one rank sends to all.
     """
-    group, count = neighbours.group, point.shape["bytes"] // dtype.itemsize
-    whole = torch.ones(count, device=device, dtype=dtype)
-    part = torch.ones(count // neighbours.size, device=device, dtype=dtype)
+    group, count = neighbours.group, sent.num_elements(point.shape["bytes"])
+    whole = torch.ones(count, device=device, dtype=sent.torch_dtype)
+    part = torch.ones(count // neighbours.size, device=device, dtype=sent.torch_dtype)
     call: Callable[[], object]
     match point.op:
         case Op.ALL_REDUCE:
@@ -107,12 +108,12 @@ class PeerMessages:
 
 
 def prepare_message(
-    point: Point, neighbours: Neighbours, messages: PeerMessages | None, device: torch.device, dtype: torch.dtype
+    point: Point, neighbours: Neighbours, messages: PeerMessages | None, device: torch.device, sent: Format
 ) -> Prepared:
     """A message goes from the pair's first rank to its second and back, through shared memory where there is some."""
-    count = point.shape["bytes"] // dtype.itemsize
+    count = sent.num_elements(point.shape["bytes"])
     if messages is None:
-        return _there_and_back(torch.ones(count, device=device, dtype=dtype), neighbours)
+        return _there_and_back(torch.ones(count, device=device, dtype=sent.torch_dtype), neighbours)
     push = partial(messages.push, count)
     order = (messages.take, push) if neighbours.index else (push, messages.take)
 

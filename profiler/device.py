@@ -11,7 +11,7 @@ import torch
 
 from db.errors import UserError
 from db.hardware import Hardware
-from profiler.model import SUPPORTED_DTYPES, ModelShape
+from profiler.model import ModelShape
 
 _DEFAULT_CACHE_BYTES = 32 * 2**20
 
@@ -84,12 +84,6 @@ def default_num_threads(device_type: str, world_size: int) -> int:
 def default_dtype(shape: ModelShape, device_type: str) -> str:
     """The model's own precision on CUDA; float32 on a CPU, where it is the fast one."""
     return shape.dtype if device_type == "cuda" else "float32"
-
-
-def check_dtype(dtype: str) -> None:
-    """Raise `UserError` for a precision that cannot be measured."""
-    if dtype not in SUPPORTED_DTYPES:
-        raise UserError("dtype", dtype, "supported are " + ", ".join(SUPPORTED_DTYPES))
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -61,26 +62,42 @@ def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
 def rotate_into_slab(
     qkv: torch.Tensor, inputs: LayerInputs, norms: Norms, keys: torch.Tensor, values: torch.Tensor, *, num_heads: int
 ) -> torch.Tensor:
-    """Norm (Qwen3) and rotate q and k, write k and v to the slab, return q [T, H, D].
+    """Norm each head of q and k where there is such a norm, rotate both, write k and v to the slab, return q [T, H, D].
 
     qkv: [T, (H + 2 KV) D]; keys, values: this layer's slab [KV, rows, D].
     """
     cos, sin = inputs.rotary
+    query_norm, key_norm = (None, None) if norms.all_heads else (norms.query, norms.key)
     if _fuses(qkv):
         from profiler import fused
 
         return fused.rotate_into_slab(
             qkv, cos, sin, inputs.slab_rows, keys, values,
-            num_heads=num_heads, query_norm=norms.query, key_norm=norms.key, eps=norms.eps,
+            num_heads=num_heads, query_norm=query_norm, key_norm=key_norm, eps=norms.eps,
         )  # fmt: skip
     num_kv_heads, _, head_dim = keys.shape
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
-    if norms.query is not None and norms.key is not None:
-        q, k = rms_norm(q, norms.query, norms.eps), rms_norm(k, norms.key, norms.eps)
+    if query_norm is not None and key_norm is not None:
+        q, k = rms_norm(q, query_norm, norms.eps), rms_norm(k, key_norm, norms.eps)
     inputs.write(rotate(k, cos, sin), keys)
     inputs.write(v, values)
     return rotate(q, cos, sin)
+
+
+def norm_all_heads(qkv: torch.Tensor, norms: Norms, mean_of_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Norm q over all its heads on all ranks, and k, within qkv [T, (H + 2 KV) D]; accumulated in float32.
+
+    mean_of_ranks: [T, 2] -> the mean over the ranks, which hold as many heads each. KV heads that several ranks hold
+    count once a rank, each as often as any other, so that their mean is right too.
+    """
+    assert norms.query is not None and norms.key is not None
+    ends = norms.query.shape[0], norms.query.shape[0] + norms.key.shape[0]
+    q, k = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]]
+    means = torch.stack([part.float().square().mean(dim=-1) for part in (q, k)], dim=-1)
+    scales = torch.rsqrt(mean_of_ranks(means) + norms.eps)
+    q.copy_(q.float() * scales[:, :1] * norms.query)
+    k.copy_(k.float() * scales[:, 1:] * norms.key)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

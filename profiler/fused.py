@@ -56,7 +56,7 @@ def rotate_into_slab(
     key_norm: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    """Norm (Qwen3) and rotate q and k, write k and v to the slab, return q [T, H, D].
+    """Norm each head of q and k if asked to, rotate both, write k and v to the slab, return q [T, H, D].
 
     qkv: [T, (H + 2 KV) D]; cos, sin: [T, D / 2]; slab_rows: [T] int64, each token's row of keys and values
     [KV, rows, D].

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from profiler.attention import AttentionKernel
-from profiler.model import DTYPE_BYTES, ModelShape
+from profiler.model import PRECISIONS, LayerSpec, ModelShape, Precision
+from profiler.model.flops import causal_pairs
 from profiler.point import COLLECTIVES, WARM, Op, Point
 
 SMALLEST_CHUNK = 16
@@ -35,6 +36,11 @@ class Grid:
     context_length: int
     device_type: str
     kernels: tuple[AttentionKernel, ...]  # the usual best first
+
+    @property
+    def precision(self) -> Precision:
+        """The formats that `dtype` names."""
+        return PRECISIONS[self.dtype]
 
     def points(self) -> list[Point]:
         """All points, each key once, by level and then the cheap ones first."""
@@ -94,23 +100,24 @@ class Grid:
 
     def _all(self) -> Iterator[Point]:
         for tp_size in self.tp_sizes:
-            yield from self._layer_points(tp_size)
+            for layer in self.shape.layer_kinds:
+                yield from self._layer_points(layer, tp_size)
             yield from self._end_points(tp_size)
         yield from self._round_overhead()
         yield from self._ceiling()
         for group_size in group_sizes(self.tp_sizes, self.world_size):
             yield from self._collectives(group_size)
 
-    def _layer_points(self, tp_size: int) -> Iterator[Point]:
+    def _layer_points(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
         """The parts of a layer and whole layers: with all ranks at work, and on a CPU coarsely with one.
 
         Cards share nothing that a kernel uses, so that one alone needs no points of its own.
         """
         parts = [
-            *self._matmuls(tp_size),
-            *self._attention(tp_size),
-            *self._elementwise(tp_size),
-            *self._layers(tp_size),
+            *self._matmuls(layer, tp_size),
+            *self._attention(layer, tp_size),
+            *self._elementwise(layer, tp_size),
+            *self._layers(layer, tp_size),
         ]
         yield from (replace(point, busy_ranks=self.world_size) for point in parts)
         # A plan for one rank leaves the others idle.
@@ -118,23 +125,22 @@ class Grid:
             yield from (
                 replace(point, busy_ranks=1, level=point.level + 1)
                 for point in parts
-                if point.level <= 1 and point.variant in ("", *self.kernels[:1], layer_variant(self.shape))
+                if point.level <= 1 and point.variant in ("", *self.kernels[:1], layer.variant)
             )
 
-    def _matmuls(self, tp_size: int) -> Iterator[Point]:
-        for n, k in projections(self.shape, tp_size).values():
+    def _matmuls(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
+        for n, k in layer.products(tp_size).values():
             for m, level in self.product_levels.items():
                 point = Point(
                     op=Op.MATMUL, dtype=self.dtype, shape={"m": m, "n": n, "k": k}, level=level,
-                    flops=2.0 * m * n * k, size_bytes=self._bytes(2 * n * k + m * (n + k)),
+                    flops=2.0 * m * n * k, size_bytes=self._weights(2 * n * k) + self._bytes(m * (n + k)),
                 )  # fmt: skip
                 yield point
                 if self.device_type == "cuda" and level <= 1:
                     yield replace(point, variant=WARM, level=LAST_LEVEL)
 
-    def _attention(self, tp_size: int) -> Iterator[Point]:
-        heads = head_sizes(self.shape, tp_size)
-        slab = 2 * heads["kv_heads"] * heads["head_dim"] * self.context_length
+    def _attention(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
+        heads, slab = layer.attention.sizes(tp_size), self._slab(layer, tp_size)
         for chunk, chunk_level in self.attention_levels.items():
             for context, context_level in self.context_levels(chunk).items():
                 for kernel in self.kernels:
@@ -147,35 +153,33 @@ class Grid:
                         variant=kernel.value,
                         level=min(chunk_level + context_level, LAST_LEVEL),
                         flops=4.0 * heads["heads"] * heads["head_dim"] * causal_pairs(chunk, context),
-                        size_bytes=self._bytes(slab + 3 * chunk * heads["heads"] * heads["head_dim"]),
+                        size_bytes=slab + self._bytes(3 * chunk * heads["heads"] * heads["head_dim"]),
                     )
 
-    def _elementwise(self, tp_size: int) -> Iterator[Point]:
-        sizes = layer_sizes(self.shape, tp_size)
+    def _elementwise(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
+        sizes = layer.sizes(tp_size)
         width = 4 * sizes["hidden"] + 3 * sizes["intermediate"] + 3 * sizes["heads"] * sizes["head_dim"]
-        slab = 2 * sizes["kv_heads"] * sizes["head_dim"] * self.context_length
         for tokens, level in self.chunk_levels.items():
             yield Point(
                 op=Op.ELEMENTWISE, dtype=self.dtype, shape={"tokens": tokens} | sizes,
-                variant=layer_variant(self.shape), level=level, flops=25.0 * tokens * width,
-                size_bytes=self._bytes(tokens * width + slab),
+                variant=layer.variant, level=level, flops=25.0 * tokens * width,
+                size_bytes=self._bytes(tokens * width) + self._slab(layer, tp_size),
             )  # fmt: skip
 
-    def _layers(self, tp_size: int) -> Iterator[Point]:
-        sizes = layer_sizes(self.shape, tp_size)
-        weights = sum(n * k for n, k in projections(self.shape, tp_size).values())
+    def _layers(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
+        sizes, weights = layer.sizes(tp_size), layer.product_elements(tp_size)
         attention = 4.0 * sizes["heads"] * sizes["head_dim"]
         width = 4 * sizes["hidden"] + 5 * sizes["intermediate"] + 4 * sizes["heads"] * sizes["head_dim"]
-        slab = 2 * sizes["kv_heads"] * sizes["head_dim"] * self.context_length
+        fixed_bytes = self._weights(3 * weights) + 2 * self._slab(layer, tp_size)
         for chunk, chunk_level in self.layer_levels.items():
             for context, context_level in self.context_levels(chunk).items():
                 if context_level > 1 or (chunk_level and context_level):
                     continue
                 yield Point(
                     op=Op.LAYER, dtype=self.dtype, shape={"chunk": chunk, "context": context} | sizes,
-                    variant=layer_variant(self.shape), level=chunk_level + context_level,
+                    variant=layer.variant, level=chunk_level + context_level,
                     flops=2.0 * chunk * weights + attention * causal_pairs(chunk, context),
-                    size_bytes=self._bytes(3 * weights + chunk * width + 2 * slab),
+                    size_bytes=fixed_bytes + self._bytes(chunk * width),
                 )  # fmt: skip
 
     def _end_points(self, tp_size: int) -> Iterator[Point]:
@@ -185,14 +189,14 @@ class Grid:
                 yield Point(
                     op=Op.EMBEDDING, dtype=self.dtype, shape={"tokens": tokens, "hidden": hidden, "vocab": vocab},
                     busy_ranks=self.world_size, level=level, flops=10.0 * tokens * hidden,
-                    size_bytes=self._bytes(vocab * hidden + tokens * hidden),
+                    size_bytes=self._weights(vocab * hidden) + self._bytes(tokens * hidden),
                 )  # fmt: skip
-        vocab_per_rank = -(-vocab // tp_size)
+        vocab_per_rank, _ = self.shape.head.sizes(tp_size)
         for rows, level in {1: 0, 2: 2, 4: 1, 8: 2, 16: 3}.items():
             yield Point(
                 op=Op.HEAD, dtype=self.dtype, shape={"rows": rows, "hidden": hidden, "vocab": vocab_per_rank},
                 busy_ranks=self.world_size, level=level, flops=20.0 * vocab_per_rank * hidden,
-                size_bytes=self._bytes(2 * vocab_per_rank * hidden),
+                size_bytes=self._weights(2 * vocab_per_rank * hidden),
             )  # fmt: skip
 
     def _round_overhead(self) -> Iterator[Point]:
@@ -224,54 +228,23 @@ class Grid:
                     size_bytes=3 * message,
                 )  # fmt: skip
 
-    def _bytes(self, num_elements: int) -> int:
-        return num_elements * DTYPE_BYTES[self.dtype]
+    def _bytes(self, num_activations: int) -> int:
+        return self.precision.activations.num_bytes(num_activations)
+
+    def _weights(self, num_weights: int) -> int:
+        return self.precision.weights.num_bytes(num_weights)
+
+    def _slab(self, layer: LayerSpec, tp_size: int) -> int:
+        return self.precision.kv.num_bytes(layer.attention.kv_elements(tp_size) * self.context_length)
 
     def _dense_mask(self, kernel: AttentionKernel, chunk: int, context: int) -> bool:
         dense = self.device_type == "cpu" and kernel is AttentionKernel.SDPA and context > 0
         return dense and chunk * (chunk + context) > _MAX_DENSE_PAIRS
 
 
-def projections(shape: ModelShape, tp_size: int) -> dict[str, tuple[int, int]]:
-    """The products of a layer on one of `tp_size` ranks: name -> (out features n, in features k)."""
-    d, heads, kv_heads = shape.head_dim, shape.num_heads // tp_size, shape.kv_heads_per_rank(tp_size)
-    intermediate = shape.intermediate_size // tp_size
-    return {
-        "qkv": ((heads + 2 * kv_heads) * d, shape.hidden_size),
-        "o": (shape.hidden_size, heads * d),
-        "gate_up": (2 * intermediate, shape.hidden_size),
-        "down": (shape.hidden_size, intermediate),
-    }
-
-
-def head_sizes(shape: ModelShape, tp_size: int) -> dict[str, int]:
-    """The heads of one of `tp_size` ranks, as the rows of attention name them."""
-    return {
-        "heads": shape.num_heads // tp_size,
-        "kv_heads": shape.kv_heads_per_rank(tp_size),
-        "head_dim": shape.head_dim,
-    }
-
-
-def layer_sizes(shape: ModelShape, tp_size: int) -> dict[str, int]:
-    """The sizes of a layer on one of `tp_size` ranks, as the rows of `elementwise` and `layer` name them."""
-    sizes = {"hidden": shape.hidden_size, "intermediate": shape.intermediate_size // tp_size}
-    return sizes | head_sizes(shape, tp_size)
-
-
-def layer_variant(shape: ModelShape) -> str:
-    """What besides the sizes decides a layer's element-wise work."""
-    return "qk-norm" if shape.qk_norm else ""
-
-
 def group_sizes(tp_sizes: Iterable[int], world_size: int) -> list[int]:
     """Groups whose collectives are measured: neighbours, each tensor-parallel degree, and all ranks."""
     return sorted({size for size in (2, *tp_sizes, world_size) if 1 < size <= world_size})
-
-
-def causal_pairs(chunk: int, context: int) -> int:
-    """(query, key) pairs that the causal mask keeps."""
-    return chunk * context + chunk * (chunk + 1) // 2
 
 
 def bisection_levels(values: Sequence[int]) -> dict[int, int]:

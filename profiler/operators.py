@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from profiler.attention import AttentionKernel, attend
-from profiler.grid import projections
 from profiler.head import Head, embed
 from profiler.layer import DecoderLayer, LayerInputs, Norms, Project, Stream
-from profiler.model import ModelShape
+from profiler.model import LayerSpec, ModelShape
+from profiler.model.tensors import Cut, LinearSpec
 from profiler.point import WARM, Op, Point
 from profiler.rotary import Rotary
 from profiler.round import ChooseKernel, RoundInputs, prepare_round
@@ -97,16 +97,18 @@ class Operators:
         qkv = self.workspace.random(tokens, width + 2 * sizes["kv_heads"] * sizes["head_dim"])
         hidden, gate_up = (self.workspace.random(tokens, size) for size in (sizes["hidden"], 2 * sizes["intermediate"]))
         projected = self.workspace.random(tokens, sizes["hidden"])
+        spec, tp_size = self._layer_of(point)
         layer = ElementwiseLayer(
-            self.shape,
-            self.shape.num_heads // sizes["heads"],
-            norms=self._norms(),
+            spec,
+            tp_size,
+            norms=self._norms(spec, tp_size),
             qkv=lambda _x: qkv,
             o=lambda _x: projected,
             gate_up=lambda _x: gate_up,
             down=lambda _x: projected,
-            reduce_o=self._reduce(self.shape.o_bias),
-            reduce_down=self._reduce(self.shape.mlp_bias),
+            reduce_o=self._reduce(spec.attention.o),
+            reduce_down=self._reduce(spec.mlp.down),
+            sum_ranks=lambda partial: partial,
         )
         layer.mixed = self.workspace.random(tokens, width)
         slabs = self._slabs(point)
@@ -137,7 +139,7 @@ class Operators:
 
     def _embedding(self, point: Point) -> Run:
         vocab, hidden = point.shape["vocab"], point.shape["hidden"]
-        size = vocab * hidden * self.workspace.dtype.itemsize
+        size = self.workspace.precision.weights.num_bytes(vocab * hidden)
         weight = self.workspace.keep(("embedding", vocab), size, lambda: self.workspace.random(vocab, hidden))
         ids = torch.randint(vocab, (8, point.shape["tokens"]), device=self.workspace.device)
         return lambda call: embed(weight, ids[call % 8])
@@ -153,44 +155,51 @@ class Operators:
         return self.workspace.slabs(point.shape["kv_heads"], self.context_length, point.shape["head_dim"])
 
     def _cold_layers(self, point: Point) -> list[DecoderLayer]:
-        tp_size = self.shape.num_heads // point.shape["heads"]
-        size = sum(n * k for n, k in projections(self.shape, tp_size).values()) * self.workspace.dtype.itemsize
+        spec, tp_size = self._layer_of(point)
+        size = self.workspace.precision.weights.num_bytes(spec.num_elements(tp_size))
         # Two layers at least, so that no layer follows itself.
         copies = max(2, self.workspace.num_copies(size))
         return self.workspace.keep(
-            ("layers", tp_size), size * copies, lambda: [self._decoder_layer(tp_size) for _ in range(copies)]
+            ("layers", spec, tp_size),
+            size * copies,
+            lambda: [self._decoder_layer(spec, tp_size) for _ in range(copies)],
         )
 
-    def _decoder_layer(self, tp_size: int) -> DecoderLayer:
-        products = projections(self.shape, tp_size)
-        biases = {"qkv": self.shape.qkv_bias, "gate_up": self.shape.mlp_bias}
+    def _layer_of(self, point: Point) -> tuple[LayerSpec, int]:
+        """Which layer of the model an `elementwise` or `layer` point is, and the tp_size that gives it such sizes."""
+        for spec in self.shape.layer_kinds:
+            tp_size = spec.attention.heads.count // point.shape["heads"]
+            if spec.variant == point.variant and spec.sizes(tp_size).items() <= point.shape.items():
+                return spec, tp_size
+        raise ValueError(f"{self.shape.name} has no layer of {point.shape} {point.variant}")
+
+    def _decoder_layer(self, spec: LayerSpec, tp_size: int) -> DecoderLayer:
         linears: dict[str, Project] = {
-            name: self.workspace.linear(n, k, bias=biases.get(name, False)) for name, (n, k) in products.items()
+            linear.name: self.workspace.linear(
+                *linear.sizes(tp_size), bias=linear.has_bias and linear.cut is not Cut.ROW
+            )
+            for linear in spec.linears
         }
         return DecoderLayer(
-            self.shape,
+            spec,
             tp_size,
-            norms=self._norms(),
+            norms=self._norms(spec, tp_size),
             **linears,
-            reduce_o=self._reduce(self.shape.o_bias),
-            reduce_down=self._reduce(self.shape.mlp_bias),
+            reduce_o=self._reduce(spec.attention.o),
+            reduce_down=self._reduce(spec.mlp.down),
+            sum_ranks=lambda partial: partial,
         )
 
-    def _norms(self) -> Norms:
-        shape, random = self.shape, self.workspace.random
-        return Norms(
-            before_attention=random(shape.hidden_size),
-            before_mlp=random(shape.hidden_size),
-            query=random(shape.head_dim) if shape.qk_norm else None,
-            key=random(shape.head_dim) if shape.qk_norm else None,
-            eps=shape.norm_eps,
-        )
+    def _norms(self, spec: LayerSpec, tp_size: int) -> Norms:
+        return Norms.of(
+            spec, lambda norm: self.workspace.random(norm.num_elements(tp_size)), eps=self.shape.norm_eps
+        )  # fmt: skip
 
-    def _reduce(self, with_bias: bool) -> Project:
+    def _reduce(self, linear: LinearSpec) -> Project:
         """No other rank to sum with; the row-parallel bias is still added."""
-        if not with_bias:
+        if not linear.has_bias:
             return lambda partial: partial
-        bias = self.workspace.random(self.shape.hidden_size)
+        bias = self.workspace.random(linear.sizes()[0])
         return lambda partial: partial + bias
 
 

@@ -20,7 +20,6 @@ from profiler.comm.launch import run_ranks
 from profiler.comm.stall import LEAST_LIMIT_S
 from profiler.device import (
     check_device_type,
-    check_dtype,
     check_world_size,
     default_device_type,
     default_dtype,
@@ -30,7 +29,7 @@ from profiler.device import (
     free_bytes,
 )
 from profiler.grid import Grid
-from profiler.model import ModelShape, load_model_shape
+from profiler.model import ModelShape, load_model_shape, precision_of
 from profiler.point import Point
 from profiler.session import ProfileJob, profile_rank
 from profiler.summary import ProfileSummary, summarize_ops
@@ -121,18 +120,18 @@ def make_grid(options: ProfileOptions) -> Grid:
     shape = load_model_shape(options.model)
     device_type = options.device_type or default_device_type()
     check_device_type(device_type)
-    dtype = options.dtype or default_dtype(shape, device_type)
-    check_dtype(dtype)
+    precision = precision_of(options.dtype or default_dtype(shape, device_type))
+    activations = precision.activations.torch_dtype
     world_size = options.world_size or default_world_size(device_type)
     check_world_size(world_size, device_type)
     return Grid(
         shape=shape,
-        dtype=dtype,
+        dtype=precision.name,
         tp_sizes=_tp_sizes(options.tp_sizes, shape, world_size),
         world_size=world_size,
         context_length=_context_length(options.context_length, shape, device_type),
         device_type=device_type,
-        kernels=tuple(worth_measuring(available_kernels(torch.device(device_type), getattr(torch, dtype)))),
+        kernels=tuple(worth_measuring(available_kernels(torch.device(device_type), activations))),
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from profiler.model import ModelShape, rope_type
+from profiler.model import ModelShape
+from profiler.model.rope import rope_type
 
 
 class Rotary:
@@ -31,7 +32,8 @@ def _frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
         return _transformers_frequencies(config)
     parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    inv_freq = 1.0 / theta ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
+    head_dim = shape.layers[0].attention.head_dim
+    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if kind == "linear":
         return inv_freq / parameters["factor"], 1.0
     return (_stretch_long_waves(inv_freq, parameters) if kind == "llama3" else inv_freq), 1.0

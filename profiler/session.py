@@ -22,7 +22,7 @@ from profiler.comm.group import HostGroup, find_hosts
 from profiler.comm.mark import Doing, Phase
 from profiler.comm.rank import RankContext
 from profiler.device import cache_bytes, free_bytes
-from profiler.grid import Grid, group_sizes, head_sizes, layer_sizes
+from profiler.grid import Grid, group_sizes
 from profiler.load import Load
 from profiler.operators import Operators, has_own_load
 from profiler.point import COLLECTIVES, RANK_LAYER, Op, Point
@@ -95,19 +95,20 @@ class RankSession:
 
     def __init__(self, context: RankContext, job: ProfileJob) -> None:
         self.context, self.job = context, job
-        self.device, self.dtype = context.device, getattr(torch, job.grid.dtype)
+        self.device, self.precision = context.device, job.grid.precision
         self.agenda = Agenda(job.points, job.rows, usual_kernel=job.grid.kernels[0])
         shape = job.grid.shape
-        stage_bytes = shape.num_layers * shape.layer_parameters * self.dtype.itemsize // context.world_size
+        layer_weights = sum(layer.num_elements() for layer in shape.layers)
+        stage_bytes = self.precision.weights.num_bytes(layer_weights) // context.world_size
         ranks_on_device = context.world_size if self.device.type == "cpu" else 1
         workspace = Workspace(
             self.device,
-            self.dtype,
+            self.precision,
             cold_bytes=min(_CACHES * cache_bytes(self.device), stage_bytes),
             limit_bytes=int(0.4 * free_bytes(self.device) / ranks_on_device),
         )
         self.operators = Operators(shape, job.grid.context_length, workspace, self.choose_kernel)
-        self.heads = head_sizes(shape, 1)
+        self.heads = shape.layers[0].attention.sizes(1)
         self.is_slow = CoreProbe() if self.device.type == "cpu" else None
         self.load = self.make_load() if self.device.type == "cuda" else None
         # Every rank makes every group, in the same order. What ranks agree on travels over gloo, beside NCCL.
@@ -124,8 +125,10 @@ class RankSession:
         """The model's usual work: whole layers over a round of middling size and context."""
         grid = self.job.grid
         chunk = min(_LOAD_CHUNK, grid.context_length)
-        shape = {"chunk": chunk, "context": min(_LOAD_CONTEXT, grid.context_length - chunk)}
-        run = self.operators.prepare(Point(op=Op.LAYER, dtype=grid.dtype, shape=shape | layer_sizes(grid.shape, 1))).run
+        layer = grid.shape.layers[0]
+        shape = {"chunk": chunk, "context": min(_LOAD_CONTEXT, grid.context_length - chunk)} | layer.sizes(1)
+        point = Point(op=Op.LAYER, dtype=grid.dtype, shape=shape, variant=layer.variant)
+        run = self.operators.prepare(point).run
         call_seconds(run, self.device)
         return Load(run, call_seconds(run, self.device), self.device)
 
@@ -137,12 +140,13 @@ class RankSession:
         if not sizes or len(shared) != 1 or len(shared[0]) != self.context.world_size:
             return None
         pair = self.neighbours.get(2)  # none on a rank that is left over, which takes part all the same
+        sent = self.precision.activations
         return PeerMessages.of(
             HostGroup(ranks=shared[0], group=everyone),
             pair.partner if pair else self.context.rank,
-            count=max(sizes) // self.dtype.itemsize,
+            count=sent.num_elements(max(sizes)),
             device=self.device,
-            dtype=self.dtype,
+            dtype=sent.torch_dtype,
         )
 
     def choose_kernel(self, chunk: int, context: int) -> AttentionKernel:
@@ -209,9 +213,9 @@ class RankSession:
     def prepare(self, point: Point) -> Prepared:
         """The point's work, made ready on this rank."""
         if point.op is Op.SEND_RECV:
-            return prepare_message(point, self.neighbours[2], self.messages, self.device, self.dtype)
+            return prepare_message(point, self.neighbours[2], self.messages, self.device, self.precision.activations)
         if point.op in COLLECTIVES:
-            return prepare_collective(point, self.neighbours[point.group_size], self.device, self.dtype)
+            return prepare_collective(point, self.neighbours[point.group_size], self.device, self.precision.reductions)
         if point.op is Op.ROUND_OVERHEAD:
             return prepare_round_overhead(point, self.operators, self.neighbours.get(2))
         if "heads" in point.shape:

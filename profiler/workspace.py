@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from profiler.linear import Linear
+from profiler.model import Precision
 
 T = TypeVar("T")
 
@@ -40,8 +41,8 @@ class Workspace:
     limit_bytes: what may be kept; the longest unused goes first.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, *, cold_bytes: int, limit_bytes: int) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: torch.device, precision: Precision, *, cold_bytes: int, limit_bytes: int) -> None:
+        self.device, self.precision, self.dtype = device, precision, precision.activations.torch_dtype
         self.cold_bytes, self.limit_bytes = cold_bytes, limit_bytes
         self._kept: OrderedDict[tuple[object, ...], tuple[Any, int]] = OrderedDict()
         self._generator = torch.Generator(device).manual_seed(_SEED)
@@ -61,13 +62,13 @@ class Workspace:
 
     def cold_linears(self, n: int, k: int) -> list[Linear]:
         """Products of one size, to be used in turn."""
-        size = n * k * self.dtype.itemsize
+        size = self.precision.weights.num_bytes(n * k)
         copies = self.num_copies(size)
         return self.keep(("linear", n, k), size * copies, lambda: [self.linear(n, k) for _ in range(copies)])
 
     def slabs(self, kv_heads: int, rows: int, head_dim: int) -> Slabs:
         """KV slabs of one size, to be used in turn."""
-        size = 2 * kv_heads * rows * head_dim * self.dtype.itemsize
+        size = self.precision.kv.num_bytes(2 * kv_heads * rows * head_dim)
         copies = max(1, min(max(_MIN_SLABS, self.num_copies(size)), self.limit_bytes // 2 // size))
         return self.keep(
             ("slabs", kv_heads, rows, head_dim),

@@ -78,7 +78,7 @@ class RandomWeights:
     """Weights made on the spot: norms are one, the rest is normal; the same slice is the same on every rank."""
 
     def __init__(self, shape: ModelShape, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.shapes, self.device, self.dtype = tensor_shapes(shape), device, dtype
+        self.shapes, self.device, self.dtype = shape.tensors(), device, dtype
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
         """See `Weights`."""
@@ -91,41 +91,10 @@ class RandomWeights:
         return tensor.normal_(std=RANDOM_STD, generator=generator)
 
 
-def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of `shape` must hold."""
-    hidden, ffn, width = shape.hidden_size, shape.intermediate_size, shape.num_heads * shape.head_dim
-    kv_width = shape.num_kv_heads * shape.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
-    for index in range(shape.num_layers):
-        prefix = f"model.layers.{index}"
-        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        projections = (
-            ("self_attn.q_proj", width, hidden, shape.qkv_bias),
-            ("self_attn.k_proj", kv_width, hidden, shape.qkv_bias),
-            ("self_attn.v_proj", kv_width, hidden, shape.qkv_bias),
-            ("self_attn.o_proj", hidden, width, shape.o_bias),
-            ("mlp.gate_proj", ffn, hidden, shape.mlp_bias),
-            ("mlp.up_proj", ffn, hidden, shape.mlp_bias),
-            ("mlp.down_proj", hidden, ffn, shape.mlp_bias),
-        )
-        for name, rows, columns, has_bias in projections:
-            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
-            if has_bias:
-                shapes[f"{prefix}.{name}.bias"] = (rows,)
-        if shape.qk_norm:
-            shapes[f"{prefix}.self_attn.q_norm.weight"] = (shape.head_dim,)
-            shapes[f"{prefix}.self_attn.k_norm.weight"] = (shape.head_dim,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not shape.tied_embeddings:
-        shapes["lm_head.weight"] = (shape.vocab_size, hidden)
-    return shapes
-
-
 def check_checkpoint(folder: Path, shape: ModelShape) -> None:
     """Raise `UserError` naming the first tensor that is missing, of another shape, or quantized; reads headers only."""
     checkpoint = Checkpoint(folder)
-    for name, expected in tensor_shapes(shape).items():
+    for name, expected in shape.tensors().items():
         found = checkpoint.shape_of(name)
         if found != expected:
             raise UserError(name, f"shape {list(found)}", f"must be {list(expected)} by the configuration")

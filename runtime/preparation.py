@@ -9,7 +9,7 @@ from pathlib import Path
 from db.errors import UserError
 from profiler.comm.launch import under_torchrun
 from profiler.device import check_device_type, check_world_size
-from profiler.model import SUPPORTED_DTYPES, ModelShape, bundled_names, load_model_shape
+from profiler.model import ModelShape, bundled_names, load_model_shape, model_from_config, precision_of
 from runtime.place import world_size
 from runtime.prompts import TokenIds, check_prompts
 from tuner.plan import MAX_THREADS, Plan
@@ -25,9 +25,7 @@ _SIZE_FIELDS = (
 def with_dtype(plan: Plan, dtype: str | None) -> Plan:
     """The plan in the precision it will run in, `dtype` if given. Raises `UserError` for one that cannot be run."""
     precision = plan.precision if dtype is None else dtype
-    if precision not in SUPPORTED_DTYPES:
-        field = "precision" if dtype is None else "--dtype"
-        raise UserError(field, precision, "supported are " + ", ".join(SUPPORTED_DTYPES))
+    precision_of(precision, field="precision" if dtype is None else "--dtype")
     if precision == plan.precision:
         return plan
     return replace(plan, precision=precision, predicted=None, cost_model=None)  # they were the other precision's
@@ -44,7 +42,7 @@ def model_shape(model: Mapping[str, object], weights: Path | None) -> ModelShape
             return load_model_shape(name)
         if "architectures" not in model:
             raise UserError("model", dict(model), "must be the configuration of a model (its config.json)")
-        return ModelShape.from_config(model, name=name)
+        return model_from_config(model, name=name)
     if not (weights / "config.json").is_file():
         raise UserError("weights", weights, "must be a folder with a config.json and safetensors")
     shape = load_model_shape(str(weights))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from profiler.model import PRECISIONS
 from runtime.prompts import TokenIds
 from runtime.result import RequestResult
 
@@ -40,7 +41,7 @@ def check_tokens(
 
     logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        weights, dtype=getattr(torch, dtype), local_files_only=True
+        weights, dtype=PRECISIONS[dtype].weights.torch_dtype, local_files_only=True
     ).to(device_type)
     # A configuration of our own: a checkpoint's may sample or punish repetition.
     model.generation_config = transformers.GenerationConfig(

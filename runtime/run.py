@@ -21,12 +21,10 @@ from profiler.attention import available_kernels
 from profiler.comm.failure import RanksFailedError
 from profiler.comm.launch import is_first_process, run_ranks
 from profiler.comm.stall import LEAST_LIMIT_S
-from profiler.datasheet import published_peak_flops
 from profiler.device import describe_hardware
-from profiler.flops import prefill_flops
-from profiler.grid import head_sizes
 from profiler.kernel_choice import KernelChoice
-from profiler.model import ModelShape
+from profiler.model import PRECISIONS, ModelShape
+from profiler.model.flops import prefill_flops
 from profiler.point import Op
 from runtime.checkpoint import check_checkpoint
 from runtime.generation import end_ids
@@ -275,7 +273,7 @@ def with_mfu(
     """Add the model FLOPs utilisation: all devices and all bubbles are in the denominator."""
     chunks = ((chunk.tokens, chunk.start) for chunks in plan.rounds for chunk in chunks)
     rate = prefill_flops(shape, chunks, len(plan.requests)) / result.makespan_s / world_size(plan.parallel)
-    peak = published_peak_flops(hardware.device, plan.precision)
+    peak = PRECISIONS[plan.precision].peak_flops(hardware.device)
     ceilings = [
         matmul_flops(row) / (row.median_us * 1e-6)
         for row in rows
@@ -298,8 +296,8 @@ def _settle_s(plan: Plan, device_type: str) -> float:
 
 def _kernel_choice(plan: Plan, shape: ModelShape, rows: Iterable[Measurement], device_type: str) -> KernelChoice:
     """By the rows that the plan's prediction was fitted to; rows may name a kernel that this environment lacks."""
-    kernels = available_kernels(torch.device(device_type), getattr(torch, plan.precision))
+    kernels = available_kernels(torch.device(device_type), PRECISIONS[plan.precision].activations.torch_dtype)
     mine = Rows([row for row in rows if row.dtype == plan.precision])
-    sizes = head_sizes(shape, plan.parallel.tp_size)
+    sizes = shape.layers[0].attention.sizes(plan.parallel.tp_size)
     found = mine.select(Op.ATTENTION, sizes, busy_ranks=world_size(plan.parallel), variant=None)
     return kernel_choice(found, kernels)

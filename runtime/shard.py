@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 from profiler.comm.group import TensorGroup
 from profiler.head import Head
-from profiler.layer import DecoderLayer, Norms
+from profiler.layer import DecoderLayer, Norms, Project
 from profiler.linear import Linear
 from profiler.model import ModelShape
-from runtime.checkpoint import ALL, Weights
+from profiler.model.shape import layer_prefix
+from profiler.model.tensors import Cut, LinearSpec, NormSpec, Slice
+from runtime.checkpoint import Weights
 from runtime.place import Place
 
 
@@ -26,75 +29,68 @@ class Shard:
 
 def load_shard(shape: ModelShape, place: Place, weights: Weights, group: TensorGroup) -> Shard:
     """Read this rank's slices, no others."""
+    reader = _Reader(weights, place)
     return Shard(
-        layers=tuple(_load_layer(shape, index, place, weights, group) for index in place.layers),
-        embedding=weights.read("model.embed_tokens.weight") if place.is_first else None,
-        head=_load_head(shape, place, weights, group) if place.is_last else None,
+        layers=tuple(_load_layer(shape, index, reader, group) for index in place.layers),
+        embedding=reader.matrix(shape.embedding) if place.is_first else None,
+        head=_load_head(shape, reader, group) if place.is_last else None,
     )
 
 
-def _load_layer(shape: ModelShape, index: int, place: Place, weights: Weights, group: TensorGroup) -> DecoderLayer:
-    prefix, tp_size = f"model.layers.{index}", place.parallel.tp_size
-    q_rows = _share(shape.num_heads * shape.head_dim, place)
-    kv_rows = _kv_rows(shape, place)
-    ffn_rows = _share(shape.intermediate_size, place)
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads a rank's part of what specs describe; `prefix` stands before the names of a layer's tensors."""
 
-    def fused(*parts: tuple[str, slice], bias: bool) -> Linear:
-        weight = torch.cat([weights.read(f"{prefix}.{name}.weight", rows) for name, rows in parts])
-        biases = [weights.read(f"{prefix}.{name}.bias", rows) for name, rows in parts] if bias else None
-        return Linear(weight, torch.cat(biases) if biases else None)
+    weights: Weights
+    place: Place
+    prefix: str = ""
 
-    def row_parallel(name: str, columns: slice) -> Linear:
-        return Linear(weights.read(f"{prefix}.{name}.weight", ALL, columns))
+    def matrix(self, spec: LinearSpec) -> torch.Tensor:
+        """The rank's weight [n, k]."""
+        return torch.cat([
+            self.weights.read(f"{self.prefix}{part.tensor}.weight", part.rows, part.columns)
+            for part in self.slices(spec)
+        ])  # fmt: skip
 
-    def bias_of(name: str, present: bool) -> torch.Tensor | None:
-        return weights.read(f"{prefix}.{name}.bias") if present else None
+    def bias(self, spec: LinearSpec) -> torch.Tensor | None:
+        """The rank's bias [n], whole where the inputs are cut."""
+        names = [(f"{self.prefix}{part.tensor}.bias", part.rows) for part in self.slices(spec)]
+        return torch.cat([self.weights.read(*name) for name in names]) if spec.has_bias else None
 
-    attention = f"{prefix}.self_attn"
+    def linear(self, spec: LinearSpec) -> Linear:
+        """The product; where the inputs are cut, its bias is added to the sum of the ranks and not here."""
+        return Linear(self.matrix(spec), None if spec.cut is Cut.ROW else self.bias(spec))
+
+    def norm(self, spec: NormSpec) -> torch.Tensor:
+        """The rank's part of a norm's weight."""
+        rows = spec.rows(self.place.tp_rank, self.place.parallel.tp_size)
+        return self.weights.read(f"{self.prefix}{spec.tensor}.weight", rows)
+
+    def slices(self, spec: LinearSpec) -> Iterator[Slice]:
+        """Where the rank's part lies in the checkpoint."""
+        return spec.slices(self.place.tp_rank, self.place.parallel.tp_size)
+
+
+def _load_layer(shape: ModelShape, index: int, model: _Reader, group: TensorGroup) -> DecoderLayer:
+    spec, reader = shape.layers[index], replace(model, prefix=layer_prefix(index))
+    linears: dict[str, Project] = {linear.name: reader.linear(linear) for linear in spec.linears}
     return DecoderLayer(
-        shape,
-        tp_size,
-        norms=Norms(
-            before_attention=weights.read(f"{prefix}.input_layernorm.weight"),
-            before_mlp=weights.read(f"{prefix}.post_attention_layernorm.weight"),
-            query=weights.read(f"{attention}.q_norm.weight") if shape.qk_norm else None,
-            key=weights.read(f"{attention}.k_norm.weight") if shape.qk_norm else None,
-            eps=shape.norm_eps,
-        ),
-        qkv=fused(
-            ("self_attn.q_proj", q_rows),
-            ("self_attn.k_proj", kv_rows),
-            ("self_attn.v_proj", kv_rows),
-            bias=shape.qkv_bias,
-        ),
-        o=row_parallel("self_attn.o_proj", q_rows),
-        gate_up=fused(("mlp.gate_proj", ffn_rows), ("mlp.up_proj", ffn_rows), bias=shape.mlp_bias),
-        down=row_parallel("mlp.down_proj", ffn_rows),
-        reduce_o=group.reduce(bias_of("self_attn.o_proj", shape.o_bias)),
-        reduce_down=group.reduce(bias_of("mlp.down_proj", shape.mlp_bias)),
+        spec,
+        model.place.parallel.tp_size,
+        norms=Norms.of(spec, reader.norm, eps=shape.norm_eps),
+        **linears,
+        reduce_o=group.reduce(reader.bias(spec.attention.o)),
+        reduce_down=group.reduce(reader.bias(spec.mlp.down)),
+        sum_ranks=group.reduce(None),
     )
 
 
-def _load_head(shape: ModelShape, place: Place, weights: Weights, group: TensorGroup) -> Head:
-    rows = _share(shape.vocab_size, place)
-    name = "model.embed_tokens.weight" if shape.tied_embeddings else "lm_head.weight"
+def _load_head(shape: ModelShape, reader: _Reader, group: TensorGroup) -> Head:
+    (mine,) = reader.slices(shape.head)
     return Head(
-        weights.read("model.norm.weight"),
+        reader.norm(shape.final_norm),
         shape.norm_eps,
-        Linear(weights.read(name, rows)),
-        first_id=rows.start,
-        gather=group.gather if place.parallel.tp_size > 1 else None,
+        reader.linear(shape.head),
+        first_id=mine.rows.start,
+        gather=group.gather if reader.place.parallel.tp_size > 1 else None,
     )
-
-
-def _share(length: int, place: Place) -> slice:
-    """This rank's part of `length` rows; parts differ by one row at most where tp_size does not divide it."""
-    tp_rank, tp_size = place.tp_rank, place.parallel.tp_size
-    return slice(length * tp_rank // tp_size, length * (tp_rank + 1) // tp_size)
-
-
-def _kv_rows(shape: ModelShape, place: Place) -> slice:
-    """Rows of this rank's KV heads; ranks share a head when there are fewer heads than ranks."""
-    first = shape.num_kv_heads * place.tp_rank // place.parallel.tp_size
-    count = shape.kv_heads_per_rank(place.parallel.tp_size)
-    return slice(first * shape.head_dim, (first + count) * shape.head_dim)

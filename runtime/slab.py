@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from profiler.model import ModelShape
+from profiler.model import LayerSpec
 from tuner.kv_rows import KVRows
 
 
 class KVSlab:
-    """Keys and values, each [layers, KV heads, rows, head_dim]; a request's rows lie together, prompt first."""
+    """Keys and values of each layer, [KV heads, rows, head_dim]; a request's rows lie together, prompt first."""
 
     def __init__(
         self,
-        shape: ModelShape,
+        layers: Sequence[LayerSpec],
         rows: KVRows,
         *,
-        num_layers: int,
         tp_size: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.start = rows.start
         """Row of each request's first token."""
-        size = (num_layers, shape.kv_heads_per_rank(tp_size), rows.total, shape.head_dim)
+        heads = [layer.attention.kv_heads for layer in layers]
+        sizes = [(dim.per_rank(tp_size), rows.total, dim.width) for dim in heads]
         # Zeros and not empty: on a CPU this touches the pages before the clock starts.
-        self.keys = torch.zeros(size, device=device, dtype=dtype)
-        self.values = torch.zeros(size, device=device, dtype=dtype)
+        self.keys = [torch.zeros(size, device=device, dtype=dtype) for size in sizes]
+        self.values = [torch.zeros(size, device=device, dtype=dtype) for size in sizes]
 
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, [KV heads, rows, head_dim]."""

@@ -11,6 +11,7 @@ from profiler.attention import AttentionKernel
 from profiler.comm.group import TensorGroup
 from profiler.head import embed
 from profiler.layer import LayerInputs, Stream
+from profiler.model import PRECISIONS
 from profiler.rotary import Rotary
 from profiler.round import prepare_round
 from profiler.step import Step
@@ -28,20 +29,20 @@ class Stage:
 
     def __init__(self, job: Job, place: Place, group: TensorGroup, device: torch.device) -> None:
         self.shape, self.requests, self.device = job.shape, job.requests, device
-        self.dtype: torch.dtype = getattr(torch, job.dtype)
+        precision = PRECISIONS[job.dtype]
+        self.dtype, weights_dtype = precision.activations.torch_dtype, precision.weights.torch_dtype
         weights = (
-            RandomWeights(job.shape, device=device, dtype=self.dtype)
+            RandomWeights(job.shape, device=device, dtype=weights_dtype)
             if job.weights is None
-            else Checkpoint(job.weights, device=device, dtype=self.dtype)
+            else Checkpoint(job.weights, device=device, dtype=weights_dtype)
         )
         self.shard = load_shard(job.shape, place, weights, group)
         self.slab = KVSlab(
-            job.shape,
+            [job.shape.layers[index] for index in place.layers],
             assign_rows(job.requests, job.rounds, max_new_tokens=job.max_new_tokens),
-            num_layers=len(place.layers),
             tp_size=place.parallel.tp_size,
             device=device,
-            dtype=self.dtype,
+            dtype=precision.kv.torch_dtype,
         )
         prompt_tokens = [request.prompt_tokens for request in job.requests]
         self.step = Step(starts=self.slab.start, prompt_tokens=prompt_tokens, device=device)

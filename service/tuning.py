@@ -17,7 +17,7 @@ from db.measurements import load_measurements
 from db.plans import save_plan_row
 from db.provenance import now
 from profiler.device import default_device_type, default_dtype, default_num_threads, describe_hardware
-from profiler.model import SUPPORTED_DTYPES, load_model_shape
+from profiler.model import load_model_shape, precision_of
 from service.tune_report import TuneReport
 from tuner.autotune import Choice, autotune
 from tuner.correction import fit_correction, load_measured_rounds
@@ -95,8 +95,8 @@ def tune(
     if model is None:
         raise UserError("MODEL", "missing", "give a model, or a cost model with --cost-model FILE --pp-size K")
     shape = load_model_shape(model)
-    if dtype not in (None, *SUPPORTED_DTYPES):
-        raise UserError("--dtype", dtype, "must be one of " + ", ".join(SUPPORTED_DTYPES))
+    if dtype is not None:
+        precision_of(dtype, field="--dtype")
     world = world_size or (tp_size or 1) * (pp_size or 1)
     layouts = enumerate_layouts(shape, world, tp_size=tp_size, pp_size=pp_size)
     database = open_database(db_url)

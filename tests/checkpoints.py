@@ -28,6 +28,8 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         ),
         "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
         "qwen3": ("Qwen3", {"num_key_value_heads": 4, "head_dim": 24}),
+        "phi3": ("Phi3", {"num_key_value_heads": 2, "pad_token_id": None}),
+        "olmo2": ("Olmo2", {"num_key_value_heads": 2, "pad_token_id": None}),
         "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     }
 )

@@ -15,7 +15,7 @@ from db.errors import UserError
 from db.hardware import Hardware, list_hardware
 from db.plans import get_plan_row
 from db.runs import RunStatus, StoredRun, list_runs, load_round_times
-from profiler.model import ModelShape
+from profiler.model import model_from_config
 from tuner.cost_model import CostModel
 from tuner.curve import Floats
 from tuner.plan import Plan
@@ -141,7 +141,7 @@ def load_measured_rounds(
     for run in _runs(database, hardware, any_link=work.tp_size == 1):
         try:
             plan = Plan.from_json(get_plan_row(database, run.plan_id))
-            shape = ModelShape.from_config(plan.model, name="")
+            shape = model_from_config(plan.model, name="")
         except UserError:
             continue
         ran = (shape.fingerprint, plan.precision, plan.parallel.tp_size)

@@ -55,11 +55,11 @@ class LayerCosts:
         return np.asarray(sum(curve(tokens) for curve in self.projections)) + self.elementwise(tokens)
 
     def tokens_s(self, tokens: Floats, pace: float = 1.0) -> Floats:
-        """Token-wise seconds of a layer: calibrated compute at the rank's pace, and with tensor parallelism two
+        """Token-wise seconds of a layer: calibrated compute at the rank's pace, and with tensor parallelism its
         all-reduces."""
         seconds = pace * self.compute_s(tokens) * self.calibration.tokens_factor(tokens)
         if self.all_reduce is not None:
-            seconds = seconds + 2.0 * self.all_reduce(tokens * self.work.hidden_bytes)
+            seconds = seconds + sum(self.all_reduce(tokens * size) for size in self.work.reduced_bytes)
         return seconds
 
     def cost_model(self, layer_partition: Sequence[int]) -> CostModel:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from db.errors import UserError
 from profiler.comm.buffers import BOUNDARY_BUFFERS, SEND_BUFFER_BYTES
-from profiler.model import DTYPE_BYTES, ModelShape
+from profiler.model import PRECISIONS, LayerSpec, ModelShape, Precision
+from profiler.model.precision import FLOAT32
 from tuner.kv_rows import assign_rows
 from tuner.plan import Plan, Request, Round
 
@@ -49,38 +50,47 @@ def rank_memory(
 
     slab_tokens: KV rows at once, new tokens included; max_round_tokens: of the largest round; all_tokens: of all.
     """
-    item, hidden, head_dim = DTYPE_BYTES[dtype], shape.hidden_size, shape.head_dim
-    heads, kv_heads = shape.num_heads // tp_size, shape.kv_heads_per_rank(tp_size)
-    ffn = shape.intermediate_size // tp_size
-    qkv = (heads + 2 * kv_heads) * head_dim
-    layer_weights = hidden * qkv + heads * head_dim * hidden + 3 * hidden * ffn + 2 * hidden
-    # Beside the residual before and after a block, that block's output and its norm: q, k, v before and after rotation
-    # with both partial attentions in float32, or gate, up and their product.
-    attention_row = 2 * qkv * item + heads * head_dim * (item + 12)
-    mlp_row = 3 * ffn * item
-    row_bytes = (4 + BOUNDARY_BUFFERS[device_type]) * hidden * item + max(attention_row, mlp_row)
+    precision = PRECISIONS[dtype]
+    hidden_bytes = precision.activations.num_bytes(shape.hidden_size)
     last = len(layer_partition) - 1
     # The buffer may be overrun by the round that fills it.
-    unsent = min(all_tokens * hidden * item, SEND_BUFFER_BYTES + max_round_tokens * hidden * item)
+    unsent = min(all_tokens * hidden_bytes, SEND_BUFFER_BYTES + max_round_tokens * hidden_bytes)
     unsent = unsent if device_type == "cpu" else 0
     num_recorded = min(num_rounds, MOST_RECORDED) if device_type == "cuda" else 0
     # Rounds beyond those that are recorded take their scratch memory from elsewhere.
     scratches = 2 if num_recorded and num_rounds > MOST_RECORDED else 1
-    stages = []
+    stages, first = list[RankMemory](), 0
     for stage, num_layers in enumerate(layer_partition):
-        weights = num_layers * layer_weights
-        weights += shape.vocab_size * hidden if stage == 0 else 0
-        weights += (shape.vocab_size * hidden) // tp_size if stage == last else 0
+        layers = shape.layers[first : first + num_layers]
+        first += num_layers
+        weights = sum(layer.num_elements(tp_size) for layer in layers)
+        weights += shape.embedding.num_elements(tp_size) if stage == 0 else 0
+        weights += shape.final_norm.num_elements() + shape.head.num_elements(tp_size) if stage == last else 0
+        kv_elements = sum(layer.attention.kv_elements(tp_size) for layer in layers)
+        row_bytes = max(_block_row_bytes(layer, precision, tp_size) for layer in set(layers))
+        row_bytes += (4 + BOUNDARY_BUFFERS[device_type]) * hidden_bytes
         stages.append(
             RankMemory(
-                weights_bytes=weights * item,
-                kv_bytes=2 * num_layers * slab_tokens * kv_heads * head_dim * item,
+                weights_bytes=precision.weights.num_bytes(weights),
+                kv_bytes=precision.kv.num_bytes(slab_tokens * kv_elements),
                 activation_bytes=scratches * max_round_tokens * row_bytes,
                 unsent_bytes=unsent if stage < last else 0,
                 runtime_bytes=RUNTIME_BYTES[device_type] + num_recorded * num_layers * RECORDED_LAYER_BYTES,
             )
         )
     return tuple(stages)
+
+
+def _block_row_bytes(layer: LayerSpec, precision: Precision, tp_size: int) -> int:
+    """Bytes a token within the larger block, beside the residual before and after it, its output and its norm.
+
+    q, k, v before and after rotation with both partial attentions in float32, or gate, up and their product.
+    """
+    products, number_bytes = layer.products(tp_size), precision.activations.num_bytes
+    (qkv, _), (_, attended) = products["qkv"], products["o"]
+    (gate_up, _), (_, product) = products["gate_up"], products["down"]
+    attention = number_bytes(2 * qkv + attended) + FLOAT32.num_bytes(3 * attended)
+    return max(attention, number_bytes(gate_up + product))
 
 
 def rounds_memory(

@@ -11,8 +11,7 @@ from db.errors import UserError
 from db.hardware import Hardware
 from db.measurements import Measurement
 from profiler.datasheet import published_multiprocessors
-from profiler.grid import head_sizes, layer_sizes, layer_variant, projections
-from profiler.model import DTYPE_BYTES, ModelShape
+from profiler.model import PRECISIONS, ModelShape
 
 LEAST_SHARE, LEAST_POINTS = 0.3, 3  # of the points of the load measured most densely; the coarsest profile has three
 
@@ -36,32 +35,37 @@ class RankWork:
     @property
     def hidden_bytes(self) -> int:
         """Bytes of one token's hidden state."""
-        return self.shape.hidden_size * DTYPE_BYTES[self.dtype]
+        return PRECISIONS[self.dtype].activations.num_bytes(self.shape.hidden_size)
+
+    @property
+    def reduced_bytes(self) -> tuple[int, ...]:
+        """Bytes a token of each all-reduce in a layer."""
+        return self.shape.layer.reduced_bytes(PRECISIONS[self.dtype])
 
     @property
     def attention_sizes(self) -> dict[str, int]:
         """Sizes that an `attention` row names beside chunk and context."""
-        return head_sizes(self.shape, self.tp_size)
+        return self.shape.layer.attention.sizes(self.tp_size)
 
     @property
     def layer_sizes(self) -> dict[str, int]:
         """Sizes that `elementwise` and `layer` rows name beside their tokens."""
-        return layer_sizes(self.shape, self.tp_size)
+        return self.shape.layer.sizes(self.tp_size)
 
     @property
     def layer_variant(self) -> str:
         """The variant of `elementwise` and `layer` rows."""
-        return layer_variant(self.shape)
+        return self.shape.layer.variant
 
     @property
     def projections(self) -> list[tuple[int, int]]:
         """(out, in) features of a layer's four matmuls: q|k|v, o, gate|up, down."""
-        return list(projections(self.shape, self.tp_size).values())
+        return list(self.shape.layer.products(self.tp_size).values())
 
     @property
     def vocab_slice(self) -> int:
         """Rows of the head that a rank holds at most."""
-        return -(-self.shape.vocab_size // self.tp_size)
+        return self.shape.head.sizes(self.tp_size)[0]
 
 
 @dataclass(frozen=True, slots=True)

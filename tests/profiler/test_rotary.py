@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from profiler.model import ModelShape
+from profiler.model import model_from_config
 from profiler.rotary import Rotary
 from tests.checkpoints import LLAMA3_ROPE
 
@@ -36,7 +36,7 @@ def test_cosines_equal_transformers(config: dict[str, Any]) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    shape = ModelShape.from_config(SIZES | config, name="test")
+    shape = model_from_config(SIZES | config, name="test")
     positions = torch.tensor([0, 1, 77, 4096, 131071])
     cos, sin = Rotary(shape, torch.device("cpu"))(positions, torch.float32)
     reference = LlamaRotaryEmbedding(LlamaConfig(**SIZES | config))

@@ -7,15 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoints import write_checkpoint
-
 Generate = Callable[[Path, tuple[int, ...], int], tuple[int, ...]]
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A checkpoint of a variant, written once."""
-    return cache(lambda variant: write_checkpoint(tmp_path_factory.mktemp(variant), variant))
 
 
 @pytest.fixture(scope="session")

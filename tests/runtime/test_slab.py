@@ -10,6 +10,7 @@ import torch
 
 from profiler.comm.launch import run_ranks
 from profiler.model import load_model_shape
+from runtime.place import Place
 from runtime.rank import run_jobs
 from runtime.slab import KVSlab
 from tests.runtime.cases import make_job, make_plan, prompts, requests
@@ -24,12 +25,14 @@ def test_the_slab_is_as_large_as_counted(variant: str, tp_size: int, checkpoint:
     plan = make_plan(checkpoint(variant), tp_size=tp_size, pp_size=2)
     shape = load_model_shape(str(checkpoint(variant)))
     counted = plan_memory(shape, plan, max_new_tokens=3, device_type="cpu")
-    for stage, num_layers in enumerate(plan.parallel.layer_partition):
+    for stage in range(2):
+        place = Place(stage=stage, tp_rank=0, parallel=plan.parallel)
         slab = KVSlab(
-            shape, assign_rows(plan.requests, plan.rounds, max_new_tokens=3), num_layers=num_layers, tp_size=tp_size,
+            [shape.layers[index] for index in place.layers],
+            assign_rows(plan.requests, plan.rounds, max_new_tokens=3), tp_size=tp_size,
             device=torch.device("cpu"), dtype=torch.float32,
         )  # fmt: skip
-        assert slab.keys.nbytes + slab.values.nbytes == counted[stage].kv_bytes
+        assert sum(part.nbytes for part in (*slab.keys, *slab.values)) == counted[stage].kv_bytes
 
 
 def test_tokens_are_the_same_where_requests_share_rows(checkpoint: Callable[[str], Path], generate: Generate) -> None:

@@ -152,7 +152,7 @@ def test_a_workload_brings_lengths_and_arrivals(tmp_path: Path) -> None:
         ((SHAPE.name, "--prompt-lens", "9" * 5000), "--prompt-lens: 9999"),
         ((SHAPE.name, "--prompt-lens", "999999999"), "prompt_tokens of request r0: 999999999; at most 131072"),
         ((*TEN_TOKENS, "--window", "0"), "--window: 0; must be a whole number from 1"),
-        ((*TEN_TOKENS, "--dtype", "int4"), "--dtype: int4; must be one of"),
+        ((*TEN_TOKENS, "--dtype", "int4"), "--dtype: int4; supported are"),
         ((*TEN_TOKENS, "--world-size", "0"), "--world-size: 0; must be more than 0"),
         ((*TEN_TOKENS, "--pp-size", "-1"), "--pp-size: -1; must be more than 0"),
         ((*TEN_TOKENS, "--threads-per-rank", "0"), "--threads-per-rank: 0; must be more than 0"),

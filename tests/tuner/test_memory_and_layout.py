@@ -15,8 +15,7 @@ def test_weights_of_all_ranks_are_the_model() -> None:
         LLAMA, dtype="bfloat16", tp_size=1, layer_partition=(16, 16), slab_tokens=0, max_round_tokens=0,
         all_tokens=0, num_rounds=8, device_type="cuda",
     )  # fmt: skip
-    norm = LLAMA.hidden_size  # the final one
-    assert sum(stage.weights_bytes for stage in stages) == 2 * (LLAMA.num_parameters - norm)
+    assert sum(stage.weights_bytes for stage in stages) == 2 * LLAMA.num_parameters
 
 
 def test_kv_cache_of_a_long_prompt_is_counted_exactly() -> None:

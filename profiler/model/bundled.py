@@ -1,0 +1,34 @@
+"""Models by name: shapes that come with isochunk (sizes only, no weights), and folders with a `config.json`."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from db.documents import located, parse, read_json
+from db.errors import UserError
+from db.json_text import parse_json
+from profiler.model.configuration import model_from_config
+from profiler.model.shape import ModelShape
+
+_SHAPES = files("profiler.model").joinpath("shapes")
+
+
+def bundled_names() -> list[str]:
+    """Names of the shapes that come with isochunk."""
+    return sorted(path.name.removesuffix(".json") for path in _SHAPES.iterdir())
+
+
+def load_model_shape(model: str) -> ModelShape:
+    """Read the shape of MODEL: a folder with a `config.json`, or the name of a bundled shape."""
+    if model in bundled_names():
+        data = _SHAPES.joinpath(f"{model}.json").read_bytes()
+        return model_from_config(parse_json(data, "MODEL", model), name=model)
+    folder = Path(model)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError("MODEL", model, "must be a folder with a config.json, or one of " + ", ".join(bundled_names()))
+    content = read_json(path, field="MODEL")
+    with located(path):
+        return model_from_config(parse(dict[str, Any], content), name=folder.resolve().name)

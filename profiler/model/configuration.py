@@ -1,0 +1,69 @@
+"""The typed door for Hugging Face configurations: what a decoder's shape is, and which shapes can be run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from db.errors import UserError
+from profiler.model.architectures import ARCHITECTURES
+from profiler.model.fields import positive, positive_number
+from profiler.model.precision import precision_of
+from profiler.model.rope import check_rope
+from profiler.model.shape import ModelShape
+from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, Part
+
+MAX_LAYERS = 10_000
+
+
+def model_from_config(config: Mapping[str, Any], *, name: str) -> ModelShape:
+    """Read a configuration; raises `UserError` that names the field for anything that cannot be run exactly."""
+    _refuse_unsupported(config)
+    check_rope(config)
+    named = _architecture(config)
+    architecture = ARCHITECTURES[named]
+    layer = architecture.layer(config)
+    hidden, vocab = Dim(layer.hidden_size), Dim(positive(config, "vocab_size"))
+    embedding = Part("model.embed_tokens", vocab)
+    head = embedding if config.get("tie_word_embeddings", False) else Part("lm_head", vocab)
+    return ModelShape(
+        name=name,
+        architecture=named,
+        embedding=LinearSpec(name="embedding", cut=Cut.REPLICATED, parts=(embedding,), inputs=hidden),
+        layers=(layer,) * positive(config, "num_hidden_layers", most=MAX_LAYERS),
+        final_norm=NormSpec("model.norm", hidden),
+        head=LinearSpec(name="head", cut=Cut.COLUMN, parts=(head,), inputs=hidden),
+        norm_eps=positive_number("rms_norm_eps", config.get("rms_norm_eps", architecture.norm_eps)),
+        max_positions=positive(config, "max_position_embeddings"),
+        dtype=_dtype(config),
+        config=dict(config),
+    )
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """Anything that would run and be wrong is refused here, by name."""
+    architecture = _architecture(config)
+    if architecture not in ARCHITECTURES:
+        raise UserError("architectures", architecture, "supported are " + ", ".join(ARCHITECTURES))
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise UserError("layer_types", layer_types, "must be a list in config.json")
+    for kind in layer_types:
+        if kind != "full_attention":
+            raise UserError("layer_types", kind, "only full_attention layers are supported")
+    if config.get("quantization_config"):
+        found = config["quantization_config"]
+        method = found.get("quant_method", "?") if isinstance(found, Mapping) else found
+        raise UserError("quantization_config", method, "quantized checkpoints are not supported")
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError("hidden_act", config["hidden_act"], "only silu is supported")
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    found = config.get("architectures")
+    return str(found[0] if isinstance(found, list) and found else found)
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    value = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return precision_of(value).name

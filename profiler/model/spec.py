@@ -1,0 +1,125 @@
+"""What one layer consists of: the one place that FLOPs, memory, the profile, the fit and the shards read it from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from profiler.model.precision import FLOAT32, Precision
+from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """Causal attention over all tokens before, in groups of query heads that share a KV head."""
+
+    heads: Dim
+    kv_heads: Dim
+    qkv: LinearSpec
+    o: LinearSpec
+    q_norm: NormSpec | None = None  # of each head, or over all heads where it is cut by column
+    k_norm: NormSpec | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+        return self.heads.width
+
+    @property
+    def norms_all_heads(self) -> bool:
+        """Whether q and k are normed over all their heads at once, which stand on all ranks of a group."""
+        return self.q_norm is not None and self.q_norm.cut is Cut.COLUMN
+
+    def sizes(self, tp_size: int) -> dict[str, int]:
+        """The heads of a rank, as the rows of attention name them."""
+        return {
+            "heads": self.heads.per_rank(tp_size),
+            "kv_heads": self.kv_heads.per_rank(tp_size),
+            "head_dim": self.head_dim,
+        }
+
+    def kv_elements(self, tp_size: int) -> int:
+        """Numbers that a rank keeps of one token: its key and its value."""
+        return 2 * self.kv_heads.per_rank(tp_size) * self.kv_heads.width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseMLP:
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    gate_up: LinearSpec
+    down: LinearSpec
+
+    @property
+    def intermediate(self) -> Dim:
+        """Features between gate|up and down."""
+        return self.down.inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """A decoder layer: attention and MLP, each added to the residual stream, with norms before or after them."""
+
+    attention: AttentionSpec
+    mlp: DenseMLP
+    before_attention: NormSpec | None = None
+    after_attention: NormSpec | None = None  # of the block's output, before it is added
+    before_mlp: NormSpec | None = None
+    after_mlp: NormSpec | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        """Features of the residual stream."""
+        return self.attention.qkv.inputs.size
+
+    @property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """Its matrix products, in the order in which they run."""
+        return self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down
+
+    @property
+    def norms(self) -> tuple[NormSpec, ...]:
+        """Those of its norms that it has."""
+        q_norm, k_norm = self.attention.q_norm, self.attention.k_norm
+        all_norms = (self.before_attention, q_norm, k_norm, self.after_attention, self.before_mlp, self.after_mlp)
+        return tuple(norm for norm in all_norms if norm is not None)
+
+    @property
+    def variant(self) -> str:
+        """What besides the sizes decides a layer's element-wise work, as the rows of a profile name it."""
+        traits = {
+            "post-norm": self.after_attention is not None or self.after_mlp is not None,
+            "qk-norm": self.attention.q_norm is not None and not self.attention.norms_all_heads,
+            "qk-norm-all-heads": self.attention.norms_all_heads,
+        }
+        return "+".join(name for name, present in traits.items() if present)
+
+    def sizes(self, tp_size: int) -> dict[str, int]:
+        """The sizes of a rank's part, as the rows of `elementwise` and `layer` name them."""
+        intermediate = self.mlp.intermediate.per_rank(tp_size)
+        return {"hidden": self.hidden_size, "intermediate": intermediate} | self.attention.sizes(tp_size)
+
+    def products(self, tp_size: int = 1) -> dict[str, tuple[int, int]]:
+        """Its matrix products on a rank: name -> (out features n, in features k)."""
+        return {linear.name: linear.sizes(tp_size) for linear in self.linears}
+
+    def product_elements(self, tp_size: int = 1) -> int:
+        """Numbers in the matrices of a rank: each is multiplied and added once for every token."""
+        return sum(n * k for n, k in self.products(tp_size).values())
+
+    def num_elements(self, tp_size: int = 1) -> int:
+        """Numbers that a rank holds: matrices, biases and norms; with one rank, the layer's parameters."""
+        return sum(tensor.num_elements(tp_size) for tensor in self._weights)
+
+    def reduced_bytes(self, precision: Precision) -> tuple[int, ...]:
+        """Bytes a token of each all-reduce of a tensor-parallel group in this layer."""
+        outputs = (precision.reductions.num_bytes(self.hidden_size),) * sum(x.cut is Cut.ROW for x in self.linears)
+        squares = FLOAT32.num_bytes(2)  # of q and of k
+        return (squares, *outputs) if self.attention.norms_all_heads else outputs
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name within the layer and shape of the checkpoint's tensors."""
+        return {name: size for tensor in self._weights for name, size in tensor.tensors().items()}
+
+    @property
+    def _weights(self) -> tuple[LinearSpec | NormSpec, ...]:
+        return *self.linears, *self.norms
