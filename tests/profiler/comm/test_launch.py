@@ -105,7 +105,7 @@ def test_a_rank_that_holds_pythons_lock_is_noticed_and_shows_its_stack() -> None
     path.unlink()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("delay_s", [0.2, 0.6, 1.5, None], ids=str)
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path, delay_s: float | None) -> None:
     """delay_s: seconds after the first rank's process is there; None is when all ranks run their function."""
@@ -125,7 +125,8 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path, delay_s: float |
         pids = ranks()
         launcher.kill()
         launcher.wait(10)
-    wait_until(lambda: not any(map(is_alive, pids)), 10)
+    # A rank first imports this script's module, as multiprocessing does; on a busy machine that takes a while.
+    wait_until(lambda: not any(map(is_alive, pids)), 60)
     assert list(tmp_path.glob("isochunk-*"))
     # The next launch sweeps what is left.
     done = subprocess.run(
