@@ -138,7 +138,7 @@ def make_grid(options: ProfileOptions) -> Grid:
 def _tp_sizes(text: str | None, shape: ModelShape, world_size: int) -> tuple[int, ...]:
     if text is None:
         return tuple(size for size in range(1, world_size + 1) if world_size % size == 0 and _splits(shape, size))
-    sizes = tuple(sorted({whole_number("--tp-sizes", word, most=world_size) for word in text.split(",")}))
+    sizes = tuple(sorted({whole_number("--tp-sizes", word, most=2**20) for word in text.split(",")}))
     for size in sizes:
         shape.check_tp_size(size)
         if world_size % size:

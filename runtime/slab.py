@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,8 +28,10 @@ class KVSlab:
         heads = [layer.attention.kv_heads for layer in layers]
         sizes = [(dim.per_rank(tp_size), rows.total, dim.width) for dim in heads]
         # Zeros and not empty: on a CPU this touches the pages before the clock starts.
-        self.keys = [torch.zeros(size, device=device, dtype=dtype) for size in sizes]
-        self.values = [torch.zeros(size, device=device, dtype=dtype) for size in sizes]
+        lengths = [math.prod(size) for size in sizes]
+        keys, values = torch.zeros(2, sum(lengths), device=device, dtype=dtype)
+        self.keys = [part.view(size) for part, size in zip(keys.split(lengths), sizes, strict=True)]
+        self.values = [part.view(size) for part, size in zip(values.split(lengths), sizes, strict=True)]
 
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, [KV heads, rows, head_dim]."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -33,6 +34,15 @@ def test_imports_go_one_way(folder: str) -> None:
             for name in names:
                 top = name.split(".")[0]
                 assert top not in LAYERS or top in below, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "owner"),
+    [(r"(?<!AutoModel)ForCausalLM", "model/architectures.py"), (r"getattr\(torch, |\.itemsize", "model/precision.py")],
+)
+def test_one_module_knows_architectures_and_one_knows_formats(pattern: str, owner: str) -> None:
+    paths = [path for folder in LAYERS for path in (ROOT / folder).rglob("*.py")]
+    assert [path for path in paths if re.search(pattern, path.read_text())] == [ROOT / "profiler" / owner]
 
 
 def test_no_other_distribution_owns_our_names() -> None:
