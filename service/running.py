@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from db.documents import write_json
-from db.errors import UserError
+from db.errors import UserError, printable
+from db.files import check_writable
 from profiler.comm.launch import is_first_process
 from profiler.device import default_num_threads
 from runtime.generation import end_ids
@@ -69,7 +70,7 @@ class Run:
 
 
 def execute(request: RunRequest) -> Run:
-    """Read, run, check and write. Raises `UserError` and `RanksFailedError`."""
+    """Read, run and check. Raises `UserError` and `RanksFailedError`."""
     _check_writable(request)
     plan = with_dtype(load_plan(request.plan), request.dtype)
     num_threads = plan.threads_per_rank if request.threads_per_rank is None else request.threads_per_rank
@@ -102,12 +103,15 @@ def execute(request: RunRequest) -> Run:
             device_type=request.device_type,
         )
     texts = tuple(tokenizer.decode(one.token_ids) for one in result.requests) if is_text else None
-    run = Run(plan=plan, result=result, texts=texts, checks=checks)
-    if request.output is not None and is_first_process():
+    return Run(plan=plan, result=result, texts=texts, checks=checks)
+
+
+def write_files(request: RunRequest, run: Run) -> None:
+    """Write `--output` and `--trace`, after the run was printed: a disk that is full by now loses neither."""
+    if request.output is not None:
         write_json(request.output, run.to_json())
-    if request.trace is not None and is_first_process():
-        write_trace(request.trace, plan, result)
-    return run
+    if request.trace is not None:
+        write_trace(request.trace, run.plan, run.result)
 
 
 def print_run(run: Run) -> None:
@@ -138,7 +142,7 @@ def print_run(run: Run) -> None:
     for check in run.checks or ():
         if not check.equal:
             print(
-                f"{check.id}: new token {check.first_mismatch} differs from Transformers', "
+                f"{printable(check.id)}: new token {check.first_mismatch} differs from Transformers', "
                 f"whose two best logits are {check.top2_margin} apart there"
             )
 
@@ -156,12 +160,10 @@ def _prompts(request: RunRequest, plan: Plan, tokenizer: Tokenizer) -> tuple[tup
 
 
 def _check_writable(request: RunRequest) -> None:
-    """Not after the run: a folder that is not there would lose it."""
+    """Not after the run: a place where nothing can be written would lose it."""
     for option, path in (("--output", request.output), ("--trace", request.trace)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(option, path, "must be in a folder that exists")
-        if path is not None and path.is_dir():
-            raise UserError(option, path, "must be a file, not a folder")
+        if path is not None and is_first_process():
+            check_writable(option, path)
 
 
 def _shown(run: Run, index: int, limit: int = 8) -> str:

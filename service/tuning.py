@@ -11,9 +11,11 @@ import click
 
 from db.engine import Database, open_database
 from db.errors import UserError
+from db.files import check_writable
 from db.fits import save_fit
 from db.hardware import Hardware, get_hardware, list_hardware, save_hardware
 from db.measurements import load_measurements
+from db.numbers import whole_number
 from db.plans import save_plan_row
 from db.provenance import now
 from profiler.device import default_device_type, default_dtype, default_num_threads, describe_hardware
@@ -25,7 +27,7 @@ from tuner.cost_model import MAX_TOKENS, CostModel, load_cost_model
 from tuner.fit import LayerCosts, fit_layer_costs
 from tuner.holdout import HeldOutError, held_out_errors
 from tuner.layout import enumerate_layouts
-from tuner.plan import Parallel, Plan, Request, save_plan
+from tuner.plan import MAX_WINDOW, Parallel, Plan, Request, save_plan
 from tuner.planner import Limits, Objective, RoundPlan
 from tuner.replay import Replay
 from tuner.rows import RankWork
@@ -83,8 +85,8 @@ def tune(
         limits=Limits(max_round_tokens=max_round_tokens, max_kv_tokens=max_kv_tokens),
         objective=Objective(objective),
     )
-    if output is not None and not Path(output).absolute().parent.is_dir():
-        raise UserError("-o", output, "must be in a folder that exists")
+    if output is not None:
+        check_writable("-o", Path(output))
     if cost_model is not None:
         if measure is not None:
             raise UserError("--measure", measure, "a cost model alone cannot be run; give MODEL")
@@ -172,20 +174,13 @@ def _requests(
 
 
 def _length(text: str) -> int:
-    digits = text.strip().lstrip("0")
-    if not digits.isdecimal():
-        raise UserError("--prompt-lens", text, "must be positive whole numbers separated by commas")
-    if len(digits) > len(str(MAX_TOKENS)) or int(digits) > MAX_TOKENS:
-        raise UserError("--prompt-lens", text, f"must be at most {MAX_TOKENS}")
-    return int(digits)
+    return whole_number("--prompt-lens", text, most=MAX_TOKENS)
 
 
 def _window(text: str) -> int | None:
     if text.lower() == "none":
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError("--window", text, "must be a whole number from 1 up, or none")
-    return int(text)
+    return whole_number("--window", text, most=MAX_WINDOW)
 
 
 def _hardware(

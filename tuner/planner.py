@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Unpack
 
 from db.errors import UserError
+from db.numbers import whole_number
 from tuner.bound import makespan_bound_s
-from tuner.cost_model import CostModel
+from tuner.cost_model import MAX_TOKENS, CostModel
 from tuner.plan import Request, Round
 from tuner.policies.arrivals import batch_by_batch
 from tuner.policies.ascend import ascend_rounds
@@ -120,10 +121,12 @@ def _best_base(problem: Problem, rule: Callable[[Problem, int], list[Round]]) ->
 
 
 def _num_tokens(policy: str, argument: str, chunk_multiple: int) -> int:
-    if not argument.isdecimal() or int(argument) < chunk_multiple:
-        name = policy.partition(":")[0]
-        raise UserError("policy", policy, f"{name}:N with N at least {chunk_multiple} tokens (chunk_multiple)")
-    return int(argument)
+    name = policy.partition(":")[0]
+    try:
+        return whole_number("policy", argument, least=chunk_multiple, most=MAX_TOKENS)
+    except UserError:
+        allowed = f"{name}:N with N at least {chunk_multiple} tokens (chunk_multiple)"
+        raise UserError("policy", policy, allowed) from None
 
 
 def compare_policies(cost: CostModel, requests: Sequence[Request], **options: Unpack[RoundOptions]) -> list[RoundPlan]:

@@ -43,7 +43,7 @@ def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) 
     from profiler.comm.launch import is_first_process
     from profiler.device import default_device_type
     from service.output import print_json
-    from service.running import RunRequest, execute, print_run
+    from service.running import RunRequest, execute, print_run, write_files
 
     request = RunRequest(plan=plan, device_type=device_type or default_device_type(), **options)
     try:
@@ -56,5 +56,6 @@ def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) 
         print_json(run.to_json())
     else:
         print_run(run)
+    write_files(request, run)
     if run.tokens_equal is False:
         sys.exit(1)

@@ -122,6 +122,8 @@ def test_torchrun_starts_the_ranks_just_as_well(weights: Path, tmp_path: Path) -
         ({}, ("--threads-per-rank", "0"), ("--threads-per-rank: 0",)),
         ({}, ("--threads-per-rank", "-1"), ("--threads-per-rank: -1",)),
         ({}, ("--output", "/"), ("--output: /; must be a file, not a folder",)),
+        ({}, ("--output", "x" * 300), ("--output: xxx", "File name too long")),
+        ({}, ("--trace", "x" * 300), ("--trace: xxx", "File name too long")),
         ({}, ("--trace", "/"), ("--trace: /; must be a file, not a folder",)),
         (
             {
