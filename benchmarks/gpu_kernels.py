@@ -18,7 +18,8 @@ import torch
 
 from db.engine import open_database
 from db.measurements import load_measurements
-from profiler.attention import available_kernels, worth_measuring
+from profiler.attention import available_kernels
+from profiler.attention_kernel import worth_measuring
 from profiler.device import describe_hardware
 from profiler.grid import Grid, head_sizes, projections
 from profiler.model import load_model_shape

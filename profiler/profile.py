@@ -13,7 +13,8 @@ from db.hardware import Hardware, list_hardware
 from db.measurements import Measurement, load_measurements, save_measurements
 from db.provenance import now
 from profiler.agenda import Agenda
-from profiler.attention import available_kernels, worth_measuring
+from profiler.attention import available_kernels
+from profiler.attention_kernel import worth_measuring
 from profiler.device import (
     check_device_type,
     check_dtype,

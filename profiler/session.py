@@ -15,7 +15,7 @@ from db.hardware import Hardware
 from db.measurements import Measurement, save_measurements
 from db.provenance import code_version, now
 from profiler.agenda import Agenda
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from profiler.collectives import make_groups, prepare_collective, prepare_message, prepare_round_overhead
 from profiler.device import cache_bytes, free_bytes
 from profiler.grid import Grid, group_sizes, head_sizes, layer_sizes

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from profiler.head import embed
 from profiler.layer import LayerInputs, Stream
 from profiler.rotary import Rotary

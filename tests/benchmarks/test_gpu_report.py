@@ -26,7 +26,7 @@ from benchmarks.gpu_report import (
 from db.engine import Database
 from db.hardware import Hardware, list_hardware
 from db.measurements import load_measurements
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from profiler.kernel_choice import CLEARLY_FASTER
 from profiler.model import load_model_shape
 from tuner.fit import fit_layer_costs
