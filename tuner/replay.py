@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import numpy as np
 
+from db.errors import UserError
 from tuner.cost_model import CostModel
 from tuner.online import online_rounds
-from tuner.plan import Request
-from tuner.planner import POLICIES, fixed_sweep, make_rounds
+from tuner.plan import Request, Round
+from tuner.policies.named import BASED, POLICIES, base_sizes, fixed_sweep, named_rounds
 from tuner.problem import Problem, RoundOptions
+from tuner.round_plan import Bound, RoundPlan
 from tuner.schedule import Evaluation, Objective
+
+CAP_SCALES = (1.0, 0.7, 1.5, 3.0)
+"""Scales of the online planner's caps that are tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What a policy makes of a trace."""
+    """What a policy makes of a trace. The policy is the plan: its rounds are what it is expected to do."""
 
     policy: str
-    evaluation: Evaluation
-    num_rounds: int
+    planned: RoundPlan
+    """Its policy with the parameter that was best: `sglang:4096`, `joint:1.5`; of `joint` maybe a simpler policy."""
     tokens_per_s: float
     """New prompt tokens a second from the first arrival to the last TTFT."""
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """What the cost model says of the rounds."""
+        return self.planned.evaluation
+
+    @property
+    def num_rounds(self) -> int:
+        """Number of rounds."""
+        return len(self.planned.rounds)
 
     def ttft_s(self, percentile: float) -> float:
         """A percentile of the TTFTs."""
@@ -32,38 +48,68 @@ class Replay:
 
 
 def replay(
-    cost: CostModel,
-    requests: Sequence[Request],
-    *,
-    policy: str = "joint",
-    **options: Unpack[RoundOptions],
+    cost: CostModel, requests: Sequence[Request], *, policy: str = "joint", **options: Unpack[RoundOptions]
 ) -> Replay:
     """Run a trace under a policy, in the exact recurrence.
 
-    `joint` is the online Planner. The schedulers (`fixed:N`, `sglang`, `ascend`) decide round by round as their
-    sources do. The batch policies (`gpipe`, `terapipe`, `dp`) plan all that waits whenever the first stage has run
-    dry.
+    `joint` is the online planner, its caps scaled by S in `joint:S`. The schedulers (`fixed:N`, `sglang`, `ascend`)
+    decide round by round as their sources do. The batch policies (`gpipe`, `terapipe`, `dp`) plan all that waits
+    whenever the first stage has run dry. A parameter that is left open is the best one by the objective.
     """
     problem = _problem(cost, requests, options)
-    rounds = online_rounds(problem) if policy == "joint" else make_rounds(problem, policy)
-    evaluation = problem.evaluate(rounds)
-    first = min(request.arrival_s for request in requests)
-    tokens = sum(request.new_tokens for request in requests)
-    return Replay(
-        policy=policy,
-        evaluation=evaluation,
-        num_rounds=len(rounds),
-        tokens_per_s=tokens / (evaluation.makespan_s - first),
-    )
+    return _best(problem, policy, Bound(problem))
 
 
 def compare_replays(
     cost: CostModel, requests: Sequence[Request], *, least_chunk: int = 1024, **options: Unpack[RoundOptions]
 ) -> list[Replay]:
-    """Replay a trace under every policy, the fixed chunk swept over powers of two from `least_chunk` tokens up."""
-    swept = fixed_sweep(requests, _problem(cost, requests, options).chunk_multiple)
-    fixed = [name for name in swept if int(name.removeprefix("fixed:")) >= least_chunk]
-    return [replay(cost, requests, policy=policy, **options) for policy in [*fixed, *POLICIES[1:]]]
+    """Replay a trace under every policy, the fixed chunk swept over powers of two from `least_chunk` tokens up.
+
+    The last is `joint`: the online planner, or a simpler policy that is better by the objective.
+    """
+    problem = _problem(cost, requests, options)
+    bound = Bound(problem)
+    swept = fixed_sweep(requests, problem.chunk_multiple)
+    fixed = [name for name in swept if int(name.removeprefix("fixed:")) >= least_chunk] or swept[-1:]
+    replays = [_best(problem, policy, bound) for policy in [*fixed, *POLICIES[1:]]]
+    best = min(reversed(replays), key=lambda one: one.evaluation.score(problem.objective))
+    return [*replays[:-1], replace(best, policy="joint")]
+
+
+def _best(problem: Problem, policy: str, bound: Bound) -> Replay:
+    """The policy under each of the parameters that it leaves open: the best by the objective."""
+    names = [policy]
+    if policy == "joint":
+        names = ["joint", *(f"joint:{scale}" for scale in CAP_SCALES[1:])]
+    elif policy in BASED:
+        names = [f"{policy}:{base}" for base in base_sizes(problem)]
+    replays = [_replay(problem, name, bound) for name in names]
+    best = min(replays, key=lambda one: one.evaluation.score(problem.objective))
+    return replace(best, policy=policy)
+
+
+def _replay(problem: Problem, policy: str, bound: Bound) -> Replay:
+    started = time.perf_counter()
+    rounds = _rounds(problem, policy)
+    evaluation = problem.evaluate(rounds)
+    planning_s = time.perf_counter() - started
+    first = min(request.arrival_s for request in problem.requests)
+    tokens = sum(request.new_tokens for request in problem.requests)
+    planned = RoundPlan(policy=policy, rounds=tuple(rounds), evaluation=evaluation, bound=bound, planning_s=planning_s)
+    return Replay(policy=policy, planned=planned, tokens_per_s=tokens / (evaluation.makespan_s - first))
+
+
+def _rounds(problem: Problem, policy: str) -> list[Round]:
+    name, _, scale = policy.partition(":")
+    if name != "joint":
+        return named_rounds(problem, policy)
+    try:
+        cap_scale = float(scale or 1.0)
+    except ValueError:
+        raise UserError("policy", policy, "joint:S with a scale S of the rounds' caps, as joint:1.5") from None
+    if not 0.0 < cap_scale < float("inf"):
+        raise UserError("policy", policy, "joint:S with a scale S above 0")
+    return online_rounds(problem, cap_scale)
 
 
 def _problem(cost: CostModel, requests: Sequence[Request], options: RoundOptions) -> Problem:

@@ -34,7 +34,8 @@ from tuner.kernels import kernel_choice
 from tuner.layout import enumerate_layouts
 from tuner.plan import Request
 from tuner.rows import RankWork, Rows
-from tuner.search import Rules, Target, search_layouts
+from tuner.rules import Rules
+from tuner.search import Target, search_layouts
 
 TAUGHT = 32768
 
