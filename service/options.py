@@ -116,10 +116,8 @@ def _declared(each: Field[Any], annotation: Any) -> Callable[[F], F]:
     if not flags[0].startswith("-"):
         return click.argument(each.name, type=accepted, required=False, metavar=f"[{flags[0]}]")
     if kind is bool:
-        name = flags[-1].removeprefix("--")
-        return click.option(
-            f"--{name}/--no-{name}" if each.default else f"--{name}", each.name, default=each.default, help=about.help
-        )
+        off = "/--no-" + flags[-1].removeprefix("--") if each.default else ""
+        return click.option(flags[-1] + off, each.name, is_flag=True, default=each.default, help=about.help)
     return click.option(
         *flags, each.name, type=accepted, default=each.default, metavar=about.metavar, envvar=about.variable,
         show_default=each.default is not None, help=about.help,

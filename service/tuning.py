@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from tuner.cost_model import MAX_TOKENS, CostModel, load_cost_model
 from tuner.plan import Parallel, Request, save_plan
 from tuner.problem import Limits, arrive_over_time
 from tuner.replay import Replay
-from tuner.round_plan import RoundPlan, rounds_to_plan
+from tuner.round_plan import RoundPlan, best_first, rounds_to_plan
 from tuner.rules import Rules
 from tuner.schedule import Objective
 from tuner.workload import load_workload
@@ -86,22 +87,23 @@ def contest(
 ) -> Contest:
     """Plan by the rules, unless that is done, and compare: with every policy, or with the best fixed chunk alone."""
 
-    def score(found: Replay | RoundPlan) -> tuple[float, ...]:
-        return found.evaluation.score(rules.objective)
-
     if arrive_over_time(requests):
         *others, own = rules.replays(cost, requests)
+        by_objective = functools.partial(_score, objective=rules.objective)
         if not compare:
-            others = [min((one for one in others if one.policy.startswith("fixed:")), key=score)]
-        return Contest(planned=own.planned, replays=sorted([own, *others], key=score))
+            others = [min((one for one in others if one.policy.startswith("fixed:")), key=by_objective)]
+        return Contest(planned=own.planned, replays=sorted([own, *others], key=by_objective))
     if compare:
         policies = rules.compare(cost, requests)
         return Contest(planned=next(one for one in policies if one.policy == rules.policy), policies=policies)
     planned = planned or rules.plan(cost, requests)
     fixed = replace(rules.baseline(cost, requests), bound=planned.bound)
-    return Contest(
-        planned=planned, policies=sorted([planned, *([fixed] if fixed.policy != planned.policy else [])], key=score)
-    )
+    rivals = [planned] if planned.policy == fixed.policy else [planned, fixed]
+    return Contest(planned=planned, policies=best_first(rivals, rules.objective))
+
+
+def _score(replay: Replay, objective: Objective) -> tuple[float, ...]:
+    return replay.evaluation.score(objective)
 
 
 def _tune_cost_model(cost: CostModel, requests: tuple[Request, ...], rules: Rules, options: TuneOptions) -> TuneReport:

@@ -10,9 +10,9 @@ from typing import Unpack
 from tuner.cost_model import CostModel
 from tuner.plan import Request, Round
 from tuner.policies.joint import draft_rounds, joint_rounds
-from tuner.policies.named import POLICIES, fixed_sweep, least_score, named_rounds
+from tuner.policies.named import POLICIES, Floor, fixed_sweep, named_rounds
 from tuner.problem import Limits, Problem, RoundOptions
-from tuner.round_plan import Bound, RoundPlan
+from tuner.round_plan import Bound, RoundPlan, best_first
 from tuner.schedule import Objective
 
 __all__ = [
@@ -62,22 +62,19 @@ def compare_policies(cost: CostModel, requests: Sequence[Request], **options: Un
     problem = Problem.of(cost, requests, **options)
     bound = Bound(problem)
 
-    def score(plan: RoundPlan) -> tuple[float, ...]:
-        return plan.evaluation.score(problem.objective)
-
     policies = [*fixed_sweep(requests, problem.chunk_multiple), *POLICIES[1:-1]]
     simpler = [_plan(problem, policy, bound) for policy in policies]
     ours = _plan(problem, "joint", bound)
-    best = min([ours, *simpler], key=score)
-    return sorted([replace(ours, rounds=best.rounds, evaluation=best.evaluation), *simpler], key=score)
+    best, *_ = best_first([ours, *simpler], problem.objective)
+    return best_first([replace(ours, rounds=best.rounds, evaluation=best.evaluation), *simpler], problem.objective)
 
 
 def best_fixed(cost: CostModel, requests: Sequence[Request], **options: Unpack[RoundOptions]) -> RoundPlan:
     """The best of the swept fixed chunks: the simple baseline. Chunks too short to win are not tried."""
     problem = Problem.of(cost, requests, **options)
-    bound, best = Bound(problem), None
+    bound, floor, best = Bound(problem), Floor(problem), None
     for policy in reversed(fixed_sweep(requests, problem.chunk_multiple)):
-        if best and least_score(problem, policy) >= best.evaluation.score(problem.objective)[0]:
+        if best and floor.score(policy) >= best.evaluation.score(problem.objective)[0]:
             break
         plan = _plan(problem, policy, bound)
         if best is None or plan.evaluation.score(problem.objective) < best.evaluation.score(problem.objective):

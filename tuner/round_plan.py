@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from tuner.bound import makespan_bound_s
 from tuner.plan import Parallel, Plan, Predicted, Request, Round
 from tuner.problem import Problem
-from tuner.schedule import Evaluation
+from tuner.schedule import MAKESPAN_SLACK, Evaluation, Objective
 
 
 class Bound:
@@ -48,6 +50,17 @@ class RoundPlan:
     def gap(self) -> float:
         """makespan / lower bound - 1: the plan is at most this far above the best possible makespan."""
         return self.evaluation.makespan_s / self.lower_bound_s - 1.0 if self.lower_bound_s else 0.0
+
+
+def best_first(plans: Iterable[RoundPlan], objective: Objective) -> list[RoundPlan]:
+    """Plans of one batch by the objective.
+
+    For another objective than the makespan, those that give up more than MAKESPAN_SLACK of the least makespan are last.
+    """
+    plans = list(plans)
+    free = objective is Objective.MAKESPAN
+    limit_s = math.inf if free else MAKESPAN_SLACK * min(plan.makespan_s for plan in plans)
+    return sorted(plans, key=lambda plan: (max(plan.makespan_s - limit_s, 0.0), *plan.evaluation.score(objective)))
 
 
 def rounds_to_plan(

@@ -10,7 +10,7 @@ from tuner.plan import Request
 from tuner.planner import best_fixed, compare_policies, draft_plan, plan_rounds
 from tuner.problem import NO_LIMITS, Limits, RoundOptions, arrive_over_time
 from tuner.replay import Replay, compare_replays, replay
-from tuner.round_plan import RoundPlan
+from tuner.round_plan import RoundPlan, best_first
 from tuner.schedule import Objective
 
 
@@ -51,7 +51,7 @@ class Rules:
         plans = compare_policies(cost, requests, **self.options)
         if all(plan.policy != self.policy for plan in plans):
             plans.append(self.plan(cost, requests))
-        return sorted(plans, key=lambda plan: plan.evaluation.score(self.objective))
+        return best_first(plans, self.objective)
 
     def baseline(self, cost: CostModel, requests: Sequence[Request]) -> RoundPlan:
         """The best fixed chunk: what a scheduler without a plan could do."""

@@ -29,6 +29,8 @@ from tuner.problem import Problem
 from tuner.round_plan import Bound
 from tuner.schedule import MAKESPAN_SLACK, Objective
 
+DRAFT_EFFORT = 0.4
+"""Share of the caps that a draft tries: it ranks layouts and partitions, to about 0.3 %."""
 MOST_STARTS = 3
 """Candidates, of different numbers of rounds, that are improved locally."""
 GOOD_ENOUGH = 1.002
@@ -48,13 +50,14 @@ FEW_REQUESTS = 256
 
 def draft_rounds(problem: Problem) -> list[Round]:
     """The best of the sweeps for the makespan, and of the online planner's rounds where it is wanted for them."""
-    return _drafted(problem).ranked()[0].rounds
+    return _drafted(problem, DRAFT_EFFORT).ranked()[0].rounds
 
 
 def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     """Plan a batch that is known at the start; the makespan's lower bound says when to stop improving.
 
-    By the objective no plan of a simpler policy is better, but for makespans this near the bound: NEAR_BOUND.
+    No simpler policy's plan is better, but for makespans within NEAR_BOUND of the bound; for other objectives than the
+    makespan, none whose makespan is within the limit.
     """
     if len(problem.requests) == 1 and problem.objective is Objective.MEAN_TTFT:
         problem = replace(problem, objective=Objective.MAKESPAN)
@@ -83,13 +86,11 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     starts = search.ranked()[: MOST_STARTS if objective is Objective.MAKESPAN else 1]
     good_enough_s = GOOD_ENOUGH * bound.seconds if objective is Objective.MAKESPAN else 0.0
     improved = [improve_rounds(problem, start.rounds, good_enough_s, search.limit_s) for start in starts]
-    ours = min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
-    # The limit on the makespan holds among our own plans; a simpler one that is better without it wins.
-    return min([ours, *simpler], key=lambda rounds: problem.evaluate(rounds).score(objective))
+    return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
 
 
-def _drafted(problem: Problem) -> Search:
-    search, objective = Search.of(problem), problem.objective
+def _drafted(problem: Problem, effort: float = 1.0) -> Search:
+    search, objective = Search.of(problem, effort), problem.objective
     if problem.is_timed:
         search.keep(online_rounds(problem), objective)
         return search

@@ -52,13 +52,10 @@ def named_rounds(problem: Problem, policy: str) -> list[Round]:
 
 def simpler_rounds(problem: Problem, best: float) -> Iterator[list[Round]]:
     """The rounds of every policy but `joint`, less those that provably are no better than `best` by the objective."""
-    for name in fixed_sweep(problem.requests, problem.chunk_multiple):
-        if least_score(problem, name) < best:
-            yield named_rounds(problem, name)
-    for base in base_sizes(problem):
-        for name in BASED:
-            if least_score(problem, f"{name}:{base}") < best:
-                yield named_rounds(problem, f"{name}:{base}")
+    floor = Floor(problem)
+    names = fixed_sweep(problem.requests, problem.chunk_multiple)
+    names += [f"{name}:{base}" for base in base_sizes(problem) for name in BASED]
+    yield from (named_rounds(problem, name) for name in names if floor.score(name) < best)
     yield from (named_rounds(problem, name) for name in BATCHES)
 
 
@@ -81,22 +78,28 @@ def base_sizes(problem: Problem) -> list[int]:
     return sizes[-MOST_BASES:]
 
 
-def least_score(problem: Problem, policy: str) -> float:
-    """What rounds of at most `policy:N` tokens reach of the objective at least, by their work on one stage alone.
+class Floor:
+    """What policies of rounds of at most N tokens reach of a problem's objective at least, by the work of one stage.
 
     The makespan is at least the sum of the rounds. For the mean TTFT each request's tokens bear their share of the
     rounds' overhead, and least work for its weight first is the best order there is (Smith's rule). Of deadlines
     nothing is known. The schedulers align their rounds to 64 tokens, so shorter ones count as that.
     """
-    if problem.objective is Objective.SLA:
-        return -math.inf
-    round_tokens = max(float(policy.partition(":")[2]), 64.0)
-    work = Work.of(problem.requests, problem.limits.max_round_tokens)
-    work = replace(work, max_round_tokens=min(work.max_round_tokens, round_tokens))
-    lines = [envelope for kind in problem.cost.kinds for envelope in envelopes([kind], work)]
-    if problem.objective is Objective.MAKESPAN:
-        return max(least_sum(envelope, work) for envelope in lines)
-    return max(_least_mean_s(envelope, work, problem.requests) for envelope in lines)
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._work = Work.of(problem.requests, problem.limits.max_round_tokens)
+        self._lines = [line for kind in problem.cost.kinds for line in envelopes([kind], self._work)]
+
+    def score(self, policy: str) -> float:
+        """The floor of `policy:N`."""
+        if self._problem.objective is Objective.SLA:
+            return -math.inf
+        round_tokens = max(float(policy.partition(":")[2]), 64.0)
+        work = replace(self._work, max_round_tokens=min(self._work.max_round_tokens, round_tokens))
+        if self._problem.objective is Objective.MAKESPAN:
+            return max(least_sum(line, work) for line in self._lines)
+        return max(_least_mean_s(line, work, self._problem.requests) for line in self._lines)
 
 
 def _least_mean_s(envelope: Envelope, work: Work, requests: Sequence[Request]) -> float:

@@ -43,14 +43,16 @@ class Search:
     cap_s: float
     best_cap_s: float = 0.0
     """Where an earlier sweep of a large batch found its best plan; 0 if none did."""
+    effort: float = 1.0
+    """Share of the caps that a sweep tries."""
     limit_s: float = np.inf
     """Makespans above it count as worse than any below."""
     found: dict[int, Candidate] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, problem: Problem) -> Search:
+    def of(cls, problem: Problem, effort: float = 1.0) -> Search:
         """A search that has found nothing yet."""
-        return cls(problem, Packer.of(problem), central_cap_s(problem))
+        return cls(problem, Packer.of(problem), central_cap_s(problem), effort=effort)
 
     def score(self, evaluation: Evaluation, objective: Objective) -> tuple[float, ...]:
         """What to minimise, the most important first."""
@@ -75,7 +77,8 @@ class Search:
 
         centre = self.best_cap_s or self.cap_s
         attempt(centre)
-        num_caps = int(np.clip(ROUNDS_SWEPT // len(tried[centre].rounds), LEAST_CAPS, MOST_CAPS))
+        rounds_swept = self.effort * ROUNDS_SWEPT
+        num_caps = int(np.clip(rounds_swept // len(tried[centre].rounds), LEAST_CAPS, self.effort * MOST_CAPS))
         window, pp_size = self.problem.window, self.problem.cost.pp_size
         narrow = window is not None and window < pp_size
         if narrow or num_caps >= MANY_CAPS:  # a window below the number of stages wants longer rounds
