@@ -35,7 +35,7 @@ MOST_STARTS = 3
 """Candidates, of different numbers of rounds, that are improved locally."""
 GOOD_ENOUGH = 1.002
 """A makespan within this factor of the bound is not improved further."""
-NEAR_BOUND = 1.002
+NEAR_BOUND = 1.005
 """Plans within this factor of the bound need not compete with simpler policies'."""
 FEW_PROMPTS = 3
 """Batches of so few prompts are also searched exactly on a coarser grid: it finds how rounds should grow and shrink
@@ -70,19 +70,20 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
             for profile in cap_profiles(problem, order):
                 search.sweep(pack_in_order, order, profile, objective)
     drafted = search.ranked()[0].evaluation
+    known = ("dp",) if objective is Objective.MAKESPAN and not problem.is_timed and pack_line in _packs(problem) else ()
     near = objective is Objective.MAKESPAN and drafted.makespan_s <= NEAR_BOUND * bound.seconds
-    simpler = [] if near else list(simpler_rounds(problem, drafted.score(objective)[0]))
+    simpler = [] if near else list(simpler_rounds(problem, drafted.score(objective)[0], known))
     for rounds in simpler:
         search.keep(rounds, objective)
     if objective is Objective.MAKESPAN:
-        known = search.ranked()[0]
+        best = search.ranked()[0]
         if is_small(problem):
-            return exact_rounds(problem, known.rounds)
+            return exact_rounds(problem, best.rounds)
         uneven = len(problem.cost.kinds) > 1 and problem.cost.pp_size <= MOST_UNEVEN_STAGES
         if uneven and len(problem.requests) <= FEW_PROMPTS:
             coarser = _coarser(problem)
             if is_small(coarser):
-                search.keep(exact_rounds(coarser, known.rounds, COARSE_LABELS), objective)
+                search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS), objective)
     starts = search.ranked()[: MOST_STARTS if objective is Objective.MAKESPAN else 1]
     good_enough_s = GOOD_ENOUGH * bound.seconds if objective is Objective.MAKESPAN else 0.0
     improved = [improve_rounds(problem, start.rounds, good_enough_s, search.limit_s) for start in starts]
@@ -117,4 +118,4 @@ def _packs(problem: Problem) -> list[Pack]:
     held = sum(request.prompt_tokens for request in problem.requests)
     if problem.limits.max_kv_tokens is not None and problem.limits.max_kv_tokens < held:
         return [pack_in_order]
-    return [pack_tails] if len(problem.requests) == 1 else [pack_in_order, pack_tails, pack_line]
+    return [pack_line] if len(problem.requests) == 1 else [pack_in_order, pack_tails, pack_line]

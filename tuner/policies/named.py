@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from db.errors import UserError
+from tuner.cost_model import Floats
 from tuner.plan import Request, Round
 from tuner.policies.arrivals import batch_by_batch
 from tuner.policies.ascend import ascend_rounds
@@ -17,7 +17,7 @@ from tuner.policies.fixed import fixed_rounds, gpipe_rounds
 from tuner.policies.sglang import sglang_rounds
 from tuner.policies.terapipe import terapipe_rounds
 from tuner.problem import Problem
-from tuner.relaxation import Envelope, Work, envelopes, least_sum
+from tuner.relaxation import Envelope, Work, envelopes
 from tuner.schedule import Objective
 
 POLICIES = ("fixed:N", "gpipe", "sglang", "ascend", "terapipe", "dp", "joint")
@@ -33,6 +33,8 @@ MOST_ROUNDS = 16_384
 """The fixed sweep leaves out chunks so short that a plan would have more rounds."""
 MOST_BASES = 10
 """Base chunks that are tried, the largest ones."""
+MOST_SAMPLES = 32
+"""With more prompts `terapipe`, which gives all of them one split, takes longer than ours by far and to plan."""
 
 
 def named_rounds(problem: Problem, policy: str) -> list[Round]:
@@ -50,13 +52,17 @@ def named_rounds(problem: Problem, policy: str) -> list[Round]:
     return batch_by_batch(problem, BATCHES[name]) if problem.is_timed else BATCHES[name](problem)
 
 
-def simpler_rounds(problem: Problem, best: float) -> Iterator[list[Round]]:
-    """The rounds of every policy but `joint`, less those that provably are no better than `best` by the objective."""
+def simpler_rounds(problem: Problem, best: float, known: Sequence[str] = ()) -> Iterator[list[Round]]:
+    """The rounds of every policy but `joint`, less those that provably are no better than `best` by the objective.
+
+    known: batch policies whose rounds are candidates already.
+    """
     floor = Floor(problem)
     names = fixed_sweep(problem.requests, problem.chunk_multiple)
     names += [f"{name}:{base}" for base in base_sizes(problem) for name in BASED]
     yield from (named_rounds(problem, name) for name in names if floor.score(name) < best)
-    yield from (named_rounds(problem, name) for name in BATCHES)
+    padded = ("terapipe",) if len(problem.requests) > MOST_SAMPLES else ()
+    yield from (named_rounds(problem, name) for name in BATCHES if name not in (*known, *padded))
 
 
 def fixed_sweep(requests: Sequence[Request], chunk_multiple: int) -> list[str]:
@@ -81,38 +87,67 @@ def base_sizes(problem: Problem) -> list[int]:
 class Floor:
     """What policies of rounds of at most N tokens reach of a problem's objective at least, by the work of one stage.
 
-    The makespan is at least the sum of the rounds. For the mean TTFT each request's tokens bear their share of the
-    rounds' overhead, and least work for its weight first is the best order there is (Smith's rule). Of deadlines
-    nothing is known. The schedulers align their rounds to 64 tokens, so shorter ones count as that.
+    The makespan is at least the sum of the rounds and what the first one takes on the stages before. For the mean TTFT
+    each request's tokens bear their share of the rounds' overhead, and least work for its weight first is the best
+    order there is (Smith's rule). Of deadlines nothing is known. The schedulers align their rounds to 64 tokens, so
+    shorter ones count as that.
     """
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._work = Work.of(problem.requests, problem.limits.max_round_tokens)
-        self._lines = [line for kind in problem.cost.kinds for line in envelopes([kind], self._work)]
+        kinds = problem.cost.kind_of_stage.tolist()
+        # Of stages alike the last one: most stages lie before it.
+        self._stages = [len(kinds) - 1 - kinds[::-1].index(kind) for kind in range(len(problem.cost.kinds))]
+        self._lines = [envelopes([kind], self._work) for kind in problem.cost.kinds]
 
     def score(self, policy: str) -> float:
         """The floor of `policy:N`."""
         if self._problem.objective is Objective.SLA:
             return -math.inf
-        round_tokens = max(float(policy.partition(":")[2]), 64.0)
-        work = replace(self._work, max_round_tokens=min(self._work.max_round_tokens, round_tokens))
-        if self._problem.objective is Objective.MAKESPAN:
-            return max(least_sum(line, work) for line in self._lines)
-        return max(_least_mean_s(line, work, self._problem.requests) for line in self._lines)
+        name, _, argument = policy.partition(":")
+        num_tokens = min(max(float(argument), 64.0), self._work.max_round_tokens)
+        if self._problem.objective is Objective.MEAN_TTFT:
+            return max(self._mean_s(line, num_tokens) for lines in self._lines for line in lines)
+        first_s = self._first_round_s(name, int(argument))
+        rounds = math.ceil(self._work.new_tokens / num_tokens)
+        sums = [
+            max(float(self._requests_s(line, num_tokens).sum()) + rounds * line.round_s for line in lines)
+            for lines in self._lines
+        ]
+        return max(sum(first_s[:stage]) + least_s for stage, least_s in zip(self._stages, sums, strict=True))
 
+    def _requests_s(self, line: Envelope, num_tokens: float) -> Floats:
+        """Least seconds of each request beside the rounds' overhead: cut backwards it reads its context least often."""
+        prompt, cached = self._work.prompt, self._work.cached
+        cuts = np.ceil((prompt - cached) / num_tokens)
+        read = (cuts - 1.0) * prompt - num_tokens * cuts * (cuts - 1.0) / 2.0 + cached
+        pairs = (prompt * (prompt + 1.0) - cached * (cached + 1.0)) / 2.0
+        once = line.token_s * (prompt - cached) + line.pair_s * pairs + line.final_s
+        seconds: Floats = once + line.context_token_s * read + line.chunk_s * cuts
+        return seconds
 
-def _least_mean_s(envelope: Envelope, work: Work, requests: Sequence[Request]) -> float:
-    """The least mean of when requests end that run one after the other from the start; arrivals count against it."""
-    new = work.prompt - work.cached
-    pairs = (work.prompt * (work.prompt + 1.0) - work.cached * (work.cached + 1.0)) / 2.0
-    token_s = envelope.token_s + envelope.round_s / work.max_round_tokens
-    seconds = token_s * new + envelope.pair_s * pairs + envelope.chunk_s + envelope.final_s
-    weights = np.array([request.weight for request in requests])
-    weights = weights if weights.any() else np.ones(len(weights))
-    order = np.argsort(seconds / np.maximum(weights, 1e-300))
-    arrival = np.array([request.arrival_s for request in requests])
-    return float((np.cumsum(seconds[order]) @ weights[order] - arrival @ weights) / weights.sum())
+    def _mean_s(self, line: Envelope, num_tokens: float) -> float:
+        """The least mean of when requests end that run one after the other; arrivals count against it."""
+        requests, work = self._problem.requests, self._work
+        seconds = self._requests_s(line, num_tokens) + line.round_s * (work.prompt - work.cached) / num_tokens
+        weights = np.array([request.weight for request in requests])
+        weights = weights if weights.any() else np.ones(len(weights))
+        order = np.argsort(seconds / np.maximum(weights, 1e-300))
+        arrival = np.array([request.arrival_s for request in requests])
+        return float((np.cumsum(seconds[order]) @ weights[order] - arrival @ weights) / weights.sum())
+
+    def _first_round_s(self, name: str, num_tokens: int) -> list[float]:
+        """Seconds of the first round's tokens on each stage, which the first round passes before all others."""
+        problem, limits = self._problem, self._problem.limits
+        if problem.is_timed or limits.max_kv_tokens is not None:
+            return [0.0] * problem.cost.pp_size
+        alone = name == "ascend"  # which may leave a round's rest empty behind its first request
+        tokens = problem.requests[0].new_tokens if alone else sum(request.new_tokens for request in problem.requests)
+        tokens = min(tokens, num_tokens, limits.max_round_tokens or num_tokens)
+        tokens = max(tokens - problem.chunk_multiple + 1, 1)  # what is cut off a prompt ends on the grid
+        seconds = [kind.round_overhead_s + float(kind.tokens_s(tokens)) for kind in problem.cost.kinds]
+        return [seconds[kind] for kind in problem.cost.kind_of_stage.tolist()]
 
 
 def _num_tokens(policy: str, argument: str, chunk_multiple: int) -> int:
