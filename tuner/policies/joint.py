@@ -24,7 +24,7 @@ from tuner.policies.dp import pack_line
 from tuner.policies.exact import exact_rounds, is_small
 from tuner.policies.improve import improve_rounds
 from tuner.policies.named import simpler_rounds
-from tuner.policies.sweep import Pack, Search, cap_profiles, request_orders, shortest_first
+from tuner.policies.sweep import Pack, Search, budget_profiles, request_orders, shortest_first
 from tuner.problem import Problem
 from tuner.round_plan import Bound
 from tuner.schedule import MAKESPAN_SLACK, Objective
@@ -67,7 +67,7 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
             search.keep(online_rounds(problem, scale), objective)
     if objective is not Objective.MAKESPAN and not problem.is_timed:
         for order in request_orders(problem):
-            for profile in cap_profiles(problem, order):
+            for profile in budget_profiles(problem, order):
                 search.sweep(pack_in_order, order, profile, objective)
     drafted = search.ranked()[0].evaluation
     known = ("dp",) if objective is Objective.MAKESPAN and not problem.is_timed and pack_line in _packs(problem) else ()

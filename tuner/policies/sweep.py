@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tuner.caps import QueueCaps, context_token_s, round_overhead_s
 from tuner.cost_model import StageCost
 from tuner.packing import Packer
 from tuner.plan import Request, Round
 from tuner.problem import Problem
 from tuner.relaxation import Work, envelopes, likely_cap_s
+from tuner.round_budgets import QueueBudgets, context_token_s, round_overhead_s
 from tuner.schedule import Evaluation, Objective
 
 Pack = Callable[[Packer, Sequence[Request], Sequence[int], Sequence[float]], list[Round]]
@@ -165,15 +165,15 @@ def _most_on_time(by_deadline: Sequence[int], work: Sequence[float], deadline: S
     return kept + sorted(dropped, key=lambda i: work[i])
 
 
-def cap_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]:
-    """Each request's share of the cap, in each way that is worth a try for the mean TTFT: those of `tuner.caps`, and
-    powers of the share of the work done by a request's end.
+def budget_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]:
+    """Each request's share of the cap, in each way that is worth a try for the mean TTFT: those of
+    `tuner.round_budgets`, and powers of the share of the work done by a request's end.
 
     A request that ends after S seconds of work in rounds of m seconds waits about S (1 + o/m) + (K-1) m, least at
     m = sqrt(S o / (K-1)): rounds grow with the square root of the work done so far.
     """
     work, requests = work_s(problem), [problem.requests[index] for index in order]
-    caps = QueueCaps(
+    budgets = QueueBudgets(
         work_s=[work[index] for index in order],
         context_work=[work[i] * (r.cached_tokens + r.new_tokens / 2.0) for i, r in zip(order, requests, strict=True)],
         weights=[request.weight for request in requests],
@@ -181,9 +181,9 @@ def cap_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]:
         context_token_s=context_token_s(problem.cost),
         stages_after=problem.cost.pp_size - 1,
     )
-    done = np.cumsum(caps.work_s)
+    done = np.cumsum(budgets.work_s)
     powers = [(done / done[-1]) ** power for power in CAP_POWERS]
-    choices = [np.array(choice) for choice in [*caps.choices(), caps.for_makespan()]]  # infinite on one stage
+    choices = [np.array(choice) for choice in [*budgets.choices(), budgets.for_makespan()]]  # infinite on one stage
     shares = [np.divide(cap, cap.max(), out=np.ones(len(cap)), where=cap < cap.max()) for cap in choices]
     place = np.argsort(order)
     return [share[place].tolist() for share in [*shares, *powers]]
