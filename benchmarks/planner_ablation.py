@@ -35,10 +35,10 @@ from tuner.calibration import Calibration
 from tuner.correction import fit_correction, load_measured_rounds
 from tuner.fit import LayerCosts, fit_layer_costs
 from tuner.online import online_rounds
-from tuner.pace import Pace
 from tuner.partition import even_partition
 from tuner.planner import plan_rounds
 from tuner.problem import Problem
+from tuner.rank_skew import RankSkew
 from tuner.rows import RankWork
 from tuner.schedule import Objective, evaluate
 
@@ -67,7 +67,7 @@ FIT: dict[str, Off] = {
     "as it is": nullcontext,
     "waves": lambda: patch("tuner.attention_rows.Waves", _in_proportion),
     "calibration": lambda: patch("tuner.fit.fit_calibration", lambda *_, **__: Calibration.none()),
-    "pace": lambda: patch("tuner.fit.fit_pace", lambda rows: Pace()),
+    "rank skew": lambda: patch("tuner.fit.fit_rank_skew", lambda rows: RankSkew()),
 }
 
 

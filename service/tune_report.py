@@ -45,7 +45,7 @@ class TuneReport:
             "replays": [_replay_json(replay) for replay in self.replays],
             "held_out": [error.to_json() for error in self.held_out],
             "correction": self.costs.correction.to_json() if self.costs else None,
-            "rank_factors": list(self.costs.pace.factors) if self.costs else [],
+            "rank_factors": list(self.costs.rank_skew.factors) if self.costs else [],
             "trials": [
                 {"layout": t.choice.layout, "policy": t.choice.policy, "predicted_s": t.choice.predicted_s,
                  "measured_s": t.measured_s, "error": t.error}
@@ -98,7 +98,7 @@ def print_report(report: TuneReport) -> None:
 
 def _print_corrections(costs: LayerCosts) -> None:
     """What ranks and earlier runs told beside the rows."""
-    factors, correction = costs.pace.factors, costs.correction
+    factors, correction = costs.rank_skew.factors, costs.correction
     if factors:
         print(f"Each rank's time over the slowest's: {', '.join(f'{factor:.3f}' for factor in factors)}\n")
     if correction.num_rounds:

@@ -9,8 +9,8 @@ millisecond.
 
 How long may the next round be? `tuner.round_budgets` says, from the work that waits, which caps make the mean TTFT or
 the makespan least when nothing else arrives; the first request's counts. While all that ever came was there at the
-start, the mean TTFT's caps keep the makespan within the limit that the batch planner keeps. Where requests keep arriving
-faster than the queue drains, those ahead of a long prompt are soon replaced by newcomers: then all that wait share one
+start, the mean TTFT's caps keep the makespan within the limit that the batch planner keeps. Where requests keep
+arriving faster than the queue drains, those ahead of a long prompt are soon replaced by newcomers: then all that wait share one
 cap, that of the mean over them. Rounds no longer than those the pipeline is already busy with cost no latency: on equal
 stages a round waits behind the slowest one before it (`tuner.schedule`), so the cap never falls below what is in
 flight. Then the remaining work is shared out evenly over whole rounds.
