@@ -51,11 +51,11 @@ BATCHES = {"one": [32768], "two": [60000, 20000], "mix": [min(n, 65536) for n in
 
 PLANNER: dict[str, Off] = {
     "as it is": nullcontext,
-    "local search": lambda: patch("tuner.policies.joint.improve_rounds", lambda problem, rounds, *_: list(rounds)),
+    "local search": lambda: patch("tuner.policies.joint.local_search", lambda problem, rounds, *_: list(rounds)),
     "exact search": lambda: patch("tuner.policies.joint.is_small", lambda problem: False),
     "simpler policies": lambda: patch("tuner.policies.joint.simpler_rounds", lambda *_: []),
     "uneven bound": lambda: patch("tuner.bound.uneven_bound_s", lambda cost, work, known_s: known_s),
-    "lookahead": lambda: patch("tuner.online.Planner._may_plan_ahead", lambda planner: False),
+    "lookahead": lambda: patch("tuner.online.OnlinePlanner._may_plan_ahead", lambda planner: False),
 }
 
 

@@ -1,7 +1,7 @@
 """The online planner: requests come and go, an engine asks for the next round, and gets it in well under a
 millisecond.
 
-    planner = Planner(cost, window=5)
+    planner = OnlinePlanner(cost, window=5)
     planner.add(Request(id="a", prompt_tokens=131072), now_s=0.0)
     chunks = planner.next_round(now_s=0.0)        # None while the window is full or nothing waits
     ...
@@ -10,10 +10,10 @@ millisecond.
 How long may the next round be? `tuner.round_budgets` says, from the work that waits, which caps make the mean TTFT or
 the makespan least when nothing else arrives; the first request's counts. While all that ever came was there at the
 start, the mean TTFT's caps keep the makespan within the limit that the batch planner keeps. Where requests keep
-arriving faster than the queue drains, those ahead of a long prompt are soon replaced by newcomers: then all that wait share one
-cap, that of the mean over them. Rounds no longer than those the pipeline is already busy with cost no latency: on equal
-stages a round waits behind the slowest one before it (`tuner.schedule`), so the cap never falls below what is in
-flight. Then the remaining work is shared out evenly over whole rounds.
+arriving faster than the queue drains, those ahead of a long prompt are soon replaced by newcomers: then all that wait
+share one cap, that of the mean over them. Rounds no longer than those the pipeline is already busy with cost no
+latency: on equal stages a round waits behind the slowest one before it (`tuner.schedule`), so the cap never falls
+below what is in flight. Then the remaining work is shared out evenly over whole rounds.
 
 With few requests, where rounds and requests end matters: the rounds of all of them are planned under several scales of
 these caps, and held until the queue changes (`tuner.lookahead`).
@@ -63,7 +63,7 @@ class _Waiting:
     """Its place in the running order, the smallest first; changes only when it runs."""
 
 
-class Planner:
+class OnlinePlanner:
     """Decides one round at a time.
 
     `objective` makespan and mean-ttft differ in how far ahead the cap looks; sla runs the earliest deadline first.
@@ -336,8 +336,8 @@ class Planner:
 
 
 def online_rounds(problem: Problem, cap_scale: float = 1.0) -> list[Round]:
-    """The rounds of a Planner that sees each request when it arrives and is asked whenever stage 0 can take a round."""
-    planner = Planner(
+    """The online planner's rounds: it sees a request when it arrives and is asked whenever stage 0 can take a round."""
+    planner = OnlinePlanner(
         problem.cost,
         window=problem.window,
         chunk_multiple=problem.chunk_multiple,

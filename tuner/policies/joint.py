@@ -7,7 +7,7 @@
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `MAKESPAN_SLACK` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online`).
-4. The best few are improved by moving tokens between neighbouring rounds (`tuner.policies.improve`).
+4. The best few are improved by moving tokens between neighbouring rounds (`tuner.policies.local_search`).
 5. Batches of a few grid units are searched exactly (`tuner.policies.exact`), few prompts also on a coarser grid.
 
 Every candidate is judged by the exact recurrence: uneven stages, hand-offs, the window and arrivals included.
@@ -22,7 +22,7 @@ from tuner.packing import pack_in_order, pack_tails
 from tuner.plan import Round
 from tuner.policies.dp import pack_line
 from tuner.policies.exact import exact_rounds, is_small
-from tuner.policies.improve import improve_rounds
+from tuner.policies.local_search import local_search
 from tuner.policies.named import simpler_rounds
 from tuner.policies.sweep import Pack, Search, budget_profiles, request_orders, shortest_first
 from tuner.problem import Problem
@@ -86,7 +86,7 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
                 search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS), objective)
     starts = search.ranked()[: MOST_STARTS if objective is Objective.MAKESPAN else 1]
     good_enough_s = GOOD_ENOUGH * bound.seconds if objective is Objective.MAKESPAN else 0.0
-    improved = [improve_rounds(problem, start.rounds, good_enough_s, search.limit_s) for start in starts]
+    improved = [local_search(problem, start.rounds, good_enough_s, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
 
 

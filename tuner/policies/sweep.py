@@ -26,7 +26,7 @@ CAP_POWERS = (0.25, 0.5)
 
 
 @dataclass(slots=True)
-class Candidate:
+class ScoredRounds:
     """A plan and how good it is, the smaller the score the better."""
 
     score: tuple[float, ...]
@@ -47,7 +47,7 @@ class Search:
     """Share of the caps that a sweep tries."""
     limit_s: float = np.inf
     """Makespans above it count as worse than any below."""
-    found: dict[int, Candidate] = field(default_factory=dict)
+    found: dict[int, ScoredRounds] = field(default_factory=dict)
 
     @classmethod
     def of(cls, problem: Problem, effort: float = 1.0) -> Search:
@@ -58,19 +58,19 @@ class Search:
         """What to minimise, the most important first."""
         return (max(evaluation.makespan_s - self.limit_s, 0.0), *evaluation.score(objective))
 
-    def ranked(self) -> list[Candidate]:
+    def ranked(self) -> list[ScoredRounds]:
         """The best candidate for each number of rounds, the best first."""
         return sorted(self.found.values(), key=lambda candidate: candidate.score)
 
     def sweep(self, pack: Pack, order: Sequence[int], profile: Sequence[float], objective: Objective) -> None:
         """Pack under caps around `cap_s`, then twice closer around the best; `profile` scales each request's cap."""
-        tried: dict[float, Candidate] = {}
+        tried: dict[float, ScoredRounds] = {}
 
         def attempt(cap: float) -> None:
             if cap not in tried:
                 rounds = pack(self.packer, self.problem.requests, order, [cap * share for share in profile])
                 evaluation = self.problem.evaluate(rounds)
-                tried[cap] = Candidate(self.score(evaluation, objective), evaluation, rounds)
+                tried[cap] = ScoredRounds(self.score(evaluation, objective), evaluation, rounds)
 
         def best() -> float:
             return min(tried, key=lambda cap: tried[cap].score)
@@ -101,7 +101,7 @@ class Search:
     def keep(self, rounds: list[Round], objective: Objective) -> None:
         """Take a plan made elsewhere as a candidate."""
         evaluation = self.problem.evaluate(rounds)
-        self._keep(Candidate(self.score(evaluation, objective), evaluation, rounds))
+        self._keep(ScoredRounds(self.score(evaluation, objective), evaluation, rounds))
 
     def limit(self, makespan_s: float, objective: Objective) -> None:
         """From now on prefer plans within a makespan, then by another objective; score what was found anew."""
@@ -109,7 +109,7 @@ class Search:
         for candidate in self.found.values():
             candidate.score = self.score(candidate.evaluation, objective)
 
-    def _keep(self, candidate: Candidate) -> None:
+    def _keep(self, candidate: ScoredRounds) -> None:
         known = self.found.get(len(candidate.rounds))
         if known is None or candidate.score < known.score:
             self.found[len(candidate.rounds)] = candidate
