@@ -88,7 +88,7 @@ def contest(
     """Plan by the rules, unless that is done, and compare: with every policy, or with the best fixed chunk alone."""
 
     if arrive_over_time(requests):
-        *others, own = rules.replays(cost, requests)
+        *others, own = rules.replays(cost, requests, everything=compare)
         by_objective = functools.partial(_score, objective=rules.objective)
         if not compare:
             others = [min((one for one in others if one.policy.startswith("fixed:")), key=by_objective)]

@@ -20,6 +20,10 @@ from tuner.schedule import Evaluation, Objective
 
 CAP_SCALES = (1.0, 1.5, 3.0)
 """Scales of the online planner's caps that are tried: longer rounds where their overhead would fill the pipeline."""
+FEW_REQUESTS = 128
+"""Of a longer trace only the beginning is replayed under every policy, unless all are asked for."""
+NEARLY = 1.2
+"""Policies whose mean TTFT there is within this factor of the least are replayed in full."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,32 +61,63 @@ def replay(
     whenever the first stage has run dry. A parameter that is left open is the best one by the objective.
     """
     problem = _problem(cost, requests, options)
-    return _best(problem, policy, Bound(problem))
+    return _best(problem, policy, _names(problem, policy), Bound(problem))
 
 
 def compare_replays(
-    cost: CostModel, requests: Sequence[Request], *, least_chunk: int = 1024, **options: Unpack[RoundOptions]
+    cost: CostModel,
+    requests: Sequence[Request],
+    *,
+    least_chunk: int = 1024,
+    everything: bool = True,
+    **options: Unpack[RoundOptions],
 ) -> list[Replay]:
     """Replay a trace under every policy, the fixed chunk swept over powers of two from `least_chunk` tokens up.
 
     The last is `joint`: the online planner, or a simpler policy that is better by the objective.
+    everything: or else a trace of more than FEW_REQUESTS only under the online planner, the best fixed chunk and what
+    is NEARLY as good on the trace's beginning.
     """
     problem = _problem(cost, requests, options)
     bound = Bound(problem)
     swept = fixed_sweep(requests, problem.chunk_multiple)
     fixed = [name for name in swept if int(name.removeprefix("fixed:")) >= least_chunk] or swept[-1:]
-    replays = [_best(problem, policy, bound) for policy in [*fixed, *POLICIES[1:]]]
+    policies = {policy: _names(problem, policy) for policy in [*fixed, *POLICIES[1:]]}
+    if not everything and len(requests) > FEW_REQUESTS:
+        policies = _shortlist(problem, policies)
+    replays = [_best(problem, policy, names, bound) for policy, names in policies.items()]
     best = min(reversed(replays), key=lambda one: one.evaluation.score(problem.objective))
     return [*replays[:-1], replace(best, policy="joint")]
 
 
-def _best(problem: Problem, policy: str, bound: Bound) -> Replay:
-    """The policy under each of the parameters that it leaves open: the best by the objective."""
-    names = [policy]
+def _names(problem: Problem, policy: str) -> list[str]:
+    """The policy with each of the parameters that it leaves open."""
     if policy == "joint":
-        names = ["joint", *(f"joint:{scale}" for scale in CAP_SCALES[1:])]
-    elif policy in BASED:
-        names = [f"{policy}:{base}" for base in base_sizes(problem)]
+        return ["joint", *(f"joint:{scale}" for scale in CAP_SCALES[1:])]
+    return [f"{policy}:{base}" for base in base_sizes(problem)] if policy in BASED else [policy]
+
+
+def _shortlist(problem: Problem, policies: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Policies under the parameter that is best on the trace's beginning, those far from the best left out."""
+    first = sorted(problem.requests, key=lambda request: request.arrival_s)[:FEW_REQUESTS]
+    beginning = replace(problem, requests=tuple(first))
+    bound = Bound(beginning)
+    tried = {policy: _best(beginning, policy, names, bound) for policy, names in policies.items()}
+
+    def mean_s(policy: str) -> float:
+        return tried[policy].evaluation.mean_ttft_s
+
+    fixed = min((policy for policy in tried if policy.startswith("fixed:")), key=mean_s)
+    most_s, latest_s = NEARLY * min(map(mean_s, tried)), tried["joint"].evaluation.makespan_s
+    return {
+        policy: [one.planned.policy]
+        for policy, one in tried.items()
+        if policy in (fixed, "joint") or mean_s(policy) <= most_s or one.evaluation.makespan_s < latest_s / NEARLY
+    }
+
+
+def _best(problem: Problem, policy: str, names: Sequence[str], bound: Bound) -> Replay:
+    """The policy under the parameter that is best by the objective."""
     replays = [_replay(problem, name, bound) for name in names]
     best = min(replays, key=lambda one: one.evaluation.score(problem.objective))
     return replace(best, policy=policy)

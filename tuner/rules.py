@@ -39,7 +39,7 @@ class Rules:
         if not arrive_over_time(requests):
             return plan_rounds(cost, requests, policy=self.policy, **self.options)
         if self.policy == "joint":
-            return self.replays(cost, requests)[-1].planned
+            return self.replays(cost, requests, everything=False)[-1].planned
         return replay(cost, requests, policy=self.policy, **self.options).planned
 
     def draft(self, cost: CostModel, requests: Sequence[Request]) -> RoundPlan:
@@ -57,9 +57,9 @@ class Rules:
         """The best fixed chunk: what a scheduler without a plan could do."""
         return best_fixed(cost, requests, **self.options)
 
-    def replays(self, cost: CostModel, requests: Sequence[Request]) -> list[Replay]:
-        """Requests that arrive over time under every policy, this one last."""
-        replays = compare_replays(cost, requests, **self.options)
+    def replays(self, cost: CostModel, requests: Sequence[Request], *, everything: bool) -> list[Replay]:
+        """Requests that arrive over time under every policy, or a long trace under the likely ones; this one last."""
+        replays = compare_replays(cost, requests, everything=everything, **self.options)
         if self.policy == "joint":
             return replays
         own = replay(cost, requests, policy=self.policy, **self.options)
