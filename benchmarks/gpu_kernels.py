@@ -19,7 +19,8 @@ import torch
 from db.documents import write_json
 from db.engine import open_database
 from db.measurements import load_measurements
-from profiler.attention import available_kernels, worth_measuring
+from profiler.attention import available_kernels
+from profiler.attention_kernel import worth_measuring
 from profiler.comm.launch import run_ranks
 from profiler.device import describe_hardware
 from profiler.grid import Grid

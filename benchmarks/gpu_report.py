@@ -302,7 +302,7 @@ def is_long(tested: LeftOut) -> bool:
 def print_layers(database: Database, hardware: Hardware) -> None:
     """How long whole layers took beside the sum of their parts, which are sampled under a usual load."""
     table: list[list[object]] = []
-    paces: list[list[object]] = []
+    skews: list[list[object]] = []
     rows = load_measurements(database, hardware)
     for shape in {shape.fingerprint: shape for _, _, shape in runs_of(database, hardware)}.values():
         for tp_size in (1, 2):
@@ -317,12 +317,12 @@ def print_layers(database: Database, hardware: Hardware) -> None:
                     f"{shape.name}, TP{tp_size}", int(chunk[0]), int(context[0]), 1e6 * whole_s, 1e6 * parts_s,
                     whole_s / parts_s,
                 ])  # fmt: skip
-            if costs.pace.factors:
-                paces.append([f"{shape.name}, TP{tp_size}", *costs.pace.factors])
+            if costs.rank_skew.factors:
+                skews.append([f"{shape.name}, TP{tp_size}", *costs.rank_skew.factors])
     print_table(["of", "chunk", "context", "layer us", "parts us", "ratio"], table, title="Layers and their parts")
-    if paces:
-        ranks = [f"rank {rank}" for rank in range(max(map(len, paces)) - 1)]
-        print_table(["of", *ranks], paces, title="Pace of each rank")
+    if skews:
+        ranks = [f"rank {rank}" for rank in range(max(map(len, skews)) - 1)]
+        print_table(["of", *ranks], skews, title="Skew of each rank")
 
 
 def print_stages(database: Database, hardware: Hardware) -> None:

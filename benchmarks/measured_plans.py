@@ -23,7 +23,8 @@ from tuner.holdout import HeldOutError, held_out_errors
 from tuner.layout import Layout
 from tuner.plan import Plan, Request
 from tuner.rows import RankWork
-from tuner.search import Candidate, Rules, Target, search_layouts, to_plan
+from tuner.rules import Rules
+from tuner.search import Candidate, Target, search_layouts, to_plan
 from tuner.uncertainty import makespan_uncertainty
 
 DTYPE = "float32"

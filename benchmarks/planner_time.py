@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.planner_records import prompts
 from tests.tuner.atom import atom
 from tuner.cost_model import CostModel
-from tuner.online import Planner
+from tuner.online import OnlinePlanner
 from tuner.plan import Request
 from tuner.planner import plan_rounds
 from tuner.schedule import Objective
@@ -49,7 +49,7 @@ def uneven(pp_size: int) -> CostModel:
 
 def _online_ms(lengths: list[int], objective: Objective, rng: random.Random) -> list[float]:
     """Times of next_round while 256 requests wait: whenever one ends, another arrives."""
-    planner = Planner(atom(16), window=None, objective=objective)
+    planner = OnlinePlanner(atom(16), window=None, objective=objective)
     num_added, now = 0, 0.0
     times_ms: list[float] = []
     while len(times_ms) < 300:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from db.measurements import Measurement, MeasurementKey
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from profiler.kernel_choice import FAR, Contests, KernelChoice, KernelTime, kernel_times
 from profiler.point import Op, Point
 

@@ -1,4 +1,7 @@
-"""What the device at hand is: the provenance of every row, its memory and its caches."""
+"""What the device at hand is: the provenance of every row, its memory and its caches.
+
+torch is imported by the functions that ask it: planning for a device of the database needs none.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,22 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from db.errors import UserError
 from db.hardware import Hardware
 from profiler.model import ModelShape
+
+if TYPE_CHECKING:
+    import torch
 
 _DEFAULT_CACHE_BYTES = 32 * 2**20
 
 
 def describe_hardware(device_type: str, *, num_threads: int) -> Hardware:
     """The hardware that ranks of `num_threads` threads on this machine's devices run on."""
+    import torch
+
     check_device_type(device_type)
     if device_type == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -48,6 +55,8 @@ MOST_RANKS_PER_CORE = 8  # more ranks than cores only show that a layout works
 
 def check_device_type(device_type: str) -> None:
     """Raise `UserError` unless torch sees such a device."""
+    import torch
+
     if device_type not in ("cpu", "cuda"):
         raise UserError("device", device_type, "must be cpu or cuda")
     if device_type == "cuda" and not torch.cuda.is_available():
@@ -56,6 +65,8 @@ def check_device_type(device_type: str) -> None:
 
 def check_world_size(world_size: int, device_type: str) -> None:
     """Raise `UserError` for more ranks than this machine has CUDA devices."""
+    import torch
+
     if world_size < 1:
         raise UserError("world_size", world_size, "must be 1 or more")
     most = MOST_RANKS_PER_CORE * num_cores()
@@ -68,11 +79,15 @@ def check_world_size(world_size: int, device_type: str) -> None:
 
 def default_device_type() -> str:
     """CUDA where there is a card, else the CPU."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def default_world_size(device_type: str) -> int:
     """A rank for each card; on a CPU two, where there are two cores."""
+    import torch
+
     return torch.cuda.device_count() if device_type == "cuda" else min(2, num_cores())
 
 
@@ -89,6 +104,8 @@ def default_dtype(shape: ModelShape, device_type: str) -> str:
 def cache_bytes(device: torch.device) -> int:
     """Size of the last cache before memory: L2 on CUDA, the largest that Linux lists on a CPU."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [_size(path.read_text()) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max(sizes, default=_DEFAULT_CACHE_BYTES)
@@ -97,6 +114,8 @@ def cache_bytes(device: torch.device) -> int:
 def free_bytes(device: torch.device) -> int:
     """Memory that can be allocated now, all ranks of the device together."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.mem_get_info(device)[0])
     fields = _memory_fields()
     return min(fields.get("MemAvailable", host_memory_bytes()), host_memory_bytes())
@@ -117,12 +136,16 @@ def num_cores() -> int:
 
 def cards_reach_each_other() -> bool:
     """Whether each of this machine's cards can read and write the memory of all others."""
+    import torch
+
     cards = range(torch.cuda.device_count())
     return all(torch.cuda.can_device_access_peer(one, other) for one in cards for other in cards if one != other)
 
 
 def nccl_link() -> str:
     """The transport NCCL takes between this machine's cards, as the environment steers it."""
+    import torch
+
     if torch.cuda.device_count() < 2:
         return "none"
     if os.environ.get("NCCL_P2P_DISABLE", "0") == "0" and cards_reach_each_other():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from profiler.model import PRECISIONS, LayerSpec, ModelShape, Precision
 from profiler.model.flops import causal_pairs
 from profiler.point import COLLECTIVES, WARM, Op, Point

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from db.measurements import Measurement
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from profiler.point import Op
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from profiler.attention import AttentionKernel, attend
+from profiler.attention import attend
+from profiler.attention_kernel import AttentionKernel
 from profiler.head import Head, embed
 from profiler.layer import DecoderLayer, LayerInputs, Norms, Project, Stream
 from profiler.model import LayerSpec, ModelShape

@@ -15,7 +15,8 @@ from db.numbers import whole_number
 from db.processes import process_row
 from db.provenance import now
 from profiler.agenda import Agenda
-from profiler.attention import available_kernels, worth_measuring
+from profiler.attention import available_kernels
+from profiler.attention_kernel import worth_measuring
 from profiler.comm.launch import run_ranks
 from profiler.comm.stall import LEAST_LIMIT_S
 from profiler.device import (

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from profiler.attention import AttentionKernel, attend
+from profiler.attention import attend
+from profiler.attention_kernel import AttentionKernel
 from profiler.rotary import Rotary
 
 ChooseKernel = Callable[[int, int], AttentionKernel]  # (chunk tokens, context) -> kernel

@@ -16,7 +16,7 @@ from db.hardware import Hardware
 from db.measurements import Measurement, save_measurements
 from db.provenance import code_version, now
 from profiler.agenda import Agenda
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from profiler.collectives import PeerMessages, make_groups, prepare_collective, prepare_message, prepare_round_overhead
 from profiler.comm.group import HostGroup, find_hosts
 from profiler.comm.mark import Doing, Phase

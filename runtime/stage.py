@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from profiler.comm.group import TensorGroup
 from profiler.head import embed
 from profiler.layer import LayerInputs, Stream

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from db.hardware import Hardware
 from service.output import print_table
-from tuner.autotune import Trial
-from tuner.correction import Correction
-from tuner.holdout import HeldOutError
-from tuner.pace import Pace
 from tuner.plan import Plan
-from tuner.planner import RoundPlan
 from tuner.replay import Replay
-from tuner.search import Candidate
+from tuner.round_plan import RoundPlan
+
+if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
+    from db.hardware import Hardware
+    from tuner.autotune import Trial
+    from tuner.fit import LayerCosts
+    from tuner.holdout import HeldOutError
+    from tuner.search import Candidate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +28,13 @@ class TuneReport:
     candidates: list[Candidate] = field(default_factory=list)
     held_out: list[HeldOutError] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
-    correction: Correction = field(default_factory=Correction)
-    pace: Pace = field(default_factory=Pace)
     hardware: Hardware | None = None
     output: str | None = None
+
+    @property
+    def costs(self) -> LayerCosts | None:
+        """Fitted costs behind the plan; None where it was made from a cost model file."""
+        return self.candidates[0].costs if self.candidates else None
 
     def to_json(self) -> dict[str, Any]:
         """For programs: the plan, the ranking, the policies, the held-out errors and the trials."""
@@ -40,8 +44,8 @@ class TuneReport:
             "policies": [_policy_json(planned) for planned in self.policies],
             "replays": [_replay_json(replay) for replay in self.replays],
             "held_out": [error.to_json() for error in self.held_out],
-            "correction": self.correction.to_json(),
-            "rank_factors": list(self.pace.factors),
+            "correction": self.costs.correction.to_json() if self.costs else None,
+            "rank_factors": list(self.costs.rank_skew.factors) if self.costs else [],
             "trials": [
                 {"layout": t.choice.layout, "policy": t.choice.policy, "predicted_s": t.choice.predicted_s,
                  "measured_s": t.measured_s, "error": t.error}
@@ -59,24 +63,16 @@ def print_report(report: TuneReport) -> None:
             [[e.op, e.num_points, 100 * e.median, 100 * e.p90, 100 * e.worst] for e in report.held_out],
             title=f"Held-out errors on {report.hardware.device}",
         )
-    if report.pace.factors:
-        print(f"Each rank's time over the slowest's: {', '.join(f'{factor:.3f}' for factor in report.pace.factors)}\n")
-    correction = report.correction
-    if correction.num_rounds:
-        print(
-            f"Corrected by {correction.num_rounds} rounds of {correction.num_runs} earlier runs: "
-            f"token-wise work x {correction.tokens_scale:.3f}, attention x {correction.attention_scale:.3f} and "
-            f"{1e3 * correction.round_s:+.2f} ms a round; "
-            f"median error of a round {100 * correction.error_before:.1f} % -> {100 * correction.error_after:.1f} %\n"
-        )
+    if report.costs is not None:
+        _print_corrections(report.costs)
     if report.candidates:
         print_table(
-            ["layout", "layers", "rounds", "makespan s", "mean TTFT s", "bubble %", "gap %", "GiB/rank", "note"],
+            ["layout", "layers", "rounds", "makespan s", "mean TTFT s", "bubble %", "GiB/rank", "note"],
             [_candidate_row(candidate) for candidate in report.candidates],
             title="Layouts, the best first",
         )
         print(f"{_certainty(report)}\n")
-    parallel = report.plan.parallel
+    parallel, requests = report.plan.parallel, report.plan.requests
     if report.policies:
         print_table(
             ["policy", "rounds", "makespan s", "mean TTFT s", "p90 TTFT s", "bubble %", "gap %", "planning ms"],
@@ -85,10 +81,11 @@ def print_report(report: TuneReport) -> None:
         )
     if report.replays:
         print_table(
-            ["policy", "rounds", "mean TTFT s", "p50 s", "p90 s", "p99 s", "tokens/s"],
+            ["policy", "taken", "rounds", "makespan s", "mean TTFT s", "p50 s", "p90 s", "p99 s", "tokens/s"],
             [list(_replay_json(replay).values()) for replay in report.replays],
-            title=f"{len(report.plan.requests)} requests as they arrive, each policy seeing a request when it arrives",
+            title=f"{len(requests)} requests as they arrive, each policy seeing a request when it arrives",
         )
+    print(f"{_verdict(report)}\n")
     if report.trials:
         print_table(
             ["layout", "policy", "predicted s", "measured s", "error %", "failed"],
@@ -97,6 +94,32 @@ def print_report(report: TuneReport) -> None:
         )
     if report.output:
         print(f"Wrote {report.output}")
+
+
+def _print_corrections(costs: LayerCosts) -> None:
+    """What ranks and earlier runs told beside the rows."""
+    factors, correction = costs.rank_skew.factors, costs.correction
+    if factors:
+        print(f"Each rank's time over the slowest's: {', '.join(f'{factor:.3f}' for factor in factors)}\n")
+    if correction.num_rounds:
+        print(
+            f"Corrected by {correction.num_rounds} rounds of {correction.num_runs} earlier runs: "
+            f"token-wise work x {correction.tokens_scale:.3f}, attention x {correction.attention_scale:.3f} and "
+            f"{1e3 * correction.round_s:+.2f} ms a round; "
+            f"median error of a round {100 * correction.error_before:.1f} % -> {100 * correction.error_after:.1f} %\n"
+        )
+
+
+def _verdict(report: TuneReport) -> str:
+    """How good the plan is: beside the best possible makespan."""
+    plan = report.plan
+    predicted = plan.predicted
+    if predicted is None or predicted.lower_bound_s is None or predicted.gap is None:
+        return ""
+    return (
+        f"The plan, {plan.policy}: {predicted.makespan_s:.4g} s, at most {predicted.gap:.2%} above the best possible "
+        f"(no plan takes less than {predicted.lower_bound_s:.4g} s)."
+    )
 
 
 def _certainty(report: TuneReport) -> str:
@@ -120,7 +143,9 @@ def _certainty(report: TuneReport) -> str:
 def _replay_json(replay: Replay) -> dict[str, Any]:
     return {
         "policy": replay.policy,
+        "taken": replay.planned.policy,
         "num_rounds": replay.num_rounds,
+        "makespan_s": replay.evaluation.makespan_s,
         "mean_ttft_s": replay.evaluation.mean_ttft_s,
         "p50_ttft_s": replay.ttft_s(50),
         "p90_ttft_s": replay.ttft_s(90),
@@ -137,10 +162,14 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "refusal": candidate.refusal,
         "extrapolates": candidate.extrapolates,
         "memory_bytes": candidate.peak_memory_bytes,
-    } | ({} if candidate.rounds is None else _policy_json(candidate.rounds))
+    } | ({} if candidate.rounds is None else _expected_json(candidate.rounds))
 
 
 def _policy_json(planned: RoundPlan) -> dict[str, Any]:
+    return _expected_json(planned) | {"lower_bound_s": planned.lower_bound_s, "gap": planned.gap}
+
+
+def _expected_json(planned: RoundPlan) -> dict[str, Any]:
     evaluation = planned.evaluation
     return {
         "policy": planned.policy,
@@ -149,8 +178,6 @@ def _policy_json(planned: RoundPlan) -> dict[str, Any]:
         "mean_ttft_s": evaluation.mean_ttft_s,
         "p90_ttft_s": evaluation.p90_ttft_s,
         "bubble_share": evaluation.bubble_share,
-        "lower_bound_s": planned.lower_bound_s,
-        "gap": planned.gap,
         "planning_s": planned.planning_s,
     }
 
@@ -160,11 +187,11 @@ def _candidate_row(candidate: Candidate) -> list[object]:
     layers = "-".join(map(str, candidate.layer_partition)) or None
     note = candidate.refusal or ("beyond the measured range" if candidate.extrapolates else "")
     if planned is None:
-        return [str(candidate.layout), layers, None, None, None, None, None, None, note]
+        return [str(candidate.layout), layers, None, None, None, None, None, note]
     evaluation = planned.evaluation
     return [
         str(candidate.layout), layers, len(planned.rounds), planned.makespan_s, evaluation.mean_ttft_s,
-        100 * evaluation.bubble_share, 100 * planned.gap, candidate.peak_memory_bytes / 2**30, note,
+        100 * evaluation.bubble_share, candidate.peak_memory_bytes / 2**30, note,
     ]  # fmt: skip
 
 

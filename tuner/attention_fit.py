@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -119,7 +120,7 @@ def fit_attention(
     measured = np.maximum(np.asarray(seconds, dtype=np.float64), SHORTEST_S)
     chunks = np.unique(c)
     lines = {
-        at: least_absolute(np.stack([np.ones(mine.sum()), p[mine]], axis=1) / measured[mine, None], np.ones(mine.sum()))
+        at: np.array(_line(tuple(p[mine].tolist()), tuple(measured[mine].tolist())))
         for at in chunks
         for mine in [c == at]
         if len(np.unique(p[mine])) > 1
@@ -138,6 +139,15 @@ def fit_attention(
         base[index] = lines[at][0] if at in lines else max(alone, 0.0)
     pairs = chunks * (chunks + 1.0) / 2.0
     return AttentionCurve(chunks=chunks, base_s=_undisturbed(base / pairs) * pairs, context_s=slope, waves=waves)
+
+
+@lru_cache(maxsize=4096)
+def _line(context: tuple[float, ...], seconds: tuple[float, ...]) -> tuple[float, float]:
+    """(seconds at no context, seconds a context token) of one chunk; the same again whenever others are left out."""
+    measured = np.array(seconds)
+    design = np.stack([np.ones(len(measured)), np.array(context)], axis=1)
+    base, slope = least_absolute(design / measured[:, None], np.ones(len(measured)))
+    return float(base), float(slope)
 
 
 def _pair_seconds(chunk: float, lines: Mapping[float, Floats], kernel_of: Callable[[int], str]) -> float:

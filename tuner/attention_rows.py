@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from db.measurements import Measurement
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from tuner.attention_fit import AttentionCurve, Waves, fit_attention
 from tuner.kernels import chosen_kernels, kernel_choice
 from tuner.rows import RankWork, expected_s

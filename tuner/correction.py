@@ -41,7 +41,7 @@ class Correction:
     and either at another than the mix that the profile stands for.
 
     stage_scales: (pp_size, stage, scale) of stages that were run: devices of one kind differ by several percent, and a
-    pipeline goes at the pace of the slowest.
+    pipeline is as fast as the slowest.
     """
 
     tokens_scale: float = 1.0

@@ -16,7 +16,7 @@ from tuner.calibration import Calibration, fit_calibration
 from tuner.correction import Correction
 from tuner.cost_model import CostModel, StageCost, TableAttention
 from tuner.curve import Curve, Floats, fit_curve, fit_line, without_spikes
-from tuner.pace import Pace, fit_pace
+from tuner.rank_skew import RankSkew, fit_rank_skew
 from tuner.rows import RankWork, Rows, expected_s
 
 # Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
@@ -43,7 +43,7 @@ class LayerCosts:
     hop_latency_s: float
     hop_byte_s: float
     return_s: float
-    pace: Pace
+    rank_skew: RankSkew
     correction: Correction
     max_chunk: int
     """The largest chunk that all parts of a layer were measured at; plans beyond it are extrapolated."""
@@ -54,10 +54,10 @@ class LayerCosts:
         """Token-wise seconds of a layer without collectives: matmuls and element-wise work, uncalibrated."""
         return np.asarray(sum(curve(tokens) for curve in self.projections)) + self.elementwise(tokens)
 
-    def tokens_s(self, tokens: Floats, pace: float = 1.0) -> Floats:
-        """Token-wise seconds of a layer: calibrated compute at the rank's pace, and with tensor parallelism its
+    def tokens_s(self, tokens: Floats, skew: float = 1.0) -> Floats:
+        """Token-wise seconds of a layer: calibrated compute at the rank's skew, and with tensor parallelism its
         all-reduces."""
-        seconds = pace * self.compute_s(tokens) * self.calibration.tokens_factor(tokens)
+        seconds = skew * self.compute_s(tokens) * self.calibration.tokens_factor(tokens)
         if self.all_reduce is not None:
             seconds = seconds + sum(self.all_reduce(tokens * size) for size in self.work.reduced_bytes)
         return seconds
@@ -68,7 +68,7 @@ class LayerCosts:
         stages = tuple(
             self._stage(
                 num_layers,
-                self.pace.of_stage(stage, self.work.tp_size),
+                self.rank_skew.of_stage(stage, self.work.tp_size),
                 self.correction.of_stage(pp_size, stage),
                 first=stage == 0,
                 last=stage == pp_size - 1,
@@ -82,15 +82,15 @@ class LayerCosts:
             return_s=self.return_s,
         )
 
-    def _stage(self, num_layers: int, pace: float, stage_scale: float, *, first: bool, last: bool) -> StageCost:
+    def _stage(self, num_layers: int, skew: float, stage_scale: float, *, first: bool, last: bool) -> StageCost:
         grid = table_grid()
         points = grid.astype(np.float64)
         scale = stage_scale * self.correction.tokens_scale
-        tokens = num_layers * self.tokens_s(points, pace)
+        tokens = num_layers * self.tokens_s(points, skew)
         if first:
             tokens = tokens + self.embedding(points)
         tokens = scale * tokens
-        attention_scale = num_layers * pace * stage_scale * self.correction.attention_scale
+        attention_scale = num_layers * skew * stage_scale * self.correction.attention_scale
         return StageCost(
             token_count=(0, *grid.tolist()),
             token_seconds=_rising([tokens[0], *tokens]),
@@ -139,7 +139,7 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         all_reduce=_all_reduce(rows, work, busy_ranks, why),
         attention=attention.fit(attention.chosen),
         calibration=Calibration.none(),
-        pace=Pace(),
+        rank_skew=RankSkew(),
         correction=Correction(),
         embedding=curve("embedding", {"hidden": shape.hidden_size, "vocab": shape.vocab_size}, "tokens"),
         head_s=float(curve("head", {"hidden": shape.hidden_size, "vocab": work.vocab_slice}, "rows")(1)),
@@ -156,7 +156,7 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         for op in ("layer", RANK_LAYER)
     )
     calibration = fit_calibration(costs.compute_s, costs.attention, whole_layers, ranks=work.tp_size)
-    return replace(costs, calibration=calibration, pace=fit_pace(of_ranks))
+    return replace(costs, calibration=calibration, rank_skew=fit_rank_skew(of_ranks))
 
 
 def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from db.measurements import Measurement
-from profiler.attention import PREFERENCE, AttentionKernel
+from profiler.attention_kernel import PREFERENCE, AttentionKernel
 from profiler.kernel_choice import KernelChoice, KernelTime
 
 

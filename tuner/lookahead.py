@@ -1,8 +1,8 @@
 """Rounds for what waits right now: requests packed in their running order under a few caps, judged by the recurrence.
 
-Caps come in lists, one cap a request (`tuner.caps`); each list is tried at several scales. Where the makespan is
-limited, caps for the makespan alone say first how short it can be, and lists of several weights of the makespan are
-tried under that limit.
+Caps come in lists, one cap a request (`tuner.round_budgets`); each list is tried at several scales. Where the
+makespan is limited, caps for the makespan alone say first how short it can be, and lists of several weights of the
+makespan are tried under that limit.
 """
 
 from __future__ import annotations

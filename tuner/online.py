@@ -1,19 +1,19 @@
 """The online planner: requests come and go, an engine asks for the next round, and gets it in well under a
 millisecond.
 
-    planner = Planner(cost, window=5)
+    planner = OnlinePlanner(cost, window=5)
     planner.add(Request(id="a", prompt_tokens=131072), now_s=0.0)
     chunks = planner.next_round(now_s=0.0)        # None while the window is full or nothing waits
     ...
     planner.finish_round(now_s=0.7)               # the oldest round in flight has left the last stage
 
-How long may the next round be? `tuner.caps` says, from the work that waits, which caps make the mean TTFT or the
-makespan least when nothing else arrives; the first request's counts. While all that ever came was there at the start,
-the mean TTFT's caps keep the makespan within the limit that the batch planner keeps. Where requests keep arriving
-faster than the queue drains, those ahead of a long prompt are soon replaced by newcomers: then all that wait share one
-cap, that of the mean over them. Rounds no longer than those the pipeline is already busy with cost no latency: on equal
-stages a round waits behind the slowest one before it (`tuner.schedule`), so the cap never falls below what is in
-flight. Then the remaining work is shared out evenly over whole rounds.
+How long may the next round be? `tuner.round_budgets` says, from the work that waits, which caps make the mean TTFT or
+the makespan least when nothing else arrives; the first request's counts. While all that ever came was there at the
+start, the mean TTFT's caps keep the makespan within the limit that the batch planner keeps. Where requests keep
+arriving faster than the queue drains, those ahead of a long prompt are soon replaced by newcomers: then all that wait
+share one cap, that of the mean over them. Rounds no longer than those the pipeline is already busy with cost no
+latency: on equal stages a round waits behind the slowest one before it (`tuner.schedule`), so the cap never falls
+below what is in flight. Then the remaining work is shared out evenly over whole rounds.
 
 With few requests, where rounds and requests end matters: the rounds of all of them are planned under several scales of
 these caps, and held until the queue changes (`tuner.lookahead`).
@@ -27,13 +27,13 @@ from collections import deque
 from dataclasses import dataclass
 
 from db.errors import UserError
-from tuner.caps import QueueCaps, context_token_s, round_overhead_s
 from tuner.cost_model import CostModel
 from tuner.lookahead import Lookahead
 from tuner.packing import OpenRound, Packer
 from tuner.plan import Chunk, Request, Round, check_window
 from tuner.policies.queue import Clock
 from tuner.problem import NO_LIMITS, Limits, Problem
+from tuner.round_budgets import QueueBudgets, context_token_s, round_overhead_s
 from tuner.schedule import Objective
 
 FIRST_TABLE_TOKENS = 131_072
@@ -63,7 +63,7 @@ class _Waiting:
     """Its place in the running order, the smallest first; changes only when it runs."""
 
 
-class Planner:
+class OnlinePlanner:
     """Decides one round at a time.
 
     `objective` makespan and mean-ttft differ in how far ahead the cap looks; sla runs the earliest deadline first.
@@ -228,9 +228,9 @@ class Planner:
         """What rounds may take without leaving any later than what is in flight makes them."""
         return (self._clock.finish_s[-1] - start_s) / max(self.cost.pp_size - 1, 1)
 
-    def _queue_caps(self) -> QueueCaps:
+    def _queue_budgets(self) -> QueueBudgets:
         waiting = [self._waiting[index] for _, index in self._queue]
-        return QueueCaps(
+        return QueueBudgets(
             work_s=[each.work_s for each in waiting],
             context_work=[each.context_work for each in waiting],
             weights=[each.request.weight for each in waiting],
@@ -241,16 +241,16 @@ class Planner:
 
     def _cap_s(self) -> float:
         """Most seconds that the next round may take on the slowest stage."""
-        caps = self._queue_caps()
+        budgets = self._queue_budgets()
         if self.objective is Objective.MAKESPAN:
-            allowed = caps.for_makespan()
+            allowed = budgets.for_makespan()
         elif not self._is_settled():
-            allowed = caps.shared()
+            allowed = budgets.shared()
         else:
             if self._is_limited and self._makespan_weight is None:
-                self._makespan_weight = caps.makespan_weight()
-            allowed = caps.for_mean_ttft(self._makespan_weight or 0.0)
-        return caps.evened(self.cap_scale * allowed[0])
+                self._makespan_weight = budgets.makespan_weight()
+            allowed = budgets.for_mean_ttft(self._makespan_weight or 0.0)
+        return budgets.evened(self.cap_scale * allowed[0])
 
     def _note_arrival(self, now_s: float) -> None:
         since_s = now_s - self._last_arrival_s
@@ -279,7 +279,7 @@ class Planner:
 
     def _plan_ahead(self, start_s: float) -> list[Round]:
         """Rounds of all that waits."""
-        caps, least_s = self._queue_caps(), self._lag_s(start_s)
+        budgets, least_s = self._queue_budgets(), self._lag_s(start_s)
         ahead = Lookahead(
             packer=self._packer,
             requests=self.requests,
@@ -291,10 +291,10 @@ class Planner:
         )
 
         if self.objective is Objective.MAKESPAN:
-            return ahead.rounds(caps.for_makespan(), least_s)
+            return ahead.rounds(budgets.for_makespan(), least_s)
         if not self._is_limited:
-            return ahead.rounds(caps.for_mean_ttft(), least_s)
-        return ahead.limited_rounds(caps.for_makespan(), [*caps.choices(), caps.for_makespan()], least_s)
+            return ahead.rounds(budgets.for_mean_ttft(), least_s)
+        return ahead.limited_rounds(budgets.for_makespan(), [*budgets.choices(), budgets.for_makespan()], least_s)
 
     def _enqueue(self, waiting: _Waiting) -> None:
         request = waiting.request
@@ -336,8 +336,8 @@ class Planner:
 
 
 def online_rounds(problem: Problem, cap_scale: float = 1.0) -> list[Round]:
-    """The rounds of a Planner that sees each request when it arrives and is asked whenever stage 0 can take a round."""
-    planner = Planner(
+    """The online planner's rounds: it sees a request when it arrives and is asked whenever stage 0 can take a round."""
+    planner = OnlinePlanner(
         problem.cost,
         window=problem.window,
         chunk_multiple=problem.chunk_multiple,

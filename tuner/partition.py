@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Unpack
 
 from db.errors import UserError
 from tuner.cost_model import CostModel
 from tuner.plan import Request
-from tuner.planner import RoundPlan, plan_rounds
-from tuner.problem import RoundOptions
-from tuner.schedule import Objective, evaluate
+from tuner.round_plan import RoundPlan
+from tuner.rules import Rules
+from tuner.schedule import evaluate
 
 BuildCost = Callable[[tuple[int, ...]], CostModel]
 """The cost model of a pipeline whose stages hold these many layers (embedding on the first, head on the last)."""
@@ -36,17 +35,15 @@ def choose_partition(
     num_layers: int,
     pp_size: int,
     requests: Sequence[Request],
-    *,
-    policy: str = "joint",
-    **options: Unpack[RoundOptions],
+    rules: Rules,
 ) -> tuple[tuple[int, ...], RoundPlan]:
-    """Layers of each stage, and the rounds planned for them.
+    """Layers of each stage, and the rounds drafted for them.
 
-    Plans for even layers and for those that balance the stages' work; from the best of these, takes turns: move
-    single layers between stages as long as the exact recurrence says that the same rounds end sooner, and plan the
+    Drafts for even layers and for those that balance the stages' work; from the best of these, takes turns: move
+    single layers between stages as long as the exact recurrence says that the same rounds end sooner, and draft the
     rounds anew. Stops when that no longer helps.
     """
-    wanted, window = Objective.parse(options.get("objective", Objective.MAKESPAN)), options.get("window")
+    wanted, window = rules.objective, rules.window
     costs: dict[tuple[int, ...], CostModel] = {}
 
     def cost_of(partition: tuple[int, ...]) -> CostModel:
@@ -55,7 +52,7 @@ def choose_partition(
         return costs[partition]
 
     def plan(partition: tuple[int, ...]) -> RoundPlan:
-        return plan_rounds(cost_of(partition), requests, policy=policy, **options)
+        return rules.draft(cost_of(partition), requests)
 
     partition = even_partition(num_layers, pp_size)
     best = plan(partition)

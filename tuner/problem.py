@@ -84,8 +84,13 @@ class Problem:
     @property
     def is_timed(self) -> bool:
         """Whether some requests arrive later than the start."""
-        return any(request.arrival_s > 0.0 for request in self.requests)
+        return arrive_over_time(self.requests)
 
     def evaluate(self, rounds: Sequence[Round]) -> Evaluation:
         """What the cost model says of rounds."""
         return evaluate(self.cost, self.requests, rounds, self.window)
+
+
+def arrive_over_time(requests: Sequence[Request]) -> bool:
+    """Whether some requests arrive later than the start: a trace, and no batch."""
+    return any(request.arrival_s > 0.0 for request in requests)

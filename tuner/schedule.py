@@ -148,7 +148,9 @@ def simulate(
             done = lag + after[rows, k]
             finish[rows, k] = done
             earliest = done + hop[rows]
-    return Timeline(finish - stage_s, finish)
+    start = finish - stage_s
+    np.maximum(start[:, 0], ready, out=start[:, 0])  # which rounding may miss
+    return Timeline(start, finish)
 
 
 def _equal_stages(stage_s: Floats, hop_s: Floats) -> Floats | None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from db.errors import UserError
 from profiler.model import ModelShape
-from tuner.cost_model import CostModel
 from tuner.fit import LayerCosts
 from tuner.layout import Layout
 from tuner.memory import RankMemory, memory_refusal, rounds_memory
 from tuner.partition import choose_partition
-from tuner.plan import Parallel, Plan, Predicted, Request
-from tuner.planner import Limits, Objective, RoundPlan, compare_policies, plan_rounds
-from tuner.problem import NO_LIMITS, RoundOptions
-from tuner.replay import Replay, compare_replays
+from tuner.plan import Parallel, Plan, Request
+from tuner.round_plan import RoundPlan, rounds_to_plan
+from tuner.rules import Rules
+from tuner.schedule import Objective
 
+NEAR = 1.03
+"""Layouts whose drafts are within this factor of the best one's are planned in full: that gains a few percent."""
 FitLayout = Callable[[Layout], LayerCosts]  # raises UserError when nothing was measured for the layout
 
 
@@ -38,44 +40,6 @@ class Target:
             if request.prompt_tokens > most:
                 allowed = f"at most {most} with {self.max_new_tokens} new tokens, by the positions of {self.shape.name}"
                 raise UserError(f"prompt_tokens of request {request.id}", request.prompt_tokens, allowed)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """How rounds are made."""
-
-    policy: str = "joint"
-    window: int | None = None
-    chunk_multiple: int = 64
-    limits: Limits = NO_LIMITS
-    objective: Objective = Objective.MAKESPAN
-
-    def plan(self, cost: CostModel, requests: Sequence[Request]) -> RoundPlan:
-        """Rounds by the policy."""
-        return plan_rounds(cost, requests, policy=self.policy, **self._options())
-
-    def compare(self, cost: CostModel, requests: Sequence[Request]) -> list[RoundPlan]:
-        """Rounds by every policy, the best first."""
-        return compare_policies(cost, requests, **self._options())
-
-    def replay(self, cost: CostModel, requests: Sequence[Request]) -> list[Replay]:
-        """Requests that arrive over time under every policy, each seeing a request when it arrives; in table order."""
-        return compare_replays(cost, requests, **self._options())
-
-    def choose_partition(
-        self, costs: LayerCosts, pp_size: int, requests: Sequence[Request]
-    ) -> tuple[tuple[int, ...], RoundPlan]:
-        """Layers of each stage, chosen together with the rounds."""
-        num_layers = costs.work.shape.num_layers
-        return choose_partition(costs.cost_model, num_layers, pp_size, requests, policy=self.policy, **self._options())
-
-    def _options(self) -> RoundOptions:
-        return {
-            "window": self.window,
-            "chunk_multiple": self.chunk_multiple,
-            "limits": self.limits,
-            "objective": self.objective,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +67,27 @@ class Candidate:
         longest = max(chunk.end for chunks in self.rounds.rounds for chunk in chunks)
         return largest > self.costs.max_chunk or longest > self.costs.max_context
 
+    def score(self, objective: Objective) -> tuple[float, ...]:
+        """What to minimise; refused layouts come after all others."""
+        if self.refusal or self.rounds is None:
+            return (math.inf,)
+        return self.rounds.evaluation.score(objective)
+
+    def is_near(self, best: tuple[float, ...], objective: Objective) -> bool:
+        """Whether a full plan of this layout could be better than the best draft."""
+        score = self.score(objective)
+        return math.isfinite(score[0]) and (objective is Objective.SLA or score[0] <= NEAR * best[0])
+
 
 def search_layouts(target: Target, layouts: Sequence[Layout], rules: Rules, fit_layout: FitLayout) -> list[Candidate]:
-    """Plan every layout; the best by the objective first, refused ones last."""
-    candidates = [_candidate(target, layout, rules, fit_layout) for layout in layouts]
-    return sorted(candidates, key=lambda candidate: _order(candidate, rules.objective))
+    """Plan every layout; the best by the objective first, refused ones last.
+
+    All are drafted; those that a full plan could bring to the front are planned in full.
+    """
+    drafts = [_draft(target, layout, rules, fit_layout) for layout in layouts]
+    best = min((draft.score(rules.objective) for draft in drafts), default=())
+    candidates = [_planned(target, draft, rules) if draft.is_near(best, rules.objective) else draft for draft in drafts]
+    return sorted(candidates, key=lambda candidate: candidate.score(rules.objective))
 
 
 def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: float | None = None) -> Plan:
@@ -127,68 +107,38 @@ def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: 
     )
 
 
-def rounds_to_plan(
-    planned: RoundPlan,
-    *,
-    requests: tuple[Request, ...],
-    model: dict[str, object],
-    precision: str,
-    parallel: Parallel,
-    window: int | None,
-    cost_model: dict[str, object],
-    threads_per_rank: int | None = None,
-    uncertainty: float | None = None,
-) -> Plan:
-    """Rounds with their prediction as a plan."""
-    evaluation = planned.evaluation
-    return Plan(
-        model=model,
-        precision=precision,
-        parallel=parallel,
-        window=window,
-        threads_per_rank=threads_per_rank,
-        requests=requests,
-        rounds=planned.rounds,
-        policy=planned.policy,
-        cost_model=cost_model,
-        predicted=Predicted(
-            makespan_s=planned.makespan_s,
-            lower_bound_s=planned.lower_bound_s,
-            gap=planned.gap,
-            ttft_s=tuple(float(seconds) for seconds in evaluation.ttft_s),
-            planning_s=planned.planning_s,
-            round_s=tuple(tuple(row) for row in evaluation.round_s.tolist()),
-            uncertainty=uncertainty,
-        ),
-    )
-
-
-def _candidate(target: Target, layout: Layout, rules: Rules, fit_layout: FitLayout) -> Candidate:
+def _draft(target: Target, layout: Layout, rules: Rules, fit_layout: FitLayout) -> Candidate:
     if layout.refusal:
         return Candidate(layout=layout, refusal=layout.refusal)
     try:
         costs = fit_layout(layout)
     except UserError as error:
         return Candidate(layout=layout, refusal=str(error))
-    partition, rounds = rules.choose_partition(costs, layout.pp_size, target.requests)
-    candidate = Candidate(layout=layout, costs=costs, layer_partition=partition, rounds=rounds)
+    partition, rounds = choose_partition(
+        costs.cost_model, target.shape.num_layers, layout.pp_size, target.requests, rules
+    )
+    return _with_rounds(target, Candidate(layout=layout, costs=costs, layer_partition=partition), rounds)
+
+
+def _planned(target: Target, draft: Candidate, rules: Rules) -> Candidate:
+    assert draft.costs is not None
+    return _with_rounds(target, draft, rules.plan(draft.costs.cost_model(draft.layer_partition), target.requests))
+
+
+def _with_rounds(target: Target, candidate: Candidate, rounds: RoundPlan) -> Candidate:
+    """The candidate with its rounds, and refused if they do not fit into memory."""
+    layout = candidate.layout
     memory = rounds_memory(
         target.shape,
         target.requests,
         rounds.rounds,
         dtype=target.dtype,
         tp_size=layout.tp_size,
-        layer_partition=partition,
+        layer_partition=candidate.layer_partition,
         max_new_tokens=target.max_new_tokens,
         device_type=target.device_type,
     )
     refusal = memory_refusal(
         memory, tp_size=layout.tp_size, device_type=target.device_type, memory_bytes=target.memory_bytes
     )
-    return replace(candidate, memory=memory, refusal=refusal)
-
-
-def _order(candidate: Candidate, objective: Objective) -> tuple[float, ...]:
-    if candidate.refusal or candidate.rounds is None:
-        return (1.0,)
-    return (0.0, *candidate.rounds.evaluation.score(objective))
+    return replace(candidate, rounds=rounds, memory=memory, refusal=refusal)

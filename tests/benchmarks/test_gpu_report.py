@@ -26,7 +26,7 @@ from benchmarks.gpu_report import (
 from db.engine import Database
 from db.hardware import Hardware, list_hardware
 from db.measurements import load_measurements
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from profiler.kernel_choice import CLEARLY_FASTER
 from profiler.model import load_model_shape
 from tuner.fit import fit_layer_costs
@@ -34,7 +34,8 @@ from tuner.kernels import kernel_choice
 from tuner.layout import enumerate_layouts
 from tuner.plan import Request
 from tuner.rows import RankWork, Rows
-from tuner.search import Rules, Target, search_layouts
+from tuner.rules import Rules
+from tuner.search import Target, search_layouts
 
 TAUGHT = 32768
 

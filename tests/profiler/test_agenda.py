@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 from db.measurements import Measurement
 from profiler.agenda import Agenda
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from profiler.kernel_choice import Contests, KernelTime
 from profiler.point import Op, Point
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from profiler.attention import AttentionKernel, attend, attend_tokens, attends_on_device, available_kernels
+from profiler.attention import attend, attend_tokens, attends_on_device, available_kernels
+from profiler.attention_kernel import AttentionKernel
 
 CPU = torch.device("cpu")
 KERNELS = available_kernels(CPU, torch.float32)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from profiler.grid import Grid, bisection_levels, group_sizes
 from profiler.model import load_model_shape
 from profiler.point import COLLECTIVES, Op, Point

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from profiler.attention import PREFERENCE, AttentionKernel, available_kernels, worth_measuring
+from profiler.attention import available_kernels
+from profiler.attention_kernel import PREFERENCE, AttentionKernel, worth_measuring
 from profiler.kernel_choice import CLEARLY_FASTER, KernelChoice, KernelTime
 
 USUAL, OTHER = AttentionKernel.CUDNN_GRAPH, AttentionKernel.SDPA

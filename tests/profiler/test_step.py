@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from profiler.model import load_model_shape
 from profiler.rotary import Rotary
 from profiler.round import RoundInputs, prepare_round

@@ -15,8 +15,8 @@ from tuner.correction import MeasuredRounds, fit_correction, load_measured_round
 from tuner.fit import fit_layer_costs
 from tuner.plan import Parallel, Plan, Request
 from tuner.planner import plan_rounds
+from tuner.round_plan import rounds_to_plan
 from tuner.rows import RankWork
-from tuner.search import rounds_to_plan
 
 HARDWARE = Hardware(
     device="cpu", device_count=1, memory_bytes=2**34, driver="d", torch_version="t", backend="gloo", num_threads=1,

@@ -8,7 +8,7 @@ import pytest
 
 from db.errors import UserError
 from db.measurements import Measurement
-from profiler.attention import AttentionKernel
+from profiler.attention_kernel import AttentionKernel
 from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, relative
 from tuner.attention_fit import IN_PROPORTION, Waves, fit_attention
 from tuner.calibration import fit_calibration

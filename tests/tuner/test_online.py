@@ -10,7 +10,7 @@ from tests.tuner.atom import ATOM, atom
 from tests.tuner.strategies import batches, cost_models, windows
 from tests.tuner.test_planner import prompts
 from tuner.cost_model import CostModel, PairAttention, StageCost
-from tuner.online import Planner, online_rounds
+from tuner.online import OnlinePlanner, online_rounds
 from tuner.plan import Request, check_rounds
 from tuner.planner import plan_rounds
 from tuner.problem import Limits, Problem
@@ -96,7 +96,7 @@ def test_rounds_given_one_by_one_keep_the_contract(
 
 
 def test_the_window_closes_and_opens() -> None:
-    planner = Planner(atom(4), window=2)
+    planner = OnlinePlanner(atom(4), window=2)
     assert planner.next_round(0.0) is None
     planner.add(Request(id="a", prompt_tokens=131072))
     first, second, third = (planner.next_round(0.0) for _ in range(3))
@@ -107,7 +107,7 @@ def test_the_window_closes_and_opens() -> None:
 
 
 def test_an_aborted_request_is_never_seen_again() -> None:
-    planner = Planner(atom(4), limits=Limits(max_kv_tokens=131072))
+    planner = OnlinePlanner(atom(4), limits=Limits(max_kv_tokens=131072))
     planner.add(Request(id="a", prompt_tokens=131072))
     planner.add(Request(id="b", prompt_tokens=120000))
     first = planner.next_round(0.0)
@@ -126,7 +126,7 @@ def test_an_aborted_request_is_never_seen_again() -> None:
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
-    planner = Planner(atom(4))
+    planner = OnlinePlanner(atom(4))
     planner.add(Request(id="long", prompt_tokens=131072))
     planner.next_round(0.0)
     planner.add(Request(id="short", prompt_tokens=1000, arrival_s=0.1), 0.1)
@@ -139,7 +139,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
 def test_a_long_prompt_does_not_starve() -> None:
     """Short prompts arrive faster than they can run; the long one ends all the same."""
     stage = StageCost(token_count=(0, 1000), token_seconds=(0.0, 1.0), round_overhead_s=0.05)
-    planner = Planner(CostModel(stages=(stage, stage)))
+    planner = OnlinePlanner(CostModel(stages=(stage, stage)))
     planner.add(Request(id="long", prompt_tokens=20_000))
     now, done = 0.0, 0
     for i in range(6000):
@@ -153,7 +153,7 @@ def test_a_long_prompt_does_not_starve() -> None:
 
 
 def test_sla_runs_the_nearest_deadline_first() -> None:
-    planner = Planner(atom(2), objective=Objective.SLA)
+    planner = OnlinePlanner(atom(2), objective=Objective.SLA)
     planner.add(Request(id="later", prompt_tokens=1000, sla_ttft_s=9.0))
     planner.add(Request(id="never", prompt_tokens=10))
     planner.add(Request(id="sooner", prompt_tokens=4000, sla_ttft_s=2.0))
@@ -163,7 +163,7 @@ def test_sla_runs_the_nearest_deadline_first() -> None:
 
 
 def test_prompts_longer_than_the_tables_are_planned() -> None:
-    planner = Planner(atom(4))
+    planner = OnlinePlanner(atom(4))
     planner.add(Request(id="a", prompt_tokens=1_000_000))
     total = 0
     while planner.num_waiting:
@@ -178,7 +178,7 @@ def test_overhead_that_no_cap_holds_still_moves_on() -> None:
         attention=PairAttention(context_token_s=1.0),
         round_overhead_s=1e-6,
     )
-    planner = Planner(CostModel(stages=(stage,) * 3), chunk_multiple=10)
+    planner = OnlinePlanner(CostModel(stages=(stage,) * 3), chunk_multiple=10)
     planner.add(Request(id="a", prompt_tokens=50, cached_tokens=15))
     total = 0
     while planner.num_waiting:
@@ -188,12 +188,12 @@ def test_overhead_that_no_cap_holds_still_moves_on() -> None:
 
 def test_bad_calls_are_refused() -> None:
     with pytest.raises(UserError, match="window: 0"):
-        Planner(atom(2), window=0)
+        OnlinePlanner(atom(2), window=0)
     with pytest.raises(UserError, match="max_round_tokens: 10"):
-        Planner(atom(2), limits=Limits(max_round_tokens=10))
+        OnlinePlanner(atom(2), limits=Limits(max_round_tokens=10))
     with pytest.raises(UserError, match="objective: best"):
-        Planner(atom(2), objective="best")  # type: ignore[arg-type]  # wrong on purpose
-    planner = Planner(atom(2), limits=Limits(max_kv_tokens=100))
+        OnlinePlanner(atom(2), objective="best")  # type: ignore[arg-type]  # wrong on purpose
+    planner = OnlinePlanner(atom(2), limits=Limits(max_kv_tokens=100))
     planner.add(Request(id="a", prompt_tokens=100))
     with pytest.raises(UserError, match="id: a; each waiting request"):
         planner.add(Request(id="a", prompt_tokens=100))

@@ -7,6 +7,7 @@ from tests.tuner.test_planner import prompts
 from tuner.cost_model import CostModel, PairAttention, StageCost
 from tuner.partition import choose_partition, even_partition
 from tuner.planner import plan_rounds
+from tuner.rules import Rules
 
 
 def build_cost(partition: tuple[int, ...], head_layers: float = 2.5) -> CostModel:
@@ -33,7 +34,7 @@ def test_even_layers_leave_the_ends_lighter() -> None:
 
 
 def test_a_heavy_head_takes_layers_off_the_last_stage() -> None:
-    partition, plan = choose_partition(build_cost, 16, 4, prompts(32768, 4096), window=5)
+    partition, plan = choose_partition(build_cost, 16, 4, prompts(32768, 4096), Rules(window=5))
     assert sum(partition) == 16
     assert partition[-1] < min(partition[:-1])
     even = plan_rounds(build_cost((4, 4, 4, 4)), prompts(32768, 4096), window=5)
@@ -42,7 +43,7 @@ def test_a_heavy_head_takes_layers_off_the_last_stage() -> None:
 
 def test_the_choice_is_as_good_as_trying_every_partition() -> None:
     requests = prompts(8192, 1024)
-    _, plan = choose_partition(build_cost, 9, 3, requests, chunk_multiple=512)
+    _, plan = choose_partition(build_cost, 9, 3, requests, Rules(chunk_multiple=512))
     best = min(
         plan_rounds(build_cost(partition), requests, chunk_multiple=512).makespan_s
         for partition in itertools.product(range(1, 8), repeat=3)
@@ -52,6 +53,6 @@ def test_the_choice_is_as_good_as_trying_every_partition() -> None:
 
 
 def test_one_stage_needs_no_choice() -> None:
-    partition, plan = choose_partition(build_cost, 5, 1, prompts(1000))
+    partition, plan = choose_partition(build_cost, 5, 1, prompts(1000), Rules())
     assert partition == (5,)
     assert len(plan.rounds) == 1

@@ -14,7 +14,9 @@ from tuner.plan import Request, check_rounds
 from tuner.planner import POLICIES, compare_policies, fixed_sweep, plan_rounds
 from tuner.policies.exact import exact_rounds
 from tuner.policies.fixed import fixed_rounds
-from tuner.problem import Limits, Problem
+from tuner.policies.joint import NEAR_BOUND
+from tuner.policies.named import BASED, Floor, base_sizes, named_rounds
+from tuner.problem import Limits, Problem, RoundOptions
 from tuner.schedule import Objective
 
 NAMED = ["fixed:256", *POLICIES[1:]]
@@ -255,6 +257,39 @@ def test_comparing_lists_every_policy_and_ours_first() -> None:
     assert joint.makespan_s == min(plan.makespan_s for plan in plans)
     fixed = {plan.policy for plan in plans if plan.policy.startswith("fixed")}
     assert fixed == set(fixed_sweep(prompts(131072), 64))
+
+
+@pytest.mark.parametrize("objective", [Objective.MAKESPAN, Objective.MEAN_TTFT])
+@pytest.mark.parametrize("seed", range(12))
+def test_no_simpler_policy_is_left_out_that_could_be_better(seed: int, objective: Objective) -> None:
+    """The floor that leaves policies out is below what they reach."""
+    instance = random_instance(seed + 90)
+    problem = Problem(
+        cost=instance.cost, requests=instance.requests, window=instance.window,
+        chunk_multiple=instance.chunk_multiple, objective=objective,
+    )  # fmt: skip
+    floor, names = Floor(problem), fixed_sweep(problem.requests, problem.chunk_multiple)
+    names += [f"{name}:{base}" for base in base_sizes(problem) for name in BASED]
+    for name in names:
+        reached = problem.evaluate(named_rounds(problem, name)).score(objective)[0]
+        assert 0.0 < floor.score(name) <= reached * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("objective", [Objective.MAKESPAN, Objective.MEAN_TTFT])
+def test_joint_is_never_worse_than_a_simpler_policy(seed: int, objective: Objective) -> None:
+    """Up to NEAR_BOUND of the bound for the makespan; for the mean TTFT among plans that do not give up makespan."""
+    instance = random_instance(seed, most_units=40)
+    options: RoundOptions = {
+        "window": instance.window, "chunk_multiple": instance.chunk_multiple, "objective": objective,
+    }  # fmt: skip
+    ours = plan_rounds(instance.cost, instance.requests, **options)
+    most = NEAR_BOUND * ours.lower_bound_s
+    for plan in compare_policies(instance.cost, instance.requests, **options):
+        if objective is Objective.MAKESPAN:
+            assert ours.makespan_s <= max(plan.makespan_s * (1 + 1e-9), most)
+        elif plan.makespan_s <= ours.makespan_s:
+            assert ours.evaluation.mean_ttft_s <= plan.evaluation.mean_ttft_s * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("policy", ["best", "fixed", "fixed:0", "fixed:x", "fixed:63", "joint:3", "sglang:1", ""])

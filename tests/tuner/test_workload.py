@@ -8,7 +8,7 @@ from tests.tuner.atom import atom
 from tuner.plan import check_rounds
 from tuner.planner import make_rounds
 from tuner.problem import Problem
-from tuner.replay import compare_replays
+from tuner.replay import FEW_REQUESTS, compare_replays
 from tuner.schedule import Objective
 from tuner.workload import load_workload
 
@@ -87,6 +87,15 @@ def test_on_the_trace_joint_is_never_worse_than_the_best_swept_fixed_chunk(rate:
     assert joint.evaluation.mean_ttft_s <= min(replay.evaluation.mean_ttft_s for replay in fixed)
     assert joint.ttft_s(99) <= min(replay.ttft_s(99) for replay in fixed)
     assert joint.tokens_per_s >= 0.999 * max(replay.tokens_per_s for replay in fixed)
+
+
+def test_a_long_trace_is_replayed_under_the_likely_policies_alone() -> None:
+    requests = load_workload(TRACE, limit=FEW_REQUESTS + 20)
+    every, likely = (compare_replays(atom(4), requests, window=5, everything=each) for each in (True, False))
+    assert len(every) > len(likely) >= 2
+    assert any(one.policy.startswith("fixed:") for one in likely)
+    assert likely[-1].policy == "joint"
+    assert likely[-1].evaluation.mean_ttft_s == every[-1].evaluation.mean_ttft_s
 
 
 @pytest.mark.parametrize("policy", ["gpipe", "dp", "terapipe", "ascend", "sglang:8192", "joint"])

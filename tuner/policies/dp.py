@@ -9,13 +9,19 @@ from tuner.packing import OpenRound, Packer, backward_cut
 from tuner.plan import Chunk, Request, Round
 from tuner.policies.sweep import Search, shortest_first
 from tuner.problem import Problem
+from tuner.schedule import MAKESPAN_SLACK, Objective
 
 
 def dp_rounds(problem: Problem) -> list[Round]:
-    """Sweep the cap on a round's time; under each, split requests best and group the chunks by `pack_line`."""
-    search = Search.of(problem)
-    flat = [1.0] * len(problem.requests)
-    search.sweep(pack_line, shortest_first(problem), flat, problem.objective)
+    """Sweep the cap on a round's time; under each, split requests best and group the chunks by `pack_line`.
+
+    For another objective than the makespan, at most `MAKESPAN_SLACK` of the best makespan is given up.
+    """
+    search, order, flat = Search.of(problem), shortest_first(problem), [1.0] * len(problem.requests)
+    search.sweep(pack_line, order, flat, Objective.MAKESPAN)
+    if problem.objective is not Objective.MAKESPAN:
+        search.limit(MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s, problem.objective)
+        search.sweep(pack_line, order, flat, problem.objective)
     return search.ranked()[0].rounds
 
 

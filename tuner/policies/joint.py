@@ -2,12 +2,12 @@
 
 1. The relaxation of `tuner.bound` says near which cap on a round's time the best plan lies.
 2. Around it caps are swept; under each, requests are packed into rounds in three ways: in order, by tails
-   (`tuner.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). Fixed chunks compete, from
-   about the size that came out best on: where kernels fill a card in steps, equal rounds are hard to beat.
+   (`tuner.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). Every simpler policy
+   competes (`tuner.policies.named`): where kernels fill a card in steps, equal rounds are hard to beat.
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `MAKESPAN_SLACK` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online`).
-4. The best few are improved by moving tokens between neighbouring rounds (`tuner.policies.improve`).
+4. The best few are improved by moving tokens between neighbouring rounds (`tuner.policies.local_search`).
 5. Batches of a few grid units are searched exactly (`tuner.policies.exact`), few prompts also on a coarser grid.
 
 Every candidate is judged by the exact recurrence: uneven stages, hand-offs, the window and arrivals included.
@@ -15,7 +15,6 @@ Every candidate is judged by the exact recurrence: uneven stages, hand-offs, the
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from tuner.online import online_rounds
@@ -23,80 +22,86 @@ from tuner.packing import pack_in_order, pack_tails
 from tuner.plan import Round
 from tuner.policies.dp import pack_line
 from tuner.policies.exact import exact_rounds, is_small
-from tuner.policies.fixed import fixed_rounds
-from tuner.policies.improve import improve_rounds
-from tuner.policies.sweep import Pack, Search, cap_profiles, request_orders, shortest_first
+from tuner.policies.local_search import local_search
+from tuner.policies.named import simpler_rounds
+from tuner.policies.sweep import Pack, Search, budget_profiles, request_orders, shortest_first
 from tuner.problem import Problem
+from tuner.round_plan import Bound
 from tuner.schedule import MAKESPAN_SLACK, Objective
 
+DRAFT_EFFORT = 0.4
+"""Share of the caps that a draft tries: it ranks layouts and partitions, to about 0.3 %."""
 MOST_STARTS = 3
 """Candidates, of different numbers of rounds, that are improved locally."""
 GOOD_ENOUGH = 1.002
 """A makespan within this factor of the bound is not improved further."""
-NEAR_BOUND = 1.01
-"""Plans within this factor of the bound need not compete with fixed chunks."""
+NEAR_BOUND = 1.005
+"""Plans within this factor of the bound need not compete with simpler policies'."""
 FEW_PROMPTS = 3
 """Batches of so few prompts are also searched exactly on a coarser grid: it finds how rounds should grow and shrink
 where stages differ, which one cap for all rounds does not."""
 MOST_UNEVEN_STAGES, COARSE_LABELS = 16, 48
 """Stages and labels a state of that search."""
-CAP_SCALES = (1.0, 0.7, 0.85, 1.2, 1.5)
-"""With arrivals, scales of the online planner's caps that are tried."""
+CAP_SCALES = (0.7, 0.85, 1.2, 1.5)
+"""With arrivals, scales of the online planner's caps that are tried beside its own."""
 FEW_REQUESTS = 256
-"""With more requests that arrive over time, only the first scale is tried."""
+"""With more requests that arrive over time, only its own are tried."""
 
 
-def joint_rounds(problem: Problem, bound_s: float) -> list[Round]:
-    """Plan a batch that is known at the start; `bound_s`, the makespan's lower bound, says when to stop improving."""
-    search, objective = Search.of(problem), problem.objective
-    if problem.is_timed:
-        scales = CAP_SCALES if len(problem.requests) <= FEW_REQUESTS else CAP_SCALES[:1]
-        for scale in scales:
+def draft_rounds(problem: Problem) -> list[Round]:
+    """The best of the sweeps for the makespan, and of the online planner's rounds where it is wanted for them."""
+    return _drafted(problem, DRAFT_EFFORT).ranked()[0].rounds
+
+
+def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
+    """Plan a batch that is known at the start; the makespan's lower bound says when to stop improving.
+
+    No simpler policy's plan is better, but for makespans within NEAR_BOUND of the bound; for other objectives than the
+    makespan, none whose makespan is within the limit.
+    """
+    if len(problem.requests) == 1 and problem.objective is Objective.MEAN_TTFT:
+        problem = replace(problem, objective=Objective.MAKESPAN)
+    search, objective = _drafted(problem), problem.objective
+    if problem.is_timed and len(problem.requests) <= FEW_REQUESTS:
+        for scale in CAP_SCALES:
             search.keep(online_rounds(problem, scale), objective)
-    else:
-        flat = [1.0] * len(problem.requests)
-        for pack in _packs(problem):
-            search.sweep(pack, shortest_first(problem), flat, Objective.MAKESPAN)
-        best_so_far = search.ranked()[0]
-        if best_so_far.evaluation.makespan_s > NEAR_BOUND * bound_s:
-            _keep_fixed(search, len(best_so_far.rounds))
-        if objective is not Objective.MAKESPAN:
-            search.limit(MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s, objective)
-            search.keep(online_rounds(problem), objective)
-            for order in request_orders(problem):
-                for profile in cap_profiles(problem, order):
-                    search.sweep(pack_in_order, order, profile, objective)
+    if objective is not Objective.MAKESPAN and not problem.is_timed:
+        for order in request_orders(problem):
+            for profile in budget_profiles(problem, order):
+                search.sweep(pack_in_order, order, profile, objective)
+    drafted = search.ranked()[0].evaluation
+    known = ("dp",) if objective is Objective.MAKESPAN and not problem.is_timed and pack_line in _packs(problem) else ()
+    near = objective is Objective.MAKESPAN and drafted.makespan_s <= NEAR_BOUND * bound.seconds
+    simpler = [] if near else list(simpler_rounds(problem, drafted.score(objective)[0], known))
+    for rounds in simpler:
+        search.keep(rounds, objective)
     if objective is Objective.MAKESPAN:
-        known = search.ranked()[0]
+        best = search.ranked()[0]
         if is_small(problem):
-            return exact_rounds(problem, known.rounds)
+            return exact_rounds(problem, best.rounds)
         uneven = len(problem.cost.kinds) > 1 and problem.cost.pp_size <= MOST_UNEVEN_STAGES
         if uneven and len(problem.requests) <= FEW_PROMPTS:
             coarser = _coarser(problem)
             if is_small(coarser):
-                search.keep(exact_rounds(coarser, known.rounds, COARSE_LABELS), objective)
-    best = search.ranked()
-    starts = best[: MOST_STARTS if objective is Objective.MAKESPAN else 1]
-    improved = [improve_rounds(problem, start.rounds, bound_s * GOOD_ENOUGH, search.limit_s) for start in starts]
+                search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS), objective)
+    starts = search.ranked()[: MOST_STARTS if objective is Objective.MAKESPAN else 1]
+    good_enough_s = GOOD_ENOUGH * bound.seconds if objective is Objective.MAKESPAN else 0.0
+    improved = [local_search(problem, start.rounds, good_enough_s, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
 
 
-def _keep_fixed(search: Search, num_rounds: int) -> None:
-    """Climb over fixed chunks of a power of two of grid units, from the mean size of `num_rounds` rounds."""
-    problem = search.problem
-    units = sum(request.new_tokens for request in problem.requests) / problem.chunk_multiple
-    most = max(math.ceil(math.log2(max(units, 1.0))), 0)
-
-    def makespan_s(power: int) -> float:
-        rounds = fixed_rounds(problem, problem.chunk_multiple << power)
-        search.keep(rounds, Objective.MAKESPAN)
-        return problem.evaluate(rounds).makespan_s
-
-    at = min(max(round(math.log2(max(units / num_rounds, 1.0))), 0), most)
-    best_s = makespan_s(at)
-    for step in (1, -1):
-        while 0 <= at + step <= most and (found_s := makespan_s(at + step)) < best_s:
-            at, best_s = at + step, found_s
+def _drafted(problem: Problem, effort: float = 1.0) -> Search:
+    search, objective = Search.of(problem, effort), problem.objective
+    if problem.is_timed:
+        search.keep(online_rounds(problem), objective)
+        return search
+    flat = [1.0] * len(problem.requests)
+    for pack in _packs(problem):
+        search.sweep(pack, shortest_first(problem), flat, Objective.MAKESPAN)
+    if objective is not Objective.MAKESPAN:
+        search.limit(MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s, objective)
+        search.keep(online_rounds(problem), objective)
+    return search
 
 
 def _coarser(problem: Problem) -> Problem:
@@ -113,4 +118,4 @@ def _packs(problem: Problem) -> list[Pack]:
     held = sum(request.prompt_tokens for request in problem.requests)
     if problem.limits.max_kv_tokens is not None and problem.limits.max_kv_tokens < held:
         return [pack_in_order]
-    return [pack_tails] if len(problem.requests) == 1 else [pack_in_order, pack_tails, pack_line]
+    return [pack_line] if len(problem.requests) == 1 else [pack_in_order, pack_tails, pack_line]

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tuner.caps import QueueCaps, context_token_s, round_overhead_s
 from tuner.cost_model import StageCost
 from tuner.packing import Packer
 from tuner.plan import Request, Round
 from tuner.problem import Problem
 from tuner.relaxation import Work, envelopes, likely_cap_s
+from tuner.round_budgets import QueueBudgets, context_token_s, round_overhead_s
 from tuner.schedule import Evaluation, Objective
 
 Pack = Callable[[Packer, Sequence[Request], Sequence[int], Sequence[float]], list[Round]]
@@ -26,7 +26,7 @@ CAP_POWERS = (0.25, 0.5)
 
 
 @dataclass(slots=True)
-class Candidate:
+class ScoredRounds:
     """A plan and how good it is, the smaller the score the better."""
 
     score: tuple[float, ...]
@@ -43,39 +43,42 @@ class Search:
     cap_s: float
     best_cap_s: float = 0.0
     """Where an earlier sweep of a large batch found its best plan; 0 if none did."""
+    effort: float = 1.0
+    """Share of the caps that a sweep tries."""
     limit_s: float = np.inf
     """Makespans above it count as worse than any below."""
-    found: dict[int, Candidate] = field(default_factory=dict)
+    found: dict[int, ScoredRounds] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, problem: Problem) -> Search:
+    def of(cls, problem: Problem, effort: float = 1.0) -> Search:
         """A search that has found nothing yet."""
-        return cls(problem, Packer.of(problem), central_cap_s(problem))
+        return cls(problem, Packer.of(problem), central_cap_s(problem), effort=effort)
 
     def score(self, evaluation: Evaluation, objective: Objective) -> tuple[float, ...]:
         """What to minimise, the most important first."""
         return (max(evaluation.makespan_s - self.limit_s, 0.0), *evaluation.score(objective))
 
-    def ranked(self) -> list[Candidate]:
+    def ranked(self) -> list[ScoredRounds]:
         """The best candidate for each number of rounds, the best first."""
         return sorted(self.found.values(), key=lambda candidate: candidate.score)
 
     def sweep(self, pack: Pack, order: Sequence[int], profile: Sequence[float], objective: Objective) -> None:
         """Pack under caps around `cap_s`, then twice closer around the best; `profile` scales each request's cap."""
-        tried: dict[float, Candidate] = {}
+        tried: dict[float, ScoredRounds] = {}
 
         def attempt(cap: float) -> None:
             if cap not in tried:
                 rounds = pack(self.packer, self.problem.requests, order, [cap * share for share in profile])
                 evaluation = self.problem.evaluate(rounds)
-                tried[cap] = Candidate(self.score(evaluation, objective), evaluation, rounds)
+                tried[cap] = ScoredRounds(self.score(evaluation, objective), evaluation, rounds)
 
         def best() -> float:
             return min(tried, key=lambda cap: tried[cap].score)
 
         centre = self.best_cap_s or self.cap_s
         attempt(centre)
-        num_caps = int(np.clip(ROUNDS_SWEPT // len(tried[centre].rounds), LEAST_CAPS, MOST_CAPS))
+        rounds_swept = self.effort * ROUNDS_SWEPT
+        num_caps = int(np.clip(rounds_swept // len(tried[centre].rounds), LEAST_CAPS, self.effort * MOST_CAPS))
         window, pp_size = self.problem.window, self.problem.cost.pp_size
         narrow = window is not None and window < pp_size
         if narrow or num_caps >= MANY_CAPS:  # a window below the number of stages wants longer rounds
@@ -98,7 +101,7 @@ class Search:
     def keep(self, rounds: list[Round], objective: Objective) -> None:
         """Take a plan made elsewhere as a candidate."""
         evaluation = self.problem.evaluate(rounds)
-        self._keep(Candidate(self.score(evaluation, objective), evaluation, rounds))
+        self._keep(ScoredRounds(self.score(evaluation, objective), evaluation, rounds))
 
     def limit(self, makespan_s: float, objective: Objective) -> None:
         """From now on prefer plans within a makespan, then by another objective; score what was found anew."""
@@ -106,7 +109,7 @@ class Search:
         for candidate in self.found.values():
             candidate.score = self.score(candidate.evaluation, objective)
 
-    def _keep(self, candidate: Candidate) -> None:
+    def _keep(self, candidate: ScoredRounds) -> None:
         known = self.found.get(len(candidate.rounds))
         if known is None or candidate.score < known.score:
             self.found[len(candidate.rounds)] = candidate
@@ -162,15 +165,15 @@ def _most_on_time(by_deadline: Sequence[int], work: Sequence[float], deadline: S
     return kept + sorted(dropped, key=lambda i: work[i])
 
 
-def cap_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]:
-    """Each request's share of the cap, in each way that is worth a try for the mean TTFT: those of `tuner.caps`, and
-    powers of the share of the work done by a request's end.
+def budget_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]:
+    """Each request's share of the cap, in each way that is worth a try for the mean TTFT: those of
+    `tuner.round_budgets`, and powers of the share of the work done by a request's end.
 
     A request that ends after S seconds of work in rounds of m seconds waits about S (1 + o/m) + (K-1) m, least at
     m = sqrt(S o / (K-1)): rounds grow with the square root of the work done so far.
     """
     work, requests = work_s(problem), [problem.requests[index] for index in order]
-    caps = QueueCaps(
+    budgets = QueueBudgets(
         work_s=[work[index] for index in order],
         context_work=[work[i] * (r.cached_tokens + r.new_tokens / 2.0) for i, r in zip(order, requests, strict=True)],
         weights=[request.weight for request in requests],
@@ -178,9 +181,9 @@ def cap_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]:
         context_token_s=context_token_s(problem.cost),
         stages_after=problem.cost.pp_size - 1,
     )
-    done = np.cumsum(caps.work_s)
+    done = np.cumsum(budgets.work_s)
     powers = [(done / done[-1]) ** power for power in CAP_POWERS]
-    choices = [np.array(choice) for choice in [*caps.choices(), caps.for_makespan()]]  # infinite on one stage
+    choices = [np.array(choice) for choice in [*budgets.choices(), budgets.for_makespan()]]  # infinite on one stage
     shares = [np.divide(cap, cap.max(), out=np.ones(len(cap)), where=cap < cap.max()) for cap in choices]
     place = np.argsort(order)
     return [share[place].tolist() for share in [*shares, *powers]]

@@ -35,7 +35,7 @@ class Move:
     rounds: tuple[Round, ...]
 
 
-def improve_rounds(
+def local_search(
     problem: Problem, rounds: Sequence[Round], good_enough_s: float = 0.0, limit_s: float = np.inf
 ) -> list[Round]:
     """Follow the best move until none helps or a makespan is at most `good_enough_s`; none goes above `limit_s`."""

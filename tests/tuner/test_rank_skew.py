@@ -9,7 +9,7 @@ from db.measurements import Measurement
 from profiler.point import RANK_LAYER
 from tests.tuner.measured import SHAPE, Machine, measure, with_ranks
 from tuner.fit import LayerCosts, fit_layer_costs
-from tuner.pace import LEAST_LAYERS, Pace, fit_pace
+from tuner.rank_skew import LEAST_LAYERS, RankSkew, fit_rank_skew
 from tuner.rows import RankWork
 
 COUNTED = (1024, 2048, False)  # a round of one chunk
@@ -26,11 +26,11 @@ def test_a_stage_takes_as_long_as_its_own_card() -> None:
     told, before = (model.stage_seconds(1, [COUNTED]) for model in (differing, alike))
     on_the_host = alike.stages[1].round_overhead_s
     assert told - on_the_host == pytest.approx(0.95 * (before - on_the_host))
-    assert fit(rows).pace == Pace()
+    assert fit(rows).rank_skew == RankSkew()
 
 
 def test_messages_are_not_quicker_between_quicker_cards() -> None:
-    costs = replace(fit(measure(Machine(), tp_size=2), tp_size=2), pace=Pace((0.5, 0.5)))
+    costs = replace(fit(measure(Machine(), tp_size=2), tp_size=2), rank_skew=RankSkew((0.5, 0.5)))
     tokens = np.array([1024.0])
     reduces = float((costs.tokens_s(tokens) - costs.compute_s(tokens) * costs.calibration.tokens_factor(tokens))[0])
     assert reduces > 0
@@ -40,17 +40,17 @@ def test_messages_are_not_quicker_between_quicker_cards() -> None:
 
 
 def test_a_group_goes_at_the_pace_of_its_slowest() -> None:
-    pace = Pace((0.9, 0.95, 1.0, 0.92))
-    assert [pace.of_stage(stage, 2) for stage in (0, 1)] == [0.95, 1.0]
-    assert pace.of_stage(0, 1) == 0.9
-    assert pace.of_stage(4, 1) == pace.of_stage(2, 2) == pace.of_stage(0, 8) == 1.0  # ranks that were not measured
+    skew = RankSkew((0.9, 0.95, 1.0, 0.92))
+    assert [skew.of_stage(stage, 2) for stage in (0, 1)] == [0.95, 1.0]
+    assert skew.of_stage(0, 1) == 0.9
+    assert skew.of_stage(4, 1) == skew.of_stage(2, 2) == skew.of_stage(0, 8) == 1.0  # ranks that were not measured
 
 
 def test_one_layer_that_was_disturbed_does_not_count() -> None:
     of_ranks = [row for row in with_ranks(measure(Machine()), 1.0, 0.95) if row.op == RANK_LAYER]
     slow = of_ranks[1]
     of_ranks[1] = replace(slow, median_us=3 * slow.median_us, p90_us=3 * slow.p90_us)
-    assert fit_pace(of_ranks).factors == pytest.approx((1.0, 0.95))
+    assert fit_rank_skew(of_ranks).factors == pytest.approx((1.0, 0.95))
 
 
 def test_the_slowest_has_no_advantage_of_noise() -> None:
@@ -60,15 +60,15 @@ def test_the_slowest_has_no_advantage_of_noise() -> None:
         for factors in ((1.0, 0.98), (0.98, 1.0))
     )
     turns = [(first if index % 4 < 2 else second)[index] for index in range(12)]  # six layers
-    assert fit_pace(turns).factors == pytest.approx((1.0, 1.0))
+    assert fit_rank_skew(turns).factors == pytest.approx((1.0, 1.0))
 
 
 def test_a_rank_that_is_missing_tells_nothing() -> None:
     of_ranks = [row for row in with_ranks(measure(Machine()), 1.0, 0.9, 0.8) if row.op == RANK_LAYER]
-    assert len(fit_pace(of_ranks).factors) == 3
-    assert fit_pace([row for row in of_ranks if row.shape["rank"] != 1]) == Pace()
+    assert len(fit_rank_skew(of_ranks).factors) == 3
+    assert fit_rank_skew([row for row in of_ranks if row.shape["rank"] != 1]) == RankSkew()
 
 
 @pytest.mark.parametrize("layers", [0, LEAST_LAYERS - 1])
 def test_few_layers_tell_nothing(layers: int) -> None:
-    assert fit(with_ranks(measure(Machine()), 1.0, 0.9, layers=layers)).pace == Pace()
+    assert fit(with_ranks(measure(Machine()), 1.0, 0.9, layers=layers)).rank_skew == RankSkew()

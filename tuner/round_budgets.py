@@ -1,4 +1,4 @@
-"""How long rounds may be while each of the requests that wait runs, from the work that waits.
+"""Budgets: how long rounds may be while each of the requests that wait runs, from the work that waits.
 
 For the makespan, C seconds of work in rounds with o seconds of overhead and context read again want rounds of o +
 sqrt(C o / (K-1)). For the mean TTFT let request r, in running order, have `a(r)` seconds of work, times the overhead o
@@ -8,7 +8,7 @@ then delay all TTFTs by a(r) / m(r), weighted. On equal stages a round waits beh
 The sum of a(r) / m(r) + (K - 1) weight(r) m(r), m never falling, is least where neighbours that would fall are pooled
 and each pool takes m = sqrt(sum of a / ((K - 1) sum of weights)): isotonic regression, by pooling adjacent violators
 (Ayer and others, 1955). The makespan counts like one more request that has no work and ends last: the weight it is
-given moves the caps from those of the mean TTFT to those of the makespan.
+given moves the budgets from those of the mean TTFT to those of the makespan.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NEARBY = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Multiples of the makespan's likely weight whose plans are worth a try."""
 
 
-def pooled_caps(delays: Sequence[float], weights: Sequence[float], stages_after: float) -> list[float]:
+def pooled_budgets(delays: Sequence[float], weights: Sequence[float], stages_after: float) -> list[float]:
     """m(r) of each request: sqrt(a / (stages_after * weight)), pooled so that it never falls."""
     pools: list[list[float]] = []  # [sum of a, sum of weights, number of requests]
     for delay, weight in zip(delays, weights, strict=True):
@@ -38,11 +38,11 @@ def pooled_caps(delays: Sequence[float], weights: Sequence[float], stages_after:
         while pools and pools[-1][0] * pool[1] >= pool[0] * pools[-1][1]:
             pool = [mine + before for mine, before in zip(pool, pools.pop(), strict=True)]
         pools.append(pool)
-    caps: list[float] = []
+    budgets: list[float] = []
     for delay, weight, count in pools:
-        cap = math.sqrt(delay / (stages_after * weight)) if weight else math.inf
-        caps.extend([cap] * int(count))
-    return caps
+        budget = math.sqrt(delay / (stages_after * weight)) if weight else math.inf
+        budgets.extend([budget] * int(count))
+    return budgets
 
 
 def round_overhead_s(cost: CostModel) -> float:
@@ -57,8 +57,8 @@ def context_token_s(cost: CostModel) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QueueCaps:
-    """The work that waits, in running order; every list of caps has one entry a request, its overhead included."""
+class QueueBudgets:
+    """The work that waits, in running order; every list of budgets has one entry a request, its overhead included."""
 
     work_s: Sequence[float]
     """Seconds each request's remaining tokens take on the slowest stage, cut nowhere."""
@@ -76,28 +76,28 @@ class QueueCaps:
         return self.overhead_s + self.context_token_s * sum(self.context_work) / max(sum(self.work_s), 1e-12)
 
     def for_makespan(self) -> list[float]:
-        """One cap for all, that of the makespan."""
+        """One budget for all, that of the makespan."""
         return self._with_overhead(self._flat())
 
     def for_mean_ttft(self, makespan_weight: float = 0.0) -> list[float]:
-        """Caps that never fall, for the mean TTFT beside a makespan of that weight."""
+        """Budgets that never fall, for the mean TTFT beside a makespan of that weight."""
         return self._with_overhead(self._pooled(makespan_weight))
 
     def choices(self) -> list[list[float]]:
-        """Caps for the mean TTFT beside a makespan of the likely weight, of nearby ones and of none."""
+        """Budgets for the mean TTFT beside a makespan of the likely weight, of nearby ones and of none."""
         likely = self.makespan_weight()
         return [self.for_mean_ttft(weight) for weight in dict.fromkeys(share * likely for share in NEARBY)]
 
     def shared(self) -> list[float]:
-        """One cap for all, that of the mean TTFT."""
+        """One budget for all, that of the mean TTFT."""
         if not self.stages_after:
             return [math.inf] * len(self.work_s)
         weights = self._usable_weights()
-        cap = pooled_caps([sum(self._delays(weights, 0.0))], [sum(weights)], self.stages_after + ENDS_INSIDE)[0]
-        return self._with_overhead([cap] * len(self.work_s))
+        budget = pooled_budgets([sum(self._delays(weights, 0.0))], [sum(weights)], self.stages_after + ENDS_INSIDE)[0]
+        return self._with_overhead([budget] * len(self.work_s))
 
     def makespan_weight(self) -> float:
-        """The least weight tried under which the makespan should stay within MAKESPAN_SLACK of its own caps'."""
+        """The least weight tried under which the makespan should stay within MAKESPAN_SLACK of its own budgets'."""
         if not self.stages_after:
             return 0.0
         allowed_s = MAKESPAN_SLACK * self._makespan_s(self._flat())
@@ -109,7 +109,7 @@ class QueueCaps:
         return weight
 
     def evened(self, cap_s: float) -> float:
-        """The cap, lowered so that all work that waits fills whole rounds."""
+        """The budget, lowered so that all work that waits fills whole rounds."""
         if not math.isfinite(cap_s):
             return cap_s
         work_s, per_round_s = sum(self.work_s), self.per_round_s
@@ -119,21 +119,21 @@ class QueueCaps:
     def _flat(self) -> list[float]:
         if not self.stages_after:
             return [math.inf] * len(self.work_s)
-        cap = math.sqrt(MAKESPAN_SHARE * sum(self.work_s) * self.per_round_s / self.stages_after)
-        return [cap] * len(self.work_s)
+        budget = math.sqrt(MAKESPAN_SHARE * sum(self.work_s) * self.per_round_s / self.stages_after)
+        return [budget] * len(self.work_s)
 
     def _pooled(self, makespan_weight: float) -> list[float]:
         if not self.stages_after:
             return [math.inf] * len(self.work_s)
         weights = self._usable_weights()
         delays = self._delays(weights, makespan_weight)
-        return pooled_caps(delays, [*weights[:-1], weights[-1] + makespan_weight], self.stages_after + ENDS_INSIDE)
+        return pooled_budgets(delays, [*weights[:-1], weights[-1] + makespan_weight], self.stages_after + ENDS_INSIDE)
 
-    def _makespan_s(self, caps: Sequence[float]) -> float:
-        """What rounds under caps beside the overhead make of the makespan: work, overheads, and the last round's way
+    def _makespan_s(self, budgets: Sequence[float]) -> float:
+        """What rounds under budgets beside the overhead make of the makespan: work, overheads, and the last round's way
         through the stages."""
-        overheads = sum(delay / cap for delay, cap in zip(self._costs(), caps, strict=True) if delay)
-        return sum(self.work_s) + overheads + self.stages_after * caps[-1]
+        overheads = sum(delay / budget for delay, budget in zip(self._costs(), budgets, strict=True) if delay)
+        return sum(self.work_s) + overheads + self.stages_after * budgets[-1]
 
     def _costs(self) -> list[float]:
         """Work times the overhead of a round."""

@@ -14,7 +14,7 @@ LEAST_LAYERS = 3  # of which the median counts: a card's clock swings by two per
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class RankSkew:
     """Rows tell the time of the slowest rank at each point; a stage takes that of its own slowest rank."""
 
     factors: tuple[float, ...] = ()
@@ -26,7 +26,7 @@ class Pace:
         return max(self.factors[rank] if rank < len(self.factors) else 1.0 for rank in ranks)
 
 
-def fit_pace(of_ranks: Sequence[Measurement]) -> Pace:
+def fit_rank_skew(of_ranks: Sequence[Measurement]) -> RankSkew:
     """The median over whole layers of each rank's time over the slowest rank's, the slowest rank's own taken as 1.
 
     of_ranks: `rank_layer` rows of one work and load. Layers that not all ranks have do not count; where few are left,
@@ -38,6 +38,6 @@ def fit_pace(of_ranks: Sequence[Measurement]) -> Pace:
     ranks = sorted({rank for times in layers.values() for rank in times})
     whole = [times for times in layers.values() if len(times) == len(ranks)]
     if len(whole) < LEAST_LAYERS or ranks != list(range(len(ranks))):
-        return Pace()
+        return RankSkew()
     ratios = [median(times[rank] / max(times.values()) for times in whole) for rank in ranks]
-    return Pace(tuple(ratio / max(ratios) for ratio in ratios))
+    return RankSkew(tuple(ratio / max(ratios) for ratio in ratios))

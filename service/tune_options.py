@@ -1,0 +1,59 @@
+"""What `isochunk tune` can be told: each option with its help and what is allowed, declared once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from db.errors import UserError
+from service.options import check_options, db_url, option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneOptions:
+    """Options of `isochunk tune`. Raises UserError for values that are not allowed, alone or together."""
+
+    model: str | None = option(None, "Folder with a config.json, or a bundled shape.", flags=("MODEL",))
+    world_size: int | None = option(None, "Ranks to plan for. [default: tp-size x pp-size, or 1]", above=0)
+    prompt_lens: str | None = option(None, "Prompt lengths of the batch, in tokens.", metavar="N,N,...")
+    workload: str | None = option(None, "JSONL: input_length and timestamp (ms) a line.", is_file=True)
+    rate: float = option(1.0, "Speed the workload's arrivals up by this.")
+    cost_model: str | None = option(None, "Plan with this cost model file instead.", is_file=True)
+    tp_size: int | None = option(None, "Keep the tensor-parallel size at this.", above=0)
+    pp_size: int | None = option(None, "Keep the number of stages at this.", above=0)
+    policy: str = option("joint", "fixed:N, gpipe, sglang, ascend, terapipe, dp, joint.")
+    compare: bool = option(False, "Plan by every policy too, and print them all.")
+    window: str = option("none", "Rounds that may be in flight.", metavar="N|none")
+    chunk_multiple: int | None = option(None, "Chunks end on multiples of this. [default: 64; on CUDA 256]")
+    max_round_tokens: int | None = option(None, "Most tokens in a round.")
+    max_kv_tokens: int | None = option(None, "Most tokens in the KV cache.")
+    objective: str = option("makespan", "What is made least.", choices=("makespan", "mean-ttft", "sla"))
+    sla_ttft_s: float | None = option(None, "Deadline of every request's TTFT, for the objective sla.", above=0)
+    max_new_tokens: int = option(1, "Tokens to decode; counts in memory.", above=0)
+    dtype: str | None = option(None, "float32, bfloat16 or float16. [default: the model's]")
+    device_type: str | None = option(
+        None, "[default: cuda where there is one]", flags=("--device",), choices=("cpu", "cuda")
+    )
+    threads_per_rank: int | None = option(None, "Threads of one rank on a CPU. [default: cores / world size]", above=0)
+    hardware_id: int | None = option(
+        None, "Plan for this hardware of the database (isochunk db list).", flags=("--hardware",)
+    )
+    measure: int | None = option(
+        None, "Run N plans on this machine and write the best measured one.", metavar="N", above=0
+    )
+    repeat: int = option(1, "Runs of each measured plan; the median counts.", above=0)
+    correct: bool = option(True, "Correct the model by earlier runs. [default: correct]")
+    output: str | None = option(None, "Write the best plan to this file.", flags=("-o", "--output"), is_file=True)
+    db_url: str | None = db_url()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.objective == "sla" and self.sla_ttft_s is None:
+            raise UserError("--sla-ttft-s", "missing", "the objective sla needs a deadline in seconds")
+        if (self.prompt_lens is None) == (self.workload is None):
+            raise UserError("--prompt-lens", self.prompt_lens or "missing", "give either --prompt-lens or --workload")
+        if self.cost_model is not None and self.measure is not None:
+            raise UserError("--measure", self.measure, "a cost model alone cannot be run; give MODEL")
+        if self.cost_model is not None and self.model is not None:
+            raise UserError("--cost-model", self.cost_model, "stands instead of a model; give one of the two")
+        if self.cost_model is None and self.model is None:
+            raise UserError("MODEL", "missing", "give a model, or a cost model with --cost-model FILE --pp-size K")
