@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
+import threading
 from typing import Any
 
 import click
@@ -17,6 +19,10 @@ COMMANDS = {
     "run-plan": ("service.commands.run_plan", "Execute a plan and compare it with its prediction."),
     "db": ("service.commands.db", "Look after the profiling database."),
 }
+
+
+# Seconds from a signal to the end at the latest; an interrupted profile still says what it has.
+END_WITHIN_S = {signal.SIGTERM: 5.0, signal.SIGHUP: 5.0, signal.SIGINT: 15.0}
 
 
 class LazyGroup(click.Group):
@@ -57,7 +63,7 @@ class Ended(BaseException):
 
     def __init__(self, number: int) -> None:
         self.number = number
-        super().__init__(f"Ended by {signal.Signals(number).name}")
+        super().__init__(number)
 
 
 def main() -> None:
@@ -66,7 +72,7 @@ def main() -> None:
     What ends it is one line: a user's error with exit code 2, an interrupt with 130, any other signal with 128 and its
     number.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in END_WITHIN_S:
         signal.signal(number, _end)
     try:
         code = cli(standalone_mode=False)
@@ -75,14 +81,29 @@ def main() -> None:
     except click.ClickException as error:
         code = _say(f"Error: {error.format_message()}", error.exit_code)
     except KeyboardInterrupt:  # before or after the command
-        code = _say("Interrupted", 128 + signal.SIGINT)
+        code = _say(_line(signal.SIGINT), 128 + signal.SIGINT)
     except Ended as error:
-        code = _say("Interrupted" if error.number == signal.SIGINT else str(error), 128 + error.number)
+        code = _say(_line(error.number), 128 + error.number)
     sys.exit(code or 0)
 
 
-def _end(number: int, _frame: Any) -> None:
+def _end(number: int, frame: Any) -> None:
+    """Raise what ends the command, and see to it that it ends: code that is being imported may catch anything."""
+    backstop = threading.Timer(END_WITHIN_S[number], _leave, [number])
+    backstop.daemon = True
+    backstop.start()
+    if number == signal.SIGINT:
+        signal.default_int_handler(number, frame)
     raise Ended(number)
+
+
+def _leave(number: int) -> None:
+    _say(_line(number), 128 + number)
+    os._exit(128 + number)  # ranks end with this process
+
+
+def _line(number: int) -> str:
+    return "Interrupted" if number == signal.SIGINT else f"Ended by {signal.Signals(number).name}"
 
 
 def _say(line: str, code: int) -> int:
