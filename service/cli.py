@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 # Seconds from a signal to the end at the latest; an interrupted profile still says what it has.
-END_WITHIN_S = {signal.SIGTERM: 5.0, signal.SIGHUP: 5.0, signal.SIGINT: 15.0}
+END_WITHIN_S: dict[int, float] = {signal.SIGTERM: 5.0, signal.SIGHUP: 5.0, signal.SIGINT: 15.0}
 
 
 class LazyGroup(click.Group):
