@@ -25,12 +25,12 @@ from benchmarks.planner_records import CASES, prompts
 from db.archive import import_hardware
 from db.engine import Database, open_database
 from db.hardware import Hardware, get_hardware, list_hardware
-from db.measurements import load_measurements
+from db.measurements import Measurement, load_measurements
 from profiler.model import load_model_shape
 from service.output import print_table
 from tests.tuner.atom import ATOM, atom
 from tests.tuner.oracle import random_instance
-from tuner.attention_fit import Waves
+from tuner.attention_fit import AttentionCurve, Waves
 from tuner.calibration import Calibration
 from tuner.correction import fit_correction, load_measured_rounds
 from tuner.fit import LayerCosts, fit_layer_costs
@@ -39,7 +39,7 @@ from tuner.partition import even_partition
 from tuner.planner import plan_rounds
 from tuner.problem import Problem
 from tuner.rank_skew import RankSkew
-from tuner.rows import RankWork
+from tuner.rows import RankWork, expected_s
 from tuner.schedule import Objective, evaluate
 
 Off = Callable[[], AbstractContextManager[object]]
@@ -63,10 +63,36 @@ def _in_proportion(**sizes: Any) -> Waves:
     return Waves(**sizes | {"num_multiprocessors": None})
 
 
+def _one_factor(
+    compute_s: Callable[[Any], Any],
+    attention: AttentionCurve,
+    layers: Sequence[Measurement],
+    *,
+    ranks: int,
+    constant: bool,
+) -> Calibration:
+    """The simplest fit on whole layers: how much longer they take than all their parts together."""
+    if not layers:
+        return Calibration.none()
+    chunk = np.array([row.shape["chunk"] for row in layers], dtype=np.float64)
+    context = np.array([row.shape["context"] for row in layers], dtype=np.float64)
+    measured_s = np.array([expected_s(row, ranks=ranks) for row in layers])
+    ratio = measured_s / (compute_s(chunk) + attention.base(chunk) + attention.slope(chunk) * context)
+    knots = np.unique(chunk)
+    factors = np.array([float(np.median(ratio if constant else ratio[chunk == at])) for at in knots])
+    return Calibration(
+        tokens=knots, factors=factors, base_factors=factors, context_factors=factors, num_layers_measured=len(layers)
+    )
+
+
 FIT: dict[str, Off] = {
     "as it is": nullcontext,
     "waves": lambda: patch("tuner.attention_rows.Waves", _in_proportion),
     "calibration": lambda: patch("tuner.fit.fit_calibration", lambda *_, **__: Calibration.none()),
+    "calibration but one factor by chunk": lambda: patch(
+        "tuner.fit.fit_calibration", partial(_one_factor, constant=False)
+    ),
+    "calibration but one constant": lambda: patch("tuner.fit.fit_calibration", partial(_one_factor, constant=True)),
     "rank skew": lambda: patch("tuner.fit.fit_rank_skew", lambda rows: RankSkew()),
 }
 
@@ -173,6 +199,7 @@ def _changes(whole: Sequence[Reached], without: Sequence[Reached], name: str) ->
 def print_fit() -> None:
     """How far off kept runs are told without each part of the fit, and what correcting by runs brings."""
     table: list[list[object]] = []
+    everything: dict[str, list[float]] = {}
     for path in KEPT:
         with opened(path) as database:
             for stored in list_hardware(database):
@@ -180,10 +207,13 @@ def print_fit() -> None:
                     with off():
                         errors = list(told(database, stored.hardware, correct=False))
                     name = part if part == "as it is" else f"without {part}"
+                    everything.setdefault(name, []).extend(errors)
                     table.append([path.name.removesuffix(".db.gz"), stored.hardware.link, name, *_errors(errors)])
                 errors = list(told(database, stored.hardware, correct=True))
+                everything.setdefault("corrected", []).extend(errors)
                 table.append([path.name.removesuffix(".db.gz"), stored.hardware.link, "corrected", *_errors(errors)])
-    columns = ["database", "link", "fit", "runs", "median error %", "p90 %", "worst %", "mean %"]
+    table += [["all", None, name, *_errors(errors)] for name, errors in everything.items()]
+    columns = ["database", "link", "fit", "runs", "median error %", "p90 %", "worst %", "mean %", "rms %"]
     print_table(columns, table, title="Fit: error of the predicted makespan, runs that may teach left out")
 
 
@@ -230,7 +260,8 @@ def told(database: Database, hardware: Hardware, *, correct: bool) -> Iterator[f
 
 def _errors(errors: Sequence[float]) -> list[object]:
     size = np.abs(errors)
-    return [len(errors), *(100 * float(np.quantile(size, at)) for at in (0.5, 0.9, 1.0)), 100 * float(np.mean(errors))]
+    quantiles = [100 * float(np.quantile(size, at)) for at in (0.5, 0.9, 1.0)]
+    return [len(errors), *quantiles, 100 * float(np.mean(errors)), 100 * float(np.sqrt(np.mean(np.square(errors))))]
 
 
 if __name__ == "__main__":
