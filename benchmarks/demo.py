@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.demo_model import DEMO, SMALL, write_demo_model
 from profiler.model import load_model_shape
-from tuner.layout import enumerate_layouts
+from tuner.plan.layout import enumerate_layouts
 
 WORLD_SIZE = 2
 NEW_TOKENS = 4
@@ -174,7 +174,7 @@ def step(text: str) -> None:
 
 def print_rows(rows: list[Row]) -> None:
     """Print the demo's table."""
-    from service.output import print_table
+    from service.cli.output import print_table
 
     print_table(
         ["plan", "policy", "TP", "PP", "rounds", "predicted s", "measured s", "error %", "TTFT s", "MFU %", "equal"],

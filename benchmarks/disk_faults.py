@@ -24,14 +24,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.fuzz_files import COST_MODEL, HARDWARE, PLAN
-from db.archive import export_hardware
-from db.documents import write_json
-from db.engine import open_database
 from db.errors import UserError
-from db.hardware import save_hardware
-from db.measurements import Measurement, load_measurements, save_measurements
-from service.cli import main as isochunk
-from service.output import print_table
+from db.files.archive import export_hardware
+from db.files.documents import write_json
+from db.rows.hardware import save_hardware
+from db.rows.measurements import Measurement, load_measurements, save_measurements
+from db.store.engine import open_database
+from service.cli.main import main as isochunk
+from service.cli.output import print_table
 
 NUM_ROWS = 400
 TIMEOUT_S = 120
@@ -253,7 +253,7 @@ def _row(m: int) -> Measurement:
 
 def main() -> None:
     """Run the cases; print a row for each fault and each case that failed."""
-    import service.tuning  # noqa: F401 - once, before the commands' processes part from this one
+    import service.use_cases.tune  # noqa: F401 - once, before the commands' processes part from this one
 
     counts: Counter[tuple[str, str]] = Counter()
     failed = []

@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from profiler.comm.mark import Phase, Progress
-from service.output import print_table
+from service.cli.output import print_table
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
 LAYOUTS = {"cpu": ((1, 2), (1, 3), (2, 1), (2, 2)), "cuda": ((1, 2), (2, 1))}  # (TP, PP)
@@ -179,8 +179,8 @@ def try_fault(folder: Path, device: str, draw: random.Random) -> Outcome:
 
 def check_database(folder: Path) -> list[str]:
     """What is wrong with the database of the runs."""
-    from db.engine import open_database
-    from db.runs import RunStatus, list_runs
+    from db.rows.runs import RunStatus, list_runs
+    from db.store.engine import open_database
 
     path = folder / "runs.db"
     if not path.exists():

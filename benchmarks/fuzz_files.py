@@ -20,22 +20,22 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from benchmarks.bad_files import damaged, from_schema, written, written_lines
-from db.archive import Profile, import_hardware
-from db.engine import open_database
 from db.errors import UserError
-from db.hardware import Hardware
+from db.files.archive import Profile, import_hardware
+from db.rows.hardware import Hardware
+from db.store.engine import open_database
 from profiler.model import load_model_shape
-from runtime.checkpoint import Checkpoint, WeightIndex
-from runtime.generation import end_ids
-from runtime.prediction import read_prediction
-from runtime.preparation import check_layout, model_shape, with_dtype
-from runtime.prompts import PromptLine, Tokenizer, read_prompts
-from service.output import print_table
-from tuner.cost_model import CostModelFile, load_cost_model
-from tuner.memory import check_memory
-from tuner.plan import Plan, Request, load_plan
-from tuner.planner import plan_rounds
-from tuner.workload import WorkloadLine, load_workload
+from runtime.run.prediction import read_prediction
+from runtime.run.preparation import check_layout, model_shape, with_dtype
+from runtime.run.prompts import PromptLine, Tokenizer, read_prompts
+from runtime.weights.checkpoint import Checkpoint, WeightIndex
+from runtime.weights.generation import end_ids
+from service.cli.output import print_table
+from tuner.plan.cost_model import CostModelFile, load_cost_model
+from tuner.plan.memory import check_memory
+from tuner.plan.plan import Plan, Request, load_plan
+from tuner.plan.workload import WorkloadLine, load_workload
+from tuner.search.planner import plan_rounds
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,

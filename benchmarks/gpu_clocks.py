@@ -12,15 +12,15 @@ from statistics import mean
 
 import torch
 
-from profiler.attention import available_kernels
-from profiler.device import cache_bytes, free_bytes
-from profiler.load import Load, keep_busy
+from profiler.hardware.device import cache_bytes, free_bytes
+from profiler.kernels.attention import available_kernels
+from profiler.measure.background_load import Load, keep_busy
+from profiler.measure.operators import Operators
+from profiler.measure.point import Op, Point
+from profiler.measure.timing import call_seconds
+from profiler.measure.workspace import Workspace
 from profiler.model import load_model_shape, precision_of
-from profiler.operators import Operators
-from profiler.point import Op, Point
-from profiler.timing import call_seconds
-from profiler.workspace import Workspace
-from service.output import print_table
+from service.cli.output import print_table
 
 CHUNK, CONTEXT = 2048, 8192
 UNTIL_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5)

@@ -19,19 +19,19 @@ from typing import TypeVar
 from unittest.mock import patch
 
 from benchmarks.demo_model import SMALL, write_demo_model
-from db.hardware import Hardware
+from db.rows.hardware import Hardware
 from profiler.comm.launch import run_ranks
 from profiler.comm.rank import RankContext
-from profiler.device import describe_hardware
+from profiler.hardware.device import describe_hardware
 from profiler.model import PRECISIONS, ModelShape, load_model_shape
-from runtime.job import Job, RankReport
-from runtime.place import world_size
-from runtime.prediction import Prediction
-from runtime.rank import run_jobs
-from runtime.result import make_result
-from runtime.run import make_job
-from service.output import print_table
-from tuner.plan import Chunk, Parallel, Plan, Request
+from runtime.run.job import Job, RankReport
+from runtime.run.prediction import Prediction
+from runtime.run.rank import run_jobs
+from runtime.run.result import make_result
+from runtime.run.run import make_job
+from runtime.stage.place import world_size
+from service.cli.output import print_table
+from tuner.plan.plan import Chunk, Parallel, Plan, Request
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class Decoded:
 def both_ways(context: RankContext, jobs: Sequence[Job]) -> tuple[list[RankReport], list[RankReport]]:
     """Run jobs as they are, and with all kernels launched one by one."""
     recorded = run_jobs(context, jobs)
-    with patch("runtime.pipeline.record", _launched):
+    with patch("runtime.run.pipeline.record", _launched):
         return recorded, run_jobs(context, jobs)
 
 

@@ -16,20 +16,20 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from db.documents import write_json
-from db.engine import open_database
-from db.measurements import load_measurements
-from profiler.attention import available_kernels
-from profiler.attention_kernel import worth_measuring
+from db.files.documents import write_json
+from db.rows.measurements import load_measurements
+from db.store.engine import open_database
 from profiler.comm.launch import run_ranks
-from profiler.device import describe_hardware
-from profiler.grid import Grid
+from profiler.hardware.device import describe_hardware
+from profiler.kernels.attention import available_kernels
+from profiler.kernels.attention_kernel import worth_measuring
+from profiler.measure.grid import Grid
+from profiler.measure.point import Op, Point
+from profiler.measure.session import ProfileJob, profile_rank
 from profiler.model import load_model_shape, precision_of
-from profiler.point import Op, Point
-from profiler.session import ProfileJob, profile_rank
-from service.output import print_table
-from tuner.fit import LayerCosts, fit_layer_costs
-from tuner.rows import RankWork, expected_s
+from service.cli.output import print_table
+from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.rows import RankWork, expected_s
 
 TILE, LEAST_CHUNK, MOST_CHUNK, MOST_CONTEXT = 128, 256, 8192, 65536
 

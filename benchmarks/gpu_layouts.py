@@ -20,17 +20,17 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.demo_model import DemoSize, write_demo_model
-from profiler.attention import available_kernels
 from profiler.comm.launch import run_ranks
 from profiler.comm.mesh import Mesh
-from profiler.kernel_choice import KernelChoice
+from profiler.kernels.attention import available_kernels
+from profiler.kernels.choice import KernelChoice
 from profiler.model import ModelShape, load_model_shape
-from runtime.job import Job
-from runtime.rank import run_jobs
-from runtime.reference import check_tokens
-from runtime.result import RequestResult
-from service.output import print_table
-from tuner.plan import Chunk, Parallel, Request, Round
+from runtime.run.job import Job
+from runtime.run.rank import run_jobs
+from runtime.run.reference import check_tokens
+from runtime.run.result import RequestResult
+from service.cli.output import print_table
+from tuner.plan.plan import Chunk, Parallel, Request, Round
 
 LENGTHS = (517, 260, 33)
 NEW_TOKENS = 6

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from profiler.collectives import PeerMessages
 from profiler.comm.group import HostGroup
-from service.output import print_table
+from profiler.measure.collectives import PeerMessages
+from service.cli.output import print_table
 
 TOKENS, HIDDEN, FFN = 1024, 4096, 14336  # a chunk of Llama-3-8B
 REPEATS, WARM_UP = 60, 20

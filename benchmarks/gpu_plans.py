@@ -17,11 +17,11 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.measured_plans import Case, Machine
-from db.documents import write_json
-from db.provenance import code_version, now
-from runtime.result import RunResult
-from service.output import print_table
-from tuner.plan import Plan
+from db.files.documents import write_json
+from db.rows.provenance import code_version, now
+from runtime.run.result import RunResult
+from service.cli.output import print_table
+from tuner.plan.plan import Plan
 
 LONG, LONGEST = (32768,), (131072,)
 MIXED = (65536, 32768, 16384, 16384, 8192, 8192, 8192, 8192, 4096, 4096, 4096, 4096, 2048, 2048, 2048, 2048)

@@ -23,20 +23,20 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from db.engine import Database, open_database
-from db.hardware import Hardware, list_hardware
-from db.measurements import load_measurements
-from db.plans import get_plan_row
-from db.runs import RunStatus, StoredRun, list_runs, load_round_times
+from db.rows.hardware import Hardware, list_hardware
+from db.rows.measurements import load_measurements
+from db.rows.plans import get_plan_row
+from db.rows.runs import RunStatus, StoredRun, list_runs, load_round_times
+from db.store.engine import Database, open_database
 from profiler.model import ModelShape, model_from_config
-from service.output import print_table
-from tuner.correction import fit_correction, load_measured_rounds
-from tuner.fit import LayerCosts, fit_layer_costs
-from tuner.holdout import HeldOutError, LeftOut, held_out_errors, leave_out
-from tuner.plan import Plan
-from tuner.rows import RankWork, Rows, expected_s
-from tuner.schedule import evaluate
-from tuner.uncertainty import makespan_uncertainty
+from service.cli.output import print_table
+from tuner.fit.correction import fit_correction, load_measured_rounds
+from tuner.fit.holdout import HeldOutError, LeftOut, held_out_errors, leave_out
+from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.rows import RankWork, Rows, expected_s
+from tuner.fit.uncertainty import makespan_uncertainty
+from tuner.plan.plan import Plan
+from tuner.rounds.schedule import evaluate
 
 LONG_CHUNK = 512
 MOST_ERROR = 0.08  # what a prediction should stay within

@@ -16,13 +16,13 @@ from benchmarks.measured_plans import Case, Machine
 from profiler.comm.group import make_groups
 from profiler.comm.launch import run_ranks
 from profiler.comm.rank import RankContext
-from runtime.clock import make_clock
-from runtime.job import Job
-from runtime.pipeline import Pipeline
-from runtime.place import Place, mesh_of
-from runtime.run import make_job
-from runtime.stage import Stage
-from service.output import print_table
+from runtime.run.clock import make_clock
+from runtime.run.job import Job
+from runtime.run.pipeline import Pipeline
+from runtime.run.run import make_job
+from runtime.stage.place import Place, mesh_of
+from runtime.stage.stage import Stage
+from service.cli.output import print_table
 
 # Parts of kernel names, the first that is found counts.
 KINDS = {

@@ -10,22 +10,22 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.demo_model import write_demo_model
-from db.engine import open_database
-from db.measurements import load_measurements
-from profiler.device import describe_hardware
+from db.rows.measurements import load_measurements
+from db.store.engine import open_database
+from profiler.hardware.device import describe_hardware
+from profiler.measure.profile import ProfileOptions, profile_model
 from profiler.model import ModelShape, load_model_shape
-from profiler.profile import ProfileOptions, profile_model
-from runtime.result import RunResult
-from runtime.run import run_plans
-from tuner.correction import fit_correction, load_measured_rounds
-from tuner.fit import LayerCosts, fit_layer_costs
-from tuner.holdout import HeldOutError, held_out_errors
-from tuner.layout import Layout
-from tuner.plan import Plan, Request
-from tuner.rows import RankWork
-from tuner.rules import Rules
-from tuner.search import Candidate, Target, search_layouts, to_plan
-from tuner.uncertainty import makespan_uncertainty
+from runtime.run.result import RunResult
+from runtime.run.run import run_plans
+from tuner.fit.correction import fit_correction, load_measured_rounds
+from tuner.fit.holdout import HeldOutError, held_out_errors
+from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.rows import RankWork
+from tuner.fit.uncertainty import makespan_uncertainty
+from tuner.plan.layout import Layout
+from tuner.plan.plan import Plan, Request
+from tuner.search.layouts import Candidate, Target, search_layouts, to_plan
+from tuner.search.rules import Rules
 
 DTYPE = "float32"
 NUM_THREADS = 1

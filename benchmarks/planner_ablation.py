@@ -22,25 +22,25 @@ import numpy as np
 
 from benchmarks.gpu_report import KEPT, choices, is_taught, judge, opened, runs_of
 from benchmarks.planner_records import CASES, prompts
-from db.archive import import_hardware
-from db.engine import Database, open_database
-from db.hardware import Hardware, get_hardware, list_hardware
-from db.measurements import Measurement, load_measurements
+from db.files.archive import import_hardware
+from db.rows.hardware import Hardware, get_hardware, list_hardware
+from db.rows.measurements import Measurement, load_measurements
+from db.store.engine import Database, open_database
 from profiler.model import load_model_shape
-from service.output import print_table
+from service.cli.output import print_table
 from tests.tuner.atom import ATOM, atom
 from tests.tuner.oracle import random_instance
-from tuner.attention_fit import AttentionCurve, Waves
-from tuner.calibration import Calibration
-from tuner.correction import fit_correction, load_measured_rounds
-from tuner.fit import LayerCosts, fit_layer_costs
-from tuner.online import online_rounds
-from tuner.partition import even_partition
-from tuner.planner import plan_rounds
-from tuner.problem import Problem
-from tuner.rank_skew import RankSkew
-from tuner.rows import RankWork, expected_s
-from tuner.schedule import Objective, evaluate
+from tuner.fit.attention_fit import AttentionCurve, Waves
+from tuner.fit.calibration import Calibration
+from tuner.fit.correction import fit_correction, load_measured_rounds
+from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.rank_skew import RankSkew
+from tuner.fit.rows import RankWork, expected_s
+from tuner.online.online_planner import online_rounds
+from tuner.rounds.problem import Problem
+from tuner.rounds.schedule import Objective, evaluate
+from tuner.search.partition import even_partition
+from tuner.search.planner import plan_rounds
 
 Off = Callable[[], AbstractContextManager[object]]
 
@@ -54,8 +54,8 @@ PLANNER: dict[str, Off] = {
     "local search": lambda: patch("tuner.policies.joint.local_search", lambda problem, rounds, *_: list(rounds)),
     "exact search": lambda: patch("tuner.policies.joint.is_small", lambda problem: False),
     "simpler policies": lambda: patch("tuner.policies.joint.simpler_rounds", lambda *_: []),
-    "uneven bound": lambda: patch("tuner.bound.uneven_bound_s", lambda cost, work, known_s: known_s),
-    "lookahead": lambda: patch("tuner.online.OnlinePlanner._may_plan_ahead", lambda planner: False),
+    "uneven bound": lambda: patch("tuner.rounds.bound.uneven_bound_s", lambda cost, work, known_s: known_s),
+    "lookahead": lambda: patch("tuner.online.online_planner.OnlinePlanner._may_plan_ahead", lambda planner: False),
 }
 
 
@@ -87,13 +87,15 @@ def _one_factor(
 
 FIT: dict[str, Off] = {
     "as it is": nullcontext,
-    "waves": lambda: patch("tuner.attention_rows.Waves", _in_proportion),
-    "calibration": lambda: patch("tuner.fit.fit_calibration", lambda *_, **__: Calibration.none()),
+    "waves": lambda: patch("tuner.fit.attention_rows.Waves", _in_proportion),
+    "calibration": lambda: patch("tuner.fit.layer_costs.fit_calibration", lambda *_, **__: Calibration.none()),
     "calibration but one factor by chunk": lambda: patch(
-        "tuner.fit.fit_calibration", partial(_one_factor, constant=False)
+        "tuner.fit.layer_costs.fit_calibration", partial(_one_factor, constant=False)
     ),
-    "calibration but one constant": lambda: patch("tuner.fit.fit_calibration", partial(_one_factor, constant=True)),
-    "rank skew": lambda: patch("tuner.fit.fit_rank_skew", lambda rows: RankSkew()),
+    "calibration but one constant": lambda: patch(
+        "tuner.fit.layer_costs.fit_calibration", partial(_one_factor, constant=True)
+    ),
+    "rank skew": lambda: patch("tuner.fit.layer_costs.fit_rank_skew", lambda rows: RankSkew()),
 }
 
 

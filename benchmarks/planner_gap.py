@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from benchmarks.planner_records import prompts
-from tuner.cost_model import Attention, CostModel, PairAttention, StageCost, TableAttention
-from tuner.planner import plan_rounds
+from tuner.plan.cost_model import Attention, CostModel, PairAttention, StageCost, TableAttention
+from tuner.search.planner import plan_rounds
 
 COUNTS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 

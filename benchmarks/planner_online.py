@@ -15,10 +15,10 @@ import numpy as np
 
 from benchmarks.planner_records import CASES, prompts
 from tests.tuner.atom import atom
-from tuner.online import online_rounds
-from tuner.planner import make_rounds
-from tuner.problem import Problem
-from tuner.schedule import Objective
+from tuner.online.online_planner import online_rounds
+from tuner.rounds.problem import Problem
+from tuner.rounds.schedule import Objective
+from tuner.search.planner import make_rounds
 
 ALLOWED = 0.02
 

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 
 from tests.tuner.oracle import best_makespan_s, random_instance
-from tuner.planner import plan_rounds
+from tuner.search.planner import plan_rounds
 
 
 def main(num_instances: int = 300) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tests.tuner.atom import ATOM, atom
-from tuner.plan import Request
-from tuner.planner import compare_policies, plan_rounds
-from tuner.schedule import Objective
+from tuner.plan.plan import Request
+from tuner.rounds.schedule import Objective
+from tuner.search.planner import compare_policies, plan_rounds
 
 CASES = [
     ("1 x 131072, K = 4", [131072], 4, None, 9.28),

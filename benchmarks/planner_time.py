@@ -9,11 +9,11 @@ import numpy as np
 
 from benchmarks.planner_records import prompts
 from tests.tuner.atom import atom
-from tuner.cost_model import CostModel
-from tuner.online import OnlinePlanner
-from tuner.plan import Request
-from tuner.planner import plan_rounds
-from tuner.schedule import Objective
+from tuner.online.online_planner import OnlinePlanner
+from tuner.plan.cost_model import CostModel
+from tuner.plan.plan import Request
+from tuner.rounds.schedule import Objective
+from tuner.search.planner import plan_rounds
 
 REPEATS = 7
 

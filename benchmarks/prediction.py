@@ -8,7 +8,7 @@ from __future__ import annotations
 from statistics import median
 
 from benchmarks.measured_plans import Case, machine_from_arguments
-from service.output import print_table
+from service.cli.output import print_table
 
 REPEAT = 3
 CASES = (

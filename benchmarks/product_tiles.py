@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from profiler.grid import TILE_TOKENS
+from profiler.measure.grid import TILE_TOKENS
 from profiler.model import load_model_shape
-from service.output import print_table
+from service.cli.output import print_table
 
 TIMES = 3
 TILE = re.compile(r"\d+x\d+")

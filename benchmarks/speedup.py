@@ -11,7 +11,7 @@ from __future__ import annotations
 from statistics import median
 
 from benchmarks.measured_plans import Case, machine_from_arguments
-from service.output import print_table
+from service.cli.output import print_table
 
 PROMPT_TOKENS = 8192
 NUM_TURNS = 3

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from db.archive import import_hardware
-from db.engine import open_database
+from db.files.archive import import_hardware
+from db.store.engine import open_database
 from tests.structures import FOLDERS, PAGE, ROOT, docstring, page
 from tests.tuner.atom import atom
 
@@ -60,7 +60,7 @@ def test_no_other_distribution_owns_our_names() -> None:
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     program = (
         "import sys\n"
-        "from service.cli import cli\n"
+        "from service.cli.main import cli\n"
         f"try: cli({[*arguments, '--help']!r}, prog_name='isochunk')\n"
         "except SystemExit: pass\n"
         f"print('HEAVY', sorted(set({HEAVY!r}) & set(sys.modules)))"
@@ -71,26 +71,31 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_running_a_plan_needs_no_fit() -> None:
-    program = "import sys, runtime.run, runtime.rank; print(sorted({'pandas', 'scipy', 'optuna'} & set(sys.modules)))"
+    program = (
+        "import sys, runtime.run.run, runtime.run.rank; print(sorted({'pandas', 'scipy', 'optuna'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(
     ("module", "unneeded"),
-    [("service.tuning", {"torch", "pandas", "scipy", "sqlalchemy", "optuna"}), ("service.tuning_model", {"torch"})],
+    [
+        ("service.use_cases.tune", {"torch", "pandas", "scipy", "sqlalchemy", "optuna"}),
+        ("service.use_cases.tune_model", {"torch"}),
+    ],
 )
 def test_planning_needs_no_torch_and_from_a_cost_model_no_fit(module: str, unneeded: set[str], tmp_path: Path) -> None:
     cost, url = tmp_path / "cost.json", f"sqlite:///{tmp_path / 'cards.db'}"
     cost.write_text(json.dumps(atom(4).to_json()))
     arguments = ["--cost-model", str(cost), "--pp-size", "4", "--prompt-lens", "65536,4096", "--compare"]
-    if module == "service.tuning_model":
+    if module == "service.use_cases.tune_model":
         with open_database(url) as database:
             import_hardware(database, ROOT / "benchmarks/results/h100x2-pcie-like.profile.json.gz")
         arguments = ["llama-3-8b", "--world-size", "2", "--prompt-lens", "4096", "--db", url]
     program = (
         "import sys\n"
-        "from service.cli import cli\n"
+        "from service.cli.main import cli\n"
         f"cli(['tune', *{arguments!r}], standalone_mode=False)\n"
         f"print({module!r} in sys.modules, sorted({unneeded!r} & set(sys.modules)))"
     )

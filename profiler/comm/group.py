@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from profiler.comm.mesh import Host, Hosts, Mesh, Transport, agree
-from profiler.device import nccl_link
-from profiler.layer import Reduce
+from profiler.hardware.device import nccl_link
+from profiler.layers.decoder_layer import Reduce
 
 # Torch 2.13 gave it a new name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

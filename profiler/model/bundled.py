@@ -6,9 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from db.documents import located, parse, read_json
 from db.errors import UserError
-from db.json_text import parse_json
+from db.files.documents import located, parse, read_json
+from db.files.json_text import parse_json
 from profiler.model.configuration import model_from_config
 from profiler.model.shape import ModelShape
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from db.errors import UserError
-from profiler.datasheet import published_peak_flops
+from profiler.hardware.datasheet import published_peak_flops
 
 if TYPE_CHECKING:
     import torch

@@ -23,19 +23,19 @@ from benchmarks.gpu_report import (
     print_stages,
     print_summary,
 )
-from db.engine import Database
-from db.hardware import Hardware, list_hardware
-from db.measurements import load_measurements
-from profiler.attention_kernel import AttentionKernel
-from profiler.kernel_choice import CLEARLY_FASTER
+from db.rows.hardware import Hardware, list_hardware
+from db.rows.measurements import load_measurements
+from db.store.engine import Database
+from profiler.kernels.attention_kernel import AttentionKernel
+from profiler.kernels.choice import CLEARLY_FASTER
 from profiler.model import load_model_shape
-from tuner.fit import fit_layer_costs
-from tuner.kernels import kernel_choice
-from tuner.layout import enumerate_layouts
-from tuner.plan import Request
-from tuner.rows import RankWork, Rows
-from tuner.rules import Rules
-from tuner.search import Target, search_layouts
+from tuner.fit.kernels import kernel_choice
+from tuner.fit.layer_costs import fit_layer_costs
+from tuner.fit.rows import RankWork, Rows
+from tuner.plan.layout import enumerate_layouts
+from tuner.plan.plan import Request
+from tuner.search.layouts import Target, search_layouts
+from tuner.search.rules import Rules
 
 TAUGHT = 32768
 

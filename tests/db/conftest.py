@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
-from db.engine import Database, open_database
+from db.store.engine import Database, open_database
 from tests.db.postgresql import find_binaries, running_server
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from db.hardware import Hardware
-from db.measurements import Measurement
+from db.rows.hardware import Hardware
+from db.rows.measurements import Measurement
 
 NOON = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 

@@ -9,12 +9,12 @@ from datetime import timedelta
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 
-from db.engine import open_database
-from db.hardware import save_hardware
-from db.measurements import save_measurements
-from db.plans import save_plan_row
-from db.processes import process_row
-from db.runs import RoundTime, RunOutcome, finish_run, start_run
+from db.rows.hardware import save_hardware
+from db.rows.measurements import save_measurements
+from db.rows.plans import save_plan_row
+from db.rows.processes import process_row
+from db.rows.runs import RoundTime, RunOutcome, finish_run, start_run
+from db.store.engine import open_database
 from tests.db.samples import NOON, make_hardware, make_measurement
 
 NUM_POINTS = 40

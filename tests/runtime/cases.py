@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from profiler.attention import available_kernels
-from profiler.kernel_choice import KernelChoice
+from profiler.kernels.attention import available_kernels
+from profiler.kernels.choice import KernelChoice
 from profiler.model import load_model_shape
-from runtime.job import Job
-from tuner.plan import Chunk, Parallel, Plan, Request, Round
+from runtime.run.job import Job
+from tuner.plan.plan import Chunk, Parallel, Plan, Request, Round
 
 CPU_KERNEL = available_kernels(torch.device("cpu"), torch.float32)[0]
 LENGTHS = (202, 97)

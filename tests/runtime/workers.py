@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from profiler.comm.rank import RankContext
-from runtime.job import Job, RankReport
-from runtime.rank import run_jobs
+from runtime.run.job import Job, RankReport
+from runtime.run.rank import run_jobs
 
 
 def raise_in_round_two(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:

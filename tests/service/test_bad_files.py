@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.fuzz_files import CONFIG, COST_MODEL, PLAN
-from service.cli import main
+from service.cli.main import main
 from tests.checkpoints import write_checkpoint
 
 ONE_STAGE = COST_MODEL | {"stages": COST_MODEL["stages"][:1]}

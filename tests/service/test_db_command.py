@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from db.engine import open_database
 from db.errors import UserError
-from db.fits import save_fit
-from db.hardware import save_hardware
-from db.measurements import save_measurements
-from db.plans import save_plan_row
-from db.runs import RunOutcome, finish_run, start_run
-from service.commands.db import command
+from db.rows.fits import save_fit
+from db.rows.hardware import save_hardware
+from db.rows.measurements import save_measurements
+from db.rows.plans import save_plan_row
+from db.rows.runs import RunOutcome, finish_run, start_run
+from db.store.engine import open_database
+from service.cli.commands.db import command
 from tests.db.samples import make_hardware, make_measurement
 
 PLAN = {"model": {"name": "tiny"}, "precision": "float32", "parallel": {"tp_size": 1, "pp_size": 2}, "rounds": [[], []]}

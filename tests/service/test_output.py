@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.output import print_json, print_table
+from service.cli.output import print_json, print_table
 
 
 def test_a_terminal_is_not_told_what_to_do_by_a_name(capsys: pytest.CaptureFixture[str]) -> None:

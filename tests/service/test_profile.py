@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from db.engine import open_database
 from db.errors import UserError
-from db.hardware import list_hardware
-from db.measurements import Measurement, MeasurementKey, load_measurements
-from profiler.point import COLLECTIVES, Op
-from profiler.profile import ProfileOptions, profile_model
-from service.commands.profile import command as profile_command
+from db.rows.hardware import list_hardware
+from db.rows.measurements import Measurement, MeasurementKey, load_measurements
+from db.store.engine import open_database
+from profiler.measure.point import COLLECTIVES, Op
+from profiler.measure.profile import ProfileOptions, profile_model
+from service.cli.commands.profile import command as profile_command
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from db.engine import open_database
-from db.runs import RunStatus, list_runs, load_round_times
-from service.cli import main
+from db.rows.runs import RunStatus, list_runs, load_round_times
+from db.store.engine import open_database
+from service.cli.main import main
 from tests.checkpoints import write_checkpoint, write_tokenizer
 
 BIN = Path(sys.executable).parent

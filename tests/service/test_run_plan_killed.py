@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from db.engine import open_database
-from db.runs import RunStatus, StoredRun, list_runs
+from db.rows.runs import RunStatus, StoredRun, list_runs
+from db.store.engine import open_database
 from profiler.comm.mark import Progress
 from tests.checkpoints import write_checkpoint
 

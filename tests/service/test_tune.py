@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from db.archive import import_hardware
-from db.engine import open_database
 from db.errors import UserError
-from db.fits import list_fits
-from db.hardware import Hardware
-from db.measurements import save_measurements
-from db.plans import list_plan_rows
-from service.cli import cli
+from db.files.archive import import_hardware
+from db.rows.fits import list_fits
+from db.rows.hardware import Hardware
+from db.rows.measurements import save_measurements
+from db.rows.plans import list_plan_rows
+from db.store.engine import open_database
+from service.cli.main import cli
 from tests.structures import ROOT
 from tests.tuner.measured import SHAPE, Machine, measure, with_ranks
-from tuner.plan import load_plan
+from tuner.plan.plan import load_plan
 
 HARDWARE = Hardware(
     device="imaginary", device_count=2, memory_bytes=32 * 2**30, driver="d", torch_version="t", backend="gloo",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tuner.cost_model import CostModel, PairAttention, StageCost
+from tuner.plan.cost_model import CostModel, PairAttention, StageCost
 
 ATOM = json.loads((Path(__file__).parents[1] / "data" / "atom_kimi_k25_mi355x.json").read_text())
 

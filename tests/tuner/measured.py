@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from db.measurements import Measurement
+from db.rows.measurements import Measurement
+from profiler.measure.point import Op, Point
+from profiler.measure.session import rows_of
+from profiler.measure.timing import Samples, summarize
 from profiler.model import ModelShape, load_model_shape
-from profiler.point import Op, Point
-from profiler.session import rows_of
-from profiler.timing import Samples, summarize
-from tuner.rows import RankWork
+from tuner.fit.rows import RankWork
 
 SHAPE = load_model_shape("llama-3.2-1b")
 FLOPS_PER_US = 50e3

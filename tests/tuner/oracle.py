@@ -11,8 +11,8 @@ import itertools
 import random
 from dataclasses import dataclass
 
-from tuner.cost_model import CostModel, PairAttention, StageCost, TableAttention
-from tuner.plan import Request
+from tuner.plan.cost_model import CostModel, PairAttention, StageCost, TableAttention
+from tuner.plan.plan import Request
 
 UNIT = 128
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from tuner.cost_model import Attention, CostModel, PairAttention, StageCost, TableAttention
-from tuner.plan import Request
+from tuner.plan.cost_model import Attention, CostModel, PairAttention, StageCost, TableAttention
+from tuner.plan.plan import Request
 
 seconds = st.integers(0, 10_000).map(lambda ticks: ticks * 1e-5)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from tuner.plan import Chunk, Round
+from tuner.plan.plan import Chunk, Round
 from tuner.policies.queue import Clock
-from tuner.problem import Problem
+from tuner.rounds.problem import Problem
 
 
 def batch_by_batch(problem: Problem, rule: Callable[[Problem], list[Round]]) -> list[Round]:

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from tuner.plan import Round
+from tuner.plan.plan import Round
 from tuner.policies.queue import run_queue
-from tuner.problem import Problem
+from tuner.rounds.problem import Problem
 
 MIN_CHUNK = 4096
 """vLLM-Ascend's default `profiling_chunk_config.min_chunk`."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tuner.packing import OpenRound, Packer, backward_cut
-from tuner.plan import Chunk, Request, Round
+from tuner.plan.plan import Chunk, Request, Round
 from tuner.policies.sweep import Search, shortest_first
-from tuner.problem import Problem
-from tuner.schedule import MAKESPAN_SLACK, Objective
+from tuner.rounds.packing import OpenRound, Packer, backward_cut
+from tuner.rounds.problem import Problem
+from tuner.rounds.schedule import MAKESPAN_SLACK, Objective
 
 
 def dp_rounds(problem: Problem) -> list[Round]:
@@ -30,7 +30,7 @@ def pack_line(
 ) -> list[Round]:
     """Cut each request best under its cap, then group the chunks of all into rounds by dynamic programming.
 
-    Cut backwards with the longest chunks allowed, a request reads its context the fewest times (`tuner.bound` proves
+    Cut backwards with the longest chunks allowed, a request reads its context the fewest times (`rounds.bound` proves
     it), so that is its best split under a cap. The chunks then stand in a line: what each request has left at its
     front, least work first, then the full chunks, request after request. A round is a stretch of the line, at most
     the cap long; chunks of one request in it join. D(j) = min over i of D(i) + t(round of the chunks i..j) is the

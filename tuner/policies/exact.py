@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tuner.cost_model import Floats, Ints
-from tuner.plan import Chunk, Round
-from tuner.problem import Problem
+from tuner.plan.cost_model import Floats, Ints
+from tuner.plan.plan import Chunk, Round
+from tuner.rounds.problem import Problem
 
 MOST_STEPS = 4000
 """Rounds (pairs of states) up to which a batch counts as small."""

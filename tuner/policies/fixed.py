@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tuner.plan import Round
+from tuner.plan.plan import Round
 from tuner.policies.queue import run_queue
-from tuner.problem import Problem
+from tuner.rounds.problem import Problem
 
 
 def fixed_rounds(problem: Problem, num_tokens: int) -> list[Round]:

@@ -1,12 +1,12 @@
 """`joint`: rounds of equal cost over the whole batch, the best of several constructions under the exact recurrence.
 
-1. The relaxation of `tuner.bound` says near which cap on a round's time the best plan lies.
+1. The relaxation of `rounds.bound` says near which cap on a round's time the best plan lies.
 2. Around it caps are swept; under each, requests are packed into rounds in three ways: in order, by tails
-   (`tuner.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). Every simpler policy
+   (`rounds.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). Every simpler policy
    competes (`tuner.policies.named`): where kernels fill a card in steps, equal rounds are hard to beat.
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `MAKESPAN_SLACK` of the best makespan for it.
-   With arrivals, the online planner's rounds are the candidates (`tuner.online`).
+   With arrivals, the online planner's rounds are the candidates (`tuner.online.online_planner`).
 4. The best few are improved by moving tokens between neighbouring rounds (`tuner.policies.local_search`).
 5. Batches of a few grid units are searched exactly (`tuner.policies.exact`), few prompts also on a coarser grid.
 
@@ -17,17 +17,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tuner.online import online_rounds
-from tuner.packing import pack_in_order, pack_tails
-from tuner.plan import Round
+from tuner.online.online_planner import online_rounds
+from tuner.plan.plan import Round
 from tuner.policies.dp import pack_line
 from tuner.policies.exact import exact_rounds, is_small
 from tuner.policies.local_search import local_search
 from tuner.policies.named import simpler_rounds
 from tuner.policies.sweep import Pack, Search, budget_profiles, request_orders, shortest_first
-from tuner.problem import Problem
-from tuner.round_plan import Bound
-from tuner.schedule import MAKESPAN_SLACK, Objective
+from tuner.rounds.packing import pack_in_order, pack_tails
+from tuner.rounds.problem import Problem
+from tuner.rounds.round_plan import Bound
+from tuner.rounds.schedule import MAKESPAN_SLACK, Objective
 
 DRAFT_EFFORT = 0.4
 """Share of the caps that a draft tries: it ranks layouts and partitions, to about 0.3 %."""

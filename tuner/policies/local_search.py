@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.cost_model import Floats
-from tuner.plan import Chunk, Round
-from tuner.problem import Problem
-from tuner.schedule import Objective
+from tuner.plan.cost_model import Floats
+from tuner.plan.plan import Chunk, Round
+from tuner.rounds.problem import Problem
+from tuner.rounds.schedule import Objective
 
 MOST_STAGE_ROUNDS = 512
 """Plans with more rounds x stages are left as they are: their rounds' whole number matters little."""

@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from db.errors import UserError
-from db.numbers import whole_number
-from tuner.cost_model import MAX_TOKENS, Floats
-from tuner.plan import Request, Round
+from db.files.numbers import whole_number
+from tuner.plan.cost_model import MAX_TOKENS, Floats
+from tuner.plan.plan import Request, Round
 from tuner.policies.arrivals import batch_by_batch
 from tuner.policies.ascend import ascend_rounds
 from tuner.policies.dp import dp_rounds
 from tuner.policies.fixed import fixed_rounds, gpipe_rounds
 from tuner.policies.sglang import sglang_rounds
 from tuner.policies.terapipe import terapipe_rounds
-from tuner.problem import Problem
-from tuner.relaxation import Envelope, Work, envelopes
-from tuner.schedule import Objective
+from tuner.rounds.problem import Problem
+from tuner.rounds.relaxation import Envelope, Work, envelopes
+from tuner.rounds.schedule import Objective
 
 POLICIES = ("fixed:N", "gpipe", "sglang", "ascend", "terapipe", "dp", "joint")
 BATCHES: dict[str, Callable[[Problem], list[Round]]] = {

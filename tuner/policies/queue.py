@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tuner.cost_model import CostModel
-from tuner.plan import Chunk, Request, Round
-from tuner.problem import Problem
+from tuner.plan.cost_model import CostModel
+from tuner.plan.plan import Chunk, Request, Round
+from tuner.rounds.problem import Problem
 
 Take = Callable[[int, int, int, int, bool], int]
 """(request, start, tokens it has left, tokens of room in the round, whether the round is empty) -> tokens to run."""

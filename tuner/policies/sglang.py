@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from tuner.plan import Round
+from tuner.plan.plan import Round
 from tuner.policies.queue import run_queue
-from tuner.problem import Problem
+from tuner.rounds.problem import Problem
 
 SMOOTH_FACTOR = 0.75
 """SGLang's default SGLANG_DYNAMIC_CHUNKING_SMOOTH_FACTOR."""

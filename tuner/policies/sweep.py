@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tuner.cost_model import StageCost
-from tuner.packing import Packer
-from tuner.plan import Request, Round
-from tuner.problem import Problem
-from tuner.relaxation import Work, envelopes, likely_cap_s
-from tuner.round_budgets import QueueBudgets, context_token_s, round_overhead_s
-from tuner.schedule import Evaluation, Objective
+from tuner.plan.cost_model import StageCost
+from tuner.plan.plan import Request, Round
+from tuner.rounds.packing import Packer
+from tuner.rounds.problem import Problem
+from tuner.rounds.relaxation import Work, envelopes, likely_cap_s
+from tuner.rounds.round_budgets import QueueBudgets, context_token_s, round_overhead_s
+from tuner.rounds.schedule import Evaluation, Objective
 
 Pack = Callable[[Packer, Sequence[Request], Sequence[int], Sequence[float]], list[Round]]
 """(packer, requests, order, cap of each request) -> rounds."""
@@ -167,7 +167,7 @@ def _most_on_time(by_deadline: Sequence[int], work: Sequence[float], deadline: S
 
 def budget_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]:
     """Each request's share of the cap, in each way that is worth a try for the mean TTFT: those of
-    `tuner.round_budgets`, and powers of the share of the work done by a request's end.
+    `rounds.round_budgets`, and powers of the share of the work done by a request's end.
 
     A request that ends after S seconds of work in rounds of m seconds waits about S (1 + o/m) + (K-1) m, least at
     m = sqrt(S o / (K-1)): rounds grow with the square root of the work done so far.

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tuner.cost_model import Floats, StageCost
-from tuner.plan import Chunk, Round
-from tuner.problem import Problem
+from tuner.plan.cost_model import Floats, StageCost
+from tuner.plan.plan import Chunk, Round
+from tuner.rounds.problem import Problem
 
 MOST_UNITS = 512
 """Grid points of the longest prompt; TeraPipe uses 8 tokens of 2048, 256 points."""

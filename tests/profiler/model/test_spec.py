@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from db.errors import UserError
-from profiler.attention import AttentionKernel
-from profiler.grid import Grid
+from profiler.kernels.attention import AttentionKernel
+from profiler.measure.grid import Grid
+from profiler.measure.point import Op
 from profiler.model import ModelShape, bundled_names, load_model_shape, precision_of
 from profiler.model.flops import prefill_flops
 from profiler.model.tensors import Dim
-from profiler.point import Op
-from runtime.slab import KVSlab
+from runtime.stage.slab import KVSlab
 from tests.checkpoints import VARIANTS
-from tuner.kv_rows import KVRows
-from tuner.memory import rank_memory
+from tuner.plan.kv_rows import KVRows
+from tuner.plan.memory import rank_memory
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, *bundled_names()])

@@ -1,0 +1,174 @@
+"""The one door for files that users hand over: JSON and JSON lines, plain or gzipped, within limits.
+
+A file is read up to its limit, must be UTF-8 and JSON without repeated keys, and holds only what can be written again:
+finite numbers, texts without lone surrogates, nesting that every later step can follow. `parse` then gives its content
+a type. Whatever is wrong is a UserError that names the file, the line or the path of keys, and what is allowed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, TypeVar, cast
+
+from db.errors import UserError, cut
+from db.files.json_text import key_path, parse_json
+from db.files.replacement import replace_file
+
+if TYPE_CHECKING:
+    from pydantic_core import SchemaValidator
+
+MAX_BYTES = 32 << 20
+"""Of a JSON file, unpacked."""
+MAX_LINES_BYTES = 128 << 20
+"""Of a file of JSON lines: a prompt of a million tokens takes some 7 MB."""
+MAX_LINES = 100_000
+_MIB = 1 << 20
+_GZIP_MAGIC = b"\x1f\x8b"
+_WORDS = {
+    "missing": "a value is needed",
+    "int_type": "a whole number is needed",
+    "int_from_float": "a whole number is needed",
+    "float_type": "a number is needed",
+    "bool_type": "true or false is needed",
+    "string_type": "a string is needed",
+    "tuple_type": "a list is needed",
+    "list_type": "a list is needed",
+    "mapping_type": "an object is needed",
+    "dict_type": "an object is needed",
+    "dataclass_type": "an object is needed",
+}
+
+T = TypeVar("T")
+
+
+class Line(NamedTuple, Generic[T]):
+    """A line of a file of JSON lines."""
+
+    number: int  # from 1
+    place: str  # what errors name: `<path>: line 7`
+    content: T
+
+
+def read_json(path: str | Path, *, field: str = "file", max_bytes: int = MAX_BYTES) -> Any:
+    """The content of a JSON file, gzipped or plain.
+
+    field: the option or argument that named the file, for the errors.
+    """
+    path = Path(path)
+    with _opened(path, field) as file:
+        data = file.read(max_bytes + 1)
+        if data.startswith(_GZIP_MAGIC) and len(data) <= max_bytes:
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise UserError(field, path, f"must be at most {max_bytes // _MIB} MiB, unpacked")
+    return parse_json(data, field, path)
+
+
+def read_json_lines(
+    path: str | Path, model: type[T], *, field: str = "file", max_bytes: int = MAX_LINES_BYTES
+) -> list[Line[T]]:
+    """The lines of a file of JSON lines that are not blank."""
+    path = Path(path)
+    found: list[Line[T]] = []
+    left = max_bytes
+    with _opened(path, field) as file:
+        for number in count(1):
+            line = file.readline(left + 1)
+            left -= len(line)
+            if not line:
+                break
+            if left < 0:
+                raise UserError(field, path, f"must be at most {max_bytes // _MIB} MiB")
+            if not line.strip():
+                continue
+            if len(found) == MAX_LINES:
+                raise UserError(field, path, f"must have at most {MAX_LINES} lines")
+            place = f"{cut(path)}: line {number}"
+            content = parse_json(line, place, "")
+            with located(place):
+                found.append(Line(number, place, parse(model, content)))
+    return found
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Replace a JSON file atomically: a reader sees the old content or the new, never a part."""
+    replace_file(Path(path), (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def of_schema(content: object, schema: str) -> dict[str, Any]:
+    """The content of a file if it is an object of this schema and version."""
+    if not isinstance(content, dict):
+        raise UserError("content", content, f"an object of schema {schema} is needed")
+    if content.get("schema") != schema:
+        raise UserError("schema", content.get("schema", "missing"), f"{schema} is the version read here")
+    return content
+
+
+def parse(model: type[T], content: object) -> T:
+    """The content of a file as a `model`: a dataclass or any type that pydantic knows.
+
+    Strict: a number is no text and true is no number. Fields that the model does not have are ignored.
+    """
+    from pydantic import ValidationError
+
+    try:
+        found: T = _validator(cast(Hashable, model)).validate_json(json.dumps(content, ensure_ascii=False), strict=True)
+        return found
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    where = key_path(first["loc"])
+    cause = first["ctx"]["error"] if first["type"] == "value_error" else None
+    if isinstance(cause, UserError):
+        between = "." if where and not cause.field.startswith("[") else ""
+        raise UserError(f"{where}{between}{cause.field}", cause.value, cause.allowed)
+    if cause is not None:  # a check of the whole object: its message names the fields
+        raise UserError(where or "content", "", str(cause))
+    value = "missing" if first["type"] == "missing" or first["input"] is None else first["input"]
+    raise UserError(where or "content", value, _WORDS.get(first["type"], first["msg"]))
+
+
+@contextmanager
+def located(place: str | Path) -> Iterator[None]:
+    """Put the file, or a line of it, before the field that a UserError in this block names."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{cut(place)}: {error.field}", error.value, error.allowed) from None
+
+
+@contextmanager
+def _opened(path: Path, field: str) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # a ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(field, path, f"must be a readable file ({reason})") from None
+
+
+@cache
+def _validator(model: Any) -> SchemaValidator:
+    from pydantic import TypeAdapter
+    from pydantic_core import SchemaValidator
+
+    return SchemaValidator(_failing_fast(TypeAdapter(model).core_schema))
+
+
+def _failing_fast(schema: Any) -> Any:
+    """The schema whose lists stop at their first bad item: a million bad items would be a gigabyte of errors."""
+    if isinstance(schema, list):
+        return [_failing_fast(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    stops = {"fail_fast": True} if schema.get("type") in ("list", "tuple") else {}
+    return {key: _failing_fast(value) for key, value in schema.items()} | stops

@@ -1,5 +1,0 @@
-"""Steps from each revision of the tables to the next, run by alembic when a database is opened.
-
-To change a table: change `db/tables.py`, write `versions/000N_what.py`, append its number to `db.schema.REVISIONS`.
-The tests compare what the steps lead to with the models, on SQLite and on PostgreSQL.
-"""

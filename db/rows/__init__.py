@@ -1,0 +1,4 @@
+"""What is kept, a module for each kind of row: hardware, measurements, plans, runs, fits, processes.
+
+May import `db.store` and `db.files.replacement`.
+"""

@@ -1,0 +1,119 @@
+"""The hardware a measurement belongs to: what the device is, and all that changes how fast it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+
+from sqlalchemy import ScalarSelect, func, select
+from sqlalchemy.orm import Session
+
+from db.errors import UserError
+from db.rows.provenance import code_version, now
+from db.store.engine import Database
+from db.store.tables import HardwareRow, MeasurementRow
+from db.store.upsert import insert_if_new
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """One machine configuration.
+
+    Another driver, torch, backend or thread count is another hardware: its times differ.
+    """
+
+    device: str  # as the driver or the CPU names itself
+    device_count: int
+    memory_bytes: int  # of one device
+    driver: str
+    torch_version: str
+    backend: str  # torch.distributed's: "gloo" or "nccl"
+    num_threads: int  # of one rank
+    link: str  # what joins the devices
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal hardware. Memory counts in whole GiB: what a kernel reserves changes from boot to boot."""
+        fields = asdict(self) | {"memory_bytes": round(self.memory_bytes / _GIB) * _GIB}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    def computes_like(self, other: Hardware) -> bool:
+        """Whether the two differ at most in the link: what one rank does alone takes as long on both."""
+        return replace(self, link=other.link).fingerprint == other.fingerprint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredHardware:
+    """A row of the list: one hardware and what is kept of it."""
+
+    id: int
+    hardware: Hardware
+    num_measurements: int
+    last_measured_at: datetime | None
+
+
+def save_hardware(database: Database, hardware: Hardware) -> int:
+    """Keep the hardware, once however often it is saved; return its id."""
+    with database.session() as session:
+        return hardware_id(session, hardware)
+
+
+def find_hardware(database: Database, hardware: Hardware) -> int | None:
+    """The id of the hardware, None when nothing is kept of it."""
+    with database.reading() as session:
+        return session.scalar(select(id_of(hardware)))
+
+
+def get_hardware(database: Database, hardware_id: int) -> Hardware:
+    """The hardware of that id. Raises UserError when there is none."""
+    with database.reading() as session:
+        row = session.get(HardwareRow, hardware_id)
+        known = session.scalars(select(HardwareRow.id).order_by(HardwareRow.id)).all() if row is None else []
+    if row is None:
+        allowed = f"must be one of {', '.join(map(str, known))}" if known else "the database holds no hardware"
+        raise UserError("hardware", hardware_id, allowed)
+    return _from_row(row)
+
+
+def list_hardware(database: Database) -> list[StoredHardware]:
+    """All hardware in the order it was first seen."""
+    kept = (
+        select(HardwareRow, func.count(MeasurementRow.id), func.max(MeasurementRow.measured_at))
+        .outerjoin(MeasurementRow, MeasurementRow.hardware_id == HardwareRow.id)
+        .group_by(HardwareRow.id)
+        .order_by(HardwareRow.id)
+    )
+    with database.reading() as session:
+        return [
+            StoredHardware(id=row.id, hardware=_from_row(row), num_measurements=count, last_measured_at=last)
+            for row, count, last in session.execute(kept)
+        ]
+
+
+def hardware_id(session: Session, hardware: Hardware) -> int:
+    """The id of the hardware within a transaction, adding its row if it is new."""
+    values = {"fingerprint": hardware.fingerprint, "created_at": now(), "code_version": code_version()}
+    insert_if_new(session, HardwareRow, [asdict(hardware) | values], unique=["fingerprint"])
+    return session.scalars(select(HardwareRow.id).where(HardwareRow.fingerprint == hardware.fingerprint)).one()
+
+
+def id_of(hardware: Hardware) -> ScalarSelect[int]:
+    """The id of the hardware as part of a query."""
+    return select(HardwareRow.id).where(HardwareRow.fingerprint == hardware.fingerprint).scalar_subquery()
+
+
+def _from_row(row: HardwareRow) -> Hardware:
+    return Hardware(
+        device=row.device,
+        device_count=row.device_count,
+        memory_bytes=row.memory_bytes,
+        driver=row.driver,
+        torch_version=row.torch_version,
+        backend=row.backend,
+        num_threads=row.num_threads,
+        link=row.link,
+    )

@@ -1,0 +1,182 @@
+"""Runs of plans: when each round really ran on each stage, beside what was predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import insert, select, update
+from sqlalchemy.orm import Session
+
+from db.rows.hardware import Hardware, hardware_id, id_of
+from db.rows.provenance import code_version, now
+from db.store.engine import Database
+from db.store.tables import RoundTimeRow, RunKind, RunRow, RunStatus
+
+__all__ = ["RoundTime", "RunKind", "RunOutcome", "RunStatus", "StoredRun", "fail_run", "finish_run", "list_runs",
+           "load_round_times", "start_run"]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTime:
+    """When one round ran on one stage, in seconds from the start of the run."""
+
+    round: int
+    stage: int
+    predicted_s: float | None = None  # how long it was predicted to take
+    start_s: float
+    finish_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOutcome:
+    """What a run measured."""
+
+    makespan_s: float
+    predicted_makespan_s: float | None = None
+    mfu: float | None = None
+    ttft_s: Sequence[float] = ()  # of each request, in the plan's order
+    rounds: Sequence[RoundTime] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRun:
+    """A row of the list: one run, its outcome once it is done, its error if it failed."""
+
+    id: int
+    plan_id: int
+    hardware_id: int
+    process_id: int | None
+    kind: RunKind
+    status: RunStatus
+    study: str | None
+    details: dict[str, Any]
+    started_at: datetime
+    finished_at: datetime | None
+    makespan_s: float | None
+    predicted_makespan_s: float | None
+    mfu: float | None
+    ttft_s: list[float] | None
+    error: str | None
+    failed_rank: int | None
+    failed_stage: int | None
+    failed_round: int | None
+    code_version: str
+
+
+def start_run(
+    database: Database,
+    plan_id: int,
+    hardware: Hardware,
+    *,
+    kind: RunKind | str = RunKind.RUN_PLAN,
+    study: str | None = None,
+    details: Mapping[str, Any] | None = None,
+    process_id: int | None = None,
+) -> int:
+    """Note that a run of a plan begins and return its id.
+
+    study: the name of the auto-tuning study or benchmark the run belongs to.
+    process_id: of `db.rows.processes.process_row`; when that process dies, the run counts as lost.
+    details: anything else worth keeping, as JSON.
+    """
+    with database.session() as session:
+        row = RunRow(
+            plan_id=plan_id,
+            hardware_id=hardware_id(session, hardware),
+            process_id=process_id,
+            kind=RunKind(kind),
+            status=RunStatus.RUNNING,
+            study=study,
+            details=dict(details or {}),
+            started_at=now(),
+            code_version=code_version(),
+        )
+        session.add(row)
+        session.flush()
+        return row.id
+
+
+def finish_run(database: Database, run_id: int, outcome: RunOutcome) -> None:
+    """Note what the run measured, rounds and all at once. Raises ValueError when it is not running (any more)."""
+    with database.session() as session:
+        ended = _end_run(
+            session,
+            run_id,
+            status=RunStatus.DONE,
+            makespan_s=outcome.makespan_s,
+            predicted_makespan_s=outcome.predicted_makespan_s,
+            mfu=outcome.mfu,
+            ttft_s=list(outcome.ttft_s),
+        )
+        if not ended:
+            raise ValueError(f"run {run_id} is not running")
+        if outcome.rounds:
+            session.execute(insert(RoundTimeRow), [{"run_id": run_id} | asdict(time) for time in outcome.rounds])
+
+
+def fail_run(
+    database: Database,
+    run_id: int,
+    error: str,
+    *,
+    rank: int | None = None,
+    stage: int | None = None,
+    round_index: int | None = None,
+) -> bool:
+    """Note that the run failed, and where. The first ending stands: False when the run had ended before."""
+    with database.session() as session:
+        return _end_run(
+            session,
+            run_id,
+            status=RunStatus.FAILED,
+            error=error,
+            failed_rank=rank,
+            failed_stage=stage,
+            failed_round=round_index,
+        )
+
+
+def list_runs(
+    database: Database,
+    *,
+    plan_id: int | None = None,
+    kind: RunKind | str | None = None,
+    study: str | None = None,
+    status: RunStatus | str | None = None,
+    hardware: Hardware | None = None,
+    limit: int | None = None,
+) -> list[StoredRun]:
+    """Runs, newest first, only those that have each value given."""
+    wanted = {
+        "plan_id": plan_id,
+        "kind": RunKind(kind) if kind else None,
+        "study": study,
+        "status": RunStatus(status) if status else None,
+    }
+    query = select(RunRow).filter_by(**{name: value for name, value in wanted.items() if value is not None})
+    if hardware is not None:
+        query = query.where(RunRow.hardware_id == id_of(hardware))
+    with database.reading() as session:
+        rows = session.scalars(query.order_by(RunRow.id.desc()).limit(limit)).all()
+    return [StoredRun(**{name: getattr(row, name) for name in StoredRun.__dataclass_fields__}) for row in rows]
+
+
+def load_round_times(database: Database, run_id: int) -> list[RoundTime]:
+    """The times of a run's rounds, by round and stage."""
+    query = select(RoundTimeRow).where(RoundTimeRow.run_id == run_id).order_by(RoundTimeRow.round, RoundTimeRow.stage)
+    with database.reading() as session:
+        rows = session.scalars(query).all()
+    return [RoundTime(**{name: getattr(row, name) for name in RoundTime.__dataclass_fields__}) for row in rows]
+
+
+def _end_run(session: Session, run_id: int, **values: object) -> bool:
+    # A run that was taken for lost, because the database's server was away for a while, may yet end well.
+    running = (RunRow.id == run_id, RunRow.status.in_([RunStatus.RUNNING, RunStatus.LOST]))
+    ended = session.execute(
+        update(RunRow).where(*running).values(finished_at=now(), **values).returning(RunRow.id),
+        execution_options={"synchronize_session": False},
+    )
+    return ended.first() is not None

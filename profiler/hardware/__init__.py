@@ -1,0 +1,4 @@
+"""What machine this is, and what its vendor publishes of it.
+
+May import nothing else of `profiler`.
+"""

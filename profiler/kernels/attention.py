@@ -1,0 +1,105 @@
+"""Attention of a chunk over its context and itself, exactly under the causal mask, by the kernels a device offers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from profiler.kernels import cpu_attention, cudnn_attention
+from profiler.kernels.attention_kernel import PREFERENCE, AttentionKernel
+from profiler.kernels.elementwise import has_triton
+
+aten = torch.ops.aten
+
+
+def available_kernels(device: torch.device, dtype: torch.dtype) -> list[AttentionKernel]:
+    """The kernels that run on `device` in `dtype`, the usual best first."""
+    if device.type == "cpu":
+        absent = set() if dtype == torch.float32 else {AttentionKernel.CPU_FOLDED}
+        absent |= {AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH}
+    else:
+        absent = {AttentionKernel.CPU_FOLDED, AttentionKernel.CPU_FLASH}
+        if dtype not in (torch.bfloat16, torch.float16):
+            absent |= {AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH}
+        elif not cudnn_attention.is_installed():
+            absent.add(AttentionKernel.CUDNN_GRAPH)
+    return [kernel for kernel in PREFERENCE if kernel not in absent]
+
+
+def attend(kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the last c of p + c positions.
+
+    q: [H, c, D], k and v: [KV, p + c, D] with H a multiple of KV -> [H, c, D]. The query at row i sees keys up to
+    p + i. The merge of two calls is that of FlashAttention's partial results: each is weighted by the share of the
+    softmax's denominator that it saw.
+    """
+    if kernel is AttentionKernel.CPU_FOLDED:
+        return cpu_attention.attend(q, k, v)
+    context = k.shape[1] - q.shape[1]
+    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    if kernel is AttentionKernel.SDPA:
+        return _sdpa(q, k, v, context).squeeze(0)
+    if kernel is AttentionKernel.CUDNN_GRAPH:
+        return cudnn_attention.attend(q, k, v).squeeze(0)
+    partial = _cpu_flash if kernel is AttentionKernel.CPU_FLASH else _cudnn
+    # out: [1, H, c, D], lse: [1, H, c, 1]
+    out, lse = partial(q, k[:, :, context:], v[:, :, context:], True)
+    if context:
+        before, before_lse = partial(q, k[:, :, :context], v[:, :, :context], False)
+        out = merge_partial(out, lse, before, before_lse)
+    return out.squeeze(0)
+
+
+def attend_tokens(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Attention of the last token of each of R requests over its rows of a slab.
+
+    q: [R, H, D]; keys, values: [KV, rows, D] with H a multiple of KV; starts, lengths: [R] int64, a request's first row
+    and how many it has -> [R, H, D]. Where `attends_on_device`, the host need not know the lengths.
+    """
+    if q.is_cuda and has_triton():
+        from profiler.kernels import flash_decoding
+
+        return flash_decoding.attend(q, keys, values, starts, lengths)
+    outputs = []
+    for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        seen = slice(start, start + length)
+        outputs.append(attend(AttentionKernel.SDPA, q[row, :, None], keys[:, seen], values[:, seen]))
+    return torch.stack(outputs).squeeze(2)
+
+
+def attends_on_device(device: torch.device) -> bool:
+    """Whether `attend_tokens` reads nothing back from a card, so that it can be recorded there; true without a card."""
+    return device.type == "cpu" or has_triton()
+
+
+def merge_partial(out: torch.Tensor, lse: torch.Tensor, before: torch.Tensor, before_lse: torch.Tensor) -> torch.Tensor:
+    """Join attention over two disjoint sets of keys; out, before: [..., c, D], their lse: [..., c, 1] in float32."""
+    share = torch.sigmoid(before_lse - lse)
+    return torch.lerp(out.float(), before.float(), share).to(out.dtype)
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int) -> torch.Tensor:
+    chunk = q.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if context == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=chunk > 1, enable_gqa=grouped)
+    if chunk == 1:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    from torch.nn.attention.bias import causal_lower_right  # brings torch.compile along: a second of every start
+
+    # is_causal alone would align the mask to the upper left and hide the context.
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=causal_lower_right(chunk, context + chunk), enable_gqa=grouped
+    )
+
+
+def _cpu_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    return out, lse.unsqueeze(-1)
+
+
+def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)
+    return out, lse.view(*lse.shape[:3], 1)

@@ -1,0 +1,111 @@
+"""The work of a layer between its matmuls and its attention: fused kernels on CUDA, torch's own operators elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from profiler.layers.decoder_layer import LayerInputs, Norms
+
+
+@cache
+def has_triton() -> bool:
+    """Whether kernels can be fused: torch brings Triton along where there may be a card."""
+    return find_spec("triton") is not None
+
+
+def _fuses(x: torch.Tensor) -> bool:
+    return x.is_cuda and has_triton()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension (Zhang and Sennrich, 2019), accumulated in float32."""
+    if _fuses(x) and x.dim() == 2:
+        from profiler.kernels import triton_elementwise
+
+        return triton_elementwise.rms_norm(x, weight, eps)
+    if x.dtype != torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    # Fewer passes over memory than torch's composite on a CPU, where the ranks share its bandwidth.
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (x * torch.rsqrt(length * length / x.shape[-1] + eps)).mul_(weight)
+
+
+def add_rms_norm(
+    stream: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream with a block's output added, and its norm: [T, hidden] each."""
+    if _fuses(stream):
+        from profiler.kernels import triton_elementwise
+
+        return triton_elementwise.add_rms_norm(stream, update, weight, eps)
+    stream = stream + update
+    return stream, rms_norm(stream, weight, eps)
+
+
+def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
+    """SwiGLU's element-wise half (Shazeer, 2020): [T, 2F] -> silu of the first half times the second [T, F]."""
+    if _fuses(gate_up):
+        from profiler.kernels import triton_elementwise
+
+        return triton_elementwise.silu_product(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def rotate_into_slab(
+    qkv: torch.Tensor, inputs: LayerInputs, norms: Norms, keys: torch.Tensor, values: torch.Tensor, *, num_heads: int
+) -> torch.Tensor:
+    """Norm each head of q and k where there is such a norm, rotate both, write k and v to the slab, return q [T, H, D].
+
+    qkv: [T, (H + 2 KV) D]; keys, values: this layer's slab [KV, rows, D].
+    """
+    cos, sin = inputs.rotary
+    query_norm, key_norm = (None, None) if norms.all_heads else (norms.query, norms.key)
+    if _fuses(qkv):
+        from profiler.kernels import triton_elementwise
+
+        return triton_elementwise.rotate_into_slab(
+            qkv, cos, sin, inputs.slab_rows, keys, values,
+            num_heads=num_heads, query_norm=query_norm, key_norm=key_norm, eps=norms.eps,
+        )  # fmt: skip
+    num_kv_heads, _, head_dim = keys.shape
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if query_norm is not None and key_norm is not None:
+        q, k = rms_norm(q, query_norm, norms.eps), rms_norm(k, key_norm, norms.eps)
+    inputs.write(rotate(k, cos, sin), keys)
+    inputs.write(v, values)
+    return rotate(q, cos, sin)
+
+
+def norm_all_heads(qkv: torch.Tensor, norms: Norms, mean_of_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Norm q over all its heads on all ranks, and k, within qkv [T, (H + 2 KV) D]; accumulated in float32.
+
+    mean_of_ranks: [T, 2] -> the mean over the ranks, which hold as many heads each. KV heads that several ranks hold
+    count once a rank, each as often as any other, so that their mean is right too.
+    """
+    assert norms.query is not None and norms.key is not None
+    ends = norms.query.shape[0], norms.query.shape[0] + norms.key.shape[0]
+    q, k = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]]
+    means = torch.stack([part.float().square().mean(dim=-1) for part in (q, k)], dim=-1)
+    scales = torch.rsqrt(mean_of_ranks(means) + norms.eps)
+    q.copy_(q.float() * scales[:, :1] * norms.query)
+    k.copy_(k.float() * scales[:, 1:] * norms.key)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (Su et al., 2021) in the half-split layout; x: [T, heads, D], cos and sin: [T, D / 2]."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    cos, sin = cos[:, None], sin[:, None]
+    out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    return out

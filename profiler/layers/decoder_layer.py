@@ -1,0 +1,141 @@
+"""One decoder layer over a round or a step: packed tokens in, hidden states out, KV written to its slab."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from profiler.kernels.elementwise import add_rms_norm, norm_all_heads, rms_norm, rotate_into_slab, silu_product
+from profiler.layers.decode_inputs import StepInputs
+from profiler.layers.prefill_inputs import RoundInputs
+from profiler.model import LayerSpec
+from profiler.model.tensors import NormSpec
+
+Project = Callable[[torch.Tensor], torch.Tensor]
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+LayerInputs = RoundInputs | StepInputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norms:
+    """The weights of a layer's norms on one rank, those that it has: [hidden] each, but for query and key.
+
+    These are [head_dim], or [H head_dim] and [KV head_dim] where a norm spans all heads of all ranks.
+    """
+
+    before_attention: torch.Tensor | None
+    after_attention: torch.Tensor | None
+    before_mlp: torch.Tensor | None
+    after_mlp: torch.Tensor | None
+    query: torch.Tensor | None
+    key: torch.Tensor | None
+    all_heads: bool
+    eps: float
+
+    @classmethod
+    def of(cls, spec: LayerSpec, read: Callable[[NormSpec], torch.Tensor], *, eps: float) -> Norms:
+        """The norms of `spec`, each read by `read`."""
+
+        def weight(norm: NormSpec | None) -> torch.Tensor | None:
+            return None if norm is None else read(norm)
+
+        return cls(
+            before_attention=weight(spec.before_attention),
+            after_attention=weight(spec.after_attention),
+            before_mlp=weight(spec.before_mlp),
+            after_mlp=weight(spec.after_mlp),
+            query=weight(spec.attention.q_norm),
+            key=weight(spec.attention.k_norm),
+            all_heads=spec.attention.norms_all_heads,
+            eps=eps,
+        )
+
+    def after(self, output: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """A block's output [T, hidden] as it is added to the residual stream."""
+        return output if weight is None else rms_norm(output, weight, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The residual stream between blocks: hidden states [T, hidden] and the last block's output, not yet added.
+
+    Adding belongs to the next norm, which reads both anyway: one pass over memory instead of two.
+    """
+
+    hidden: torch.Tensor
+    update: torch.Tensor | None = None
+
+    def add_and_norm(self, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum, and its norm; the sum twice where there is no norm."""
+        if weight is None:
+            added = self.added()
+            return added, added
+        if self.update is None:
+            return self.hidden, rms_norm(self.hidden, weight, eps)
+        return add_rms_norm(self.hidden, self.update, weight, eps)
+
+    def added(self) -> torch.Tensor:
+        """The sum [T, hidden]."""
+        return self.hidden if self.update is None else self.hidden + self.update
+
+
+class DecoderLayer:
+    """A layer of any `LayerSpec`, as one rank of a tensor-parallel group holds it.
+
+    The projections are given from outside (fused q|k|v and gate|up, sharded by the caller); `reduce_o` and
+    `reduce_down` sum the partial results of the group and add a row-parallel bias once, `sum_ranks` adds no bias.
+    One layer knows nothing of pipelines.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        tp_size: int,
+        *,
+        norms: Norms,
+        qkv: Project,
+        o: Project,
+        gate_up: Project,
+        down: Project,
+        reduce_o: Reduce,
+        reduce_down: Reduce,
+        sum_ranks: Reduce,
+    ) -> None:
+        self.num_heads, self.tp_size = spec.attention.heads.per_rank(tp_size), tp_size
+        self.norms = norms
+        self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
+        self.reduce_o, self.reduce_down, self.sum_ranks = reduce_o, reduce_down, sum_ranks
+
+    def __call__(self, stream: Stream, inputs: LayerInputs, keys: torch.Tensor, values: torch.Tensor) -> Stream:
+        """keys, values: this layer's slab [KV, rows, head_dim]."""
+        norms = self.norms
+        hidden, normed = stream.add_and_norm(norms.before_attention, norms.eps)
+        # No names for what is large and used once: it would live through the MLP.
+        attended = self.reduce_o(
+            self.o(
+                self.attend(
+                    rotate_into_slab(self.project(normed), inputs, norms, keys, values, num_heads=self.num_heads),
+                    inputs,
+                    keys,
+                    values,
+                )
+            )
+        )
+        attended = norms.after(attended, norms.after_attention)
+        hidden, normed = Stream(hidden, attended).add_and_norm(norms.before_mlp, norms.eps)
+        del attended
+        output = self.reduce_down(self.down(silu_product(self.gate_up(normed))))
+        return Stream(hidden, norms.after(output, norms.after_mlp))
+
+    def project(self, normed: torch.Tensor) -> torch.Tensor:
+        """normed: [T, hidden] -> q|k|v [T, (H + 2 KV) D], normed where the norm spans all heads."""
+        qkv = self.qkv(normed)
+        if self.norms.all_heads:
+            norm_all_heads(qkv, self.norms, lambda means: self.sum_ranks(means) / self.tp_size)
+        return qkv
+
+    def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Attend each token of q [T, H, D] over its request's rows of the slab -> [T, H D]."""
+        return inputs.attend(q, keys, values)

@@ -1,0 +1,225 @@
+"""Makes each point's work ready to be called: the very code that the runtime runs, over random operands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from profiler.kernels.attention import attend
+from profiler.kernels.attention_kernel import AttentionKernel
+from profiler.kernels.rotary import Rotary
+from profiler.layers.decoder_layer import DecoderLayer, LayerInputs, Norms, Project, Stream
+from profiler.layers.head import Head, embed
+from profiler.layers.prefill_inputs import ChooseKernel, RoundInputs, prepare_round
+from profiler.measure.point import WARM, Op, Point
+from profiler.measure.timing import Prepared, Run
+from profiler.measure.workspace import Slabs, Workspace
+from profiler.model import LayerSpec, ModelShape
+from profiler.model.tensors import Cut, LinearSpec
+
+_MANY_ROWS = 384  # a card's FLOPs for each byte it reads, with two bytes a weight
+
+
+class Operators:
+    """The operators of one model on one rank; `prepare` turns a point into a function of the call's number."""
+
+    def __init__(
+        self, shape: ModelShape, context_length: int, workspace: Workspace, choose_kernel: ChooseKernel
+    ) -> None:
+        self.shape, self.context_length = shape, context_length
+        self.workspace, self.choose_kernel = workspace, choose_kernel
+        self.rotary = Rotary(shape, workspace.device)
+
+    def prepare(self, point: Point) -> Prepared:
+        """The work of a point that needs no other rank. A call of `layer` runs one layer, the next call the next."""
+        own_load = has_own_load(point, self.workspace.device.type)
+        return Prepared(run=self._run(point), follows_clock=_follows_clock(point), own_load=own_load)
+
+    def _run(self, point: Point) -> Run:
+        match point.op:
+            case Op.MATMUL:
+                return self._matmul(point)
+            case Op.MATMUL_CEILING:
+                return self._matmul_ceiling(point)
+            case Op.ATTENTION:
+                return self._attention(point)
+            case Op.ELEMENTWISE:
+                return self._elementwise(point)
+            case Op.LAYER:
+                return self._layer(point)
+            case Op.EMBEDDING:
+                return self._embedding(point)
+            case Op.HEAD:
+                return self._head(point)
+            case _:
+                raise ValueError(f"{point.op} needs other ranks")
+
+    def round_inputs(self, chunks: Sequence[tuple[int, int, int]]) -> RoundInputs:
+        """chunks: (slab_start, context, num_tokens) as `prepare_round` takes them."""
+        return prepare_round(
+            chunks,
+            rotary=self.rotary,
+            choose_kernel=self.choose_kernel,
+            device=self.workspace.device,
+            dtype=self.workspace.dtype,
+        )
+
+    def _matmul(self, point: Point) -> Run:
+        m, n, k = (point.shape[name] for name in ("m", "n", "k"))
+        linears = self.workspace.cold_linears(n, k)
+        if point.variant == WARM:
+            linears = linears[:1]
+        x = self.workspace.random(m, k)
+        return lambda call: linears[call % len(linears)](x)
+
+    def _matmul_ceiling(self, point: Point) -> Run:
+        m, n, k = (point.shape[name] for name in ("m", "n", "k"))
+        linear, x = self.workspace.linear(n, k), self.workspace.random(m, k)
+        return lambda _call: linear(x)
+
+    def _attention(self, point: Point) -> Run:
+        chunk, context = point.shape["chunk"], point.shape["context"]
+        kernel = AttentionKernel(point.variant)
+        slabs = self._slabs(point)
+        # As the layer gives it: [c, H, D] seen as [H, c, D].
+        q = self.workspace.random(chunk, point.shape["heads"], point.shape["head_dim"]).transpose(0, 1)
+        seen = slice(0, context + chunk)
+
+        def run(call: int) -> torch.Tensor:
+            copy = call % slabs.num_copies
+            return attend(kernel, q, slabs.keys[copy][:, seen], slabs.values[copy][:, seen])
+
+        return run
+
+    def _elementwise(self, point: Point) -> Run:
+        tokens, sizes = point.shape["tokens"], point.shape
+        width = sizes["heads"] * sizes["head_dim"]
+        qkv = self.workspace.random(tokens, width + 2 * sizes["kv_heads"] * sizes["head_dim"])
+        hidden, gate_up = (self.workspace.random(tokens, size) for size in (sizes["hidden"], 2 * sizes["intermediate"]))
+        projected = self.workspace.random(tokens, sizes["hidden"])
+        spec, tp_size = self._layer_of(point)
+        layer = ElementwiseLayer(
+            spec,
+            tp_size,
+            norms=self._norms(spec, tp_size),
+            qkv=lambda _x: qkv,
+            o=lambda _x: projected,
+            gate_up=lambda _x: gate_up,
+            down=lambda _x: projected,
+            reduce_o=self._reduce(spec.attention.o),
+            reduce_down=self._reduce(spec.mlp.down),
+            sum_ranks=lambda partial: partial,
+        )
+        layer.mixed = self.workspace.random(tokens, width)
+        slabs = self._slabs(point)
+        inputs = self.round_inputs([(0, 0, tokens)])
+
+        def run(call: int) -> torch.Tensor:
+            copy = call % slabs.num_copies
+            return layer(Stream(hidden, projected), inputs, slabs.keys[copy], slabs.values[copy]).hidden
+
+        return run
+
+    def _layer(self, point: Point) -> Run:
+        """Whole layers one after another: each finds its weights and its KV as cold as in a stage."""
+        chunk, context = point.shape["chunk"], point.shape["context"]
+        layers, slabs = self._cold_layers(point), self._slabs(point)
+        inputs = self.round_inputs([(0, context, chunk)])
+        first = Stream(*(self.workspace.random(chunk, point.shape["hidden"]) for _ in range(2)))
+        stream = first
+
+        def run(call: int) -> torch.Tensor:
+            nonlocal stream
+            index, copy = call % len(layers), call % slabs.num_copies
+            before = first if index == 0 else stream
+            stream = layers[index](before, inputs, slabs.keys[copy], slabs.values[copy])
+            return stream.hidden
+
+        return run
+
+    def _embedding(self, point: Point) -> Run:
+        vocab, hidden = point.shape["vocab"], point.shape["hidden"]
+        size = self.workspace.precision.weights.num_bytes(vocab * hidden)
+        weight = self.workspace.keep(("embedding", vocab), size, lambda: self.workspace.random(vocab, hidden))
+        ids = torch.randint(vocab, (8, point.shape["tokens"]), device=self.workspace.device)
+        return lambda call: embed(weight, ids[call % 8])
+
+    def _head(self, point: Point) -> Run:
+        rows, hidden, vocab = (point.shape[name] for name in ("rows", "hidden", "vocab"))
+        logits = self.workspace.cold_linears(vocab, hidden)
+        norm, x = self.workspace.random(hidden), self.workspace.random(rows, hidden)
+        heads = [Head(norm, self.shape.norm_eps, linear, first_id=0, gather=None) for linear in logits]
+        return lambda call: heads[call % len(heads)](x)
+
+    def _slabs(self, point: Point) -> Slabs:
+        return self.workspace.slabs(point.shape["kv_heads"], self.context_length, point.shape["head_dim"])
+
+    def _cold_layers(self, point: Point) -> list[DecoderLayer]:
+        spec, tp_size = self._layer_of(point)
+        size = self.workspace.precision.weights.num_bytes(spec.num_elements(tp_size))
+        # Two layers at least, so that no layer follows itself.
+        copies = max(2, self.workspace.num_copies(size))
+        return self.workspace.keep(
+            ("layers", spec, tp_size),
+            size * copies,
+            lambda: [self._decoder_layer(spec, tp_size) for _ in range(copies)],
+        )
+
+    def _layer_of(self, point: Point) -> tuple[LayerSpec, int]:
+        """Which layer of the model an `elementwise` or `layer` point is, and the tp_size that gives it such sizes."""
+        for spec in self.shape.layer_kinds:
+            tp_size = spec.attention.heads.count // point.shape["heads"]
+            if spec.variant == point.variant and spec.sizes(tp_size).items() <= point.shape.items():
+                return spec, tp_size
+        raise ValueError(f"{self.shape.name} has no layer of {point.shape} {point.variant}")
+
+    def _decoder_layer(self, spec: LayerSpec, tp_size: int) -> DecoderLayer:
+        linears: dict[str, Project] = {
+            linear.name: self.workspace.linear(
+                *linear.sizes(tp_size), bias=linear.has_bias and linear.cut is not Cut.ROW
+            )
+            for linear in spec.linears
+        }
+        return DecoderLayer(
+            spec,
+            tp_size,
+            norms=self._norms(spec, tp_size),
+            **linears,
+            reduce_o=self._reduce(spec.attention.o),
+            reduce_down=self._reduce(spec.mlp.down),
+            sum_ranks=lambda partial: partial,
+        )
+
+    def _norms(self, spec: LayerSpec, tp_size: int) -> Norms:
+        return Norms.of(
+            spec, lambda norm: self.workspace.random(norm.num_elements(tp_size)), eps=self.shape.norm_eps
+        )  # fmt: skip
+
+    def _reduce(self, linear: LinearSpec) -> Project:
+        """No other rank to sum with; the row-parallel bias is still added."""
+        if not linear.has_bias:
+            return lambda partial: partial
+        bias = self.workspace.random(linear.sizes()[0])
+        return lambda partial: partial + bias
+
+
+class ElementwiseLayer(DecoderLayer):
+    """A layer whose attention is there already, as its projections are: what remains is the element-wise work."""
+
+    mixed: torch.Tensor  # [T, H D]
+
+    def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The attention made beforehand."""
+        return self.mixed
+
+
+def has_own_load(point: Point, device_type: str) -> bool:
+    """Whether the point is the mix of work that a run consists of: a card is timed while it does nothing else."""
+    return device_type == "cuda" and point.op is Op.LAYER
+
+
+def _follows_clock(point: Point) -> bool:
+    """Whether arithmetic and not memory bounds the work: with so many rows to each weight or key that is read."""
+    rows = point.shape.get("m") or point.shape.get("chunk") or 0
+    return point.op in (Op.MATMUL, Op.ATTENTION) and rows >= _MANY_ROWS

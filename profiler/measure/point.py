@@ -1,0 +1,68 @@
+"""A point to be measured: an operation, its shape, and how early it is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from db.rows.measurements import MeasurementKey, measurement_key
+
+
+class Op(StrEnum):
+    """What is measured, as rows name it."""
+
+    MATMUL = "matmul"
+    ATTENTION = "attention"
+    ELEMENTWISE = "elementwise"
+    LAYER = "layer"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    ROUND_OVERHEAD = "round_overhead"
+    MATMUL_CEILING = "matmul_ceiling"
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_TO_ALL = "all_to_all"
+    SEND_RECV = "send_recv"
+
+
+COLLECTIVES = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, Op.SEND_RECV)
+WARM = "warm"  # variant of a product whose weights are still in the cache
+RANK_LAYER = "rank_layer"  # rows that come with those of LAYER on cards: each rank's own times, its number in the shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One row to be measured.
+
+    level: 0 is measured first; every operation has points of level 0.
+    flops: a rough count, to order points and to tell the time that is left.
+    size_bytes: what a rank must hold for it at least.
+    """
+
+    op: Op
+    dtype: str
+    shape: Mapping[str, int]
+    group_size: int = 1
+    busy_ranks: int = 1
+    variant: str = ""
+    level: int = 0
+    flops: float = 0.0
+    size_bytes: int = 0
+
+    @property
+    def key(self) -> MeasurementKey:
+        """The key of the row that this point becomes."""
+        return measurement_key(
+            op=self.op,
+            dtype=self.dtype,
+            shape=self.shape,
+            group_size=self.group_size,
+            busy_ranks=self.busy_ranks,
+            variant=self.variant,
+        )
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={value}" for name, value in self.shape.items())
+        return f"{self.op} {sizes}" + (f" {self.variant}" if self.variant else "")

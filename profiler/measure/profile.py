@@ -1,0 +1,204 @@
+"""A profile from a user's options to its summary: checks them, finds what is missing, starts the ranks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from db.errors import UserError
+from db.files.numbers import whole_number
+from db.rows.hardware import Hardware, list_hardware
+from db.rows.measurements import Measurement, load_measurements, save_measurements
+from db.rows.processes import process_row
+from db.rows.provenance import now
+from db.store.engine import Database, default_url, open_database
+from profiler.comm.launch import run_ranks
+from profiler.comm.stall import LEAST_LIMIT_S
+from profiler.hardware.device import (
+    check_device_type,
+    check_world_size,
+    default_device_type,
+    default_dtype,
+    default_num_threads,
+    default_world_size,
+    describe_hardware,
+    free_bytes,
+)
+from profiler.kernels.attention import available_kernels
+from profiler.kernels.attention_kernel import worth_measuring
+from profiler.measure.grid import Grid
+from profiler.measure.point import Point
+from profiler.measure.session import ProfileJob, profile_rank
+from profiler.measure.summary import ProfileSummary, summarize_ops
+from profiler.measure.worklist import Agenda
+from profiler.model import ModelShape, load_model_shape, precision_of
+
+MAX_DEFAULT_CONTEXT = {"cpu": 8192, "cuda": 131072}
+_MEMORY_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileOptions:
+    """A user's wishes; None takes what suits the model and the machine.
+
+    tp_sizes: numbers with commas between. deadline: `time.monotonic()` after which no point is begun.
+    remeasure: "noisy", "all" or None. stall_timeout_s: the profile fails when no rank moved for so long.
+    """
+
+    model: str
+    world_size: int | None = None
+    tp_sizes: str | None = None
+    context_length: int | None = None
+    dtype: str | None = None
+    device_type: str | None = None
+    threads_per_rank: int | None = None
+    deadline: float
+    remeasure: str | None = None
+    db_url: str | None = None
+    stall_timeout_s: float = LEAST_LIMIT_S
+
+
+def profile_model(options: ProfileOptions) -> ProfileSummary:
+    """Measure what the database lacks. Raises `UserError` for options that this model or machine cannot serve."""
+    started, since = time.monotonic(), now()
+    grid = make_grid(options)
+    threads = options.threads_per_rank or default_num_threads(grid.device_type, grid.world_size)
+    hardware = describe_hardware(grid.device_type, num_threads=threads)
+    url = options.db_url or default_url()
+    with open_database(url) as database:
+        adopt_kernels(database, hardware)
+        points, too_large = _split_by_memory(grid)
+        rows = _kept_rows(database, hardware, points, options.remeasure)
+        interrupted = False
+        if next(Agenda(points, rows, usual_kernel=grid.kernels[0]).missing(), None) is not None:
+            job = ProfileJob(
+                grid=grid,
+                points=points,
+                rows=tuple(rows),
+                hardware=hardware,
+                database_url=url,
+                deadline=options.deadline,
+            )
+            try:
+                with process_row(database, "profile"):
+                    run_ranks(
+                        profile_rank,
+                        job,
+                        world_size=grid.world_size,
+                        device_type=grid.device_type,
+                        num_threads=threads,
+                        stall_timeout_s=options.stall_timeout_s,
+                    )
+            except KeyboardInterrupt:
+                interrupted = True
+        found = _kept_rows(database, hardware, points)
+        location = database.location
+    ops = summarize_ops(Agenda(points, found, usual_kernel=grid.kernels[0]), since=since)
+    num_missing = sum(op.num_missing for op in ops)
+    return ProfileSummary(
+        model=grid.shape.name,
+        dtype=grid.dtype,
+        world_size=grid.world_size,
+        tp_sizes=grid.tp_sizes,
+        context_length=grid.context_length,
+        hardware=hardware,
+        fingerprint=hardware.fingerprint,
+        database=location,
+        elapsed_s=time.monotonic() - started,
+        interrupted=interrupted,
+        num_new=sum(op.num_new for op in ops),
+        num_missing=num_missing,
+        num_noisy=sum(op.num_noisy for op in ops),
+        ops=ops,
+        notes=tuple(_notes(interrupted, num_missing, too_large)),
+    )
+
+
+def make_grid(options: ProfileOptions) -> Grid:
+    """The grid that the options ask for, checked against the model and the machine."""
+    shape = load_model_shape(options.model)
+    device_type = options.device_type or default_device_type()
+    check_device_type(device_type)
+    precision = precision_of(options.dtype or default_dtype(shape, device_type))
+    activations = precision.activations.torch_dtype
+    world_size = options.world_size or default_world_size(device_type)
+    check_world_size(world_size, device_type)
+    return Grid(
+        shape=shape,
+        dtype=precision.name,
+        tp_sizes=_tp_sizes(options.tp_sizes, shape, world_size),
+        world_size=world_size,
+        context_length=_context_length(options.context_length, shape, device_type),
+        device_type=device_type,
+        kernels=tuple(worth_measuring(available_kernels(torch.device(device_type), activations))),
+    )
+
+
+def _tp_sizes(text: str | None, shape: ModelShape, world_size: int) -> tuple[int, ...]:
+    if text is None:
+        return tuple(size for size in range(1, world_size + 1) if world_size % size == 0 and _splits(shape, size))
+    sizes = tuple(sorted({whole_number("--tp-sizes", word, most=2**20) for word in text.split(",")}))
+    for size in sizes:
+        shape.check_tp_size(size)
+        if world_size % size:
+            raise UserError("tp_size", size, f"must divide world_size = {world_size}")
+    return sizes
+
+
+def _splits(shape: ModelShape, tp_size: int) -> bool:
+    try:
+        shape.check_tp_size(tp_size)
+    except UserError:
+        return False
+    return True
+
+
+def _context_length(asked: int | None, shape: ModelShape, device_type: str) -> int:
+    if asked is None:
+        return min(shape.max_positions, MAX_DEFAULT_CONTEXT[device_type])
+    if not 1 <= asked <= shape.max_positions:
+        allowed = f"must be at least 1 and at most max_position_embeddings = {shape.max_positions} of {shape.name}"
+        raise UserError("context_length", asked, allowed)
+    return asked
+
+
+def _split_by_memory(grid: Grid) -> tuple[tuple[Point, ...], int]:
+    """The points that a rank's share of the memory holds, and how many it does not."""
+    ranks_on_device = grid.world_size if grid.device_type == "cpu" else 1
+    limit = _MEMORY_SHARE * free_bytes(torch.device(grid.device_type)) / ranks_on_device
+    points = grid.points()
+    fitting = tuple(point for point in points if point.size_bytes <= limit)
+    return fitting, len(points) - len(fitting)
+
+
+def adopt_kernels(database: Database, hardware: Hardware) -> None:
+    """Keep as this hardware's own what one rank measured alone where all but the link between the devices is equal."""
+    mine = {row.key for row in load_measurements(database, hardware)}
+    for stored in list_hardware(database):
+        if stored.hardware.computes_like(hardware) and stored.hardware.link != hardware.link:
+            rows = load_measurements(database, stored.hardware, group_size=1)
+            save_measurements(database, hardware, [row for row in rows if row.key not in mine])
+
+
+def _kept_rows(
+    database: Database, hardware: Hardware, points: tuple[Point, ...], remeasure: str | None = None
+) -> list[Measurement]:
+    """Rows of the points that need not be measured again."""
+    if remeasure == "all":
+        return []
+    wanted = {point.key for point in points}
+    rows = [row for row in load_measurements(database, hardware) if row.key in wanted]
+    return [row for row in rows if not (row.noisy and remeasure == "noisy")]
+
+
+def _notes(interrupted: bool, num_missing: int, too_large: int) -> list[str]:
+    notes = []
+    if interrupted:
+        notes.append("Interrupted; what was measured is kept.")
+    if num_missing:
+        notes.append(f"{num_missing} points are missing; the same command goes on with them.")
+    if too_large:
+        notes.append(f"{too_large} points were left out: a rank's share of the memory does not hold them.")
+    return notes

@@ -1,0 +1,390 @@
+"""One profile on its ranks: the first decides what is next and commits rows, all measure the same point together."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+import torch
+import torch.distributed as dist
+
+from db.rows.hardware import Hardware
+from db.rows.measurements import Measurement, save_measurements
+from db.rows.provenance import code_version, now
+from db.store.engine import open_database
+from profiler.comm.group import HostGroup, find_hosts
+from profiler.comm.mark import Doing, Phase
+from profiler.comm.rank import RankContext
+from profiler.hardware.device import cache_bytes, free_bytes
+from profiler.kernels.attention_kernel import AttentionKernel
+from profiler.measure.background_load import Load
+from profiler.measure.collectives import (
+    PeerMessages,
+    make_groups,
+    prepare_collective,
+    prepare_message,
+    prepare_round_overhead,
+)
+from profiler.measure.cpu_interference import CoreProbe
+from profiler.measure.grid import Grid, group_sizes
+from profiler.measure.operators import Operators, has_own_load
+from profiler.measure.point import COLLECTIVES, RANK_LAYER, Op, Point
+from profiler.measure.progress import ProfileProgress
+from profiler.measure.timing import (
+    Prepared,
+    Samples,
+    Timing,
+    call_seconds,
+    plan_own_load,
+    plan_sampling,
+    summarize,
+    take_samples,
+)
+from profiler.measure.worklist import Agenda
+from profiler.measure.workspace import Workspace
+
+COMMIT_EVERY_S = 0.5
+POINT_S = {"cpu": 0.25, "cuda": 0.2}  # what sampling a point may take, unless three samples take longer
+ATTEMPTS = 2  # at once; a point that stays noisy is tried once more at the end
+_STOP = -1
+_TRIAL_CALLS = 2  # one alone may have met another process
+STALL_FACTOR = 20.0  # a point may take so many times what is expected before it counts as stalled
+_LONG_CALL_S = 2.5  # too long for a second try
+_LOAD_CHUNK, _LOAD_CONTEXT = 2048, 8192
+_CACHES = 2  # weights lie so many caches apart, or a stage of the model if that is less
+_ROUGH_FLOPS = {"cpu": 5e10, "cuda": 3e14}
+_POINT_OVERHEAD_S = {"cpu": 0.03, "cuda": 0.18}  # on a card mostly load before and between the samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileJob:
+    """What the ranks are given.
+
+    points: those of the grid that fit into memory, in order. rows: what the database had of them.
+    deadline: `time.monotonic()` (one clock for all processes of a machine) after which no point is begun.
+    """
+
+    grid: Grid
+    points: tuple[Point, ...]
+    rows: tuple[Measurement, ...]
+    hardware: Hardware
+    database_url: str
+    deadline: float
+
+
+@torch.inference_mode()
+def profile_rank(context: RankContext, job: ProfileJob) -> int:
+    """Measure what is missing until it is done or time is up; returns how many points this rank measured."""
+    session = RankSession(context, job)
+    if context.rank == 0:
+        return Leader(session, job).run()
+    return session.follow()
+
+
+def expected_seconds(point: Point, device_type: str, num_threads: int) -> float:
+    """Roughly how long a point takes, to tell how much time is left."""
+    rate = _ROUGH_FLOPS[device_type] * (num_threads if device_type == "cpu" else 1)
+    call_s = point.flops / rate
+    if has_own_load(point, device_type):
+        sampling = plan_own_load(call_s)
+    else:
+        sampling = plan_sampling(call_s, device_type=device_type, budget_s=POINT_S[device_type])
+    settle_s = max(sampling.settle_s, call_s) if sampling.settle_s else 0.0
+    return _POINT_OVERHEAD_S[device_type] + settle_s + (sampling.num_calls + 2) * call_s
+
+
+class RankSession:
+    """A rank's side: measures the points that the first rank names."""
+
+    def __init__(self, context: RankContext, job: ProfileJob) -> None:
+        self.context, self.job = context, job
+        self.device, self.precision = context.device, job.grid.precision
+        self.agenda = Agenda(job.points, job.rows, usual_kernel=job.grid.kernels[0])
+        shape = job.grid.shape
+        layer_weights = sum(layer.num_elements() for layer in shape.layers)
+        stage_bytes = self.precision.weights.num_bytes(layer_weights) // context.world_size
+        ranks_on_device = context.world_size if self.device.type == "cpu" else 1
+        workspace = Workspace(
+            self.device,
+            self.precision,
+            cold_bytes=min(_CACHES * cache_bytes(self.device), stage_bytes),
+            limit_bytes=int(0.4 * free_bytes(self.device) / ranks_on_device),
+        )
+        self.operators = Operators(shape, job.grid.context_length, workspace, self.choose_kernel)
+        self.heads = shape.layers[0].attention.sizes(1)
+        self.is_slow = CoreProbe() if self.device.type == "cpu" else None
+        self.load = self.make_load() if self.device.type == "cuda" else None
+        # Every rank makes every group, in the same order. What ranks agree on travels over gloo, beside NCCL.
+        self.control = {
+            busy: dist.new_group(list(range(busy)), backend="gloo")
+            for busy in sorted({point.busy_ranks for point in job.points} | {context.world_size})
+        }
+        self.neighbours = make_groups(group_sizes(job.grid.tp_sizes, context.world_size), context.world_size)
+        self.messages = self.make_messages()
+        self.num_begun = 0
+        context.progress.enter(Phase.RUN)
+
+    def make_load(self) -> Load:
+        """The model's usual work: whole layers over a round of middling size and context."""
+        grid = self.job.grid
+        chunk = min(_LOAD_CHUNK, grid.context_length)
+        layer = grid.shape.layers[0]
+        shape = {"chunk": chunk, "context": min(_LOAD_CONTEXT, grid.context_length - chunk)} | layer.sizes(1)
+        point = Point(op=Op.LAYER, dtype=grid.dtype, shape=shape, variant=layer.variant)
+        run = self.operators.prepare(point).run
+        call_seconds(run, self.device)
+        return Load(run, call_seconds(run, self.device), self.device)
+
+    def make_messages(self) -> PeerMessages | None:
+        """What a pair's messages go through where cards reach each other's memory, as in a pipeline."""
+        sizes = [point.shape["bytes"] for point in self.job.points if point.op is Op.SEND_RECV]
+        everyone = self.control[self.context.world_size]
+        shared = find_hosts(everyone, self.device).groups()
+        if not sizes or len(shared) != 1 or len(shared[0]) != self.context.world_size:
+            return None
+        pair = self.neighbours.get(2)  # none on a rank that is left over, which takes part all the same
+        sent = self.precision.activations
+        return PeerMessages.of(
+            HostGroup(ranks=shared[0], group=everyone),
+            pair.partner if pair else self.context.rank,
+            count=sent.num_elements(max(sizes)),
+            device=self.device,
+            dtype=sent.torch_dtype,
+        )
+
+    def choose_kernel(self, chunk: int, context: int) -> AttentionKernel:
+        """The kernel that measured best for the layer being prepared."""
+        return self.agenda.kernel_choice(self.heads, self.context.world_size)(chunk, context)
+
+    def follow(self) -> int:
+        """Measure until the first rank says stop."""
+        measured = 0
+        while (index := self.agree_on_index(_STOP)) != _STOP:
+            measured += bool(self.measure(self.job.points[index]))
+            self.context.progress.wait(Doing.MEET)
+        return measured
+
+    def agree_on_index(self, index: int) -> int:
+        """The first rank's index, on all ranks. Waiting here takes no processor time."""
+        message = torch.tensor([index])
+        dist.broadcast(message, 0, group=self.control[self.context.world_size])
+        return int(message.item())
+
+    def measure(self, point: Point) -> list[Measurement]:
+        """Time a point together with the other ranks that are busy -> the rows of `rows_of`.
+
+        None on idle ranks, and on all when the memory of one does not hold the point.
+        """
+        self.num_begun += 1
+        expected_s = expected_seconds(point, self.device.type, self.job.hardware.num_threads)
+        self.context.progress.mark(0, self.num_begun, until_s=time.monotonic() + STALL_FACTOR * expected_s)
+        if self.context.rank >= point.busy_ranks:
+            return []
+        ready = self.prepare_together(point)
+        if ready is None:
+            return []
+        prepared, first_s = ready
+        call_s = self.call_seconds(prepared, point, first_s)
+        samples, timing = self.sample(prepared, point, call_s)
+        for _ in range(ATTEMPTS - 1):
+            if timing.noisy and not prepared.waits:  # messages always vary
+                samples, timing = self.sample(prepared, point, call_s, samples)
+        rows = rows_of(point, samples, timing, own_load=prepared.own_load)
+        for row in rows:
+            self.agenda.add(row)
+        return [self.agenda.rows[row.key] for row in rows]
+
+    def prepare_together(self, point: Point) -> tuple[Prepared, float] | None:
+        """The point's work, made ready on all busy ranks, and seconds of its first call on the slowest of them.
+
+        The first call may import code and build plans. None on all ranks when the memory of one did not suffice.
+        """
+        prepared, first_s = None, math.inf
+        try:
+            prepared = self.prepare(point)
+            # What waits for other ranks allocates nothing when it runs, and one rank alone must not run it.
+            first_s = 0.0 if prepared.waits else call_seconds(prepared.run, self.device)
+        except (torch.OutOfMemoryError, MemoryError):
+            self.operators.workspace.clear()
+        first_s = self.slowest(first_s, point)
+        if prepared is not None and math.isfinite(first_s):
+            return prepared, first_s
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def prepare(self, point: Point) -> Prepared:
+        """The point's work, made ready on this rank."""
+        if point.op is Op.SEND_RECV:
+            return prepare_message(point, self.neighbours[2], self.messages, self.device, self.precision.activations)
+        if point.op in COLLECTIVES:
+            return prepare_collective(point, self.neighbours[point.group_size], self.device, self.precision.reductions)
+        if point.op is Op.ROUND_OVERHEAD:
+            return prepare_round_overhead(point, self.operators, self.neighbours.get(2))
+        if "heads" in point.shape:
+            self.heads = {name: point.shape[name] for name in self.heads}
+        return self.operators.prepare(point)
+
+    def call_seconds(self, prepared: Prepared, point: Point, first: float) -> float:
+        """Seconds of a call on the slowest rank; the first call, of `first` seconds, counts only if it took long."""
+        self.barrier(point)
+        if prepared.waits:
+            first = self.slowest(call_seconds(prepared.run, self.device), point)
+        if first > _LONG_CALL_S and self.device.type == "cpu":  # on a card the first call may load its kernel
+            return first
+        trials = 1 if first > POINT_S[self.device.type] else _TRIAL_CALLS
+        return self.slowest(min(call_seconds(prepared.run, self.device) for _ in range(trials)), point)
+
+    def sample(
+        self, prepared: Prepared, point: Point, call_s: float, before: tuple[Samples, ...] = ()
+    ) -> tuple[tuple[Samples, ...], Timing]:
+        """Sample on all busy ranks at once -> each rank's samples, those of `before` included, and the point's timing.
+
+        The rank with the largest median counts: a pipeline runs at the pace of its slowest stage, and the mean over
+        ranks would promise too much. Of ranks in step it is the slowest group that counts.
+        """
+        device_type = self.device.type
+        if prepared.own_load:
+            sampling = plan_own_load(call_s)
+        else:
+            sampling = plan_sampling(
+                call_s, device_type=device_type, budget_s=POINT_S[device_type], waits=prepared.waits,
+                in_step=prepared.in_step,
+            )  # fmt: skip
+        self.barrier(point)
+        mine = take_samples(prepared, sampling, self.device, is_slow=self.is_slow, load=self.load)
+        table = torch.tensor([mine.us, mine.disturbed], dtype=torch.float64)
+        gathered = torch.stack([torch.empty_like(table) for _ in range(point.busy_ranks)])  # [ranks, 2, samples]
+        dist.all_gather(list(gathered.unbind()), table, group=self.control[point.busy_ranks])
+        if prepared.in_step:
+            gathered[:, 0] = of_the_last(gathered[:, 0], point.group_size)
+        if prepared.waits:  # for ranks that were disturbed
+            gathered[:, 1] = gathered[:, 1].amax(dim=0)
+        samples = tuple(Samples(us.tolist(), disturbed.bool().tolist()) for us, disturbed in gathered)
+        if before:
+            samples = tuple(one + other for one, other in zip(before, samples, strict=True))
+        return samples, max(map(summarize, samples), key=lambda timing: timing.median_us)
+
+    def barrier(self, point: Point) -> None:
+        """Wait until all busy ranks, and their devices, are here."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        dist.barrier(group=self.control[point.busy_ranks])
+
+    def slowest(self, seconds: float, point: Point) -> float:
+        """The largest of the busy ranks' figures."""
+        figure = torch.tensor([seconds], dtype=torch.float64)
+        dist.all_reduce(figure, dist.ReduceOp.MAX, group=self.control[point.busy_ranks])
+        return float(figure.item())
+
+
+def of_the_last(us: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Samples [ranks, n] of work that groups of ranks leave in step: of each group the least, which waited for none."""
+    by_group = us.view(-1, group_size, us.shape[1])
+    return by_group.amin(dim=1, keepdim=True).expand_as(by_group).reshape_as(us)
+
+
+def rows_of(point: Point, samples: Sequence[Samples], timing: Timing, *, own_load: bool) -> list[Measurement]:
+    """A point's row and, of work under its own load on several ranks, which have a card each, those of every rank."""
+    rows = [row_of(point, timing)]
+    if own_load and len(samples) > 1:
+        rows += [rank_row(point, rank, summarize(mine)) for rank, mine in enumerate(samples)]
+    return rows
+
+
+def row_of(point: Point, timing: Timing) -> Measurement:
+    """The row of a point that was just measured."""
+    return Measurement(
+        op=point.op,
+        dtype=point.dtype,
+        shape=point.shape,
+        group_size=point.group_size,
+        busy_ranks=point.busy_ranks,
+        variant=point.variant,
+        num_samples=timing.num_samples,
+        median_us=timing.median_us,
+        p10_us=timing.p10_us,
+        p90_us=timing.p90_us,
+        min_us=timing.min_us,
+        std_us=timing.std_us,
+        noisy=timing.noisy,
+        measured_at=now(),
+        code_version=code_version(),
+    )
+
+
+def rank_row(point: Point, rank: int, timing: Timing) -> Measurement:
+    """One rank's own row of a layer: the point's row is that of the slowest."""
+    return replace(row_of(point, timing), op=RANK_LAYER, shape={**point.shape, "rank": rank})
+
+
+class Leader:
+    """The first rank's part: what is next, when to stop, and the rows."""
+
+    def __init__(self, session: RankSession, job: ProfileJob) -> None:
+        self.session, self.job = session, job
+        self.database = open_database(job.database_url)
+        self.unsaved: list[Measurement] = []
+        self.last_commit = time.monotonic()
+        missing = list(session.agenda.missing())
+        self.progress = ProfileProgress(
+            num_points=len(missing), expected_s=sum(map(self.expected_seconds, missing)), deadline=job.deadline
+        )
+
+    def run(self) -> int:
+        """Measure until nothing is missing or time is up. Rows are kept whatever ends it."""
+        measured = 0
+        index_of = {point.key: index for index, point in enumerate(self.job.points)}
+        try:
+            with self.progress:
+                for point in self.upcoming():
+                    self.session.agree_on_index(index_of[point.key])
+                    self.keep(self.session.measure(point))
+                    measured += 1
+                    self.progress.advance(str(point), self.expected_seconds(point))
+            self.session.agree_on_index(_STOP)
+        finally:
+            self.commit()
+            self.database.close()
+        return measured
+
+    def upcoming(self) -> Iterator[Point]:
+        """Missing points in order, then once more those that came out noisy, while there is time."""
+        done = []
+        for point in self.in_time(self.session.agenda.missing()):
+            yield point
+            done.append(point)
+        rows = self.session.agenda.rows
+        noisy = [point for point in done if point.key in rows and rows[point.key].noisy]
+        self.progress.extend(len(noisy), sum(map(self.expected_seconds, noisy)))
+        yield from self.in_time(noisy)
+        # Measured again, another attention kernel may be the best.
+        yield from self.in_time(self.session.agenda.missing())
+
+    def in_time(self, points: Iterable[Point]) -> Iterator[Point]:
+        """The points up to the first that the time left does not hold."""
+        return takewhile(lambda point: not self.is_late(point), points)
+
+    def is_late(self, point: Point) -> bool:
+        """Whether the time that is left does not hold the point."""
+        return time.monotonic() + 0.5 * self.expected_seconds(point) > self.job.deadline
+
+    def expected_seconds(self, point: Point) -> float:
+        """Roughly how long the point takes here."""
+        return expected_seconds(point, self.session.device.type, self.job.hardware.num_threads)
+
+    def keep(self, rows: Iterable[Measurement]) -> None:
+        """Commit the rows with those since the last commit, twice a second at most."""
+        self.unsaved += rows
+        if time.monotonic() - self.last_commit >= COMMIT_EVERY_S:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write what is not written yet."""
+        if self.unsaved:
+            save_measurements(self.database, self.job.hardware, self.unsaved)
+        self.unsaved = []
+        self.last_commit = time.monotonic()

@@ -1,0 +1,95 @@
+"""Random weights and KV slabs on one device: made once, kept while they fit, so many that each use finds them cold."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from profiler.kernels.linear import Linear
+from profiler.model import Precision
+
+T = TypeVar("T")
+
+_MIN_SLABS = 8  # most points touch only the first rows of a slab
+
+# Random data: all-zero operands draw less power, and cards then clock higher than a model would see.
+_SEED = 20260101
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slabs:
+    """Keys and values of several layers: [copies, KV, rows, D] each."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def num_copies(self) -> int:
+        """How many layers' worth."""
+        return self.keys.shape[0]
+
+
+class Workspace:
+    """Hands out operands by size.
+
+    cold_bytes: operands take turns until so many bytes lie between two uses of one, as a stage's layers do.
+    limit_bytes: what may be kept; the longest unused goes first.
+    """
+
+    def __init__(self, device: torch.device, precision: Precision, *, cold_bytes: int, limit_bytes: int) -> None:
+        self.device, self.precision, self.dtype = device, precision, precision.activations.torch_dtype
+        self.cold_bytes, self.limit_bytes = cold_bytes, limit_bytes
+        self._kept: OrderedDict[tuple[object, ...], tuple[Any, int]] = OrderedDict()
+        self._generator = torch.Generator(device).manual_seed(_SEED)
+
+    def num_copies(self, size_bytes: int) -> int:
+        """Copies of an operand of `size_bytes` that outgrow the cache, at least one; half the limit at most."""
+        wanted = math.ceil(self.cold_bytes / size_bytes)
+        return max(1, min(wanted, self.limit_bytes // 2 // size_bytes))
+
+    def random(self, *sizes: int, scale: float = 1.0) -> torch.Tensor:
+        """Normally distributed values of standard deviation `scale`."""
+        return torch.randn(*sizes, device=self.device, dtype=self.dtype, generator=self._generator).mul_(scale)
+
+    def linear(self, n: int, k: int, *, bias: bool = False) -> Linear:
+        """A new product of random weights that keeps the size of its input."""
+        return Linear(self.random(n, k, scale=k**-0.5), self.random(n) if bias else None)
+
+    def cold_linears(self, n: int, k: int) -> list[Linear]:
+        """Products of one size, to be used in turn."""
+        size = self.precision.weights.num_bytes(n * k)
+        copies = self.num_copies(size)
+        return self.keep(("linear", n, k), size * copies, lambda: [self.linear(n, k) for _ in range(copies)])
+
+    def slabs(self, kv_heads: int, rows: int, head_dim: int) -> Slabs:
+        """KV slabs of one size, to be used in turn."""
+        size = self.precision.kv.num_bytes(2 * kv_heads * rows * head_dim)
+        copies = max(1, min(max(_MIN_SLABS, self.num_copies(size)), self.limit_bytes // 2 // size))
+        return self.keep(
+            ("slabs", kv_heads, rows, head_dim),
+            size * copies,
+            lambda: Slabs(
+                keys=self.random(copies, kv_heads, rows, head_dim), values=self.random(copies, kv_heads, rows, head_dim)
+            ),
+        )
+
+    def clear(self) -> None:
+        """Give up all that is kept."""
+        self._kept.clear()
+
+    def keep(self, key: tuple[object, ...], size_bytes: int, make: Callable[[], T]) -> T:
+        """What was made under `key`, or makes it after dropping what no longer fits beside it."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            kept: T = self._kept[key][0]
+            return kept
+        while self._kept and sum(size for _, size in self._kept.values()) + size_bytes > self.limit_bytes:
+            self._kept.popitem(last=False)
+        made = make()
+        self._kept[key] = (made, size_bytes)
+        return made

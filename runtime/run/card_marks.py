@@ -1,0 +1,69 @@
+"""Marks where a card is: the host queues rounds ahead, so its own place says nothing."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from profiler.comm.mark import Doing, Progress
+from runtime.run.clock import Clock, EventClock
+
+if TYPE_CHECKING:
+    from runtime.run.pipeline import Pipeline
+
+_LOOK_EVERY_S = 0.5
+
+
+class CardMarks(threading.Thread):
+    """Looks at the events between the rounds now and then, and marks what has changed; does nothing on a CPU."""
+
+    def __init__(self, clock: EventClock | None, pipeline: Pipeline, progress: Progress) -> None:
+        super().__init__(daemon=True, name="card marks")
+        self.clock, self.pipeline, self.progress = clock, pipeline, progress
+        self.first_round = 0  # the index of the clock's first round among the job's
+        self._ended = threading.Event()
+        self._seen: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, clock: Clock, pipeline: Pipeline, progress: Progress) -> CardMarks:
+        """Marks for the clock of a device."""
+        return cls(clock if isinstance(clock, EventClock) else None, pipeline, progress)
+
+    def __enter__(self) -> CardMarks:
+        if self.clock is not None:
+            self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self.clock is not None:
+            self.join()
+
+    def run(self) -> None:
+        """Look until the end."""
+        while not self._ended.wait(_LOOK_EVERY_S):
+            self.look()
+
+    def look(self) -> None:
+        """Mark the card's place if it is another than before."""
+        assert self.clock is not None
+        place = self.clock.place()
+        if place == self._seen or place is None:
+            return
+        self._seen = place
+        _, num_events = place
+        index, is_running = self.first_round + num_events // 2, num_events % 2 == 1
+        pipeline = self.pipeline
+        until_s = 0.0
+        if index < len(pipeline.job.rounds):
+            until_s = pipeline.arrival_s(pipeline.job.rounds[index])
+        self.progress.mark(pipeline.place.stage, index, until_s=until_s)
+        if is_running:
+            return
+        if pipeline.source is not None:
+            self.progress.wait(Doing.RECEIVE, pipeline.source)
+        elif pipeline.last is not None and index >= (pipeline.job.window or index + 1):
+            self.progress.wait(Doing.RETURN, pipeline.last)

@@ -1,0 +1,125 @@
+"""One rank's whole run: load, warm up, fill cached prompts, run the rounds on the clock, decode, report."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import time
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+
+from profiler.comm.group import Groups, make_groups
+from profiler.comm.mark import Doing, Phase
+from profiler.comm.rank import RankContext
+from runtime.run.card_marks import CardMarks
+from runtime.run.clock import make_clock
+from runtime.run.job import Job, Pass, RankReport
+from runtime.run.pipeline import Pipeline
+from runtime.stage.place import Place, mesh_of
+from runtime.stage.stage import Stage
+from tuner.plan.plan import Chunk, Round
+
+
+@torch.inference_mode()
+def run_jobs(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
+    """Run jobs as one of their ranks; the function that `profiler.comm.launch.run_ranks` starts on each.
+
+    All take as many ranks; starting them takes seconds, and so does joining them, which jobs of one layout share.
+    Each report is also handed on at once: it outlives the failure of a later job.
+    """
+    reports: list[RankReport] = []
+    for mesh, alike in groupby(jobs, key=lambda job: mesh_of(job.parallel)):
+        context.progress.enter(Phase.GROUPS, job=len(reports))
+        with make_groups(mesh, context.rank, context.device) as groups:
+            for job in alike:
+                context.progress.enter(Phase.LOAD, job=len(reports))
+                reports.append(_run_job(context, job, groups))
+                context.report(reports[-1])
+    return reports
+
+
+def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
+    place = Place.of(context.rank, job.parallel)
+    clock = make_clock(context.device)
+    progress = context.progress
+
+    def begin() -> None:
+        if context.device.type == "cuda":
+            torch.cuda.synchronize()
+        progress.wait(Doing.MEET)
+        dist.barrier(groups.everyone)
+        progress.work()
+        clock.begin()
+
+    def note() -> Pass:
+        return Pass(origin_s=clock.origin_s, rounds=tuple(clock.intervals()))
+
+    def run_pass() -> Pass:
+        begin()
+        pipeline.prefill()
+        return note()
+
+    if context.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the job before left: peer memory and NCCL allocate beside torch
+    begin()
+    stage = Stage(job, place, groups.tensor, context.device)
+    progress.enter(Phase.LINKS)
+    pipeline = Pipeline(job, place, groups, stage, clock, progress)
+    begin()
+    progress.enter(Phase.WARM_UP)
+    pipeline.warm_up()
+    pipeline.fill_cache(cached_rounds(job))
+    progress.enter(Phase.RECORD)
+    pipeline.record()
+    if context.device.type == "cuda":
+        torch.cuda.synchronize()
+    gc.collect()
+    gc.freeze()  # a collection among the rounds would walk all that the imports made
+    warm_up_s = time.perf_counter() - clock.origin_s
+    progress.enter(Phase.RUN)
+    with CardMarks.of(clock, pipeline, progress) as marks:
+        first = _settle(job, run_pass, groups)
+        passes = tuple(run_pass() for _ in range(job.repeat))
+        begin()
+        progress.enter(Phase.DECODE)
+        marks.first_round = len(job.rounds)
+        new_ids = pipeline.decode(job.max_new_tokens - 1)
+        decode = note()
+    pipeline.close()
+    gc.unfreeze()
+    reports_tokens = place.is_last and place.tp_rank == 0
+    return RankReport(
+        stage=place.stage,
+        host=socket.gethostname(),
+        warm_up_s=warm_up_s,
+        first=first,
+        passes=passes,
+        decode=decode,
+        token_ids=tuple(tuple(ids) for ids in new_ids.T.tolist()) if reports_tokens else None,
+    )
+
+
+def _settle(job: Job, run_pass: Callable[[], Pass], groups: Groups) -> Pass | None:
+    """Run passes that do not count; the first rank tells all when it is enough. Returns the very first, if any."""
+    first: Pass | None = None
+    started = time.perf_counter()
+    enough = torch.tensor([job.settle_s <= 0.0])
+    while not enough.item():
+        done = run_pass()
+        first = first or done
+        enough[0] = time.perf_counter() - started >= job.settle_s
+        dist.broadcast(enough, 0, group=groups.everyone)
+    return first
+
+
+def cached_rounds(job: Job) -> list[Round]:
+    """Rounds that fill the KV of cached tokens, no larger than the plan's own; they run before the clock starts."""
+    most = max(job.round_tokens)
+    return [
+        (Chunk(index, start, min(most, request.cached_tokens - start)),)
+        for index, request in enumerate(job.requests)
+        for start in range(0, request.cached_tokens, most)
+    ]

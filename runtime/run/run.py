@@ -1,0 +1,303 @@
+"""Runs a plan: checks everything, starts the ranks, and leaves rows of what was planned, predicted and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+import torch
+
+from db.errors import UserError
+from db.rows.hardware import Hardware, save_hardware
+from db.rows.measurements import Measurement, load_measurements
+from db.rows.plans import save_plan_row
+from db.rows.processes import process_row
+from db.rows.runs import RunKind, RunOutcome, fail_run, finish_run, start_run
+from db.store.engine import Database, open_database
+from profiler.comm.failure import RanksFailedError
+from profiler.comm.launch import is_first_process, run_ranks
+from profiler.comm.stall import LEAST_LIMIT_S
+from profiler.hardware.device import describe_hardware
+from profiler.kernels.attention import available_kernels
+from profiler.kernels.choice import KernelChoice
+from profiler.measure.point import Op
+from profiler.model import PRECISIONS, ModelShape
+from profiler.model.flops import prefill_flops
+from runtime.run.job import Job, RankReport
+from runtime.run.prediction import read_prediction
+from runtime.run.preparation import check_counts, check_layout, checked_prompts, model_shape, with_dtype
+from runtime.run.prompts import random_prompts
+from runtime.run.rank import run_jobs
+from runtime.run.result import RunResult, make_result
+from runtime.stage.place import world_size
+from runtime.weights.checkpoint import check_checkpoint
+from runtime.weights.generation import end_ids
+from tuner.fit.kernels import kernel_choice
+from tuner.fit.rows import Rows
+from tuner.plan.memory import check_memory
+from tuner.plan.plan import Plan
+
+# A card that rested starts at a clock that it cannot hold: a round took up to a fifth longer 0.2 s later, and some
+# 0.8 s after the start the card corrects itself by a quarter of a second at its lowest clock.
+SETTLE_S = {"cpu": 0.0, "cuda": 1.0}
+SETTLES_ITSELF_S = 2.5  # in a plan that long the start is lost
+STALL_FACTOR = 20.0
+UNPREDICTED_LIMIT_S = 600.0
+
+
+class RunOptions(TypedDict, total=False):
+    """The options of `run_plans`."""
+
+    weights: Path | None
+    random_weights: bool
+    prompts: Sequence[Sequence[int]] | None
+    max_new_tokens: int
+    repeat: int
+    device_type: str
+    num_threads: int
+    dtype: str | None
+    db_url: str | None
+    kind: RunKind | str
+    study: str | None
+    stall_timeout_s: float | None
+
+
+def run_plan(plan: Plan, **options: Unpack[RunOptions]) -> RunResult:
+    """`run_plans` for one plan."""
+    (result,) = run_plans([plan], **options)
+    return result
+
+
+def run_plans(
+    plans: Sequence[Plan],
+    *,
+    weights: Path | None = None,
+    random_weights: bool = False,
+    prompts: Sequence[Sequence[int]] | None = None,
+    max_new_tokens: int = 1,
+    repeat: int = 1,
+    device_type: str = "cpu",
+    num_threads: int = 1,
+    dtype: str | None = None,
+    db_url: str | None = None,
+    kind: RunKind | str = RunKind.RUN_PLAN,
+    study: str | None = None,
+    stall_timeout_s: float | None = None,
+) -> list[RunResult]:
+    """Execute the rounds of plans of as many ranks, one after another on the same ones, each then decoding greedily.
+
+    weights: a Hugging Face checkpoint, or None with `random_weights`. prompts: token ids of each request, of every
+    plan, in the plans' order; random ids of the planned lengths if None. repeat: passes over the rounds.
+
+    stall_timeout_s: the run fails when no rank moved for so long; None is a minute, or more for long rounds.
+
+    Raises `UserError` before any rank starts for whatever does not fit together, and `RanksFailedError` when a rank
+    dies, raises or stalls; the rows of plans that had ended by then keep their results, those of the others say failed.
+    Under torchrun each rank calls this and gets the results; the first writes the rows.
+    """
+    check_counts(max_new_tokens=max_new_tokens, repeat=repeat, num_threads=num_threads)
+    if (weights is None) != random_weights:
+        raise UserError("--weights", weights or "", "give either a folder of weights or --random-weights")
+    plans = [with_dtype(plan, dtype) for plan in plans]
+    sizes = {world_size(plan.parallel) for plan in plans}
+    if len(sizes) != 1:
+        raise UserError("plans", f"{sorted(sizes)} ranks", "must be one or more plans of as many ranks")
+    hardware = describe_hardware(device_type, num_threads=num_threads)
+    ends = end_ids(weights)
+    with ExitStack() as stack:
+        database = stack.enter_context(open_database(db_url))
+        rows = load_measurements(database, hardware)
+        jobs = [
+            make_job(
+                plan, hardware, rows, weights=weights, prompts=prompts, max_new_tokens=max_new_tokens, repeat=repeat,
+                device_type=device_type,
+            )
+            for plan in plans
+        ]  # fmt: skip
+        predictions = [read_prediction(plan) for plan in plans]
+        process_id = stack.enter_context(process_row(database, str(kind))) if is_first_process() else None
+        records = [
+            stack.enter_context(
+                Record(database, plan, hardware, kind=kind, study=study, job=job, index=index, process_id=process_id)
+            )
+            for index, (plan, job) in enumerate(zip(plans, jobs, strict=True))
+        ]
+
+        def finish(reports: Iterable[Sequence[RankReport]]) -> list[RunResult]:
+            """Keep the results of the plans that all ranks have reported; reports: of each rank."""
+            results = []
+            for index, of_ranks in enumerate(zip(*reports, strict=False)):
+                result = make_result(jobs[index], of_ranks, prediction=predictions[index], end_ids=ends)
+                result = with_mfu(result, plans[index], jobs[index].shape, hardware, rows)
+                results.append(records[index].finish(result))
+            return results
+
+        try:
+            return finish(
+                run_ranks(
+                    run_jobs,
+                    jobs,
+                    world_size=world_size(plans[0].parallel),
+                    device_type=device_type,
+                    num_threads=num_threads,
+                    stall_timeout_s=stall_timeout_s or max(map(stall_limit_s, plans)),
+                )
+            )
+        except RanksFailedError as error:
+            finish(error.reports.values())
+            raise
+
+
+def stall_limit_s(plan: Plan) -> float:
+    """Seconds without any progress after which a run of the plan counts as stalled, where nobody said.
+
+    Generous: a minute at least, and many times what its longest round is predicted to take. A plan without a prediction
+    may have rounds of any length.
+    """
+    if plan.predicted is None:
+        return UNPREDICTED_LIMIT_S
+    rounds_s = (seconds for row in plan.predicted.round_s or () for seconds in row)
+    longest_s = max(rounds_s, default=plan.predicted.makespan_s)
+    return max(LEAST_LIMIT_S, STALL_FACTOR * longest_s)
+
+
+def make_job(
+    plan: Plan,
+    hardware: Hardware,
+    rows: Sequence[Measurement],
+    *,
+    device_type: str,
+    weights: Path | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
+    max_new_tokens: int = 1,
+    repeat: int = 1,
+) -> Job:
+    """What the ranks are told, checked against the model, the weights, the prompts and the machine.
+
+    weights: None for random ones; prompts: None for random ids. Raises `UserError` for what does not fit together.
+    """
+    shape = model_shape(plan.model, weights)
+    check_layout(plan, shape, max_new_tokens=max_new_tokens, device_type=device_type)
+    if weights is not None:
+        check_checkpoint(weights, shape)
+    token_ids = checked_prompts(
+        random_prompts(plan.requests, shape.vocab_size) if prompts is None else prompts, plan, shape.vocab_size
+    )
+    check_memory(
+        shape, plan, max_new_tokens=max_new_tokens, device_type=device_type, memory_bytes=hardware.memory_bytes
+    )
+    return Job(
+        shape=shape,
+        parallel=plan.parallel,
+        requests=plan.requests,
+        rounds=plan.rounds,
+        window=plan.window,
+        prompts=token_ids,
+        weights=weights,
+        dtype=plan.precision,
+        max_new_tokens=max_new_tokens,
+        repeat=repeat,
+        kernels=_kernel_choice(plan, shape, rows, device_type),
+        settle_s=_settle_s(plan, device_type),
+    )
+
+
+class Record:
+    """A run's row in the database: running, then done, or failed with where and why; `index` among the launch's."""
+
+    def __init__(
+        self,
+        database: Database,
+        plan: Plan,
+        hardware: Hardware,
+        *,
+        kind: RunKind | str,
+        study: str | None,
+        job: Job,
+        index: int,
+        process_id: int | None,
+    ) -> None:
+        self.database, self.index = database, index
+        self.run_id: int | None = None
+        if not is_first_process():
+            return
+        details = {
+            "weights": job.weights.name if job.weights else "random",
+            "dtype": job.dtype,
+            "max_new_tokens": job.max_new_tokens,
+            "repeat": job.repeat,
+            "settle_s": job.settle_s,
+        }
+        plan_id = save_plan_row(database, plan.to_json(), hardware_id=save_hardware(database, hardware))
+        self.run_id = start_run(
+            database, plan_id, hardware, kind=kind, study=study, details=details, process_id=process_id
+        )
+
+    def finish(self, result: RunResult) -> RunResult:
+        """Keep the outcome, all of it at once."""
+        if self.run_id is None:
+            return result
+        outcome = RunOutcome(
+            makespan_s=result.makespan_s,
+            predicted_makespan_s=result.predicted_makespan_s,
+            mfu=result.mfu if result.mfu is not None else result.mfu_of_ceiling,
+            ttft_s=[request.ttft_s for request in result.requests],
+            rounds=result.rounds,
+        )
+        finish_run(self.database, self.run_id, outcome)
+        return replace(result, run_id=self.run_id)
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if error is None or self.run_id is None:
+            return
+        if isinstance(error, RanksFailedError):
+            failure = error.failure
+            if failure.job < self.index:
+                fail_run(self.database, self.run_id, f"not begun: plan {failure.job + 1} of the launch failed")
+                return
+            place = {"rank": failure.rank, "stage": failure.stage, "round_index": failure.round_index}
+            fail_run(self.database, self.run_id, failure.error, **place)
+        else:
+            fail_run(self.database, self.run_id, f"{type(error).__name__}: {error}".removesuffix(": "))
+
+
+def with_mfu(
+    result: RunResult, plan: Plan, shape: ModelShape, hardware: Hardware, rows: Iterable[Measurement]
+) -> RunResult:
+    """Add the model FLOPs utilisation: all devices and all bubbles are in the denominator."""
+    chunks = ((chunk.tokens, chunk.start) for chunks in plan.rounds for chunk in chunks)
+    rate = prefill_flops(shape, chunks, len(plan.requests)) / result.makespan_s / world_size(plan.parallel)
+    peak = PRECISIONS[plan.precision].peak_flops(hardware.device)
+    ceilings = [
+        matmul_flops(row) / (row.median_us * 1e-6)
+        for row in rows
+        if row.op == Op.MATMUL_CEILING and row.dtype == plan.precision
+    ]
+    return replace(result, mfu=rate / peak if peak else None, mfu_of_ceiling=rate / max(ceilings) if ceilings else None)
+
+
+def matmul_flops(row: Measurement) -> float:
+    """FLOPs of a matmul row: two for each of its m n k products."""
+    return 2.0 * row.shape["m"] * row.shape["n"] * row.shape["k"]
+
+
+def _settle_s(plan: Plan, device_type: str) -> float:
+    """Seconds of passes that do not count; none where they would have to wait for arrivals."""
+    long = plan.predicted is not None and plan.predicted.makespan_s > SETTLES_ITSELF_S
+    arrives = any(request.arrival_s > 0.0 for request in plan.requests)
+    return 0.0 if long or arrives else SETTLE_S[device_type]
+
+
+def _kernel_choice(plan: Plan, shape: ModelShape, rows: Iterable[Measurement], device_type: str) -> KernelChoice:
+    """By the rows that the plan's prediction was fitted to; rows may name a kernel that this environment lacks."""
+    kernels = available_kernels(torch.device(device_type), PRECISIONS[plan.precision].activations.torch_dtype)
+    mine = Rows([row for row in rows if row.dtype == plan.precision])
+    sizes = shape.layers[0].attention.sizes(plan.parallel.tp_size)
+    found = mine.select(Op.ATTENTION, sizes, busy_ranks=world_size(plan.parallel), variant=None)
+    return kernel_choice(found, kernels)

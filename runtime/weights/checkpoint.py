@@ -1,0 +1,118 @@
+"""The weights of a model: a Hugging Face checkpoint read slice by slice, or random tensors of the same shapes."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from db.errors import UserError
+from db.files.documents import located, parse, read_json
+from profiler.model import ModelShape
+
+ALL = slice(None)
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+RANDOM_STD = 0.02  # the usual initializer_range
+
+
+@dataclass(frozen=True, slots=True)
+class WeightIndex:
+    """`model.safetensors.index.json`: the file in the folder that holds each tensor."""
+
+    weight_map: dict[str, str]
+
+    def __post_init__(self) -> None:
+        for name, file in self.weight_map.items():
+            if file in ("", ".", "..") or "\0" in file or Path(file).name != file:
+                raise UserError(f"weight_map.{name}", file, "must be the name of a file in the folder")
+
+
+class Weights(Protocol):
+    """Where a rank's weights come from."""
+
+    def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        """A slice of a tensor, on the device and in the dtype of the run; `columns` only for matrices."""
+
+
+class Checkpoint:
+    """A folder of safetensors, one file or several with an index; only the slices asked for are read."""
+
+    def __init__(self, folder: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        self.folder, self.device, self.dtype = folder, device, dtype
+        self.file_of = _file_of_tensor(folder)
+        self._open: dict[str, Any] = {}
+
+    def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        """See `Weights`. Raises `UserError` when the checkpoint has no such tensor."""
+        part = self._slice(name)
+        tensor: torch.Tensor = part[rows] if len(part.get_shape()) == 1 else part[rows, columns]
+        # The file is mapped: without a copy, a slice would keep its pages and their layout.
+        return tensor.to(device=self.device, dtype=self.dtype).contiguous()
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
+        return tuple(self._slice(name).get_shape())
+
+    def is_float(self, name: str) -> bool:
+        """Whether the tensor holds plain floating-point numbers, not quantized ones."""
+        return self._slice(name).get_dtype() in ("F64", "F32", "F16", "BF16")
+
+    def _slice(self, name: str) -> Any:
+        file = self.file_of.get(name)
+        if file is None:
+            raise UserError(name, "missing", f"must be in the weights at {self.folder}")
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            return self._open[file].get_slice(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(name, file, f"must be readable from the weights at {self.folder} ({error})") from error
+
+
+class RandomWeights:
+    """Weights made on the spot: norms are one, the rest is normal; the same slice is the same on every rank."""
+
+    def __init__(self, shape: ModelShape, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.shapes, self.device, self.dtype = shape.tensors(), device, dtype
+
+    def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        """See `Weights`."""
+        parts = zip((rows, columns), self.shapes[name], strict=False)
+        size = tuple(len(range(*part.indices(length))) for part, length in parts)
+        if name.endswith("norm.weight"):
+            return torch.ones(size, device=self.device, dtype=self.dtype)
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{name} {rows} {columns}".encode()))
+        tensor = torch.empty(size, device=self.device, dtype=self.dtype)
+        return tensor.normal_(std=RANDOM_STD, generator=generator)
+
+
+def check_checkpoint(folder: Path, shape: ModelShape) -> None:
+    """Raise `UserError` naming the first tensor that is missing, of another shape, or quantized; reads headers only."""
+    checkpoint = Checkpoint(folder)
+    for name, expected in shape.tensors().items():
+        found = checkpoint.shape_of(name)
+        if found != expected:
+            raise UserError(name, f"shape {list(found)}", f"must be {list(expected)} by the configuration")
+        if not checkpoint.is_float(name):
+            raise UserError(name, "not floating point", "quantized checkpoints are not supported")
+
+
+def _file_of_tensor(folder: Path) -> dict[str, str]:
+    if not folder.is_dir():
+        raise UserError("weights", folder, "must be a folder with config.json and safetensors")
+    if (folder / INDEX).is_file():
+        content = read_json(folder / INDEX, field="weights")
+        with located(folder / INDEX):
+            return parse(WeightIndex, content).weight_map
+    if not (folder / SINGLE).is_file():
+        raise UserError("weights", folder, f"must hold {SINGLE}, or several files with {INDEX}")
+    try:
+        with safe_open(folder / SINGLE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), SINGLE)
+    except (OSError, SafetensorError) as error:
+        raise UserError("weights", folder / SINGLE, f"must be a safetensors file ({error})") from error

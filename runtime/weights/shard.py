@@ -1,0 +1,96 @@
+"""What one rank holds of a model: its stage's layers cut for tensor parallelism, and the ends of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from profiler.comm.group import TensorGroup
+from profiler.kernels.linear import Linear
+from profiler.layers.decoder_layer import DecoderLayer, Norms, Project
+from profiler.layers.head import Head
+from profiler.model import ModelShape
+from profiler.model.shape import layer_prefix
+from profiler.model.tensors import Cut, LinearSpec, NormSpec, Slice
+from runtime.stage.place import Place
+from runtime.weights.checkpoint import Weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """The weights of one rank; the embedding on the first stage only, the head on the last only."""
+
+    layers: tuple[DecoderLayer, ...]
+    embedding: torch.Tensor | None  # [V, hidden], whole on each tensor-parallel rank: a look-up moves nothing
+    head: Head | None  # a slice of the vocabulary
+
+
+def load_shard(shape: ModelShape, place: Place, weights: Weights, group: TensorGroup) -> Shard:
+    """Read this rank's slices, no others."""
+    reader = _Reader(weights, place)
+    return Shard(
+        layers=tuple(_load_layer(shape, index, reader, group) for index in place.layers),
+        embedding=reader.matrix(shape.embedding) if place.is_first else None,
+        head=_load_head(shape, reader, group) if place.is_last else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads a rank's part of what specs describe; `prefix` stands before the names of a layer's tensors."""
+
+    weights: Weights
+    place: Place
+    prefix: str = ""
+
+    def matrix(self, spec: LinearSpec) -> torch.Tensor:
+        """The rank's weight [n, k]."""
+        return torch.cat([
+            self.weights.read(f"{self.prefix}{part.tensor}.weight", part.rows, part.columns)
+            for part in self.slices(spec)
+        ])  # fmt: skip
+
+    def bias(self, spec: LinearSpec) -> torch.Tensor | None:
+        """The rank's bias [n], whole where the inputs are cut."""
+        names = [(f"{self.prefix}{part.tensor}.bias", part.rows) for part in self.slices(spec)]
+        return torch.cat([self.weights.read(*name) for name in names]) if spec.has_bias else None
+
+    def linear(self, spec: LinearSpec) -> Linear:
+        """The product; where the inputs are cut, its bias is added to the sum of the ranks and not here."""
+        return Linear(self.matrix(spec), None if spec.cut is Cut.ROW else self.bias(spec))
+
+    def norm(self, spec: NormSpec) -> torch.Tensor:
+        """The rank's part of a norm's weight."""
+        rows = spec.rows(self.place.tp_rank, self.place.parallel.tp_size)
+        return self.weights.read(f"{self.prefix}{spec.tensor}.weight", rows)
+
+    def slices(self, spec: LinearSpec) -> Iterator[Slice]:
+        """Where the rank's part lies in the checkpoint."""
+        return spec.slices(self.place.tp_rank, self.place.parallel.tp_size)
+
+
+def _load_layer(shape: ModelShape, index: int, model: _Reader, group: TensorGroup) -> DecoderLayer:
+    spec, reader = shape.layers[index], replace(model, prefix=layer_prefix(index))
+    linears: dict[str, Project] = {linear.name: reader.linear(linear) for linear in spec.linears}
+    return DecoderLayer(
+        spec,
+        model.place.parallel.tp_size,
+        norms=Norms.of(spec, reader.norm, eps=shape.norm_eps),
+        **linears,
+        reduce_o=group.reduce(reader.bias(spec.attention.o)),
+        reduce_down=group.reduce(reader.bias(spec.mlp.down)),
+        sum_ranks=group.reduce(None),
+    )
+
+
+def _load_head(shape: ModelShape, reader: _Reader, group: TensorGroup) -> Head:
+    (mine,) = reader.slices(shape.head)
+    return Head(
+        reader.norm(shape.final_norm),
+        shape.norm_eps,
+        reader.linear(shape.head),
+        first_id=mine.rows.start,
+        gather=group.gather if reader.place.parallel.tp_size > 1 else None,
+    )

@@ -1,0 +1,4 @@
+"""The command line: commands, options, tables.
+
+May import `service.use_cases`.
+"""

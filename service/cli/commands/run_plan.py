@@ -1,0 +1,61 @@
+"""`isochunk run-plan`: execute a plan's rounds on its ranks, compare with the prediction and with Transformers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from service.options import db_option, json_option, stall_option
+
+
+@click.command(name="run-plan")
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--weights", type=click.Path(path_type=Path), metavar="DIR", help="A Hugging Face checkpoint.")
+@click.option("--random-weights", is_flag=True, help="Run the plan's model with random weights instead.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSONL: id and token_ids or text a line."
+)
+@click.option("--max-new-tokens", type=int, default=1, show_default=True, help="Tokens to decode for each request.")
+@click.option("--check", is_flag=True, help="Compare the tokens with Transformers'; exit code 1 if they differ.")
+@click.option(
+    "--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a Chrome trace (opens in Perfetto)."
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write tokens, times and rounds as JSON."
+)
+@click.option("--repeat", type=int, default=1, show_default=True, help="Passes over the rounds; the median counts.")
+@click.option("--device", "device_type", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@click.option("--threads-per-rank", type=int, help="Threads of one rank on a CPU. [default: the plan's]")
+@click.option("--dtype", help="float32, bfloat16 or float16. [default: the plan's precision]")
+@stall_option
+@db_option
+@json_option
+def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) -> None:
+    """Execute the rounds of PLAN, an isochunk.plan/1 file, then decode greedily.
+
+    Starts tp_size x pp_size ranks on this machine; under torchrun, on any number of nodes, the ranks are torchrun's.
+    Every run leaves rows in the database: its plan, and the predicted and measured time of each round on each stage.
+    """
+    from profiler.comm.failure import RanksFailedError
+    from profiler.comm.launch import is_first_process
+    from profiler.hardware.device import default_device_type
+    from service.cli.output import print_json
+    from service.use_cases.run_plan import RunRequest, execute, print_run, write_files
+
+    request = RunRequest(plan=plan, device_type=device_type or default_device_type(), **options)
+    try:
+        run = execute(request)
+    except RanksFailedError as error:
+        raise click.ClickException(str(error)) from None
+    if not is_first_process():
+        return
+    if as_json:
+        print_json(run.to_json())
+    else:
+        print_run(run)
+    write_files(request, run)
+    if run.tokens_equal is False:
+        sys.exit(1)

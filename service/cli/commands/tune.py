@@ -1,0 +1,28 @@
+"""`isochunk tune`: fit, search, plan, write the best plan."""
+
+from __future__ import annotations
+
+import click
+
+from service.options import json_option, options_of
+from service.use_cases.tune_options import TuneOptions
+
+
+@click.command(name="tune")
+@options_of(TuneOptions)
+@json_option
+def command(options: TuneOptions, as_json: bool) -> None:
+    """Choose tensor and pipeline sizes, layer partition and rounds for MODEL.
+
+    MODEL is a folder with a config.json or the name of a bundled shape. The cost model is fitted to the rows that
+    `isochunk profile` measured; with --cost-model it is read from a file, and MODEL is not needed.
+    """
+    from service.cli.output import print_json
+    from service.cli.tune_report import print_report
+    from service.use_cases.tune import tune
+
+    report = tune(options, echo=None if as_json else click.echo)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print_report(report)

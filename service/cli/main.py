@@ -1,0 +1,111 @@
+"""The command line: commands are imported when they are called, so that help answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import click
+
+from db.errors import UserError
+
+COMMANDS = {
+    "profile": ("service.cli.commands.profile", "Measure a model's kernels and collectives on this machine."),
+    "tune": ("service.cli.commands.tune", "Fit the cost model and choose layout, partition and rounds."),
+    "run-plan": ("service.cli.commands.run_plan", "Execute a plan and compare it with its prediction."),
+    "db": ("service.cli.commands.db", "Look after the profiling database."),
+}
+
+
+# Seconds from a signal to the end at the latest; an interrupted profile still says what it has.
+END_WITHIN_S: dict[int, float] = {signal.SIGTERM: 5.0, signal.SIGHUP: 5.0, signal.SIGINT: 15.0}
+
+
+class LazyGroup(click.Group):
+    """Knows its commands' names and help lines without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order in which they are used."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command that is called."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an interrupt stays one, where click would print an empty line for it."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Ended(signal.SIGINT) from None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="isochunk", prog_name="isochunk")
+def cli() -> None:
+    """Find, prove and run the fastest chunked-pipeline plan for long-context LLM prefill on the hardware at hand."""
+
+
+class Ended(BaseException):
+    """The process was told to end by a signal."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
+
+
+def main() -> None:
+    """Run the command line.
+
+    What ends it is one line: a user's error with exit code 2, an interrupt with 130, any other signal with 128 and its
+    number.
+    """
+    for number in END_WITHIN_S:
+        signal.signal(number, _end)
+    try:
+        code = cli(standalone_mode=False)
+    except UserError as error:
+        code = _say(f"Error: {error}", 2)
+    except click.ClickException as error:
+        code = _say(f"Error: {error.format_message()}", error.exit_code)
+    except KeyboardInterrupt:  # before or after the command
+        code = _say(_line(signal.SIGINT), 128 + signal.SIGINT)
+    except Ended as error:
+        code = _say(_line(error.number), 128 + error.number)
+    sys.exit(code or 0)
+
+
+def _end(number: int, frame: Any) -> None:
+    """Raise what ends the command, and see to it that it ends: code that is being imported may catch anything."""
+    backstop = threading.Timer(END_WITHIN_S[number], _leave, [number])
+    backstop.daemon = True
+    backstop.start()
+    if number == signal.SIGINT:
+        signal.default_int_handler(number, frame)
+    raise Ended(number)
+
+
+def _leave(number: int) -> None:
+    _say(_line(number), 128 + number)
+    os._exit(128 + number)  # ranks end with this process
+
+
+def _line(number: int) -> str:
+    return "Interrupted" if number == signal.SIGINT else f"Ended by {signal.Signals(number).name}"
+
+
+def _say(line: str, code: int) -> int:
+    click.echo(line, err=True)
+    return code

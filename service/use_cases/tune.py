@@ -1,0 +1,135 @@
+"""What `isochunk tune` does, from its options to its report: the tuner's parts put in order."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from db.errors import UserError
+from db.files.numbers import whole_number
+from db.files.replacement import check_writable
+from service.cli.tune_report import TuneReport
+from service.use_cases.tune_options import TuneOptions
+from tuner.online.replay import Replay
+from tuner.plan.cost_model import MAX_TOKENS, CostModel, load_cost_model
+from tuner.plan.plan import MAX_WINDOW, Parallel, Request, save_plan
+from tuner.plan.workload import load_workload
+from tuner.rounds.problem import Limits, arrive_over_time
+from tuner.rounds.round_plan import RoundPlan, best_first, rounds_to_plan
+from tuner.rounds.schedule import Objective
+from tuner.search.rules import Rules
+
+DEFAULT_MULTIPLE = 64
+
+Echo = Callable[[str], None] | None
+
+
+def tune(options: TuneOptions, *, echo: Echo = None) -> TuneReport:
+    """Plan as the options ask for, from a cost model file or from what was measured; write the plan.
+
+    echo: told of each measured run.
+    """
+    requests, rules = requests_of(options), rules_of(options)
+    if options.output is not None:
+        check_writable("-o", Path(options.output))
+    if options.cost_model is not None:
+        report = _tune_cost_model(load_cost_model(options.cost_model), requests, rules, options)
+    else:
+        from service.use_cases.tune_model import tune_model  # brings the fit along: SciPy and the database
+
+        report = tune_model(options, requests, rules, echo)
+    if options.output is not None:
+        save_plan(options.output, report.plan)
+    return replace(report, output=options.output)
+
+
+def requests_of(options: TuneOptions) -> tuple[Request, ...]:
+    """The batch or the trace that is planned."""
+    if options.workload is not None:
+        requests = tuple(load_workload(options.workload, rate=options.rate))
+    else:
+        assert options.prompt_lens is not None
+        lengths = options.prompt_lens.split(",")
+        requests = tuple(Request(id=f"r{i}", prompt_tokens=_length(text)) for i, text in enumerate(lengths))
+    deadline_s = options.sla_ttft_s
+    return tuple(replace(request, sla_ttft_s=deadline_s) for request in requests) if deadline_s else requests
+
+
+def rules_of(options: TuneOptions) -> Rules:
+    """How rounds are made."""
+    return Rules(
+        policy=options.policy,
+        window=_window(options.window),
+        chunk_multiple=DEFAULT_MULTIPLE if options.chunk_multiple is None else options.chunk_multiple,
+        limits=Limits(max_round_tokens=options.max_round_tokens, max_kv_tokens=options.max_kv_tokens),
+        objective=Objective(options.objective),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contest:
+    """The plan, and what it is compared with: the best fixed chunk or all policies, the best first."""
+
+    planned: RoundPlan
+    policies: list[RoundPlan] = field(default_factory=list)
+    """Of a batch."""
+    replays: list[Replay] = field(default_factory=list)
+    """Of requests that arrive over time."""
+
+
+def contest(
+    cost: CostModel,
+    requests: tuple[Request, ...],
+    rules: Rules,
+    *,
+    compare: bool,
+    planned: RoundPlan | None = None,
+) -> Contest:
+    """Plan by the rules, unless that is done, and compare: with every policy, or with the best fixed chunk alone."""
+
+    if arrive_over_time(requests):
+        *others, own = rules.replays(cost, requests, everything=compare)
+        by_objective = functools.partial(_score, objective=rules.objective)
+        if not compare:
+            others = [min((one for one in others if one.policy.startswith("fixed:")), key=by_objective)]
+        return Contest(planned=own.planned, replays=sorted([own, *others], key=by_objective))
+    if compare:
+        policies = rules.compare(cost, requests)
+        return Contest(planned=next(one for one in policies if one.policy == rules.policy), policies=policies)
+    planned = planned or rules.plan(cost, requests)
+    fixed = replace(rules.baseline(cost, requests), bound=planned.bound)
+    rivals = [planned] if planned.policy == fixed.policy else [planned, fixed]
+    return Contest(planned=planned, policies=best_first(rivals, rules.objective))
+
+
+def _score(replay: Replay, objective: Objective) -> tuple[float, ...]:
+    return replay.evaluation.score(objective)
+
+
+def _tune_cost_model(cost: CostModel, requests: tuple[Request, ...], rules: Rules, options: TuneOptions) -> TuneReport:
+    if options.pp_size is None and cost.pp_size == 1:
+        raise UserError("--pp-size", "missing", "a cost model with one stage for all needs the number of stages")
+    cost = cost.for_pp_size(options.pp_size or cost.pp_size)
+    found = contest(cost, requests, rules, compare=options.compare)
+    plan = rounds_to_plan(
+        found.planned,
+        requests=requests,
+        model={},
+        precision="unknown",
+        parallel=Parallel(tp_size=options.tp_size or 1, pp_size=cost.pp_size, layer_partition=(1,) * cost.pp_size),
+        window=rules.window,
+        cost_model=cost.to_json(),
+    )
+    return TuneReport(plan=plan, policies=found.policies, replays=found.replays)
+
+
+def _length(text: str) -> int:
+    return whole_number("--prompt-lens", text, most=MAX_TOKENS)
+
+
+def _window(text: str) -> int | None:
+    if text.lower() == "none":
+        return None
+    return whole_number("--window", text, most=MAX_WINDOW)

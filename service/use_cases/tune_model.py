@@ -1,0 +1,145 @@
+"""`isochunk tune MODEL`: from measured rows over fitted costs and all layouts to the best plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import click
+
+from db.errors import UserError
+from db.rows.fits import save_fit
+from db.rows.hardware import Hardware, get_hardware, list_hardware, save_hardware
+from db.rows.measurements import Measurement, load_measurements
+from db.rows.plans import save_plan_row
+from db.rows.processes import process_row
+from db.store.engine import Database, open_database
+from profiler.hardware.device import default_device_type, default_dtype, default_num_threads, describe_hardware
+from profiler.model import load_model_shape, precision_of
+from service.cli.tune_report import TuneReport
+from service.options import flag_of
+from service.use_cases.tune import contest
+from service.use_cases.tune_options import TuneOptions
+from tuner.fit.correction import fit_correction, load_measured_rounds
+from tuner.fit.holdout import HeldOutError, held_out_errors
+from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.rows import RankWork
+from tuner.fit.uncertainty import makespan_uncertainty
+from tuner.plan.layout import Layout, enumerate_layouts
+from tuner.plan.plan import Request
+from tuner.search.layouts import Candidate, Target, search_layouts, to_plan
+from tuner.search.rules import Rules
+
+# Rows that a card's products are tiled by: between multiples their rate falls, and so finely they are measured.
+CHUNK_MULTIPLE = {"cpu": 64, "cuda": 256}
+DEVICE_TYPE = {"gloo": "cpu", "nccl": "cuda"}  # of ranks by what joins them
+
+
+def tune_model(
+    options: TuneOptions, requests: tuple[Request, ...], rules: Rules, echo: Callable[[str], None] | None
+) -> TuneReport:
+    """Plan a model's prefill on measured hardware; the fit and the plan are kept in the database."""
+    assert options.model is not None
+    shape = load_model_shape(options.model)
+    if options.dtype is not None:
+        precision_of(options.dtype, field=flag_of(options, "dtype"))
+    world_size = options.world_size or (options.tp_size or 1) * (options.pp_size or 1)
+    layouts = enumerate_layouts(shape, world_size, tp_size=options.tp_size, pp_size=options.pp_size)
+    with open_database(options.db_url) as database:
+        hardware = _hardware(database, options, world_size)
+        device_type = DEVICE_TYPE[hardware.backend]
+        if options.chunk_multiple is None:
+            rules = replace(rules, chunk_multiple=CHUNK_MULTIPLE[device_type])
+        target = Target(
+            shape=shape,
+            dtype=options.dtype or default_dtype(shape, device_type),
+            requests=requests,
+            device_type=device_type,
+            memory_bytes=hardware.memory_bytes,
+            max_new_tokens=options.max_new_tokens,
+            threads_per_rank=hardware.num_threads,
+        )
+        rows = load_measurements(database, hardware, dtype=target.dtype)
+        if not rows:
+            allowed = (
+                f"measure them first: isochunk profile {options.model} --world-size {world_size} --dtype {target.dtype}"
+            )
+            raise UserError("measurements", f"none in {target.dtype} on {hardware.device}", allowed)
+        fit = _fitter(database, hardware, target, rows, correct=options.correct)
+        candidates = search_layouts(target, layouts, rules, fit)
+        report = _report(target, candidates, rules, rows, compare=options.compare)
+        if options.measure is not None:
+            from service.use_cases.tune_measured import tune_measured  # brings the runtime along
+
+            with process_row(database, "tune --measure"):
+                report = tune_measured(replace(report, hardware=hardware), target, rules, options, echo)
+        _keep(database, hardware, target, report)
+        return replace(report, hardware=hardware)
+
+
+def uncertainty_of(candidate: Candidate, held_out: list[HeldOutError]) -> float:
+    """How far the prediction of a candidate's makespan may be off."""
+    assert candidate.costs is not None
+    return makespan_uncertainty(held_out, candidate.costs.correction, extrapolates=candidate.extrapolates)
+
+
+def _hardware(database: Database, options: TuneOptions, world_size: int) -> Hardware:
+    """The hardware asked for, the only one of its kind that was measured, or this machine."""
+    if options.hardware_id is not None:
+        return get_hardware(database, options.hardware_id)
+    known = [stored.hardware for stored in list_hardware(database) if stored.num_measurements]
+    if options.device_type:
+        known = [one for one in known if DEVICE_TYPE[one.backend] == options.device_type]
+    if len(known) == 1:
+        click.echo(f"Planning for {known[0].device}, the only hardware measured", err=True)
+        return known[0]
+    device_type = options.device_type or default_device_type()
+    num_threads = options.threads_per_rank or default_num_threads(device_type, world_size)
+    return describe_hardware(device_type, num_threads=num_threads)
+
+
+def _fitter(
+    database: Database, hardware: Hardware, target: Target, rows: list[Measurement], *, correct: bool
+) -> Callable[[Layout], LayerCosts]:
+    """Costs of a layout: fitted once for each tensor-parallel size and load, corrected by earlier runs."""
+
+    @cache
+    def fit(tp_size: int, busy_ranks: int) -> LayerCosts:
+        work = RankWork.on(hardware, shape=target.shape, dtype=target.dtype, tp_size=tp_size)
+        costs = fit_layer_costs(rows, work, busy_ranks=busy_ranks)
+        if not correct:
+            return costs
+        measured = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
+        return replace(costs, correction=fit_correction(measured))
+
+    return lambda layout: fit(layout.tp_size, layout.world_size)
+
+
+def _report(
+    target: Target, candidates: list[Candidate], rules: Rules, rows: list[Measurement], *, compare: bool
+) -> TuneReport:
+    """The best candidate's plan with its rivals and its uncertainty. Raises UserError when every layout is refused."""
+    best = candidates[0]
+    if best.refusal or best.rounds is None or best.costs is None:
+        raise UserError("layouts", "", "none can run: " + "; ".join(f"{c.layout}: {c.refusal}" for c in candidates))
+    work, cost = best.costs.work, best.costs.cost_model(best.layer_partition)
+    found = contest(cost, target.requests, rules, compare=compare, planned=best.rounds)
+    best = replace(best, rounds=found.planned)
+    held_out = held_out_errors(rows, work, busy_ranks=best.layout.world_size)
+    return TuneReport(
+        plan=to_plan(target, best, rules, uncertainty=uncertainty_of(best, held_out)),
+        policies=found.policies,
+        replays=found.replays,
+        candidates=[best, *candidates[1:]],
+        held_out=held_out,
+    )
+
+
+def _keep(database: Database, hardware: Hardware, target: Target, report: TuneReport) -> None:
+    """Rows of the fit and of the plan."""
+    if report.plan.cost_model is not None:
+        best = report.candidates[0]
+        details = {"held_out": [error.to_json() for error in report.held_out], "layout": str(best.layout)}
+        save_fit(database, hardware, target.shape.name, target.dtype, report.plan.cost_model, details)
+    save_plan_row(database, report.plan.to_json(), hardware_id=save_hardware(database, hardware))

@@ -1,0 +1,108 @@
+"""Decode: one recorded step, run again and again, is a forward of one token of every request each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from profiler.comm.group import Groups, TensorGroup
+from profiler.comm.mark import Progress
+from runtime.run.clock import make_clock
+from runtime.run.job import Job
+from runtime.run.pipeline import Pipeline
+from runtime.stage.place import Place
+from runtime.stage.stage import Stage
+from tests.runtime.cases import make_job, prompts, requests
+from tests.runtime.conftest import Generate
+from tuner.plan.plan import Chunk
+
+CPU = torch.device("cpu")
+LENGTHS = (30, 1, 77, 12, 5, 64, 9)
+NEW_TOKENS = 12
+ALONE = Groups(tensor=TensorGroup(None, 1), inbound=None, outbound=None, back=None, everyone=None, sharing=None)  # type: ignore[arg-type]  # only passes wait on it
+
+
+@pytest.fixture
+def job(checkpoint: Callable[[str], Path]) -> Job:
+    """Many requests of unequal lengths on one rank."""
+    whole = tuple((Chunk(index, 0, length),) for index, length in enumerate(LENGTHS))
+    return make_job(
+        checkpoint("llama"), pp_size=1, requests=requests(*LENGTHS), prompts=prompts(*LENGTHS), rounds=whole,
+        max_new_tokens=NEW_TOKENS,
+    )  # fmt: skip
+
+
+def _stage(job: Job) -> Stage:
+    return Stage(job, Place.of(0, job.parallel), ALONE.tensor, CPU)
+
+
+@pytest.fixture
+def pipeline(job: Job, tmp_path: Path) -> Pipeline:
+    clock = make_clock(CPU)
+    clock.begin()
+    place = Place.of(0, job.parallel)
+    pipeline = Pipeline(job, place, ALONE, _stage(job), clock, Progress(tmp_path / "progress", pid=1))
+    pipeline.warm_up()
+    return pipeline
+
+
+@torch.inference_mode()
+def test_steps_equal_forwards(job: Job) -> None:
+    torch.manual_seed(0)
+    stepped, forwarded = _stage(job), _stage(job)
+    for stage in (stepped, forwarded):
+        for chunks, ids in zip(job.rounds, job.prompts, strict=True):
+            stage.forward(chunks, stage.embed(torch.tensor(ids)))
+    for step in range(NEW_TOKENS - 1):
+        hidden = torch.randn(len(LENGTHS), job.shape.hidden_size)
+        chunks = tuple(Chunk(index, length + step, 1) for index, length in enumerate(LENGTHS))
+        torch.testing.assert_close(stepped.forward_step(hidden), forwarded.forward(chunks, hidden))
+    assert stepped.step.positions.tolist() == [length + NEW_TOKENS - 1 for length in LENGTHS]
+    torch.testing.assert_close(stepped.slab.keys, forwarded.slab.keys)
+    torch.testing.assert_close(stepped.slab.values, forwarded.slab.values)
+
+
+@torch.inference_mode()
+def test_decode_equals_generate_again_and_again(job: Job, pipeline: Pipeline, generate: Generate) -> None:
+    pipeline.record()
+    expected = [generate(job.weights, prompt, NEW_TOKENS) for prompt in job.prompts]
+    for _ in range(2):
+        pipeline.prefill()
+        found = pipeline.decode(NEW_TOKENS - 1)
+        assert [tuple(ids) for ids in found.T.tolist()] == expected
+
+
+@torch.inference_mode()
+def test_decode_replays_one_recording_on_memory_that_stays(
+    job: Job, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[Callable[[], Any]] = []
+
+    def record(work: Callable[[], Any], *_: object) -> Callable[[], Any]:
+        recorded.append(work)
+        return work
+
+    monkeypatch.setattr("runtime.run.pipeline.record", record)
+    pipeline.record()
+    assert len(recorded) == len(job.rounds) + 1
+    pipeline.prefill()
+    monkeypatch.delattr(Pipeline, "_compute_step")  # decode has nothing but the recording
+    kept = pipeline.next_ids, pipeline.stage.step.positions
+    addresses = [tensor.data_ptr() for tensor in kept]
+    pipeline.decode(3)
+    assert [tensor.data_ptr() for tensor in (pipeline.next_ids, pipeline.stage.step.positions)] == addresses
+    pipeline.close()
+    assert pipeline.recorded_step is None
+
+
+def test_nothing_is_recorded_for_one_new_token(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    job = make_job(checkpoint("llama"), pp_size=1)
+    place = Place.of(0, job.parallel)
+    with torch.inference_mode():
+        pipeline = Pipeline(job, place, ALONE, _stage(job), make_clock(CPU), Progress(tmp_path / "progress", pid=1))
+        pipeline.record()
+        assert pipeline.recorded_step is None

@@ -1,0 +1,109 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from db.errors import UserError
+from tests.tuner.atom import atom
+from tuner.online.replay import FEW_REQUESTS, compare_replays
+from tuner.plan.plan import check_rounds
+from tuner.plan.workload import load_workload
+from tuner.rounds.problem import Problem
+from tuner.rounds.schedule import Objective
+from tuner.search.planner import make_rounds
+
+TRACE = Path(__file__).parents[3] / "benchmarks" / "data" / "mooncake_conversation_2000.jsonl"
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_a_trace_is_read_and_sped_up(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "trace.jsonl",
+        {"timestamp": 3000, "input_length": 20, "output_length": 5, "hash_ids": [1]},
+        "",
+        {"timestamp": 1000, "input_length": 10, "id": "first", "sla_ttft_s": 2.0, "cached_tokens": 4, "weight": 3},
+    )
+    first, second = load_workload(path, rate=4.0)
+    assert (first.id, first.prompt_tokens, first.arrival_s) == ("first", 10, 0.0)
+    assert (first.sla_ttft_s, first.cached_tokens, first.weight) == (2.0, 4, 3.0)
+    assert (second.id, second.prompt_tokens, second.arrival_s) == ("r0", 20, 0.5)
+    assert len(load_workload(path, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", "line 1:"),
+        ("[1]", "line 1: content: [1]; an object"),
+        ({"timestamp": 0}, "line 1: input_length: missing; a value"),
+        ({"input_length": 0}, "line 1: input_length: 0; at least 1"),
+        ({"input_length": 5, "timestamp": "x"}, "line 1: timestamp: x"),
+        ("[" * 100_000, "line 1: must be JSON nested at most 64 deep"),
+        (
+            {"input_length": 5, "timestamp": 10**400},
+            "line 1: must be JSON with whole numbers of at most 64 bits (timestamp)",
+        ),
+        ({"input_length": 10**400}, "line 1: must be JSON with whole numbers of at most 64 bits (input_length)"),
+        ({"input_length": 2**41}, "line 1: input_length: 2199023255552; at most"),
+        ({"input_length": 5, "cached_tokens": 5}, "line 1: cached_tokens: 5"),
+        ({"input_length": 5, "sla_ttft_s": -1}, "line 1: sla_ttft_s: -1"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: object, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_workload(write(tmp_path / "trace.jsonl", line))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    name = "a\u2028b\u2029c\u0085d"
+    path = tmp_path / "trace.jsonl"
+    path.write_text(json.dumps({"input_length": 5, "id": name}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (request,) = load_workload(path)
+    assert request.id == name
+
+
+def test_bad_files_and_rates_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at least one request"):
+        load_workload(write(tmp_path / "trace.jsonl", ""))
+    with pytest.raises(UserError, match="No such file"):
+        load_workload(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="rate: 0"):
+        load_workload(TRACE, rate=0)
+
+
+@pytest.mark.parametrize("rate", [0.5, 1.0, 2.0])
+def test_on_the_trace_joint_is_never_worse_than_the_best_swept_fixed_chunk(rate: float) -> None:
+    requests = load_workload(TRACE, rate=rate, limit=150)
+    replays = compare_replays(atom(4), requests, window=5, least_chunk=2048)
+    joint = replays[-1]
+    assert joint.policy == "joint"
+    fixed = [replay for replay in replays if replay.policy.startswith("fixed")]
+    assert joint.evaluation.mean_ttft_s <= min(replay.evaluation.mean_ttft_s for replay in fixed)
+    assert joint.ttft_s(99) <= min(replay.ttft_s(99) for replay in fixed)
+    assert joint.tokens_per_s >= 0.999 * max(replay.tokens_per_s for replay in fixed)
+
+
+def test_a_long_trace_is_replayed_under_the_likely_policies_alone() -> None:
+    requests = load_workload(TRACE, limit=FEW_REQUESTS + 20)
+    every, likely = (compare_replays(atom(4), requests, window=5, everything=each) for each in (True, False))
+    assert len(every) > len(likely) >= 2
+    assert any(one.policy.startswith("fixed:") for one in likely)
+    assert likely[-1].policy == "joint"
+    assert likely[-1].evaluation.mean_ttft_s == every[-1].evaluation.mean_ttft_s
+
+
+@pytest.mark.parametrize("policy", ["gpipe", "dp", "terapipe", "ascend", "sglang:8192", "joint"])
+def test_no_policy_runs_a_request_before_it_arrives(policy: str) -> None:
+    requests = load_workload(TRACE, limit=40)
+    problem = Problem(cost=atom(4), requests=tuple(requests), window=5, objective=Objective.MEAN_TTFT)
+    rounds = make_rounds(problem, policy)
+    check_rounds(requests, rounds)
+    start_s = problem.evaluate(rounds).timeline.start_s[:, 0]
+    for begins, chunks in zip(start_s, rounds, strict=True):
+        assert begins >= max(requests[chunk.request].arrival_s for chunk in chunks)

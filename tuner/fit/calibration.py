@@ -1,0 +1,96 @@
+"""How much longer a whole layer takes than its parts alone: cold caches, launches, the memory between the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import lsq_linear
+
+from db.rows.measurements import Measurement
+from tuner.fit.attention_fit import AttentionCurve
+from tuner.fit.curve import Floats
+from tuner.fit.rows import expected_s
+
+LEAST_FACTOR, MOST_FACTOR = 0.5, 2.0  # parts that miss the whole by more are a mistake, not a correction
+# Against one measured layer: that nothing is corrected; that work of like size is corrected alike, which holds for
+# token-wise work; and that a chunk's attention to itself is corrected as its attention to the context.
+PULL_TO_ONE, PULL_ALONG, PULL_TOGETHER = 0.05, 0.5, 0.1
+FEW_SAMPLES = 3.0  # a row of so many samples counts for half
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Factors on the parts by their tokens: a round's for token-wise work, a chunk's for attention."""
+
+    tokens: Floats
+    factors: Floats
+    base_factors: Floats
+    """On the attention of a chunk to itself."""
+    context_factors: Floats
+    """On its attention to the context."""
+    num_layers_measured: int
+
+    @classmethod
+    def none(cls) -> Calibration:
+        """The parts as they are."""
+        one = np.ones(1)
+        return cls(tokens=one, factors=one, base_factors=one, context_factors=one, num_layers_measured=0)
+
+    def tokens_factor(self, tokens: Floats) -> Floats:
+        """Factor for rounds of so many tokens, interpolated over the logarithm, constant outside."""
+        return self._at(tokens, self.factors)
+
+    def base_factor(self, chunk: Floats) -> Floats:
+        """Factor for the attention of chunks of so many tokens to themselves, likewise."""
+        return self._at(chunk, self.base_factors)
+
+    def context_factor(self, chunk: Floats) -> Floats:
+        """Factor for the attention of chunks of so many tokens to their context, likewise."""
+        return self._at(chunk, self.context_factors)
+
+    def _at(self, tokens: Floats, factors: Floats) -> Floats:
+        factor: Floats = np.interp(np.log(np.maximum(tokens, 1.0)), np.log(self.tokens), factors)
+        return factor
+
+
+def fit_calibration(
+    compute_s: Callable[[Floats], Floats], attention: AttentionCurve, layers: Sequence[Measurement], *, ranks: int
+) -> Calibration:
+    """Fit the factors to `layer` rows (bounded least squares on relative errors, `scipy.optimize.lsq_linear`).
+
+    Layers of one chunk after several contexts tell its factors apart.
+    ranks: that wait for one another after each layer's parts.
+    """
+    if not layers:
+        return Calibration.none()
+    chunk = np.array([row.shape["chunk"] for row in layers], dtype=np.float64)
+    context = np.array([row.shape["context"] for row in layers], dtype=np.float64)
+    measured = np.array([expected_s(row, ranks=ranks) for row in layers])
+    samples = np.array([row.num_samples for row in layers], dtype=np.float64)
+    weight = np.sqrt(samples / (samples + FEW_SAMPLES))
+    knots = np.unique(chunk)
+    one = np.eye(len(knots))
+    hats = np.stack([np.interp(np.log(chunk), np.log(knots), unit) for unit in one], axis=1)
+    parts = (compute_s(chunk), attention.base(chunk), attention.slope(chunk) * context)
+    design = np.concatenate([hats * part[:, None] for part in parts], axis=1)
+    steps, nothing = np.diff(one, axis=0), np.zeros_like(one)
+    pulls = np.concatenate([
+        PULL_TO_ONE * np.eye(design.shape[1]),
+        PULL_ALONG * np.hstack([steps, np.zeros((len(steps), 2 * len(knots)))]),
+        PULL_TOGETHER * np.hstack([nothing, one, -one]),
+    ])  # fmt: skip
+    solution = lsq_linear(
+        np.concatenate([design * (weight / measured)[:, None], pulls]),
+        np.concatenate([weight, np.where(pulls.sum(axis=1) > 0, PULL_TO_ONE, 0.0)]),
+        bounds=(LEAST_FACTOR, MOST_FACTOR),
+    )
+    factors, base_factors, context_factors = np.split(np.asarray(solution.x, dtype=np.float64), 3)
+    return Calibration(
+        tokens=knots,
+        factors=factors,
+        base_factors=base_factors,
+        context_factors=context_factors,
+        num_layers_measured=len(layers),
+    )

@@ -1,0 +1,167 @@
+"""How well the fits predict points that they have not seen: each measured point left out once, the rest fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from db.rows.measurements import Measurement
+from tuner.fit.attention_rows import AttentionRows
+from tuner.fit.layer_costs import fit_rows
+from tuner.fit.rows import RankWork, Rows, expected_s
+
+WIDEST_GAP = 4  # leaving a point out may open a gap of this ratio, twice the profile's own finest
+UNTESTED = 0.1  # the error of an operation none of whose points can be left out
+Seconds = Callable[[float], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutError:
+    """Relative errors of one operation's left-out points; UNTESTED where there are none.
+
+    The ends of a range are not left out (that would be extrapolation), nor points in a grid still too coarse, nor
+    those that disagree with themselves.
+    """
+
+    op: str
+    num_points: int
+    median: float
+    p90: float
+    worst: float
+    of_layer: float
+    """Median of the errors in relation to a whole layer, of which the operation is a part, at the same point."""
+
+    def to_json(self) -> dict[str, float | int | str]:
+        """The same as a JSON object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A point that was left out: how far off the fit was there, and the point's part of a layer's time."""
+
+    row: Measurement
+    error: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOutPoints:
+    """An operation's points that were left out, and the shares of a layer's time of all its points."""
+
+    op: str
+    points: list[LeftOut]
+    shares: list[float]
+
+
+def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[HeldOutError]:
+    """Leave-one-out errors of the fits behind `tuner.fit.layer_costs.fit_layer_costs`, by operation."""
+    return [_summary(tested) for tested in leave_out(measurements, work, busy_ranks=busy_ranks)]
+
+
+def leave_out(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[LeftOutPoints]:
+    """The points behind `held_out_errors`, of each operation that was measured."""
+    rows, ranks = Rows(measurements), work.tp_size
+    products = [rows.select("matmul", {"n": n, "k": k}, busy_ranks=busy_ranks) for n, k in work.projections]
+    elementwise = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
+    parts = [fit_rows(found, "m", ranks=ranks) for found in products if found]
+    parts += [fit_rows(elementwise, "tokens", ranks=ranks)] if elementwise else []
+
+    def compute_s(tokens: float) -> float:
+        return sum(float(part(tokens)) for part in parts)
+
+    def share_of(row: Measurement, at: str) -> float:
+        return expected_s(row, ranks=ranks) / compute_s(row.shape[at])
+
+    found = [
+        LeftOutPoints(
+            op="matmul",
+            points=[point for mine in products for point in _curve_errors(mine, "m", share_of, ranks)],
+            shares=[share_of(row, "m") for mine in products for row in mine],
+        ),
+        LeftOutPoints(
+            op="elementwise",
+            points=_curve_errors(elementwise, "tokens", share_of, ranks),
+            shares=[share_of(row, "tokens") for row in elementwise],
+        ),
+    ]
+    attended = rows.select("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None)
+    if attended:
+        found.append(_leave_attention_out(AttentionRows(attended, work), compute_s))
+    if work.tp_size > 1:
+        reduced = rows.select("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size)
+
+        def share_of_messages(row: Measurement, at: str) -> float:
+            twice_s = 2.0 * expected_s(row)
+            return twice_s / (twice_s + compute_s(row.shape[at] / work.hidden_bytes))
+
+        found.append(
+            LeftOutPoints(
+                op="all_reduce",
+                points=_curve_errors(reduced, "bytes", share_of_messages, 1),
+                shares=[share_of_messages(row, "bytes") for row in reduced],
+            )
+        )
+    return [tested for tested in found if tested.shares]
+
+
+def _curve_errors(
+    rows: Sequence[Measurement], at: str, share_of: Callable[[Measurement, str], float], ranks: int
+) -> list[LeftOut]:
+    ordered = sorted(rows, key=lambda row: row.shape[at])
+    found = []
+    for before, left_out, after in zip(ordered, ordered[1:], ordered[2:], strict=False):
+        if left_out.noisy or after.shape[at] > WIDEST_GAP * before.shape[at]:
+            continue
+        curve = fit_rows([row for row in ordered if row is not left_out], at, ranks=ranks)
+        error = float(curve(left_out.shape[at])) / expected_s(left_out, ranks=ranks) - 1.0
+        found.append(LeftOut(row=left_out, error=error, share=share_of(left_out, at)))
+    return found
+
+
+def _leave_attention_out(attention: AttentionRows, compute_s: Seconds) -> LeftOutPoints:
+    """A context between others of its chunk is left out alone; a chunk between others with all its contexts."""
+    by_chunk: dict[int, list[Measurement]] = {}
+    for row in attention.chosen:
+        by_chunk.setdefault(row.shape["chunk"], []).append(row)
+    chunks, ranks = sorted(by_chunk), attention.work.tp_size
+    tests = [
+        [left_out]
+        for mine in by_chunk.values()
+        for left_out in sorted(mine, key=lambda row: row.shape["context"])[1:-1]
+    ]
+    tests += [
+        by_chunk[chunk]
+        for before, chunk, after in zip(chunks, chunks[1:], chunks[2:], strict=False)
+        if after <= WIDEST_GAP * before
+    ]
+
+    def share_of(row: Measurement) -> float:
+        seconds = expected_s(row, ranks=ranks)
+        return seconds / (seconds + compute_s(row.shape["chunk"]))
+
+    found = []
+    for left_out in tests:
+        curve = attention.fit([row for row in attention.chosen if row not in left_out])
+        for row in left_out:
+            if not row.noisy:
+                predicted_s = float(curve(row.shape["chunk"], row.shape["context"]))
+                error = predicted_s / expected_s(row, ranks=ranks) - 1.0
+                found.append(LeftOut(row=row, error=error, share=share_of(row)))
+    return LeftOutPoints(op="attention", points=found, shares=[share_of(row) for row in attention.chosen])
+
+
+def _summary(tested: LeftOutPoints) -> HeldOutError:
+    size, shares = np.abs([point.error for point in tested.points]), [point.share for point in tested.points]
+    if not tested.points:
+        size, shares = np.full(len(tested.shares), UNTESTED), tested.shares
+    return HeldOutError(
+        op=tested.op,
+        num_points=len(tested.points),
+        median=float(np.median(size)),
+        p90=float(np.quantile(size, 0.9)),
+        worst=float(size.max()),
+        of_layer=float(np.median(size * shares)),
+    )

@@ -1,0 +1,136 @@
+"""Which measured rows describe a model's work on one rank of a tensor-parallel group."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from db.errors import UserError
+from db.rows.hardware import Hardware
+from db.rows.measurements import Measurement
+from profiler.hardware.datasheet import published_multiprocessors
+from profiler.model import PRECISIONS, ModelShape
+
+LEAST_SHARE, LEAST_POINTS = 0.3, 3  # of the points of the load measured most densely; the coarsest profile has three
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankWork:
+    """What one rank computes: the local sizes that the profiler's rows carry."""
+
+    shape: ModelShape
+    dtype: str
+    tp_size: int
+    num_multiprocessors: int | None = None
+    """Of the rank's device, where it is a card that is known."""
+
+    @classmethod
+    def on(cls, hardware: Hardware, *, shape: ModelShape, dtype: str, tp_size: int) -> Self:
+        """The work on a device of `hardware`."""
+        multiprocessors = published_multiprocessors(hardware.device)
+        return cls(shape=shape, dtype=dtype, tp_size=tp_size, num_multiprocessors=multiprocessors)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of one token's hidden state."""
+        return PRECISIONS[self.dtype].activations.num_bytes(self.shape.hidden_size)
+
+    @property
+    def reduced_bytes(self) -> tuple[int, ...]:
+        """Bytes a token of each all-reduce in a layer."""
+        return self.shape.layer.reduced_bytes(PRECISIONS[self.dtype])
+
+    @property
+    def attention_sizes(self) -> dict[str, int]:
+        """Sizes that an `attention` row names beside chunk and context."""
+        return self.shape.layer.attention.sizes(self.tp_size)
+
+    @property
+    def layer_sizes(self) -> dict[str, int]:
+        """Sizes that `elementwise` and `layer` rows name beside their tokens."""
+        return self.shape.layer.sizes(self.tp_size)
+
+    @property
+    def layer_variant(self) -> str:
+        """The variant of `elementwise` and `layer` rows."""
+        return self.shape.layer.variant
+
+    @property
+    def projections(self) -> list[tuple[int, int]]:
+        """(out, in) features of a layer's four matmuls: q|k|v, o, gate|up, down."""
+        return list(self.shape.layer.products(self.tp_size).values())
+
+    @property
+    def vocab_slice(self) -> int:
+        """Rows of the head that a rank holds at most."""
+        return self.shape.head.sizes(self.tp_size)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The measurements of one hardware and dtype, asked by operation and sizes."""
+
+    measurements: Sequence[Measurement]
+
+    def select(
+        self,
+        op: str,
+        sizes: Mapping[str, int],
+        *,
+        busy_ranks: int,
+        group_size: int | None = None,
+        variant: str | None = "",
+    ) -> list[Measurement]:
+        """Rows of `op` whose shape has `sizes`, of one variant (None: of all).
+
+        Of several loads, the rows taken with as many ranks at work as come nearest to `busy_ranks`; a load with far
+        fewer points than another is passed over, for its gaps would cost more than the load does.
+        """
+        found = [
+            row
+            for row in self.measurements
+            if row.op == op
+            and group_size in (None, row.group_size)
+            and variant in (None, row.variant)
+            and all(row.shape.get(name) == value for name, value in sizes.items())
+        ]
+        counts = Counter(row.busy_ranks for row in found)
+        if not counts:
+            return []
+        most = max(counts.values())
+        enough = max(most * LEAST_SHARE, min(LEAST_POINTS, most))
+        levels = [level for level, count in counts.items() if count >= enough]
+        nearest = min(levels, key=lambda level: (abs(level - busy_ranks), -level))
+        return [row for row in found if row.busy_ranks == nearest]
+
+    def require(
+        self,
+        op: str,
+        sizes: Mapping[str, int],
+        *,
+        busy_ranks: int,
+        group_size: int | None = None,
+        variant: str | None = "",
+        why: str,
+    ) -> list[Measurement]:
+        """As `select`, but raises `UserError` that says what to measure when there is nothing."""
+        found = self.select(op, sizes, busy_ranks=busy_ranks, group_size=group_size, variant=variant)
+        if not found:
+            raise UserError("measurements", f"no {op} rows for {why}", "measure them first: isochunk profile")
+        return found
+
+
+def expected_s(row: Measurement, *, ranks: int = 1) -> float:
+    """What the row's work costs on average when `ranks` ranks do it and wait for the slowest, in seconds.
+
+    Makespans add times up, so means count and not medians, and a kernel's times lean to the slow side. For one rank
+    Swanson's rule, 0.3 p10 + 0.4 p50 + 0.3 p90, stands for the mean (Hurst, Brown and Swanson, 2000). The largest of n
+    samples lies about at the quantile n / (n + 1), taken between the row's percentiles.
+    """
+    if ranks == 1:
+        return (0.3 * row.p10_us + 0.4 * row.median_us + 0.3 * row.p90_us) * 1e-6
+    quantile = min(ranks / (ranks + 1), 0.9)
+    share = (quantile - 0.5) / 0.4
+    return (row.median_us + share * (row.p90_us - row.median_us)) * 1e-6

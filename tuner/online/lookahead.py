@@ -1,0 +1,163 @@
+"""Rounds for what waits right now: requests packed in their running order under a few caps, judged by the recurrence.
+
+Caps come in lists, one cap a request (`rounds.round_budgets`); each list is tried at several scales. Where the
+makespan is limited, caps for the makespan alone say first how short it can be, and lists of several weights of the
+makespan are tried under that limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tuner.plan.cost_model import Floats
+from tuner.plan.plan import Request, Round
+from tuner.rounds.packing import Packer, fill_rounds
+from tuner.rounds.schedule import MAKESPAN_SLACK, FlatRounds, Objective, simulate
+
+ROUNDING = 1e-9
+"""A round's own time as its cap lets it in again."""
+ROUNDS_SWEPT = 320
+"""Rounds over all caps of one sweep: with many rounds, their whole number matters less and fewer caps do."""
+LEAST_CAPS, MOST_CAPS = 8, 24
+WIDTH = 2.5
+"""Caps up to so many times longer and shorter are tried; with many rounds only its square root."""
+MOST_PASSES, ROUNDS_VARIED = 6, 40
+"""How often single rounds are varied, and over how many rounds in all: in long plans one round matters little."""
+LOOSENESS = (1.005, 1.0, 1.002, 1.01)
+"""Shares of the makespan's limit whose best plans are varied, as many as ROUNDS_VARIED allows."""
+FACTORS = (0.7, 0.85, 0.95, 0.98, 1.02, 1.05, 1.15, 1.4)
+"""What a single round's cap is scaled by."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Rounds, when the last ends, and the weighted sum of when each request ends."""
+
+    makespan_s: float
+    ends_s: float
+    rounds: list[Round]
+
+    def score(self, objective: Objective, limit_s: float = math.inf) -> tuple[float, ...]:
+        """What to minimise: how far the makespan is over its limit first."""
+        if objective is Objective.MAKESPAN:
+            return (self.makespan_s, self.ends_s)
+        return (max(self.makespan_s - limit_s, 0.0), self.ends_s, self.makespan_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookahead:
+    """What waits and the pipeline that it will run on."""
+
+    packer: Packer
+    requests: Sequence[Request]
+    spans: Sequence[tuple[int, int, int]]
+    """(request, first token, end) in running order."""
+    free_s: Sequence[float]
+    """When each stage is free."""
+    start_s: float
+    """Now; the next round starts no earlier."""
+    window: int | None
+    objective: Objective
+
+    def rounds(self, caps_s: Sequence[float], least_s: float) -> list[Round]:
+        """The best rounds under scaled caps (one a span), none below `least_s`."""
+        found = self._sweep(caps_s, least_s, self.objective)
+        return min(found, key=lambda each: each.score(self.objective)).rounds
+
+    def limited_rounds(
+        self, fastest_caps_s: Sequence[float], choices: Sequence[Sequence[float]], least_s: float
+    ) -> list[Round]:
+        """The best rounds under any choice of caps whose makespan is within MAKESPAN_SLACK of the best found under the
+        fastest caps.
+
+        Plans a little over the limit are starts too: varying single rounds may bring them back under it.
+        """
+        found = self._sweep(fastest_caps_s, least_s, Objective.MAKESPAN)
+        limit_s = MAKESPAN_SLACK * min(each.makespan_s for each in found)
+        for caps_s in choices:
+            found.extend(self._sweep(caps_s, least_s, self.objective, limit_s))
+        best = min(found, key=lambda each: each.score(self.objective, limit_s))
+        for share in LOOSENESS[: max(ROUNDS_VARIED // len(best.rounds), 1)]:
+            start = min(found, key=lambda each: each.score(self.objective, share * limit_s))
+            best = min(best, self._varied(start, limit_s), key=lambda each: each.score(self.objective, limit_s))
+        return best.rounds
+
+    def _sweep(
+        self, caps_s: Sequence[float], least_s: float, objective: Objective, limit_s: float = math.inf
+    ) -> list[_Found]:
+        """Plans under scaled caps: a wide sweep, then a closer one around its best."""
+        tried: dict[float, _Found] = {}
+
+        def attempt(scale: float) -> None:
+            caps = [max(scale * cap, least_s) for cap in caps_s]
+            spans = zip(self.spans, caps, strict=True)
+            rounds = fill_rounds(self.packer, self.requests, self.spans, {span[0]: cap for span, cap in spans})
+            tried[scale] = self._found(rounds)
+
+        attempt(1.0)
+        num_caps = min(max(ROUNDS_SWEPT // len(tried[1.0].rounds), LEAST_CAPS), MOST_CAPS)
+        width = WIDTH if num_caps == MOST_CAPS else math.sqrt(WIDTH)
+        for reach, count in ((width, num_caps), (width ** (2.0 / num_caps), num_caps // 2)):
+            centre = min(tried, key=lambda scale: tried[scale].score(objective, limit_s))
+            for scale in np.geomspace(centre / reach, centre * reach, count):
+                attempt(float(scale))
+        return list(tried.values())
+
+    def _varied(self, start: _Found, limit_s: float) -> _Found:
+        """Make single rounds longer or shorter while that helps."""
+        best = start
+        for _ in range(min(ROUNDS_VARIED // len(start.rounds), MOST_PASSES)):
+            before = best
+            for i in range(len(before.rounds)):
+                for factor in FACTORS:
+                    others = [self._found(self._filled(caps_s)) for caps_s in self._changed(best.rounds, i, factor)]
+                    best = min([best, *others], key=lambda each: each.score(self.objective, limit_s))
+            if best is before:
+                break
+        return best
+
+    def _changed(self, rounds: Sequence[Round], i: int, factor: float) -> Iterator[list[float]]:
+        """Caps of all rounds when round i is so many times as long: what no longer fits moves on to the last round, or
+        the next one makes up for it."""
+        if i + 1 < len(rounds):
+            caps_s = [self.packer.seconds(chunks, self.requests) for chunks in rounds]
+            longer_s = factor * caps_s[i]
+            yield [*caps_s[:i], longer_s, *caps_s[i + 1 : -1], math.inf]
+            with_next = [*caps_s[:i], longer_s, caps_s[i] + caps_s[i + 1] - longer_s, *caps_s[i + 2 :]]
+            yield [*with_next[:-1], math.inf]
+
+    def _filled(self, caps_s: Sequence[float]) -> list[Round]:
+        """The spans in running order, each round filled up to its own cap, the last one with all that is left."""
+        rounds: list[Round] = []
+        current = self.packer.open_round()
+        for index, first, end in self.spans:
+            start = first
+            while start < end:
+                cap_s = caps_s[min(len(rounds), len(caps_s) - 1)] * (1.0 + ROUNDING)
+                tokens = self.packer.longest(current, start, end - start, cap_s)
+                if not tokens and not current.chunks:
+                    tokens = min(self.packer.multiple, end - start)
+                if tokens:
+                    self.packer.add(current, index, start, tokens, start + tokens == end)
+                    start += tokens
+                if start < end:
+                    rounds.append(tuple(current.chunks))
+                    current = self.packer.open_round()
+        return [*rounds, tuple(current.chunks)]
+
+    def _found(self, rounds: list[Round]) -> _Found:
+        """What the recurrence makes of rounds."""
+        cost, flat = self.packer.cost, FlatRounds.of(rounds)
+        prompt = np.array([self.requests[index].prompt_tokens for index in flat.request.tolist()])
+        final = flat.start + flat.tokens == prompt
+        stage_s = cost.round_seconds(flat.round_index, flat.tokens, flat.start, final)
+        hop_s = cost.hop_seconds(np.bincount(flat.round_index, weights=flat.tokens))
+        free_s: Floats = np.maximum(np.asarray(self.free_s) - self.start_s, 0.0)
+        finish = simulate(stage_s, hop_s, self.window, cost.return_s, free_s=free_s).finish_s[:, -1]
+        weights = np.array([self.requests[index].weight for index in flat.request[final].tolist()])
+        ends = finish[flat.round_index[final]]
+        return _Found(float(finish[-1]), float(ends @ weights) if weights.any() else float(ends.sum()), rounds)

@@ -1,0 +1,366 @@
+"""The online planner: requests come and go, an engine asks for the next round, and gets it in well under a
+millisecond.
+
+    planner = OnlinePlanner(cost, window=5)
+    planner.add(Request(id="a", prompt_tokens=131072), now_s=0.0)
+    chunks = planner.next_round(now_s=0.0)        # None while the window is full or nothing waits
+    ...
+    planner.finish_round(now_s=0.7)               # the oldest round in flight has left the last stage
+
+How long may the next round be? `rounds.round_budgets` says, from the work that waits, which caps make the mean TTFT or
+the makespan least when nothing else arrives; the first request's counts. While all that ever came was there at the
+start, the mean TTFT's caps keep the makespan within the limit that the batch planner keeps. Where requests keep
+arriving faster than the queue drains, those ahead of a long prompt are soon replaced by newcomers: then all that wait
+share one cap, that of the mean over them. Rounds no longer than those the pipeline is already busy with cost no
+latency: on equal stages a round waits behind the slowest one before it (`rounds.schedule`), so the cap never falls
+below what is in flight. Then the remaining work is shared out evenly over whole rounds.
+
+With few requests, where rounds and requests end matters: the rounds of all of them are planned under several scales of
+these caps, and held until the queue changes (`tuner.online.lookahead`).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+from db.errors import UserError
+from tuner.online.lookahead import Lookahead
+from tuner.plan.cost_model import CostModel
+from tuner.plan.plan import Chunk, Request, Round, check_window
+from tuner.policies.queue import Clock
+from tuner.rounds.packing import OpenRound, Packer
+from tuner.rounds.problem import NO_LIMITS, Limits, Problem
+from tuner.rounds.round_budgets import QueueBudgets, context_token_s, round_overhead_s
+from tuner.rounds.schedule import Objective
+
+FIRST_TABLE_TOKENS = 131_072
+"""Prompt length that the cost tables hold from the start; a longer prompt doubles them."""
+AGING = 0.01
+"""Seconds of remaining work that a second of waiting makes up for in the running order: long prompts do not starve."""
+FEW_WAITING = 32
+"""With no more requests than these, the rounds of all of them are planned whenever the queue has changed."""
+SETTLED_SHARE = 0.5
+"""What waits counts as all there is if it takes at most this share of the mean time between arrivals."""
+GAP_MEMORY = 0.1
+"""How much the last time between two arrivals counts in their running mean."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A request with tokens to run."""
+
+    index: int
+    request: Request
+    done: int
+    work_s: float
+    """Seconds that its remaining tokens take on the slowest stage, cut nowhere."""
+    context_work: float
+    """work_s times the mean context of its remaining tokens: what its chunks will read again."""
+    rank: float
+    """Its place in the running order, the smallest first; changes only when it runs."""
+
+
+class OnlinePlanner:
+    """Decides one round at a time.
+
+    `objective` makespan and mean-ttft differ in how far ahead the cap looks; sla runs the earliest deadline first.
+    Raises UserError for a window of 0, a repeated id or a request that the limits can never hold.
+    """
+
+    def __init__(
+        self,
+        cost: CostModel,
+        *,
+        window: int | None = None,
+        chunk_multiple: int = 64,
+        limits: Limits = NO_LIMITS,
+        objective: Objective = Objective.MEAN_TTFT,
+        aging: float = AGING,
+        cap_scale: float = 1.0,
+    ) -> None:
+        check_window(window)
+        if chunk_multiple < 1:
+            raise UserError("chunk_multiple", chunk_multiple, "at least 1")
+        if limits.max_round_tokens is not None and limits.max_round_tokens < chunk_multiple:
+            allowed = f"at least {chunk_multiple} (chunk_multiple); no plan exists below it"
+            raise UserError("max_round_tokens", limits.max_round_tokens, allowed)
+        self.cost = cost
+        self.window = window
+        self.chunk_multiple = chunk_multiple
+        self.limits = limits
+        self.objective = Objective.parse(objective)
+        self.aging = aging
+        self.cap_scale = cap_scale
+        self.requests: list[Request] = []
+        """Every request ever added; a chunk's `request` is an index into it."""
+        self._index_of: dict[str, int] = {}
+        self._queue: list[tuple[float, int]] = []  # (rank, index), sorted
+        self._waiting: dict[int, _Waiting] = {}
+        self._started: set[int] = set()
+        self._ending: list[_Waiting] = []
+        self._held_tokens = 0
+        self._clock = Clock(cost, window=None)
+        self._in_flight: deque[float] = deque()  # when each round in flight should leave the last stage
+        self._late_s = 0.0  # how much later than the clock the engine is
+        self._total_work_s = 0.0
+        self._last_arrival_s = 0.0
+        self._arrival_gap_s = math.inf  # running mean; infinite while all that came was there at the start
+        self._makespan_weight: float | None = None  # kept while no request comes
+        self._planned: deque[Round] = deque()  # for the queue as it is; a request that comes or goes voids them
+        self._overhead_s = round_overhead_s(cost)
+        self._context_token_s = context_token_s(cost)
+        self._packer = self._make_packer(FIRST_TABLE_TOKENS)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests with tokens to run."""
+        return len(self._waiting)
+
+    def add(self, request: Request, now_s: float = 0.0) -> int:
+        """A request has arrived; returns its index."""
+        if request.id in self._index_of and self._index_of[request.id] in self._waiting:
+            raise UserError("id", request.id, "each waiting request needs its own id")
+        most = self.limits.max_kv_tokens
+        if most is not None and request.prompt_tokens > most:
+            raise UserError("prompt_tokens", request.prompt_tokens, f"at most {most} (max_kv_tokens)")
+        if request.new_tokens > self._table_tokens:
+            self._packer = self._make_packer(2 * request.new_tokens)
+        index = len(self.requests)
+        self._note_arrival(now_s)
+        self._planned.clear()
+        self._makespan_weight = None
+        self.requests.append(request)
+        self._index_of[request.id] = index
+        self._enqueue(_Waiting(index, request, request.cached_tokens, 0.0, 0.0, 0.0))
+        return index
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request's remaining tokens; False if none were waiting. Chunks already given out are not
+        recalled."""
+        index = self._index_of.get(request_id)
+        if index is None or index not in self._waiting:
+            return False
+        self._planned.clear()
+        self._release(self._dequeue(index))
+        return True
+
+    def finish_round(self, now_s: float | None = None) -> None:
+        """The oldest round in flight has left the last stage; its time, if given, corrects the planner's clock."""
+        if not self._in_flight:
+            raise UserError("finish_round", "", "no round is in flight")
+        expected_s = self._in_flight.popleft()
+        if now_s is not None:
+            self._late_s = now_s - expected_s
+
+    def next_round(self, now_s: float = 0.0) -> Round | None:
+        """The round to run next on stage 0; None while the window is full or nothing waits."""
+        if not self._waiting or (self.window is not None and len(self._in_flight) >= self.window):
+            return None
+        start_s = max(now_s - self._late_s, self._clock.ready_s())
+        if not self._planned and self._may_plan_ahead():
+            self._planned.extend(self._plan_ahead(start_s))
+        chunks = self._planned_round() if self._planned else self._greedy_round(start_s)
+        while self._ending:  # their KV room is free for the round after this one
+            self._release(self._ending.pop())
+        self._in_flight.append(self._clock.run(chunks, self.requests, start_s))
+        return chunks
+
+    def _planned_round(self) -> Round:
+        chunks = self._planned.popleft()
+        for chunk in chunks:
+            self._run(self._waiting[chunk.request], chunk.tokens)
+        return chunks
+
+    def _greedy_round(self, start_s: float) -> Round:
+        """The cap's fill of the queue in running order."""
+        cap_s = max(self._cap_s(), self._lag_s(start_s))
+        into = self._packer.open_round()
+        for _, index in list(self._queue):
+            if not self._put(into, self._waiting[index], cap_s):
+                break
+        if not into.chunks:  # under the cap not even one grid unit fits
+            for _, index in list(self._queue):
+                if self._admissible(self._waiting[index]):
+                    self._force(into, self._waiting[index])
+                    break
+        return tuple(into.chunks)
+
+    def _put(self, into: OpenRound, waiting: _Waiting, cap_s: float) -> bool:
+        """Run as much of a request as fits; False once the round is full."""
+        left = waiting.request.prompt_tokens - waiting.done
+        if not self._admissible(waiting):
+            return False
+        tokens = self._packer.longest(into, waiting.done, left, cap_s)
+        if not tokens:
+            return False
+        self._take(into, waiting, tokens, tokens == left)
+        return tokens == left
+
+    def _force(self, into: OpenRound, waiting: _Waiting) -> None:
+        left = waiting.request.prompt_tokens - waiting.done
+        tokens = min(left, self.chunk_multiple)
+        self._take(into, waiting, tokens, tokens == left)
+
+    def _take(self, into: OpenRound, waiting: _Waiting, tokens: int, final: bool) -> None:
+        self._packer.add(into, waiting.index, waiting.done, tokens, final)
+        self._run(waiting, tokens)
+
+    def _run(self, waiting: _Waiting, tokens: int) -> None:
+        self._dequeue(waiting.index)
+        if waiting.index not in self._started:
+            self._started.add(waiting.index)
+            self._held_tokens += waiting.request.prompt_tokens
+        waiting.done += tokens
+        if waiting.done == waiting.request.prompt_tokens:
+            self._ending.append(waiting)
+        else:
+            self._enqueue(waiting)
+
+    def _admissible(self, waiting: _Waiting) -> bool:
+        most = self.limits.max_kv_tokens
+        fits = most is None or self._held_tokens + waiting.request.prompt_tokens <= most
+        return fits or waiting.index in self._started
+
+    def _lag_s(self, start_s: float) -> float:
+        """What rounds may take without leaving any later than what is in flight makes them."""
+        return (self._clock.finish_s[-1] - start_s) / max(self.cost.pp_size - 1, 1)
+
+    def _queue_budgets(self) -> QueueBudgets:
+        waiting = [self._waiting[index] for _, index in self._queue]
+        return QueueBudgets(
+            work_s=[each.work_s for each in waiting],
+            context_work=[each.context_work for each in waiting],
+            weights=[each.request.weight for each in waiting],
+            overhead_s=self._overhead_s,
+            context_token_s=self._context_token_s,
+            stages_after=self.cost.pp_size - 1,
+        )
+
+    def _cap_s(self) -> float:
+        """Most seconds that the next round may take on the slowest stage."""
+        budgets = self._queue_budgets()
+        if self.objective is Objective.MAKESPAN:
+            allowed = budgets.for_makespan()
+        elif not self._is_settled():
+            allowed = budgets.shared()
+        else:
+            if self._is_limited and self._makespan_weight is None:
+                self._makespan_weight = budgets.makespan_weight()
+            allowed = budgets.for_mean_ttft(self._makespan_weight or 0.0)
+        return budgets.evened(self.cap_scale * allowed[0])
+
+    def _note_arrival(self, now_s: float) -> None:
+        since_s = now_s - self._last_arrival_s
+        if since_s > 0.0:
+            known = math.isfinite(self._arrival_gap_s)
+            self._arrival_gap_s = (1.0 - GAP_MEMORY) * self._arrival_gap_s + GAP_MEMORY * since_s if known else since_s
+            self._last_arrival_s = now_s
+
+    def _is_settled(self) -> bool:
+        """Whether what waits should be done before much else arrives."""
+        return self._total_work_s <= SETTLED_SHARE * self._arrival_gap_s
+
+    @property
+    def _is_limited(self) -> bool:
+        """Whether all that ever came was there at the start: then the last end is the makespan, and is limited."""
+        return not math.isfinite(self._arrival_gap_s)
+
+    def _may_plan_ahead(self) -> bool:
+        """Few requests wait, hardly any will join them, all fit into the KV cache, the caps' scale is not the
+        caller's."""
+        if len(self._queue) > FEW_WAITING or self.cap_scale != 1.0 or not self._is_settled():
+            return False
+        most = self.limits.max_kv_tokens
+        to_come = sum(self.requests[i].prompt_tokens for i in self._waiting if i not in self._started)
+        return most is None or self._held_tokens + to_come <= most
+
+    def _plan_ahead(self, start_s: float) -> list[Round]:
+        """Rounds of all that waits."""
+        budgets, least_s = self._queue_budgets(), self._lag_s(start_s)
+        ahead = Lookahead(
+            packer=self._packer,
+            requests=self.requests,
+            spans=[(i, self._waiting[i].done, self.requests[i].prompt_tokens) for _, i in self._queue],
+            free_s=self._clock.finish_s,
+            start_s=start_s,
+            window=self.window,
+            objective=self.objective,
+        )
+
+        if self.objective is Objective.MAKESPAN:
+            return ahead.rounds(budgets.for_makespan(), least_s)
+        if not self._is_limited:
+            return ahead.rounds(budgets.for_mean_ttft(), least_s)
+        return ahead.limited_rounds(budgets.for_makespan(), [*budgets.choices(), budgets.for_makespan()], least_s)
+
+    def _enqueue(self, waiting: _Waiting) -> None:
+        request = waiting.request
+        left = request.prompt_tokens - waiting.done
+        waiting.work_s = max(
+            table.round_s(left) - table.tokens[0] + table.chunk_s(left, waiting.done) for table in self._packer.tables
+        )
+        waiting.context_work = waiting.work_s * (waiting.done + left / 2.0)
+        if self.objective is Objective.SLA:
+            waiting.rank = request.arrival_s + (math.inf if request.sla_ttft_s is None else request.sla_ttft_s)
+        else:
+            waiting.rank = waiting.work_s / max(request.weight, 1e-12) + self.aging * request.arrival_s
+        self._total_work_s += waiting.work_s
+        self._waiting[waiting.index] = waiting
+        insort(self._queue, (waiting.rank, waiting.index))
+
+    def _dequeue(self, index: int) -> _Waiting:
+        waiting = self._waiting.pop(index)
+        self._queue.remove((waiting.rank, index))
+        self._total_work_s -= waiting.work_s
+        if not self._waiting:
+            self._total_work_s = 0.0
+        return waiting
+
+    def _release(self, waiting: _Waiting) -> None:
+        if waiting.index in self._started:
+            self._started.discard(waiting.index)
+            self._held_tokens -= waiting.request.prompt_tokens
+
+    def _make_packer(self, longest_tokens: int) -> Packer:
+        self._table_tokens = longest_tokens
+        return Packer(
+            self.cost,
+            self.chunk_multiple,
+            longest_tokens=longest_tokens,
+            total_tokens=4 * longest_tokens,
+            limits=self.limits,
+        )
+
+
+def online_rounds(problem: Problem, cap_scale: float = 1.0) -> list[Round]:
+    """The online planner's rounds: it sees a request when it arrives and is asked whenever stage 0 can take a round."""
+    planner = OnlinePlanner(
+        problem.cost,
+        window=problem.window,
+        chunk_multiple=problem.chunk_multiple,
+        limits=problem.limits,
+        objective=problem.objective,
+        cap_scale=cap_scale,
+    )
+    clock = Clock(problem.cost, problem.window)
+    order = sorted(range(len(problem.requests)), key=lambda i: problem.requests[i].arrival_s)
+    rounds: list[Round] = []
+    in_flight: list[float] = []
+    arrived, now = 0, 0.0
+    while arrived < len(order) or planner.num_waiting:
+        if not planner.num_waiting:
+            now = max(now, problem.requests[order[arrived]].arrival_s)
+        while arrived < len(order) and problem.requests[order[arrived]].arrival_s <= now:
+            planner.add(problem.requests[order[arrived]], now)
+            arrived += 1
+        while in_flight and in_flight[0] + problem.cost.return_s <= now:
+            planner.finish_round(in_flight.pop(0))
+        chunks = planner.next_round(now)
+        assert chunks is not None
+        rounds.append(tuple(Chunk(order[chunk.request], chunk.start, chunk.tokens) for chunk in chunks))
+        in_flight.append(clock.run(rounds[-1], problem.requests, now))
+        now = max(now, clock.ready_s())
+    return rounds

@@ -1,0 +1,208 @@
+"""The relaxation of a batch: what all its rounds must sum to on some stages when none exceeds a cap.
+
+`rounds.bound` proves the makespan's bound with it; the search looks for its caps where the relaxation is least.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tuner.plan.cost_model import Floats, PairAttention, StageCost
+from tuner.plan.plan import Request
+
+NUM_CAPS = 64
+"""Points of the smooth curve that places the grid of caps."""
+NUM_SAMPLES = 12
+"""Points of a prompt at which `smooth_sums` takes the chunk length."""
+MAX_CUTS = 640
+"""Chunks of one request that the backward cut follows; those before them are counted as free of context reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """A cost that is on no stage of a set above that stage's: linear in tokens, pair-wise in attention."""
+
+    round_s: float
+    token_s: float
+    pair_s: float
+    context_token_s: float
+    chunk_s: float
+    final_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The requests as columns: what must run whatever the plan."""
+
+    prompt: Floats
+    cached: Floats
+    max_round_tokens: float
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], max_round_tokens: int | None) -> Work:
+        """The columns of these requests."""
+        prompt = np.array([request.prompt_tokens for request in requests], dtype=np.float64)
+        cached = np.array([request.cached_tokens for request in requests], dtype=np.float64)
+        return cls(prompt, cached, np.inf if max_round_tokens is None else float(max_round_tokens))
+
+    @property
+    def new_tokens(self) -> float:
+        """Tokens that must run."""
+        return float((self.prompt - self.cached).sum())
+
+
+def envelopes(stages: Iterable[StageCost], work: Work) -> list[Envelope]:
+    """Envelopes of these stages, one for each supporting line that is worth a try under their tokens tables."""
+    stages = list(stages)
+    pairs = [_pair_floor(stage) for stage in stages]
+    pair_s, context_token_s, chunk_s = (min(column) for column in zip(*pairs, strict=True))
+    round_s = min(stage.round_overhead_s for stage in stages)
+    final_s = min(stage.final_s for stage in stages)
+    most = work.new_tokens
+    points = np.array(sorted({1.0, most, *(float(n) for stage in stages for n in stage.token_count if 1 <= n < most)}))
+    floor = np.min([stage.tokens_s(points) for stage in stages], axis=0)
+    return [
+        Envelope(
+            round_s=round_s + offset,
+            token_s=token_s,
+            pair_s=pair_s,
+            context_token_s=context_token_s,
+            chunk_s=chunk_s,
+            final_s=final_s,
+        )
+        for offset, token_s in _lines_under(points, floor)
+    ]
+
+
+def least_sum(envelope: Envelope, work: Work, cap_s: float = np.inf) -> float:
+    """S(m) for one cap: the least that all rounds can sum to when none exceeds the cap."""
+    return float(least_sums(envelope, work, np.array([cap_s]))[0][0])
+
+
+def least_sums(envelope: Envelope, work: Work, caps_s: Floats) -> tuple[Floats, Floats]:
+    """S(m) and the least number of rounds for every cap (inf where a cap is too low for any plan), both [num_caps]."""
+    caps_s = caps_s * (1.0 + 1e-9)  # a higher cap only lowers the sum: rounding never makes a plan impossible
+    pair, context = envelope.pair_s, envelope.context_token_s
+    num_caps, num_requests = len(caps_s), len(work.prompt)
+    read = np.zeros(num_caps)  # context tokens read again, all requests together
+    cuts = np.zeros(num_caps)
+    most_cuts = np.zeros(num_caps)
+    possible = caps_s >= envelope.round_s + envelope.chunk_s
+    # One entry a (cap, request) pair whose cut goes on.
+    cap = np.repeat(np.arange(num_caps), num_requests)
+    end, start = np.tile(work.prompt, num_caps), np.tile(work.cached, num_caps)
+    room = (caps_s - envelope.round_s - envelope.chunk_s)[cap]
+    for step in range(1, MAX_CUTS + 1):
+        # The longest chunk that ends at `end`: -pair/2 c^2 + rate c <= spare; all that is left, or the smaller root.
+        left = end - start
+        rate = (envelope.token_s + 0.5 * pair - context) + pair * end
+        spare = room - context * end
+        whole = left * (rate - 0.5 * pair * left) <= spare
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            root = 2.0 * spare / (rate + np.sqrt(np.maximum(rate * rate - 2.0 * pair * spare, 0.0)))
+        chunk = np.where(whole, left, np.minimum(np.floor(root + 1e-6), left))
+        end = end - chunk
+        read += np.bincount(cap, weights=end, minlength=num_caps)
+        cuts += np.bincount(cap, minlength=num_caps)
+        most_cuts[cap] = step
+        possible[cap[~(chunk >= 1.0)]] = False
+        more = (end > start) & possible[cap]
+        if not more.any():
+            break
+        if not more.all():
+            cap, end, start, room = cap[more], end[more], start[more], room[more]
+    pairs = float((work.prompt * (work.prompt + 1.0) - work.cached * (work.cached + 1.0)).sum()) / 2.0
+    fixed = envelope.token_s * work.new_tokens + pair * pairs + envelope.final_s * num_requests
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        held = fixed + context * read + envelope.chunk_s * cuts
+        needed = np.where(held > 0.0, np.ceil(held / (caps_s - envelope.round_s) - 1e-9), 0.0)
+        rounds = np.maximum(needed, most_cuts)
+    possible &= np.isfinite(rounds)
+    rounds = np.where(possible, np.maximum(rounds, np.ceil(work.new_tokens / work.max_round_tokens)), 0.0)
+    return np.where(possible, held + envelope.round_s * rounds, np.inf), np.where(possible, rounds, np.inf)
+
+
+def smooth_sums(envelope: Envelope, work: Work, caps_s: Floats) -> Floats:
+    """S(m) without whole numbers: cuts as the integral of one over the chunk length. Not a bound; it finds good
+    caps."""
+    share = (np.arange(NUM_SAMPLES) + 0.5) / NUM_SAMPLES
+    new = work.prompt - work.cached
+    end = (work.cached[:, None] + new[:, None] * share).ravel()  # [requests * samples]
+    pair, context = envelope.pair_s, envelope.context_token_s
+    rate = (envelope.token_s - context) + pair * end
+    spare = (caps_s - envelope.round_s - envelope.chunk_s)[:, None] - context * end
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        chunk = 2.0 * spare / (rate + np.sqrt(np.maximum(rate * rate - 2.0 * pair * spare, 0.0)))
+    left = np.repeat(new, NUM_SAMPLES)
+    chunk = np.where(np.isfinite(chunk) & (chunk > 0.0), np.minimum(chunk, left), left)
+    chunk = np.where((spare > 0.0) & (chunk >= 1.0), chunk, np.nan)
+    density = np.repeat(new / NUM_SAMPLES, NUM_SAMPLES) / chunk  # cuts each sample stands for
+    read = (density * np.maximum(end - chunk, np.repeat(work.cached, NUM_SAMPLES))).sum(axis=1)
+    pairs = float((work.prompt * (work.prompt + 1.0) - work.cached * (work.cached + 1.0)).sum()) / 2.0
+    held = envelope.token_s * work.new_tokens + pair * pairs + envelope.final_s * len(new)
+    held = held + context * read + envelope.chunk_s * density.sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        sums = held * caps_s / (caps_s - envelope.round_s)
+    return np.where(np.isfinite(sums) & (caps_s > envelope.round_s), np.maximum(sums, held + envelope.round_s), np.inf)
+
+
+def likely_cap_s(envelope: Envelope, work: Work, num_more: int) -> float:
+    """The cap at which the smooth S(m) + num_more * m is least."""
+    caps, sums = smooth_curve(envelope, work)
+    i = int(np.argmin(sums + num_more * caps))
+    fine = np.linspace(caps[max(i - 1, 0)], caps[min(i + 1, len(caps) - 1)], NUM_SAMPLES)
+    return float(fine[np.argmin(smooth_sums(envelope, work, fine) + num_more * fine)])
+
+
+def smooth_curve(envelope: Envelope, work: Work) -> tuple[Floats, Floats]:
+    """Caps over the whole range and the smooth S(m) at them."""
+    highest = least_sum(envelope, work)
+    caps = np.geomspace(max(highest * 1e-4, envelope.round_s, 1e-300), max(highest, 1e-300), NUM_CAPS)
+    return caps, smooth_sums(envelope, work, caps)
+
+
+def _pair_floor(stage: StageCost) -> tuple[float, float, float]:
+    """(pair_s, context_token_s, chunk_s) whose PairAttention cost is nowhere above the stage's attention plus
+    chunk_s.
+
+    For a table: at its points base(c) >= pair_s c (c+1) / 2 + d and slope(c) >= pair_s c + context_token_s. A chord
+    lies above a convex parabola that is below its ends, and beyond the last point base and slope grow at least as
+    fast, so what holds at the points holds everywhere.
+    """
+    attention = stage.attention
+    if isinstance(attention, PairAttention):
+        return attention.pair_s, attention.context_token_s, stage.chunk_s
+    count = np.array(attention.count, dtype=np.float64)
+    base, slope = np.array(attention.base_s), np.array(attention.context_s)
+    half_square = count * (count + 1.0) / 2.0
+    pair_s = float(min((base / half_square).min(), (slope / count).min()))
+    context_token_s = float((slope - pair_s * count).min())
+    return pair_s, max(context_token_s, 0.0), stage.chunk_s + max(float((base - pair_s * half_square).min()), 0.0)
+
+
+def _lines_under(points: Floats, floor: Floats) -> list[tuple[float, float]]:
+    """(offset, slope) of lines nowhere above the floor on [points[0], points[-1]], none with a negative offset.
+
+    `floor` is a minimum of piecewise linear functions whose breaks are all among the points, so it is concave between
+    them and a line below it at the points is below it between them.
+    """
+    slopes = {float((floor / points).min())}
+    hull: list[int] = []
+    for i in range(len(points)):
+        while len(hull) > 1 and _turns_down(points, floor, hull[-2], hull[-1], i):
+            hull.pop()
+        hull.append(i)
+    for left, right in itertools.pairwise(hull):
+        slopes.add(float((floor[right] - floor[left]) / (points[right] - points[left])))
+    lines = [(float((floor - slope * points).min()), slope) for slope in slopes]
+    rounding = 1e-12 * float(floor[-1])
+    allowed = sorted((max(offset, 0.0), slope) for offset, slope in lines if offset >= -rounding)
+    return allowed[:: max(1, len(allowed) // 4)]
+
+
+def _turns_down(x: Floats, y: Floats, a: int, b: int, c: int) -> bool:
+    return bool((y[b] - y[a]) * (x[c] - x[b]) >= (y[c] - y[b]) * (x[b] - x[a]))

@@ -1,0 +1,99 @@
+"""Rounds with what they are expected to take and how far from the best they can be; as a plan file's content."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from tuner.plan.plan import Parallel, Plan, Predicted, Request, Round
+from tuner.rounds.bound import makespan_bound_s
+from tuner.rounds.problem import Problem
+from tuner.rounds.schedule import MAKESPAN_SLACK, Evaluation, Objective
+
+
+class Bound:
+    """The lower bound of a problem, proven when it is first asked for: it takes longer than a quick plan."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    @cached_property
+    def seconds(self) -> float:
+        """No plan has a smaller makespan (`rounds.bound` says why)."""
+        return makespan_bound_s(self._problem)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundPlan:
+    """Rounds of a policy and their prediction."""
+
+    policy: str
+    rounds: tuple[Round, ...]
+    evaluation: Evaluation
+    bound: Bound = field(repr=False, compare=False)
+    planning_s: float
+    """Seconds that making the rounds took."""
+
+    @property
+    def makespan_s(self) -> float:
+        """Seconds until the last request has its first token."""
+        return self.evaluation.makespan_s
+
+    @property
+    def lower_bound_s(self) -> float:
+        """No plan for these requests on this cost model has a smaller makespan."""
+        return self.bound.seconds
+
+    @property
+    def gap(self) -> float:
+        """makespan / lower bound - 1: the plan is at most this far above the best possible makespan."""
+        return self.evaluation.makespan_s / self.lower_bound_s - 1.0 if self.lower_bound_s else 0.0
+
+
+def best_first(plans: Iterable[RoundPlan], objective: Objective) -> list[RoundPlan]:
+    """Plans of one batch by the objective.
+
+    For another objective than the makespan, those that give up more than MAKESPAN_SLACK of the least makespan are last.
+    """
+    plans = list(plans)
+    free = objective is Objective.MAKESPAN
+    limit_s = math.inf if free else MAKESPAN_SLACK * min(plan.makespan_s for plan in plans)
+    return sorted(plans, key=lambda plan: (max(plan.makespan_s - limit_s, 0.0), *plan.evaluation.score(objective)))
+
+
+def rounds_to_plan(
+    planned: RoundPlan,
+    *,
+    requests: tuple[Request, ...],
+    model: dict[str, object],
+    precision: str,
+    parallel: Parallel,
+    window: int | None,
+    cost_model: dict[str, object],
+    threads_per_rank: int | None = None,
+    uncertainty: float | None = None,
+) -> Plan:
+    """Rounds with their prediction as a plan."""
+    evaluation = planned.evaluation
+    return Plan(
+        model=model,
+        precision=precision,
+        parallel=parallel,
+        window=window,
+        threads_per_rank=threads_per_rank,
+        requests=requests,
+        rounds=planned.rounds,
+        policy=planned.policy,
+        cost_model=cost_model,
+        predicted=Predicted(
+            makespan_s=planned.makespan_s,
+            lower_bound_s=planned.lower_bound_s,
+            gap=planned.gap,
+            ttft_s=tuple(float(seconds) for seconds in evaluation.ttft_s),
+            planning_s=planned.planning_s,
+            round_s=tuple(tuple(row) for row in evaluation.round_s.tolist()),
+            uncertainty=uncertainty,
+        ),
+    )

@@ -1,0 +1,206 @@
+"""When each round starts and finishes on each stage: the exact pipeline recurrence and what follows from it.
+
+    start(i,k)  = max( finish(i-1,k),
+                       finish(i,k-1) + hop(i)              for k > 0,
+                       finish(i-W,K-1) + return_s          for k = 0 and i >= W,
+                       ready(i)                            for k = 0 )
+    finish(i,k) = start(i,k) + t(i,k)
+
+Within a stage the recurrence is a running maximum: with S the prefix sums of t, finish(i) - S(i) is the maximum over
+j <= i of earliest(j) - S(j-1). So a stage is one `np.maximum.accumulate` over all rounds, or over W rounds at a time
+with a window (round i waits for round i-W only, so W rounds are independent of one another's windows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from db.errors import UserError
+from tuner.plan.cost_model import CostModel, Floats, Ints
+from tuner.plan.plan import Request, Round
+
+MAKESPAN_SLACK = 1.0075
+"""A plan for mean TTFT or deadlines has at most this much times the best makespan found."""
+
+
+class Objective(StrEnum):
+    """What the rounds are optimised for."""
+
+    MAKESPAN = "makespan"
+    MEAN_TTFT = "mean-ttft"
+    """Mean TTFT, weighted by each request's weight."""
+    SLA = "sla"
+    """Number of requests whose TTFT meets their `sla_ttft_s`; the mean TTFT breaks ties."""
+
+    @classmethod
+    def parse(cls, name: str) -> Objective:
+        """The objective of this name. Raises UserError naming those there are."""
+        if name not in list(cls):
+            raise UserError("objective", name, f"one of {', '.join(cls)}")
+        return cls(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Start and finish seconds of every round on every stage, both [num_rounds, pp_size]."""
+
+    start_s: Floats
+    finish_s: Floats
+
+    @property
+    def makespan_s(self) -> float:
+        """Seconds until the last round leaves the last stage."""
+        return float(self.finish_s[-1, -1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What the cost model says of rounds."""
+
+    makespan_s: float
+    ttft_s: tuple[float, ...]
+    """Of each request, counted from its arrival."""
+    mean_ttft_s: float
+    """Weighted by the requests' weights."""
+    num_sla_met: int
+    """Requests whose TTFT meets their deadline (those without one count as met)."""
+    bubble_share: float
+    """Share of all stages' time up to the makespan in which they wait."""
+    timeline: Timeline
+    round_s: Floats
+    """Seconds of each round on each stage, [num_rounds, pp_size]."""
+
+    @property
+    def p90_ttft_s(self) -> float:
+        """90th percentile of the TTFTs."""
+        return float(np.percentile(self.ttft_s, 90))
+
+    def score(self, objective: Objective) -> tuple[float, ...]:
+        """What to minimise, the most important first."""
+        if objective is Objective.MAKESPAN:
+            return (self.makespan_s, self.mean_ttft_s)
+        if objective is Objective.MEAN_TTFT:
+            return (self.mean_ttft_s, self.makespan_s)
+        return (-self.num_sla_met, self.mean_ttft_s, self.makespan_s)
+
+
+@dataclass(frozen=True, slots=True)
+class FlatRounds:
+    """Rounds as columns, one entry a chunk, sorted by round."""
+
+    round_index: Ints
+    request: Ints
+    start: Ints
+    tokens: Ints
+
+    @classmethod
+    def of(cls, rounds: Sequence[Round]) -> FlatRounds:
+        """Flatten rounds."""
+        rows = [(i, chunk.request, chunk.start, chunk.tokens) for i, chunks in enumerate(rounds) for chunk in chunks]
+        return cls(*np.array(rows, dtype=np.int64).reshape(-1, 4).T.copy())
+
+    @property
+    def num_rounds(self) -> int:
+        """Number of rounds."""
+        return int(self.round_index[-1]) + 1 if self.round_index.size else 0
+
+
+def simulate(
+    stage_s: Floats,
+    hop_s: Floats | None = None,
+    window: int | None = None,
+    return_s: float = 0.0,
+    ready_s: Floats | None = None,
+    free_s: Floats | None = None,
+) -> Timeline:
+    """Run the recurrence.
+
+    `stage_s` is [num_rounds, pp_size], `hop_s` and `ready_s` (the earliest start on stage 0) are [num_rounds], `free_s`
+    (when each stage ends what ran before the first round) is [pp_size].
+    """
+    num_rounds, pp_size = stage_s.shape
+    hop = np.zeros(num_rounds) if hop_s is None else hop_s
+    if (ready_s is None or not ready_s.any()) and (free_s is None or not free_s.any()):
+        finish = _equal_stages(stage_s, hop)
+        if finish is not None and (window is None or _window_is_wide(finish, stage_s, window, return_s)):
+            return Timeline(finish - stage_s, finish)
+    ready = np.zeros(num_rounds) if ready_s is None else ready_s
+    before = np.zeros((num_rounds, pp_size))  # prefix sums of each stage's seconds, the round itself left out
+    np.cumsum(stage_s[:-1], axis=0, out=before[1:])
+    after = before + stage_s
+    finish = np.empty_like(stage_s)
+    block = num_rounds if window is None else max(1, min(window, num_rounds))
+    latest = np.zeros(pp_size) if free_s is None else free_s.copy()  # finish(i-1,k) - S(i-1,k), the running maximum
+    for first in range(0, num_rounds, block):
+        rows = slice(first, min(first + block, num_rounds))
+        earliest = ready[rows]
+        if first:
+            opened = finish[first - block : first - block + (rows.stop - first), -1] + return_s
+            earliest = np.maximum(earliest, opened)
+        for k in range(pp_size):
+            lag = np.maximum.accumulate(earliest - before[rows, k])
+            np.maximum(lag, latest[k], out=lag)
+            latest[k] = lag[-1]
+            done = lag + after[rows, k]
+            finish[rows, k] = done
+            earliest = done + hop[rows]
+    start = finish - stage_s
+    np.maximum(start[:, 0], ready, out=start[:, 0])  # which rounding may miss
+    return Timeline(start, finish)
+
+
+def _equal_stages(stage_s: Floats, hop_s: Floats) -> Floats | None:
+    """Finishes where every round takes the same time on all stages and nothing else holds it up; None where not.
+
+    A path to (i, k) runs through every round up to i once and through k of them once more, with their hops: the sum
+    of t up to i, and k times the largest t + hop so far.
+    """
+    if not (stage_s == stage_s[:, :1]).all():
+        return None
+    seconds = stage_s[:, 0]
+    slowest = np.maximum.accumulate(seconds + hop_s)
+    finish: Floats = np.cumsum(seconds)[:, None] + slowest[:, None] * np.arange(stage_s.shape[1])
+    return finish
+
+
+def _window_is_wide(finish: Floats, stage_s: Floats, window: int, return_s: float) -> bool:
+    """Whether every round has left before stage 0 would take the one that waits for it."""
+    opened = finish[:-window, -1] + return_s
+    return bool((opened <= finish[window:, 0] - stage_s[window:, 0]).all())
+
+
+def evaluate(
+    cost: CostModel,
+    requests: Sequence[Request],
+    rounds: Sequence[Round],
+    window: int | None = None,
+) -> Evaluation:
+    """Makespan, TTFTs and bubbles of rounds; a round starts on stage 0 not before all its requests have arrived."""
+    flat = FlatRounds.of(rounds)
+    prompt = np.array([request.prompt_tokens for request in requests], dtype=np.int64)
+    arrival = np.array([request.arrival_s for request in requests])
+    final = flat.start + flat.tokens == prompt[flat.request]
+    round_s = cost.round_seconds(flat.round_index, flat.tokens, flat.start, final)
+    ready = np.zeros(len(round_s))
+    np.maximum.at(ready, flat.round_index, arrival[flat.request])
+    hop = cost.hop_seconds(np.bincount(flat.round_index, weights=flat.tokens))
+    timeline = simulate(round_s, hop, window, cost.return_s, ready)
+    ttft = np.full(len(requests), np.inf)
+    ttft[flat.request[final]] = timeline.finish_s[flat.round_index[final], -1]
+    ttft -= arrival
+    weights = np.array([request.weight for request in requests])
+    deadline = np.array([np.inf if request.sla_ttft_s is None else request.sla_ttft_s for request in requests])
+    makespan = timeline.makespan_s
+    return Evaluation(
+        makespan_s=makespan,
+        ttft_s=tuple(ttft.tolist()),
+        mean_ttft_s=float(ttft @ weights / weights.sum()) if weights.any() else float(ttft.mean()),
+        num_sla_met=int((ttft <= deadline).sum()),
+        bubble_share=max(0.0, 1.0 - float(round_s.sum()) / (makespan * cost.pp_size)) if makespan else 0.0,
+        timeline=timeline,
+        round_s=round_s,
+    )

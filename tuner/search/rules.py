@@ -1,0 +1,66 @@
+"""How rounds are made, for whichever cost model and requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tuner.online.replay import Replay, compare_replays, replay
+from tuner.plan.cost_model import CostModel
+from tuner.plan.plan import Request
+from tuner.rounds.problem import NO_LIMITS, Limits, RoundOptions, arrive_over_time
+from tuner.rounds.round_plan import RoundPlan, best_first
+from tuner.rounds.schedule import Objective
+from tuner.search.planner import best_fixed, compare_policies, draft_plan, plan_rounds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """A policy and the options of rounds."""
+
+    policy: str = "joint"
+    window: int | None = None
+    chunk_multiple: int = 64
+    limits: Limits = NO_LIMITS
+    objective: Objective = Objective.MAKESPAN
+
+    @property
+    def options(self) -> RoundOptions:
+        """All but the policy."""
+        return {
+            "window": self.window,
+            "chunk_multiple": self.chunk_multiple,
+            "limits": self.limits,
+            "objective": self.objective,
+        }
+
+    def plan(self, cost: CostModel, requests: Sequence[Request]) -> RoundPlan:
+        """Rounds by the policy; of requests that arrive over time, what it is expected to make of them."""
+        if not arrive_over_time(requests):
+            return plan_rounds(cost, requests, policy=self.policy, **self.options)
+        if self.policy == "joint":
+            return self.replays(cost, requests, everything=False)[-1].planned
+        return replay(cost, requests, policy=self.policy, **self.options).planned
+
+    def draft(self, cost: CostModel, requests: Sequence[Request]) -> RoundPlan:
+        """Rounds by the policy, quickly: to choose a layout and a partition by."""
+        return draft_plan(cost, requests, policy=self.policy, **self.options)
+
+    def compare(self, cost: CostModel, requests: Sequence[Request]) -> list[RoundPlan]:
+        """Rounds by every policy, the best first; this policy with its parameter is one of them."""
+        plans = compare_policies(cost, requests, **self.options)
+        if all(plan.policy != self.policy for plan in plans):
+            plans.append(self.plan(cost, requests))
+        return best_first(plans, self.objective)
+
+    def baseline(self, cost: CostModel, requests: Sequence[Request]) -> RoundPlan:
+        """The best fixed chunk: what a scheduler without a plan could do."""
+        return best_fixed(cost, requests, **self.options)
+
+    def replays(self, cost: CostModel, requests: Sequence[Request], *, everything: bool) -> list[Replay]:
+        """Requests that arrive over time under every policy, or a long trace under the likely ones; this one last."""
+        replays = compare_replays(cost, requests, everything=everything, **self.options)
+        if self.policy == "joint":
+            return replays
+        own = replay(cost, requests, policy=self.policy, **self.options)
+        return [*(one for one in replays if one.policy != self.policy), own]
