@@ -25,8 +25,8 @@ from pathlib import Path
 
 from benchmarks.fuzz_files import COST_MODEL, HARDWARE, PLAN
 from db.errors import UserError
-from db.files.archive import export_hardware
 from db.files.documents import write_json
+from db.rows.archive import export_hardware
 from db.rows.hardware import save_hardware
 from db.rows.measurements import Measurement, load_measurements, save_measurements
 from db.store.engine import open_database

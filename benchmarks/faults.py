@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from profiler.comm.mark import Phase, Progress
+from profiler.comm.ranks.mark import Phase, Progress
 from service.cli.output import print_table
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 
 from benchmarks.bad_files import damaged, from_schema, written, written_lines
 from db.errors import UserError
-from db.files.archive import Profile, import_hardware
+from db.rows.archive import Profile, import_hardware
 from db.rows.hardware import Hardware
 from db.store.engine import open_database
 from profiler.model import load_model_shape

@@ -20,16 +20,16 @@ from unittest.mock import patch
 
 from benchmarks.demo_model import SMALL, write_demo_model
 from db.rows.hardware import Hardware
-from profiler.comm.launch import run_ranks
-from profiler.comm.rank import RankContext
+from profiler.comm.ranks.launch import run_ranks
+from profiler.comm.ranks.rank import RankContext
 from profiler.hardware.device import describe_hardware
 from profiler.model import PRECISIONS, ModelShape, load_model_shape
-from runtime.run.job import Job, RankReport
+from runtime.job.job import Job, RankReport
+from runtime.job.place import world_size
 from runtime.run.prediction import Prediction
 from runtime.run.rank import run_jobs
 from runtime.run.result import make_result
 from runtime.run.run import make_job
-from runtime.stage.place import world_size
 from service.cli.output import print_table
 from tuner.plan.plan import Chunk, Parallel, Plan, Request
 

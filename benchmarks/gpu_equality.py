@@ -21,19 +21,19 @@ from typing import Any
 import torch
 
 from benchmarks.demo_model import SMALL, DemoSize, write_demo_model
-from profiler.comm.group import make_groups
-from profiler.comm.launch import run_ranks
-from profiler.comm.rank import RankContext
+from profiler.comm.links.group import make_groups
+from profiler.comm.ranks.launch import run_ranks
+from profiler.comm.ranks.rank import RankContext
 from profiler.kernels.attention import available_kernels
-from profiler.kernels.choice import KernelChoice
 from profiler.model import PRECISIONS, load_model_shape
+from profiler.points.kernel_choice import KernelChoice
+from runtime.job.job import Job, RankReport
+from runtime.job.place import Place, mesh_of, world_size
 from runtime.run.clock import make_clock
-from runtime.run.job import Job, RankReport
 from runtime.run.pipeline import Pipeline
 from runtime.run.rank import run_jobs
 from runtime.run.reference import check_tokens
 from runtime.run.result import RequestResult
-from runtime.stage.place import Place, mesh_of, world_size
 from runtime.stage.stage import Stage
 from service.cli.output import print_table
 from tuner.plan.plan import Chunk, Parallel, Request, Round

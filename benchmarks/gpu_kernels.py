@@ -19,14 +19,14 @@ import torch
 from db.files.documents import write_json
 from db.rows.measurements import load_measurements
 from db.store.engine import open_database
-from profiler.comm.launch import run_ranks
+from profiler.comm.ranks.launch import run_ranks
 from profiler.hardware.device import describe_hardware
 from profiler.kernels.attention import available_kernels
 from profiler.kernels.attention_kernel import worth_measuring
-from profiler.measure.grid import Grid
-from profiler.measure.point import Op, Point
 from profiler.measure.session import ProfileJob, profile_rank
 from profiler.model import load_model_shape, precision_of
+from profiler.points.grid import Grid
+from profiler.points.point import Op, Point
 from service.cli.output import print_table
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
 from tuner.fit.rows import RankWork, expected_s

@@ -20,12 +20,12 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.demo_model import DemoSize, write_demo_model
-from profiler.comm.launch import run_ranks
-from profiler.comm.mesh import Mesh
+from profiler.comm.links.mesh import Mesh
+from profiler.comm.ranks.launch import run_ranks
 from profiler.kernels.attention import available_kernels
-from profiler.kernels.choice import KernelChoice
 from profiler.model import ModelShape, load_model_shape
-from runtime.run.job import Job
+from profiler.points.kernel_choice import KernelChoice
+from runtime.job.job import Job
 from runtime.run.rank import run_jobs
 from runtime.run.reference import check_tokens
 from runtime.run.result import RequestResult

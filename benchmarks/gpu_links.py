@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from profiler.comm.group import HostGroup
+from profiler.comm.links.group import HostGroup
 from profiler.measure.collectives import PeerMessages
 from service.cli.output import print_table
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.measured_plans import Case, Machine
 from db.files.documents import write_json
-from db.rows.provenance import code_version, now
+from db.store.provenance import code_version, now
 from runtime.run.result import RunResult
 from service.cli.output import print_table
 from tuner.plan.plan import Plan

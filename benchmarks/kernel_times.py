@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measured_plans import Case, Machine
-from profiler.comm.group import make_groups
-from profiler.comm.launch import run_ranks
-from profiler.comm.rank import RankContext
+from profiler.comm.links.group import make_groups
+from profiler.comm.ranks.launch import run_ranks
+from profiler.comm.ranks.rank import RankContext
+from runtime.job.job import Job
+from runtime.job.place import Place, mesh_of
 from runtime.run.clock import make_clock
-from runtime.run.job import Job
 from runtime.run.pipeline import Pipeline
 from runtime.run.run import make_job
-from runtime.stage.place import Place, mesh_of
 from runtime.stage.stage import Stage
 from service.cli.output import print_table
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.gpu_report import KEPT, choices, is_taught, judge, opened, runs_of
 from benchmarks.planner_records import CASES, prompts
-from db.files.archive import import_hardware
+from db.rows.archive import import_hardware
 from db.rows.hardware import Hardware, get_hardware, list_hardware
 from db.rows.measurements import Measurement, load_measurements
 from db.store.engine import Database, open_database

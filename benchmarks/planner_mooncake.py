@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from tests.tuner.atom import atom
-from tuner.online.replay import Replay, compare_replays
 from tuner.plan.workload import load_workload
+from tuner.search.replay import Replay, compare_replays
 
 TRACE = Path(__file__).parent / "data" / "mooncake_conversation_2000.jsonl"
 LOADS = {"light": 0.5, "near saturation": 1.1, "over it": 2.0}

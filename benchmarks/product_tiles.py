@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from profiler.measure.grid import TILE_TOKENS
 from profiler.model import load_model_shape
+from profiler.points.grid import TILE_TOKENS
 from service.cli.output import print_table
 
 TIMES = 3

@@ -1,4 +1,4 @@
-"""Files that users hand over or take away: the one door for JSON, numbers in options, and archives of measurements.
+"""Files that users hand over or take away: the one door for JSON, whole replacements, and numbers in options.
 
-May import `db.errors`; archives also the rest of `db`.
+May import `db.errors`.
 """

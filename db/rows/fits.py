@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import select
 
 from db.rows.hardware import Hardware, hardware_id, id_of
-from db.rows.provenance import code_version, now
 from db.store.engine import Database
+from db.store.provenance import code_version, now
 from db.store.tables import FitRow
 
 

@@ -11,8 +11,8 @@ from sqlalchemy import ScalarSelect, func, select
 from sqlalchemy.orm import Session
 
 from db.errors import UserError
-from db.rows.provenance import code_version, now
 from db.store.engine import Database
+from db.store.provenance import code_version, now
 from db.store.tables import HardwareRow, MeasurementRow
 from db.store.upsert import insert_if_new
 

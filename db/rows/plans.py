@@ -13,8 +13,8 @@ from sqlalchemy import func, select
 
 from db.errors import UserError
 from db.rows.hardware import Hardware, id_of
-from db.rows.provenance import code_version, now
 from db.store.engine import Database
+from db.store.provenance import code_version, now
 from db.store.tables import PlanRow, RunRow
 from db.store.upsert import insert_if_new
 

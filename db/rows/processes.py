@@ -11,9 +11,9 @@ from datetime import datetime
 
 from sqlalchemy import select, update
 
-from db.rows.provenance import code_version, now
 from db.store.engine import Database
 from db.store.leases import hold_lease
+from db.store.provenance import code_version, now
 from db.store.tables import ProcessRow, RunStatus
 
 __all__ = ["StoredProcess", "list_processes", "process_row"]

@@ -11,8 +11,8 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from db.rows.hardware import Hardware, hardware_id, id_of
-from db.rows.provenance import code_version, now
 from db.store.engine import Database
+from db.store.provenance import code_version, now
 from db.store.tables import RoundTimeRow, RunKind, RunRow, RunStatus
 
 __all__ = ["RoundTime", "RunKind", "RunOutcome", "RunStatus", "StoredRun", "fail_run", "finish_run", "list_runs",

@@ -14,11 +14,11 @@ from sqlalchemy.exc import DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Session
 
 from db.errors import UserError, cut
-from db.rows.provenance import now
 from db.store.failures import translated
 from db.store.integrity import WHAT_TO_DO, check_fully, check_quickly
 from db.store.leases import is_held
 from db.store.location import check_file, default_url, parse_url, read_only_url, shown, sqlite_path
+from db.store.provenance import now
 from db.store.schema import HEAD, stored_revision, upgrade
 from db.store.tables import Base, ProcessRow, RunRow, RunStatus
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from db.errors import UserError
 from db.rows.hardware import Hardware
-from profiler.model import ModelShape
 
 if TYPE_CHECKING:
     import torch
@@ -94,11 +93,6 @@ def default_world_size(device_type: str) -> int:
 def default_num_threads(device_type: str, world_size: int) -> int:
     """The cores shared out among a CPU's ranks; one thread where a card does the work."""
     return max(1, num_cores() // world_size) if device_type == "cpu" else 1
-
-
-def default_dtype(shape: ModelShape, device_type: str) -> str:
-    """The model's own precision on CUDA; float32 on a CPU, where it is the fast one."""
-    return shape.dtype if device_type == "cuda" else "float32"
 
 
 def cache_bytes(device: torch.device) -> int:

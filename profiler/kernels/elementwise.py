@@ -5,13 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from profiler.layers.decoder_layer import LayerInputs, Norms
+
+class TokenPlaces(Protocol):
+    """What is known of each of T tokens: its rotation, and its row in the KV slab."""
+
+    @property
+    def rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine, [T, head_dim / 2] each."""
+
+    @property
+    def slab_rows(self) -> torch.Tensor:
+        """[T] int64."""
+
+    def write(self, rows: torch.Tensor, slab: torch.Tensor) -> None:
+        """Copy rows [T, KV, D] to the tokens' places in the slab [KV, rows, D]."""
+
+
+class HeadNorms(Protocol):
+    """The norms of q and k: [head_dim] each, or over all heads; None where there are none."""
+
+    @property
+    def query(self) -> torch.Tensor | None:
+        """Of q."""
+
+    @property
+    def key(self) -> torch.Tensor | None:
+        """Of k."""
+
+    @property
+    def all_heads(self) -> bool:
+        """Whether each spans all heads of all ranks."""
+
+    @property
+    def eps(self) -> float:
+        """Added to the mean square."""
 
 
 @cache
@@ -60,7 +92,13 @@ def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def rotate_into_slab(
-    qkv: torch.Tensor, inputs: LayerInputs, norms: Norms, keys: torch.Tensor, values: torch.Tensor, *, num_heads: int
+    qkv: torch.Tensor,
+    inputs: TokenPlaces,
+    norms: HeadNorms,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    num_heads: int,
 ) -> torch.Tensor:
     """Norm each head of q and k where there is such a norm, rotate both, write k and v to the slab, return q [T, H, D].
 
@@ -85,7 +123,7 @@ def rotate_into_slab(
     return rotate(q, cos, sin)
 
 
-def norm_all_heads(qkv: torch.Tensor, norms: Norms, mean_of_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def norm_all_heads(qkv: torch.Tensor, norms: HeadNorms, mean_of_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Norm q over all its heads on all ranks, and k, within qkv [T, (H + 2 KV) D]; accumulated in float32.
 
     mean_of_ranks: [T, 2] -> the mean over the ranks, which hold as many heads each. KV heads that several ranks hold

@@ -9,12 +9,12 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from profiler.comm.group import HostGroup
-from profiler.comm.peer_memory import Lane, PeerMemory
+from profiler.comm.links.group import HostGroup
+from profiler.comm.links.peer_memory import Lane, PeerMemory
 from profiler.measure.operators import Operators
-from profiler.measure.point import Op, Point
 from profiler.measure.timing import Prepared
 from profiler.model.precision import Format
+from profiler.points.point import Op, Point
 
 # Renamed in torch 2.13, which warns at the older names.
 _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

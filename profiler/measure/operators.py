@@ -12,11 +12,11 @@ from profiler.kernels.rotary import Rotary
 from profiler.layers.decoder_layer import DecoderLayer, LayerInputs, Norms, Project, Stream
 from profiler.layers.head import Head, embed
 from profiler.layers.prefill_inputs import ChooseKernel, RoundInputs, prepare_round
-from profiler.measure.point import WARM, Op, Point
 from profiler.measure.timing import Prepared, Run
 from profiler.measure.workspace import Slabs, Workspace
 from profiler.model import LayerSpec, ModelShape
 from profiler.model.tensors import Cut, LinearSpec
+from profiler.points.point import WARM, Op, Point
 
 _MANY_ROWS = 384  # a card's FLOPs for each byte it reads, with two bytes a weight
 

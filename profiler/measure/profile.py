@@ -12,15 +12,14 @@ from db.files.numbers import whole_number
 from db.rows.hardware import Hardware, list_hardware
 from db.rows.measurements import Measurement, load_measurements, save_measurements
 from db.rows.processes import process_row
-from db.rows.provenance import now
 from db.store.engine import Database, default_url, open_database
-from profiler.comm.launch import run_ranks
-from profiler.comm.stall import LEAST_LIMIT_S
+from db.store.provenance import now
+from profiler.comm.ranks.launch import run_ranks
+from profiler.comm.ranks.stall import LEAST_LIMIT_S
 from profiler.hardware.device import (
     check_device_type,
     check_world_size,
     default_device_type,
-    default_dtype,
     default_num_threads,
     default_world_size,
     describe_hardware,
@@ -28,12 +27,13 @@ from profiler.hardware.device import (
 )
 from profiler.kernels.attention import available_kernels
 from profiler.kernels.attention_kernel import worth_measuring
-from profiler.measure.grid import Grid
-from profiler.measure.point import Point
 from profiler.measure.session import ProfileJob, profile_rank
 from profiler.measure.summary import ProfileSummary, summarize_ops
-from profiler.measure.worklist import Agenda
 from profiler.model import ModelShape, load_model_shape, precision_of
+from profiler.model.shape import default_dtype
+from profiler.points.grid import Grid
+from profiler.points.point import Point
+from profiler.points.worklist import Agenda
 
 MAX_DEFAULT_CONTEXT = {"cpu": 8192, "cuda": 131072}
 _MEMORY_SHARE = 0.8

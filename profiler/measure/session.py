@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from db.rows.hardware import Hardware
 from db.rows.measurements import Measurement, save_measurements
-from db.rows.provenance import code_version, now
 from db.store.engine import open_database
-from profiler.comm.group import HostGroup, find_hosts
-from profiler.comm.mark import Doing, Phase
-from profiler.comm.rank import RankContext
+from db.store.provenance import code_version, now
+from profiler.comm.links.group import HostGroup, find_hosts
+from profiler.comm.ranks.mark import Doing, Phase
+from profiler.comm.ranks.rank import RankContext
 from profiler.hardware.device import cache_bytes, free_bytes
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.measure.background_load import Load
@@ -29,9 +29,7 @@ from profiler.measure.collectives import (
     prepare_round_overhead,
 )
 from profiler.measure.cpu_interference import CoreProbe
-from profiler.measure.grid import Grid, group_sizes
 from profiler.measure.operators import Operators, has_own_load
-from profiler.measure.point import COLLECTIVES, RANK_LAYER, Op, Point
 from profiler.measure.progress import ProfileProgress
 from profiler.measure.timing import (
     Prepared,
@@ -43,8 +41,10 @@ from profiler.measure.timing import (
     summarize,
     take_samples,
 )
-from profiler.measure.worklist import Agenda
 from profiler.measure.workspace import Workspace
+from profiler.points.grid import Grid, group_sizes
+from profiler.points.point import COLLECTIVES, RANK_LAYER, Op, Point
+from profiler.points.worklist import Agenda
 
 COMMIT_EVERY_S = 0.5
 POINT_S = {"cpu": 0.25, "cuda": 0.2}  # what sampling a point may take, unless three samples take longer

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from db.rows.hardware import Hardware
-from profiler.measure.point import Op
-from profiler.measure.worklist import Agenda
+from profiler.points.point import Op
+from profiler.points.worklist import Agenda
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

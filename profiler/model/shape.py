@@ -94,3 +94,8 @@ class ModelShape:
 def layer_prefix(index: int) -> str:
     """What the names of a layer's tensors begin with in a checkpoint."""
     return f"model.layers.{index}."
+
+
+def default_dtype(shape: ModelShape, device_type: str) -> str:
+    """The model's own precision on CUDA; float32 on a CPU, where it is the fast one."""
+    return shape.dtype if device_type == "cuda" else "float32"

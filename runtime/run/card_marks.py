@@ -6,7 +6,7 @@ import threading
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from profiler.comm.mark import Doing, Progress
+from profiler.comm.ranks.mark import Doing, Progress
 from runtime.run.clock import Clock, EventClock
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-Interval = tuple[float, float]
+from runtime.job.job import Interval
 
 
 class Clock(Protocol):

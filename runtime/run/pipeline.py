@@ -8,14 +8,14 @@ from functools import partial
 
 import torch
 
-from profiler.comm.boundary import MessageSizes, make_links
-from profiler.comm.group import Groups
-from profiler.comm.mark import Doing, Progress
+from profiler.comm.links.boundary import MessageSizes, make_links
+from profiler.comm.links.group import Groups
+from profiler.comm.ranks.mark import Doing, Progress
 from profiler.kernels.attention import attends_on_device
 from profiler.kernels.recording import new_scratch, record
+from runtime.job.job import Job
+from runtime.job.place import Place
 from runtime.run.clock import Clock
-from runtime.run.job import Job
-from runtime.stage.place import Place
 from runtime.stage.stage import Stage
 from tuner.plan.memory import MOST_RECORDED
 from tuner.plan.plan import Round

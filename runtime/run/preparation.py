@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from db.errors import UserError
-from profiler.comm.launch import under_torchrun
+from profiler.comm.ranks.launch import under_torchrun
 from profiler.hardware.device import check_device_type, check_world_size
 from profiler.model import ModelShape, bundled_names, load_model_shape, model_from_config, precision_of
+from runtime.job.place import world_size
 from runtime.run.prompts import TokenIds, check_prompts
-from runtime.stage.place import world_size
 from tuner.plan.plan import MAX_THREADS, Plan
 
 MOST_PROMPT_TOKENS = 2**24  # their ids, as Python holds them, take some 0.7 GB; any KV cache takes far more

@@ -11,21 +11,21 @@ from itertools import groupby
 import torch
 import torch.distributed as dist
 
-from profiler.comm.group import Groups, make_groups
-from profiler.comm.mark import Doing, Phase
-from profiler.comm.rank import RankContext
+from profiler.comm.links.group import Groups, make_groups
+from profiler.comm.ranks.mark import Doing, Phase
+from profiler.comm.ranks.rank import RankContext
+from runtime.job.job import Job, Pass, RankReport
+from runtime.job.place import Place, mesh_of
 from runtime.run.card_marks import CardMarks
 from runtime.run.clock import make_clock
-from runtime.run.job import Job, Pass, RankReport
 from runtime.run.pipeline import Pipeline
-from runtime.stage.place import Place, mesh_of
 from runtime.stage.stage import Stage
 from tuner.plan.plan import Chunk, Round
 
 
 @torch.inference_mode()
 def run_jobs(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
-    """Run jobs as one of their ranks; the function that `profiler.comm.launch.run_ranks` starts on each.
+    """Run jobs as one of their ranks; the function that `profiler.comm.ranks.launch.run_ranks` starts on each.
 
     All take as many ranks; starting them takes seconds, and so does joining them, which jobs of one layout share.
     Each report is also handed on at once: it outlives the failure of a later job.

@@ -9,8 +9,7 @@ from statistics import median_low
 from typing import Any
 
 from db.rows.runs import RoundTime
-from runtime.run.clock import Interval
-from runtime.run.job import Job, Pass, RankReport
+from runtime.job.job import Interval, Job, Pass, RankReport
 from runtime.run.prediction import Prediction
 
 

@@ -17,22 +17,22 @@ from db.rows.plans import save_plan_row
 from db.rows.processes import process_row
 from db.rows.runs import RunKind, RunOutcome, fail_run, finish_run, start_run
 from db.store.engine import Database, open_database
-from profiler.comm.failure import RanksFailedError
-from profiler.comm.launch import is_first_process, run_ranks
-from profiler.comm.stall import LEAST_LIMIT_S
+from profiler.comm.ranks.failure import RanksFailedError
+from profiler.comm.ranks.launch import is_first_process, run_ranks
+from profiler.comm.ranks.stall import LEAST_LIMIT_S
 from profiler.hardware.device import describe_hardware
 from profiler.kernels.attention import available_kernels
-from profiler.kernels.choice import KernelChoice
-from profiler.measure.point import Op
 from profiler.model import PRECISIONS, ModelShape
 from profiler.model.flops import prefill_flops
-from runtime.run.job import Job, RankReport
+from profiler.points.kernel_choice import KernelChoice
+from profiler.points.point import Op
+from runtime.job.job import Job, RankReport
+from runtime.job.place import world_size
 from runtime.run.prediction import read_prediction
 from runtime.run.preparation import check_counts, check_layout, checked_prompts, model_shape, with_dtype
 from runtime.run.prompts import random_prompts
 from runtime.run.rank import run_jobs
 from runtime.run.result import RunResult, make_result
-from runtime.stage.place import world_size
 from runtime.weights.checkpoint import check_checkpoint
 from runtime.weights.generation import end_ids
 from tuner.fit.kernels import kernel_choice

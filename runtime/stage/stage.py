@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from profiler.comm.group import TensorGroup
+from profiler.comm.links.group import TensorGroup
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.kernels.rotary import Rotary
 from profiler.layers.decode_inputs import Step
@@ -15,8 +15,8 @@ from profiler.layers.decoder_layer import LayerInputs, Stream
 from profiler.layers.head import embed
 from profiler.layers.prefill_inputs import prepare_round
 from profiler.model import PRECISIONS
-from runtime.run.job import Job
-from runtime.stage.place import Place
+from runtime.job.job import Job
+from runtime.job.place import Place
 from runtime.stage.slab import KVSlab
 from runtime.weights.checkpoint import Checkpoint, RandomWeights
 from runtime.weights.shard import load_shard

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from profiler.comm.group import TensorGroup
+from profiler.comm.links.group import TensorGroup
 from profiler.kernels.linear import Linear
 from profiler.layers.decoder_layer import DecoderLayer, Norms, Project
 from profiler.layers.head import Head
 from profiler.model import ModelShape
 from profiler.model.shape import layer_prefix
 from profiler.model.tensors import Cut, LinearSpec, NormSpec, Slice
-from runtime.stage.place import Place
+from runtime.job.place import Place
 from runtime.weights.checkpoint import Weights
 
 

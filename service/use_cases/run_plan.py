@@ -6,20 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from db.errors import UserError, printable
+from db.errors import UserError
 from db.files.documents import write_json
 from db.files.replacement import check_writable
-from profiler.comm.launch import is_first_process
+from profiler.comm.ranks.launch import is_first_process
 from profiler.hardware.device import default_num_threads
+from runtime.job.place import world_size
 from runtime.run.preparation import check_counts, check_layout, model_shape, with_dtype
 from runtime.run.prompts import TokenIds, Tokenizer, random_prompts, read_prompts
 from runtime.run.reference import TokenCheck, check_tokens
 from runtime.run.result import RunResult
 from runtime.run.run import run_plan
 from runtime.run.trace import write_trace
-from runtime.stage.place import world_size
 from runtime.weights.generation import end_ids
-from service.cli.output import print_table
 from tuner.plan.plan import Plan, load_plan
 
 
@@ -114,39 +113,6 @@ def write_files(request: RunRequest, run: Run) -> None:
         write_trace(request.trace, run.plan, run.result)
 
 
-def print_run(run: Run) -> None:
-    """Print a row for each request and one for the plan."""
-    predicted = run.plan.predicted
-    ttft = list(predicted.ttft_s) if predicted and predicted.ttft_s else [None] * len(run.plan.requests)
-    rows: list[list[object]] = []
-    for index, (request, outcome) in enumerate(zip(run.plan.requests, run.result.requests, strict=True)):
-        equal = run.checks[index].equal if run.checks is not None else None
-        rows.append([request.id, request.prompt_tokens, ttft[index], outcome.ttft_s, _shown(run, index), equal])
-    print_table(("request", "prompt tokens", "predicted TTFT s", "TTFT s", "new tokens", "tokens equal"), rows)
-    result, parallel = run.result, run.plan.parallel
-    is_published = result.mfu is not None
-    columns = ["plan", "rounds", "predicted s", "measured s", "error", "MFU", "MFU of", "TPOT s", "warm-up s", "run"]
-    row = [
-        f"TP{parallel.tp_size} PP{parallel.pp_size} {run.plan.policy or ''}".strip(),
-        len(run.plan.rounds),
-        result.predicted_makespan_s,
-        result.makespan_s,
-        None if result.error is None else f"{result.error:+.1%}",
-        _percent(result.mfu if is_published else result.mfu_of_ceiling),
-        "published peak" if is_published else None if result.mfu_of_ceiling is None else "measured ceiling",
-        result.tpot_s,
-        result.warm_up_s,
-        result.run_id,
-    ]
-    print_table(columns, [row])
-    for check in run.checks or ():
-        if not check.equal:
-            print(
-                f"{printable(check.id)}: new token {check.first_mismatch} differs from Transformers', "
-                f"whose two best logits are {check.top2_margin} apart there"
-            )
-
-
 def _prompts(request: RunRequest, plan: Plan, tokenizer: Tokenizer) -> tuple[tuple[TokenIds, ...], bool]:
     if request.check and request.weights is None:
         raise UserError("--check", "random weights", "Transformers needs a checkpoint: give --weights")
@@ -164,14 +130,3 @@ def _check_writable(request: RunRequest) -> None:
     for option, path in (("--output", request.output), ("--trace", request.trace)):
         if path is not None and is_first_process():
             check_writable(option, path)
-
-
-def _shown(run: Run, index: int, limit: int = 8) -> str:
-    if run.texts is not None:
-        return run.texts[index]
-    ids = run.result.requests[index].token_ids
-    return " ".join(map(str, ids[:limit])) + (" ..." if len(ids) > limit else "")
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.1%}"

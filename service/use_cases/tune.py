@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from db.errors import UserError
 from db.files.numbers import whole_number
 from db.files.replacement import check_writable
-from service.cli.tune_report import TuneReport
+from service.use_cases.contest import contest
 from service.use_cases.tune_options import TuneOptions
-from tuner.online.replay import Replay
+from service.use_cases.tune_report import TuneReport
 from tuner.plan.cost_model import MAX_TOKENS, CostModel, load_cost_model
 from tuner.plan.plan import MAX_WINDOW, Parallel, Request, save_plan
 from tuner.plan.workload import load_workload
-from tuner.rounds.problem import Limits, arrive_over_time
-from tuner.rounds.round_plan import RoundPlan, best_first, rounds_to_plan
+from tuner.rounds.problem import Limits
+from tuner.rounds.round_plan import rounds_to_plan
 from tuner.rounds.schedule import Objective
 from tuner.search.rules import Rules
 
@@ -66,46 +65,6 @@ def rules_of(options: TuneOptions) -> Rules:
         limits=Limits(max_round_tokens=options.max_round_tokens, max_kv_tokens=options.max_kv_tokens),
         objective=Objective(options.objective),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contest:
-    """The plan, and what it is compared with: the best fixed chunk or all policies, the best first."""
-
-    planned: RoundPlan
-    policies: list[RoundPlan] = field(default_factory=list)
-    """Of a batch."""
-    replays: list[Replay] = field(default_factory=list)
-    """Of requests that arrive over time."""
-
-
-def contest(
-    cost: CostModel,
-    requests: tuple[Request, ...],
-    rules: Rules,
-    *,
-    compare: bool,
-    planned: RoundPlan | None = None,
-) -> Contest:
-    """Plan by the rules, unless that is done, and compare: with every policy, or with the best fixed chunk alone."""
-
-    if arrive_over_time(requests):
-        *others, own = rules.replays(cost, requests, everything=compare)
-        by_objective = functools.partial(_score, objective=rules.objective)
-        if not compare:
-            others = [min((one for one in others if one.policy.startswith("fixed:")), key=by_objective)]
-        return Contest(planned=own.planned, replays=sorted([own, *others], key=by_objective))
-    if compare:
-        policies = rules.compare(cost, requests)
-        return Contest(planned=next(one for one in policies if one.policy == rules.policy), policies=policies)
-    planned = planned or rules.plan(cost, requests)
-    fixed = replace(rules.baseline(cost, requests), bound=planned.bound)
-    rivals = [planned] if planned.policy == fixed.policy else [planned, fixed]
-    return Contest(planned=planned, policies=best_first(rivals, rules.objective))
-
-
-def _score(replay: Replay, objective: Objective) -> tuple[float, ...]:
-    return replay.evaluation.score(objective)
 
 
 def _tune_cost_model(cost: CostModel, requests: tuple[Request, ...], rules: Rules, options: TuneOptions) -> TuneReport:

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from db.errors import UserError
-from db.rows.provenance import now
+from db.store.provenance import now
 from profiler.hardware.device import describe_hardware
 from runtime.run.run import run_plan
-from service.cli.tune_report import TuneReport
-from service.use_cases.tune_model import uncertainty_of
 from service.use_cases.tune_options import TuneOptions
+from service.use_cases.tune_report import TuneReport
 from tuner.plan.plan import Plan
 from tuner.rounds.schedule import Objective
 from tuner.search.autotune import Choice, autotune
@@ -63,7 +62,7 @@ def _choices(report: TuneReport, target: Target, rules: Rules) -> list[Choice]:
             continue
         for planned in rules.compare(candidate.costs.cost_model(candidate.layer_partition), target.requests):
             chosen = replace(candidate, rounds=planned)
-            plan = to_plan(target, chosen, rules, uncertainty=uncertainty_of(chosen, report.held_out))
+            plan = to_plan(target, chosen, rules, uncertainty=chosen.uncertainty(report.held_out))
             expected = planned.evaluation
             predicted_s = expected.makespan_s if rules.objective is Objective.MAKESPAN else expected.mean_ttft_s
             choices.append(

@@ -15,17 +15,17 @@ from db.rows.measurements import Measurement, load_measurements
 from db.rows.plans import save_plan_row
 from db.rows.processes import process_row
 from db.store.engine import Database, open_database
-from profiler.hardware.device import default_device_type, default_dtype, default_num_threads, describe_hardware
+from profiler.hardware.device import default_device_type, default_num_threads, describe_hardware
 from profiler.model import load_model_shape, precision_of
-from service.cli.tune_report import TuneReport
-from service.options import flag_of
-from service.use_cases.tune import contest
+from profiler.model.shape import default_dtype
+from service.use_cases.contest import contest
+from service.use_cases.options import flag_of
 from service.use_cases.tune_options import TuneOptions
+from service.use_cases.tune_report import TuneReport
 from tuner.fit.correction import fit_correction, load_measured_rounds
-from tuner.fit.holdout import HeldOutError, held_out_errors
+from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
 from tuner.fit.rows import RankWork
-from tuner.fit.uncertainty import makespan_uncertainty
 from tuner.plan.layout import Layout, enumerate_layouts
 from tuner.plan.plan import Request
 from tuner.search.layouts import Candidate, Target, search_layouts, to_plan
@@ -78,12 +78,6 @@ def tune_model(
         return replace(report, hardware=hardware)
 
 
-def uncertainty_of(candidate: Candidate, held_out: list[HeldOutError]) -> float:
-    """How far the prediction of a candidate's makespan may be off."""
-    assert candidate.costs is not None
-    return makespan_uncertainty(held_out, candidate.costs.correction, extrapolates=candidate.extrapolates)
-
-
 def _hardware(database: Database, options: TuneOptions, world_size: int) -> Hardware:
     """The hardware asked for, the only one of its kind that was measured, or this machine."""
     if options.hardware_id is not None:
@@ -128,7 +122,7 @@ def _report(
     best = replace(best, rounds=found.planned)
     held_out = held_out_errors(rows, work, busy_ranks=best.layout.world_size)
     return TuneReport(
-        plan=to_plan(target, best, rules, uncertainty=uncertainty_of(best, held_out)),
+        plan=to_plan(target, best, rules, uncertainty=best.uncertainty(held_out)),
         policies=found.policies,
         replays=found.replays,
         candidates=[best, *candidates[1:]],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from db.errors import UserError
-from service.options import check_options, db_url, option
+from service.use_cases.options import check_options, db_url, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

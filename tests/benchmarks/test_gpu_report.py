@@ -27,8 +27,8 @@ from db.rows.hardware import Hardware, list_hardware
 from db.rows.measurements import load_measurements
 from db.store.engine import Database
 from profiler.kernels.attention_kernel import AttentionKernel
-from profiler.kernels.choice import CLEARLY_FASTER
 from profiler.model import load_model_shape
+from profiler.points.kernel_choice import CLEARLY_FASTER
 from tuner.fit.kernels import kernel_choice
 from tuner.fit.layer_costs import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from profiler.kernels.attention import available_kernels
-from profiler.kernels.choice import KernelChoice
 from profiler.model import load_model_shape
-from runtime.run.job import Job
+from profiler.points.kernel_choice import KernelChoice
+from runtime.job.job import Job
 from tuner.plan.plan import Chunk, Parallel, Plan, Request, Round
 
 CPU_KERNEL = available_kernels(torch.device("cpu"), torch.float32)[0]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from profiler.comm.rank import RankContext
-from runtime.run.job import Job, RankReport
+from profiler.comm.ranks.rank import RankContext
+from runtime.job.job import Job, RankReport
 from runtime.run.rank import run_jobs
 
 

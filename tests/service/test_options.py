@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from db.errors import UserError
-from service.options import check_options, db_url, options_of
-from service.options import option as described
+from service.cli.options import options_of
+from service.use_cases.options import check_options, db_url
+from service.use_cases.options import option as described
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

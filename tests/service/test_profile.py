@@ -19,8 +19,8 @@ from db.errors import UserError
 from db.rows.hardware import list_hardware
 from db.rows.measurements import Measurement, MeasurementKey, load_measurements
 from db.store.engine import open_database
-from profiler.measure.point import COLLECTIVES, Op
 from profiler.measure.profile import ProfileOptions, profile_model
+from profiler.points.point import COLLECTIVES, Op
 from service.cli.commands.profile import command as profile_command
 
 CONFIG = {

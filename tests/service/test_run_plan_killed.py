@@ -16,7 +16,7 @@ import pytest
 
 from db.rows.runs import RunStatus, StoredRun, list_runs
 from db.store.engine import open_database
-from profiler.comm.mark import Progress
+from profiler.comm.ranks.mark import Progress
 from tests.checkpoints import write_checkpoint
 
 BIN = Path(sys.executable).parent

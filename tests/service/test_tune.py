@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from db.errors import UserError
-from db.files.archive import import_hardware
+from db.rows.archive import import_hardware
 from db.rows.fits import list_fits
 from db.rows.hardware import Hardware
 from db.rows.measurements import save_measurements

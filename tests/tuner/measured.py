@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from db.rows.measurements import Measurement
-from profiler.measure.point import Op, Point
 from profiler.measure.session import rows_of
 from profiler.measure.timing import Samples, summarize
 from profiler.model import ModelShape, load_model_shape
+from profiler.points.point import Op, Point
 from tuner.fit.rows import RankWork
 
 SHAPE = load_model_shape("llama-3.2-1b")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from db.rows.measurements import Measurement
 from profiler.kernels.attention_kernel import PREFERENCE, AttentionKernel
-from profiler.kernels.choice import KernelChoice, KernelTime
+from profiler.points.kernel_choice import KernelChoice, KernelTime
 
 
 def kernel_choice(rows: Iterable[Measurement], kernels: Sequence[AttentionKernel] = PREFERENCE) -> KernelChoice:

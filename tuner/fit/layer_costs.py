@@ -9,7 +9,7 @@ import numpy as np
 
 from db.errors import UserError
 from db.rows.measurements import Measurement
-from profiler.measure.point import RANK_LAYER
+from profiler.points.point import RANK_LAYER
 from tuner.fit.attention_fit import SPLIT_ROWS, TILE_ROWS, AttentionCurve
 from tuner.fit.attention_rows import AttentionRows
 from tuner.fit.calibration import Calibration, fit_calibration

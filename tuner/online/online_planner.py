@@ -28,9 +28,9 @@ from dataclasses import dataclass
 
 from db.errors import UserError
 from tuner.online.lookahead import Lookahead
+from tuner.online.queue import Clock
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request, Round, check_window
-from tuner.policies.queue import Clock
 from tuner.rounds.packing import OpenRound, Packer
 from tuner.rounds.problem import NO_LIMITS, Limits, Problem
 from tuner.rounds.round_budgets import QueueBudgets, context_token_s, round_overhead_s

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from db.errors import UserError
-from profiler.comm.buffers import BOUNDARY_BUFFERS, SEND_BUFFER_BYTES
+from profiler.comm.links.buffers import BOUNDARY_BUFFERS, SEND_BUFFER_BYTES
 from profiler.model import PRECISIONS, LayerSpec, ModelShape, Precision
 from profiler.model.precision import FLOAT32
 from tuner.plan.kv_rows import assign_rows

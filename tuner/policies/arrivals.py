@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from tuner.online.queue import Clock
 from tuner.plan.plan import Chunk, Round
-from tuner.policies.queue import Clock
 from tuner.rounds.problem import Problem
 
 

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
+from tuner.online.queue import run_queue
 from tuner.plan.plan import Round
-from tuner.policies.queue import run_queue
 from tuner.rounds.problem import Problem
 
 MIN_CHUNK = 4096

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tuner.online.queue import run_queue
 from tuner.plan.plan import Round
-from tuner.policies.queue import run_queue
 from tuner.rounds.problem import Problem
 
 

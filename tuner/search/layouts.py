@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 from db.errors import UserError
 from profiler.model import ModelShape
+from tuner.fit.holdout import HeldOutError
 from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.uncertainty import makespan_uncertainty
 from tuner.plan.layout import Layout
 from tuner.plan.memory import RankMemory, memory_refusal, rounds_memory
 from tuner.plan.plan import Parallel, Plan, Request
@@ -66,6 +68,11 @@ class Candidate:
         largest = max(sum(chunk.tokens for chunk in chunks) for chunks in self.rounds.rounds)
         longest = max(chunk.end for chunks in self.rounds.rounds for chunk in chunks)
         return largest > self.costs.max_chunk or longest > self.costs.max_context
+
+    def uncertainty(self, held_out: Sequence[HeldOutError]) -> float:
+        """How far the prediction of the makespan may be off, as a share of it."""
+        assert self.costs is not None
+        return makespan_uncertainty(held_out, self.costs.correction, extrapolates=self.extrapolates)
 
     def score(self, objective: Objective) -> tuple[float, ...]:
         """What to minimise; refused layouts come after all others."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tuner.online.replay import Replay, compare_replays, replay
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
 from tuner.rounds.problem import NO_LIMITS, Limits, RoundOptions, arrive_over_time
 from tuner.rounds.round_plan import RoundPlan, best_first
 from tuner.rounds.schedule import Objective
 from tuner.search.planner import best_fixed, compare_policies, draft_plan, plan_rounds
+from tuner.search.replay import Replay, compare_replays, replay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

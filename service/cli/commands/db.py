@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from service.cli.options import db_option, json_option
 from service.cli.output import print_json, print_table
-from service.options import db_option, json_option
 from service.use_cases.listing import Kept, kept_rows
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def list_(what: str, hardware_id: int | None, limit: int, db_url: str | None, as
 @json_option
 def export(file: Path, hardware_id: int | None, db_url: str | None, as_json: bool) -> None:
     """Write a hardware and all its measurements to FILE (gzipped if it ends in .gz)."""
-    from db.files.archive import export_hardware
+    from db.rows.archive import export_hardware
     from db.store.engine import open_database
 
     with open_database(db_url, read_only=True) as database:
@@ -118,7 +118,7 @@ def export(file: Path, hardware_id: int | None, db_url: str | None, as_json: boo
 @json_option
 def import_(file: Path, db_url: str | None, as_json: bool) -> None:
     """Add the measurements in FILE; where both have a row, the newer one stays."""
-    from db.files.archive import import_hardware
+    from db.rows.archive import import_hardware
     from db.store.engine import open_database
 
     with open_database(db_url) as database:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from db.errors import UserError
+from service.cli.options import db_option, json_option, stall_option
 from service.cli.output import print_json, print_table
-from service.options import db_option, json_option, stall_option
 
 if TYPE_CHECKING:
     from profiler.measure.summary import ProfileSummary
@@ -60,8 +60,8 @@ def command(
     started = time.monotonic()
     if not math.isfinite(budget_s):
         raise UserError("--budget-s", budget_s, "must be a finite number of seconds, 0 or more")
-    from profiler.comm.failure import RanksFailedError
-    from profiler.comm.stall import LEAST_LIMIT_S
+    from profiler.comm.ranks.failure import RanksFailedError
+    from profiler.comm.ranks.stall import LEAST_LIMIT_S
     from profiler.measure.profile import ProfileOptions, profile_model
 
     options = ProfileOptions(

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from service.options import db_option, json_option, stall_option
+from service.cli.options import db_option, json_option, stall_option
 
 
 @click.command(name="run-plan")
@@ -39,11 +39,12 @@ def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) 
     Starts tp_size x pp_size ranks on this machine; under torchrun, on any number of nodes, the ranks are torchrun's.
     Every run leaves rows in the database: its plan, and the predicted and measured time of each round on each stage.
     """
-    from profiler.comm.failure import RanksFailedError
-    from profiler.comm.launch import is_first_process
+    from profiler.comm.ranks.failure import RanksFailedError
+    from profiler.comm.ranks.launch import is_first_process
     from profiler.hardware.device import default_device_type
     from service.cli.output import print_json
-    from service.use_cases.run_plan import RunRequest, execute, print_run, write_files
+    from service.cli.print_run import print_run
+    from service.use_cases.run_plan import RunRequest, execute, write_files
 
     request = RunRequest(plan=plan, device_type=device_type or default_device_type(), **options)
     try:

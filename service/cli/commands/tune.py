@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from service.options import json_option, options_of
+from service.cli.options import json_option, options_of
 from service.use_cases.tune_options import TuneOptions
 
 
@@ -18,7 +18,7 @@ def command(options: TuneOptions, as_json: bool) -> None:
     `isochunk profile` measured; with --cost-model it is read from a file, and MODEL is not needed.
     """
     from service.cli.output import print_json
-    from service.cli.tune_report import print_report
+    from service.cli.print_tune import print_report
     from service.use_cases.tune import tune
 
     report = tune(options, echo=None if as_json else click.echo)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from profiler.measure.cpu_interference import CoreProbe
-from profiler.measure.point import RANK_LAYER, Op, Point
 from profiler.measure.session import expected_seconds, of_the_last, rows_of
 from profiler.measure.timing import (
     MAX_SAMPLES,
@@ -22,6 +21,7 @@ from profiler.measure.timing import (
     summarize,
     take_samples,
 )
+from profiler.points.point import RANK_LAYER, Op, Point
 
 CPU = torch.device("cpu")
 

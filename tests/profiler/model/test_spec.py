@@ -11,11 +11,11 @@ import torch
 
 from db.errors import UserError
 from profiler.kernels.attention import AttentionKernel
-from profiler.measure.grid import Grid
-from profiler.measure.point import Op
 from profiler.model import ModelShape, bundled_names, load_model_shape, precision_of
 from profiler.model.flops import prefill_flops
 from profiler.model.tensors import Dim
+from profiler.points.grid import Grid
+from profiler.points.point import Op
 from runtime.stage.slab import KVSlab
 from tests.checkpoints import VARIANTS
 from tuner.plan.kv_rows import KVRows

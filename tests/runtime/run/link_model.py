@@ -21,16 +21,16 @@ from unittest import mock
 import torch
 
 from profiler.comm import peer_link
-from profiler.comm.boundary import Links
-from profiler.comm.group import Groups, Pair, TensorGroup
-from profiler.comm.mark import Progress
-from profiler.comm.mesh import Transport
-from profiler.comm.peer_link import HIDDEN, PeerInbound, PeerOutbound, PeerReturn
-from profiler.comm.peer_memory import Queue
+from profiler.comm.links.boundary import Links
+from profiler.comm.links.group import Groups, Pair, TensorGroup
+from profiler.comm.links.mesh import Transport
+from profiler.comm.links.peer_link import HIDDEN, PeerInbound, PeerOutbound, PeerReturn
+from profiler.comm.links.peer_memory import Queue
+from profiler.comm.ranks.mark import Progress
+from runtime.job.job import Job
+from runtime.job.place import Place
 from runtime.run import pipeline as pipeline_module
-from runtime.run.job import Job
 from runtime.run.pipeline import Pipeline
-from runtime.stage.place import Place
 from tuner.plan.plan import Chunk, Parallel, Request
 
 WIDTH = 1
@@ -71,7 +71,7 @@ class FakeQueue:
 
 @dataclass(slots=True)
 class FakeRank:
-    """A rank's memory, stage and clock: all that its pipeline touches. See `profiler.comm.peer_memory.Memory`."""
+    """A rank's memory, stage and clock: all that its pipeline touches. See `profiler.comm.links.peer_memory.Memory`."""
 
     rank: int
     slots: int

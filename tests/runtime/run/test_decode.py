@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from profiler.comm.group import Groups, TensorGroup
-from profiler.comm.mark import Progress
+from profiler.comm.links.group import Groups, TensorGroup
+from profiler.comm.ranks.mark import Progress
+from runtime.job.job import Job
+from runtime.job.place import Place
 from runtime.run.clock import make_clock
-from runtime.run.job import Job
 from runtime.run.pipeline import Pipeline
-from runtime.stage.place import Place
 from runtime.stage.stage import Stage
 from tests.runtime.cases import make_job, prompts, requests
 from tests.runtime.conftest import Generate

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from profiler.comm.launch import run_ranks
+from profiler.comm.ranks.launch import run_ranks
 from runtime.run.rank import run_jobs
 from tests.checkpoints import VARIANTS
 from tests.runtime.cases import make_job

@@ -9,7 +9,7 @@ import pytest
 
 from db.rows.runs import RunStatus, list_runs
 from db.store.engine import open_database
-from profiler.comm.failure import RanksFailedError
+from profiler.comm.ranks.failure import RanksFailedError
 from runtime.run.run import run_plan, run_plans
 from tests.runtime import workers
 from tests.runtime.cases import make_plan

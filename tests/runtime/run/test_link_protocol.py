@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 from torch.distributed import DistStoreError, HashStore, PrefixStore
 
-from profiler.comm.peer_link import PeerOutbound
+from profiler.comm.links.peer_link import PeerOutbound
 from tests.runtime.run.link_model import FakeRank, explore
 
 

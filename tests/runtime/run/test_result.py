@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.run.job import Pass, RankReport
+from runtime.job.job import Pass, RankReport
 from runtime.run.prediction import Prediction
 from runtime.run.result import RunResult, cut_at_end, make_result, merge_passes
 from runtime.weights.generation import end_ids

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from profiler.comm.launch import run_ranks
-from runtime.run.job import Job, RankReport
+from profiler.comm.ranks.launch import run_ranks
+from runtime.job.job import Job, RankReport
 from runtime.run.prediction import Prediction
 from runtime.run.rank import cached_rounds, run_jobs
 from runtime.run.result import RunResult, make_result

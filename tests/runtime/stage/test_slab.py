@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from profiler.comm.launch import run_ranks
+from profiler.comm.ranks.launch import run_ranks
 from profiler.model import load_model_shape
+from runtime.job.place import Place
 from runtime.run.rank import run_jobs
-from runtime.stage.place import Place
 from runtime.stage.slab import KVSlab
 from tests.runtime.cases import make_job, make_plan, prompts, requests
 from tests.runtime.conftest import Generate

@@ -5,12 +5,12 @@ import pytest
 
 from db.errors import UserError
 from tests.tuner.atom import atom
-from tuner.online.replay import FEW_REQUESTS, compare_replays
 from tuner.plan.plan import check_rounds
 from tuner.plan.workload import load_workload
 from tuner.rounds.problem import Problem
 from tuner.rounds.schedule import Objective
 from tuner.search.planner import make_rounds
+from tuner.search.replay import FEW_REQUESTS, compare_replays
 
 TRACE = Path(__file__).parents[3] / "benchmarks" / "data" / "mooncake_conversation_2000.jsonl"
 

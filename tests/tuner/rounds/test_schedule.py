@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tuner.strategies import batches, cost_models, windows
+from tuner.online.queue import Clock
 from tuner.plan.cost_model import CostModel, StageCost
 from tuner.plan.plan import Chunk, Request
 from tuner.policies.fixed import fixed_rounds
-from tuner.policies.queue import Clock
 from tuner.rounds.problem import Problem
 from tuner.rounds.schedule import Objective, evaluate, simulate
 

@@ -1,0 +1,85 @@
+"""The links of a rank across its two boundaries and back, by the transports that its groups were made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from profiler.comm.links.buffers import STAGED
+from profiler.comm.links.group import Groups
+from profiler.comm.links.link import (
+    CollectiveInbound,
+    CollectiveOutbound,
+    CollectiveReturn,
+    Inbound,
+    Outbound,
+    Return,
+)
+from profiler.comm.links.mesh import Transport
+from profiler.comm.links.peer_link import SLOTS, PeerInbound, PeerOutbound, PeerReturn, link_lanes
+from profiler.comm.links.peer_memory import PeerMemory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Links:
+    """From the stage before, to the stage after, and from the last stage to the first; None where there is none."""
+
+    inbound: Inbound | None = None
+    outbound: Outbound | None = None
+    back: Return | None = None
+
+    def drain(self) -> None:
+        """Wait for all sends."""
+        for link in (self.outbound, self.back):
+            if link:
+                link.drain()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessageSizes:
+    """The largest hidden states that cross a boundary, [max_tokens, hidden_size], and how many token ids go back."""
+
+    max_tokens: int
+    hidden_size: int
+    num_requests: int
+
+
+def make_links(groups: Groups, sizes: MessageSizes, device: torch.device, dtype: torch.dtype) -> Links:
+    """Make the links of a rank; all ranks of a host call it together, whatever each of them needs."""
+    pairs = (groups.inbound, groups.outbound, groups.back)
+    memory = None
+    if groups.sharing is not None and any(pairs):
+        lanes = link_lanes(
+            max_tokens=sizes.max_tokens, hidden_size=sizes.hidden_size, dtype=dtype, num_requests=sizes.num_requests
+        )
+        memory = PeerMemory(groups.sharing.group, groups.sharing.ranks, lanes, device)
+    size = (sizes.max_tokens, sizes.hidden_size)
+    inbound: Inbound | None = None
+    outbound: Outbound | None = None
+    back: Return | None = None
+    if pair := groups.inbound:
+        if pair.transport is Transport.PEER_MEMORY:
+            assert memory is not None
+            inbound = PeerInbound(memory, pair.peer)
+        else:
+            assert pair.group is not None
+            inbound = CollectiveInbound(
+                pair.group, pair.peer, max_tokens=size[0], hidden_size=size[1], device=device, dtype=dtype
+            )
+    if pair := groups.outbound:
+        if pair.transport is Transport.PEER_MEMORY:
+            assert memory is not None
+            outbound = PeerOutbound(memory, pair.peer, torch.empty(SLOTS, *size, device=device, dtype=dtype))
+        else:
+            assert pair.group is not None
+            staging = torch.empty(STAGED, *size, device=device, dtype=dtype) if device.type == "cuda" else None
+            outbound = CollectiveOutbound(pair.group, pair.peer, staging=staging)
+    if pair := groups.back:
+        if pair.transport is Transport.PEER_MEMORY:
+            assert memory is not None
+            back = PeerReturn(memory, pair.peer)
+        else:
+            assert pair.group is not None
+            back = CollectiveReturn(pair.group, pair.peer, device=device)
+    return Links(inbound=inbound, outbound=outbound, back=back)

@@ -1,0 +1,137 @@
+"""The process groups of a rank: its tensor-parallel group, a pair for each stage boundary, and the way back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from profiler.comm.links.mesh import Host, Hosts, Mesh, Transport, agree
+from profiler.hardware.device import nccl_link
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+# Torch 2.13 gave it a new name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class TensorGroup:
+    """The ranks that hold a stage together; a group of one moves nothing."""
+
+    def __init__(self, group: dist.ProcessGroup | None, size: int) -> None:
+        self.group, self.size = group, size
+
+    def reduce(self, bias: torch.Tensor | None) -> Reduce:
+        """Make the function that sums partial results [T, N] in place and adds a row-parallel bias [N] once."""
+
+        def sum_ranks(partial: torch.Tensor) -> torch.Tensor:
+            if self.group is not None:
+                dist.all_reduce(partial, group=self.group)
+            return partial if bias is None else partial + bias
+
+        return sum_ranks
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Stack the tensors of all ranks: [...] -> [size, ...]."""
+        stacked = tensor.new_empty((self.size, *tensor.shape))
+        _all_gather(stacked.view(-1), tensor.reshape(-1), group=self.group)
+        return stacked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Another rank, how it is reached, and the group with it where that takes one."""
+
+    peer: int
+    transport: Transport
+    group: dist.ProcessGroup | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostGroup:
+    """The ranks of this host, over gloo."""
+
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """Groups of one rank. Pairs are groups of two: on NCCL all sends of one group wait for one another."""
+
+    tensor: TensorGroup
+    inbound: Pair | None  # the stage before
+    outbound: Pair | None  # the stage after
+    back: Pair | None  # on the first stage the last one, and the other way round
+    everyone: dist.ProcessGroup  # all ranks, over gloo: barriers
+    sharing: HostGroup | None  # the ranks whose memory this rank can write into
+
+
+@contextmanager
+def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]:
+    """Make the groups of a layout, in the same order on every rank, and leave them at the end."""
+    mine: list[dist.ProcessGroup] = []
+
+    def group_of(ranks: tuple[int, ...], *, backend: str | None = None, few_blocks: bool = False) -> dist.ProcessGroup:
+        options = _few_blocks() if few_blocks and dist.get_backend() == "nccl" else None
+        group: dist.ProcessGroup = dist.new_group(list(ranks), backend=backend, pg_options=options)
+        if rank in ranks:
+            mine.append(group)
+        return group
+
+    def pair_of(one: int, other: int, *, few_blocks: bool = False) -> Pair | None:
+        transport = hosts.transport(one, other)
+        by_group = transport is Transport.COLLECTIVE
+        group = group_of((one, other), few_blocks=few_blocks) if by_group else None
+        if rank not in (one, other):
+            return None
+        return Pair(peer=other if rank == one else one, transport=transport, group=group)
+
+    everyone = group_of(tuple(range(mesh.world_size)), backend="gloo")
+    hosts = find_hosts(everyone, device)
+    sharing = None
+    for ranks in hosts.groups():
+        group = group_of(ranks, backend="gloo")
+        sharing = HostGroup(ranks=ranks, group=group) if rank in ranks else sharing
+    tensor = None
+    for ranks in mesh.tensor_groups():
+        group = group_of(ranks)
+        tensor = group if rank in ranks else tensor
+    inbound = outbound = back = None
+    for first, second in mesh.boundaries():
+        pair = pair_of(first, second, few_blocks=True)
+        inbound = pair if rank == second else inbound
+        outbound = pair if rank == first else outbound
+    for first, last in mesh.returns():
+        back = pair_of(first, last) or back
+    yield Groups(
+        tensor=TensorGroup(tensor, mesh.tp_size),
+        inbound=inbound,
+        outbound=outbound,
+        back=back,
+        everyone=everyone,
+        sharing=sharing,
+    )
+    # Not on the way out of an error: leaving a group waits for ranks that may be gone.
+    dist.barrier(everyone)
+    for group in reversed(mine):
+        dist.destroy_process_group(group)
+
+
+def find_hosts(everyone: dist.ProcessGroup, device: torch.device) -> Hosts:
+    """The host of every rank, gathered once. Ranks that one launcher or one agent of torchrun started share a host."""
+    reached = device.type == "cuda" and nccl_link() in ("nvlink", "p2p")
+    mine = Host(name=os.environ.get("GROUP_RANK", "0"), has_peer_memory=reached)
+    found: list[Host] = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine, group=everyone)
+    return agree(found)
+
+
+def _few_blocks() -> dist.ProcessGroupNCCL.Options:
+    """NCCL's kernels wait for their data on multiprocessors: two are enough for what a boundary carries."""
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.min_ctas, options.config.max_ctas = 1, 2
+    return options

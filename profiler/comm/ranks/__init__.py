@@ -1,0 +1,4 @@
+"""Processes of ranks: started, joined, watched and ended.
+
+May import nothing else of `profiler`.
+"""

@@ -1,0 +1,270 @@
+"""Which points a profile consists of, coarse to fine: stopped at any time, it covers every operation to the far end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from profiler.kernels.attention_kernel import AttentionKernel
+from profiler.model import PRECISIONS, LayerSpec, ModelShape, Precision
+from profiler.model.flops import causal_pairs
+from profiler.points.point import COLLECTIVES, WARM, Op, Point
+
+SMALLEST_CHUNK = 16
+OFF_GRID_CHUNKS = (1, 48, 100, 384, 1000, 3000, 12288)  # the last chunks of requests are never powers of two
+LAST_LEVEL = 4
+# A card's products run in waves of tiles: their rate moves by ten percent from one multiple of 128 tokens to the next.
+TILE_TOKENS = 128
+_WAVE_STEP, _WAVES_END = 256, 4096
+_LAYERS_FROM = 256
+_KNEE = 192  # where products bend between their cost of reading weights, flat in the rows, and that of arithmetic
+_FINE_END, _FINE_STEP, _MIDDLE_END, _MIDDLE_STEP = 2048, 128, 8192, 512
+# What today's plans use of the collectives is measured more finely than the others.
+_OFTEN = (Op.ALL_REDUCE, Op.SEND_RECV)
+# Kernels that build a dense mask on a CPU are not tried beyond this many pairs.
+_MAX_DENSE_PAIRS = 2**24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """What a profile is asked to cover."""
+
+    shape: ModelShape
+    dtype: str
+    tp_sizes: tuple[int, ...]
+    world_size: int
+    context_length: int
+    device_type: str
+    kernels: tuple[AttentionKernel, ...]  # the usual best first
+
+    @property
+    def precision(self) -> Precision:
+        """The formats that `dtype` names."""
+        return PRECISIONS[self.dtype]
+
+    def points(self) -> list[Point]:
+        """All points, each key once, by level and then the cheap ones first."""
+        unique = {point.key: point for point in sorted(self._all(), key=lambda p: p.level, reverse=True)}
+        return sorted(unique.values(), key=lambda point: (point.level, point.flops))
+
+    @property
+    def chunk_levels(self) -> dict[int, int]:
+        """Chunk sizes with the level at which each is wanted."""
+        powers = []
+        size = SMALLEST_CHUNK
+        while size < self.context_length:
+            powers.append(size)
+            size *= 2
+        levels = bisection_levels([*powers, self.context_length])
+        return levels | {size: LAST_LEVEL for size in OFF_GRID_CHUNKS if size < self.context_length}
+
+    @property
+    def product_levels(self) -> dict[int, int]:
+        """Rows of products with the level at which each is wanted: on a card finer than other work."""
+        if self.device_type != "cuda":
+            return self.chunk_levels
+        fine = [*range(_FINE_STEP, _FINE_END, _FINE_STEP), *range(_FINE_END, _MIDDLE_END, _MIDDLE_STEP)]
+        return self._with_levels({size: 3 if size % (2 * TILE_TOKENS) else 2 for size in (_KNEE, *fine)})
+
+    @property
+    def attention_levels(self) -> dict[int, int]:
+        """Chunks of attention with the level at which each is wanted: on a card finer, for its blocks come in waves."""
+        if self.device_type != "cuda":
+            return self.chunk_levels
+        steps = [*range(_WAVE_STEP, _FINE_END, _WAVE_STEP), *range(_FINE_END, _WAVES_END + 1, 2 * _WAVE_STEP)]
+        return self._with_levels(dict.fromkeys(steps, 2))
+
+    @property
+    def layer_levels(self) -> dict[int, int]:
+        """Chunks of whole layers with the level at which each is wanted: on a card all powers of two that plans use."""
+        fine = _LAYERS_FROM if self.device_type == "cuda" else self.context_length
+        return {
+            size: min(level, 2)
+            for size, level in self.chunk_levels.items()
+            if level <= 1 or (size >= fine and size not in OFF_GRID_CHUNKS)
+        }
+
+    def _with_levels(self, fine: Mapping[int, int]) -> dict[int, int]:
+        """Sizes below the context with their levels; of the usual levels and the given ones the lower counts."""
+        levels = self.chunk_levels
+        for size, level in fine.items():
+            if size < self.context_length:
+                levels[size] = min(level, levels.get(size, level))
+        return dict(sorted(levels.items()))
+
+    def context_levels(self, chunk: int) -> dict[int, int]:
+        """Contexts before a chunk: at a fixed chunk attention is linear in them, so that few do."""
+        rest = self.context_length - chunk
+        levels = {rest * 1 // 4: 2, rest // 2: 1, 0: 0, rest: 0}
+        return dict(sorted(levels.items()))
+
+    def _all(self) -> Iterator[Point]:
+        for tp_size in self.tp_sizes:
+            for layer in self.shape.layer_kinds:
+                yield from self._layer_points(layer, tp_size)
+            yield from self._end_points(tp_size)
+        yield from self._round_overhead()
+        yield from self._ceiling()
+        for group_size in group_sizes(self.tp_sizes, self.world_size):
+            yield from self._collectives(group_size)
+
+    def _layer_points(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
+        """The parts of a layer and whole layers: with all ranks at work, and on a CPU coarsely with one.
+
+        Cards share nothing that a kernel uses, so that one alone needs no points of its own.
+        """
+        parts = [
+            *self._matmuls(layer, tp_size),
+            *self._attention(layer, tp_size),
+            *self._elementwise(layer, tp_size),
+            *self._layers(layer, tp_size),
+        ]
+        yield from (replace(point, busy_ranks=self.world_size) for point in parts)
+        # A plan for one rank leaves the others idle.
+        if tp_size == 1 and self.world_size > 1 and self.device_type == "cpu":
+            yield from (
+                replace(point, busy_ranks=1, level=point.level + 1)
+                for point in parts
+                if point.level <= 1 and point.variant in ("", *self.kernels[:1], layer.variant)
+            )
+
+    def _matmuls(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
+        for n, k in layer.products(tp_size).values():
+            for m, level in self.product_levels.items():
+                point = Point(
+                    op=Op.MATMUL, dtype=self.dtype, shape={"m": m, "n": n, "k": k}, level=level,
+                    flops=2.0 * m * n * k, size_bytes=self._weights(2 * n * k) + self._bytes(m * (n + k)),
+                )  # fmt: skip
+                yield point
+                if self.device_type == "cuda" and level <= 1:
+                    yield replace(point, variant=WARM, level=LAST_LEVEL)
+
+    def _attention(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
+        heads, slab = layer.attention.sizes(tp_size), self._slab(layer, tp_size)
+        for chunk, chunk_level in self.attention_levels.items():
+            for context, context_level in self.context_levels(chunk).items():
+                for kernel in self.kernels:
+                    if self._dense_mask(kernel, chunk, context):
+                        continue
+                    yield Point(
+                        op=Op.ATTENTION,
+                        dtype=self.dtype,
+                        shape=heads | {"chunk": chunk, "context": context},
+                        variant=kernel.value,
+                        level=min(chunk_level + context_level, LAST_LEVEL),
+                        flops=4.0 * heads["heads"] * heads["head_dim"] * causal_pairs(chunk, context),
+                        size_bytes=slab + self._bytes(3 * chunk * heads["heads"] * heads["head_dim"]),
+                    )
+
+    def _elementwise(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
+        sizes = layer.sizes(tp_size)
+        width = 4 * sizes["hidden"] + 3 * sizes["intermediate"] + 3 * sizes["heads"] * sizes["head_dim"]
+        for tokens, level in self.chunk_levels.items():
+            yield Point(
+                op=Op.ELEMENTWISE, dtype=self.dtype, shape={"tokens": tokens} | sizes,
+                variant=layer.variant, level=level, flops=25.0 * tokens * width,
+                size_bytes=self._bytes(tokens * width) + self._slab(layer, tp_size),
+            )  # fmt: skip
+
+    def _layers(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
+        sizes, weights = layer.sizes(tp_size), layer.product_elements(tp_size)
+        attention = 4.0 * sizes["heads"] * sizes["head_dim"]
+        width = 4 * sizes["hidden"] + 5 * sizes["intermediate"] + 4 * sizes["heads"] * sizes["head_dim"]
+        fixed_bytes = self._weights(3 * weights) + 2 * self._slab(layer, tp_size)
+        for chunk, chunk_level in self.layer_levels.items():
+            for context, context_level in self.context_levels(chunk).items():
+                if context_level > 1 or (chunk_level and context_level):
+                    continue
+                yield Point(
+                    op=Op.LAYER, dtype=self.dtype, shape={"chunk": chunk, "context": context} | sizes,
+                    variant=layer.variant, level=chunk_level + context_level,
+                    flops=2.0 * chunk * weights + attention * causal_pairs(chunk, context),
+                    size_bytes=fixed_bytes + self._bytes(chunk * width),
+                )  # fmt: skip
+
+    def _end_points(self, tp_size: int) -> Iterator[Point]:
+        hidden, vocab = self.shape.hidden_size, self.shape.vocab_size
+        for tokens, level in self.chunk_levels.items():
+            if level <= 2:
+                yield Point(
+                    op=Op.EMBEDDING, dtype=self.dtype, shape={"tokens": tokens, "hidden": hidden, "vocab": vocab},
+                    busy_ranks=self.world_size, level=level, flops=10.0 * tokens * hidden,
+                    size_bytes=self._weights(vocab * hidden) + self._bytes(tokens * hidden),
+                )  # fmt: skip
+        vocab_per_rank, _ = self.shape.head.sizes(tp_size)
+        for rows, level in {1: 0, 2: 2, 4: 1, 8: 2, 16: 3}.items():
+            yield Point(
+                op=Op.HEAD, dtype=self.dtype, shape={"rows": rows, "hidden": hidden, "vocab": vocab_per_rank},
+                busy_ranks=self.world_size, level=level, flops=20.0 * vocab_per_rank * hidden,
+                size_bytes=self._weights(2 * vocab_per_rank * hidden),
+            )  # fmt: skip
+
+    def _round_overhead(self) -> Iterator[Point]:
+        for chunks, level in {1: 0, 2: 2, 4: 1, 8: 2}.items():
+            yield Point(
+                op=Op.ROUND_OVERHEAD, dtype=self.dtype, shape={"chunks": chunks, "tokens": 64},
+                busy_ranks=self.world_size, level=level, flops=1e5,
+            )  # fmt: skip
+
+    def _ceiling(self) -> Iterator[Point]:
+        size = 8192 if self.device_type == "cuda" else 1024
+        yield Point(
+            op=Op.MATMUL_CEILING, dtype=self.dtype, shape={"m": size, "n": size, "k": size},
+            busy_ranks=self.world_size, flops=2.0 * size**3, size_bytes=self._bytes(4 * size * size),
+        )  # fmt: skip
+
+    def _collectives(self, group_size: int) -> Iterator[Point]:
+        """Messages of hidden states; `bytes` counts the whole one, before it is scattered or after it is gathered."""
+        row_bytes = self._bytes(self.shape.hidden_size)
+        finest = 3 if self.device_type == "cuda" else 2
+        for tokens, level in self.chunk_levels.items():
+            for op in COLLECTIVES:
+                if (op is Op.SEND_RECV and group_size != 2) or level > (finest if op in _OFTEN else 1):
+                    continue
+                message = round_up(tokens * row_bytes, group_size * self._bytes(1))
+                yield Point(
+                    op=op, dtype=self.dtype, shape={"bytes": message}, group_size=group_size,
+                    busy_ranks=self.world_size // group_size * group_size, level=level, flops=10.0 * message,
+                    size_bytes=3 * message,
+                )  # fmt: skip
+
+    def _bytes(self, num_activations: int) -> int:
+        return self.precision.activations.num_bytes(num_activations)
+
+    def _weights(self, num_weights: int) -> int:
+        return self.precision.weights.num_bytes(num_weights)
+
+    def _slab(self, layer: LayerSpec, tp_size: int) -> int:
+        return self.precision.kv.num_bytes(layer.attention.kv_elements(tp_size) * self.context_length)
+
+    def _dense_mask(self, kernel: AttentionKernel, chunk: int, context: int) -> bool:
+        dense = self.device_type == "cpu" and kernel is AttentionKernel.SDPA and context > 0
+        return dense and chunk * (chunk + context) > _MAX_DENSE_PAIRS
+
+
+def group_sizes(tp_sizes: Iterable[int], world_size: int) -> list[int]:
+    """Groups whose collectives are measured: neighbours, each tensor-parallel degree, and all ranks."""
+    return sorted({size for size in (2, *tp_sizes, world_size) if 1 < size <= world_size})
+
+
+def bisection_levels(values: Sequence[int]) -> dict[int, int]:
+    """Level 0 for both ends and the middle, the next level for each halving: nine values get 0 2 1 2 0 2 1 2 0."""
+    levels: dict[int, int] = {}
+    if values:
+        levels[values[0]] = levels[values[-1]] = 0
+        _bisect(values, 0, len(values) - 1, 0, levels)
+    return {value: levels[value] for value in values}
+
+
+def _bisect(values: Sequence[int], low: int, high: int, level: int, levels: dict[int, int]) -> None:
+    if high - low < 2:
+        return
+    middle = (low + high + 1) // 2
+    levels[values[middle]] = level
+    _bisect(values, low, middle, level + 1, levels)
+    _bisect(values, middle, high, level + 1, levels)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not smaller."""
+    return -(-value // multiple) * multiple

@@ -1,0 +1,57 @@
+"""What every rank of a run is told, and what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from profiler.model import ModelShape
+from profiler.points.kernel_choice import KernelChoice
+from tuner.plan.plan import Parallel, Request, Round
+
+Interval = tuple[float, float]
+"""Start and finish, in seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A plan made concrete: checked, with its prompts and where its weights are."""
+
+    shape: ModelShape
+    parallel: Parallel
+    requests: tuple[Request, ...]
+    rounds: tuple[Round, ...]
+    window: int | None
+    prompts: tuple[tuple[int, ...], ...]  # token ids of each request
+    weights: Path | None  # None: random weights
+    dtype: str
+    max_new_tokens: int
+    repeat: int
+    kernels: KernelChoice
+    settle_s: float = 0.0  # passes before the measured ones take at least so long together: clocks fall under load
+
+    @property
+    def round_tokens(self) -> tuple[int, ...]:
+        """Tokens of each round."""
+        return tuple(sum(chunk.tokens for chunk in chunks) for chunks in self.rounds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """One pass over the rounds on one rank, in seconds after `origin_s` of the host's clock."""
+
+    origin_s: float
+    rounds: tuple[Interval, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """What one rank measured; token ids come from the first rank of the last stage."""
+
+    stage: int
+    host: str
+    warm_up_s: float  # kernels, connections and recordings of the plan's rounds, cached tokens
+    first: Pass | None  # from rest, where passes that do not count came before the others
+    passes: tuple[Pass, ...]
+    decode: Pass
+    token_ids: tuple[tuple[int, ...], ...] | None  # the new ones of each request

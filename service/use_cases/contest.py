@@ -1,0 +1,54 @@
+"""A plan beside its rivals: the best fixed chunk, or every policy."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+
+from tuner.plan.cost_model import CostModel
+from tuner.plan.plan import Request
+from tuner.rounds.problem import arrive_over_time
+from tuner.rounds.round_plan import RoundPlan, best_first
+from tuner.rounds.schedule import Objective
+from tuner.search.replay import Replay
+from tuner.search.rules import Rules
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contest:
+    """The plan, and what it is compared with: the best fixed chunk or all policies, the best first."""
+
+    planned: RoundPlan
+    policies: list[RoundPlan] = field(default_factory=list)
+    """Of a batch."""
+    replays: list[Replay] = field(default_factory=list)
+    """Of requests that arrive over time."""
+
+
+def contest(
+    cost: CostModel,
+    requests: tuple[Request, ...],
+    rules: Rules,
+    *,
+    compare: bool,
+    planned: RoundPlan | None = None,
+) -> Contest:
+    """Plan by the rules, unless that is done, and compare: with every policy, or with the best fixed chunk alone."""
+
+    if arrive_over_time(requests):
+        *others, own = rules.replays(cost, requests, everything=compare)
+        by_objective = functools.partial(_score, objective=rules.objective)
+        if not compare:
+            others = [min((one for one in others if one.policy.startswith("fixed:")), key=by_objective)]
+        return Contest(planned=own.planned, replays=sorted([own, *others], key=by_objective))
+    if compare:
+        policies = rules.compare(cost, requests)
+        return Contest(planned=next(one for one in policies if one.policy == rules.policy), policies=policies)
+    planned = planned or rules.plan(cost, requests)
+    fixed = replace(rules.baseline(cost, requests), bound=planned.bound)
+    rivals = [planned] if planned.policy == fixed.policy else [planned, fixed]
+    return Contest(planned=planned, policies=best_first(rivals, rules.objective))
+
+
+def _score(replay: Replay, objective: Objective) -> tuple[float, ...]:
+    return replay.evaluation.score(objective)

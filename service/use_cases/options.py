@@ -1,0 +1,93 @@
+"""Options declared once, as fields of a dataclass that carry their help and checks; click's options are made of them.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SomeOptions:
+    world_size: int | None = option(None, "Ranks to plan for.", above=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+@click.command()
+@options_of(SomeOptions)
+def command(options: SomeOptions) -> None: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypeVar
+
+from db.errors import UserError
+
+F = TypeVar("F", bound=Callable[..., Any])
+DB_HELP = "Database: any SQLAlchemy URL of SQLite or PostgreSQL. [default: a SQLite file in the user's data folder]"
+DB_VARIABLE = "ISOCHUNK_DB"
+KEY = "option"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What a field of options says of itself beside its type and its default."""
+
+    help: str
+    flags: tuple[str, ...]
+    """As on the command line; one without dashes is an argument. Empty: the field's name."""
+    metavar: str | None
+    choices: tuple[str, ...]
+    above: float | None
+    """The value must be more than this."""
+    is_file: bool
+    variable: str | None
+    """Environment variable that gives the value where the command line does not."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flags: tuple[str, ...] = (),
+    metavar: str | None = None,
+    choices: tuple[str, ...] = (),
+    above: float | None = None,
+    is_file: bool = False,
+    variable: str | None = None,
+) -> Any:
+    """A field of an options class."""
+    about = Option(
+        help=help, flags=flags, metavar=metavar, choices=choices, above=above, is_file=is_file, variable=variable
+    )
+    return field(default=default, metadata={KEY: about})
+
+
+def db_url() -> Any:
+    """The field of the database that a command uses."""
+    return option(None, DB_HELP, flags=("--db",), metavar="URL", variable=DB_VARIABLE)
+
+
+def flag_of(options: object, name: str) -> str:
+    """How a field is called on the command line."""
+    return next(flags_of(each)[-1] for each in fields(options) if each.name == name)  # type: ignore[arg-type]
+
+
+def check_options(options: object) -> None:
+    """Raise UserError for the first field whose value its declaration does not allow."""
+    for each in fields(options):  # type: ignore[arg-type]
+        about, value = about_field(each), getattr(options, each.name)
+        if value is None:
+            continue
+        if about.above is not None and not value > about.above:  # NaN is not either
+            raise UserError(flags_of(each)[-1], value, f"must be more than {about.above:g}")
+        if about.choices and value not in about.choices:
+            raise UserError(flags_of(each)[-1], value, f"must be one of {', '.join(about.choices)}")
+
+
+def about_field(each: Field[Any]) -> Option:
+    """What a field says of itself."""
+    about: Option = each.metadata[KEY]
+    return about
+
+
+def flags_of(each: Field[Any]) -> tuple[str, ...]:
+    """How a field is called on the command line, in all its forms."""
+    return about_field(each).flags or ("--" + each.name.replace("_", "-"),)

@@ -1,0 +1,97 @@
+"""What `isochunk tune` found, and the same as JSON for programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tuner.plan.plan import Plan
+from tuner.rounds.round_plan import RoundPlan
+from tuner.search.replay import Replay
+
+if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
+    from db.rows.hardware import Hardware
+    from tuner.fit.holdout import HeldOutError
+    from tuner.fit.layer_costs import LayerCosts
+    from tuner.search.autotune import Trial
+    from tuner.search.layouts import Candidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneReport:
+    """Everything that tune found, for the table and for JSON."""
+
+    plan: Plan
+    policies: list[RoundPlan] = field(default_factory=list)
+    replays: list[Replay] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+    held_out: list[HeldOutError] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    hardware: Hardware | None = None
+    output: str | None = None
+
+    @property
+    def costs(self) -> LayerCosts | None:
+        """Fitted costs behind the plan; None where it was made from a cost model file."""
+        return self.candidates[0].costs if self.candidates else None
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs: the plan, the ranking, the policies, the held-out errors and the trials."""
+        return {
+            "plan": self.plan.to_json(),
+            "layouts": [_candidate_json(candidate) for candidate in self.candidates],
+            "policies": [_policy_json(planned) for planned in self.policies],
+            "replays": [replay_json(replay) for replay in self.replays],
+            "held_out": [error.to_json() for error in self.held_out],
+            "correction": self.costs.correction.to_json() if self.costs else None,
+            "rank_factors": list(self.costs.rank_skew.factors) if self.costs else [],
+            "trials": [
+                {"layout": t.choice.layout, "policy": t.choice.policy, "predicted_s": t.choice.predicted_s,
+                 "measured_s": t.measured_s, "error": t.error}
+                for t in self.trials
+            ],
+            "output": self.output,
+        }  # fmt: skip
+
+
+def replay_json(replay: Replay) -> dict[str, Any]:
+    """A policy's replay of requests that arrive over time."""
+    return {
+        "policy": replay.policy,
+        "taken": replay.planned.policy,
+        "num_rounds": replay.num_rounds,
+        "makespan_s": replay.evaluation.makespan_s,
+        "mean_ttft_s": replay.evaluation.mean_ttft_s,
+        "p50_ttft_s": replay.ttft_s(50),
+        "p90_ttft_s": replay.ttft_s(90),
+        "p99_ttft_s": replay.ttft_s(99),
+        "tokens_per_s": replay.tokens_per_s,
+    }
+
+
+def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "tp_size": candidate.layout.tp_size,
+        "pp_size": candidate.layout.pp_size,
+        "layer_partition": list(candidate.layer_partition),
+        "refusal": candidate.refusal,
+        "extrapolates": candidate.extrapolates,
+        "memory_bytes": candidate.peak_memory_bytes,
+    } | ({} if candidate.rounds is None else _expected_json(candidate.rounds))
+
+
+def _policy_json(planned: RoundPlan) -> dict[str, Any]:
+    return _expected_json(planned) | {"lower_bound_s": planned.lower_bound_s, "gap": planned.gap}
+
+
+def _expected_json(planned: RoundPlan) -> dict[str, Any]:
+    evaluation = planned.evaluation
+    return {
+        "policy": planned.policy,
+        "num_rounds": len(planned.rounds),
+        "makespan_s": planned.makespan_s,
+        "mean_ttft_s": evaluation.mean_ttft_s,
+        "p90_ttft_s": evaluation.p90_ttft_s,
+        "bubble_share": evaluation.bubble_share,
+        "planning_s": planned.planning_s,
+    }
