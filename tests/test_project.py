@@ -11,17 +11,9 @@ import pytest
 
 from db.rows.archive import import_hardware
 from db.store.engine import open_database
-from tests.structures import FOLDERS, PAGE, ROOT, docstring, page
+from tests.structures import FOLDERS, ROOMS, ROOT, docstring, written
 from tests.tuner.atom import atom
 
-# Folders and their rooms, from the bottom up: each may import those before it.
-ROOMS = {
-    "db": ("files", "store", "rows"),
-    "profiler": ("hardware", "model", "kernels", "layers", "comm", "points", "measure"),
-    "tuner": ("plan", "rounds", "online", "policies", "fit", "search"),
-    "runtime": ("job", "weights", "stage", "run"),
-    "service": ("use_cases", "cli"),
-}
 LAYERS = tuple(ROOMS)
 MOST_FILES = 12
 COMMANDS = ([], ["profile"], ["tune"], ["run-plan"], ["db"])
@@ -45,7 +37,8 @@ def imported(path: Path) -> list[str]:
 
 
 def test_structures_page_names_every_module() -> None:
-    assert PAGE.read_text() == page(), "write it anew: python -m tests.structures"
+    for path, text in written():
+        assert path.read_text() == text, f"write {path.name} anew: python -m tests.structures"
 
 
 def test_every_module_says_what_it_is() -> None:
