@@ -16,6 +16,7 @@ from db.rows.measurements import save_measurements
 from db.rows.plans import save_plan_row
 from db.rows.runs import RunOutcome, finish_run, start_run
 from db.store.engine import open_database
+from db.store.schema import HEAD
 from service.cli.commands.db import command
 from tests.db.samples import make_hardware, make_measurement
 
@@ -64,8 +65,8 @@ def test_path(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_upgrade(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'new.db'}"
-    assert run("upgrade", "--db", url) == f"{url}: revision 0001, created\n"
-    assert run_json("upgrade", "--db", url) == {"url": url, "found_revision": "0001", "revision": "0001"}
+    assert run("upgrade", "--db", url) == f"{url}: revision {HEAD}, created\n"
+    assert run_json("upgrade", "--db", url) == {"url": url, "found_revision": HEAD, "revision": HEAD}
 
 
 def test_check(url: str) -> None:
