@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from profiler.comm import peer_link
+from profiler.comm.links import peer_link
 from profiler.comm.links.boundary import Links
 from profiler.comm.links.group import Groups, Pair, TensorGroup
 from profiler.comm.links.mesh import Transport
