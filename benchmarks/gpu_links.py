@@ -12,9 +12,11 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 import torch.nn.functional as F
 
 from profiler.comm.links.group import HostGroup
+from profiler.comm.links.peer_memory import StreamQueue
 from profiler.measure.collectives import PeerMessages
 from service.cli.output import print_table
 
@@ -93,6 +95,32 @@ def main() -> None:
             time.sleep(1.0)
             dist.barrier(host)
             dist.send(received, 1, group=group)
+    # What a stage may wait with for its hidden states: a kernel, or a command of the card's front end.
+    signal = symmetric_memory.rendezvous(symmetric_memory.empty(64, device=device, dtype=torch.uint8), host)
+    side = StreamQueue(torch.cuda.Stream(device, priority=-1))
+
+    def wait_by_kernel() -> None:
+        with torch.cuda.stream(side.stream):
+            signal.wait_signal(0, 0)
+
+    waits: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
+        ("a kernel that waits", wait_by_kernel, partial(signal.put_signal, 1, 0)),
+        (
+            "a command that waits",
+            lambda: messages_to_peer.take(side),
+            lambda: messages_to_peer.push(HIDDEN),
+        ),
+    ]
+    for name, wait, release in 2 * waits:
+        torch.cuda.synchronize()
+        dist.barrier(host)
+        if rank == 1:
+            wait()
+            beside.append([name, elapsed_us(products, REPEATS)])
+        dist.barrier(host)
+        if rank == 0:
+            release()
+    beside.append(["nothing", elapsed_us(products, REPEATS)])
     found = [beside]
     dist.broadcast_object_list(found, src=1, group=host)
     torch.cuda.synchronize()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from profiler.comm.links.group import HostGroup
-from profiler.comm.links.peer_memory import Lane, PeerMemory
+from profiler.comm.links.peer_memory import Lane, PeerMemory, Queue
 from profiler.measure.operators import Operators
 from profiler.measure.timing import Prepared
 from profiler.model.precision import Format
@@ -101,10 +101,10 @@ class PeerMessages:
         self.memory.copy(queue, self.partner, 0, 0, self.staging[:count])
         self.memory.pushed(queue, self.partner, 0, self._sent)
 
-    def take(self) -> None:
-        """Wait for the partner's next message."""
+    def take(self, queue: Queue | None = None) -> None:
+        """Wait for the partner's next message, on the current queue or another."""
         self._received += 1
-        self.memory.wait_pushed(self.memory.current_queue(), self.partner, 0, self._received)
+        self.memory.wait_pushed(queue or self.memory.current_queue(), self.partner, 0, self._received)
 
 
 def prepare_message(
