@@ -117,7 +117,6 @@ def run_plans(
             )
             for plan in plans
         ]  # fmt: skip
-        predictions = [read_prediction(plan) for plan in plans]
         process_id = stack.enter_context(process_row(database, str(kind))) if is_first_process() else None
         records = [
             stack.enter_context(
@@ -125,30 +124,33 @@ def run_plans(
             )
             for index, (plan, job) in enumerate(zip(plans, jobs, strict=True))
         ]
-
-        def finish(reports: Iterable[Sequence[RankReport]]) -> list[RunResult]:
-            """Keep the results of the plans that all ranks have reported; reports: of each rank."""
-            results = []
-            for index, of_ranks in enumerate(zip(*reports, strict=False)):
-                result = make_result(jobs[index], of_ranks, prediction=predictions[index], end_ids=ends)
-                result = with_mfu(result, plans[index], jobs[index].shape, hardware, rows)
-                results.append(records[index].finish(result))
-            return results
-
         try:
-            return finish(
-                run_ranks(
-                    run_jobs,
-                    jobs,
-                    world_size=world_size(plans[0].parallel),
-                    device_type=device_type,
-                    num_threads=num_threads,
-                    stall_timeout_s=stall_timeout_s or max(map(stall_limit_s, plans)),
-                )
+            reports = run_ranks(
+                run_jobs,
+                jobs,
+                world_size=world_size(plans[0].parallel),
+                device_type=device_type,
+                num_threads=num_threads,
+                stall_timeout_s=stall_timeout_s or max(map(stall_limit_s, plans)),
             )
         except RanksFailedError as error:
-            finish(error.reports.values())
+            keep_results(records, error.reports.values(), rows, ends)
             raise
+        return keep_results(records, reports, rows, ends)
+
+
+def keep_results(
+    records: Sequence[Record],
+    reports: Iterable[Sequence[RankReport]],
+    rows: Sequence[Measurement],
+    ends: frozenset[int],
+) -> list[RunResult]:
+    """Keep the results of the plans, in order, that all ranks have reported; reports: of each rank."""
+    results = []
+    for record, of_ranks in zip(records, zip(*reports, strict=False), strict=False):
+        result = make_result(record.job, of_ranks, prediction=record.prediction, end_ids=ends)
+        results.append(record.finish(with_mfu(result, record.plan, record.job.shape, record.hardware, rows)))
+    return results
 
 
 def stall_limit_s(plan: Plan) -> float:
@@ -221,6 +223,7 @@ class Record:
         process_id: int | None,
     ) -> None:
         self.database, self.index = database, index
+        self.plan, self.job, self.hardware, self.prediction = plan, job, hardware, read_prediction(plan)
         self.run_id: int | None = None
         if not is_first_process():
             return
