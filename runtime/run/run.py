@@ -28,7 +28,7 @@ from profiler.points.kernel_choice import KernelChoice
 from profiler.points.point import Op
 from runtime.job.job import Job, RankReport
 from runtime.job.place import world_size
-from runtime.run.prediction import read_prediction
+from runtime.run.prediction import Prediction, read_prediction
 from runtime.run.preparation import check_counts, check_layout, checked_prompts, model_shape, with_dtype
 from runtime.run.prompts import random_prompts
 from runtime.run.rank import run_jobs
@@ -117,12 +117,23 @@ def run_plans(
             )
             for plan in plans
         ]  # fmt: skip
+        predictions = [read_prediction(plan) for plan in plans]
         process_id = stack.enter_context(process_row(database, str(kind))) if is_first_process() else None
         records = [
             stack.enter_context(
-                Record(database, plan, hardware, kind=kind, study=study, job=job, index=index, process_id=process_id)
+                Record(
+                    database,
+                    plan,
+                    hardware,
+                    kind=kind,
+                    study=study,
+                    job=job,
+                    prediction=prediction,
+                    index=index,
+                    process_id=process_id,
+                )
             )
-            for index, (plan, job) in enumerate(zip(plans, jobs, strict=True))
+            for index, (plan, job, prediction) in enumerate(zip(plans, jobs, predictions, strict=True))
         ]
         try:
             reports = run_ranks(
@@ -219,11 +230,12 @@ class Record:
         kind: RunKind | str,
         study: str | None,
         job: Job,
+        prediction: Prediction,
         index: int,
         process_id: int | None,
     ) -> None:
         self.database, self.index = database, index
-        self.plan, self.job, self.hardware, self.prediction = plan, job, hardware, read_prediction(plan)
+        self.plan, self.job, self.hardware, self.prediction = plan, job, hardware, prediction
         self.run_id: int | None = None
         if not is_first_process():
             return
