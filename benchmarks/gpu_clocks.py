@@ -14,7 +14,7 @@ import torch
 
 from profiler.hardware.device import cache_bytes, free_bytes
 from profiler.kernels.attention import available_kernels
-from profiler.measure.background_load import Load, keep_busy
+from profiler.measure.background_load import BackgroundLoad, keep_busy
 from profiler.measure.operators import Operators
 from profiler.measure.timing import call_seconds
 from profiler.measure.workspace import Workspace
@@ -45,7 +45,7 @@ def main() -> None:
     point = Point(op=Op.LAYER, dtype=precision.name, shape=sizes, variant=shape.layer.variant)
     run = operators.prepare(point).run
     call_seconds(run, device)
-    load = Load(run, call_seconds(run, device), device)
+    load = BackgroundLoad(run, call_seconds(run, device), device)
     time.sleep(options.rest_s)
     events = keep_busy(load.run, UNTIL_S[-1], device)
     ends_s = [events[0].elapsed_time(event) * 1e-3 for event in events]

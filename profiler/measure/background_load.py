@@ -25,7 +25,7 @@ _AHEAD = 3  # repetitions that the host is at most before the card
 _MOST_SHIFT = 0.3  # beyond it something else disturbed the card
 
 
-class Load:
+class BackgroundLoad:
     """Whole layers over a round of middling size, LOAD_S of them."""
 
     def __init__(self, layer: Callable[[int], object], layer_s: float, device: torch.device) -> None:

@@ -15,7 +15,7 @@ _REMEMBERED = 1000
 _RECKONED_EVERY = 50
 
 
-class CoreProbe:
+class CpuInterference:
     """Called on a CPU it runs the product and says whether that was slow.
 
     Another process on the core, a neighbour on its second thread and a hypervisor's other guests all show, however

@@ -33,7 +33,7 @@ from profiler.model import ModelShape, load_model_shape, precision_of
 from profiler.model.shape import default_dtype
 from profiler.points.grid import Grid
 from profiler.points.point import Point
-from profiler.points.worklist import Agenda
+from profiler.points.worklist import Worklist
 
 MAX_DEFAULT_CONTEXT = {"cpu": 8192, "cuda": 131072}
 _MEMORY_SHARE = 0.8
@@ -72,7 +72,7 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
         points, too_large = _split_by_memory(grid)
         rows = _kept_rows(database, hardware, points, options.remeasure)
         interrupted = False
-        if next(Agenda(points, rows, usual_kernel=grid.kernels[0]).missing(), None) is not None:
+        if next(Worklist(points, rows, usual_kernel=grid.kernels[0]).missing(), None) is not None:
             job = ProfileJob(
                 grid=grid,
                 points=points,
@@ -95,7 +95,7 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
                 interrupted = True
         found = _kept_rows(database, hardware, points)
         location = database.location
-    ops = summarize_ops(Agenda(points, found, usual_kernel=grid.kernels[0]), since=since)
+    ops = summarize_ops(Worklist(points, found, usual_kernel=grid.kernels[0]), since=since)
     num_missing = sum(op.num_missing for op in ops)
     return ProfileSummary(
         model=grid.shape.name,

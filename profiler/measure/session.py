@@ -20,7 +20,7 @@ from profiler.comm.ranks.mark import Doing, Phase
 from profiler.comm.ranks.rank import RankContext
 from profiler.hardware.device import cache_bytes, free_bytes
 from profiler.kernels.attention_kernel import AttentionKernel
-from profiler.measure.background_load import Load
+from profiler.measure.background_load import BackgroundLoad
 from profiler.measure.collectives import (
     PeerMessages,
     make_groups,
@@ -28,7 +28,7 @@ from profiler.measure.collectives import (
     prepare_message,
     prepare_round_overhead,
 )
-from profiler.measure.cpu_interference import CoreProbe
+from profiler.measure.cpu_interference import CpuInterference
 from profiler.measure.operators import Operators, has_own_load
 from profiler.measure.progress import ProfileProgress
 from profiler.measure.timing import (
@@ -44,7 +44,7 @@ from profiler.measure.timing import (
 from profiler.measure.workspace import Workspace
 from profiler.points.grid import Grid, group_sizes
 from profiler.points.point import COLLECTIVES, RANK_LAYER, Op, Point
-from profiler.points.worklist import Agenda
+from profiler.points.worklist import Worklist
 
 COMMIT_EVERY_S = 0.5
 POINT_S = {"cpu": 0.25, "cuda": 0.2}  # what sampling a point may take, unless three samples take longer
@@ -102,7 +102,7 @@ class RankSession:
     def __init__(self, context: RankContext, job: ProfileJob) -> None:
         self.context, self.job = context, job
         self.device, self.precision = context.device, job.grid.precision
-        self.agenda = Agenda(job.points, job.rows, usual_kernel=job.grid.kernels[0])
+        self.worklist = Worklist(job.points, job.rows, usual_kernel=job.grid.kernels[0])
         shape = job.grid.shape
         layer_weights = sum(layer.num_elements() for layer in shape.layers)
         stage_bytes = self.precision.weights.num_bytes(layer_weights) // context.world_size
@@ -115,7 +115,7 @@ class RankSession:
         )
         self.operators = Operators(shape, job.grid.context_length, workspace, self.choose_kernel)
         self.heads = shape.layers[0].attention.sizes(1)
-        self.is_slow = CoreProbe() if self.device.type == "cpu" else None
+        self.is_slow = CpuInterference() if self.device.type == "cpu" else None
         self.load = self.make_load() if self.device.type == "cuda" else None
         # Every rank makes every group, in the same order. What ranks agree on travels over gloo, beside NCCL.
         self.control = {
@@ -127,7 +127,7 @@ class RankSession:
         self.num_begun = 0
         context.progress.enter(Phase.RUN)
 
-    def make_load(self) -> Load:
+    def make_load(self) -> BackgroundLoad:
         """The model's usual work: whole layers over a round of middling size and context."""
         grid = self.job.grid
         chunk = min(_LOAD_CHUNK, grid.context_length)
@@ -136,7 +136,7 @@ class RankSession:
         point = Point(op=Op.LAYER, dtype=grid.dtype, shape=shape, variant=layer.variant)
         run = self.operators.prepare(point).run
         call_seconds(run, self.device)
-        return Load(run, call_seconds(run, self.device), self.device)
+        return BackgroundLoad(run, call_seconds(run, self.device), self.device)
 
     def make_messages(self) -> PeerMessages | None:
         """What a pair's messages go through where cards reach each other's memory, as in a pipeline."""
@@ -157,7 +157,7 @@ class RankSession:
 
     def choose_kernel(self, chunk: int, context: int) -> AttentionKernel:
         """The kernel that measured best for the layer being prepared."""
-        return self.agenda.kernel_choice(self.heads, self.context.world_size)(chunk, context)
+        return self.worklist.kernel_choice(self.heads, self.context.world_size)(chunk, context)
 
     def follow(self) -> int:
         """Measure until the first rank says stop."""
@@ -194,8 +194,8 @@ class RankSession:
                 samples, timing = self.sample(prepared, point, call_s, samples)
         rows = rows_of(point, samples, timing, own_load=prepared.own_load)
         for row in rows:
-            self.agenda.add(row)
-        return [self.agenda.rows[row.key] for row in rows]
+            self.worklist.add(row)
+        return [self.worklist.rows[row.key] for row in rows]
 
     def prepare_together(self, point: Point) -> tuple[Prepared, float] | None:
         """The point's work, made ready on all busy ranks, and seconds of its first call on the slowest of them.
@@ -329,7 +329,7 @@ class Leader:
         self.database = open_database(job.database_url)
         self.unsaved: list[Measurement] = []
         self.last_commit = time.monotonic()
-        missing = list(session.agenda.missing())
+        missing = list(session.worklist.missing())
         self.progress = ProfileProgress(
             num_points=len(missing), expected_s=sum(map(self.expected_seconds, missing)), deadline=job.deadline
         )
@@ -354,15 +354,15 @@ class Leader:
     def upcoming(self) -> Iterator[Point]:
         """Missing points in order, then once more those that came out noisy, while there is time."""
         done = []
-        for point in self.in_time(self.session.agenda.missing()):
+        for point in self.in_time(self.session.worklist.missing()):
             yield point
             done.append(point)
-        rows = self.session.agenda.rows
+        rows = self.session.worklist.rows
         noisy = [point for point in done if point.key in rows and rows[point.key].noisy]
         self.progress.extend(len(noisy), sum(map(self.expected_seconds, noisy)))
         yield from self.in_time(noisy)
         # Measured again, another attention kernel may be the best.
-        yield from self.in_time(self.session.agenda.missing())
+        yield from self.in_time(self.session.worklist.missing())
 
     def in_time(self, points: Iterable[Point]) -> Iterator[Point]:
         """The points up to the first that the time left does not hold."""

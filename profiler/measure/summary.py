@@ -7,7 +7,7 @@ from datetime import datetime
 
 from db.rows.hardware import Hardware
 from profiler.points.point import Op
-from profiler.points.worklist import Agenda
+from profiler.points.worklist import Worklist
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +44,12 @@ class ProfileSummary:
     notes: tuple[str, ...]
 
 
-def summarize_ops(agenda: Agenda, *, since: datetime) -> tuple[OpSummary, ...]:
+def summarize_ops(worklist: Worklist, *, since: datetime) -> tuple[OpSummary, ...]:
     """Count points by operation. Rows measured after `since` are new."""
-    missing = list(agenda.missing())
+    missing = list(worklist.missing())
     summaries = []
     for op in Op:
-        found = [agenda.rows[point.key] for point in agenda.points if point.op is op and point.key in agenda.rows]
+        found = [worklist.rows[point.key] for point in worklist.points if point.op is op and point.key in worklist.rows]
         medians = [row.median_us for row in found]
         summaries.append(
             OpSummary(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from profiler.kernels.recording import new_scratch, record
-from profiler.measure.background_load import LOAD_S, SETTLE_S, Load, keep_busy
+from profiler.measure.background_load import LOAD_S, SETTLE_S, BackgroundLoad, keep_busy
 
 Run = Callable[[int], object]  # given how often it was called before, so that it can take turns over cold weights
 
@@ -167,7 +167,7 @@ def take_samples(
     device: torch.device,
     *,
     is_slow: Callable[[], bool] | None = None,
-    load: Load | None = None,
+    load: BackgroundLoad | None = None,
 ) -> Samples:
     """Time the work; `run` is told the number of the call, from 0 on.
 
@@ -220,7 +220,9 @@ def _sample_cpu(run: Run, sampling: Sampling, *, may_wait: bool, is_slow: Callab
     return Samples(us, disturbed)
 
 
-def _sample_cuda(prepared: Prepared, sampling: Sampling, device: torch.device, load: Load | None) -> list[float]:
+def _sample_cuda(
+    prepared: Prepared, sampling: Sampling, device: torch.device, load: BackgroundLoad | None
+) -> list[float]:
     def sample() -> None:
         for call in range(sampling.inner_repeats):  # from 0 on: a recording must not read what an earlier call left
             prepared.run(call)

@@ -15,7 +15,7 @@ from profiler.points.point import Op, Point
 _HOPELESS, _PROMISING = 1.15, 0.97
 
 
-class Agenda:
+class Worklist:
     """Points in the order of the grid, and the rows that there are."""
 
     def __init__(self, points: Sequence[Point], rows: Iterable[Measurement], *, usual_kernel: AttentionKernel) -> None:

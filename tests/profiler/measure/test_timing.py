@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from profiler.measure.cpu_interference import CoreProbe
+from profiler.measure.cpu_interference import CpuInterference
 from profiler.measure.session import expected_seconds, of_the_last, rows_of
 from profiler.measure.timing import (
     MAX_SAMPLES,
@@ -152,7 +152,7 @@ def test_samples_beside_a_slow_moment_are_disturbed() -> None:
 
 
 def test_the_probe_calls_a_core_slow_that_takes_longer_than_usual() -> None:
-    probe = CoreProbe()
+    probe = CpuInterference()
     assert 0 < probe.usual_s < 1
     probe.usual_s = 1e9
     assert not probe()
