@@ -18,8 +18,7 @@ from typing import Any
 
 from db.errors import UserError
 from profiler.comm.ranks import child
-from profiler.comm.ranks.failure import RankFailure as RankFailure
-from profiler.comm.ranks.failure import RanksFailedError, first_failure
+from profiler.comm.ranks.failure import RankFailure, RanksFailedError, first_failure
 from profiler.comm.ranks.folder import RunFolder, read_whole, run_folder, sweep_folders, write_whole
 from profiler.comm.ranks.mark import Mark, Progress
 from profiler.comm.ranks.stall import LEAST_LIMIT_S, Stall, find_stall, is_stopped

@@ -34,10 +34,9 @@ class Doing(IntEnum):
 
     WORK = 0
     RECEIVE = 1
-    SEND = 2
-    RETURN = 3
-    ARRIVAL = 4
-    MEET = 5
+    RETURN = 2
+    ARRIVAL = 3
+    MEET = 4
 
 
 _PHASES = {
@@ -53,7 +52,6 @@ _PHASES = {
 }
 _WAITS = {
     Doing.RECEIVE: "waits for hidden states from rank {peer}",
-    Doing.SEND: "waits for rank {peer} to take its hidden states",
     Doing.RETURN: "waits for the last stage, rank {peer}",
     Doing.ARRIVAL: "waits for a request to arrive",
     Doing.MEET: "waits for all ranks",
@@ -65,7 +63,7 @@ class Mark:
     """One reading of a rank's file. Unknown stages, rounds and peers are None.
 
     job: index of the plan among those of the launch. since_s, until_s: `time.monotonic()`, one clock for all processes
-    of a host, when this began and until when silence is expected. beats: how often anything was marked.
+    of a host, when this began and until when silence is expected.
     """
 
     pid: int
@@ -77,14 +75,13 @@ class Mark:
     peer: int | None
     since_s: float
     until_s: float
-    beats: int
 
     @classmethod
     def starting(cls, *, pid: int, since_s: float) -> Mark:
         """Of a rank that has not written one yet."""
         return cls(
             pid=pid, phase=Phase.START, job=0, stage=None, round_index=None, doing=Doing.WORK, peer=None,
-            since_s=since_s, until_s=0.0, beats=0,
+            since_s=since_s, until_s=0.0,
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -96,11 +93,10 @@ class Mark:
 class Progress:
     """The writer's side: one rank's file."""
 
-    _LAYOUT = struct.Struct("<7q2dq")
+    _LAYOUT = struct.Struct("<7q2d")
 
     def __init__(self, path: Path, *, pid: int) -> None:
         self._fields = [pid, Phase.START, 0, -1, -1, Doing.WORK, -1]
-        self._beats = 0
         self._until_s = 0.0
         if not path.exists():
             path.write_bytes(bytes(self._LAYOUT.size))
@@ -138,8 +134,7 @@ class Progress:
         return _unpack(self._LAYOUT.unpack_from(self._map))
 
     def _write(self) -> None:
-        self._beats += 1
-        self._LAYOUT.pack_into(self._map, 0, *self._fields, time.monotonic(), self._until_s, self._beats)
+        self._LAYOUT.pack_into(self._map, 0, *self._fields, time.monotonic(), self._until_s)
 
     @classmethod
     def read_file(cls, path: Path) -> Mark | None:
@@ -166,5 +161,4 @@ def _unpack(values: tuple[int | float, ...]) -> Mark:
         peer=peer if peer >= 0 else None,
         since_s=float(values[7]),
         until_s=float(values[8]),
-        beats=int(values[9]),
     )

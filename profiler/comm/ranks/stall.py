@@ -20,7 +20,6 @@ class Stall:
 
     rank: int
     mark: Mark
-    silent_s: float
     error: str
 
 
@@ -40,10 +39,9 @@ def find_stall(
     if now_s - last_s <= allowed_s:
         return None
     rank = find_culprit(marks, stopped)
-    silent_s = now_s - marks[rank].since_s
     state = "is stopped (SIGSTOP) while it " if rank in stopped else ""
     error = f"{state}{marks[rank]}; no rank moved for {now_s - last_s:.0f} s"
-    return Stall(rank=rank, mark=marks[rank], silent_s=silent_s, error=error)
+    return Stall(rank=rank, mark=marks[rank], error=error)
 
 
 def find_culprit(marks: Mapping[int, Mark], stopped: frozenset[int]) -> int:

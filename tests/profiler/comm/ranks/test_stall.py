@@ -13,9 +13,7 @@ LIMIT_S = 60.0
 
 
 def mark(since_s: float, doing: Doing = Doing.WORK, peer: int | None = None, phase: Phase = Phase.RUN) -> Mark:
-    return Mark(
-        pid=1, phase=phase, job=0, stage=0, round_index=3, doing=doing, peer=peer, since_s=since_s, until_s=0.0, beats=1
-    )
+    return Mark(pid=1, phase=phase, job=0, stage=0, round_index=3, doing=doing, peer=peer, since_s=since_s, until_s=0.0)
 
 
 RECEIVES = Doing.RECEIVE
