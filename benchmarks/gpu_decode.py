@@ -25,7 +25,6 @@ from profiler.comm.ranks.rank import RankContext
 from profiler.hardware.device import describe_hardware
 from profiler.model import PRECISIONS, ModelShape, load_model_shape
 from runtime.job.job import Job, RankReport
-from runtime.job.place import world_size
 from runtime.run.prediction import Prediction
 from runtime.run.rank import run_jobs
 from runtime.run.result import make_result
@@ -110,9 +109,7 @@ def measure(
         )
         for name, lens in cases
     ]  # fmt: skip
-    reports = run_ranks(
-        both_ways, jobs, world_size=world_size(jobs[0].parallel), device_type=device_type, num_threads=1
-    )
+    reports = run_ranks(both_ways, jobs, world_size=jobs[0].parallel.world_size, device_type=device_type, num_threads=1)
     for index, ((name, lens), job) in enumerate(zip(cases, jobs, strict=True)):
         replayed, launched = (decoded(job, [of_rank[way][index] for of_rank in reports]) for way in range(2))
         size = read_bytes(job)

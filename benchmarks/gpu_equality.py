@@ -28,7 +28,7 @@ from profiler.kernels.attention import available_kernels
 from profiler.model import PRECISIONS, load_model_shape
 from profiler.points.kernel_choice import KernelChoice
 from runtime.job.job import Job, RankReport
-from runtime.job.place import Place, mesh_of, world_size
+from runtime.job.place import Place, mesh_of
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
 from runtime.run.rank import run_jobs
@@ -192,7 +192,7 @@ def main() -> None:
                 replace(make_job(folder, LAYOUTS[one], "float32", device), max_new_tokens=NEW_TOKENS) for one in layouts
             ]
             rough = [make_job(folder, LAYOUTS[one], "bfloat16", device) for one in layouts]
-            ranks = world_size(exact[0].parallel)
+            ranks = exact[0].parallel.world_size
             found = run_ranks(tokens_and_logits, exact, rough, world_size=ranks, device_type=device_type, num_threads=1)
             for index, layout in enumerate(layouts):
                 equal = tokens_equal(exact[index], [reports[index] for reports, _ in found], device_type)

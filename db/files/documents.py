@@ -103,12 +103,13 @@ def write_json(path: str | Path, content: object) -> None:
     replace_file(Path(path), (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
-def of_schema(content: object, schema: str) -> dict[str, Any]:
-    """The content of a file if it is an object of this schema and version."""
+def of_schema(content: object, *schemas: str) -> dict[str, Any]:
+    """The content of a file if it is an object of one of these schemas, each with its version."""
+    names = " or ".join(schemas)
     if not isinstance(content, dict):
-        raise UserError("content", content, f"an object of schema {schema} is needed")
-    if content.get("schema") != schema:
-        raise UserError("schema", content.get("schema", "missing"), f"{schema} is the version read here")
+        raise UserError("content", content, f"an object of schema {names} is needed")
+    if content.get("schema") not in schemas:
+        raise UserError("schema", content.get("schema", "missing"), f"{names} is the version read here")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Where a rank stands: its stage, its place in the stage's tensor-parallel group, and the layers it holds."""
+"""Where a rank stands: its stage, its place among the stage's ranks, and the layers it holds."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ class Place:
     """One rank of a plan, laid out as in `Mesh`."""
 
     stage: int
+    sp_rank: int
     tp_rank: int
     parallel: Parallel
 
     @classmethod
     def of(cls, rank: int, parallel: Parallel) -> Place:
         """The place of global rank `rank`."""
-        stage, tp_rank = mesh_of(parallel).place(rank)
-        return cls(stage=stage, tp_rank=tp_rank, parallel=parallel)
+        stage, sp_rank, tp_rank = mesh_of(parallel).place(rank)
+        return cls(stage=stage, sp_rank=sp_rank, tp_rank=tp_rank, parallel=parallel)
 
     @property
     def is_first(self) -> bool:
@@ -42,9 +43,4 @@ class Place:
 
 def mesh_of(parallel: Parallel) -> Mesh:
     """Where the ranks of a layout stand."""
-    return Mesh(pp_size=parallel.pp_size, tp_size=parallel.tp_size)
-
-
-def world_size(parallel: Parallel) -> int:
-    """Ranks that a layout takes."""
-    return mesh_of(parallel).world_size * parallel.sp_size
+    return Mesh(pp_size=parallel.pp_size, sp_size=parallel.sp_size, tp_size=parallel.tp_size)

@@ -10,7 +10,7 @@ from db.errors import UserError
 from profiler.comm.ranks.launch import under_torchrun
 from profiler.hardware.device import check_device_type, check_world_size
 from profiler.model import ModelShape, bundled_names, load_model_shape, model_from_config, precision_of
-from runtime.job.place import world_size
+from profiler.sequence.kind import SPKind
 from runtime.run.prompts import TokenIds, check_prompts
 from tuner.plan.plan import MAX_THREADS, Plan
 
@@ -56,9 +56,10 @@ def model_shape(model: Mapping[str, object], weights: Path | None) -> ModelShape
 def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_type: str) -> None:
     """Raise `UserError` unless the model can be cut as planned, holds the prompts, and the machine has the devices."""
     parallel = plan.parallel
-    if parallel.sp_size != 1 or parallel.sp_mode != "none":
-        given = f"{parallel.sp_size} ({parallel.sp_mode})"
-        raise UserError("parallel.sp_size", given, "only 1 with sp_mode none can be run")
+    if parallel.sp_kind is not SPKind.NONE:
+        raise UserError("parallel.sp_kind", parallel.sp_kind, "cannot be run yet")
+    if parallel.virtual_stages > 1:
+        raise UserError("parallel.virtual_stages", parallel.virtual_stages, "cannot be run yet")
     shape.check_tp_size(parallel.tp_size)
     if parallel.pp_size > shape.num_layers:
         raise UserError("parallel.pp_size", parallel.pp_size, f"at most {shape.num_layers}, the model's layers")
@@ -79,7 +80,7 @@ def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_t
         raise UserError("prompt_tokens of all requests", tokens, f"at most {MOST_PROMPT_TOKENS} in a plan that is run")
     check_device_type(device_type)
     if not under_torchrun():
-        check_world_size(world_size(parallel), device_type)
+        check_world_size(parallel.world_size, device_type)
 
 
 def check_counts(*, max_new_tokens: int, repeat: int, num_threads: int) -> None:

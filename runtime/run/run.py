@@ -27,7 +27,6 @@ from profiler.model.flops import prefill_flops
 from profiler.points.kernel_choice import KernelChoice
 from profiler.points.point import Op
 from runtime.job.job import Job, RankReport
-from runtime.job.place import world_size
 from runtime.run.prediction import Prediction, read_prediction
 from runtime.run.preparation import check_counts, check_layout, checked_prompts, model_shape, with_dtype
 from runtime.run.prompts import random_prompts
@@ -102,7 +101,7 @@ def run_plans(
     if (weights is None) != random_weights:
         raise UserError("--weights", weights or "", "give either a folder of weights or --random-weights")
     plans = [with_dtype(plan, dtype) for plan in plans]
-    sizes = {world_size(plan.parallel) for plan in plans}
+    sizes = {plan.parallel.world_size for plan in plans}
     if len(sizes) != 1:
         raise UserError("plans", f"{sorted(sizes)} ranks", "must be one or more plans of as many ranks")
     hardware = describe_hardware(device_type, num_threads=num_threads)
@@ -139,7 +138,7 @@ def run_plans(
             reports = run_ranks(
                 run_jobs,
                 jobs,
-                world_size=world_size(plans[0].parallel),
+                world_size=plans[0].parallel.world_size,
                 device_type=device_type,
                 num_threads=num_threads,
                 stall_timeout_s=stall_timeout_s or max(map(stall_limit_s, plans)),
@@ -287,7 +286,7 @@ def with_mfu(
 ) -> RunResult:
     """Add the model FLOPs utilisation: all devices and all bubbles are in the denominator."""
     chunks = ((chunk.tokens, chunk.start) for chunks in plan.rounds for chunk in chunks)
-    rate = prefill_flops(shape, chunks, len(plan.requests)) / result.makespan_s / world_size(plan.parallel)
+    rate = prefill_flops(shape, chunks, len(plan.requests)) / result.makespan_s / plan.parallel.world_size
     peak = PRECISIONS[plan.precision].peak_flops(hardware.device)
     ceilings = [
         matmul_flops(row) / (row.median_us * 1e-6)
@@ -314,5 +313,5 @@ def _kernel_choice(plan: Plan, shape: ModelShape, rows: Iterable[Measurement], d
     kernels = available_kernels(torch.device(device_type), PRECISIONS[plan.precision].activations.torch_dtype)
     mine = Rows([row for row in rows if row.dtype == plan.precision])
     sizes = shape.layers[0].attention.sizes(plan.parallel.tp_size)
-    found = mine.select(Op.ATTENTION, sizes, busy_ranks=world_size(plan.parallel), variant=None)
+    found = mine.select(Op.ATTENTION, sizes, busy_ranks=plan.parallel.world_size, variant=None)
     return kernel_choice(found, kernels)

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from profiler.comm.links.group import TensorGroup
+from profiler.comm.links.group import RankGroup
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.kernels.rotary import Rotary
 from profiler.layers.decode_inputs import Step
@@ -27,7 +27,7 @@ from tuner.plan.plan import Round
 class Stage:
     """Weights, KV slab and rotary table of one rank. It knows its rounds, not its neighbours."""
 
-    def __init__(self, job: Job, place: Place, group: TensorGroup, device: torch.device) -> None:
+    def __init__(self, job: Job, place: Place, group: RankGroup, device: torch.device) -> None:
         self.shape, self.requests, self.device = job.shape, job.requests, device
         precision = PRECISIONS[job.dtype]
         self.dtype, weights_dtype = precision.activations.torch_dtype, precision.weights.torch_dtype

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from profiler.comm.links.group import TensorGroup
+from profiler.comm.links.group import RankGroup
 from profiler.kernels.linear import Linear
 from profiler.layers.decoder_layer import DecoderLayer, Norms, Project
 from profiler.layers.head import Head
@@ -27,7 +27,7 @@ class Shard:
     head: Head | None  # a slice of the vocabulary
 
 
-def load_shard(shape: ModelShape, place: Place, weights: Weights, group: TensorGroup) -> Shard:
+def load_shard(shape: ModelShape, place: Place, weights: Weights, group: RankGroup) -> Shard:
     """Read this rank's slices, no others."""
     reader = _Reader(weights, place)
     return Shard(
@@ -71,7 +71,7 @@ class _Reader:
         return spec.slices(self.place.tp_rank, self.place.parallel.tp_size)
 
 
-def _load_layer(shape: ModelShape, index: int, model: _Reader, group: TensorGroup) -> DecoderLayer:
+def _load_layer(shape: ModelShape, index: int, model: _Reader, group: RankGroup) -> DecoderLayer:
     spec, reader = shape.layers[index], replace(model, prefix=layer_prefix(index))
     linears: dict[str, Project] = {linear.name: reader.linear(linear) for linear in spec.linears}
     return DecoderLayer(
@@ -85,7 +85,7 @@ def _load_layer(shape: ModelShape, index: int, model: _Reader, group: TensorGrou
     )
 
 
-def _load_head(shape: ModelShape, reader: _Reader, group: TensorGroup) -> Head:
+def _load_head(shape: ModelShape, reader: _Reader, group: RankGroup) -> Head:
     (mine,) = reader.slices(shape.head)
     return Head(
         reader.norm(shape.final_norm),

@@ -11,7 +11,6 @@ from db.files.documents import write_json
 from db.files.replacement import check_writable
 from profiler.comm.ranks.launch import is_first_process
 from profiler.hardware.device import default_num_threads
-from runtime.job.place import world_size
 from runtime.run.preparation import check_counts, check_layout, model_shape, with_dtype
 from runtime.run.prompts import TokenIds, Tokenizer, random_prompts, read_prompts
 from runtime.run.reference import TokenCheck, check_tokens
@@ -74,7 +73,7 @@ def execute(request: RunRequest) -> Run:
     plan = with_dtype(load_plan(request.plan), request.dtype)
     num_threads = plan.threads_per_rank if request.threads_per_rank is None else request.threads_per_rank
     if num_threads is None:
-        num_threads = default_num_threads(request.device_type, world_size(plan.parallel))
+        num_threads = default_num_threads(request.device_type, plan.parallel.world_size)
     check_counts(max_new_tokens=request.max_new_tokens, repeat=request.repeat, num_threads=num_threads)
     tokenizer = Tokenizer(request.weights)
     prompts, is_text = _prompts(request, plan, tokenizer)

@@ -107,7 +107,7 @@ def test_torchrun_starts_the_ranks_just_as_well(weights: Path, tmp_path: Path) -
     ("change", "options", "words"),
     [
         ("not json", (), ("must be JSON",)),
-        ({"schema": "isochunk.plan/2"}, (), ("schema: isochunk.plan/2", "isochunk.plan/1")),
+        ({"schema": "isochunk.plan/3"}, (), ("schema: isochunk.plan/3", "isochunk.plan/2")),
         ({"rounds": [[{"request": 0, "start": 1, "tokens": 10}]]}, (), ("rounds[0][0].start: 1",)),
         ({"rounds": [[{"request": 0, "start": 0, "tokens": 12}]]}, (), ("rounds[0][0].tokens: 12", "1 to 11")),
         ({"rounds": [[{"request": 0, "start": 0, "tokens": 11}]]}, (), ("requests[1].prompt_tokens",)),

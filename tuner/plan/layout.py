@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from db.errors import UserError
 from profiler.model import ModelShape
+from profiler.sequence.kind import SPKind
+from tuner.plan.plan import StageOrder, Weights
 
 MAX_WORLD_SIZE = 100_000
 MOST_REFUSALS = 64
@@ -13,19 +15,40 @@ MOST_REFUSALS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """tp_size x pp_size ranks; `refusal` says why it cannot run, None when it can."""
+    """pp_size x sp_size x tp_size ranks; `refusal` says why it cannot run, None when it can.
+
+    The words are those of `tuner.plan.plan.Parallel`, which adds the layers of each group.
+    """
 
     tp_size: int
     pp_size: int
+    sp_size: int = 1
+    sp_kind: SPKind = SPKind.NONE
+    virtual_stages: int = 1
+    stage_order: StageOrder = StageOrder.LOOP
+    weights: Weights = Weights.WHOLE
     refusal: str | None = None
 
     @property
     def world_size(self) -> int:
         """Ranks that take part."""
-        return self.tp_size * self.pp_size
+        return self.pp_size * self.sp_size * self.tp_size
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of consecutive layers that a round goes through."""
+        return self.pp_size * self.virtual_stages
 
     def __str__(self) -> str:
-        return f"TP{self.tp_size} PP{self.pp_size}"
+        words = [f"TP{self.tp_size}"]
+        if self.sp_kind is not SPKind.NONE:
+            words.append(f"SP{self.sp_size} {self.sp_kind}" if self.sp_size > 1 else str(self.sp_kind))
+        words.append(f"PP{self.pp_size}")
+        if self.virtual_stages > 1:
+            words.append(f"x{self.virtual_stages} {self.stage_order}")
+        if self.weights is Weights.GATHERED:
+            words.append("gathered weights")
+        return " ".join(words)
 
 
 def enumerate_layouts(

@@ -1,17 +1,20 @@
-"""What a plan is: requests, chunks, rounds, the parallel layout, and the isochunk.plan/1 file."""
+"""What a plan is: requests, chunks, rounds, the parallel layout, and the isochunk.plan/2 file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from db.errors import UserError
 from db.files.documents import located, of_schema, parse, read_json, write_json
+from profiler.sequence.kind import CUTS, SequenceCut, SPKind
 from tuner.plan.cost_model import MAX_SECONDS, MAX_TOKENS
 
-SCHEMA = "isochunk.plan/1"
+SCHEMA = "isochunk.plan/2"
+SCHEMA_1 = "isochunk.plan/1"  # without sequence parallelism and virtual stages
 MAX_REQUESTS = 65_536
 MAX_ROUNDS = 100_000
 MAX_WINDOW = 1_000_000
@@ -73,29 +76,82 @@ class Chunk:
 Round = tuple[Chunk, ...]
 
 
+class StageOrder(StrEnum):
+    """Where the groups of layers stand when a rank holds several."""
+
+    LOOP = "loop"
+    """Group g on stage g mod pp_size: from the last stage rounds go on to the first."""
+    V = "v"
+    """Up and down: every second pass over the stages goes backwards, so that no hand-off crosses the fold."""
+
+
+class Weights(StrEnum):
+    """Where the weights of a layer are, among the ranks of a sequence-parallel group."""
+
+    WHOLE = "whole"
+    """On each of them."""
+    GATHERED = "gathered"
+    """Cut over them, and gathered a layer ahead of use."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
-    """How the model is spread: `pp_size` stages of `layer_partition` layers, each held by tp_size x sp_size ranks."""
+    """How the model is spread: `pp_size` stages, each held by sp_size x tp_size ranks.
+
+    A stage holds `virtual_stages` groups of consecutive layers; `layer_partition` has the layers of each group, in the
+    order in which rounds go through them. Under Megatron's sequence parallelism the tensor-parallel group cuts the
+    rows, and `sp_size` is 1.
+    """
 
     tp_size: int
     pp_size: int
     layer_partition: tuple[int, ...]
     sp_size: int = 1
-    sp_mode: str = "none"
+    sp_kind: SPKind = SPKind.NONE
+    virtual_stages: int = 1
+    stage_order: StageOrder = StageOrder.LOOP
+    weights: Weights = Weights.WHOLE
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "pp_size", "sp_size"):
+        for name in ("tp_size", "pp_size", "sp_size", "virtual_stages"):
             if getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "at least 1")
-        if len(self.layer_partition) != self.pp_size:
-            allowed = f"one number of layers a stage (pp_size is {self.pp_size})"
-            raise UserError("layer_partition", list(self.layer_partition), allowed)
+        if len(self.layer_partition) != self.num_groups:
+            of = f"stage (pp_size is {self.pp_size})"
+            if self.virtual_stages > 1:
+                of = f"group (pp_size x virtual_stages is {self.num_groups})"
+            raise UserError("layer_partition", list(self.layer_partition), f"one number of layers a {of}")
         if any(layers < 1 for layers in self.layer_partition):
             raise UserError("layer_partition", list(self.layer_partition), "at least one layer a stage")
+        if self.sp_kind is SPKind.MEGATRON and self.tp_size == 1:
+            raise UserError("sp_kind", self.sp_kind, "cuts over the tensor-parallel group: tp_size must be 2 or more")
+        own_ranks = self.sp_kind not in (SPKind.NONE, SPKind.MEGATRON)
+        if own_ranks and self.sp_size == 1:
+            raise UserError("sp_size", 1, f"2 or more with sp_kind {self.sp_kind}")
+        if not own_ranks and self.sp_size > 1:
+            allowed = f"1 with sp_kind {self.sp_kind}; gather, ulysses and ring take ranks of their own"
+            raise UserError("sp_size", self.sp_size, allowed)
+        if self.weights is Weights.GATHERED and self.sp_size == 1:
+            raise UserError("weights", self.weights, "are gathered over a sequence-parallel group: sp_size 2 or more")
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of consecutive layers that a round goes through."""
+        return self.pp_size * self.virtual_stages
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that take part."""
+        return self.pp_size * self.sp_size * self.tp_size
+
+    @property
+    def sequence_size(self) -> int:
+        """Ranks of a stage that share the rows of a round."""
+        return self.tp_size if self.sp_kind is SPKind.MEGATRON else self.sp_size
 
     def to_json(self) -> dict[str, Any]:
         """The `parallel` object of a plan file."""
-        names = ("tp_size", "pp_size", "sp_size", "sp_mode")
+        names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights")
         return {name: getattr(self, name) for name in names} | {"layer_partition": list(self.layer_partition)}
 
 
@@ -144,9 +200,18 @@ class Plan:
     predicted: Predicted | None = None
     policy: str | None = None
     cost_model: Mapping[str, Any] | None = None
+    cuts: tuple[SequenceCut, ...] = ()
+    """How each round is cut among the ranks that share its rows; left out, as usual for the kind."""
 
     def __post_init__(self) -> None:
         check_window(self.window)
+        allowed_cuts = CUTS[self.parallel.sp_kind]
+        if len(self.cuts) not in (0, len(self.rounds)):
+            raise UserError("cuts", f"{len(self.cuts)} entries", f"one for each of {len(self.rounds)} rounds, or none")
+        for index, cut in enumerate(self.cuts):
+            if cut not in allowed_cuts:
+                allowed = f"with sp_kind {self.parallel.sp_kind} one of {', '.join(allowed_cuts)}"
+                raise UserError(f"cuts[{index}]", cut, allowed)
         if self.threads_per_rank is not None and not 1 <= self.threads_per_rank <= MAX_THREADS:
             raise UserError("threads_per_rank", self.threads_per_rank, f"at least 1, at most {MAX_THREADS}")
         check_rounds(self.requests, self.rounds)
@@ -155,8 +220,13 @@ class Plan:
             allowed = f"one for each of {len(self.requests)} requests, or none"
             raise UserError("predicted.ttft_s", f"{told} values", allowed)
 
+    @property
+    def round_cuts(self) -> tuple[SequenceCut, ...]:
+        """How each round is cut."""
+        return self.cuts or (CUTS[self.parallel.sp_kind][0],) * len(self.rounds)
+
     def to_json(self) -> dict[str, Any]:
-        """The content of an isochunk.plan/1 file."""
+        """The content of an isochunk.plan/2 file."""
         out: dict[str, Any] = {
             "schema": SCHEMA,
             "model": dict(self.model),
@@ -174,12 +244,16 @@ class Plan:
             out["policy"] = self.policy
         if self.cost_model is not None:
             out["cost_model"] = dict(self.cost_model)
+        if self.cuts:
+            out["cuts"] = list(self.cuts)
         return out
 
     @classmethod
     def from_json(cls, data: object) -> Plan:
-        """Read the content of an isochunk.plan/1 file; unknown fields are ignored. Raises UserError."""
-        content = of_schema(data, SCHEMA)
+        """Read the content of an isochunk.plan/2 or /1 file; unknown fields are ignored. Raises UserError."""
+        content = of_schema(data, SCHEMA, SCHEMA_1)
+        if content["schema"] == SCHEMA_1:
+            content = _without_sequence(content)
         requests = content.get("requests")
         if isinstance(requests, list):
             content = content | {"requests": [_with_id(index, entry) for index, entry in enumerate(requests)]}
@@ -187,14 +261,14 @@ class Plan:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read and check an isochunk.plan/1 file. Raises UserError naming the field, its value and what is allowed."""
+    """Read and check a plan file. Raises UserError naming the field, its value and what is allowed."""
     content = read_json(path, field="plan")
     with located(path):
         return Plan.from_json(content)
 
 
 def save_plan(path: str | Path, plan: Plan) -> None:
-    """Write an isochunk.plan/1 file, atomically."""
+    """Write a plan file, atomically."""
     write_json(path, plan.to_json())
 
 
@@ -236,6 +310,19 @@ def check_rounds(requests: Sequence[Request], rounds: Sequence[Round]) -> None:
         if end != request.prompt_tokens:
             allowed = f"all tokens up to {request.prompt_tokens} must run (the rounds stop at {end})"
             raise UserError(f"requests[{index}].prompt_tokens", request.prompt_tokens, allowed)
+
+
+def _without_sequence(content: dict[str, Any]) -> dict[str, Any]:
+    """A file of schema 1 as one of schema 2: it named a mode of sequence parallelism that was never run."""
+    parallel = content.get("parallel")
+    if not isinstance(parallel, dict):
+        return content
+    mode = parallel.get("sp_mode", "none")
+    if mode != "none":
+        raise UserError("parallel.sp_mode", mode, f"must be none in a file of {SCHEMA_1}; {SCHEMA} has sp_kind")
+    names = ("tp_size", "pp_size", "sp_size", "layer_partition")
+    known = {name: value for name, value in parallel.items() if name in names}
+    return {name: value for name, value in content.items() if name != "cuts"} | {"parallel": known}
 
 
 def _request_to_json(request: Request) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The process groups of a rank: its tensor-parallel group, a pair for each stage boundary, and the way back."""
+"""The process groups of a rank: tensor- and sequence-parallel ones, a pair a stage boundary, and the way back."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class TensorGroup:
-    """The ranks that hold a stage together; a group of one moves nothing."""
+class RankGroup:
+    """Ranks that hold a stage together; a group of one moves nothing."""
 
-    def __init__(self, group: dist.ProcessGroup | None, size: int) -> None:
-        self.group, self.size = group, size
+    def __init__(self, group: dist.ProcessGroup | None = None, size: int = 1, rank: int = 0) -> None:
+        self.group, self.size, self.rank = group, size, rank  # this rank's place among them
 
     def reduce(self, bias: torch.Tensor | None) -> Reduce:
         """Make the function that sums partial results [T, N] in place and adds a row-parallel bias [N] once."""
@@ -62,7 +62,8 @@ class HostGroup:
 class Groups:
     """Groups of one rank. Pairs are groups of two: on NCCL all sends of one group wait for one another."""
 
-    tensor: TensorGroup
+    tensor: RankGroup
+    sequence: RankGroup
     inbound: Pair | None  # the stage before
     outbound: Pair | None  # the stage after
     back: Pair | None  # on the first stage the last one, and the other way round
@@ -96,10 +97,13 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
     for ranks in hosts.groups():
         group = group_of(ranks, backend="gloo")
         sharing = HostGroup(ranks=ranks, group=group) if rank in ranks else sharing
-    tensor = None
+    tensor = sequence = None
     for ranks in mesh.tensor_groups():
         group = group_of(ranks)
         tensor = group if rank in ranks else tensor
+    for ranks in mesh.sequence_groups():
+        group = group_of(ranks)
+        sequence = group if rank in ranks else sequence
     inbound = outbound = back = None
     for first, second in mesh.boundaries():
         pair = pair_of(first, second, few_blocks=True)
@@ -108,7 +112,8 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
     for first, last in mesh.returns():
         back = pair_of(first, last) or back
     yield Groups(
-        tensor=TensorGroup(tensor, mesh.tp_size),
+        tensor=RankGroup(tensor, mesh.tp_size, mesh.place(rank)[2]),
+        sequence=RankGroup(sequence, mesh.sp_size, mesh.place(rank)[1]),
         inbound=inbound,
         outbound=outbound,
         back=back,

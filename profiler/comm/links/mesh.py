@@ -9,41 +9,58 @@ from enum import StrEnum
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """Ranks stage by stage: rank = stage * tp_size + tp_rank."""
+    """Ranks stage by stage, a stage's by their sequence-parallel rank, then by their tensor-parallel rank.
+
+    Tensor-parallel neighbours, which exchange most, stand next to one another; a stage's ranks stand together.
+    """
 
     pp_size: int = 1
+    sp_size: int = 1
     tp_size: int = 1
 
     @property
     def world_size(self) -> int:
         """All ranks."""
-        return self.pp_size * self.tp_size
+        return self.pp_size * self.stage_size
 
-    def rank(self, stage: int, tp_rank: int) -> int:
+    @property
+    def stage_size(self) -> int:
+        """Ranks that hold a stage together."""
+        return self.sp_size * self.tp_size
+
+    def rank(self, stage: int, sp_rank: int, tp_rank: int) -> int:
         """The global rank that stands there."""
-        return stage * self.tp_size + tp_rank
+        return (stage * self.sp_size + sp_rank) * self.tp_size + tp_rank
 
-    def place(self, rank: int) -> tuple[int, int]:
-        """Stage and tp_rank of a global rank."""
-        return divmod(rank, self.tp_size)
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """Stage, sp_rank and tp_rank of a global rank."""
+        stage, member = divmod(rank, self.stage_size)
+        return stage, *divmod(member, self.tp_size)
 
     def tensor_groups(self) -> Iterator[tuple[int, ...]]:
-        """The ranks that hold a stage together, of each stage; none where one rank does."""
+        """The ranks that share the products of the same rows; none where one rank does."""
         if self.tp_size > 1:
+            for first in range(0, self.world_size, self.tp_size):
+                yield tuple(range(first, first + self.tp_size))
+
+    def sequence_groups(self) -> Iterator[tuple[int, ...]]:
+        """The ranks that share the rows of a stage's rounds and hold the same part of its weights; none where one
+        rank does."""
+        if self.sp_size > 1:
             for stage in range(self.pp_size):
-                yield tuple(self.rank(stage, tp_rank) for tp_rank in range(self.tp_size))
+                for tp_rank in range(self.tp_size):
+                    yield tuple(self.rank(stage, sp_rank, tp_rank) for sp_rank in range(self.sp_size))
 
     def boundaries(self) -> Iterator[tuple[int, int]]:
-        """Sender and receiver of hidden states, of each boundary between stages."""
-        for stage in range(self.pp_size - 1):
-            for tp_rank in range(self.tp_size):
-                yield self.rank(stage, tp_rank), self.rank(stage + 1, tp_rank)
+        """Sender and receiver of hidden states, of each boundary between stages: each rank hands on its own rows."""
+        for sender in range(self.world_size - self.stage_size):
+            yield sender, sender + self.stage_size
 
     def returns(self) -> Iterator[tuple[int, int]]:
         """First and last rank of each way back from the last stage to the first."""
         if self.pp_size > 1:
-            for tp_rank in range(self.tp_size):
-                yield self.rank(0, tp_rank), self.rank(self.pp_size - 1, tp_rank)
+            for member in range(self.stage_size):
+                yield member, self.world_size - self.stage_size + member
 
 
 class Transport(StrEnum):

@@ -22,7 +22,7 @@ import torch
 
 from profiler.comm.links import peer_link
 from profiler.comm.links.boundary import Links
-from profiler.comm.links.group import Groups, Pair, TensorGroup
+from profiler.comm.links.group import Groups, Pair, RankGroup
 from profiler.comm.links.mesh import Transport
 from profiler.comm.links.peer_link import HIDDEN, PeerInbound, PeerOutbound, PeerReturn
 from profiler.comm.links.peer_memory import Queue
@@ -257,8 +257,8 @@ class Case:
         everyone: Any = None
         back = pair(self.pp_size - 1 - rank) if rank in (0, self.pp_size - 1) else None
         return Groups(
-            tensor=TensorGroup(None, 1), inbound=pair(rank - 1), outbound=pair(rank + 1), back=back, everyone=everyone,
-            sharing=None,
+            tensor=RankGroup(), sequence=RankGroup(), inbound=pair(rank - 1), outbound=pair(rank + 1), back=back,
+            everyone=everyone, sharing=None,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from profiler.comm.links.group import Groups, TensorGroup
+from profiler.comm.links.group import Groups, RankGroup
 from profiler.comm.ranks.mark import Progress
 from runtime.job.job import Job
 from runtime.job.place import Place
@@ -23,7 +23,9 @@ from tuner.plan.plan import Chunk
 CPU = torch.device("cpu")
 LENGTHS = (30, 1, 77, 12, 5, 64, 9)
 NEW_TOKENS = 12
-ALONE = Groups(tensor=TensorGroup(None, 1), inbound=None, outbound=None, back=None, everyone=None, sharing=None)  # type: ignore[arg-type]  # only passes wait on it
+ALONE = Groups(
+    tensor=RankGroup(), sequence=RankGroup(), inbound=None, outbound=None, back=None, everyone=None, sharing=None
+)  # type: ignore[arg-type]  # only passes wait on it
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from db.errors import UserError
+from profiler.sequence.kind import SPKind
 from runtime.run.run import run_plan
 from runtime.weights.checkpoint import INDEX
 from tests.runtime.cases import make_plan, prompts, requests
@@ -49,8 +50,8 @@ def _refused(weights: Path, db_url: str, plan: Mapping[str, Any] | None = None, 
         ({"parallel": Parallel(tp_size=1, pp_size=2, layer_partition=(2, 2))}, ("layer_partition: [2, 2]", "5")),
         ({"parallel": Parallel(tp_size=1, pp_size=6, layer_partition=(1,) * 6)}, ("pp_size: 6", "at most 5")),
         (
-            {"parallel": Parallel(tp_size=1, pp_size=2, sp_size=2, sp_mode="ulysses", layer_partition=(2, 3))},
-            ("sp_size: 2 (ulysses)",),
+            {"parallel": Parallel(tp_size=1, pp_size=2, sp_size=2, sp_kind=SPKind.ULYSSES, layer_partition=(2, 3))},
+            ("sp_kind: ulysses",),
         ),
         ({"requests": requests(600), "rounds": ((Chunk(0, 0, 600),),)}, ("prompt_tokens: 600", "512")),
         ({"model": {"hidden_size": 128}}, ("model.hidden_size: 128", "must be 64")),

@@ -75,7 +75,7 @@ CASES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("rounds", 1, 0, "request"), 0, "rounds[1][0].start: 0; 70"),
     (("rounds", 0), [], "rounds[0]: []; at least one chunk"),
     (("rounds", 0, 0, "tokens"), "x", "rounds[0][0].tokens: x; a whole number"),
-    (("schema",), "isochunk.plan/2", "schema: isochunk.plan/2; isochunk.plan/1"),
+    (("schema",), "isochunk.plan/3", "schema: isochunk.plan/3; isochunk.plan/2 or isochunk.plan/1"),
     (
         ("parallel", "layer_partition"),
         [4],

@@ -8,17 +8,23 @@ from profiler.comm.links.mesh import Host, Mesh, Transport, agree
 
 
 @pytest.mark.parametrize("pp_size", [1, 2, 3])
+@pytest.mark.parametrize("sp_size", [1, 2, 3])
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-def test_every_rank_has_one_place(pp_size: int, tp_size: int) -> None:
-    mesh = Mesh(pp_size=pp_size, tp_size=tp_size)
+def test_every_rank_has_one_place(pp_size: int, sp_size: int, tp_size: int) -> None:
+    mesh = Mesh(pp_size=pp_size, sp_size=sp_size, tp_size=tp_size)
     places = [mesh.place(rank) for rank in range(mesh.world_size)]
-    assert places == [(stage, tp_rank) for stage in range(pp_size) for tp_rank in range(tp_size)]
+    assert places == [(k, s, t) for k in range(pp_size) for s in range(sp_size) for t in range(tp_size)]
     assert [mesh.rank(*place) for place in places] == list(range(mesh.world_size))
-    in_groups = sorted(rank for group in mesh.tensor_groups() for rank in group)
-    assert in_groups == (list(range(mesh.world_size)) if tp_size > 1 else [])
-    assert len(list(mesh.boundaries())) == (pp_size - 1) * tp_size
-    assert all(second - first == tp_size for first, second in mesh.boundaries())
-    assert list(mesh.returns()) == [(r, mesh.rank(pp_size - 1, r)) for r in range(tp_size) if pp_size > 1]
+    for size, groups in ((tp_size, list(mesh.tensor_groups())), (sp_size, list(mesh.sequence_groups()))):
+        assert sorted(rank for group in groups for rank in group) == list(range(mesh.world_size if size > 1 else 0))
+        assert {len(group) for group in groups} <= {size}
+    assert all(len({mesh.place(rank)[2] for rank in group}) == 1 for group in mesh.sequence_groups())
+    for first, second in mesh.boundaries():
+        (stage, *member), (after, *other) = mesh.place(first), mesh.place(second)
+        assert (after, other) == (stage + 1, member)
+    assert len(list(mesh.boundaries())) == (pp_size - 1) * sp_size * tp_size
+    returns = [(r, r + (pp_size - 1) * sp_size * tp_size) for r in range(sp_size * tp_size) if pp_size > 1]
+    assert list(mesh.returns()) == returns
 
 
 def hosts(*names: str, without: tuple[int, ...] = ()) -> list[Host]:
