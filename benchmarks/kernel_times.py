@@ -56,7 +56,7 @@ def time_kernels(context: RankContext, jobs: Sequence[Job]) -> list[KernelTimes]
     for job in jobs:
         place = Place.of(context.rank, job.parallel)
         with make_groups(mesh_of(job.parallel), context.rank, context.device) as groups:
-            stage = Stage(job, place, groups.tensor, context.device)
+            stage = Stage(job, place, groups, context.device)
             clock = make_clock(context.device)
             pipeline = Pipeline(job, place, groups, stage, clock, context.progress)
             pipeline.warm_up()

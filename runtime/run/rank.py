@@ -20,7 +20,6 @@ from runtime.run.card_marks import CardMarks
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
 from runtime.stage.stage import Stage
-from tuner.plan.plan import Chunk, Round
 
 
 @torch.inference_mode()
@@ -65,13 +64,13 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     if context.device.type == "cuda":
         torch.cuda.empty_cache()  # what the job before left: peer memory and NCCL allocate beside torch
     begin()
-    stage = Stage(job, place, groups.tensor, context.device)
+    stage = Stage(job, place, groups, context.device)
     progress.enter(Phase.LINKS)
     pipeline = Pipeline(job, place, groups, stage, clock, progress)
     begin()
     progress.enter(Phase.WARM_UP)
     pipeline.warm_up()
-    pipeline.fill_cache(cached_rounds(job))
+    pipeline.fill_cache()
     progress.enter(Phase.RECORD)
     pipeline.record()
     if context.device.type == "cuda":
@@ -90,7 +89,7 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         decode = note()
     pipeline.close()
     gc.unfreeze()
-    reports_tokens = place.is_last and place.tp_rank == 0
+    reports_tokens = place.is_last and place.tp_rank == place.sp_rank == 0
     return RankReport(
         stage=place.stage,
         host=socket.gethostname(),
@@ -113,13 +112,3 @@ def _settle(job: Job, run_pass: Callable[[], Pass], groups: Groups) -> Pass | No
         enough[0] = time.perf_counter() - started >= job.settle_s
         dist.broadcast(enough, 0, group=groups.everyone)
     return first
-
-
-def cached_rounds(job: Job) -> list[Round]:
-    """Rounds that fill the KV of cached tokens, no larger than the plan's own; they run before the clock starts."""
-    most = max(job.round_tokens)
-    return [
-        (Chunk(index, start, min(most, request.cached_tokens - start)),)
-        for index, request in enumerate(job.requests)
-        for start in range(0, request.cached_tokens, most)
-    ]
