@@ -87,6 +87,7 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         marks.first_round = len(job.rounds)
         new_ids = pipeline.decode(job.max_new_tokens - 1)
         decode = note()
+    memory_bytes = _memory_bytes(context.device)
     pipeline.close()
     gc.unfreeze()
     reports_tokens = place.is_last and place.tp_rank == place.sp_rank == 0
@@ -97,8 +98,16 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         first=first,
         passes=passes,
         decode=decode,
+        memory_bytes=memory_bytes,
         token_ids=tuple(tuple(ids) for ids in new_ids.T.tolist()) if reports_tokens else None,
     )
+
+
+def _memory_bytes(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
 
 
 def _settle(job: Job, run_pass: Callable[[], Pass], groups: Groups) -> Pass | None:
