@@ -109,9 +109,9 @@ class GatherScheme(Scheme):
         spans = make_spans(tokens, self.choose_kernel)
         rotary = self.rotary(positions(spans, self.device, padding=share.padding), self.dtype)
         runs = tuple(self._runs(share))
-        gathered_rows = torch.full((self.group.size, rows), -1, dtype=torch.int64)
+        gathered_rows = torch.full((self.group.size, rows), -1, device=self.device, dtype=torch.int64)
         for run in runs:
-            gathered_rows[run.rank, run.rows] = torch.arange(run.places.start, run.places.stop)
+            gathered_rows[run.rank, run.rows] = torch.arange(run.places.start, run.places.stop, device=self.device)
         return GatherInputs(
             spans=spans,
             rotary=rotary,
@@ -120,7 +120,7 @@ class GatherScheme(Scheme):
             group=self.group,
             staged=StagedRows(rotary=rotary, slab_rows=torch.arange(rows, device=self.device)),
             runs=runs,
-            gathered_rows=gathered_rows.view(-1).to(self.device),
+            gathered_rows=gathered_rows.view(-1),
             overlaps=self.device.type == "cuda",
         )
 
