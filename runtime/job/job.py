@@ -30,6 +30,7 @@ class Job:
     repeat: int
     kernels: KernelChoice
     cuts: tuple[SequenceCut, ...] = ()  # of each round; none: as usual for the kind
+    overlaps: bool = True  # whether exchanges run beside compute where they can; off to measure what that gives
     settle_s: float = 0.0  # passes before the measured ones take at least so long together: clocks fall under load
 
     @property

@@ -121,7 +121,7 @@ class GatherScheme(Scheme):
             staged=StagedRows(rotary=rotary, slab_rows=torch.arange(rows, device=self.device)),
             runs=runs,
             gathered_rows=gathered_rows.view(-1),
-            overlaps=self.device.type == "cuda",
+            overlaps=self.job.overlaps and self.device.type == "cuda",
         )
 
     def _runs(self, share: RoundShare) -> Iterator[GatheredRun]:
