@@ -74,7 +74,7 @@ def task_order(
 ) -> TaskOrder:
     """The order of a plan's tasks. See the module."""
     stages = stages_of_groups(pp_size, virtual_stages, order)
-    if virtual_stages == 1:
+    if virtual_stages == 1 or num_rounds == 0:
         tasks = [(i, group) for i in range(num_rounds) for group in range(pp_size)]
     else:
         most = min(window or num_rounds, num_rounds)
