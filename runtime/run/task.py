@@ -47,7 +47,8 @@ def tasks_of(parallel: Parallel, stage: int, num_rounds: int, window: int | None
     """The tasks of a stage.
 
     A message's sender waits, directly or not, only for tasks that are earlier than it in the order of all tasks. With
-    one group a stage it never waits for the stage that it hands on to, but for the window's sake.
+    one group a stage it waits for the stage that it hands on to by the window alone (and for messages that have long
+    been read).
     """
     order = task_order(num_rounds, parallel.pp_size, parallel.virtual_stages, parallel.stage_order, window)
     stages, last = order.stages, parallel.num_groups - 1
@@ -58,7 +59,8 @@ def tasks_of(parallel: Parallel, stage: int, num_rounds: int, window: int | None
     sent_after: dict[tuple[int, int], int] = {}  # own tasks before the sender's
     for i, group in zip(order.rounds.tolist(), order.groups.tolist(), strict=True):
         if group < last and stages[group + 1] == stage:
-            sent_after[i, group] = queued if parallel.virtual_stages > 1 else 0
+            by_window = max(i + 1 - (window or num_rounds), 0)  # rounds that have left when this one begins
+            sent_after[i, group] = queued if parallel.virtual_stages > 1 else by_window
         if stages[group] != stage:
             continue
         source = stages[group - 1] if group and stages[group - 1] != stage else None

@@ -52,8 +52,8 @@ def result(checkpoint: Callable[[str], Path]) -> RunResult:
     )  # fmt: skip
     passes = tuple(_pass(float(i), (0.0, 1.0), (1.0, 2.0), (2.0, 3.0 + end)) for i, end in enumerate((0.5, 0.2, 0.1)))
     report = RankReport(
-        stage=0, groups=(0,), host="a", warm_up_s=0.5, first=_pass(0.0, (0.0, 0.9), (0.9, 1.8), (1.8, 2.7)), passes=passes,
-        decode=_pass(9.0, (0.1, 0.25), (0.3, 0.45)), token_ids=((5, 6, 7), (8, 2, 9)),
+        stage=0, groups=(0,), host="a", warm_up_s=0.5, first=_pass(0.0, (0.0, 0.9), (0.9, 1.8), (1.8, 2.7)),
+        passes=passes, decode=_pass(9.0, (0.1, 0.25), (0.3, 0.45)), token_ids=((5, 6, 7), (8, 2, 9)),
     )  # fmt: skip
     timeline = Timeline(np.array([[0.0], [0.9], [2.0]]), np.array([[0.9], [2.0], [3.0]]))
     prediction = Prediction(makespan_s=3.0, timeline=timeline)
