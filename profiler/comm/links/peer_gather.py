@@ -96,6 +96,6 @@ class PeerGatherGroup(RankGroup):
 
     def _all(self, slot: int, size: torch.Size) -> torch.Tensor:
         """The parts of all members, [size, ...]: lanes lie one after the other."""
-        first = self.memory.inbox(self.first_lane)[slot, 0, : size.numel()].view(size)
-        step = self.memory.lanes[self.first_lane].size_bytes // first.element_size()
-        return first.as_strided((self.size, *size), (step, *first.stride()))
+        lanes = self.memory.inboxes(self.first_lane, self.size)
+        first = slot * self.memory.lanes[self.first_lane].width
+        return lanes[:, first : first + size.numel()].unflatten(1, size)

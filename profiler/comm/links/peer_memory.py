@@ -184,6 +184,13 @@ class PeerMemory:
         """The first signal channel whose flags lie beyond the counters."""
         return len(self.lanes) * _KINDS
 
+    def inboxes(self, first: int, count: int) -> torch.Tensor:
+        """This rank's slots of equal lanes that lie one after the other, [count, numbers], each with its padding."""
+        lane = self.lanes[first]
+        width = lane.size_bytes // lane.dtype.itemsize
+        start = self._starts[first] // lane.dtype.itemsize
+        return self._handle.get_buffer(self._me, (count, width), lane.dtype, start)
+
     def copy_part(self, queue: Queue, receiver: int, lane: int, slot: int, source: torch.Tensor) -> None:
         """Copy `source` [1, n] to the front of the receiver's slot [1, width]."""
         assert isinstance(queue, StreamQueue)
