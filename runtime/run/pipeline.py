@@ -41,12 +41,14 @@ class Pipeline:
             max_tokens=max(self.most_rows, len(job.requests)),
             hidden_size=job.shape.hidden_size,
             num_requests=len(job.requests),
+            gathered=stage.scheme.gathered_numbers(self.most_rows),
         )
         parallel, stage_index = job.parallel, place.stage
         self.tasks = tasks_of(parallel, stage_index, len(self.rounds), job.window)
         self.cached_tasks = tasks_of(parallel, stage_index, len(self.cached_rounds))
         self.step_tasks = tasks_of(parallel, stage_index, 1)
         self.links = make_links(groups, sizes, device, stage.dtype)
+        stage.scheme.use(self.links.sequence)
         self.inbound, self.outbound, self.back = self.links.inbound, self.links.outbound, self.links.back
         self.hand_offs = groups.hand_offs
         self.sources = {stage: pair.peer for stage, pair in groups.inbound.items()}

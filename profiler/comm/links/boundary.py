@@ -1,15 +1,15 @@
-"""The links of a rank to and from other stages and back, by the transports that its groups were made for."""
+"""The links of a rank: to and from other stages, back, and to the ranks that share its rows."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from profiler.comm.links.buffers import STAGED
-from profiler.comm.links.group import Groups, Pair
+from profiler.comm.links.group import Groups, Pair, RankGroup
 from profiler.comm.links.link import (
     CollectiveInbound,
     CollectiveOutbound,
@@ -19,8 +19,9 @@ from profiler.comm.links.link import (
     Return,
 )
 from profiler.comm.links.mesh import Transport
+from profiler.comm.links.peer_gather import PeerGatherGroup, gather_lanes
 from profiler.comm.links.peer_link import HIDDEN, SLOTS, PeerInbound, PeerOutbound, PeerReturn, link_lanes
-from profiler.comm.links.peer_memory import PeerMemory
+from profiler.comm.links.peer_memory import Lane, PeerMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class Links:
     inbound: Mapping[int, Inbound]
     outbound: Mapping[int, Outbound]
     back: Return | None = None
+    sequence: RankGroup = field(default_factory=RankGroup)
 
     def drain(self) -> None:
         """Wait for all sends."""
@@ -41,26 +43,36 @@ class Links:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageSizes:
-    """The largest hidden states that cross a boundary, [max_tokens, hidden_size], and how many token ids go back."""
+    """The largest hidden states that cross a boundary, [max_tokens, hidden_size], how many token ids go back, and how
+    many numbers of keys and values a rank of a sequence-parallel group gathers of a layer at most."""
 
     max_tokens: int
     hidden_size: int
     num_requests: int
+    gathered: int = 0
 
 
 def make_links(groups: Groups, sizes: MessageSizes, device: torch.device, dtype: torch.dtype) -> Links:
     """Make the links of a rank; all ranks of a host call it together, whatever each of them needs."""
+    sequence, members = groups.sequence, groups.sequence_ranks
     memory = None
-    if groups.sharing is not None and (groups.inbound or groups.outbound or groups.back):
-        most_sources = max(Counter(target for _, target in groups.hand_offs).values())
-        lanes = link_lanes(
-            max_tokens=sizes.max_tokens,
-            hidden_size=sizes.hidden_size,
-            dtype=dtype,
-            num_requests=sizes.num_requests,
-            num_sources=most_sources,
-        )
-        memory = PeerMemory(groups.sharing.group, groups.sharing.ranks, lanes, device)
+    gathers = sizes.gathered > 0 and groups.sharing is not None and set(members) <= set(groups.sharing.ranks)
+    if groups.sharing is not None and (groups.hand_offs or gathers):
+        lanes: list[Lane] = []
+        if groups.hand_offs:
+            lanes += link_lanes(
+                max_tokens=sizes.max_tokens,
+                hidden_size=sizes.hidden_size,
+                dtype=dtype,
+                num_requests=sizes.num_requests,
+                num_sources=max(Counter(target for _, target in groups.hand_offs).values()),
+            )
+        if gathers:
+            lanes += gather_lanes(len(members), sizes.gathered, dtype)
+        channels = 2 * SLOTS if gathers else 0
+        memory = PeerMemory(groups.sharing.group, groups.sharing.ranks, lanes, device, channels=channels)
+        if gathers:
+            sequence = PeerGatherGroup(sequence, members, memory, len(lanes) - len(members))
     size = (sizes.max_tokens, sizes.hidden_size)
 
     def inbound_of(pair: Pair) -> Inbound:
@@ -93,4 +105,5 @@ def make_links(groups: Groups, sizes: MessageSizes, device: torch.device, dtype:
         inbound={stage: inbound_of(pair) for stage, pair in groups.inbound.items()},
         outbound={stage: outbound_of(pair) for stage, pair in groups.outbound.items()},
         back=back,
+        sequence=sequence,
     )

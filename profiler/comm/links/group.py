@@ -46,6 +46,13 @@ class RankGroup:
         """Stack the tensors of all ranks: [...] -> [size, ...]."""
         return self.begin_gather(tensor)()
 
+    def new_part(self, like: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """Where this rank lays what it gathers next, of `like`'s type; empty."""
+        return like.new_empty(size)
+
+    def release(self) -> None:
+        """What was gathered last into such a part has been read."""
+
     def begin_gather(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begin to stack the tensors of all ranks; what it returns waits and gives [size, ...]."""
         stacked = tensor.new_empty((self.size, *tensor.shape))
@@ -136,6 +143,7 @@ class Groups:
 
     tensor: RankGroup
     sequence: RankGroup
+    sequence_ranks: tuple[int, ...]  # its members, this rank alone where there is no group
     inbound: Mapping[int, Pair]  # by the stage that hands on to this one
     outbound: Mapping[int, Pair]  # by the stage that this one hands on to
     hand_offs: Sequence[tuple[int, int]]  # all ways between stages, in an order that all ranks know
@@ -171,12 +179,14 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
         group = group_of(ranks, backend="gloo")
         sharing = HostGroup(ranks=ranks, group=group) if rank in ranks else sharing
     tensor = sequence = None
+    sequence_ranks: tuple[int, ...] = (rank,)
     for ranks in mesh.tensor_groups():
         group = group_of(ranks)
         tensor = group if rank in ranks else tensor
     for ranks in mesh.sequence_groups():
         group = group_of(ranks)
-        sequence = group if rank in ranks else sequence
+        if rank in ranks:
+            sequence, sequence_ranks = group, ranks
     inbound, outbound = dict[int, Pair](), dict[int, Pair]()
     for first, second in mesh.boundaries():
         before, after = mesh.place(first)[0], mesh.place(second)[0]
@@ -190,6 +200,7 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
     yield Groups(
         tensor=RankGroup(tensor, mesh.tp_size, mesh.place(rank)[2]),
         sequence=RankGroup(sequence, mesh.sp_size, mesh.place(rank)[1]),
+        sequence_ranks=sequence_ranks,
         inbound=inbound,
         outbound=outbound,
         hand_offs=mesh.hand_offs(),

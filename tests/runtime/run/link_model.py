@@ -175,6 +175,11 @@ class FakeRank:
     def step(self) -> FakeRank:
         return self
 
+    def use(self, _group: object) -> None: ...
+
+    def gathered_numbers(self, _num_rows: int) -> int:
+        return 0
+
     def share(self, chunks: Round, cut: SequenceCut) -> RoundShare:
         return RoundShare.of(chunks, cut, size=1, rank=0)
 
@@ -302,6 +307,7 @@ class Case:
         return Groups(
             tensor=RankGroup(),
             sequence=RankGroup(),
+            sequence_ranks=(rank,),
             inbound={source: pair(source) for source in mesh.sources(rank)},
             outbound={target: pair(target) for source, target in mesh.hand_offs() if source == rank},
             hand_offs=mesh.hand_offs(),

@@ -28,6 +28,7 @@ NEW_TOKENS = 12
 ALONE = Groups(
     tensor=RankGroup(),
     sequence=RankGroup(),
+    sequence_ranks=(0,),
     inbound={},
     outbound={},
     hand_offs=(),
