@@ -12,6 +12,8 @@ from db.rows.hardware import Hardware
 from db.rows.measurements import Measurement
 from profiler.hardware.datasheet import published_multiprocessors
 from profiler.model import PRECISIONS, ModelShape
+from profiler.sequence.kind import SPKind
+from tuner.plan.plan import Weights
 
 LEAST_SHARE, LEAST_POINTS = 0.3, 3  # of the points of the load measured most densely; the coarsest profile has three
 
@@ -25,12 +27,42 @@ class RankWork:
     tp_size: int
     num_multiprocessors: int | None = None
     """Of the rank's device, where it is a card that is known."""
+    sp_size: int = 1
+    sp_kind: SPKind = SPKind.NONE
+    weights: Weights = Weights.WHOLE
 
     @classmethod
-    def on(cls, hardware: Hardware, *, shape: ModelShape, dtype: str, tp_size: int) -> Self:
+    def on(
+        cls,
+        hardware: Hardware,
+        *,
+        shape: ModelShape,
+        dtype: str,
+        tp_size: int,
+        sp_size: int = 1,
+        sp_kind: SPKind = SPKind.NONE,
+        weights: Weights = Weights.WHOLE,
+    ) -> Self:
         """The work on a device of `hardware`."""
-        multiprocessors = published_multiprocessors(hardware.device)
-        return cls(shape=shape, dtype=dtype, tp_size=tp_size, num_multiprocessors=multiprocessors)
+        return cls(
+            shape=shape,
+            dtype=dtype,
+            tp_size=tp_size,
+            num_multiprocessors=published_multiprocessors(hardware.device),
+            sp_size=sp_size,
+            sp_kind=sp_kind,
+            weights=weights,
+        )
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks that hold a stage together, and wait for one another in every layer."""
+        return self.sp_size * self.tp_size
+
+    @property
+    def sequence_size(self) -> int:
+        """Ranks of a stage that share the rows of a round."""
+        return self.tp_size if self.sp_kind is SPKind.MEGATRON else self.sp_size
 
     @property
     def hidden_bytes(self) -> int:
