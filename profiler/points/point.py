@@ -29,7 +29,15 @@ class Op(StrEnum):
 
 COLLECTIVES = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, Op.SEND_RECV)
 WARM = "warm"  # variant of a product whose weights are still in the cache
+BESIDE = "beside"  # variant of a collective while products run, and of a product (its group_size tells of whose) while
+# collectives run: what each loses to the other
 RANK_LAYER = "rank_layer"  # rows that come with those of LAYER on cards: each rank's own times, its number in the shape
+
+
+def strided(variant: str, stride: int) -> str:
+    """The variant of a collective whose ranks stand `stride` apart: as the ranks of a layout do that share rows beside
+    tensor parallelism."""
+    return variant if stride == 1 else f"{variant}{'+' if variant else ''}stride-{stride}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

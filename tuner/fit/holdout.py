@@ -9,8 +9,7 @@ import numpy as np
 
 from db.rows.measurements import Measurement
 from tuner.fit.attention_rows import AttentionRows
-from tuner.fit.layer_costs import fit_rows
-from tuner.fit.rows import RankWork, Rows, expected_s
+from tuner.fit.rows import RankWork, Rows, expected_s, fit_rows
 
 WIDEST_GAP = 4  # leaving a point out may open a gap of this ratio, twice the profile's own finest
 UNTESTED = 0.1  # the error of an operation none of whose points can be left out
@@ -63,7 +62,7 @@ def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy
 
 def leave_out(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[LeftOutPoints]:
     """The points behind `held_out_errors`, of each operation that was measured."""
-    rows, ranks = Rows(measurements), work.tp_size
+    rows, ranks = Rows(measurements), work.stage_size
     products = [rows.select("matmul", {"n": n, "k": k}, busy_ranks=busy_ranks) for n, k in work.projections]
     elementwise = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
     parts = [fit_rows(found, "m", ranks=ranks) for found in products if found]
@@ -126,7 +125,7 @@ def _leave_attention_out(attention: AttentionRows, compute_s: Seconds) -> LeftOu
     by_chunk: dict[int, list[Measurement]] = {}
     for row in attention.chosen:
         by_chunk.setdefault(row.shape["chunk"], []).append(row)
-    chunks, ranks = sorted(by_chunk), attention.work.tp_size
+    chunks, ranks = sorted(by_chunk), attention.work.stage_size
     tests = [
         [left_out]
         for mine in by_chunk.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from db.errors import UserError
@@ -13,6 +13,7 @@ from db.rows.measurements import Measurement
 from profiler.hardware.datasheet import published_multiprocessors
 from profiler.model import PRECISIONS, ModelShape
 from profiler.sequence.kind import SPKind
+from tuner.fit.curve import Curve, fit_curve, without_spikes
 from tuner.plan.plan import Weights
 
 LEAST_SHARE, LEAST_POINTS = 0.3, 3  # of the points of the load measured most densely; the coarsest profile has three
@@ -75,9 +76,30 @@ class RankWork:
         return self.shape.layer.reduced_bytes(PRECISIONS[self.dtype])
 
     @property
+    def squares_bytes(self) -> tuple[int, ...]:
+        """Of these the sums of squares, where a norm spans the heads of all ranks."""
+        return self.reduced_bytes[:1] if self.shape.layer.attention.norms_all_heads else ()
+
+    @property
+    def attending_size(self) -> int:
+        """Ranks of a stage that attend with different heads."""
+        return self.stage_size if self.sp_kind is SPKind.ULYSSES else self.tp_size
+
+    @property
     def attention_sizes(self) -> dict[str, int]:
-        """Sizes that an `attention` row names beside chunk and context."""
-        return self.shape.layer.attention.sizes(self.tp_size)
+        """Sizes that an `attention` row names beside chunk and context: the most heads that a rank attends with."""
+        return self.shape.layer.attention.sizes(self.attending_size)
+
+    @property
+    def without_sequence(self) -> Self:
+        """The same with tensor parallelism alone."""
+        return replace(self, sp_size=1, sp_kind=SPKind.NONE, weights=Weights.WHOLE)
+
+    def __str__(self) -> str:
+        words = f"{self.shape.name} at tp_size {self.tp_size}"
+        if self.sp_kind is not SPKind.NONE:
+            words += f", sp_size {self.sp_size} {self.sp_kind}" if self.sp_size > 1 else f", sp_kind {self.sp_kind}"
+        return f"{words} in {self.dtype}"
 
     @property
     def layer_sizes(self) -> dict[str, int]:
@@ -152,6 +174,12 @@ class Rows:
         if not found:
             raise UserError("measurements", f"no {op} rows for {why}", "measure them first: isochunk profile")
         return found
+
+
+def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
+    """The curve of what rows are expected to cost over one of their sizes, single disturbed points smoothed."""
+    sizes = [row.shape[at] for row in rows]
+    return fit_curve(sizes, without_spikes(sizes, [expected_s(row, ranks=ranks) for row in rows]))
 
 
 def expected_s(row: Measurement, *, ranks: int = 1) -> float:
