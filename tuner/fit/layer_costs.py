@@ -10,9 +10,8 @@ import numpy as np
 from db.errors import UserError
 from db.rows.measurements import Measurement
 from profiler.model import PRECISIONS
-from profiler.model.precision import FLOAT32
 from profiler.points.point import RANK_LAYER, Op
-from profiler.sequence.kind import SequenceCut
+from profiler.sequence.kind import CUTS, SequenceCut
 from tuner.fit.attention_fit import SPLIT_ROWS, TILE_ROWS, AttentionCurve
 from tuner.fit.attention_rows import AttentionRows, require_attention
 from tuner.fit.calibration import Calibration, fit_calibration
@@ -88,58 +87,80 @@ class LayerCosts:
     def cost_model(self, layer_partition: Sequence[int], cut: SequenceCut | None = None) -> CostModel:
         """The cost model of stages of so many layers each: embedding on the first, head on the last.
 
-        cut: of every round; left out, the usual one. Without one, ranks hand on all rows of a round.
+        cut: of every round; left out, the usual one of the kind.
         """
+        return self._model(layer_partition, cut or usual_cut(self.work.sp_kind), least=False)
+
+    def floor_model(self, layer_partition: Sequence[int]) -> CostModel:
+        """A cost model that rounds are not below in any cut: what a lower bound is proven on when cuts may be chosen.
+
+        Of every table the least of all cuts at each point.
+        """
+        models = [self._model(layer_partition, cut, least=True) for cut in CUTS[self.work.sp_kind]]
+        if len(models) == 1:
+            return models[0]
+        return replace(
+            models[0],
+            stages=tuple(_least_stage(stages) for stages in zip(*(model.stages for model in models), strict=True)),
+            hop_token_s=min(model.hop_token_s for model in models),
+        )
+
+    def _model(self, layer_partition: Sequence[int], cut: SequenceCut, *, least: bool) -> CostModel:
         pp_size = len(layer_partition)
         stages = tuple(
             self._stage(
                 num_layers,
                 self.rank_skew.of_stage(stage, self.work.stage_size),
                 self.correction.of_stage(pp_size, stage),
-                cut or usual_cut(self.work.sp_kind),
+                cut=cut,
+                least=least,
                 first=stage == 0,
                 last=stage == pp_size - 1,
             )
             for stage, num_layers in enumerate(layer_partition)
         )
-        senders = 1 if cut is SequenceCut.WHOLE else self.work.sequence_size
+        sharing = 1 if cut is SequenceCut.WHOLE else self.work.sequence_size  # a rank hands on its own rows
         return CostModel(
             stages=stages,
             hop_latency_s=self.hop_latency_s,
-            hop_token_s=self.hop_byte_s * self.work.hidden_bytes / senders,
+            hop_token_s=self.hop_byte_s * self.work.hidden_bytes / sharing,
             return_s=self.return_s,
         )
 
-    def attention_scale(self, num_layers: int, skew: float, stage_scale: float) -> float:
-        """What a stage's attention takes over that of one layer on the slowest rank."""
-        return num_layers * skew * stage_scale * self.correction.attention_scale
-
     def _stage(
-        self, num_layers: int, skew: float, stage_scale: float, cut: SequenceCut, *, first: bool, last: bool
+        self,
+        num_layers: int,
+        skew: float,
+        stage_scale: float,
+        *,
+        first: bool,
+        last: bool,
+        cut: SequenceCut | None = None,
+        least: bool = False,
     ) -> StageCost:
-        grid = table_grid()
+        grid, costs = table_grid(), self.cut_costs(cut)
         points = grid.astype(np.float64)
         scale = stage_scale * self.correction.tokens_scale
         tokens = num_layers * self.tokens_s(points, skew, cut)
-        costs = self.cut_costs(cut)
         if first:
             tokens = tokens + self.embedding(self._own_rows(points, cut))
         tokens = scale * tokens
-        attention_scale = self.attention_scale(num_layers, skew, stage_scale)
+        attention_scale = num_layers * skew * stage_scale * self.correction.attention_scale
+        base_s, slope_s = (costs.least_base_s, costs.least_slope_s) if least else (costs.base_s, costs.slope_s)
         return StageCost(
             token_count=(0, *grid.tolist()),
             token_seconds=_rising([tokens[0], *tokens]),
             attention=TableAttention(
                 count=tuple(grid.tolist()),
-                base_s=_rising(attention_scale * costs.base_s(points)),
-                context_s=_rising(attention_scale * costs.slope_s(points)),
+                base_s=_rising(attention_scale * base_s(points)),
+                context_s=_rising(attention_scale * slope_s(points)),
             ),
             round_overhead_s=scale * self.round_overhead_s + stage_scale * self.correction.round_s,
-            chunk_s=scale * self.chunk_s * costs.calls_a_chunk,
+            chunk_s=scale * self.chunk_s * (1 if least else costs.calls_a_chunk),
             final_s=scale * (self.head_s + self._final_rows_s()) if last else 0.0,
         )
 
-    def _own_rows(self, tokens: Floats, cut: SequenceCut) -> Floats:
+    def _own_rows(self, tokens: Floats, cut: SequenceCut | None) -> Floats:
         """Rows that a rank holds the residual stream of."""
         return tokens if cut is SequenceCut.WHOLE else np.ceil(tokens / self.work.sequence_size)
 
@@ -150,7 +171,7 @@ class LayerCosts:
 
     def _parts(self, skew: float) -> LayerParts:
         calibration = self.calibration
-        sizes, b = self.work.layer_sizes, PRECISIONS[self.work.dtype].activations.num_bytes
+        sizes = self.work.layer_sizes
         n_queries, n_all = sizes["heads"] * sizes["head_dim"], self.work.projections[0][0]
         # Numbers a token that the element-wise work reads and writes, as the grid counts them.
         width = 4 * sizes["hidden"] + 3 * sizes["intermediate"] + 3 * n_queries
@@ -171,8 +192,7 @@ class LayerCosts:
             messages=self.messages,
             row_bytes=row_bytes(self.work),
             norms_share=4 * sizes["hidden"] / width,
-            # Two read and one written, in float32.
-            merge_share=FLOAT32.num_bytes(3 * n_queries) / b(width),
+            traffic_bytes=PRECISIONS[self.work.dtype].activations.num_bytes(width),
             overlap=self.overlap,
         )
 
@@ -181,6 +201,26 @@ class LayerCosts:
         if self.all_reduce is None:
             return np.zeros_like(rows)
         return np.asarray(sum((self.all_reduce(rows * size) for size in sizes), start=np.zeros_like(rows)))
+
+
+def _least_stage(stages: Sequence[StageCost]) -> StageCost:
+    """At each point the least of stages whose tables have the same points."""
+    attentions = [stage.attention for stage in stages]
+    tables = [attention for attention in attentions if isinstance(attention, TableAttention)]
+
+    def least(columns: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+        return tuple(map(min, zip(*columns, strict=True)))
+
+    return replace(
+        stages[0],
+        token_seconds=least([stage.token_seconds for stage in stages]),
+        attention=TableAttention(
+            count=tables[0].count,
+            base_s=least([table.base_s for table in tables]),
+            context_s=least([table.context_s for table in tables]),
+        ),
+        chunk_s=min(stage.chunk_s for stage in stages),
+    )
 
 
 def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> LayerCosts:

@@ -46,10 +46,17 @@ class CutCosts(ABC):
     def slope_s(self, chunk: Floats) -> Floats:
         """What each token of context adds."""
 
-    def attention_s(self, chunk: Sequence[int], context: Sequence[int]) -> float:
-        """Attention of one round's chunks: their sum, unless ranks attend to different chunks."""
-        tokens, before = np.array(chunk, dtype=np.float64), np.array(context, dtype=np.float64)
-        return float((self.base_s(tokens) + self.slope_s(tokens) * before).sum())
+    def least_base_s(self, chunk: Floats) -> Floats:
+        """What a chunk adds to its round's attention at least, whatever else the round holds; `chunk` rises."""
+        return self.base_s(chunk)
+
+    def least_slope_s(self, chunk: Floats) -> Floats:
+        """The same of each token of context."""
+        return self.slope_s(chunk)
+
+    def share_of_sum(self, chunk: Sequence[int], context: Sequence[int]) -> float:
+        """Attention of one round's chunks over the sum of theirs: 1 unless ranks attend to different chunks."""
+        return 1.0
 
 
 class WholeCosts(CutCosts):
@@ -115,11 +122,28 @@ class ContiguousAttention(CutCosts):
         """One piece."""
         return self.parts.slope_s(chunk / self.parts.size)
 
-    def attention_s(self, chunk: Sequence[int], context: Sequence[int]) -> float:
-        """The rank with most to attend to, piece by piece: with several chunks not the sum of the slowest pieces."""
-        shares = cut_round(chunk, SequenceCut.CONTIGUOUS, self.parts.size)
+    def least_base_s(self, chunk: Floats) -> Floats:
+        """See `CutCosts`: a g-th of the chunk's pairs, c^2 / 2, at the least that a pair costs in any piece of it."""
+        parts = self.parts
+        pair_s = np.minimum(parts.base_s(chunk) / (chunk**2 / 2), parts.slope_s(chunk) / chunk)
+        return np.minimum.accumulate(pair_s) * chunk**2 / 2 / parts.size
+
+    def least_slope_s(self, chunk: Floats) -> Floats:
+        """See `CutCosts`: the chunk's tokens at the least that a pair costs."""
+        return np.minimum.accumulate(self.parts.slope_s(chunk) / chunk) * chunk / self.parts.size
+
+    def share_of_sum(self, chunk: Sequence[int], context: Sequence[int]) -> float:
+        """See `CutCosts`: the rank with most to attend to. Ranks with chunks of their own are quicker than the sum of
+        every chunk's last piece, unless one chunk has far more context than the others."""
+        if len(chunk) == 1:
+            return 1.0
+        tokens, before = np.array(chunk, dtype=np.float64), np.array(context, dtype=np.float64)
+        all_s = float((self.base_s(tokens) + self.slope_s(tokens) * before).sum())
+        return self._slowest_s(chunk, context) / all_s
+
+    def _slowest_s(self, chunk: Sequence[int], context: Sequence[int]) -> float:
         slowest = 0.0
-        for share in shares:
+        for share in cut_round(chunk, SequenceCut.CONTIGUOUS, self.parts.size):
             tokens = np.array([piece.tokens for piece in share], dtype=np.float64)
             before = np.array([context[piece.chunk] + piece.start for piece in share], dtype=np.float64)
             slowest = max(slowest, float((self.parts.base_s(tokens) + self.parts.slope_s(tokens) * before).sum()))

@@ -10,6 +10,13 @@ from tuner.fit.sequence.cut_costs import ContiguousAttention, RowCosts, ZigzagAt
 class GatherRows(RowCosts):
     """The gather goes beside the projection to queries; what that does not hide is waited for."""
 
+    def compute_s(self, tokens: Floats) -> Floats:
+        """The rank's rows; all ranks' keys and values go from where they were gathered to the slab, and what the pieces
+        of attention give is put together."""
+        parts, rows = self.parts, self.parts.rows(tokens)
+        moved = 2 * parts.size * parts.row_bytes.kv + 2 * parts.row_bytes.attended
+        return super().compute_s(tokens) + parts.moved_s(rows, moved)
+
     def sent_s(self, tokens: Floats) -> Floats:
         """Keys and values of the whole round, each rank's padded to the largest share; sums over the TP group."""
         parts, rows = self.parts, self.parts.rows(tokens)

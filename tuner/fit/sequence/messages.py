@@ -9,6 +9,7 @@ import numpy as np
 
 from db.rows.measurements import Measurement
 from profiler.model import PRECISIONS
+from profiler.model.precision import FLOAT32
 from profiler.points.point import BESIDE, Op, strided
 from profiler.sequence.kind import SPKind
 from tuner.fit.curve import Curve, fit_line
@@ -24,14 +25,15 @@ _LEAST_ROWS = 2  # of messages or products beside one another, for a median to c
 def row_bytes(work: RankWork) -> RowBytes:
     """What messages carry of one row of a rank."""
     attention, number_bytes = work.shape.layer.attention, PRECISIONS[work.dtype].activations.num_bytes
-    heads, of_group = attention.sizes(work.tp_size), attention.sizes(work.stage_size)
+    heads, of_rank = attention.sizes(work.tp_size), work.attention_sizes
     attended = heads["heads"] * heads["head_dim"]
-    repeated_kv = work.sp_size * of_group["kv_heads"] * of_group["head_dim"]
+    repeated_kv = max(heads["kv_heads"], work.sp_size * of_rank["kv_heads"]) * heads["head_dim"]
     return RowBytes(
         hidden=work.hidden_bytes,
         kv=number_bytes(attention.kv_elements(work.tp_size)),
         ulysses_in=number_bytes(attended + 2 * repeated_kv),
         attended=number_bytes(attended),
+        attended_float32=FLOAT32.num_bytes(attended),
     )
 
 

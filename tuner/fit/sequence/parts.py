@@ -26,6 +26,8 @@ class RowBytes:
     """Queries, keys and values of the rank's heads, KV heads repeated where there are fewer than ranks."""
     attended: int
     """What attention gives of the rank's query heads."""
+    attended_float32: int
+    """The same as partial results have it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +57,18 @@ class LayerParts:
     row_bytes: RowBytes
     norms_share: float
     """Of the element-wise traffic that of norms and residual, which every rank of a tensor-parallel group repeats."""
-    merge_share: float
-    """Traffic of merging two partial attentions over that of the element-wise work."""
+    traffic_bytes: int
+    """What the element-wise work reads and writes of a row."""
     overlap: Overlap
 
     def rows(self, tokens: Floats) -> Floats:
         """Rows of a rank where `tokens` are cut: the largest share."""
         share: Floats = np.ceil(tokens / self.size)
         return share
+
+    def moved_s(self, rows: Floats, size_bytes: int) -> Floats:
+        """Reading and writing so many bytes a row: memory bounds it as it does the element-wise work."""
+        return self.elementwise_s(rows) * (size_bytes / self.traffic_bytes)
 
     def message_s(self, op: Op, size_bytes: Floats) -> Floats:
         """Seconds of a collective; those that move nothing take none."""

@@ -6,6 +6,8 @@ context and of the chunk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from profiler.points.point import Op
@@ -21,7 +23,7 @@ class Ring(RowCosts):
     """Attention beside the messages that carry what it needs next.
 
     Its pairs are those of a gather in the same cut: whoever waits for the slowest rank in every step attends to as many
-    in all. With several chunks what goes around belongs to all of them, so that their attention is a plain sum.
+    in all.
     """
 
     pairs_of: type[CutCosts]
@@ -32,9 +34,13 @@ class Ring(RowCosts):
         self.calls_a_chunk = parts.size * self.pairs.calls_a_chunk
 
     def compute_s(self, tokens: Floats) -> Floats:
-        """The rank's rows, and g - 1 merges of their partial attention (by log-sum-exp, in float32)."""
+        """The rank's rows, g - 1 merges of their partial attention (by log-sum-exp), and what goes around put together.
+
+        A merge reads two results and writes one, in float32.
+        """
         parts, rows = self.parts, self.parts.rows(tokens)
-        return super().compute_s(tokens) + (parts.size - 1) * parts.merge_share * parts.elementwise_s(rows)
+        moved = (parts.size - 1) * 3 * parts.row_bytes.attended_float32 + 2 * parts.row_bytes.kv
+        return super().compute_s(tokens) + parts.moved_s(rows, moved)
 
     def sent_s(self, tokens: Floats) -> Floats:
         """Latencies of g - 1 messages; their bytes count beside the attention of each chunk."""
@@ -49,6 +55,19 @@ class Ring(RowCosts):
         """The chunk's pairs with a token of context, which goes around beside it."""
         passed_s = np.full_like(chunk, self._passed_token_s)
         return self.parts.overlap.together(self.pairs.slope_s(chunk), passed_s)
+
+    def least_base_s(self, chunk: Floats) -> Floats:
+        """See `CutCosts`."""
+        return self.parts.overlap.together(self.pairs.least_base_s(chunk), chunk * self._passed_token_s)
+
+    def least_slope_s(self, chunk: Floats) -> Floats:
+        """See `CutCosts`."""
+        passed_s = np.full_like(chunk, self._passed_token_s)
+        return self.parts.overlap.together(self.pairs.least_slope_s(chunk), passed_s)
+
+    def share_of_sum(self, chunk: Sequence[int], context: Sequence[int]) -> float:
+        """See `CutCosts`: as the pairs are shared."""
+        return self.pairs.share_of_sum(chunk, context)
 
     @property
     def _passed_token_s(self) -> float:

@@ -13,6 +13,13 @@ from tuner.fit.sequence.cut_costs import RowCosts, WholeCosts
 class Ulysses(RowCosts):
     """An all-to-all of queries, keys and values before attention, one of its result after it: both waited for."""
 
+    def compute_s(self, tokens: Floats) -> Floats:
+        """The rank's rows, which are sorted by rank before each all-to-all and put together after it: q|k|v are copied
+        three times, the result twice."""
+        parts = self.parts
+        moved = 6 * parts.row_bytes.ulysses_in + 4 * parts.row_bytes.attended
+        return super().compute_s(tokens) + parts.moved_s(parts.rows(tokens), moved)
+
     def sent_s(self, tokens: Floats) -> Floats:
         """Both all-to-alls of a rank's rows; sums over the TP group."""
         parts, rows = self.parts, self.parts.rows(tokens)
