@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Self
 
 from db.errors import UserError
@@ -13,6 +12,7 @@ from db.rows.hardware import Hardware
 from db.rows.measurements import Measurement
 from profiler.hardware.datasheet import published_multiprocessors
 from profiler.model import PRECISIONS, ModelShape
+from profiler.sequence.heads import most_heads
 from profiler.sequence.kind import SPKind
 from tuner.fit.curve import Curve, fit_curve, without_spikes
 from tuner.plan.plan import Weights
@@ -92,7 +92,7 @@ class RankWork:
         sizes = self.shape.layer.attention.sizes(self.tp_size)
         if self.sp_kind is not SPKind.ULYSSES:
             return sizes
-        heads, kv_heads = _most_heads(sizes["heads"], sizes["kv_heads"], self.sp_size)
+        heads, kv_heads = most_heads(sizes["heads"], sizes["kv_heads"], self.sp_size)
         return sizes | {"heads": heads, "kv_heads": kv_heads}
 
     @property
@@ -125,15 +125,6 @@ class RankWork:
     def vocab_slice(self) -> int:
         """Rows of the head that a rank holds at most."""
         return self.shape.head.sizes(self.tp_size)[0]
-
-
-def _most_heads(heads: int, kv_heads: int, size: int) -> tuple[int, int]:
-    """Query and KV heads of the rank that has most: consecutive query heads, and those that they attend to."""
-    per_kv = heads // kv_heads
-    firsts = [heads * rank // size for rank in range(size + 1)]
-    pairs = list(pairwise(firsts))
-    most_kv = max((end - 1) // per_kv - first // per_kv + 1 for first, end in pairs)
-    return max(end - first for first, end in pairs), most_kv
 
 
 @dataclass(frozen=True, slots=True)
