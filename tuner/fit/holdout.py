@@ -9,7 +9,8 @@ import numpy as np
 
 from db.rows.measurements import Measurement
 from tuner.fit.attention_rows import AttentionRows
-from tuner.fit.rows import RankWork, Rows, expected_s, fit_rows
+from tuner.fit.curve import fit_rows
+from tuner.fit.rows import RankWork, Rows, expected_s
 
 WIDEST_GAP = 4  # leaving a point out may open a gap of this ratio, twice the profile's own finest
 UNTESTED = 0.1  # the error of an operation none of whose points can be left out

@@ -16,9 +16,9 @@ from tuner.fit.attention_fit import SPLIT_ROWS, TILE_ROWS, AttentionCurve
 from tuner.fit.attention_rows import AttentionRows, require_attention
 from tuner.fit.calibration import Calibration, fit_calibration
 from tuner.fit.correction import Correction
-from tuner.fit.curve import Curve, Floats, fit_line
+from tuner.fit.curve import Curve, Floats, fit_line, fit_rows
 from tuner.fit.rank_skew import RankSkew, fit_rank_skew
-from tuner.fit.rows import RankWork, Rows, expected_s, fit_rows
+from tuner.fit.rows import RankWork, Rows, expected_s
 from tuner.fit.sequence.cut_costs import CutCosts
 from tuner.fit.sequence.kinds import COSTS, usual_cut
 from tuner.fit.sequence.messages import fit_messages, fit_overlap, layer_weight_bytes, row_bytes

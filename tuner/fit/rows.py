@@ -14,7 +14,6 @@ from profiler.hardware.datasheet import published_multiprocessors
 from profiler.model import PRECISIONS, ModelShape
 from profiler.sequence.heads import most_heads
 from profiler.sequence.kind import SPKind
-from tuner.fit.curve import Curve, fit_curve, without_spikes
 from tuner.plan.plan import Weights
 
 LEAST_SHARE, LEAST_POINTS = 0.3, 3  # of the points of the load measured most densely; the coarsest profile has three
@@ -179,12 +178,6 @@ class Rows:
         if not found:
             raise UserError("measurements", f"no {op} rows for {why}", "measure them first: isochunk profile")
         return found
-
-
-def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
-    """The curve of what rows are expected to cost over one of their sizes, single disturbed points smoothed."""
-    sizes = [row.shape[at] for row in rows]
-    return fit_curve(sizes, without_spikes(sizes, [expected_s(row, ranks=ranks) for row in rows]))
 
 
 def expected_s(row: Measurement, *, ranks: int = 1) -> float:

@@ -12,8 +12,8 @@ from profiler.model import PRECISIONS
 from profiler.model.precision import FLOAT32
 from profiler.points.point import BESIDE, Op, strided
 from profiler.sequence.kind import SPKind
-from tuner.fit.curve import Curve, fit_line
-from tuner.fit.rows import RankWork, Rows, expected_s, fit_rows
+from tuner.fit.curve import Curve, fit_line, fit_rows
+from tuner.fit.rows import RankWork, Rows, expected_s
 from tuner.fit.sequence.kinds import MESSAGES
 from tuner.fit.sequence.overlap import APART, ON_A_CARD, Overlap
 from tuner.fit.sequence.parts import RowBytes
