@@ -7,7 +7,8 @@ from pathlib import Path
 
 from profiler.model import ModelShape
 from profiler.points.kernel_choice import KernelChoice
-from tuner.plan.plan import Parallel, Request, Round
+from profiler.sequence.kind import SequenceCut, round_cuts
+from tuner.plan.plan import Chunk, Parallel, Request, Round
 
 Interval = tuple[float, float]
 """Start and finish, in seconds."""
@@ -28,12 +29,29 @@ class Job:
     max_new_tokens: int
     repeat: int
     kernels: KernelChoice
+    cuts: tuple[SequenceCut, ...] = ()  # of each round; none: as usual for the kind
+    overlaps: bool = True  # whether exchanges run beside compute where they can; off to measure what that gives
     settle_s: float = 0.0  # passes before the measured ones take at least so long together: clocks fall under load
 
     @property
     def round_tokens(self) -> tuple[int, ...]:
         """Tokens of each round."""
         return tuple(sum(chunk.tokens for chunk in chunks) for chunks in self.rounds)
+
+    @property
+    def round_cuts(self) -> tuple[SequenceCut, ...]:
+        """How each round is cut among the ranks that share its rows."""
+        return round_cuts(self.parallel.sp_kind, self.cuts, len(self.rounds))
+
+    @property
+    def cached_rounds(self) -> list[Round]:
+        """Rounds that fill the KV of cached tokens, no larger than the plan's own; they run before the clock starts."""
+        most = max(self.round_tokens)
+        return [
+            (Chunk(index, start, min(most, request.cached_tokens - start)),)
+            for index, request in enumerate(self.requests)
+            for start in range(0, request.cached_tokens, most)
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,4 +72,5 @@ class RankReport:
     first: Pass | None  # from rest, where passes that do not count came before the others
     passes: tuple[Pass, ...]
     decode: Pass
+    memory_bytes: int | None = None  # of the card in use at the end, by whatever holds it; None on a CPU
     token_ids: tuple[tuple[int, ...], ...] | None  # the new ones of each request

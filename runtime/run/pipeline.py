@@ -13,9 +13,11 @@ from profiler.comm.links.group import Groups
 from profiler.comm.ranks.mark import Doing, Progress
 from profiler.kernels.attention import attends_on_device
 from profiler.kernels.recording import new_scratch, record
+from profiler.sequence.kind import usual_cut
 from runtime.job.job import Job
 from runtime.job.place import Place
 from runtime.run.clock import Clock
+from runtime.stage.share import RoundShare
 from runtime.stage.stage import Stage
 from tuner.plan.memory import MOST_RECORDED
 from tuner.plan.plan import Round
@@ -30,8 +32,12 @@ class Pipeline:
         self.prompts = [torch.tensor(ids, device=device) for ids in job.prompts] if place.is_first else []
         self.next_ids = torch.zeros(len(job.requests), device=device, dtype=torch.int64)  # of each request
         # Decode hands on one row of every request.
+        self.rounds = [stage.scheme.share(*one) for one in zip(job.rounds, job.round_cuts, strict=True)]
+        cut = usual_cut(job.parallel.sp_kind)
+        self.cached_rounds = [stage.scheme.share(chunks, cut) for chunks in job.cached_rounds]
+        self.most_rows = max(share.num_rows for share in [*self.rounds, *self.cached_rounds])
         sizes = MessageSizes(
-            max_tokens=max(*job.round_tokens, len(job.requests)),
+            max_tokens=max(self.most_rows, len(job.requests)),
             hidden_size=job.shape.hidden_size,
             num_requests=len(job.requests),
         )
@@ -46,10 +52,10 @@ class Pipeline:
 
     def warm_up(self) -> None:
         """Build what is built lazily: kernels for the rounds' shapes, connections between the stages."""
-        self.stage.warm_up(self.job.rounds)
+        self.stage.warm_up(self.rounds)
         if self.job.max_new_tokens > 1:
             self._compute_step()  # what it writes to the slab, the first step writes again
-        most = max(self.job.round_tokens)
+        most = self.most_rows
         if self.inbound:
             self.inbound.expect([most])
             self.inbound.receive()
@@ -72,13 +78,13 @@ class Pipeline:
             torch.cuda.empty_cache()  # recordings keep their scratch memory elsewhere
         scratch = new_scratch(self.stage.device)
         self.recorded = [
-            record(partial(self._compute, index, chunks), self.stage.device, scratch)
-            for index, chunks in enumerate(self.job.rounds[:MOST_RECORDED])
+            record(partial(self._compute, index, share), self.stage.device, scratch)
+            for index, share in enumerate(self.rounds[:MOST_RECORDED])
         ]
         if self.job.max_new_tokens > 1 and attends_on_device(self.stage.device):
             self.recorded_step = record(self._compute_step, self.stage.device, scratch)
             if self.stage.device.type == "cuda":
-                self.stage.step.restart()
+                self.stage.scheme.step.restart()
                 self.recorded_step()  # a graph's first launch also brings it to the card
 
     def close(self) -> None:
@@ -86,27 +92,27 @@ class Pipeline:
         self.recorded.clear()
         self.recorded_step = None
 
-    def fill_cache(self, rounds: Sequence[Round]) -> None:
+    def fill_cache(self) -> None:
         """Run rounds that the plan does not count: cached tokens of its requests."""
-        self._begin([num_tokens(chunks) for chunks in rounds])
-        for index, chunks in enumerate(rounds):
-            self._run(partial(self._compute, index, chunks))
+        self._begin([share.num_rows for share in self.cached_rounds])
+        for index, share in enumerate(self.cached_rounds):
+            self._run(partial(self._compute, index, share))
         self.links.drain()
 
     def prefill(self) -> None:
         """Run the plan's rounds. `next_ids` of the last stage then holds each prompt's next token."""
-        rounds = self.job.rounds
+        rounds = self.rounds
         window = self.job.window or len(rounds)
-        self._begin([num_tokens(chunks) for chunks in rounds])
-        for index, chunks in enumerate(rounds):
-            self._mark(index, until_s=self.arrival_s(chunks))
+        self._begin([share.num_rows for share in rounds])
+        for index, share in enumerate(rounds):
+            self._mark(index, until_s=self.arrival_s(share.chunks))
             if self.place.is_first:
-                self._wait_for_arrival(chunks)
+                self._wait_for_arrival(share.chunks)
                 if self.back and index >= window:
                     self._wait(Doing.RETURN, self.last)
                     self.back.wait_acknowledged()
             is_recorded = index < len(self.recorded)
-            self._run(self.recorded[index] if is_recorded else partial(self._compute, index, chunks))
+            self._run(self.recorded[index] if is_recorded else partial(self._compute, index, share))
             if self.back and self.place.is_last and index + window < len(rounds):
                 self.back.acknowledge()
         self.links.drain()
@@ -114,7 +120,7 @@ class Pipeline:
     def decode(self, num_steps: int) -> torch.Tensor:
         """Run `num_steps` steps of one token of every request -> on the last stage, all new ids [1 + num_steps, R]."""
         chosen = [self.next_ids.clone()]
-        self.stage.step.restart()
+        self.stage.scheme.step.restart()
         for step in range(num_steps):
             self._mark(len(self.job.rounds) + step)
             if self.back and self.place.is_last:
@@ -157,13 +163,13 @@ class Pipeline:
         if self.outbound:
             self.outbound.send(hidden)
 
-    def _compute(self, index: int, chunks: Round) -> torch.Tensor:
+    def _compute(self, index: int, share: RoundShare) -> torch.Tensor:
         """Everything of a round that the device does, between its hidden states' arrival and their departure."""
-        count = num_tokens(chunks)
-        received = self.inbound.buffer(index, count) if self.inbound else self.stage.embed(self._token_ids(chunks))
-        hidden = self.stage.forward(chunks, received)
+        rows = share.num_rows
+        received = self.inbound.buffer(index, rows) if self.inbound else self.stage.embed(self._token_ids(share))
+        hidden = self.stage.forward(share, received)
         if self.place.is_last:
-            self._choose(chunks, hidden)
+            self._choose(share, hidden)
         return self._lay_out(index, hidden)
 
     def _compute_step(self) -> torch.Tensor:
@@ -184,14 +190,18 @@ class Pipeline:
         place = self.outbound.buffer(index, hidden.shape[0])
         return hidden if place is None else place.copy_(hidden)
 
-    def _token_ids(self, chunks: Round) -> torch.Tensor:
-        return torch.cat([self.prompts[chunk.request][chunk.start : chunk.end] for chunk in chunks])
+    def _token_ids(self, share: RoundShare) -> torch.Tensor:
+        """Of this rank's rows; 0 for padding."""
+        ids = [self.prompts[chunk.request][chunk.start : chunk.end] for chunk in share.token_ranges()]
+        if share.padding:
+            ids.append(torch.zeros(share.padding, device=self.stage.device, dtype=torch.int64))
+        return torch.cat(ids)
 
-    def _choose(self, chunks: Round, hidden: torch.Tensor) -> None:
-        rows = self.stage.final_rows(chunks)
-        if rows:
-            ids = self.stage.next_ids(hidden, rows.values())
-            for index, request in enumerate(rows):
+    def _choose(self, share: RoundShare, hidden: torch.Tensor) -> None:
+        requests = self.stage.final_requests(share)
+        if requests:
+            ids = self.stage.next_ids(self.stage.final_hidden(share, hidden))
+            for index, request in enumerate(requests):
                 self.next_ids[request] = ids[index]  # a copy on the device: no index travels to it
 
     def _wait_for_arrival(self, chunks: Round) -> None:
@@ -207,8 +217,3 @@ class Pipeline:
     def _wait(self, doing: Doing, peer: int | None) -> None:
         if self.marks_here:
             self.progress.wait(doing, peer)
-
-
-def num_tokens(chunks: Round) -> int:
-    """Rows of a round's hidden states."""
-    return sum(chunk.tokens for chunk in chunks)

@@ -32,6 +32,7 @@ class RunResult:
     rounds: tuple[RoundTime, ...]
     decode_s: tuple[float, ...]  # of each token after the first: from token to token
     rested_makespan_s: float | None = None  # of a pass from rest, where the others were run on settled devices
+    memory_bytes: int | None = None  # in use on the fullest card at the end
     warm_up_s: float = 0.0  # on the slowest rank, before the first pass
     predicted_makespan_s: float | None = None
     mfu: float | None = None  # of the published peak of all devices
@@ -63,6 +64,7 @@ class RunResult:
             "mfu_of_ceiling": self.mfu_of_ceiling,
             "decode_s": self.decode_s,
             "warm_up_s": self.warm_up_s,
+            "memory_bytes": self.memory_bytes,
             "run_id": self.run_id,
             "rounds": [asdict(time) for time in self.rounds],
         }
@@ -138,6 +140,7 @@ def make_result(
         decode_s=_decode_s(reports),
         rested_makespan_s=merge_passes(firsts).makespan_s if firsts else None,
         warm_up_s=max(report.warm_up_s for report in reports),
+        memory_bytes=max((report.memory_bytes for report in reports if report.memory_bytes is not None), default=None),
         predicted_makespan_s=prediction.makespan_s,
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from db.errors import UserError
 from profiler.model import ModelShape
 from profiler.sequence.kind import SPKind
-from tuner.plan.plan import StageOrder, Weights
+from tuner.plan.plan import Parallel, StageOrder, Weights
 
 MAX_WORLD_SIZE = 100_000
 MOST_REFUSALS = 64
@@ -49,6 +49,12 @@ class Layout:
         if self.weights is Weights.GATHERED:
             words.append("gathered weights")
         return " ".join(words)
+
+
+def layout_of(parallel: Parallel) -> Layout:
+    """The layout of a plan, without the layers of its groups."""
+    names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights")
+    return Layout(**{name: getattr(parallel, name) for name in names})
 
 
 def enumerate_layouts(

@@ -10,7 +10,7 @@ from typing import Any
 
 from db.errors import UserError
 from db.files.documents import located, of_schema, parse, read_json, write_json
-from profiler.sequence.kind import CUTS, SequenceCut, SPKind
+from profiler.sequence.kind import CUTS, SequenceCut, SPKind, round_cuts
 from tuner.plan.cost_model import MAX_SECONDS, MAX_TOKENS
 
 SCHEMA = "isochunk.plan/2"
@@ -223,7 +223,7 @@ class Plan:
     @property
     def round_cuts(self) -> tuple[SequenceCut, ...]:
         """How each round is cut."""
-        return self.cuts or (CUTS[self.parallel.sp_kind][0],) * len(self.rounds)
+        return round_cuts(self.parallel.sp_kind, self.cuts, len(self.rounds))
 
     def to_json(self) -> dict[str, Any]:
         """The content of an isochunk.plan/2 file."""

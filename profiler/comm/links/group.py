@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ import torch.distributed as dist
 from profiler.comm.links.mesh import Host, Hosts, Mesh, Transport, agree
 from profiler.hardware.device import nccl_link
 
-Reduce = Callable[[torch.Tensor], torch.Tensor]
-# Torch 2.13 gave it a new name.
+# Torch 2.13 gave them new names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class RankGroup:
@@ -24,21 +24,89 @@ class RankGroup:
     def __init__(self, group: dist.ProcessGroup | None = None, size: int = 1, rank: int = 0) -> None:
         self.group, self.size, self.rank = group, size, rank  # this rank's place among them
 
-    def reduce(self, bias: torch.Tensor | None) -> Reduce:
-        """Make the function that sums partial results [T, N] in place and adds a row-parallel bias [N] once."""
+    def reduce(self, bias: torch.Tensor | None) -> Reduction:
+        """What sums partial results over the ranks and adds a row-parallel bias [N] once."""
+        return Reduction(self, bias)
 
-        def sum_ranks(partial: torch.Tensor) -> torch.Tensor:
-            if self.group is not None:
-                dist.all_reduce(partial, group=self.group)
-            return partial if bias is None else partial + bias
+    def sum(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors, in place."""
+        if self.group is not None:
+            dist.all_reduce(partial, group=self.group)
+        return partial
 
-        return sum_ranks
+    def sum_scatter(self, partial: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of the sum: [size * P, ...] -> [P, ...]."""
+        if self.group is None:
+            return partial
+        mine = partial.new_empty((partial.shape[0] // self.size, *partial.shape[1:]))
+        _reduce_scatter(mine.view(-1), partial.reshape(-1), group=self.group)
+        return mine
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Stack the tensors of all ranks: [...] -> [size, ...]."""
+        return self.begin_gather(tensor)()
+
+    def begin_gather(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to stack the tensors of all ranks; what it returns waits and gives [size, ...]."""
         stacked = tensor.new_empty((self.size, *tensor.shape))
-        _all_gather(stacked.view(-1), tensor.reshape(-1), group=self.group)
-        return stacked
+        sent = tensor.reshape(-1)
+        return _waiting(_all_gather(stacked.view(-1), sent, group=self.group, async_op=True), stacked, sent)
+
+    def exchange(self, parts: Sequence[torch.Tensor], received: Sequence[int]) -> list[torch.Tensor]:
+        """Send part i to rank i; received: how many numbers each rank sends here -> flat tensors, one a rank."""
+        sent = torch.cat([part.reshape(-1) for part in parts])
+        arrived = sent.new_empty(sum(received))
+        dist.all_to_all_single(arrived, sent, list(received), [part.numel() for part in parts], group=self.group)
+        return list(arrived.split(list(received)))
+
+    def begin_pass_on(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to send a tensor to the next rank and to receive one from the rank before; waits and gives that one."""
+        assert self.group is not None
+        arrived, sent = torch.empty_like(tensor), tensor.contiguous()
+        peers = [dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (1, -1)]
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, sent, peers[0], self.group), dist.P2POp(dist.irecv, arrived, peers[1], self.group)]
+        )
+
+        def wait() -> torch.Tensor:
+            for work in works:
+                work.wait()
+            del sent_until_done[:]
+            return arrived
+
+        sent_until_done = [sent]
+        return wait
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """Sums partial results over a group and adds a row-parallel bias [N] once. See `profiler.layers.layer_inputs`."""
+
+    group: RankGroup
+    bias: torch.Tensor | None
+
+    def __call__(self, partial: torch.Tensor) -> torch.Tensor:
+        """partial: [T, N], summed in place -> [T, N]."""
+        return self._with_bias(self.group.sum(partial))
+
+    def scatter(self, partial: torch.Tensor) -> torch.Tensor:
+        """partial: [size * P, N] -> this rank's rows of the sum [P, N]."""
+        return self._with_bias(self.group.sum_scatter(partial))
+
+    def _with_bias(self, summed: torch.Tensor) -> torch.Tensor:
+        return summed if self.bias is None else summed + self.bias
+
+
+def _waiting(work: dist.Work, result: torch.Tensor, sent: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Wait for work, and keep what it sends until then."""
+    kept = [sent]
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        kept.clear()
+        return result
+
+    return wait
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,11 +27,13 @@ from profiler.comm.links.mesh import Transport
 from profiler.comm.links.peer_link import HIDDEN, PeerInbound, PeerOutbound, PeerReturn
 from profiler.comm.links.peer_memory import Queue
 from profiler.comm.ranks.mark import Progress
+from profiler.sequence.kind import SequenceCut
 from runtime.job.job import Job
 from runtime.job.place import Place
 from runtime.run import pipeline as pipeline_module
 from runtime.run.pipeline import Pipeline
-from tuner.plan.plan import Chunk, Parallel, Request
+from runtime.stage.share import RoundShare
+from tuner.plan.plan import Chunk, Parallel, Request, Round
 
 WIDTH = 1
 CPU = torch.device("cpu")
@@ -145,17 +147,24 @@ class FakeRank:
     def forward_step(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.forward((), hidden)
 
-    def final_rows(self, _chunks: object) -> dict[int, int]:
-        return {}
+    def final_requests(self, _share: object) -> list[int]:
+        return []
 
-    def next_ids(self, hidden: torch.Tensor, _rows: object = None) -> torch.Tensor:
+    def next_ids(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.zeros(hidden.shape[0]).long()
 
     def restart(self) -> None: ...
 
     @property
+    def scheme(self) -> FakeRank:
+        return self
+
+    @property
     def step(self) -> FakeRank:
         return self
+
+    def share(self, chunks: Round, cut: SequenceCut) -> RoundShare:
+        return RoundShare.of(chunks, cut, size=1, rank=0)
 
     def warm_up(self, _rounds: object) -> None: ...
 

@@ -11,14 +11,16 @@ import torch
 
 from profiler.comm.links.group import Groups, RankGroup
 from profiler.comm.ranks.mark import Progress
+from profiler.sequence.kind import SequenceCut
 from runtime.job.job import Job
 from runtime.job.place import Place
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
+from runtime.stage.share import RoundShare
 from runtime.stage.stage import Stage
 from tests.runtime.cases import make_job, prompts, requests
 from tests.runtime.conftest import Generate
-from tuner.plan.plan import Chunk
+from tuner.plan.plan import Chunk, Round
 
 CPU = torch.device("cpu")
 LENGTHS = (30, 1, 77, 12, 5, 64, 9)
@@ -39,7 +41,7 @@ def job(checkpoint: Callable[[str], Path]) -> Job:
 
 
 def _stage(job: Job) -> Stage:
-    return Stage(job, Place.of(0, job.parallel), ALONE.tensor, CPU)
+    return Stage(job, Place.of(0, job.parallel), ALONE, CPU)
 
 
 @pytest.fixture
@@ -52,18 +54,22 @@ def pipeline(job: Job, tmp_path: Path) -> Pipeline:
     return pipeline
 
 
+def whole(chunks: Round) -> RoundShare:
+    return RoundShare.of(chunks, SequenceCut.WHOLE, size=1, rank=0)
+
+
 @torch.inference_mode()
 def test_steps_equal_forwards(job: Job) -> None:
     torch.manual_seed(0)
     stepped, forwarded = _stage(job), _stage(job)
     for stage in (stepped, forwarded):
         for chunks, ids in zip(job.rounds, job.prompts, strict=True):
-            stage.forward(chunks, stage.embed(torch.tensor(ids)))
+            stage.forward(whole(chunks), stage.embed(torch.tensor(ids)))
     for step in range(NEW_TOKENS - 1):
         hidden = torch.randn(len(LENGTHS), job.shape.hidden_size)
         chunks = tuple(Chunk(index, length + step, 1) for index, length in enumerate(LENGTHS))
-        torch.testing.assert_close(stepped.forward_step(hidden), forwarded.forward(chunks, hidden))
-    assert stepped.step.positions.tolist() == [length + NEW_TOKENS - 1 for length in LENGTHS]
+        torch.testing.assert_close(stepped.forward_step(hidden), forwarded.forward(whole(chunks), hidden))
+    assert stepped.scheme.step.positions.tolist() == [length + NEW_TOKENS - 1 for length in LENGTHS]
     torch.testing.assert_close(stepped.slab.keys, forwarded.slab.keys)
     torch.testing.assert_close(stepped.slab.values, forwarded.slab.values)
 
@@ -93,10 +99,10 @@ def test_decode_replays_one_recording_on_memory_that_stays(
     assert len(recorded) == len(job.rounds) + 1
     pipeline.prefill()
     monkeypatch.delattr(Pipeline, "_compute_step")  # decode has nothing but the recording
-    kept = pipeline.next_ids, pipeline.stage.step.positions
+    kept = pipeline.next_ids, pipeline.stage.scheme.step.positions
     addresses = [tensor.data_ptr() for tensor in kept]
     pipeline.decode(3)
-    assert [tensor.data_ptr() for tensor in (pipeline.next_ids, pipeline.stage.step.positions)] == addresses
+    assert [tensor.data_ptr() for tensor in (pipeline.next_ids, pipeline.stage.scheme.step.positions)] == addresses
     pipeline.close()
     assert pipeline.recorded_step is None
 

@@ -1,0 +1,30 @@
+"""What inputs ask of the ranks that share the rows of a round: the exchanges of sequence parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+Wait = Callable[[], torch.Tensor]
+"""Waits for an exchange that was begun (on a card the current stream does, not the host), and returns its result."""
+
+
+class RowGroup(Protocol):
+    """Ranks that share rows. Every rank calls the same exchanges in the same order, with tensors of the same size."""
+
+    size: int
+    rank: int  # this rank's place among them
+
+    def begin_gather(self, tensor: torch.Tensor) -> Wait:
+        """Begin to stack the tensors of all ranks: [...] -> [size, ...]."""
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same, waited for."""
+
+    def exchange(self, parts: Sequence[torch.Tensor], received: Sequence[int]) -> list[torch.Tensor]:
+        """Send part i to rank i; received: how many numbers each rank sends here -> flat tensors, one a rank."""
+
+    def begin_pass_on(self, tensor: torch.Tensor) -> Wait:
+        """Begin to send a tensor to the next rank in a ring, and to receive as large a one from the rank before."""
