@@ -44,8 +44,8 @@ class AttentionRows:
         )
 
 
-def require_attention(rows: Rows, work: RankWork, *, busy_ranks: int, why: str) -> list[Measurement]:
-    """Attention rows of the heads that a rank attends with; raises `UserError` when there are none.
+def attention_rows(rows: Rows, work: RankWork, *, busy_ranks: int) -> list[Measurement]:
+    """Attention rows of the heads that a rank attends with.
 
     Where heads are cut for attention alone and so many were not measured, rows of the next larger number stand for
     them, in proportion: blocks of work go by heads.
@@ -53,16 +53,23 @@ def require_attention(rows: Rows, work: RankWork, *, busy_ranks: int, why: str) 
     sizes = work.attention_sizes
     found = rows.select("attention", sizes, busy_ranks=busy_ranks, variant=None)
     if found or work.attending_size == work.tp_size:
-        return found or rows.require("attention", sizes, busy_ranks=busy_ranks, variant=None, why=why)
-    of_head = rows.require("attention", {"head_dim": sizes["head_dim"]}, busy_ranks=busy_ranks, variant=None, why=why)
-    more = {(row.shape["heads"], row.shape["kv_heads"]) for row in of_head if row.shape["heads"] >= sizes["heads"]}
+        return found
+    same_dim = rows.select("attention", {"head_dim": sizes["head_dim"]}, busy_ranks=busy_ranks, variant=None)
+    more = {(row.shape["heads"], row.shape["kv_heads"]) for row in same_dim if row.shape["heads"] >= sizes["heads"]}
     if not more:
-        return rows.require("attention", sizes, busy_ranks=busy_ranks, variant=None, why=why)
+        return []
     heads, kv_heads = min(more)
-    measured = rows.select(
-        "attention", sizes | {"heads": heads, "kv_heads": kv_heads}, busy_ranks=busy_ranks, variant=None
-    )
-    return [_scaled(row, sizes, sizes["heads"] / heads) for row in measured]
+    measured = sizes | {"heads": heads, "kv_heads": kv_heads}
+    share = sizes["heads"] / heads
+    return [
+        _scaled(row, sizes, share) for row in rows.select("attention", measured, busy_ranks=busy_ranks, variant=None)
+    ]
+
+
+def require_attention(rows: Rows, work: RankWork, *, busy_ranks: int, why: str) -> list[Measurement]:
+    """As `attention_rows`, but raises `UserError` that says what to measure when there are none."""
+    found = attention_rows(rows, work, busy_ranks=busy_ranks)
+    return found or rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None, why=why)
 
 
 def _scaled(row: Measurement, sizes: dict[str, int], share: float) -> Measurement:

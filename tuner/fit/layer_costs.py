@@ -11,7 +11,7 @@ from db.errors import UserError
 from db.rows.measurements import Measurement
 from profiler.model import PRECISIONS
 from profiler.points.point import RANK_LAYER, Op
-from profiler.sequence.kind import CUTS, SequenceCut
+from profiler.sequence.kind import CUTS, SequenceCut, usual_cut
 from tuner.fit.attention_fit import SPLIT_ROWS, TILE_ROWS, AttentionCurve
 from tuner.fit.attention_rows import AttentionRows, require_attention
 from tuner.fit.calibration import Calibration, fit_calibration
@@ -20,7 +20,7 @@ from tuner.fit.curve import Curve, Floats, fit_line, fit_rows
 from tuner.fit.rank_skew import RankSkew, fit_rank_skew
 from tuner.fit.rows import RankWork, Rows, expected_s
 from tuner.fit.sequence.cut_costs import CutCosts
-from tuner.fit.sequence.kinds import COSTS, usual_cut
+from tuner.fit.sequence.kinds import COSTS
 from tuner.fit.sequence.messages import fit_messages, fit_overlap, layer_weight_bytes, row_bytes
 from tuner.fit.sequence.overlap import Overlap
 from tuner.fit.sequence.parts import LayerParts, Seconds

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from profiler.sequence.cut import cut_round, rows_per_rank, share_tokens
-from profiler.sequence.kind import CUTS, SequenceCut, SPKind
+from profiler.sequence.kind import SequenceCut, SPKind, round_cuts, usual_cut
 from tuner.plan.kv_rows import assign_rows
 from tuner.plan.plan import Parallel, Request, Round
 
@@ -39,7 +39,7 @@ class RoundSizes:
         max_new_tokens: int,
     ) -> Self:
         """The sizes of these rounds in their cuts; left out, the usual one of the kind."""
-        size, cuts = parallel.sequence_size, cuts or (CUTS[parallel.sp_kind][0],) * len(rounds)
+        size, cuts = parallel.sequence_size, round_cuts(parallel.sp_kind, tuple(cuts), len(rounds))
         tokens = [[chunk.tokens for chunk in chunks] for chunks in rounds]
         rows = [rows_per_rank(chunks, cut, size) for chunks, cut in zip(tokens, cuts, strict=True)]
         slab_rows = assign_rows(requests, rounds, max_new_tokens=max_new_tokens).total
@@ -66,7 +66,7 @@ def _kept_tokens(
     for index, request in enumerate(requests):
         for start in range(0, request.cached_tokens, most):
             tokens = min(most, request.cached_tokens - start)
-            for rank, share in enumerate(cut_round([tokens], CUTS[SPKind.RING][0], size)):
+            for rank, share in enumerate(cut_round([tokens], usual_cut(SPKind.RING), size)):
                 kept[index][rank] += share_tokens(share)
     for chunks, cut in zip(rounds, cuts, strict=True):
         for rank, share in enumerate(cut_round([chunk.tokens for chunk in chunks], cut, size)):

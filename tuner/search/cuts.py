@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from profiler.sequence.kind import CUTS, SequenceCut
+from profiler.sequence.kind import CUTS, SequenceCut, usual_cut
 from tuner.fit.layer_costs import LayerCosts
-from tuner.fit.sequence.kinds import usual_cut
 from tuner.plan.cost_model import Floats
 from tuner.plan.plan import Request, Round
 from tuner.rounds.round_plan import RoundPlan

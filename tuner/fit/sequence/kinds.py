@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from profiler.points.point import Op
-from profiler.sequence.kind import CUTS, SequenceCut, SPKind
+from profiler.sequence.kind import SequenceCut, SPKind
 from tuner.fit.sequence.cut_costs import CutCosts, WholeCosts
 from tuner.fit.sequence.gather import GatherContiguous, GatherZigzag
 from tuner.fit.sequence.megatron import Megatron
@@ -31,8 +31,3 @@ MESSAGES: dict[SPKind, tuple[Op, ...]] = {
     SPKind.MEGATRON: (Op.ALL_GATHER, Op.REDUCE_SCATTER),
 }
 """What moves between the ranks that share the rows."""
-
-
-def usual_cut(kind: SPKind) -> SequenceCut:
-    """The cut that plans assume until one is chosen for each round."""
-    return CUTS[kind][0]

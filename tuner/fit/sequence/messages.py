@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
@@ -35,6 +36,32 @@ def row_bytes(work: RankWork) -> RowBytes:
         attended=number_bytes(attended),
         attended_float32=FLOAT32.num_bytes(attended),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerMessage:
+    """A collective that a layer does `count` times between the ranks that share the rows."""
+
+    op: Op
+    token_bytes: float
+    """Bytes of the message for each token that the layer's products run on a rank."""
+    count: int
+
+
+def layer_messages(work: RankWork) -> tuple[LayerMessage, ...]:
+    """The collectives of a layer whose size goes with the rows of a round; what a ring passes goes with the context."""
+    size, carried = work.sequence_size, row_bytes(work)
+    match work.sp_kind:
+        case SPKind.GATHER:
+            return (LayerMessage(op=Op.ALL_GATHER, token_bytes=size * carried.kv, count=1),)
+        case SPKind.ULYSSES:
+            mean = (carried.ulysses_in + carried.attended) / 2
+            return (LayerMessage(op=Op.ALL_TO_ALL, token_bytes=mean, count=2),)
+        case SPKind.MEGATRON:
+            ops = (Op.ALL_GATHER, Op.REDUCE_SCATTER)
+            return tuple(LayerMessage(op=op, token_bytes=carried.hidden, count=2) for op in ops)
+        case _:
+            return ()
 
 
 def layer_weight_bytes(work: RankWork) -> int:
