@@ -82,14 +82,14 @@ def write_gathered(gathered: torch.Tensor, rows: torch.Tensor, keys: torch.Tenso
     num_ranks, _, num_kv_heads, num_rows, head_dim = gathered.shape
     grid = (num_ranks * triton.cdiv(num_rows, ROWS_PER_PROGRAM), 2 * num_kv_heads)
     _write_gathered[grid](
-        gathered, rows, keys, values, num_rows, num_kv_heads, keys.stride(0), values.stride(0),
+        gathered, rows, keys, values, num_rows, num_kv_heads, gathered.stride(0), keys.stride(0), values.stride(0),
         DIM=head_dim, DIM_BLOCK=triton.next_power_of_2(head_dim), ROWS=ROWS_PER_PROGRAM, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def _write_gathered(
-    gathered, rows, keys, values, num_rows, num_kv_heads, key_stride, value_stride,
+    gathered, rows, keys, values, num_rows, num_kv_heads, rank_stride, key_stride, value_stride,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(num_rows, ROWS)
@@ -99,7 +99,7 @@ def _write_gathered(
     at = tl.arange(0, DIM_BLOCK)[None, :]
     place = tl.load(rows + rank * num_rows + row, mask=row < num_rows, other=-1)
     inside = (place >= 0)[:, None] & (at < DIM)
-    source = gathered + ((rank * 2 * num_kv_heads + head) * num_rows + row[:, None]) * DIM + at
+    source = gathered + rank * rank_stride + (head * num_rows + row[:, None]) * DIM + at
     numbers = tl.load(source, mask=inside, other=0.0)
     is_key = head < num_kv_heads
     target = place[:, None] * DIM + at

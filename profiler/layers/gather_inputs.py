@@ -44,7 +44,7 @@ class GatherInputs(RoundInputs):
     ) -> torch.Tensor:
         """See `LayerInputs`."""
         num_kv_heads, _, head_dim = keys.shape
-        new = keys.new_empty(2, num_kv_heads, normed.shape[0], head_dim)
+        new = self.group.new_part(keys, (2, num_kv_heads, normed.shape[0], head_dim))
         apart = layer.project_apart(normed) if self.overlaps else None
         if apart is None:
             q = layer.rotate(layer.project(normed), self.staged, new[0], new[1])
@@ -56,4 +56,5 @@ class GatherInputs(RoundInputs):
             q = layer.rotate(project_q(), self.staged, new[0, :0], new[1, :0])
             gathered = wait()
         write_gathered(gathered, self.gathered_rows, self.runs, keys, values)
+        self.group.release()
         return layer.attend(q, self, keys, values)

@@ -17,6 +17,12 @@ class RowGroup(Protocol):
     size: int
     rank: int  # this rank's place among them
 
+    def new_part(self, like: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """Where this rank lays what it gathers next, of `like`'s type; empty. `release` follows the gather."""
+
+    def release(self) -> None:
+        """What was gathered last has been read."""
+
     def begin_gather(self, tensor: torch.Tensor) -> Wait:
         """Begin to stack the tensors of all ranks: [...] -> [size, ...]."""
 

@@ -40,8 +40,10 @@ class Pipeline:
             max_tokens=max(self.most_rows, len(job.requests)),
             hidden_size=job.shape.hidden_size,
             num_requests=len(job.requests),
+            gathered=stage.scheme.gathered_numbers(self.most_rows),
         )
         self.links = make_links(groups, sizes, device, stage.dtype)
+        stage.scheme.use(self.links.sequence)
         self.inbound, self.outbound, self.back = self.links.inbound, self.links.outbound, self.links.back
         self.source = groups.inbound.peer if groups.inbound else None
         self.last = groups.back.peer if groups.back else None

@@ -54,6 +54,13 @@ class Scheme:
         """The ranks that share the rows of a round."""
         return RankGroup()
 
+    def use(self, sequence: RankGroup) -> None:
+        """Exchange through these links from now on."""
+
+    def gathered_numbers(self, num_rows: int) -> int:
+        """Numbers that this rank gathers at most of a layer, in a round of which it has so many rows."""
+        return 0
+
     def share(self, chunks: Round, cut: SequenceCut) -> RoundShare:
         """What this rank runs of a round."""
         size = sharing_size(self.job.parallel, cut)
@@ -99,6 +106,15 @@ class GatherScheme(Scheme):
     def group_of(self, groups: Groups) -> RankGroup:
         """See `Scheme`."""
         return groups.sequence
+
+    def use(self, sequence: RankGroup) -> None:
+        """See `Scheme`."""
+        self.group = sequence
+
+    def gathered_numbers(self, num_rows: int) -> int:
+        """See `Scheme`."""
+        layers = self.job.shape.layer_kinds
+        return max(2 * self.kv_heads(layer) * layer.attention.head_dim for layer in layers) * num_rows
 
     def round_inputs(self, share: RoundShare) -> LayerInputs:
         """See `Scheme`."""

@@ -1,13 +1,13 @@
-"""The links of a rank across its two boundaries and back, by the transports that its groups were made for."""
+"""The links of a rank: across its two boundaries, back, and to the ranks that share its rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from profiler.comm.links.buffers import STAGED
-from profiler.comm.links.group import Groups
+from profiler.comm.links.group import Groups, RankGroup
 from profiler.comm.links.link import (
     CollectiveInbound,
     CollectiveOutbound,
@@ -17,8 +17,9 @@ from profiler.comm.links.link import (
     Return,
 )
 from profiler.comm.links.mesh import Transport
+from profiler.comm.links.peer_gather import PeerGatherGroup, gather_lanes
 from profiler.comm.links.peer_link import SLOTS, PeerInbound, PeerOutbound, PeerReturn, link_lanes
-from profiler.comm.links.peer_memory import PeerMemory
+from profiler.comm.links.peer_memory import Lane, PeerMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class Links:
     inbound: Inbound | None = None
     outbound: Outbound | None = None
     back: Return | None = None
+    sequence: RankGroup = field(default_factory=RankGroup)
 
     def drain(self) -> None:
         """Wait for all sends."""
@@ -38,22 +40,33 @@ class Links:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageSizes:
-    """The largest hidden states that cross a boundary, [max_tokens, hidden_size], and how many token ids go back."""
+    """The largest hidden states that cross a boundary, [max_tokens, hidden_size], how many token ids go back, and how
+    many numbers of keys and values a rank of a sequence-parallel group gathers of a layer at most."""
 
     max_tokens: int
     hidden_size: int
     num_requests: int
+    gathered: int = 0
 
 
 def make_links(groups: Groups, sizes: MessageSizes, device: torch.device, dtype: torch.dtype) -> Links:
     """Make the links of a rank; all ranks of a host call it together, whatever each of them needs."""
     pairs = (groups.inbound, groups.outbound, groups.back)
+    sequence, members = groups.sequence, groups.sequence_ranks
     memory = None
-    if groups.sharing is not None and any(pairs):
-        lanes = link_lanes(
-            max_tokens=sizes.max_tokens, hidden_size=sizes.hidden_size, dtype=dtype, num_requests=sizes.num_requests
-        )
-        memory = PeerMemory(groups.sharing.group, groups.sharing.ranks, lanes, device)
+    gathers = sizes.gathered > 0 and groups.sharing is not None and set(members) <= set(groups.sharing.ranks)
+    if groups.sharing is not None and (any(pairs) or gathers):
+        lanes: list[Lane] = []
+        if any(pairs):
+            lanes += link_lanes(
+                max_tokens=sizes.max_tokens, hidden_size=sizes.hidden_size, dtype=dtype, num_requests=sizes.num_requests
+            )
+        if gathers:
+            lanes += gather_lanes(len(members), sizes.gathered, dtype)
+        channels = 2 * SLOTS if gathers else 0
+        memory = PeerMemory(groups.sharing.group, groups.sharing.ranks, lanes, device, channels=channels)
+        if gathers:
+            sequence = PeerGatherGroup(sequence, members, memory, len(lanes) - len(members))
     size = (sizes.max_tokens, sizes.hidden_size)
     inbound: Inbound | None = None
     outbound: Outbound | None = None
@@ -82,4 +95,4 @@ def make_links(groups: Groups, sizes: MessageSizes, device: torch.device, dtype:
         else:
             assert pair.group is not None
             back = CollectiveReturn(pair.group, pair.peer, device=device)
-    return Links(inbound=inbound, outbound=outbound, back=back)
+    return Links(inbound=inbound, outbound=outbound, back=back, sequence=sequence)

@@ -46,6 +46,13 @@ class RankGroup:
         """Stack the tensors of all ranks: [...] -> [size, ...]."""
         return self.begin_gather(tensor)()
 
+    def new_part(self, like: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """Where this rank lays what it gathers next, of `like`'s type; empty."""
+        return like.new_empty(size)
+
+    def release(self) -> None:
+        """What was gathered last into such a part has been read."""
+
     def begin_gather(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begin to stack the tensors of all ranks; what it returns waits and gives [size, ...]."""
         stacked = tensor.new_empty((self.size, *tensor.shape))
@@ -132,6 +139,7 @@ class Groups:
 
     tensor: RankGroup
     sequence: RankGroup
+    sequence_ranks: tuple[int, ...]  # its members, this rank alone where there is no group
     inbound: Pair | None  # the stage before
     outbound: Pair | None  # the stage after
     back: Pair | None  # on the first stage the last one, and the other way round
@@ -166,12 +174,14 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
         group = group_of(ranks, backend="gloo")
         sharing = HostGroup(ranks=ranks, group=group) if rank in ranks else sharing
     tensor = sequence = None
+    sequence_ranks: tuple[int, ...] = (rank,)
     for ranks in mesh.tensor_groups():
         group = group_of(ranks)
         tensor = group if rank in ranks else tensor
     for ranks in mesh.sequence_groups():
         group = group_of(ranks)
-        sequence = group if rank in ranks else sequence
+        if rank in ranks:
+            sequence, sequence_ranks = group, ranks
     inbound = outbound = back = None
     for first, second in mesh.boundaries():
         pair = pair_of(first, second, few_blocks=True)
@@ -182,6 +192,7 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
     yield Groups(
         tensor=RankGroup(tensor, mesh.tp_size, mesh.place(rank)[2]),
         sequence=RankGroup(sequence, mesh.sp_size, mesh.place(rank)[1]),
+        sequence_ranks=sequence_ranks,
         inbound=inbound,
         outbound=outbound,
         back=back,

@@ -121,11 +121,17 @@ class StreamQueue:
 class PeerMemory:
     """Symmetric memory of all ranks of a host. See `Memory`; making one is collective over them.
 
-    group: all ranks of this host, over gloo; ranks: their global numbers.
+    group: all ranks of this host, over gloo; ranks: their global numbers; channels: of signals.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, ranks: Sequence[int], lanes: Sequence[Lane], device: torch.device
+        self,
+        group: dist.ProcessGroup,
+        ranks: Sequence[int],
+        lanes: Sequence[Lane],
+        device: torch.device,
+        *,
+        channels: int = 0,
     ) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
@@ -136,7 +142,7 @@ class PeerMemory:
         size_bytes = sum(lane.size_bytes for lane in lanes)
         self._buffer = symmetric_memory.empty(size_bytes, device=device, dtype=torch.uint8)
         self._handle = symmetric_memory.rendezvous(self._buffer, group)
-        num_words = len(lanes) * _KINDS * len(ranks)
+        num_words = (len(lanes) * _KINDS + channels) * len(ranks)
         if num_words * 4 > self._handle.signal_pad_size:
             raise RuntimeError(f"{num_words} counters do not fit into {self._handle.signal_pad_size} bytes")
         self._boxes = [[self._lane(member, lane) for lane in range(len(lanes))] for member in range(len(ranks))]
@@ -172,6 +178,36 @@ class PeerMemory:
         """See `Memory`."""
         assert isinstance(queue, StreamQueue)
         _wait(queue.stream, self._own_counter(lane, _FREED, receiver), count)
+
+    @property
+    def first_channel(self) -> int:
+        """The first signal channel whose flags lie beyond the counters."""
+        return len(self.lanes) * _KINDS
+
+    def inboxes(self, first: int, count: int) -> torch.Tensor:
+        """This rank's slots of equal lanes that lie one after the other, [count, numbers], each with its padding."""
+        lane = self.lanes[first]
+        width = lane.size_bytes // lane.dtype.itemsize
+        start = self._starts[first] // lane.dtype.itemsize
+        return self._handle.get_buffer(self._me, (count, width), lane.dtype, start)
+
+    def copy_part(self, queue: Queue, receiver: int, lane: int, slot: int, source: torch.Tensor) -> None:
+        """Copy `source` [1, n] to the front of the receiver's slot [1, width]."""
+        assert isinstance(queue, StreamQueue)
+        with torch.cuda.stream(queue.stream):
+            self._boxes[self._member[receiver]][lane][slot, :, : source.shape[1]].copy_(source)
+
+    def signal(self, queue: Queue, receiver: int, channel: int) -> None:
+        """Set this rank's flag at the receiver, once what this queue copied has arrived and the flag is clear."""
+        assert isinstance(queue, StreamQueue)
+        with torch.cuda.stream(queue.stream):
+            self._handle.put_signal(self._member[receiver], channel)
+
+    def await_signal(self, queue: Queue, sender: int, channel: int) -> None:
+        """Wait for the sender's flag and clear it."""
+        assert isinstance(queue, StreamQueue)
+        with torch.cuda.stream(queue.stream):
+            self._handle.wait_signal(self._member[sender], channel)
 
     def new_queue(self) -> Queue:
         """See `Memory`."""

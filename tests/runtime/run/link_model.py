@@ -163,6 +163,11 @@ class FakeRank:
     def step(self) -> FakeRank:
         return self
 
+    def use(self, _group: object) -> None: ...
+
+    def gathered_numbers(self, _num_rows: int) -> int:
+        return 0
+
     def share(self, chunks: Round, cut: SequenceCut) -> RoundShare:
         return RoundShare.of(chunks, cut, size=1, rank=0)
 
@@ -266,8 +271,8 @@ class Case:
         everyone: Any = None
         back = pair(self.pp_size - 1 - rank) if rank in (0, self.pp_size - 1) else None
         return Groups(
-            tensor=RankGroup(), sequence=RankGroup(), inbound=pair(rank - 1), outbound=pair(rank + 1), back=back,
-            everyone=everyone, sharing=None,
+            tensor=RankGroup(), sequence=RankGroup(), sequence_ranks=(rank,), inbound=pair(rank - 1),
+            outbound=pair(rank + 1), back=back, everyone=everyone, sharing=None,
         )  # fmt: skip
 
 

@@ -26,8 +26,15 @@ CPU = torch.device("cpu")
 LENGTHS = (30, 1, 77, 12, 5, 64, 9)
 NEW_TOKENS = 12
 ALONE = Groups(
-    tensor=RankGroup(), sequence=RankGroup(), inbound=None, outbound=None, back=None, everyone=None, sharing=None
-)  # type: ignore[arg-type]  # only passes wait on it
+    tensor=RankGroup(),
+    sequence=RankGroup(),
+    sequence_ranks=(0,),
+    inbound=None,
+    outbound=None,
+    back=None,
+    everyone=None,
+    sharing=None,
+)  # type: ignore[arg-type]  # only passes wait on it  # fmt: skip
 
 
 @pytest.fixture
