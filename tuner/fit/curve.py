@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
+from db.rows.measurements import Measurement
+from tuner.fit.rows import expected_s
+
 Floats = npt.NDArray[np.float64]
 SPIKE = 1.15  # times its neighbours' cost of a unit: kernels differ by less, a core that was taken away by more
 _ROUNDS_OF_WEIGHTS = 30
@@ -50,6 +53,12 @@ def fit_curve(x: Sequence[float], seconds: Sequence[float]) -> Curve:
     weight = 1.0 / np.maximum(measured, 1e-12)
     rises, _ = nnls(steps * weight[:, None], measured * weight)
     return Curve(knots=knots, seconds=np.cumsum(rises))
+
+
+def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
+    """The curve of what rows are expected to cost over one of their sizes, single disturbed points smoothed."""
+    sizes = [row.shape[at] for row in rows]
+    return fit_curve(sizes, without_spikes(sizes, [expected_s(row, ranks=ranks) for row in rows]))
 
 
 def without_spikes(x: Sequence[float], seconds: Sequence[float]) -> list[float]:

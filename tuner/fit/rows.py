@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from db.errors import UserError
@@ -12,6 +12,9 @@ from db.rows.hardware import Hardware
 from db.rows.measurements import Measurement
 from profiler.hardware.datasheet import published_multiprocessors
 from profiler.model import PRECISIONS, ModelShape
+from profiler.sequence.heads import most_heads
+from profiler.sequence.kind import SPKind
+from tuner.plan.plan import Weights
 
 LEAST_SHARE, LEAST_POINTS = 0.3, 3  # of the points of the load measured most densely; the coarsest profile has three
 
@@ -25,12 +28,42 @@ class RankWork:
     tp_size: int
     num_multiprocessors: int | None = None
     """Of the rank's device, where it is a card that is known."""
+    sp_size: int = 1
+    sp_kind: SPKind = SPKind.NONE
+    weights: Weights = Weights.WHOLE
 
     @classmethod
-    def on(cls, hardware: Hardware, *, shape: ModelShape, dtype: str, tp_size: int) -> Self:
+    def on(
+        cls,
+        hardware: Hardware,
+        *,
+        shape: ModelShape,
+        dtype: str,
+        tp_size: int,
+        sp_size: int = 1,
+        sp_kind: SPKind = SPKind.NONE,
+        weights: Weights = Weights.WHOLE,
+    ) -> Self:
         """The work on a device of `hardware`."""
-        multiprocessors = published_multiprocessors(hardware.device)
-        return cls(shape=shape, dtype=dtype, tp_size=tp_size, num_multiprocessors=multiprocessors)
+        return cls(
+            shape=shape,
+            dtype=dtype,
+            tp_size=tp_size,
+            num_multiprocessors=published_multiprocessors(hardware.device),
+            sp_size=sp_size,
+            sp_kind=sp_kind,
+            weights=weights,
+        )
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks that hold a stage together, and wait for one another in every layer."""
+        return self.sp_size * self.tp_size
+
+    @property
+    def sequence_size(self) -> int:
+        """Ranks of a stage that share the rows of a round."""
+        return self.tp_size if self.sp_kind is SPKind.MEGATRON else self.sp_size
 
     @property
     def hidden_bytes(self) -> int:
@@ -43,9 +76,34 @@ class RankWork:
         return self.shape.layer.reduced_bytes(PRECISIONS[self.dtype])
 
     @property
+    def squares_bytes(self) -> tuple[int, ...]:
+        """Of these the sums of squares, where a norm spans the heads of all ranks."""
+        return self.reduced_bytes[:1] if self.shape.layer.attention.norms_all_heads else ()
+
+    @property
+    def attending_size(self) -> int:
+        """Ranks of a stage that attend with different heads."""
+        return self.stage_size if self.sp_kind is SPKind.ULYSSES else self.tp_size
+
+    @property
     def attention_sizes(self) -> dict[str, int]:
-        """Sizes that an `attention` row names beside chunk and context."""
-        return self.shape.layer.attention.sizes(self.tp_size)
+        """Sizes that an `attention` row names beside chunk and context: the most heads that a rank attends with."""
+        sizes = self.shape.layer.attention.sizes(self.tp_size)
+        if self.sp_kind is not SPKind.ULYSSES:
+            return sizes
+        heads, kv_heads = most_heads(sizes["heads"], sizes["kv_heads"], self.sp_size)
+        return sizes | {"heads": heads, "kv_heads": kv_heads}
+
+    @property
+    def without_sequence(self) -> Self:
+        """The same with tensor parallelism alone."""
+        return replace(self, sp_size=1, sp_kind=SPKind.NONE, weights=Weights.WHOLE)
+
+    def __str__(self) -> str:
+        words = f"{self.shape.name} at tp_size {self.tp_size}"
+        if self.sp_kind is not SPKind.NONE:
+            words += f", sp_size {self.sp_size} {self.sp_kind}" if self.sp_size > 1 else f", sp_kind {self.sp_kind}"
+        return f"{words} in {self.dtype}"
 
     @property
     def layer_sizes(self) -> dict[str, int]:

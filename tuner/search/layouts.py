@@ -106,11 +106,24 @@ def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: 
         requests=target.requests,
         model=dict(target.shape.config) | {"name": target.shape.name},
         precision=target.dtype,
-        parallel=Parallel(tp_size=layout.tp_size, pp_size=layout.pp_size, layer_partition=candidate.layer_partition),
+        parallel=_parallel(layout, candidate.layer_partition),
         window=rules.window,
         threads_per_rank=target.threads_per_rank,
         cost_model=candidate.costs.cost_model(candidate.layer_partition).to_json(),
         uncertainty=uncertainty,
+    )
+
+
+def _parallel(layout: Layout, layer_partition: tuple[int, ...]) -> Parallel:
+    return Parallel(
+        tp_size=layout.tp_size,
+        pp_size=layout.pp_size,
+        layer_partition=layer_partition,
+        sp_size=layout.sp_size,
+        sp_kind=layout.sp_kind,
+        virtual_stages=layout.virtual_stages,
+        stage_order=layout.stage_order,
+        weights=layout.weights,
     )
 
 
@@ -137,15 +150,17 @@ def _with_rounds(target: Target, candidate: Candidate, rounds: RoundPlan) -> Can
     layout = candidate.layout
     memory = rounds_memory(
         target.shape,
+        _parallel(layout, candidate.layer_partition),
         target.requests,
         rounds.rounds,
         dtype=target.dtype,
-        tp_size=layout.tp_size,
-        layer_partition=candidate.layer_partition,
         max_new_tokens=target.max_new_tokens,
         device_type=target.device_type,
     )
     refusal = memory_refusal(
-        memory, tp_size=layout.tp_size, device_type=target.device_type, memory_bytes=target.memory_bytes
+        memory,
+        stage_size=layout.sp_size * layout.tp_size,
+        device_type=target.device_type,
+        memory_bytes=target.memory_bytes,
     )
     return replace(candidate, rounds=rounds, memory=memory, refusal=refusal)

@@ -4,6 +4,7 @@ import pytest
 
 from db.errors import UserError
 from profiler.model import load_model_shape
+from tests.tuner.memory_sizes import stages, whole_rounds
 from tuner.plan.layout import enumerate_layouts
 from tuner.plan.memory import MOST_RECORDED, SEND_BUFFER_BYTES, RankMemory, memory_refusal, rank_memory
 
@@ -11,51 +12,42 @@ LLAMA = load_model_shape("llama-3-8b")
 
 
 def test_weights_of_all_ranks_are_the_model() -> None:
-    stages = rank_memory(
-        LLAMA, dtype="bfloat16", tp_size=1, layer_partition=(16, 16), slab_tokens=0, max_round_tokens=0,
-        all_tokens=0, num_rounds=8, device_type="cuda",
-    )  # fmt: skip
-    assert sum(stage.weights_bytes for stage in stages) == 2 * LLAMA.num_parameters
+    memory = rank_memory(LLAMA, stages(16, 16), whole_rounds(0, 0, 0), dtype="bfloat16", device_type="cuda")
+    assert sum(stage.weights_bytes for stage in memory) == 2 * LLAMA.num_parameters
 
 
 def test_kv_cache_of_a_long_prompt_is_counted_exactly() -> None:
-    (stage,) = rank_memory(
-        LLAMA, dtype="bfloat16", tp_size=1, layer_partition=(32,), slab_tokens=131072, max_round_tokens=2048,
-        all_tokens=131072, num_rounds=8, device_type="cuda",
-    )  # fmt: skip
+    (stage,) = rank_memory(LLAMA, stages(32), whole_rounds(131072, 2048, 131072), dtype="bfloat16", device_type="cuda")
     assert stage.kv_bytes == 131072 * 2 * 32 * 8 * 128 * 2
 
 
 def test_kv_heads_are_replicated_beyond_their_number() -> None:
     def kv_bytes(tp_size: int) -> int:
         (stage,) = rank_memory(
-            LLAMA, dtype="bfloat16", tp_size=tp_size, layer_partition=(32,), slab_tokens=1024, max_round_tokens=64,
-            all_tokens=1024, num_rounds=8, device_type="cuda",
-        )  # fmt: skip
+            LLAMA, stages(32, tp_size=tp_size), whole_rounds(1024, 64, 1024), dtype="bfloat16", device_type="cuda"
+        )
         return stage.kv_bytes
 
     assert kv_bytes(8) == kv_bytes(16) == kv_bytes(1) // 8
 
 
 def test_ranks_of_a_host_share_its_memory() -> None:
-    stages = rank_memory(
-        LLAMA, dtype="float32", tp_size=2, layer_partition=(16, 16), slab_tokens=1024, max_round_tokens=64,
-        all_tokens=1024, num_rounds=8, device_type="cpu",
-    )  # fmt: skip
-    enough = 2 * sum(stage.total_bytes for stage in stages)
-    assert memory_refusal(stages, tp_size=2, device_type="cpu", memory_bytes=2 * enough) is None
-    refusal = memory_refusal(stages, tp_size=2, device_type="cpu", memory_bytes=enough)
+    memory = rank_memory(
+        LLAMA, stages(16, 16, tp_size=2), whole_rounds(1024, 64, 1024), dtype="float32", device_type="cpu"
+    )
+    enough = 2 * sum(stage.total_bytes for stage in memory)
+    assert memory_refusal(memory, stage_size=2, device_type="cpu", memory_bytes=2 * enough) is None
+    refusal = memory_refusal(memory, stage_size=2, device_type="cpu", memory_bytes=enough)
     assert refusal is not None
     assert "GiB" in refusal
 
 
 def test_unfinished_sends_are_counted_where_there_is_a_stage_to_send_to() -> None:
     def unsent_bytes(device_type: str, all_tokens: int) -> list[int]:
-        stages = rank_memory(
-            LLAMA, dtype="float32", tp_size=1, layer_partition=(16, 16), slab_tokens=1024, max_round_tokens=1024,
-            all_tokens=all_tokens, num_rounds=8, device_type=device_type,
-        )  # fmt: skip
-        return [stage.unsent_bytes for stage in stages]
+        memory = rank_memory(
+            LLAMA, stages(16, 16), whole_rounds(1024, 1024, all_tokens), dtype="float32", device_type=device_type
+        )
+        return [stage.unsent_bytes for stage in memory]
 
     row_bytes = LLAMA.hidden_size * 4
     assert unsent_bytes("cpu", 2000) == [2000 * row_bytes, 0]
@@ -65,10 +57,8 @@ def test_unfinished_sends_are_counted_where_there_is_a_stage_to_send_to() -> Non
 
 def test_recorded_rounds_are_counted_on_cards() -> None:
     def stage(device_type: str, num_rounds: int) -> RankMemory:
-        (only,) = rank_memory(
-            LLAMA, dtype="bfloat16", tp_size=1, layer_partition=(32,), slab_tokens=1024, max_round_tokens=1024,
-            all_tokens=10**6, num_rounds=num_rounds, device_type=device_type,
-        )  # fmt: skip
+        sizes = whole_rounds(1024, 1024, 10**6, num_rounds)
+        (only,) = rank_memory(LLAMA, stages(32), sizes, dtype="bfloat16", device_type=device_type)
         return only
 
     assert stage("cpu", 10).total_bytes == stage("cpu", 1000).total_bytes
