@@ -18,6 +18,7 @@ from db.store.engine import Database, open_database
 from profiler.hardware.device import default_device_type, default_num_threads, describe_hardware
 from profiler.model import load_model_shape, precision_of
 from profiler.model.shape import default_dtype
+from profiler.sequence.kind import SPKind
 from service.use_cases.contest import contest
 from service.use_cases.options import flag_of
 from service.use_cases.tune_options import TuneOptions
@@ -26,8 +27,8 @@ from tuner.fit.correction import fit_correction, load_measured_rounds
 from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
 from tuner.fit.rows import RankWork
-from tuner.plan.layout import Layout, enumerate_layouts
-from tuner.plan.plan import Request
+from tuner.plan.layout import Layout, Pins, enumerate_layouts
+from tuner.plan.plan import Request, StageOrder
 from tuner.search.layouts import Candidate, Target, search_layouts, to_plan
 from tuner.search.rules import Rules
 
@@ -44,8 +45,9 @@ def tune_model(
     shape = load_model_shape(options.model)
     if options.dtype is not None:
         precision_of(options.dtype, field=flag_of(options, "dtype"))
-    world_size = options.world_size or (options.tp_size or 1) * (options.pp_size or 1)
-    layouts = enumerate_layouts(shape, world_size, tp_size=options.tp_size, pp_size=options.pp_size)
+    pins = pins_of(options)
+    world_size = options.world_size or pins.num_ranks
+    layouts = enumerate_layouts(shape, world_size, pins)
     with open_database(options.db_url) as database:
         hardware = _hardware(database, options, world_size)
         device_type = DEVICE_TYPE[hardware.backend]
@@ -78,6 +80,18 @@ def tune_model(
         return replace(report, hardware=hardware)
 
 
+def pins_of(options: TuneOptions) -> Pins:
+    """What the options keep fixed of the layout."""
+    return Pins(
+        tp_size=options.tp_size,
+        pp_size=options.pp_size,
+        sp_size=options.sp_size,
+        sp_kind=None if options.sp_kind == "auto" else SPKind(options.sp_kind),
+        virtual_stages=options.virtual_stages,
+        stage_order=None if options.stage_order == "auto" else StageOrder(options.stage_order),
+    )
+
+
 def _hardware(database: Database, options: TuneOptions, world_size: int) -> Hardware:
     """The hardware asked for, the only one of its kind that was measured, or this machine."""
     if options.hardware_id is not None:
@@ -107,7 +121,14 @@ def _fitter(
         measured = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
         return replace(costs, correction=fit_correction(measured))
 
-    return lambda layout: fit(layout.tp_size, layout.world_size)
+    def fit_layout(layout: Layout) -> LayerCosts:
+        if layout.sp_kind is not SPKind.NONE:
+            raise UserError("sp_kind", layout.sp_kind, "its costs are not known")
+        if layout.virtual_stages > 1:
+            raise UserError("virtual_stages", layout.virtual_stages, "their costs are not known")
+        return fit(layout.tp_size, layout.world_size)
+
+    return fit_layout
 
 
 def _report(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from db.errors import UserError
@@ -131,6 +131,13 @@ class Rows:
     """The measurements of one hardware and dtype, asked by operation and sizes."""
 
     measurements: Sequence[Measurement]
+    _by_op: Mapping[str, list[Measurement]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_op: dict[str, list[Measurement]] = defaultdict(list)
+        for row in self.measurements:
+            by_op[row.op].append(row)
+        object.__setattr__(self, "_by_op", by_op)
 
     def select(
         self,
@@ -148,9 +155,8 @@ class Rows:
         """
         found = [
             row
-            for row in self.measurements
-            if row.op == op
-            and group_size in (None, row.group_size)
+            for row in self._by_op.get(op, ())
+            if group_size in (None, row.group_size)
             and variant in (None, row.variant)
             and all(row.shape.get(name) == value for name, value in sizes.items())
         ]
