@@ -175,7 +175,7 @@ def _of_kinds(shape: ModelShape, plain: Layout, pins: Pins) -> Iterator[Layout]:
         for kind in (SPKind.NONE, SPKind.MEGATRON) if plain.tp_size > 1 else (SPKind.NONE,):
             yield replace(plain, sp_kind=kind)
         return
-    for kind in OWN_RANKS if pins.sp_kind is None else (pins.sp_kind,):
+    for kind in OWN_RANKS if pins.sp_kind not in OWN_RANKS else (pins.sp_kind,):
         heads = min(layer.attention.heads.count for layer in shape.layer_kinds) // plain.tp_size
         if kind is SPKind.ULYSSES and plain.sp_size > heads:
             if pins.sp_kind is kind:
