@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 
 import click
 
@@ -27,9 +26,12 @@ from tuner.fit.correction import fit_correction, load_measured_rounds
 from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
 from tuner.fit.rows import RankWork
-from tuner.plan.layout import Layout, Pins, enumerate_layouts
-from tuner.plan.plan import Request, StageOrder
+from tuner.plan.layout import ANY, Layout, Pins, enumerate_layouts
+from tuner.plan.plan import Request
+from tuner.plan.stage_order import StageOrder
+from tuner.plan.topology import load_topology
 from tuner.search.layouts import Candidate, Target, search_layouts, to_plan
+from tuner.search.links import Links
 from tuner.search.rules import Rules
 
 # Rows that a card's products are tiled by: between multiples their rate falls, and so finely they are measured.
@@ -46,7 +48,10 @@ def tune_model(
     if options.dtype is not None:
         precision_of(options.dtype, field=flag_of(options, "dtype"))
     pins = pins_of(options)
-    world_size = options.world_size or pins.num_ranks
+    topology = None if options.topology is None else load_topology(options.topology)
+    world_size = options.world_size or (topology.num_cards if topology and pins == ANY else pins.num_ranks)
+    if topology is not None:
+        topology.check_world(world_size)
     layouts = enumerate_layouts(shape, world_size, pins)
     with open_database(options.db_url) as database:
         hardware = _hardware(database, options, world_size)
@@ -68,7 +73,8 @@ def tune_model(
                 f"measure them first: isochunk profile {options.model} --world-size {world_size} --dtype {target.dtype}"
             )
             raise UserError("measurements", f"none in {target.dtype} on {hardware.device}", allowed)
-        fit = _fitter(database, hardware, target, rows, correct=options.correct)
+        links = Links(rows, topology)
+        fit = _fitter(database, hardware, target, links, correct=options.correct)
         candidates = search_layouts(target, layouts, rules, fit)
         report = _report(target, candidates, rules, rows, compare=options.compare)
         if options.measure is not None:
@@ -108,25 +114,39 @@ def _hardware(database: Database, options: TuneOptions, world_size: int) -> Hard
 
 
 def _fitter(
-    database: Database, hardware: Hardware, target: Target, rows: list[Measurement], *, correct: bool
+    database: Database, hardware: Hardware, target: Target, links: Links, *, correct: bool
 ) -> Callable[[Layout], LayerCosts]:
-    """Costs of a layout: fitted once for each tensor-parallel size and load, corrected by earlier runs."""
+    """Costs of a layout: fitted once for all layouts of the same work, load and messages, corrected by earlier runs."""
 
-    @cache
-    def fit(tp_size: int, busy_ranks: int) -> LayerCosts:
-        work = RankWork.on(hardware, shape=target.shape, dtype=target.dtype, tp_size=tp_size)
-        costs = fit_layer_costs(rows, work, busy_ranks=busy_ranks)
+    fits: dict[object, LayerCosts | UserError] = {}
+
+    def fit(layout: Layout) -> LayerCosts:
+        work = RankWork.on(
+            hardware,
+            shape=target.shape,
+            dtype=target.dtype,
+            tp_size=layout.tp_size,
+            sp_size=layout.sp_size,
+            sp_kind=layout.sp_kind,
+            weights=layout.weights,
+        )
+        costs = fit_layer_costs(links.rows_for(layout), work, busy_ranks=layout.world_size)
         if not correct:
             return costs
-        measured = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
-        return replace(costs, correction=fit_correction(measured))
+        rounds = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
+        return replace(costs, correction=fit_correction(rounds))
 
     def fit_layout(layout: Layout) -> LayerCosts:
-        if layout.sp_kind is not SPKind.NONE:
-            raise UserError("sp_kind", layout.sp_kind, "its costs are not known")
-        if layout.virtual_stages > 1:
-            raise UserError("virtual_stages", layout.virtual_stages, "their costs are not known")
-        return fit(layout.tp_size, layout.world_size)
+        key = (layout.tp_size, layout.sp_size, layout.sp_kind, layout.weights, layout.pp_size > 1, *links.key(layout))
+        if key not in fits:
+            try:
+                fits[key] = fit(layout)
+            except UserError as error:
+                fits[key] = error
+        found = fits[key]
+        if isinstance(found, UserError):
+            raise found
+        return found
 
     return fit_layout
 

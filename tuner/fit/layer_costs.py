@@ -26,6 +26,7 @@ from tuner.fit.sequence.overlap import Overlap
 from tuner.fit.sequence.parts import LayerParts, Seconds
 from tuner.plan.cost_model import CostModel, StageCost, TableAttention
 from tuner.plan.plan import Weights
+from tuner.plan.stage_order import StageOrder, stages_of_groups
 
 # Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
 DENSE_STEP, DENSE_END, MIDDLE_STEP, MIDDLE_END = SPLIT_ROWS, 4096, TILE_ROWS, 16384
@@ -62,6 +63,28 @@ class LayerCosts:
     """The largest chunk that all parts of a layer were measured at; plans beyond it are extrapolated."""
     max_context: int
     """The longest context measured."""
+    virtual_stages: int = 1
+    """Groups of layers that a stage holds in the cost models that are made."""
+    stage_order: StageOrder = StageOrder.LOOP
+
+    def interleaved(self, virtual_stages: int, stage_order: StageOrder) -> LayerCosts:
+        """The same costs where each stage holds so many groups of layers."""
+        return replace(self, virtual_stages=virtual_stages, stage_order=stage_order)
+
+    def with_links(self, factor: float) -> LayerCosts:
+        """The same where all that is sent takes the `factor`-th part of its time; infinity: none."""
+
+        def shorter(curve: Curve) -> Curve:
+            return replace(curve, seconds=curve.seconds / factor)
+
+        return replace(
+            self,
+            all_reduce=None if self.all_reduce is None else shorter(self.all_reduce),
+            messages={op: shorter(curve) for op, curve in self.messages.items()},
+            hop_latency_s=self.hop_latency_s / factor,
+            hop_byte_s=self.hop_byte_s / factor,
+            return_s=self.return_s / factor,
+        )
 
     def compute_s(self, tokens: Floats) -> Floats:
         """Token-wise seconds of a layer without collectives: matmuls and element-wise work, uncalibrated."""
@@ -85,7 +108,7 @@ class LayerCosts:
         return seconds
 
     def cost_model(self, layer_partition: Sequence[int], cut: SequenceCut | None = None) -> CostModel:
-        """The cost model of stages of so many layers each: embedding on the first, head on the last.
+        """The cost model of groups of so many layers each: embedding in the first, head in the last.
 
         cut: of every round; left out, the usual one of the kind.
         """
@@ -106,7 +129,7 @@ class LayerCosts:
         )
 
     def _model(self, layer_partition: Sequence[int], cut: SequenceCut, *, least: bool) -> CostModel:
-        pp_size = len(layer_partition)
+        pp_size, last = len(layer_partition) // self.virtual_stages, len(layer_partition) - 1
         stages = tuple(
             self._stage(
                 num_layers,
@@ -114,10 +137,12 @@ class LayerCosts:
                 self.correction.of_stage(pp_size, stage),
                 cut=cut,
                 least=least,
-                first=stage == 0,
-                last=stage == pp_size - 1,
+                first=group == 0,
+                last=group == last,
             )
-            for stage, num_layers in enumerate(layer_partition)
+            for group, (num_layers, stage) in enumerate(
+                zip(layer_partition, stages_of_groups(pp_size, self.virtual_stages, self.stage_order), strict=True)
+            )
         )
         sharing = 1 if cut is SequenceCut.WHOLE else self.work.sequence_size  # a rank hands on its own rows
         return CostModel(
@@ -125,6 +150,8 @@ class LayerCosts:
             hop_latency_s=self.hop_latency_s,
             hop_token_s=self.hop_byte_s * self.work.hidden_bytes / sharing,
             return_s=self.return_s,
+            virtual_stages=self.virtual_stages,
+            stage_order=self.stage_order,
         )
 
     def least_layers(self, pp_size: int) -> tuple[StageCost, ...]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from db.errors import UserError
 from db.files.documents import located, of_schema, parse, read_json
 from profiler.comm.links.mesh import Mesh
 from tuner.plan.layout import MAX_WORLD_SIZE, Layout
-from tuner.plan.plan import StageOrder
+from tuner.plan.stage_order import StageOrder
 
 SCHEMA = "isochunk.topology/1"
 MOST_GB_S, MOST_LATENCY_US = 1e6, 1e6
@@ -69,19 +70,8 @@ class Topology:
 
     def reach(self, layout: Layout) -> Reach:
         """How many hosts the groups of a layout span, and whether a hand-off between stages leaves a host."""
-        mesh = Mesh(pp_size=layout.pp_size, sp_size=layout.sp_size, tp_size=layout.tp_size)
-        pairs = list(mesh.boundaries())
-        if layout.virtual_stages > 1 and layout.stage_order is StageOrder.LOOP:
-            pairs += mesh.returns()
-        return Reach(
-            tensor=self._most_hosts(mesh.tensor_groups()),
-            sequence=self._most_hosts(mesh.sequence_groups()),
-            boundary=self._most_hosts(pairs),
-        )
-
-    def _most_hosts(self, groups: Iterable[tuple[int, ...]]) -> int:
-        """Hosts of the group that spans most; 1 where there is none."""
-        return max((len({rank // self.cards_per_host for rank in group}) for group in groups), default=1)
+        loops = layout.virtual_stages > 1 and layout.stage_order is StageOrder.LOOP
+        return _reach(self.cards_per_host, layout.pp_size, layout.sp_size, layout.tp_size, loops)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +81,19 @@ class Reach:
     tensor: int
     sequence: int
     boundary: int
+
+
+@lru_cache(maxsize=4096)
+def _reach(cards_per_host: int, pp_size: int, sp_size: int, tp_size: int, loops: bool) -> Reach:
+    mesh = Mesh(pp_size=pp_size, sp_size=sp_size, tp_size=tp_size)
+
+    def most_hosts(groups: Iterable[tuple[int, ...]]) -> int:
+        return max((len({rank // cards_per_host for rank in group}) for group in groups), default=1)
+
+    pairs = list(mesh.boundaries()) + (list(mesh.returns()) if loops else [])
+    return Reach(
+        tensor=most_hosts(mesh.tensor_groups()), sequence=most_hosts(mesh.sequence_groups()), boundary=most_hosts(pairs)
+    )
 
 
 def load_topology(path: str | Path) -> Topology:

@@ -36,7 +36,8 @@ import numpy as np
 from tuner.fit.layer_costs import LayerCosts
 from tuner.plan.cost_model import Floats
 from tuner.plan.layout import Layout
-from tuner.plan.plan import Request, StageOrder
+from tuner.plan.plan import Request
+from tuner.plan.stage_order import StageOrder
 from tuner.rounds.relaxation import Envelope, Work, envelopes
 from tuner.rounds.schedule import Objective
 from tuner.rounds.uneven import least_ratio

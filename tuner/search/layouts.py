@@ -112,24 +112,30 @@ def search_layouts(
     every: sketch all of them.
     """
     candidates = [_fitted(target, layout, fit_layout) for layout in layouts]
+    shared = [candidate.costs for candidate in candidates]
     batch = Batch.of(target.requests, rules.limits.max_round_tokens)
     floors = Floors(batch, target.shape.num_layers)
     waiting: list[tuple[tuple[float, ...], bool, int]] = []
+
+    def floor_of(index: int, *, close: bool) -> tuple[float, ...]:
+        costs = shared[index]
+        assert costs is not None
+        return floors.of(candidates[index].layout, costs).score(rules.objective, close=close)
+
     for index, candidate in enumerate(candidates):
         if candidate.costs is not None:
-            floor = floors.of(candidate.layout, candidate.costs).score(rules.objective, close=False)
-            waiting.append((floor, False, index))
+            waiting.append((floor_of(index, close=False), False, index))
+            costs = candidate.costs.interleaved(candidate.layout.virtual_stages, candidate.layout.stage_order)
+            candidates[index] = replace(candidate, costs=costs)
     heapq.heapify(waiting)
     best: tuple[float, ...] = (math.inf,)
     while waiting:
         floor, is_close, index = heapq.heappop(waiting)
         candidate = candidates[index]
-        assert candidate.costs is not None
         if floor >= best and not every:
             candidates[index] = replace(candidate, floor=floor)
         elif not is_close:
-            floor = floors.of(candidate.layout, candidate.costs).score(rules.objective, close=True)
-            heapq.heappush(waiting, (floor, True, index))
+            heapq.heappush(waiting, (floor_of(index, close=True), True, index))
         else:
             candidates[index] = replace(_sketched(target, candidate, rules), floor=floor)
             best = min(best, candidates[index].score(rules.objective))

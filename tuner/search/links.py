@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from db.rows.measurements import Measurement
 from db.store.provenance import code_version, now
-from profiler.points.point import Op
+from profiler.points.point import Op, strided
 from profiler.sequence.kind import SPKind
 from tuner.plan.layout import Layout
 from tuner.plan.topology import LinkSpeed, Topology
@@ -96,9 +96,9 @@ class Links:
             found.append(Assumed(2, 0, hosts))
         return tuple(dict.fromkeys(found))
 
-    def load(self, layout: Layout) -> int:
-        """Ranks at work, as far as rows tell one load from another."""
-        return min(layout.world_size, self._most_busy)
+    def key(self, layout: Layout) -> tuple[int, tuple[Assumed, ...]]:
+        """What layouts of the same work differ in: ranks at work, as far as rows tell loads apart, and assumptions."""
+        return min(layout.world_size, self._most_busy), self.assumed(layout)
 
     def rows_for(self, layout: Layout) -> Sequence[Measurement]:
         """The rows, those of messages that were not measured as the layout sends them made by the formulas."""
@@ -113,12 +113,12 @@ class Links:
     def _made(self, group: Assumed, layout: Layout) -> Iterator[Measurement]:
         assert self.topology is not None and self.rows
         link = self.topology.between_hosts if group.hosts > 1 else self.topology.inside_host
-        variant = f"stride{group.stride}" if group.stride > 1 else ""
+        variant, made_at, made_by = strided("", group.stride or 1), now(), code_version()
         for op in GROUP_OPS if group.stride else (Op.SEND_RECV,):
             for num_bytes in MESSAGE_BYTES:
                 us = 1e6 * seconds(op, num_bytes, group.group_size, link)
                 yield Measurement(
                     op=op, dtype=self.rows[0].dtype, shape={"bytes": num_bytes}, group_size=group.group_size,
                     busy_ranks=layout.world_size, variant=variant, num_samples=1, median_us=us, p10_us=us, p90_us=us,
-                    min_us=us, std_us=0.0, noisy=False, measured_at=now(), code_version=code_version(),
+                    min_us=us, std_us=0.0, noisy=False, measured_at=made_at, code_version=made_by,
                 )  # fmt: skip
