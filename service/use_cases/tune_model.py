@@ -13,6 +13,7 @@ from db.rows.hardware import Hardware, get_hardware, list_hardware, save_hardwar
 from db.rows.measurements import Measurement, load_measurements
 from db.rows.plans import save_plan_row
 from db.rows.processes import process_row
+from db.rows.runs import RunStatus, list_runs
 from db.store.engine import Database, open_database
 from profiler.hardware.device import default_device_type, default_num_threads, describe_hardware
 from profiler.model import load_model_shape, precision_of
@@ -25,12 +26,12 @@ from service.use_cases.tune_report import TuneReport
 from tuner.fit.correction import fit_correction, load_measured_rounds
 from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
-from tuner.fit.rows import RankWork
+from tuner.fit.rows import RankWork, Rows
 from tuner.plan.layout import ANY, Layout, Pins, enumerate_layouts
 from tuner.plan.plan import Request
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.topology import load_topology
-from tuner.search.layouts import Candidate, Target, search_layouts, to_plan
+from tuner.search.layouts import Candidate, Target, search_layouts, to_plan, with_rounds
 from tuner.search.links import Links
 from tuner.search.rules import Rules
 
@@ -73,7 +74,7 @@ def tune_model(
                 f"measure them first: isochunk profile {options.model} --world-size {world_size} --dtype {target.dtype}"
             )
             raise UserError("measurements", f"none in {target.dtype} on {hardware.device}", allowed)
-        links = Links(rows, topology)
+        links = Links(Rows(rows), topology)
         fit = _fitter(database, hardware, target, links, correct=options.correct)
         candidates = search_layouts(target, layouts, rules, fit)
         report = _report(target, candidates, rules, rows, compare=options.compare)
@@ -119,6 +120,7 @@ def _fitter(
     """Costs of a layout: fitted once for all layouts of the same work, load and messages, corrected by earlier runs."""
 
     fits: dict[object, LayerCosts | UserError] = {}
+    has_runs = bool(list_runs(database, status=RunStatus.DONE, limit=1))
 
     def fit(layout: Layout) -> LayerCosts:
         work = RankWork.on(
@@ -131,7 +133,7 @@ def _fitter(
             weights=layout.weights,
         )
         costs = fit_layer_costs(links.rows_for(layout), work, busy_ranks=layout.world_size)
-        if not correct:
+        if not (correct and has_runs):
             return costs
         rounds = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
         return replace(costs, correction=fit_correction(rounds))
@@ -156,12 +158,13 @@ def _report(
 ) -> TuneReport:
     """The best candidate's plan with its rivals and its uncertainty. Raises UserError when every layout is refused."""
     best = candidates[0]
-    if best.refusal or best.rounds is None or best.costs is None:
+    if best.refusal or best.rounds is None:
         raise UserError("layouts", "", "none can run: " + "; ".join(f"{c.layout}: {c.refusal}" for c in candidates))
-    work, cost = best.costs.work, best.costs.cost_model(best.layer_partition)
+    cost = best.layout_costs.cost_model(best.layer_partition)
     found = contest(cost, target.requests, rules, compare=compare, planned=best.rounds)
-    best = replace(best, rounds=found.planned)
-    held_out = held_out_errors(rows, work, busy_ranks=best.layout.world_size)
+    if found.planned is not best.rounds:
+        best = with_rounds(target, best, found.planned, rules)
+    held_out = held_out_errors(rows, best.layout_costs.work, busy_ranks=best.layout.world_size)
     return TuneReport(
         plan=to_plan(target, best, rules, uncertainty=best.uncertainty(held_out)),
         policies=found.policies,

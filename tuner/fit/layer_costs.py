@@ -266,12 +266,12 @@ def _least_stage(stages: Sequence[StageCost]) -> StageCost:
     )
 
 
-def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> LayerCosts:
+def fit_layer_costs(measurements: Sequence[Measurement] | Rows, work: RankWork, *, busy_ranks: int) -> LayerCosts:
     """Fit the rows of one hardware and dtype; raises `UserError` when a part has no rows.
 
     busy_ranks: ranks at work at once when the plan runs; rows taken under the nearest such load are used.
     """
-    rows, why, ranks = Rows(measurements), str(work), work.stage_size
+    rows, why, ranks = Rows.of(measurements), str(work), work.stage_size
     projections, elementwise = _token_wise(rows, work, busy_ranks)
     attention = AttentionRows(require_attention(rows, work, busy_ranks=busy_ranks, why=why), work)
 

@@ -35,6 +35,12 @@ class Layout:
     weights: Weights = Weights.WHOLE
     refusal: str | None = None
 
+    @classmethod
+    def of(cls, parallel: Parallel) -> Layout:
+        """The layout of a plan."""
+        names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights")
+        return cls(**{name: getattr(parallel, name) for name in names})
+
     @property
     def world_size(self) -> int:
         """Ranks that take part."""

@@ -9,9 +9,10 @@ from db.errors import UserError
 from profiler.comm.links.buffers import BOUNDARY_BUFFERS, SEND_BUFFER_BYTES
 from profiler.model import PRECISIONS, LayerSpec, ModelShape
 from profiler.sequence.kind import SequenceCut
-from tuner.plan.plan import Parallel, Plan, Request, Round, StageOrder, Weights
+from tuner.plan.plan import Parallel, Plan, Request, Round, Weights
 from tuner.plan.round_sizes import RoundSizes
 from tuner.plan.scratch import kv_elements, scratch_bytes
+from tuner.plan.stage_order import StageOrder
 
 USABLE_SHARE = 0.92  # the rest is the allocator's and the driver's
 MOST_RECORDED = 1024  # rounds that a rank on a card keeps recorded

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from profiler.sequence.kind import SequenceCut
 from tuner.plan.plan import Parallel, Plan, Predicted, Request, Round
 from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.problem import Problem
@@ -74,6 +75,7 @@ def rounds_to_plan(
     cost_model: dict[str, object],
     threads_per_rank: int | None = None,
     uncertainty: float | None = None,
+    cuts: tuple[SequenceCut, ...] = (),
 ) -> Plan:
     """Rounds with their prediction as a plan."""
     evaluation = planned.evaluation
@@ -85,6 +87,7 @@ def rounds_to_plan(
         threads_per_rank=threads_per_rank,
         requests=requests,
         rounds=planned.rounds,
+        cuts=cuts,
         policy=planned.policy,
         cost_model=cost_model,
         predicted=Predicted(

@@ -10,6 +10,7 @@ from functools import cache
 
 from db.errors import UserError
 from profiler.model import ModelShape
+from profiler.sequence.kind import CUTS, SequenceCut, SPKind
 from tuner.fit.holdout import HeldOutError
 from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.uncertainty import makespan_uncertainty
@@ -17,9 +18,12 @@ from tuner.plan.layout import Layout
 from tuner.plan.memory import RUNTIME_BYTES, RankMemory, memory_refusal, rank_memory, rounds_memory
 from tuner.plan.plan import Chunk, Parallel, Plan, Request, Weights
 from tuner.plan.round_sizes import RoundSizes
-from tuner.rounds.round_plan import RoundPlan, rounds_to_plan
+from tuner.rounds.problem import Problem
+from tuner.rounds.round_plan import Bound, RoundPlan, rounds_to_plan
 from tuner.rounds.schedule import Objective
+from tuner.search.cuts import with_cuts
 from tuner.search.floors import Batch, Floors
+from tuner.search.links import Assumed
 from tuner.search.partition import BuildCost, balanced_partition, choose_partition, even_partition
 from tuner.search.rules import Rules
 
@@ -61,7 +65,17 @@ class Candidate:
     costs: LayerCosts | None = None
     layer_partition: tuple[int, ...] = ()
     rounds: RoundPlan | None = None
+    cuts: tuple[SequenceCut, ...] = ()
+    """How each round is cut among the ranks that share its rows."""
     memory: tuple[RankMemory, ...] = ()
+    assumed: tuple[Assumed, ...] = ()
+    """Messages whose times no rows tell."""
+
+    @property
+    def layout_costs(self) -> LayerCosts:
+        """The costs with the layout's groups of layers; `costs` are shared by layouts of the same work."""
+        assert self.costs is not None
+        return self.costs.interleaved(self.layout.virtual_stages, self.layout.stage_order)
 
     @property
     def is_proven_worse(self) -> bool:
@@ -85,7 +99,7 @@ class Candidate:
     def uncertainty(self, held_out: Sequence[HeldOutError]) -> float:
         """How far the prediction of the makespan may be off, as a share of it."""
         assert self.costs is not None
-        return makespan_uncertainty(held_out, self.costs.correction, extrapolates=self.extrapolates)
+        return makespan_uncertainty(held_out, self.costs.correction, extrapolates=self.extrapolates or bool(self.assumed))
 
     def score(self, objective: Objective) -> tuple[float, ...]:
         """What to minimise; refused layouts come after all others."""
@@ -112,21 +126,17 @@ def search_layouts(
     every: sketch all of them.
     """
     candidates = [_fitted(target, layout, fit_layout) for layout in layouts]
-    shared = [candidate.costs for candidate in candidates]
     batch = Batch.of(target.requests, rules.limits.max_round_tokens)
     floors = Floors(batch, target.shape.num_layers)
     waiting: list[tuple[tuple[float, ...], bool, int]] = []
 
-    def floor_of(index: int, *, close: bool) -> tuple[float, ...]:
-        costs = shared[index]
-        assert costs is not None
-        return floors.of(candidates[index].layout, costs).score(rules.objective, close=close)
+    def floor_of(candidate: Candidate, *, close: bool) -> tuple[float, ...]:
+        assert candidate.costs is not None
+        return floors.of(candidate.layout, candidate.costs).score(rules.objective, close=close)
 
     for index, candidate in enumerate(candidates):
         if candidate.costs is not None:
-            waiting.append((floor_of(index, close=False), False, index))
-            costs = candidate.costs.interleaved(candidate.layout.virtual_stages, candidate.layout.stage_order)
-            candidates[index] = replace(candidate, costs=costs)
+            waiting.append((floor_of(candidate, close=False), False, index))
     heapq.heapify(waiting)
     best: tuple[float, ...] = (math.inf,)
     while waiting:
@@ -135,10 +145,14 @@ def search_layouts(
         if floor >= best and not every:
             candidates[index] = replace(candidate, floor=floor)
         elif not is_close:
-            heapq.heappush(waiting, (floor_of(index, close=True), True, index))
+            heapq.heappush(waiting, (floor_of(candidate, close=True), True, index))
         else:
-            candidates[index] = replace(_sketched(target, candidate, rules), floor=floor)
-            best = min(best, candidates[index].score(rules.objective))
+            candidates[index] = sketched = replace(_sketched(target, candidate, rules), floor=floor)
+            best = min(best, sketched.score(rules.objective))
+            if sketched.refusal and (layout := _gathered(candidate.layout)):
+                candidates[index] = gathered = _fitted(target, layout, fit_layout)
+                if gathered.costs is not None:
+                    heapq.heappush(waiting, (floor_of(gathered, close=False), False, index))
     return _improved(target, candidates, rules)
 
 
@@ -168,7 +182,8 @@ def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: 
         parallel=_parallel(layout, candidate.layer_partition),
         window=rules.window,
         threads_per_rank=target.threads_per_rank,
-        cost_model=candidate.costs.cost_model(candidate.layer_partition).to_json(),
+        cost_model=candidate.layout_costs.cost_model(candidate.layer_partition).to_json(),
+        cuts=candidate.cuts if layout.sp_kind is not SPKind.NONE else (),
         uncertainty=uncertainty,
     )
 
@@ -187,20 +202,31 @@ def _parallel(layout: Layout, layer_partition: tuple[int, ...]) -> Parallel:
 
 
 def _fitted(target: Target, layout: Layout, fit_layout: FitLayout) -> Candidate:
-    """The layout with its costs, or the reason why it cannot run whatever the rounds."""
+    """The layout with its costs, or the reason why it cannot run whatever the rounds.
+
+    Weights that do not fit whole are gathered where ranks share them.
+    """
     refusal = layout.refusal or least_memory_refusal(target, layout)
+    if refusal and not layout.refusal and (gathered := _gathered(layout)):
+        return _fitted(target, gathered, fit_layout)
     if refusal:
         return Candidate(layout=layout, refusal=refusal)
     try:
-        return Candidate(layout=layout, costs=fit_layout(layout))
+        costs = fit_layout(layout)
     except UserError as error:
         return Candidate(layout=layout, refusal=str(error))
+    return Candidate(layout=layout, costs=costs)
+
+
+def _gathered(layout: Layout) -> Layout | None:
+    """The layout with weights cut over the ranks of a sequence-parallel group, where these held them whole."""
+    whole = layout.sp_size > 1 and layout.weights is Weights.WHOLE
+    return replace(layout, weights=Weights.GATHERED) if whole else None
 
 
 def _build_cost(candidate: Candidate) -> BuildCost:
     """The cost models of the layout's partitions, each built once."""
-    assert candidate.costs is not None
-    return cache(candidate.costs.cost_model)
+    return cache(candidate.layout_costs.cost_model)
 
 
 def _sketched(target: Target, candidate: Candidate, rules: Rules) -> Candidate:
@@ -208,7 +234,7 @@ def _sketched(target: Target, candidate: Candidate, rules: Rules) -> Candidate:
     build_cost, layout = _build_cost(candidate), candidate.layout
     partition = balanced_partition(build_cost, target.shape.num_layers, layout.num_groups, target.requests)
     rounds = rules.draft(build_cost(partition), target.requests)
-    return _with_rounds(target, replace(candidate, layer_partition=partition), rounds)
+    return with_rounds(target, replace(candidate, layer_partition=partition), rounds, rules)
 
 
 def _drafted(target: Target, candidate: Candidate, rules: Rules) -> Candidate:
@@ -231,13 +257,17 @@ def _better(
     target: Target, candidate: Candidate, partition: tuple[int, ...], rounds: RoundPlan, rules: Rules
 ) -> Candidate:
     """The candidate with other rounds where these are better and fit into memory."""
-    other = _with_rounds(target, replace(candidate, layer_partition=partition), rounds)
+    other = with_rounds(target, replace(candidate, layer_partition=partition), rounds, rules)
     return min(other, candidate, key=lambda each: each.score(rules.objective))
 
 
-def _with_rounds(target: Target, candidate: Candidate, rounds: RoundPlan) -> Candidate:
-    """The candidate with its rounds, and refused if they do not fit into memory."""
-    layout = candidate.layout
+def with_rounds(target: Target, candidate: Candidate, rounds: RoundPlan, rules: Rules) -> Candidate:
+    """The candidate with its rounds in their cheapest cuts, and refused if they do not fit into memory."""
+    layout, costs, partition = candidate.layout, candidate.layout_costs, candidate.layer_partition
+    rounds, cuts = with_cuts(rounds, costs, partition, target.requests, window=rules.window)
+    if len(CUTS[layout.sp_kind]) > 1:  # no plan is better, whatever its cuts
+        bound = Bound(Problem.of(costs.floor_model(partition), target.requests, **rules.options))
+        rounds = replace(rounds, bound=bound)
     memory = rounds_memory(
         target.shape,
         _parallel(layout, candidate.layer_partition),
@@ -246,6 +276,7 @@ def _with_rounds(target: Target, candidate: Candidate, rounds: RoundPlan) -> Can
         dtype=target.dtype,
         max_new_tokens=target.max_new_tokens,
         device_type=target.device_type,
+        cuts=cuts,
     )
     refusal = memory_refusal(
         memory,
@@ -253,7 +284,7 @@ def _with_rounds(target: Target, candidate: Candidate, rounds: RoundPlan) -> Can
         device_type=target.device_type,
         memory_bytes=target.memory_bytes,
     )
-    return replace(candidate, rounds=rounds, memory=memory, refusal=refusal)
+    return replace(candidate, rounds=rounds, cuts=cuts, memory=memory, refusal=refusal)
 
 
 def least_memory_refusal(target: Target, layout: Layout) -> str | None:

@@ -18,13 +18,14 @@ all its steps: what a hierarchy of rings could save is not counted on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from db.rows.measurements import Measurement
 from db.store.provenance import code_version, now
 from profiler.points.point import Op, strided
 from profiler.sequence.kind import SPKind
+from tuner.fit.rows import Rows
 from tuner.plan.layout import Layout
 from tuner.plan.topology import LinkSpeed, Topology
 
@@ -63,15 +64,15 @@ def seconds(op: Op, num_bytes: float, group_size: int, link: LinkSpeed) -> float
 class Links:
     """Rows of a hardware, completed for layouts whose messages were not measured where the topology puts them."""
 
-    rows: Sequence[Measurement]
+    rows: Rows
     topology: Topology | None
     _measured: frozenset[tuple[str, int]] = field(init=False, repr=False, compare=False)
     _most_busy: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        found = frozenset((row.op, row.group_size) for row in self.rows if row.group_size > 1)
+        found = frozenset((row.op, row.group_size) for row in self.rows.measurements if row.group_size > 1)
         object.__setattr__(self, "_measured", found)
-        object.__setattr__(self, "_most_busy", max((row.busy_ranks for row in self.rows), default=1))
+        object.__setattr__(self, "_most_busy", max((row.busy_ranks for row in self.rows.measurements), default=1))
 
     def assumed(self, layout: Layout) -> tuple[Assumed, ...]:
         """The messages of a layout that formulas stand for; none without a topology."""
@@ -100,25 +101,22 @@ class Links:
         """What layouts of the same work differ in: ranks at work, as far as rows tell loads apart, and assumptions."""
         return min(layout.world_size, self._most_busy), self.assumed(layout)
 
-    def rows_for(self, layout: Layout) -> Sequence[Measurement]:
+    def rows_for(self, layout: Layout) -> Rows:
         """The rows, those of messages that were not measured as the layout sends them made by the formulas."""
         assumed = self.assumed(layout)
         if not assumed:
             return self.rows
-        made = [row for group in assumed for row in self._made(group, layout)]
-        replaced = {(row.op, row.group_size, row.variant) for row in made}
-        kept = [row for row in self.rows if (row.op, row.group_size, row.variant) not in replaced]
-        return kept + made
+        return self.rows.replaced([row for group in assumed for row in self._made(group, layout)])
 
     def _made(self, group: Assumed, layout: Layout) -> Iterator[Measurement]:
-        assert self.topology is not None and self.rows
+        assert self.topology is not None
         link = self.topology.between_hosts if group.hosts > 1 else self.topology.inside_host
         variant, made_at, made_by = strided("", group.stride or 1), now(), code_version()
         for op in GROUP_OPS if group.stride else (Op.SEND_RECV,):
             for num_bytes in MESSAGE_BYTES:
                 us = 1e6 * seconds(op, num_bytes, group.group_size, link)
                 yield Measurement(
-                    op=op, dtype=self.rows[0].dtype, shape={"bytes": num_bytes}, group_size=group.group_size,
+                    op=op, dtype=self.rows.measurements[0].dtype, shape={"bytes": num_bytes}, group_size=group.group_size,
                     busy_ranks=layout.world_size, variant=variant, num_samples=1, median_us=us, p10_us=us, p90_us=us,
                     min_us=us, std_us=0.0, noisy=False, measured_at=made_at, code_version=made_by,
                 )  # fmt: skip
