@@ -11,7 +11,7 @@ from profiler.hardware.device import describe_hardware
 from runtime.run.run import run_plan
 from service.use_cases.tune_options import TuneOptions
 from service.use_cases.tune_report import TuneReport
-from tuner.plan.layout import Layout
+from tuner.plan.layout import layout_of
 from tuner.plan.plan import Plan
 from tuner.rounds.schedule import Objective
 from tuner.search.autotune import Choice, autotune
@@ -43,7 +43,7 @@ def tune_measured(
             study=study,
         )
         if echo:
-            echo(f"{Layout.of(plan.parallel)} {plan.policy}: {result.makespan_s:.3f} s measured")
+            echo(f"{layout_of(plan.parallel)} {plan.policy}: {result.makespan_s:.3f} s measured")
         if rules.objective is Objective.MAKESPAN:
             return result.makespan_s
         return sum(request.ttft_s for request in result.requests) / len(result.requests)

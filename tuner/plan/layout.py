@@ -13,7 +13,7 @@ from tuner.plan.stage_order import StageOrder
 
 MAX_WORLD_SIZE = 100_000
 MOST_REFUSALS = 64
-VIRTUAL_STAGES = (1, 2, 4, 8)
+VIRTUAL_STAGES = (1, 2, 4)
 """Groups of layers a stage that are tried: each doubling halves the bubble that is left, and adds hand-offs."""
 OWN_RANKS = (SPKind.GATHER, SPKind.ULYSSES, SPKind.RING)
 """Kinds that take ranks beside the tensor-parallel group."""
@@ -34,12 +34,6 @@ class Layout:
     stage_order: StageOrder = StageOrder.LOOP
     weights: Weights = Weights.WHOLE
     refusal: str | None = None
-
-    @classmethod
-    def of(cls, parallel: Parallel) -> Layout:
-        """The layout of a plan."""
-        names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights")
-        return cls(**{name: getattr(parallel, name) for name in names})
 
     @property
     def world_size(self) -> int:

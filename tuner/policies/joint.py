@@ -55,6 +55,11 @@ def draft_rounds(problem: Problem) -> list[Round]:
     return _drafted(problem, DRAFT_EFFORT).ranked()[0].rounds
 
 
+def draft_choices(problem: Problem, most: int) -> list[list[Round]]:
+    """The best few of the sweeps for the makespan, each of another number of rounds."""
+    return [found.rounds for found in _drafted(problem, DRAFT_EFFORT).ranked()[:most]]
+
+
 def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     """Plan a batch that is known at the start; the makespan's lower bound says when to stop improving.
 

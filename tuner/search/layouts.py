@@ -14,6 +14,7 @@ from profiler.sequence.kind import CUTS, SequenceCut, SPKind
 from tuner.fit.holdout import HeldOutError
 from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.uncertainty import makespan_uncertainty
+from tuner.plan.cost_model import CostModel
 from tuner.plan.layout import Layout
 from tuner.plan.memory import RUNTIME_BYTES, RankMemory, memory_refusal, rank_memory, rounds_memory
 from tuner.plan.plan import Chunk, Parallel, Plan, Request, Weights
@@ -27,10 +28,13 @@ from tuner.search.links import Assumed
 from tuner.search.partition import BuildCost, balanced_partition, choose_partition, even_partition
 from tuner.search.rules import Rules
 
-NEAR = 1.02
-"""Layouts whose sketches are within this factor of the best one's are drafted: other partitions gain a few percent."""
-MOST_DRAFTS, MOST_PLANS = 6, 2
+NEAR_SKETCH, NEAR_DRAFT = 1.025, 1.01
+"""Layouts whose sketches are within this factor of the best are drafted, since other partitions gain a few percent;
+those whose drafts are within the other one are planned in full, which gains less."""
+MOST_DRAFTS, MOST_PLANS = 4, 2
 """How many are drafted at most, and how many of these are planned in full."""
+SKETCHED_ROUNDS = 4
+"""Numbers of rounds that are tried where stages hold several groups."""
 FitLayout = Callable[[Layout], LayerCosts]  # raises UserError when nothing was measured for the layout
 
 
@@ -107,10 +111,10 @@ class Candidate:
             return (math.inf,)
         return self.rounds.evaluation.score(objective)
 
-    def is_near(self, best: tuple[float, ...], objective: Objective) -> bool:
-        """Whether another partition or a full plan of this layout could be better than the best sketch."""
+    def is_near(self, best: tuple[float, ...], objective: Objective, factor: float) -> bool:
+        """Whether its score is within a factor of the best one; deadlines that are met are not told by factors."""
         score = self.score(objective)
-        return math.isfinite(score[0]) and (objective is Objective.SLA or score[0] <= NEAR * best[0])
+        return math.isfinite(score[0]) and (objective is Objective.SLA or score[0] <= factor * best[0])
 
 
 def search_layouts(
@@ -162,10 +166,10 @@ def _improved(target: Target, candidates: list[Candidate], rules: Rules) -> list
     def score(candidate: Candidate) -> tuple[float, ...]:
         return (*candidate.score(rules.objective), *(candidate.floor or ()))
 
-    for step, most in ((_drafted, MOST_DRAFTS), (_planned, MOST_PLANS)):
+    for step, most, near_factor in ((_drafted, MOST_DRAFTS, NEAR_SKETCH), (_planned, MOST_PLANS, NEAR_DRAFT)):
         candidates = sorted(candidates, key=score)
         best = candidates[0].score(rules.objective)
-        near = [candidate for candidate in candidates[:most] if candidate.is_near(best, rules.objective)]
+        near = [candidate for candidate in candidates[:most] if candidate.is_near(best, rules.objective, near_factor)]
         candidates[: len(near)] = [step(target, candidate, rules) for candidate in near]
     return sorted(candidates, key=lambda candidate: (candidate.refusal is not None, *score(candidate)))
 
@@ -232,15 +236,33 @@ def _build_cost(candidate: Candidate) -> BuildCost:
 def _sketched(target: Target, candidate: Candidate, rules: Rules) -> Candidate:
     """Drafted for one partition, that of least work on the fullest stage."""
     build_cost, layout = _build_cost(candidate), candidate.layout
-    partition = balanced_partition(build_cost, target.shape.num_layers, layout.num_groups, target.requests)
-    rounds = rules.draft(build_cost(partition), target.requests)
+    if layout.virtual_stages == 1:
+        partition = balanced_partition(build_cost, target.shape.num_layers, layout.pp_size, target.requests)
+        rounds = rules.draft(build_cost(partition), target.requests)
+    else:
+        partition = even_partition(target.shape.num_layers, layout.num_groups)
+        cost = build_cost(partition)
+        rounds = rules.sketch(cost, _shorter(cost), target.requests, SKETCHED_ROUNDS)
     return with_rounds(target, replace(candidate, layer_partition=partition), rounds, rules)
+
+
+def _shorter(cost: CostModel) -> CostModel:
+    """A pipeline of one group a stage that fills and drains about as quickly as one of several: fewer stages.
+
+    Its rounds are near the best for the other, whose schedules take far longer to judge.
+    """
+    held = cost.merged().stages
+    fullest = max(held, key=lambda stage: float(stage.tokens_s(stage.token_count[-1])))
+    num_stages = 1 + -(-(cost.pp_size - 1) // cost.virtual_stages)
+    return replace(cost, stages=(fullest,) * num_stages, virtual_stages=1)
 
 
 def _drafted(target: Target, candidate: Candidate, rules: Rules) -> Candidate:
     """Drafted for partitions around the best, chosen along with the rounds; as it is where none is better."""
     build_cost, layout, sketch = _build_cost(candidate), candidate.layout, candidate.rounds
     assert sketch is not None
+    if layout.virtual_stages > 1:  # equal groups of few layers: moving one would cost more than it brings
+        return with_rounds(target, candidate, rules.draft(build_cost(candidate.layer_partition), target.requests), rules)
     known = (candidate.layer_partition, sketch)
     partition, rounds = choose_partition(
         build_cost, target.shape.num_layers, layout.num_groups, target.requests, rules, known
