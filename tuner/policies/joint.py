@@ -33,6 +33,7 @@ from tuner.rounds.schedule import MAKESPAN_SLACK, Objective
 
 DRAFT_EFFORT = 0.4
 """Share of the caps that a draft tries: it ranks layouts and partitions, to about 0.3 %."""
+SKETCH_EFFORT = 0.2
 MOST_STARTS = 3
 """Candidates, of different numbers of rounds, that are improved locally."""
 GOOD_ENOUGH = 1.002
@@ -57,7 +58,7 @@ def draft_rounds(problem: Problem) -> list[Round]:
 
 def draft_choices(problem: Problem, most: int) -> list[list[Round]]:
     """The best few of the sweeps for the makespan, each of another number of rounds."""
-    return [found.rounds for found in _drafted(problem, DRAFT_EFFORT).ranked()[:most]]
+    return [found.rounds for found in _drafted(problem, SKETCH_EFFORT).ranked()[:most]]
 
 
 def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:

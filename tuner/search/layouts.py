@@ -28,10 +28,10 @@ from tuner.search.links import Assumed
 from tuner.search.partition import BuildCost, balanced_partition, choose_partition, even_partition
 from tuner.search.rules import Rules
 
-NEAR_SKETCH, NEAR_DRAFT = 1.025, 1.01
+NEAR_SKETCH, NEAR_DRAFT = 1.025, 1.015
 """Layouts whose sketches are within this factor of the best are drafted, since other partitions gain a few percent;
 those whose drafts are within the other one are planned in full, which gains less."""
-MOST_DRAFTS, MOST_PLANS = 4, 2
+MOST_DRAFTS, MOST_PLANS = 3, 2
 """How many are drafted at most, and how many of these are planned in full."""
 SKETCHED_ROUNDS = 4
 """Numbers of rounds that are tried where stages hold several groups."""
@@ -262,7 +262,7 @@ def _drafted(target: Target, candidate: Candidate, rules: Rules) -> Candidate:
     build_cost, layout, sketch = _build_cost(candidate), candidate.layout, candidate.rounds
     assert sketch is not None
     if layout.virtual_stages > 1:  # equal groups of few layers: moving one would cost more than it brings
-        return with_rounds(target, candidate, rules.draft(build_cost(candidate.layer_partition), target.requests), rules)
+        return candidate
     known = (candidate.layer_partition, sketch)
     partition, rounds = choose_partition(
         build_cost, target.shape.num_layers, layout.num_groups, target.requests, rules, known
