@@ -31,6 +31,7 @@ from tuner.plan.layout import ANY, Layout, Pins, enumerate_layouts
 from tuner.plan.plan import Request
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.topology import load_topology
+from tuner.search.explanation import explain
 from tuner.search.layouts import Candidate, Target, search_layouts, to_plan, with_rounds
 from tuner.search.links import Links
 from tuner.search.rules import Rules
@@ -77,7 +78,10 @@ def tune_model(
         links = Links(Rows(rows), topology)
         fit = _fitter(database, hardware, target, links, correct=options.correct)
         candidates = search_layouts(target, layouts, rules, fit)
+        candidates = [replace(one, assumed=links.assumed(one.layout)) if one.rounds else one for one in candidates]
         report = _report(target, candidates, rules, rows, compare=options.compare)
+        why = explain(target, report.candidates, rules, with_map=options.plot is not None)
+        report = replace(report, explanation=why, plot=options.plot)
         if options.measure is not None:
             from service.use_cases.tune_measured import tune_measured  # brings the runtime along
 

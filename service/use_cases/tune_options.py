@@ -50,6 +50,7 @@ class TuneOptions:
     )
     repeat: int = option(1, "Runs of each measured plan; the median counts.", above=0)
     correct: bool = option(True, "Correct the model by earlier runs. [default: correct]")
+    plot: str | None = option(None, "Draw why, and where else which layout wins.", metavar="FILE.svg", is_file=True)
     output: str | None = option(None, "Write the best plan to this file.", flags=("-o", "--output"), is_file=True)
     db_url: str | None = db_url()
 
@@ -57,6 +58,10 @@ class TuneOptions:
         check_options(self)
         if self.cost_model is not None and (self.sp_size or 1) > 1:
             raise UserError("--sp-size", self.sp_size, "a cost model alone has no sequence parallelism; give MODEL")
+        if self.plot is not None and not self.plot.endswith(".svg"):
+            raise UserError("--plot", self.plot, "must end in .svg")
+        if self.cost_model is not None and self.plot is not None:
+            raise UserError("--plot", self.plot, "a cost model alone has one layout; give MODEL")
         if self.cost_model is not None and self.topology is not None:
             raise UserError("--topology", self.topology, "goes with a MODEL; a cost model has its hops")
         if self.objective == "sla" and self.sla_ttft_s is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -130,19 +131,21 @@ class LayerCosts:
 
     def _model(self, layer_partition: Sequence[int], cut: SequenceCut, *, least: bool) -> CostModel:
         pp_size, last = len(layer_partition) // self.virtual_stages, len(layer_partition) - 1
+
+        @cache
+        def stage_of(num_layers: int, skew: float, scale: float, first: bool, last: bool) -> StageCost:
+            return self._stage(num_layers, skew, scale, first=first, last=last, cut=cut, least=least)
+
+        placed = stages_of_groups(pp_size, self.virtual_stages, self.stage_order)
         stages = tuple(
-            self._stage(
+            stage_of(
                 num_layers,
                 self.rank_skew.of_stage(stage, self.work.stage_size),
                 self.correction.of_stage(pp_size, stage),
-                cut=cut,
-                least=least,
-                first=group == 0,
-                last=group == last,
+                group == 0,
+                group == last,
             )
-            for group, (num_layers, stage) in enumerate(
-                zip(layer_partition, stages_of_groups(pp_size, self.virtual_stages, self.stage_order), strict=True)
-            )
+            for group, (num_layers, stage) in enumerate(zip(layer_partition, placed, strict=True))
         )
         sharing = 1 if cut is SequenceCut.WHOLE else self.work.sequence_size  # a rank hands on its own rows
         return CostModel(

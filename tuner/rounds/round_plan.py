@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,13 +17,13 @@ from tuner.rounds.schedule import MAKESPAN_SLACK, Evaluation, Objective
 class Bound:
     """The lower bound of a problem, proven when it is first asked for: it takes longer than a quick plan."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem | Callable[[], Problem]) -> None:
         self._problem = problem
 
     @cached_property
     def seconds(self) -> float:
         """No plan has a smaller makespan (`rounds.bound` says why)."""
-        return makespan_bound_s(self._problem)
+        return makespan_bound_s(self._problem if isinstance(self._problem, Problem) else self._problem())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from tuner.plan.layout import Layout
 from tuner.plan.memory import RUNTIME_BYTES, RankMemory, memory_refusal, rank_memory, rounds_memory
 from tuner.plan.plan import Chunk, Parallel, Plan, Request, Weights
 from tuner.plan.round_sizes import RoundSizes
+from tuner.plan.stage_order import StageOrder
 from tuner.rounds.problem import Problem
 from tuner.rounds.round_plan import Bound, RoundPlan, rounds_to_plan
 from tuner.rounds.schedule import Objective
@@ -129,7 +130,19 @@ def search_layouts(
 
     every: sketch all of them.
     """
-    candidates = [_fitted(target, layout, fit_layout) for layout in layouts]
+    needs_room: dict[Layout, str | None] = {}
+
+    def memory_refusal_of(layout: Layout) -> str | None:
+        """The same for all that differ in their groups of layers alone."""
+        plain = replace(layout, virtual_stages=1, stage_order=StageOrder.LOOP)
+        if plain not in needs_room:
+            needs_room[plain] = least_memory_refusal(target, plain)
+        return needs_room[plain]
+
+    def fitted(layout: Layout) -> Candidate:
+        return _fitted(layout, memory_refusal_of, fit_layout)
+
+    candidates = list(map(fitted, layouts))
     batch = Batch.of(target.requests, rules.limits.max_round_tokens)
     floors = Floors(batch, target.shape.num_layers)
     waiting: list[tuple[tuple[float, ...], bool, int]] = []
@@ -154,7 +167,7 @@ def search_layouts(
             candidates[index] = sketched = replace(_sketched(target, candidate, rules), floor=floor)
             best = min(best, sketched.score(rules.objective))
             if sketched.refusal and (layout := _gathered(candidate.layout)):
-                candidates[index] = gathered = _fitted(target, layout, fit_layout)
+                candidates[index] = gathered = fitted(layout)
                 if gathered.costs is not None:
                     heapq.heappush(waiting, (floor_of(gathered, close=False), False, index))
     return _improved(target, candidates, rules)
@@ -205,14 +218,14 @@ def _parallel(layout: Layout, layer_partition: tuple[int, ...]) -> Parallel:
     )
 
 
-def _fitted(target: Target, layout: Layout, fit_layout: FitLayout) -> Candidate:
+def _fitted(layout: Layout, memory_refusal_of: Callable[[Layout], str | None], fit_layout: FitLayout) -> Candidate:
     """The layout with its costs, or the reason why it cannot run whatever the rounds.
 
     Weights that do not fit whole are gathered where ranks share them.
     """
-    refusal = layout.refusal or least_memory_refusal(target, layout)
+    refusal = layout.refusal or memory_refusal_of(layout)
     if refusal and not layout.refusal and (gathered := _gathered(layout)):
-        return _fitted(target, gathered, fit_layout)
+        return _fitted(gathered, memory_refusal_of, fit_layout)
     if refusal:
         return Candidate(layout=layout, refusal=refusal)
     try:
@@ -288,7 +301,7 @@ def with_rounds(target: Target, candidate: Candidate, rounds: RoundPlan, rules: 
     layout, costs, partition = candidate.layout, candidate.layout_costs, candidate.layer_partition
     rounds, cuts = with_cuts(rounds, costs, partition, target.requests, window=rules.window)
     if len(CUTS[layout.sp_kind]) > 1:  # no plan is better, whatever its cuts
-        bound = Bound(Problem.of(costs.floor_model(partition), target.requests, **rules.options))
+        bound = Bound(lambda: Problem.of(costs.floor_model(partition), target.requests, **rules.options))
         rounds = replace(rounds, bound=bound)
     memory = rounds_memory(
         target.shape,
