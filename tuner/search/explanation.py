@@ -1,4 +1,4 @@
-"""Why a layout won: where the seconds of the best plans go, and at which links, lengths and batches another would win."""
+"""Why a layout won: where the seconds go, and at which links, prompt lengths and batches another would win."""
 
 from __future__ import annotations
 

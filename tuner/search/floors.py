@@ -19,7 +19,7 @@ costs a layer less than one token does on the cheapest stage, t1, so that T(k) =
    paid beside o, F <= N (m - o): S >= F + o F / (m - o), and the sum is least at m = o + sqrt(o F / (K - 1)). Or some
    stage holds at least l + 1 layers, for which 1. and 2. are asked. The smaller of the two bounds every partition.
 
-The sum of t(i) is bounded by straight lines under the tables (`rounds.relaxation.envelopes`) for prompts that are cut nowhere.
+The sum of t(i) is bounded by straight lines under the tables (`rounds.relaxation.envelopes`), prompts cut nowhere.
 Every path ends with a round that ends a prompt on the last stage; what that costs on top is added once.
 Arrivals and windows only delay rounds, so all of it holds with them.
 """
@@ -186,7 +186,6 @@ class LayoutFloor:
             return (-math.inf,)
         makespan_s = self.close_s() if close else self.quick_s()
         return (makespan_s,) if objective is Objective.MAKESPAN else (self.mean_ttft_s(), makespan_s)
-
 
 
 class Floors:

@@ -61,7 +61,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One layout with its best plan, or with the reason why there is none: refused, or proven no better than another."""
+    """One layout with its best plan, or with the reason why there is none: refused, or proven no better."""
 
     layout: Layout
     refusal: str | None = None
@@ -104,7 +104,9 @@ class Candidate:
     def uncertainty(self, held_out: Sequence[HeldOutError]) -> float:
         """How far the prediction of the makespan may be off, as a share of it."""
         assert self.costs is not None
-        return makespan_uncertainty(held_out, self.costs.correction, extrapolates=self.extrapolates or bool(self.assumed))
+        return makespan_uncertainty(
+            held_out, self.costs.correction, extrapolates=self.extrapolates or bool(self.assumed)
+        )
 
     def score(self, objective: Objective) -> tuple[float, ...]:
         """What to minimise; refused layouts come after all others."""

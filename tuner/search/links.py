@@ -111,12 +111,13 @@ class Links:
     def _made(self, group: Assumed, layout: Layout) -> Iterator[Measurement]:
         assert self.topology is not None
         link = self.topology.between_hosts if group.hosts > 1 else self.topology.inside_host
+        dtype = self.rows.measurements[0].dtype
         variant, made_at, made_by = strided("", group.stride or 1), now(), code_version()
         for op in GROUP_OPS if group.stride else (Op.SEND_RECV,):
             for num_bytes in MESSAGE_BYTES:
                 us = 1e6 * seconds(op, num_bytes, group.group_size, link)
                 yield Measurement(
-                    op=op, dtype=self.rows.measurements[0].dtype, shape={"bytes": num_bytes}, group_size=group.group_size,
+                    op=op, dtype=dtype, shape={"bytes": num_bytes}, group_size=group.group_size,
                     busy_ranks=layout.world_size, variant=variant, num_samples=1, median_us=us, p10_us=us, p90_us=us,
                     min_us=us, std_us=0.0, noisy=False, measured_at=made_at, code_version=made_by,
                 )  # fmt: skip
