@@ -40,7 +40,7 @@ def print_report(report: TuneReport) -> None:
     parallel, requests = report.plan.parallel, report.plan.requests
     if report.policies:
         print_table(
-            ["policy", "rounds", "makespan s", "TTFT s", "p90 s", "bubble %", "gap %", "plan ms"],
+            ["policy", "rounds", "seconds", "TTFT s", "p90 s", "bubble %", "gap %", "plan ms"],
             [_policy_row(planned) for planned in report.policies],
             title=f"Policies on {layout_of(parallel)}, window {report.plan.window}; TTFT in the mean",
         )

@@ -37,8 +37,8 @@ _COLUMNS = {
         "p10_us", "p90_us", "noisy", "measured_at", "source",
     ),
     Kept.PLANS: (
-        "id", "model", "precision", "tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "policy", "num_requests", "num_rounds", "window",
-        "predicted_s", "num_runs", "created_at",
+        "id", "model", "precision", "tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "policy",
+        "num_requests", "num_rounds", "window", "predicted_s", "num_runs", "created_at",
     ),
     Kept.RUNS: (
         "id", "plan_id", "hardware_id", "kind", "status", "study", "predicted_makespan_s", "makespan_s", "mfu",

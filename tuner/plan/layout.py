@@ -127,14 +127,14 @@ def enumerate_layouts(shape: ModelShape, world_size: int, pins: Pins = ANY) -> l
     """Every layout that uses `world_size` ranks or a divisor of them, as far as the pins leave a choice.
 
     Weights are whole on each rank of a sequence-parallel group; where they do not fit, the search gathers them.
-    Those that cannot run are left out where there are more than `MOST_REFUSALS` in all.
+    Those that cannot run are left out where there are more than `MOST_REFUSALS` of them.
     """
     if not 1 <= world_size <= MAX_WORLD_SIZE:
         raise UserError("world_size", world_size, f"must be 1 or more, at most {MAX_WORLD_SIZE}")
     layouts = [layout for layout in _layouts(shape, world_size, pins) if pins.allow(layout)]
     if not layouts:
         raise UserError("world_size", world_size, f"must be a multiple of tp_size x sp_size x pp_size ({pins})")
-    if len(layouts) > MOST_REFUSALS:
+    if sum(layout.refusal is not None for layout in layouts) > MOST_REFUSALS:
         layouts = [layout for layout in layouts if not layout.refusal] or layouts[:1]
     return sorted(layouts, key=lambda layout: (-layout.world_size, layout.tp_size, layout.sp_size))
 
