@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,12 @@ def fit_curve(x: Sequence[float], seconds: Sequence[float]) -> Curve:
     active set, `scipy.optimize.nnls`): where a noisy point lies below its predecessor the two share a level, elsewhere
     the curve goes through the points.
     """
+    return _fitted(tuple(x), tuple(seconds))
+
+
+@lru_cache(maxsize=4096)
+def _fitted(x: tuple[float, ...], seconds: tuple[float, ...]) -> Curve:
+    """The curve; the same again for every layout that the points serve."""
     at = np.asarray(x, dtype=np.float64)
     measured = np.asarray(seconds, dtype=np.float64)
     knots = np.unique(at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from tuner.fit.sequence.overlap import Overlap
 from tuner.fit.sequence.parts import LayerParts, Seconds
 from tuner.plan.cost_model import CostModel, StageCost, TableAttention
 from tuner.plan.plan import Weights
+from tuner.plan.stage_order import StageOrder, stages_of_groups
 
 # Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
 DENSE_STEP, DENSE_END, MIDDLE_STEP, MIDDLE_END = SPLIT_ROWS, 4096, TILE_ROWS, 16384
@@ -62,6 +64,28 @@ class LayerCosts:
     """The largest chunk that all parts of a layer were measured at; plans beyond it are extrapolated."""
     max_context: int
     """The longest context measured."""
+    virtual_stages: int = 1
+    """Groups of layers that a stage holds in the cost models that are made."""
+    stage_order: StageOrder = StageOrder.LOOP
+
+    def interleaved(self, virtual_stages: int, stage_order: StageOrder) -> LayerCosts:
+        """The same costs where each stage holds so many groups of layers."""
+        return replace(self, virtual_stages=virtual_stages, stage_order=stage_order)
+
+    def with_links(self, factor: float) -> LayerCosts:
+        """The same where all that is sent takes the `factor`-th part of its time; infinity: none."""
+
+        def shorter(curve: Curve) -> Curve:
+            return replace(curve, seconds=curve.seconds / factor)
+
+        return replace(
+            self,
+            all_reduce=None if self.all_reduce is None else shorter(self.all_reduce),
+            messages={op: shorter(curve) for op, curve in self.messages.items()},
+            hop_latency_s=self.hop_latency_s / factor,
+            hop_byte_s=self.hop_byte_s / factor,
+            return_s=self.return_s / factor,
+        )
 
     def compute_s(self, tokens: Floats) -> Floats:
         """Token-wise seconds of a layer without collectives: matmuls and element-wise work, uncalibrated."""
@@ -85,7 +109,7 @@ class LayerCosts:
         return seconds
 
     def cost_model(self, layer_partition: Sequence[int], cut: SequenceCut | None = None) -> CostModel:
-        """The cost model of stages of so many layers each: embedding on the first, head on the last.
+        """The cost model of groups of so many layers each: embedding in the first, head in the last.
 
         cut: of every round; left out, the usual one of the kind.
         """
@@ -106,18 +130,22 @@ class LayerCosts:
         )
 
     def _model(self, layer_partition: Sequence[int], cut: SequenceCut, *, least: bool) -> CostModel:
-        pp_size = len(layer_partition)
+        pp_size, last = len(layer_partition) // self.virtual_stages, len(layer_partition) - 1
+
+        @cache
+        def stage_of(num_layers: int, skew: float, scale: float, first: bool, last: bool) -> StageCost:
+            return self._stage(num_layers, skew, scale, first=first, last=last, cut=cut, least=least)
+
+        placed = stages_of_groups(pp_size, self.virtual_stages, self.stage_order)
         stages = tuple(
-            self._stage(
+            stage_of(
                 num_layers,
                 self.rank_skew.of_stage(stage, self.work.stage_size),
                 self.correction.of_stage(pp_size, stage),
-                cut=cut,
-                least=least,
-                first=stage == 0,
-                last=stage == pp_size - 1,
+                group == 0,
+                group == last,
             )
-            for stage, num_layers in enumerate(layer_partition)
+            for group, (num_layers, stage) in enumerate(zip(layer_partition, placed, strict=True))
         )
         sharing = 1 if cut is SequenceCut.WHOLE else self.work.sequence_size  # a rank hands on its own rows
         return CostModel(
@@ -125,7 +153,25 @@ class LayerCosts:
             hop_latency_s=self.hop_latency_s,
             hop_token_s=self.hop_byte_s * self.work.hidden_bytes / sharing,
             return_s=self.return_s,
+            virtual_stages=self.virtual_stages,
+            stage_order=self.stage_order,
         )
+
+    def least_layers(self, pp_size: int) -> tuple[StageCost, ...]:
+        """A layer and the head on each of `pp_size` stages, in no cut cheaper; stages that are alike share one."""
+
+        def least(skew: float, scale: float) -> StageCost:
+            cuts = CUTS[self.work.sp_kind]
+            return _least_stage(
+                [self._stage(1, skew, scale, first=False, last=True, cut=cut, least=True) for cut in cuts]
+            )
+
+        places = [
+            (self.rank_skew.of_stage(stage, self.work.stage_size), self.correction.of_stage(pp_size, stage))
+            for stage in range(pp_size)
+        ]
+        kinds = {place: least(*place) for place in dict.fromkeys(places)}
+        return tuple(kinds[place] for place in places)
 
     def _stage(
         self,
@@ -223,12 +269,12 @@ def _least_stage(stages: Sequence[StageCost]) -> StageCost:
     )
 
 
-def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> LayerCosts:
+def fit_layer_costs(measurements: Sequence[Measurement] | Rows, work: RankWork, *, busy_ranks: int) -> LayerCosts:
     """Fit the rows of one hardware and dtype; raises `UserError` when a part has no rows.
 
     busy_ranks: ranks at work at once when the plan runs; rows taken under the nearest such load are used.
     """
-    rows, why, ranks = Rows(measurements), str(work), work.stage_size
+    rows, why, ranks = Rows.of(measurements), str(work), work.stage_size
     projections, elementwise = _token_wise(rows, work, busy_ranks)
     attention = AttentionRows(require_attention(rows, work, busy_ranks=busy_ranks, why=why), work)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from db.errors import UserError
@@ -131,6 +131,29 @@ class Rows:
     """The measurements of one hardware and dtype, asked by operation and sizes."""
 
     measurements: Sequence[Measurement]
+    _by_op: Mapping[str, list[Measurement]] = field(init=False, repr=False, compare=False)
+    _found: dict[object, list[Measurement]] = field(init=False, repr=False, compare=False)
+    """Of each question that was asked: fits of many layouts ask the same."""
+
+    def __post_init__(self) -> None:
+        by_op: dict[str, list[Measurement]] = defaultdict(list)
+        for row in self.measurements:
+            by_op[row.op].append(row)
+        object.__setattr__(self, "_by_op", by_op)
+        object.__setattr__(self, "_found", {})
+
+    @classmethod
+    def of(cls, rows: Sequence[Measurement] | Self) -> Self:
+        """Rows as they are, or made of measurements."""
+        return rows if isinstance(rows, cls) else cls(rows)  # type: ignore[arg-type]
+
+    def replaced(self, made: Sequence[Measurement]) -> Self:
+        """The same with rows that stand for all those of their operation, group and variant."""
+        instead = {(row.op, row.group_size, row.variant) for row in made}
+        kept = [row for row in self.measurements if (row.op, row.group_size, row.variant) not in instead]
+        rows, changed = type(self)([*kept, *made]), {row.op for row in made}
+        rows._found.update({asked: found for asked, found in self._found.items() if asked[0] not in changed})  # type: ignore[index]
+        return rows
 
     def select(
         self,
@@ -146,11 +169,18 @@ class Rows:
         Of several loads, the rows taken with as many ranks at work as come nearest to `busy_ranks`; a load with far
         fewer points than another is passed over, for its gaps would cost more than the load does.
         """
+        asked = (op, *sorted(sizes.items()), busy_ranks, group_size, variant)
+        if asked not in self._found:
+            self._found[asked] = self._select(op, sizes, busy_ranks, group_size, variant)
+        return self._found[asked]
+
+    def _select(
+        self, op: str, sizes: Mapping[str, int], busy_ranks: int, group_size: int | None, variant: str | None
+    ) -> list[Measurement]:
         found = [
             row
-            for row in self.measurements
-            if row.op == op
-            and group_size in (None, row.group_size)
+            for row in self._by_op.get(op, ())
+            if group_size in (None, row.group_size)
             and variant in (None, row.variant)
             and all(row.shape.get(name) == value for name, value in sizes.items())
         ]

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from db.errors import UserError
 from profiler.model import load_model_shape
+from profiler.sequence.kind import SPKind
 from tests.tuner.memory_sizes import stages, whole_rounds
-from tuner.plan.layout import enumerate_layouts
+from tuner.plan.layout import Pins, enumerate_layouts, layout_of
 from tuner.plan.memory import MOST_RECORDED, SEND_BUFFER_BYTES, RankMemory, memory_refusal, rank_memory
+from tuner.plan.plan import Parallel
+from tuner.plan.stage_order import StageOrder
 
 LLAMA = load_model_shape("llama-3-8b")
 
@@ -68,7 +74,8 @@ def test_recorded_rounds_are_counted_on_cards() -> None:
 
 
 def test_every_layout_of_four_ranks() -> None:
-    layouts = {(layout.tp_size, layout.pp_size) for layout in enumerate_layouts(LLAMA, 4)}
+    plain = enumerate_layouts(LLAMA, 4, Pins(sp_kind=SPKind.NONE))
+    layouts = {(layout.tp_size, layout.pp_size) for layout in plain}
     assert layouts == {(1, 4), (2, 2), (4, 1), (1, 2), (2, 1), (1, 1)}
 
 
@@ -79,9 +86,70 @@ def test_refusals_name_the_reason() -> None:
     assert refusals[4, 12] is None
 
 
+def test_every_scheme_is_enumerated_where_it_can_run() -> None:
+    """Per (tp, sp, pp): kinds and groups of layers, by hand for 2 and 4 ranks."""
+    one = {str(layout) for layout in enumerate_layouts(LLAMA, 2)}
+    assert one == {
+        "TP1 PP2", "TP1 PP2 x2 loop", "TP1 PP2 x2 v", "TP1 PP2 x4 loop", "TP1 PP2 x4 v", "TP2 PP1", "TP2 megatron PP1",
+        "TP1 SP2 gather PP1", "TP1 SP2 ulysses PP1", "TP1 SP2 ring PP1", "TP1 PP1",
+    }  # fmt: skip
+    layouts = enumerate_layouts(LLAMA, 4)
+    assert len(layouts) == len(set(layouts)) == len({str(layout) for layout in layouts})
+    for layout in layouts:
+        assert 4 % layout.world_size == 0
+        assert layout.num_groups <= LLAMA.num_layers
+        partition = (1,) * layout.num_groups  # what a plan allows is what is enumerated
+        names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights")
+        parallel = Parallel(layer_partition=partition, **{name: getattr(layout, name) for name in names})
+        assert replace(layout_of(parallel), refusal=layout.refusal) == layout
+
+
+@pytest.mark.parametrize(
+    ("pins", "found"),
+    [
+        (Pins(sp_kind=SPKind.NONE, virtual_stages=1),
+         {"TP1 PP4", "TP2 PP2", "TP4 PP1", "TP1 PP2", "TP2 PP1", "TP1 PP1"}),
+        (Pins(sp_size=2, sp_kind=SPKind.GATHER, virtual_stages=1),
+         {"TP1 SP2 gather PP2", "TP2 SP2 gather PP1", "TP1 SP2 gather PP1"}),
+        (Pins(sp_kind=SPKind.MEGATRON, pp_size=1), {"TP4 megatron PP1", "TP2 megatron PP1"}),
+        (Pins(tp_size=1, sp_size=1, pp_size=4, virtual_stages=3, stage_order=StageOrder.V), {"TP1 PP4 x3 v"}),
+        (Pins(tp_size=1, sp_size=1, pp_size=4, stage_order=StageOrder.V), {"TP1 PP4", "TP1 PP4 x2 v", "TP1 PP4 x4 v"}),
+    ],
+)  # fmt: skip
+def test_pins_leave_what_has_them(pins: Pins, found: set[str]) -> None:
+    assert {str(layout) for layout in enumerate_layouts(LLAMA, 4, pins)} == found
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        ({"sp_size": 64, "sp_kind": SPKind.ULYSSES}, "sp_size: 64; at most 32 with sp_kind ulysses, the query heads"),
+        ({"pp_size": 8, "virtual_stages": 5}, "virtual_stages: 5; at most 4: llama-3-8b has 32 layers for 8 stages"),
+        ({"pp_size": 64}, "pp_size 64 is more than the 32 layers"),
+    ],
+)
+def test_pinned_layouts_that_cannot_run_say_why(pins: dict[str, Any], message: str) -> None:
+    layouts = enumerate_layouts(LLAMA, 64, Pins(**pins))
+    assert any(message in (layout.refusal or "") for layout in layouts)
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        ({"sp_size": 1, "sp_kind": SPKind.RING}, "sp_size: 1; 2 or more with sp_kind ring"),
+        ({"sp_size": 2, "sp_kind": SPKind.NONE}, "sp_size: 2; 1 with sp_kind none"),
+        ({"tp_size": 1, "sp_kind": SPKind.MEGATRON}, "sp_kind: megatron; cuts over the tensor-parallel group"),
+        ({"pp_size": 1, "virtual_stages": 2}, "virtual_stages: 2; 1 with pp_size 1"),
+    ],
+)
+def test_pins_that_contradict_each_other_are_an_error(pins: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        Pins(**pins)
+
+
 def test_of_many_layouts_only_those_that_run_are_kept() -> None:
     layouts = enumerate_layouts(LLAMA, 20_000)
-    assert 0 < len(layouts) < 64
+    assert len(layouts) > 64
     assert [layout.refusal for layout in layouts if layout.refusal] == []
 
 
@@ -93,4 +161,4 @@ def test_worlds_that_nobody_has_are_an_error(world_size: int) -> None:
 
 def test_sizes_that_do_not_make_up_the_world_are_an_error() -> None:
     with pytest.raises(UserError, match="world_size: 4; must be a multiple"):
-        enumerate_layouts(LLAMA, 4, tp_size=3)
+        enumerate_layouts(LLAMA, 4, Pins(tp_size=3))
