@@ -56,7 +56,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """One pass over the rounds on one rank, in seconds after `origin_s` of the host's clock."""
+    """One pass over the rounds on one rank, in seconds after `origin_s` of the host's clock.
+
+    Where the rank's stage holds several groups of layers, each round's groups follow one another.
+    """
 
     origin_s: float
     rounds: tuple[Interval, ...]
@@ -67,6 +70,7 @@ class RankReport:
     """What one rank measured; token ids come from the first rank of the last stage."""
 
     stage: int
+    groups: tuple[int, ...]  # of layers, that the stage holds
     host: str
     warm_up_s: float  # kernels, connections and recordings of the plan's rounds, cached tokens
     first: Pass | None  # from rest, where passes that do not count came before the others

@@ -64,8 +64,6 @@ def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_t
             if parallel.sp_size > heads:
                 allowed = f"at most {heads} with sp_kind ulysses: the query heads at tp_size {parallel.tp_size}"
                 raise UserError("parallel.sp_size", parallel.sp_size, allowed)
-    if parallel.virtual_stages > 1:
-        raise UserError("parallel.virtual_stages", parallel.virtual_stages, "cannot be run yet")
     shape.check_tp_size(parallel.tp_size)
     if parallel.pp_size > shape.num_layers:
         raise UserError("parallel.pp_size", parallel.pp_size, f"at most {shape.num_layers}, the model's layers")

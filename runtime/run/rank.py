@@ -53,13 +53,14 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         progress.work()
         clock.begin()
 
-    def note() -> Pass:
-        return Pass(origin_s=clock.origin_s, rounds=tuple(clock.intervals()))
+    def note(order: Sequence[int] | None = None) -> Pass:
+        intervals = clock.intervals()
+        return Pass(origin_s=clock.origin_s, rounds=tuple(intervals[at] for at in order or range(len(intervals))))
 
     def run_pass() -> Pass:
         begin()
         pipeline.prefill()
-        return note()
+        return note(pipeline.tasks.by_round)
 
     if context.device.type == "cuda":
         torch.cuda.empty_cache()  # what the job before left: peer memory and NCCL allocate beside torch
@@ -84,7 +85,7 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         passes = tuple(run_pass() for _ in range(job.repeat))
         begin()
         progress.enter(Phase.DECODE)
-        marks.first_round = len(job.rounds)
+        marks.is_decoding = True
         new_ids = pipeline.decode(job.max_new_tokens - 1)
         decode = note()
     memory_bytes = _memory_bytes(context.device)
@@ -93,6 +94,7 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     reports_tokens = place.is_last and place.tp_rank == place.sp_rank == 0
     return RankReport(
         stage=place.stage,
+        groups=place.groups,
         host=socket.gethostname(),
         warm_up_s=warm_up_s,
         first=first,

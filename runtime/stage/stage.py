@@ -21,6 +21,8 @@ from runtime.stage.slab import KVSlab
 from runtime.weights.checkpoint import Checkpoint, RandomWeights
 from runtime.weights.shard import load_shard
 
+ALL_LAYERS = slice(None)
+
 
 class Stage:
     """Weights and KV slab of one rank, and how it shares rounds. It knows its rounds, not its neighbours."""
@@ -50,17 +52,22 @@ class Stage:
         assert self.shard.embedding is not None
         return embed(self.shard.embedding, token_ids)
 
-    def forward(self, share: RoundShare, hidden: torch.Tensor, *, num_layers: int | None = None) -> torch.Tensor:
-        """Run this rank's rows of a round: hidden [P, hidden], packed in order -> [P, hidden]; KV goes to the slab."""
-        return self._run_layers(hidden, self.scheme.round_inputs(share), num_layers)
+    def forward(self, share: RoundShare, hidden: torch.Tensor, layers: slice = ALL_LAYERS) -> torch.Tensor:
+        """Run this rank's rows of a round: hidden [P, hidden], packed in order -> [P, hidden]; KV goes to the slab.
 
-    def forward_step(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Run one token of every request, in order, at the positions that the step holds, and move those on.
+        layers: those of one group, where the stage holds several.
+        """
+        return self._run_layers(hidden, self.scheme.round_inputs(share), layers)
+
+    def forward_step(self, hidden: torch.Tensor, layers: slice = ALL_LAYERS) -> torch.Tensor:
+        """Run one token of every request, in order, at the positions that the step holds; the stage's last layer moves
+        those on.
 
         hidden: [R, hidden] -> [R, hidden]; KV goes to the slab.
         """
-        hidden = self._run_layers(hidden, self.scheme.step_inputs())
-        self.scheme.step.advance()
+        hidden = self._run_layers(hidden, self.scheme.step_inputs(), layers)
+        if layers.stop in (None, len(self.shard.layers)):
+            self.scheme.step.advance()
         return hidden
 
     def final_requests(self, share: RoundShare) -> list[int]:
@@ -94,14 +101,14 @@ class Stage:
             hidden = torch.zeros(share.num_rows, self.shape.hidden_size, device=self.device, dtype=self.dtype)
             if self.shard.embedding is not None:
                 hidden = self.embed(torch.zeros(share.num_rows, device=self.device, dtype=torch.int64))
-            hidden = self.forward(share, hidden, num_layers=1)
+            hidden = self.forward(share, hidden, slice(1))
             if self.shard.head is not None and self.final_requests(share):
                 self.next_ids(self.final_hidden(share, hidden))
 
-    def _run_layers(self, hidden: torch.Tensor, inputs: LayerInputs, num_layers: int | None = None) -> torch.Tensor:
+    def _run_layers(self, hidden: torch.Tensor, inputs: LayerInputs, layers: slice) -> torch.Tensor:
         stream = Stream(hidden)
-        for index, layer in enumerate(self.shard.layers[:num_layers]):
-            stream = layer(stream, inputs, *self.slab[index])
+        for index in range(*layers.indices(len(self.shard.layers))):
+            stream = self.shard.layers[index](stream, inputs, *self.slab[index])
         return stream.added()
 
     def _choose_kernel(self, chunk: int, context: int) -> AttentionKernel:

@@ -258,7 +258,7 @@ def test_bad_input_is_named(arguments: tuple[str, ...], message: str, url: str) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "isochunk.cost-model/2"}, "schema: isochunk.cost-model/2; "),
+        ({"schema": "isochunk.cost-model/3"}, "schema: isochunk.cost-model/3; "),
         ({"stages": []}, "stages: "),
         ({"hop": {"latency_s": -1.0}}, "hop.latency_s: -1.0; "),
     ],

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from db.errors import UserError
 from profiler.model import ModelShape
 from profiler.sequence.kind import SPKind
-from tuner.plan.plan import Parallel, StageOrder, Weights
+from tuner.plan.plan import Parallel, Weights
+from tuner.plan.stage_order import StageOrder
 
 MAX_WORLD_SIZE = 100_000
 MOST_REFUSALS = 64

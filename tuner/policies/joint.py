@@ -7,6 +7,7 @@
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `MAKESPAN_SLACK` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online.online_planner`).
+   Where a stage holds several groups, the best rounds also grow and shrink at the ends (`tuner.policies.ramp`).
 4. The best few are improved by moving tokens between neighbouring rounds (`tuner.policies.local_search`).
 5. Batches of a few grid units are searched exactly (`tuner.policies.exact`), few prompts also on a coarser grid.
 
@@ -21,8 +22,9 @@ from tuner.online.online_planner import online_rounds
 from tuner.plan.plan import Round
 from tuner.policies.dp import pack_line
 from tuner.policies.exact import exact_rounds, is_small
-from tuner.policies.local_search import local_search
+from tuner.policies.local_search import fits_kv, local_search
 from tuner.policies.named import simpler_rounds
+from tuner.policies.ramp import ramps
 from tuner.policies.sweep import Pack, Search, budget_profiles, request_orders, shortest_first
 from tuner.rounds.packing import pack_in_order, pack_tails
 from tuner.rounds.problem import Problem
@@ -84,10 +86,22 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
             coarser = _coarser(problem)
             if is_small(coarser):
                 search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS), objective)
-    starts = search.ranked()[: MOST_STARTS if objective is Objective.MAKESPAN else 1]
+    if problem.cost.virtual_stages > 1 and not problem.is_timed:
+        _keep_ramps(search)
+    most = MOST_STARTS if problem.cost.virtual_stages == 1 else 2 * MOST_STARTS
+    starts = search.ranked()[: most if objective is Objective.MAKESPAN else 1]
     good_enough_s = GOOD_ENOUGH * bound.seconds if objective is Objective.MAKESPAN else 0.0
     improved = [local_search(problem, start.rounds, good_enough_s, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
+
+
+def _keep_ramps(search: Search) -> None:
+    """Candidates that grow and shrink at the ends."""
+    problem = search.problem
+    for start in search.ranked()[:MOST_STARTS]:
+        for rounds in ramps(problem.requests, start.rounds, problem.chunk_multiple):
+            if fits_kv(problem, rounds):
+                search.keep(rounds, problem.objective)
 
 
 def _drafted(problem: Problem, effort: float = 1.0) -> Search:

@@ -1,9 +1,9 @@
-"""The process groups of a rank: tensor- and sequence-parallel ones, a pair a stage boundary, and the way back."""
+"""The process groups of a rank: tensor- and sequence-parallel ones, a pair a way between stages, and the way back."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -123,6 +123,8 @@ class Pair:
     peer: int
     transport: Transport
     group: dist.ProcessGroup | None
+    source: int = 0
+    """Which of the stages that hand on hidden states to the receiver's the sender's is, counted from 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,13 +137,16 @@ class HostGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """Groups of one rank. Pairs are groups of two: on NCCL all sends of one group wait for one another."""
+    """Groups of one rank. Pairs are groups of two, one a direction: on NCCL all sends of one group wait for one
+    another.
+    """
 
     tensor: RankGroup
     sequence: RankGroup
     sequence_ranks: tuple[int, ...]  # its members, this rank alone where there is no group
-    inbound: Pair | None  # the stage before
-    outbound: Pair | None  # the stage after
+    inbound: Mapping[int, Pair]  # by the stage that hands on to this one
+    outbound: Mapping[int, Pair]  # by the stage that this one hands on to
+    hand_offs: Sequence[tuple[int, int]]  # all ways between stages, in an order that all ranks know
     back: Pair | None  # on the first stage the last one, and the other way round
     everyone: dist.ProcessGroup  # all ranks, over gloo: barriers
     sharing: HostGroup | None  # the ranks whose memory this rank can write into
@@ -159,13 +164,13 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
             mine.append(group)
         return group
 
-    def pair_of(one: int, other: int, *, few_blocks: bool = False) -> Pair | None:
+    def pair_of(one: int, other: int, *, few_blocks: bool = False, source: int = 0) -> Pair | None:
         transport = hosts.transport(one, other)
         by_group = transport is Transport.COLLECTIVE
         group = group_of((one, other), few_blocks=few_blocks) if by_group else None
         if rank not in (one, other):
             return None
-        return Pair(peer=other if rank == one else one, transport=transport, group=group)
+        return Pair(peer=other if rank == one else one, transport=transport, group=group, source=source)
 
     everyone = group_of(tuple(range(mesh.world_size)), backend="gloo")
     hosts = find_hosts(everyone, device)
@@ -182,11 +187,14 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
         group = group_of(ranks)
         if rank in ranks:
             sequence, sequence_ranks = group, ranks
-    inbound = outbound = back = None
+    inbound, outbound = dict[int, Pair](), dict[int, Pair]()
     for first, second in mesh.boundaries():
-        pair = pair_of(first, second, few_blocks=True)
-        inbound = pair if rank == second else inbound
-        outbound = pair if rank == first else outbound
+        before, after = mesh.place(first)[0], mesh.place(second)[0]
+        pair = pair_of(first, second, few_blocks=True, source=mesh.sources(after).index(before))
+        if pair is not None:
+            sides, stage = (inbound, before) if rank == second else (outbound, after)
+            sides[stage] = pair
+    back = None
     for first, last in mesh.returns():
         back = pair_of(first, last) or back
     yield Groups(
@@ -195,6 +203,7 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
         sequence_ranks=sequence_ranks,
         inbound=inbound,
         outbound=outbound,
+        hand_offs=mesh.hand_offs(),
         back=back,
         everyone=everyone,
         sharing=sharing,

@@ -97,4 +97,5 @@ class PeerGatherGroup(RankGroup):
         """The parts of all members, [size, ...]: lanes lie one after the other."""
         lanes = self.memory.inboxes(self.first_lane, self.size)
         first = slot * self.memory.lanes[self.first_lane].width
-        return lanes[:, first : first + size.numel()].unflatten(1, size)
+        parts = lanes[:, first : first + size.numel()]
+        return parts.view(self.size, *size)

@@ -13,14 +13,37 @@ and lane, and only ever grow:
 The sender of message n (from 0) waits for `freed >= n - slots + 1`, copies, writes `pushed = n + 1`. The receiver waits
 for `pushed >= n + 1`, reads, writes `freed = n + 1`.
 
-**No cycle.** Number the work of a pass by (round, stage). Stage k runs round i after its own round i - 1, after
-`pushed` of round i from stage k - 1, and after its own send of round i - slots, which waits for `freed`, written by
-stage k + 1 after round i - 2 slots; the first stage also after round i - window of the last. A decode step is one more
-round: its first stage runs after the step before of the last. Every wait is for work with a smaller number in the order
-(round, stage), so the smallest unfinished one can always go on. Ranks queue their work in that order too: what a card
-waits for never stands behind the wait, even if it ran all its queues as one. Loading a kernel, starting a recorded
-graph or filling a queue may make the host wait for its own card, and so only for smaller work again. Counters only
-grow, so a wait that was met stays met, whoever is first.
+**No cycle.** A task is a round in one group of layers; a stage may hold several groups. All tasks of a pass stand in
+one order that every rank knows, `tuner.plan.task_order`, and each stage runs its own tasks in it; a decode step is one
+more round, and passes and steps follow one another. What a card waits for when it comes to a task is
+
+1. its own tasks before this one, by the queue;
+2. `pushed` of the message that it reads, written after the task of the group before;
+3. for the first group, the round `window` before to have left the last group; in decode the step before;
+4. where it lays what it sends: its own send of `slots` messages before, on the same link, to have been copied;
+
+and the copy of message n of a link, which is queued behind the task that made it, waits for `freed`, written after the
+task that reads message n - slots. Every one of these is earlier in the order than the task. 1. to 3. by what the order
+is: tasks of one round by group, of one group by round, and windows. For the copies: the order is the record of a run in
+which a task that sends message n of a link starts only after the reader of message n - MESSAGES has started, and
+MESSAGES is at most `slots`. 4. waits for the copy of message n - slots, and so for the reader of message n - 2 slots,
+which is earlier still. Messages of a link are read in the order in which they are sent, so that counters and slots in
+turn tell them apart. So the earliest unfinished task of all can always go on: none waits for a later one, whatever
+times are.
+
+With one group a stage the order is (round, stage): the reader of message n - slots is round n - slots on the next
+stage, which comes before round n whatever `slots` is. With several, a loop of links that are all full could wait for
+itself; no order in which that happens is a record of a run that ended.
+
+Ranks queue their work in the order too: what a card waits for never stands behind the wait, even if it ran all its
+queues as one. Loading a kernel, starting a recorded graph or filling a queue may make the host wait for its own card,
+and so only for earlier tasks again. Receives of NCCL, which wait on the device as well, are posted ahead only where
+their senders' tasks come after no task of this rank that has yet to be queued (`Inbound.expect`). Counters only grow,
+so a wait that was met stays met, whoever is first. Around a loop the first messages, which make connections, go one
+link after the other.
+
+Two neighbours hand on to one stage where rounds pass up and down: each has a lane of its own, for a lane has one
+sender.
 
 A wait on a counter is a command of the card's front end and occupies no multiprocessor, as a kernel that waits does:
 docs/running.md has what that costs.
@@ -189,7 +212,8 @@ class PeerMemory:
         lane = self.lanes[first]
         width = lane.size_bytes // lane.dtype.itemsize
         start = self._starts[first] // lane.dtype.itemsize
-        return self._handle.get_buffer(self._me, (count, width), lane.dtype, start)
+        seen: torch.Tensor = self._handle.get_buffer(self._me, (count, width), lane.dtype, start)
+        return seen
 
     def copy_part(self, queue: Queue, receiver: int, lane: int, slot: int, source: torch.Tensor) -> None:
         """Copy `source` [1, n] to the front of the receiver's slot [1, width]."""

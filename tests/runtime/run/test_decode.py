@@ -29,12 +29,13 @@ ALONE = Groups(
     tensor=RankGroup(),
     sequence=RankGroup(),
     sequence_ranks=(0,),
-    inbound=None,
-    outbound=None,
+    inbound={},
+    outbound={},
+    hand_offs=(),
     back=None,
     everyone=None,
     sharing=None,
-)  # type: ignore[arg-type]  # only passes wait on it  # fmt: skip
+)  # type: ignore[arg-type]  # only passes wait on it
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_decode_replays_one_recording_on_memory_that_stays(
     pipeline.decode(3)
     assert [tensor.data_ptr() for tensor in (pipeline.next_ids, pipeline.stage.scheme.step.positions)] == addresses
     pipeline.close()
-    assert pipeline.recorded_step is None
+    assert not pipeline.recorded_steps
 
 
 def test_nothing_is_recorded_for_one_new_token(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -120,4 +121,4 @@ def test_nothing_is_recorded_for_one_new_token(checkpoint: Callable[[str], Path]
     with torch.inference_mode():
         pipeline = Pipeline(job, place, ALONE, _stage(job), make_clock(CPU), Progress(tmp_path / "progress", pid=1))
         pipeline.record()
-        assert pipeline.recorded_step is None
+        assert not pipeline.recorded_steps

@@ -1,0 +1,54 @@
+"""Rounds that grow while the pipeline fills and shrink while it drains, for stages of several groups.
+
+Such a stage has other passes to run while it waits for a longer round, so that rounds may about double as the pipeline
+fills: the first round reaches the last stage, and the last one leaves it, after a fraction of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tuner.plan.plan import Chunk, Request, Round
+
+MOST_HALVINGS = 4
+"""How often the first and the last round are halved, at most."""
+
+
+def ramps(requests: Sequence[Request], rounds: Sequence[Round], multiple: int) -> Iterator[list[Round]]:
+    """The rounds with the first and the last cut into 1/2, 1/4, ... of them, each end to every depth."""
+    if len(rounds) < 2:
+        return
+    for head in range(MOST_HALVINGS + 1):
+        for tail in range(MOST_HALVINGS + 1):
+            if head or tail:
+                first = _cut(requests, rounds[0], _halves(head)[::-1], multiple)
+                last = _cut(requests, rounds[-1], _halves(tail), multiple)
+                yield [*first, *rounds[1:-1], *last]
+
+
+def _halves(depth: int) -> list[float]:
+    """1/2, 1/4, ..., the smallest twice."""
+    return [0.5**place for place in range(1, depth + 1)] + [0.5**depth]
+
+
+def _cut(requests: Sequence[Request], chunks: Round, shares: Sequence[float], multiple: int) -> list[Round]:
+    """A round's tokens in order, in rounds of these shares of them; chunks are cut on their requests' grids."""
+    total = sum(chunk.tokens for chunk in chunks)
+    pieces: list[list[Chunk]] = [[]]
+    ends = [sum(shares[: place + 1]) * total for place in range(len(shares))]
+    done = 0
+    for chunk in chunks:
+        start = chunk.start
+        while start < chunk.end:
+            while len(pieces) < len(shares) and ends[len(pieces) - 1] - done < multiple / 2:
+                pieces.append([])
+            wanted = ends[len(pieces) - 1] - done if len(pieces) < len(shares) else chunk.end - start
+            origin = requests[chunk.request].cached_tokens
+            end = origin + round((start + wanted - origin) / multiple) * multiple
+            end = chunk.end if wanted >= chunk.end - start else min(max(end, start + 1), chunk.end)
+            if end < chunk.end and (end - origin) % multiple:
+                end = min(start + multiple, chunk.end)
+            pieces[-1].append(Chunk(chunk.request, start, end - start))
+            done += end - start
+            start = end
+    return [tuple(piece) for piece in pieces if piece]
