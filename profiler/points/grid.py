@@ -156,7 +156,9 @@ class Grid:
         own = layer.attention.sizes(tp_size)
         yield from self._attention_of(own)
         for sp_size in self.sp_sizes:
-            heads, kv_heads = most_heads(own["heads"], own["kv_heads"], min(sp_size, own["heads"]))
+            if sp_size * tp_size > self.world_size or sp_size > own["heads"]:
+                continue
+            heads, kv_heads = most_heads(own["heads"], own["kv_heads"], sp_size)
             if heads % kv_heads == 0:  # others run as several calls
                 yield from self._attention_of(own | {"heads": heads, "kv_heads": kv_heads})
 

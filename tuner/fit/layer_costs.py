@@ -23,7 +23,7 @@ from tuner.fit.rows import RankWork, Rows, expected_s
 from tuner.fit.sequence.cut_costs import CutCosts
 from tuner.fit.sequence.kinds import COSTS
 from tuner.fit.sequence.messages import fit_messages, fit_overlap, layer_weight_bytes, row_bytes
-from tuner.fit.sequence.overlap import Overlap
+from tuner.fit.sequence.overlap import COPIED, Overlap
 from tuner.fit.sequence.parts import LayerParts, Seconds
 from tuner.plan.cost_model import CostModel, StageCost, TableAttention
 from tuner.plan.plan import Weights
@@ -240,6 +240,7 @@ class LayerCosts:
             norms_share=4 * sizes["hidden"] / width,
             traffic_bytes=PRECISIONS[self.work.dtype].activations.num_bytes(width),
             overlap=self.overlap,
+            gather_overlap=COPIED if self.work.has_peer_memory else self.overlap,
         )
 
     def _reduced_s(self, rows: Floats, sizes: Sequence[int]) -> Floats:

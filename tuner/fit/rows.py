@@ -16,6 +16,7 @@ from profiler.sequence.heads import most_heads
 from profiler.sequence.kind import SPKind
 from tuner.plan.plan import Weights
 
+PEER_LINKS = ("nvlink", "p2p")  # by which the runtime finds its peers, `profiler.comm.links.group.find_hosts`
 LEAST_SHARE, LEAST_POINTS = 0.3, 3  # of the points of the load measured most densely; the coarsest profile has three
 
 
@@ -31,6 +32,8 @@ class RankWork:
     sp_size: int = 1
     sp_kind: SPKind = SPKind.NONE
     weights: Weights = Weights.WHOLE
+    has_peer_memory: bool = False
+    """Whether cards write into each other's memory: keys and values are gathered by copy engines then."""
 
     @classmethod
     def on(
@@ -53,6 +56,7 @@ class RankWork:
             sp_size=sp_size,
             sp_kind=sp_kind,
             weights=weights,
+            has_peer_memory=hardware.link in PEER_LINKS,
         )
 
     @property

@@ -11,7 +11,7 @@ from profiler.model import PRECISIONS, LayerSpec, ModelShape
 from profiler.sequence.kind import SequenceCut
 from tuner.plan.plan import Parallel, Plan, Request, Round, Weights
 from tuner.plan.round_sizes import RoundSizes
-from tuner.plan.scratch import kv_elements, scratch_bytes
+from tuner.plan.scratch import gathered_bytes, kv_elements, scratch_bytes
 from tuner.plan.stage_order import StageOrder
 
 USABLE_SHARE = 0.92  # the rest is the allocator's and the driver's
@@ -49,6 +49,7 @@ def rank_memory(
     # Rounds beyond those that are recorded take their scratch memory from elsewhere.
     scratches = 2 if num_recorded and sizes.num_rounds > MOST_RECORDED else 1
     groups = list(_groups(shape, parallel))
+    gathered = gathered_bytes(shape.layer_kinds, parallel, sizes, precision) if device_type == "cuda" else 0
     stages = list[RankMemory]()
     for stage in range(parallel.pp_size):
         held = [group for group in groups if group.stage == stage]
@@ -64,7 +65,7 @@ def rank_memory(
             RankMemory(
                 weights_bytes=precision.weights.num_bytes(weights),
                 kv_bytes=precision.kv.num_bytes(sizes.slab_rows * sum(kv_elements(x, parallel) for x in layers)),
-                activation_bytes=scratches * (scratch + boundaries),
+                activation_bytes=scratches * (scratch + boundaries) + gathered,
                 unsent_bytes=unsent if sends else 0,
                 runtime_bytes=RUNTIME_BYTES[device_type] + num_recorded * len(layers) * RECORDED_LAYER_BYTES,
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from profiler.comm.links.buffers import GATHER_SLOTS
 from profiler.model import LayerSpec, Precision
 from profiler.model.precision import FLOAT32
 from profiler.sequence.heads import most_heads
@@ -23,6 +24,14 @@ def kv_elements(layer: LayerSpec, parallel: Parallel) -> int:
 def scratch_bytes(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
     """Bytes of the largest round within a layer: the larger block, the residual stream, and what messages need."""
     return _KINDS[parallel.sp_kind](layer, parallel, sizes, precision)
+
+
+def gathered_bytes(layers: Iterable[LayerSpec], parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+    """Bytes of the shared memory that cards of a host gather keys and values in, of all ranks, two layers in turn."""
+    if parallel.sp_kind is not SPKind.GATHER:
+        return 0
+    row = max(precision.activations.num_bytes(layer.attention.kv_elements(parallel.tp_size)) for layer in layers)
+    return GATHER_SLOTS * parallel.sp_size * sizes.most_rows * row
 
 
 def _own_rows(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision, messages: int = 0) -> int:

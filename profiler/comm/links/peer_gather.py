@@ -19,10 +19,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from profiler.comm.links.buffers import GATHER_SLOTS as SLOTS
 from profiler.comm.links.group import RankGroup
 from profiler.comm.links.peer_memory import Lane, PeerMemory
-
-SLOTS = 2
 
 
 def gather_lanes(size: int, numbers: int, dtype: torch.dtype) -> list[Lane]:

@@ -128,8 +128,10 @@ def test_sharing_rows_adds_points_where_it_is_asked_for() -> None:
     plain = {point.key for point in points_of()}
     added = [point for point in points_of(2, 4) if point.key not in plain]
     assert plain < {point.key for point in points_of(2, 4)}
-    # 16 and 8 heads are those of tensor parallelism; 4 and 2 are beside it.
-    assert {point.shape["heads"] for point in of(added, Op.ATTENTION)} == {4, 2}
+    assert of(added, Op.ATTENTION) == []  # 16 and 8 heads are those of tensor parallelism
+    alone = make_grid(world_size=4, tp_sizes=(1,), device_type="cuda", context_length=8192, sp_sizes=(2, 3, 4))
+    # 32 heads on 3 ranks are 11 at most, of 4 KV heads: two calls of different groups.
+    assert {point.shape["heads"] for point in of(alone.points(), Op.ATTENTION)} == {32, 16, 8}
     strided_points = {(p.op, p.group_size, p.busy_ranks) for p in added if p.variant == "stride-2"}
     assert strided_points == {(Op.ALL_GATHER, 2, 4), (Op.ALL_TO_ALL, 2, 4)}
     beside = {(point.op, point.group_size) for point in added if point.variant == BESIDE}

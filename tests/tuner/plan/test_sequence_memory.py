@@ -63,7 +63,8 @@ def test_activations_shrink_with_the_rows_of_a_rank() -> None:
     rows = max(8000 // 4 + 4000 // 4, 4000 // 4)
     gathered = max(rows * mlp, rows * attention + 5 * rows * KV_ROW)
     stream = (4 + 4) * rows * 2 * HIDDEN  # four of its own, two received and two sent
-    assert of(replace(ONE, sp_size=4, sp_kind=SPKind.GATHER)).activation_bytes == gathered + stream
+    shared = 2 * 4 * rows * KV_ROW  # of two layers, all ranks' in memory that they write into
+    assert of(replace(ONE, sp_size=4, sp_kind=SPKind.GATHER)).activation_bytes == gathered + stream + shared
 
 
 def test_a_round_that_is_not_cut_has_all_rows_on_every_rank() -> None:

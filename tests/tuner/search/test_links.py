@@ -95,7 +95,7 @@ def test_a_topology_is_read(tmp_path: Path) -> None:
     assert (found.hosts, found.cards_per_host, found.num_cards) == (2, 4, 8)
     assert found.between_hosts == LinkSpeed(bandwidth_gb_s=25.0, latency_us=12.0)
     found.check_world(8)
-    with pytest.raises(UserError, match="^world_size: 9; at most 8, the cards of 2 hosts with 4 each"):
+    with pytest.raises(UserError, match=r"^world_size: 9; at most 8, the cards of 2 hosts with 4 each"):
         found.check_world(9)
 
 

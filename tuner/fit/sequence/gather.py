@@ -21,7 +21,7 @@ class GatherRows(RowCosts):
         """Keys and values of the whole round, each rank's padded to the largest share; sums over the TP group."""
         parts, rows = self.parts, self.parts.rows(tokens)
         gather_s = parts.message_s(Op.ALL_GATHER, parts.size * rows * parts.row_bytes.kv)
-        return super().sent_s(tokens) + parts.overlap.exposed(parts.queries_s(rows), gather_s)
+        return super().sent_s(tokens) + parts.gather_overlap.exposed(parts.queries_s(rows), gather_s)
 
 
 class GatherZigzag(ZigzagAttention, GatherRows):

@@ -46,6 +46,9 @@ class Overlap:
 APART = Overlap(work_loss=1.0, message_loss=1.0)
 """One after the other: on a CPU the threads that compute are those that send."""
 
+COPIED = Overlap(work_loss=0.0, message_loss=0.0)
+"""Moved by copy engines: products are bound by arithmetic and leave most of the memory's rate."""
+
 # Where nothing was measured beside work. NCCL's kernels hold up to 24 of an H100's 132 multiprocessors while they run
 # (one a channel): products then take 132 / 108 as long. How much a message loses to the memory traffic of a product is
 # an assumption, between the 1.0 of copy engines and the 1.5 that messages through kernels reach beside attention.

@@ -60,6 +60,9 @@ class LayerParts:
     traffic_bytes: int
     """What the element-wise work reads and writes of a row."""
     overlap: Overlap
+    """Of collectives beside work."""
+    gather_overlap: Overlap
+    """Of the gather of keys and values, where copy engines may do it."""
 
     def rows(self, tokens: Floats) -> Floats:
         """Rows of a rank where `tokens` are cut: the largest share."""

@@ -46,6 +46,7 @@ def parts(
         norms_share=0.2 if row_bytes is BYTES else 0.0,
         traffic_bytes=100_000,
         overlap=overlap,
+        gather_overlap=overlap,
     )
 
 
