@@ -29,10 +29,11 @@ from db.store.engine import Database
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import load_model_shape
 from profiler.points.kernel_choice import CLEARLY_FASTER
+from profiler.sequence.kind import SPKind
 from tuner.fit.kernels import kernel_choice
 from tuner.fit.layer_costs import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
-from tuner.plan.layout import enumerate_layouts
+from tuner.plan.layout import Pins, enumerate_layouts
 from tuner.plan.plan import Request
 from tuner.search.layouts import Target, search_layouts
 from tuner.search.rules import Rules
@@ -177,13 +178,14 @@ def test_a_laptop_plans_for_the_cards(database: Database, hardware: dict[str, Ha
     )
     candidates = search_layouts(
         target,
-        enumerate_layouts(shape, 2),
+        enumerate_layouts(shape, 2, Pins(sp_kind=SPKind.NONE, virtual_stages=1)),
         Rules(chunk_multiple=256),
         lambda layout: fit_layer_costs(
             rows,
             RankWork.on(card, shape=shape, dtype="bfloat16", tp_size=layout.tp_size),
             busy_ranks=layout.world_size,
         ),
+        every=True,
     )  # fmt: skip
     assert [one.refusal for one in candidates] == [None] * 3
     seconds = {str(one.layout): one.rounds.makespan_s for one in candidates if one.rounds}

@@ -119,6 +119,7 @@ def _run(stages: tuple[int, ...], blocks: Sequence[int], in_flight: int) -> tupl
     link = [0] + [next(i for i in range(1, v + 1) if where[i - 1 : i + 1] == where[v - 1 : v + 1])
                   for v in range(1, last + 1)]  # fmt: skip
     waiting: dict[int, deque[tuple[int, int]]] = {first: deque() for first in link[1:]}  # messages: (round, visit)
+    heads: dict[int, tuple[int, int] | None] = dict.fromkeys(waiting)  # the first message of each
     inbound = [sorted({link[v] for v in range(1, last + 1) if where[v] == stage}) for stage in range(pp_size)]
     free_at = [0] * pp_size
     begun = finished = 0
@@ -127,42 +128,54 @@ def _run(stages: tuple[int, ...], blocks: Sequence[int], in_flight: int) -> tupl
     events: list[tuple[int, int, int, bool]] = []  # time, round, visit, arrived: else it ended
     now = 0
 
-    def begin(stage: int) -> bool:
+    changed = {where[0]}  # stages that may begin a task: something that kept them from it may be gone
+    first_stage = where[0]
+
+    def begin(stage: int) -> None:
         """Start the oldest round that may run on a stage."""
         nonlocal begun
-        heads = [(waiting[first][0], first) for first in inbound[stage] if waiting[first]]
-        ready = [(i, visit, first) for (i, visit), first in heads]
-        if where[0] == stage and begun < num_rounds and (begun < in_flight or is_finished[begun - in_flight]):
-            ready.append((begun, 0, -1))
-        for i, visit, first in sorted(ready, key=lambda task: (blocks[task[0]], task[1], task[0])):
-            if visit < last and unread[link[visit + 1]] >= MESSAGES:
-                continue
+        ready = [(blocks[task[0]], task[1], task[0], first) for first in inbound[stage] if (task := heads[first])]
+        if stage == first_stage and begun < num_rounds and (begun < in_flight or is_finished[begun - in_flight]):
+            ready.append((blocks[begun], 0, begun, -1))
+        for _, visit, i, first in sorted(ready) if len(ready) > 1 else ready:
+            if visit < last:
+                onward = link[visit + 1]
+                if unread[onward] >= MESSAGES:
+                    continue
+                unread[onward] += 1
             if first < 0:
                 begun += 1
             else:
-                waiting[first].popleft()
+                queue = waiting[first]
+                queue.popleft()
+                heads[first] = queue[0] if queue else None
                 unread[first] -= 1
-            if visit < last:
-                unread[link[visit + 1]] += 1
+                changed.add(where[first - 1])
             tasks.extend((i, group) for group in visits[visit])
             free_at[stage] = now + unit * len(visits[visit])
             heapq.heappush(events, (free_at[stage], i, visit, False))
-            return True
-        return False
+            return
 
     while finished < num_rounds:
-        while any(free_at[stage] <= now and begin(stage) for stage in range(pp_size)):
-            pass
+        while changed:
+            stage = min(changed)
+            changed.discard(stage)
+            if free_at[stage] <= now:
+                begin(stage)
         if not events:
             return None
         now = events[0][0]
         while events and events[0][0] == now:
             _, i, visit, arrived = heapq.heappop(events)
+            changed.add(where[visit])
             if arrived:
-                waiting[link[visit]].append((i, visit))
+                first = link[visit]
+                waiting[first].append((i, visit))
+                heads[first] = waiting[first][0]
             elif visit < last:
                 heapq.heappush(events, (now + 1, i, visit + 1, True))
             else:
                 is_finished[i] = True
                 finished += 1
+                changed.add(first_stage)
     return now, tasks

@@ -33,6 +33,7 @@ from tuner.rounds.schedule import MAKESPAN_SLACK, Objective
 
 DRAFT_EFFORT = 0.4
 """Share of the caps that a draft tries: it ranks layouts and partitions, to about 0.3 %."""
+SKETCH_EFFORT = 0.2
 MOST_STARTS = 3
 """Candidates, of different numbers of rounds, that are improved locally."""
 GOOD_ENOUGH = 1.002
@@ -53,6 +54,11 @@ FEW_REQUESTS = 256
 def draft_rounds(problem: Problem) -> list[Round]:
     """The best of the sweeps for the makespan, and of the online planner's rounds where it is wanted for them."""
     return _drafted(problem, DRAFT_EFFORT).ranked()[0].rounds
+
+
+def draft_choices(problem: Problem, most: int) -> list[list[Round]]:
+    """The best few of the sweeps for the makespan, each of another number of rounds."""
+    return [found.rounds for found in _drafted(problem, SKETCH_EFFORT).ranked()[:most]]
 
 
 def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:

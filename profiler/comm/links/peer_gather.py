@@ -19,10 +19,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from profiler.comm.links.buffers import GATHER_SLOTS as SLOTS
 from profiler.comm.links.group import RankGroup
 from profiler.comm.links.peer_memory import Lane, PeerMemory
-
-SLOTS = 2
 
 
 def gather_lanes(size: int, numbers: int, dtype: torch.dtype) -> list[Lane]:
@@ -98,4 +97,5 @@ class PeerGatherGroup(RankGroup):
         """The parts of all members, [size, ...]: lanes lie one after the other."""
         lanes = self.memory.inboxes(self.first_lane, self.size)
         first = slot * self.memory.lanes[self.first_lane].width
-        return lanes[:, first : first + size.numel()].unflatten(1, size)
+        parts = lanes[:, first : first + size.numel()]
+        return parts.view(self.size, *size)

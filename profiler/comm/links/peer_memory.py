@@ -212,7 +212,8 @@ class PeerMemory:
         lane = self.lanes[first]
         width = lane.size_bytes // lane.dtype.itemsize
         start = self._starts[first] // lane.dtype.itemsize
-        return self._handle.get_buffer(self._me, (count, width), lane.dtype, start)
+        seen: torch.Tensor = self._handle.get_buffer(self._me, (count, width), lane.dtype, start)
+        return seen
 
     def copy_part(self, queue: Queue, receiver: int, lane: int, slot: int, source: torch.Tensor) -> None:
         """Copy `source` [1, n] to the front of the receiver's slot [1, width]."""
