@@ -39,27 +39,29 @@ LENGTHS = (517, 260, 33)
 NEW_TOKENS = 6
 MODEL = DemoSize(hidden_size=256, intermediate_size=768, num_layers=8, num_heads=8, num_kv_heads=8)
 STALL_S = 60.0
-PASSES = [(1, StageOrder.LOOP), *((passes, order) for passes in (2, 3) for order in StageOrder)]
-"""Groups a stage, and their order."""
 
 
 def layouts(num_ranks: int, num_devices: int) -> Iterator[Parallel]:
-    """Every layout of at most `num_ranks` ranks, pipelines also with two and three groups a stage in both orders; only
-    pipelines where ranks share cards.
-    """
+    """Every layout of at most `num_ranks` ranks; only pipelines where ranks share cards."""
     for world_size in range(1, num_ranks + 1):
         for stage_size in divisors(world_size):
             for tp_size in divisors(stage_size):
                 sp_size, pp_size = stage_size // tp_size, world_size // stage_size
                 if MODEL.num_heads % tp_size == 0 and (stage_size == 1 or world_size <= num_devices):
                     for kind in kinds(tp_size, sp_size):
-                        for passes, order in PASSES if pp_size > 1 else PASSES[:1]:
-                            if pp_size * passes <= MODEL.num_layers:
-                                yield Parallel(
-                                    tp_size=tp_size, sp_size=sp_size, sp_kind=kind, pp_size=pp_size,
-                                    virtual_stages=passes, stage_order=order,
-                                    layer_partition=even_partition(MODEL.num_layers, pp_size * passes),
-                                )  # fmt: skip
+                        for passes, order in visits(pp_size):
+                            yield Parallel(
+                                tp_size=tp_size, sp_size=sp_size, sp_kind=kind, pp_size=pp_size,
+                                virtual_stages=passes, stage_order=order,
+                                layer_partition=even_partition(MODEL.num_layers, pp_size * passes),
+                            )  # fmt: skip
+
+
+def visits(pp_size: int) -> list[tuple[int, StageOrder]]:
+    """How often rounds visit a stage, and in which order."""
+    if pp_size == 1:
+        return [(1, StageOrder.LOOP)]
+    return [(1, StageOrder.LOOP), (2, StageOrder.LOOP), (2, StageOrder.V)]
 
 
 def divisors(number: int) -> list[int]:
