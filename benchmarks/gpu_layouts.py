@@ -32,6 +32,7 @@ from runtime.run.result import RequestResult
 from service.cli.output import print_table
 from tuner.plan.layout import layout_of
 from tuner.plan.plan import Chunk, Parallel, Request, Round
+from tuner.plan.stage_order import StageOrder
 from tuner.search.partition import even_partition
 
 LENGTHS = (517, 260, 33)
@@ -48,10 +49,19 @@ def layouts(num_ranks: int, num_devices: int) -> Iterator[Parallel]:
                 sp_size, pp_size = stage_size // tp_size, world_size // stage_size
                 if MODEL.num_heads % tp_size == 0 and (stage_size == 1 or world_size <= num_devices):
                     for kind in kinds(tp_size, sp_size):
-                        yield Parallel(
-                            tp_size=tp_size, sp_size=sp_size, sp_kind=kind, pp_size=pp_size,
-                            layer_partition=even_partition(MODEL.num_layers, pp_size),
-                        )  # fmt: skip
+                        for passes, order in visits(pp_size):
+                            yield Parallel(
+                                tp_size=tp_size, sp_size=sp_size, sp_kind=kind, pp_size=pp_size,
+                                virtual_stages=passes, stage_order=order,
+                                layer_partition=even_partition(MODEL.num_layers, pp_size * passes),
+                            )  # fmt: skip
+
+
+def visits(pp_size: int) -> list[tuple[int, StageOrder]]:
+    """How often rounds visit a stage, and in which order."""
+    if pp_size == 1:
+        return [(1, StageOrder.LOOP)]
+    return [(1, StageOrder.LOOP), (2, StageOrder.LOOP), (2, StageOrder.V)]
 
 
 def divisors(number: int) -> list[int]:
