@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from db.errors import UserError
 from profiler.comm.links.buffers import BOUNDARY_BUFFERS, SEND_BUFFER_BYTES
@@ -12,7 +14,7 @@ from profiler.sequence.kind import SequenceCut
 from tuner.plan.plan import Parallel, Plan, Request, Round, Weights
 from tuner.plan.round_sizes import RoundSizes
 from tuner.plan.scratch import gathered_bytes, kv_elements, scratch_bytes
-from tuner.plan.stage_order import StageOrder
+from tuner.plan.stage_order import stages_of_groups
 
 USABLE_SHARE = 0.92  # the rest is the allocator's and the driver's
 MOST_RECORDED = 1024  # rounds that a rank on a card keeps recorded
@@ -49,6 +51,7 @@ def rank_memory(
     # Rounds beyond those that are recorded take their scratch memory from elsewhere.
     scratches = 2 if num_recorded and sizes.num_rounds > MOST_RECORDED else 1
     groups = list(_groups(shape, parallel))
+    ways = _most_ways([group.stage for group in groups])
     gathered = gathered_bytes(shape.layer_kinds, parallel, sizes, precision) if device_type == "cuda" else 0
     stages = list[RankMemory]()
     for stage in range(parallel.pp_size):
@@ -59,7 +62,7 @@ def rank_memory(
         if groups[-1] in held:
             weights += shape.final_norm.num_elements() + shape.head.num_elements(parallel.tp_size)
         scratch = max(scratch_bytes(layer, parallel, sizes, precision) for layer in set(layers))
-        boundaries = BOUNDARY_BUFFERS[device_type] * sizes.most_rows * hidden_bytes
+        boundaries = ways * BOUNDARY_BUFFERS[device_type] * sizes.most_rows * hidden_bytes
         sends = parallel.pp_size > 1 and (parallel.virtual_stages > 1 or groups[-1] not in held)
         stages.append(
             RankMemory(
@@ -140,12 +143,16 @@ class _Group:
 def _groups(shape: ModelShape, parallel: Parallel) -> Iterator[_Group]:
     """The groups of layers in the order in which rounds go through them, each with its stage."""
     first = 0
-    for index, num_layers in enumerate(parallel.layer_partition):
-        passed, place = divmod(index, parallel.pp_size)
-        turns = parallel.stage_order is StageOrder.V and passed % 2 == 1
-        stage = parallel.pp_size - 1 - place if turns else place
+    stages = stages_of_groups(parallel.pp_size, parallel.virtual_stages, parallel.stage_order)
+    for stage, num_layers in zip(stages, parallel.layer_partition, strict=True):
         yield _Group(stage, shape.layers[first : first + num_layers])
         first += num_layers
+
+
+def _most_ways(stages: Sequence[int]) -> int:
+    """Stages that one stage hands on to, or is handed on from, at most; each has buffers of its own. At least one."""
+    hand_offs = {(source, target) for source, target in pairwise(stages) if source != target}
+    return max([1, *Counter(source for source, _ in hand_offs).values()])
 
 
 def _layer_weights(layers: Sequence[LayerSpec], parallel: Parallel) -> int:
