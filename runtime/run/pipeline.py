@@ -165,11 +165,11 @@ class Pipeline:
         return torch.stack(chosen)
 
     def task_at(self, number: int, *, is_decoding: bool) -> tuple[int, Task]:
-        """The round (steps counted after the plan's rounds) and the task of the `number`-th work of a pass."""
-        tasks = self.step_tasks.tasks if is_decoding else self.tasks.tasks
+        """The round (steps counted after the plan's rounds) and the task of the `number`-th work of a pass; after the
+        last one the first of what follows."""
+        rounds, tasks = len(self.job.rounds), self.step_tasks.tasks if is_decoding else self.tasks.tasks
         turns, place = divmod(number, len(tasks))
-        task = tasks[place]
-        return (len(self.job.rounds) + turns if is_decoding else task.round_index), task
+        return (rounds + turns if is_decoding or turns else tasks[place].round_index), tasks[place]
 
     def arrival_s(self, chunks: Round) -> float:
         """When the last request of a round arrives, on the host's clock."""

@@ -62,7 +62,7 @@ def rank_memory(
         if groups[-1] in held:
             weights += shape.final_norm.num_elements() + shape.head.num_elements(parallel.tp_size)
         scratch = max(scratch_bytes(layer, parallel, sizes, precision) for layer in set(layers))
-        boundaries = ways * BOUNDARY_BUFFERS[device_type] * sizes.most_rows * hidden_bytes
+        boundaries = _num_boundary_buffers(parallel, stage, device_type) * sizes.most_rows * hidden_bytes
         sends = parallel.pp_size > 1 and (parallel.virtual_stages > 1 or groups[-1] not in held)
         stages.append(
             RankMemory(
@@ -132,6 +132,15 @@ def check_memory(shape: ModelShape, plan: Plan, *, max_new_tokens: int, device_t
     refusal = memory_refusal(stages, stage_size=stage_size, device_type=device_type, memory_bytes=memory_bytes)
     if refusal:
         raise UserError("memory", "", f"the plan {refusal}")
+
+
+def _num_boundary_buffers(parallel: Parallel, stage: int, device_type: str) -> int:
+    """Hidden states that a rank holds beside those it runs: of each link, and one where rounds stay from group to
+    group."""
+    passed = list(pairwise(parallel.stage_of_group))
+    ways = {(source, target) for source, target in passed if source != target}
+    num_links = max(sum(stage == way[side] for way in ways) for side in (0, 1))
+    return max(num_links, 1) * BOUNDARY_BUFFERS[device_type] + ((stage, stage) in passed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,8 @@ DRAFT_EFFORT = 0.4
 SKETCH_EFFORT = 0.2
 MOST_STARTS = 3
 """Candidates, of different numbers of rounds, that are improved locally."""
+RAMP_WIDTHS = (2, 4)
+"""How many rounds of each length a ramp may have beside one."""
 GOOD_ENOUGH = 1.002
 """A makespan within this factor of the bound is not improved further."""
 NEAR_BOUND = 1.005
@@ -104,8 +106,10 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
 def _keep_ramps(search: Search) -> None:
     """Candidates that grow and shrink at the ends."""
     problem = search.problem
-    for start in search.ranked()[:MOST_STARTS]:
-        for rounds in ramps(problem.requests, start.rounds, problem.chunk_multiple):
+    starts = search.ranked()[:MOST_STARTS]
+    widths = [(start, 1) for start in starts] + [(starts[0], width) for width in RAMP_WIDTHS]
+    for start, width in widths:
+        for rounds in ramps(problem.requests, start.rounds, problem.chunk_multiple, width):
             if fits_kv(problem, rounds):
                 search.keep(rounds, problem.objective)
 

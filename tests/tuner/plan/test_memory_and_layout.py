@@ -162,3 +162,20 @@ def test_worlds_that_nobody_has_are_an_error(world_size: int) -> None:
 def test_sizes_that_do_not_make_up_the_world_are_an_error() -> None:
     with pytest.raises(UserError, match="world_size: 4; must be a multiple"):
         enumerate_layouts(LLAMA, 4, Pins(tp_size=3))
+
+
+def test_buffers_are_counted_for_each_neighbour_that_hands_on() -> None:
+    def activation_rows(order: StageOrder, virtual_stages: int) -> list[int]:
+        num_groups = 3 * virtual_stages
+        parallel = Parallel(
+            tp_size=1, pp_size=3, virtual_stages=virtual_stages, stage_order=order,
+            layer_partition=(32 - num_groups + 1, *(1,) * (num_groups - 1)),
+        )  # fmt: skip
+        memory = rank_memory(LLAMA, parallel, whole_rounds(64, 64, 64), dtype="bfloat16", device_type="cuda")
+        row_bytes = 64 * LLAMA.hidden_size * 2
+        return [stage.activation_bytes // row_bytes for stage in memory]
+
+    once = activation_rows(StageOrder.LOOP, 1)
+    assert activation_rows(StageOrder.LOOP, 2) == once  # one stage before, one after, also around the loop
+    # Up and down: both neighbours in the middle, and where a round turns it stays.
+    assert [rows - before for rows, before in zip(activation_rows(StageOrder.V, 2), once, strict=True)] == [0, 4, 1]

@@ -59,8 +59,8 @@ def test_every_policy_plans_for_several_groups(objective: str) -> None:
 def test_ramps_run_every_token_once_and_stay_on_the_grid() -> None:
     requests = [Request(id="a", prompt_tokens=5000, cached_tokens=37), Request(id="b", prompt_tokens=900)]
     cost = CostModel(stages=(StageCost(token_count=(0, 8), token_seconds=(0.0, 8.0)),))
-    rounds = plan_rounds(cost, requests, policy="fixed:2048", chunk_multiple=64).rounds
-    found = list(ramps(requests, rounds, 64))
+    rounds = plan_rounds(cost, requests, policy="fixed:1024", chunk_multiple=64).rounds
+    found = [ramp for width in (1, 2) for ramp in ramps(requests, rounds, 64, width)]
     assert max(len(ramp) for ramp in found) > len(rounds) + 4
     for ramp in found:
         check_rounds(requests, ramp)
