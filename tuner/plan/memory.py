@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +13,6 @@ from profiler.sequence.kind import SequenceCut
 from tuner.plan.plan import Parallel, Plan, Request, Round, Weights
 from tuner.plan.round_sizes import RoundSizes
 from tuner.plan.scratch import gathered_bytes, kv_elements, scratch_bytes
-from tuner.plan.stage_order import stages_of_groups
 
 USABLE_SHARE = 0.92  # the rest is the allocator's and the driver's
 MOST_RECORDED = 1024  # rounds that a rank on a card keeps recorded
@@ -51,7 +49,6 @@ def rank_memory(
     # Rounds beyond those that are recorded take their scratch memory from elsewhere.
     scratches = 2 if num_recorded and sizes.num_rounds > MOST_RECORDED else 1
     groups = list(_groups(shape, parallel))
-    ways = _most_ways([group.stage for group in groups])
     gathered = gathered_bytes(shape.layer_kinds, parallel, sizes, precision) if device_type == "cuda" else 0
     stages = list[RankMemory]()
     for stage in range(parallel.pp_size):
@@ -152,16 +149,9 @@ class _Group:
 def _groups(shape: ModelShape, parallel: Parallel) -> Iterator[_Group]:
     """The groups of layers in the order in which rounds go through them, each with its stage."""
     first = 0
-    stages = stages_of_groups(parallel.pp_size, parallel.virtual_stages, parallel.stage_order)
-    for stage, num_layers in zip(stages, parallel.layer_partition, strict=True):
+    for stage, num_layers in zip(parallel.stage_of_group, parallel.layer_partition, strict=True):
         yield _Group(stage, shape.layers[first : first + num_layers])
         first += num_layers
-
-
-def _most_ways(stages: Sequence[int]) -> int:
-    """Stages that one stage hands on to, or is handed on from, at most; each has buffers of its own. At least one."""
-    hand_offs = {(source, target) for source, target in pairwise(stages) if source != target}
-    return max([1, *Counter(source for source, _ in hand_offs).values()])
 
 
 def _layer_weights(layers: Sequence[LayerSpec], parallel: Parallel) -> int:
