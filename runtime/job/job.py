@@ -76,5 +76,5 @@ class RankReport:
     first: Pass | None  # from rest, where passes that do not count came before the others
     passes: tuple[Pass, ...]
     decode: Pass
-    memory_bytes: int | None = None  # of the card in use at the end, by whatever holds it; None on a CPU
+    memory_bytes: int | None = None  # of the card in use at most, by whatever holds it; None on a CPU
     token_ids: tuple[tuple[int, ...], ...] | None  # the new ones of each request

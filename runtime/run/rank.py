@@ -63,7 +63,9 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         return note(pipeline.tasks.by_round)
 
     if context.device.type == "cuda":
-        torch.cuda.empty_cache()  # what the job before left: peer memory and NCCL allocate beside torch
+        gc.collect()  # what the job before left, recordings in cycles too
+        torch.cuda.empty_cache()  # peer memory and NCCL allocate beside torch
+        torch.cuda.reset_peak_memory_stats()
     begin()
     stage = Stage(job, place, groups, context.device)
     progress.enter(Phase.LINKS)
@@ -109,7 +111,8 @@ def _memory_bytes(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    return total - free
+    beside = total - free - torch.cuda.memory_reserved(device)  # libraries, peer memory, and what others hold
+    return beside + torch.cuda.max_memory_reserved(device)
 
 
 def _settle(job: Job, run_pass: Callable[[], Pass], groups: Groups) -> Pass | None:

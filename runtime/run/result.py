@@ -32,7 +32,7 @@ class RunResult:
     rounds: tuple[RoundTime, ...]
     decode_s: tuple[float, ...]  # of each token after the first: from token to token
     rested_makespan_s: float | None = None  # of a pass from rest, where the others were run on settled devices
-    memory_bytes: int | None = None  # in use on the fullest card at the end
+    memory_bytes: int | None = None  # in use on the fullest card at most
     warm_up_s: float = 0.0  # on the slowest rank, before the first pass
     predicted_makespan_s: float | None = None
     mfu: float | None = None  # of the published peak of all devices

@@ -117,7 +117,8 @@ def _legend(colour_of: dict[str, str], top: int) -> Iterator[str]:
 
 def _speed(why: Explanation, factor: float) -> str:
     times = f"x {factor:g}" if factor >= 1.0 else f"x 1/{round(1 / factor)}"
-    known = f" ({why.link_gb_s * factor:.3g} GB/s)" if why.link_gb_s else ""
+    gb_s = (why.link_gb_s or 0.0) * factor
+    known = f" ({gb_s:.0f} GB/s)" if gb_s >= 10 else f" ({gb_s:.2g} GB/s)" if gb_s else ""
     return ("measured links" if factor == 1.0 else f"links {times}") + known
 
 

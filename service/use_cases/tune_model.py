@@ -136,6 +136,8 @@ def _fitter(
             sp_kind=layout.sp_kind,
             weights=layout.weights,
         )
+        if links.leaves_host(layout):
+            work = replace(work, has_peer_memory=False)
         costs = fit_layer_costs(links.rows_for(layout), work, busy_ranks=layout.world_size)
         if not (correct and has_runs):
             return costs

@@ -25,7 +25,7 @@ class AttentionRows:
         any_in_waves = any(kernel in IN_WAVES for kernel in self.kernel_of.values())
         others = list(takewhile(lambda chunk: self.kernel_of[chunk] not in IN_WAVES, sorted(self.kernel_of)))
         self.waves = Waves(
-            num_heads=work.attention_sizes["heads"],
+            num_heads=rows[0].shape["heads"],  # that were measured: rows of more heads may stand for the rank's
             num_multiprocessors=work.num_multiprocessors if any_in_waves else None,
             split_up_to=max(others, default=0),
         )
@@ -61,9 +61,7 @@ def attention_rows(rows: Rows, work: RankWork, *, busy_ranks: int) -> list[Measu
     heads, kv_heads = min(more)
     measured = sizes | {"heads": heads, "kv_heads": kv_heads}
     share = sizes["heads"] / heads
-    return [
-        _scaled(row, sizes, share) for row in rows.select("attention", measured, busy_ranks=busy_ranks, variant=None)
-    ]
+    return [_scaled(row, share) for row in rows.select("attention", measured, busy_ranks=busy_ranks, variant=None)]
 
 
 def require_attention(rows: Rows, work: RankWork, *, busy_ranks: int, why: str) -> list[Measurement]:
@@ -72,7 +70,7 @@ def require_attention(rows: Rows, work: RankWork, *, busy_ranks: int, why: str) 
     return found or rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None, why=why)
 
 
-def _scaled(row: Measurement, sizes: dict[str, int], share: float) -> Measurement:
-    """The row as if it were of other sizes that take a share of its time."""
+def _scaled(row: Measurement, share: float) -> Measurement:
+    """The row with a share of its time; its heads stay those that were measured, for so they filled the card."""
     times = {name: share * getattr(row, name) for name in ("median_us", "p10_us", "p90_us", "min_us", "std_us")}
-    return replace(row, shape=dict(row.shape) | sizes, **times)
+    return replace(row, **times)

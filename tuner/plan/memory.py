@@ -13,7 +13,6 @@ from profiler.sequence.kind import SequenceCut
 from tuner.plan.plan import Parallel, Plan, Request, Round, Weights
 from tuner.plan.round_sizes import RoundSizes
 from tuner.plan.scratch import gathered_bytes, kv_elements, scratch_bytes
-from tuner.plan.stage_order import StageOrder
 
 USABLE_SHARE = 0.92  # the rest is the allocator's and the driver's
 MOST_RECORDED = 1024  # rounds that a rank on a card keeps recorded
@@ -150,10 +149,7 @@ class _Group:
 def _groups(shape: ModelShape, parallel: Parallel) -> Iterator[_Group]:
     """The groups of layers in the order in which rounds go through them, each with its stage."""
     first = 0
-    for index, num_layers in enumerate(parallel.layer_partition):
-        passed, place = divmod(index, parallel.pp_size)
-        turns = parallel.stage_order is StageOrder.V and passed % 2 == 1
-        stage = parallel.pp_size - 1 - place if turns else place
+    for stage, num_layers in zip(parallel.stage_of_group, parallel.layer_partition, strict=True):
         yield _Group(stage, shape.layers[first : first + num_layers])
         first += num_layers
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from tuner.plan.cost_model import CostModel
 from tuner.plan.layout import Layout
-from tuner.plan.plan import Request
+from tuner.plan.plan import Request, Round
 from tuner.policies.fixed import fixed_rounds
 from tuner.rounds.problem import Problem, arrive_over_time
 from tuner.rounds.schedule import evaluate
@@ -185,6 +185,7 @@ class Arena:
     def __init__(self, target: Target, candidates: Sequence[Candidate], rules: Rules) -> None:
         self._target, self._rules = target, rules
         self._models: dict[tuple[Layout, float], CostModel] = {}
+        self._rounds: dict[tuple[object, ...], list[Round]] = {}
         runs = [candidate for candidate in candidates if not candidate.refusal and candidate.costs is not None]
         most = max((candidate.layout.world_size for candidate in runs), default=1)
         first: dict[tuple[object, ...], Candidate] = {}
@@ -240,11 +241,18 @@ class Arena:
             size = size if most is None else min(size, most)
             if size not in tried:
                 tried.add(size)
-                makespan_s = problem.evaluate(fixed_rounds(problem, size)).makespan_s
+                makespan_s = problem.evaluate(self._fixed(problem, size)).makespan_s
                 if makespan_s > 1.2 * best:  # smaller chunks are worse still
                     break
                 best = min(best, makespan_s)
         return best
+
+    def _fixed(self, problem: Problem, size: int) -> list[Round]:
+        """Rounds of so many tokens; of requests that are all there they are the same on every layout."""
+        key = (size, *((request.prompt_tokens, request.cached_tokens) for request in problem.requests))
+        if key not in self._rounds:
+            self._rounds[key] = fixed_rounds(problem, size)
+        return self._rounds[key]
 
     def _model(self, candidate: Candidate, link_factor: float) -> CostModel:
         key = (candidate.layout, link_factor)

@@ -97,6 +97,10 @@ class Links:
             found.append(Assumed(2, 0, hosts))
         return tuple(dict.fromkeys(found))
 
+    def leaves_host(self, layout: Layout) -> bool:
+        """Whether ranks that share rows stand on several hosts, as far as a topology says."""
+        return self.topology is not None and self.topology.reach(layout).sequence > 1
+
     def key(self, layout: Layout) -> tuple[int, tuple[Assumed, ...]]:
         """What layouts of the same work differ in: ranks at work, as far as rows tell loads apart, and assumptions."""
         return min(layout.world_size, self._most_busy), self.assumed(layout)

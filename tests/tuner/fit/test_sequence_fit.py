@@ -73,7 +73,7 @@ def test_heads_that_were_not_measured_take_a_share_of_those_that_were() -> None:
     found = attention_rows(rows, work(sp_size=3, sp_kind=SPKind.ULYSSES), busy_ranks=2)
     wider = attention_rows(rows, work(tp_size=2), busy_ranks=2)
     assert len(found) == len(wider) > 0
-    assert {row.shape["heads"] for row in found} == {11}
+    assert {row.shape["heads"] for row in found} == {16}  # as they were measured: so many filled the card
     assert [one.median_us / other.median_us for one, other in zip(found, wider, strict=True)] == pytest.approx(
         [11 / 16] * len(found)
     )

@@ -9,8 +9,9 @@ import pytest
 from profiler.model import load_model_shape
 from profiler.sequence.kind import SequenceCut, SPKind
 from tuner.plan.memory import RankMemory, rounds_memory
-from tuner.plan.plan import Chunk, Parallel, Request, StageOrder, Weights
+from tuner.plan.plan import Chunk, Parallel, Request, Weights
 from tuner.plan.round_sizes import RoundSizes
+from tuner.plan.stage_order import StageOrder
 
 LLAMA = load_model_shape("llama-3-8b")
 HIDDEN, KV_ROW, LAYERS = 4096, 2 * 8 * 128 * 2, 32  # bfloat16: bytes of a token's key and value in a layer
@@ -93,3 +94,13 @@ def test_a_stage_holds_all_its_groups_of_layers(order: StageOrder, last: int) ->
         assert found.weights_bytes == 2 * (num_layers[stage] * LLAMA.layer.num_elements() + ends)
         assert found.kv_bytes == num_layers[stage] * KV_ROW * 16002
         assert found.unsent_bytes > 0
+
+
+def test_stages_in_the_middle_of_a_v_hand_on_both_ways() -> None:
+    def activations(order: StageOrder) -> int:
+        return of(
+            Parallel(tp_size=1, pp_size=4, virtual_stages=2, stage_order=order, layer_partition=(4,) * 8)
+        ).activation_bytes
+
+    buffers = 4 * 12000 * 2 * HIDDEN  # received and sent, of the largest round
+    assert activations(StageOrder.V) - activations(StageOrder.LOOP) == buffers

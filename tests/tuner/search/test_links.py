@@ -12,6 +12,7 @@ from db.errors import UserError
 from profiler.points.point import Op
 from profiler.sequence.kind import SPKind
 from tests.tuner.search.test_layouts import rows
+from tuner.fit.rows import Rows
 from tuner.plan.layout import Layout
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.topology import LinkSpeed, Topology, load_topology
@@ -58,6 +59,15 @@ def test_what_collectives_take_by_hand() -> None:
 def test_groups_and_boundaries_that_leave_a_host(layout: Layout, expected: tuple[int, int, int]) -> None:
     reach = topology().reach(layout)
     assert (reach.tensor, reach.sequence, reach.boundary) == expected
+
+
+def test_ranks_that_share_rows_leave_a_host_where_it_has_too_few_cards() -> None:
+    def leaves(sp_size: int, tp_size: int, given: Topology | None) -> bool:
+        layout = Layout(tp_size=tp_size, pp_size=1, sp_size=sp_size, sp_kind=SPKind.GATHER)
+        return Links(Rows([]), given).leaves_host(layout)
+
+    assert leaves(8, 1, topology()) and leaves(2, 4, topology())
+    assert not leaves(4, 1, topology()) and not leaves(2, 2, topology()) and not leaves(8, 1, None)
 
 
 def test_a_loop_goes_back_between_hosts() -> None:
