@@ -47,6 +47,8 @@ class KernelTimes:
     by_kind: dict[str, float]
     rounds_s: float  # from each round's start to its finish, added up
     pass_s: float
+    span_s: float  # of the pass that was recorded, from the first kernel's start to the last one's end
+    idle_s: float  # of it, without any kernel
 
     @property
     def kernels_s(self) -> float:
@@ -79,16 +81,31 @@ def time_kernels(context: RankContext, jobs: Sequence[Job]) -> list[KernelTimes]
                 torch.cuda.synchronize()
             pipeline.close()
         by_kind: dict[str, float] = {}
+        busy: list[tuple[float, float]] = []
         for event in profile.events() or ():
             if event.device_type == torch._C._autograd.DeviceType.CUDA:
                 kind = kind_of(event.name)
                 by_kind[kind] = by_kind.get(kind, 0.0) + event.device_time_total * 1e-6
+                busy.append((event.time_range.start * 1e-6, event.time_range.end * 1e-6))
         found.append(
             KernelTimes(
-                by_kind=by_kind, rounds_s=sum(finish - start for start, finish in intervals), pass_s=intervals[-1][1]
+                by_kind=by_kind,
+                span_s=max(end for _, end in busy) - min(start for start, _ in busy),
+                idle_s=idle_s(busy),
+                rounds_s=sum(finish - start for start, finish in intervals),
+                pass_s=intervals[-1][1],
             )
         )
     return found
+
+
+def idle_s(busy: Sequence[tuple[float, float]]) -> float:
+    """Seconds between the first start and the last end in which nothing runs."""
+    idle, reached = 0.0, min(start for start, _ in busy)
+    for start, end in sorted(busy):
+        idle += max(0.0, start - reached)
+        reached = max(reached, end)
+    return idle
 
 
 def kind_of(name: str) -> str:
@@ -118,8 +135,8 @@ def main() -> None:
         for (name, _), times in zip(named, zip(*reports, strict=True), strict=True):
             for rank, one in enumerate(times):
                 kinds = [one.by_kind.get(kind, 0.0) for kind in (*KINDS, "other")]
-                table.append([name, rank, one.pass_s, one.rounds_s, one.kernels_s, *kinds])
-    print_table(["plan", "rank", "pass s", "rounds s", "kernels s", *KINDS, "other"], table, title="Seconds")
+                table.append([name, rank, one.pass_s, one.span_s, one.idle_s, one.kernels_s, *kinds])
+    print_table(["plan", "rank", "pass s", "span s", "idle s", "kernels s", *KINDS, "other"], table, title="Seconds")
 
 
 if __name__ == "__main__":

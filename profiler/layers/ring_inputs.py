@@ -40,6 +40,9 @@ class RingInputs(LayerInputs):
     passed: tuple[slice, ...]  # rows of the slab that go around: of each chunk context and new tokens
     most_passed: int  # rows that go around at once, the most of any rank
     num_rows: int  # T and padding
+    buffers: tuple[torch.Tensor, torch.Tensor]
+    """Flat, of what goes around; kept by the caller: what a layer allocates for messages is not free again within a
+    recording."""
     group: RowGroup
 
     def write(self, rows: torch.Tensor, slab: torch.Tensor) -> None:
@@ -60,7 +63,9 @@ class RingInputs(LayerInputs):
         passed = self._passed(keys, values)
         found: list[PartialAttention | None] = [None] * len(self.pieces)
         for step in range(self.group.size):
-            wait = self.group.begin_pass_on(passed) if step + 1 < self.group.size else None
+            wait = None
+            if step + 1 < self.group.size:
+                wait = self.group.begin_pass_on(passed, self._buffer(step + 1, keys))
             if q is not None:
                 source = (self.group.rank - step) % self.group.size
                 self._attend(q, passed, source, found, is_own=step == 0)
@@ -74,7 +79,7 @@ class RingInputs(LayerInputs):
 
     def _passed(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """What goes around: [2, KV, most_passed, D], each chunk's rows one after the other."""
-        passed = keys.new_empty(2, keys.shape[0], self.most_passed, keys.shape[2])
+        passed = self._buffer(0, keys)
         row = 0
         for rows in self.passed:
             end = row + rows.stop - rows.start
@@ -82,6 +87,10 @@ class RingInputs(LayerInputs):
             passed[1, :, row:end] = values[:, rows]
             row = end
         return passed
+
+    def _buffer(self, step: int, keys: torch.Tensor) -> torch.Tensor:
+        size = torch.Size((2, keys.shape[0], self.most_passed, keys.shape[2]))
+        return self.buffers[step % 2][: size.numel()].view(size)
 
     def _attend(
         self,

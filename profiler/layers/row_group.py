@@ -32,5 +32,6 @@ class RowGroup(Protocol):
     def exchange(self, parts: Sequence[torch.Tensor], received: Sequence[int]) -> list[torch.Tensor]:
         """Send part i to rank i; received: how many numbers each rank sends here -> flat tensors, one a rank."""
 
-    def begin_pass_on(self, tensor: torch.Tensor) -> Wait:
-        """Begin to send a tensor to the next rank in a ring, and to receive as large a one from the rank before."""
+    def begin_pass_on(self, sent: torch.Tensor, arrived: torch.Tensor) -> Wait:
+        """Begin to send to the next rank in a ring, and to receive as much from the rank before; both stay as they are
+        until it has been waited for."""

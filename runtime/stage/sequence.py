@@ -206,6 +206,8 @@ class MegatronScheme(Scheme):
 class RingScheme(Scheme):
     """KV cut with the rows. See `profiler.layers.ring_inputs`."""
 
+    _passed: tuple[torch.Tensor, torch.Tensor] | None = None
+
     def group_of(self, groups: Groups) -> RankGroup:
         """See `Scheme`."""
         return groups.sequence
@@ -278,8 +280,19 @@ class RingScheme(Scheme):
             ),
             most_passed=max(map(sum, passed_rows)),
             num_rows=share.num_rows,
+            buffers=self._buffers(max(map(sum, passed_rows))),
             group=self.group,
         )
+
+    def _buffers(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for what goes around of a layer, the same for all rounds and layers; it grows before rounds are
+        recorded, for every round is run once before."""
+        layers = self.job.shape.layer_kinds
+        numbers = rows * max(2 * self.kv_heads(layer) * layer.attention.head_dim for layer in layers)
+        if self._passed is None or self._passed[0].numel() < numbers:
+            first, second = (torch.empty(numbers, device=self.device, dtype=self.dtype) for _ in range(2))
+            self._passed = first, second
+        return self._passed
 
     def _kept_before(self, share: RoundShare, chunk: int, rank: int) -> int:
         """Tokens of a chunk's request that a rank keeps from earlier rounds."""

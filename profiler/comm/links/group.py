@@ -66,10 +66,9 @@ class RankGroup:
         dist.all_to_all_single(arrived, sent, list(received), [part.numel() for part in parts], group=self.group)
         return list(arrived.split(list(received)))
 
-    def begin_pass_on(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begin to send a tensor to the next rank and to receive one from the rank before; waits and gives that one."""
+    def begin_pass_on(self, sent: torch.Tensor, arrived: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to send to the next rank and to receive from the rank before; what it returns waits and gives that."""
         assert self.group is not None
-        arrived, sent = torch.empty_like(tensor), tensor.contiguous()
         peers = [dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (1, -1)]
         works = dist.batch_isend_irecv(
             [dist.P2POp(dist.isend, sent, peers[0], self.group), dist.P2POp(dist.irecv, arrived, peers[1], self.group)]
@@ -78,10 +77,8 @@ class RankGroup:
         def wait() -> torch.Tensor:
             for work in works:
                 work.wait()
-            del sent_until_done[:]
             return arrived
 
-        sent_until_done = [sent]
         return wait
 
 
