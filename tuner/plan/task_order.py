@@ -83,7 +83,8 @@ def task_order(
         least = num_rounds * virtual_stages * pp_size + (pp_size - 1) * (pp_size + 1)
         rules = _rules(num_rounds, pp_size, most)
         for blocks, in_flight in rules if num_rounds <= MANY_ROUNDS else rules[:1]:
-            run = _run(stages, blocks, min(in_flight, most))
+            shortest = min((run[0] for run in found), default=None)
+            run = _run(stages, blocks, min(in_flight, most), shortest)
             found += [run] if run is not None else []
             if run is not None and run[0] <= least:
                 break
@@ -107,8 +108,11 @@ def _rules(num_rounds: int, pp_size: int, most: int) -> list[tuple[list[int], in
     ]
 
 
-def _run(stages: tuple[int, ...], blocks: Sequence[int], in_flight: int) -> tuple[int, list[tuple[int, int]]] | None:
-    """How long the tasks take, and they in the order of their start; None where they cannot all run.
+def _run(
+    stages: tuple[int, ...], blocks: Sequence[int], in_flight: int, shortest: int | None = None
+) -> tuple[int, list[tuple[int, int]]] | None:
+    """How long the tasks take, and they in the order of their start; None where they cannot all run, or where a stage's
+    remaining work alone makes them take as long as `shortest`.
 
     A stage takes the oldest block first, in a block the earliest pass, in a pass the oldest round.
     """
@@ -131,6 +135,8 @@ def _run(stages: tuple[int, ...], blocks: Sequence[int], in_flight: int) -> tupl
     changed = {where[0]}  # stages that may begin a task: something that kept them from it may be gone
     first_stage = where[0]
 
+    remaining = [unit * num_rounds * stages.count(stage) for stage in range(pp_size)]
+
     def begin(stage: int) -> None:
         """Start the oldest round that may run on a stage."""
         nonlocal begun
@@ -152,7 +158,9 @@ def _run(stages: tuple[int, ...], blocks: Sequence[int], in_flight: int) -> tupl
                 unread[first] -= 1
                 changed.add(where[first - 1])
             tasks.extend((i, group) for group in visits[visit])
-            free_at[stage] = now + unit * len(visits[visit])
+            taken = unit * len(visits[visit])
+            free_at[stage] = now + taken
+            remaining[stage] -= taken
             heapq.heappush(events, (free_at[stage], i, visit, False))
             return
 
@@ -161,6 +169,8 @@ def _run(stages: tuple[int, ...], blocks: Sequence[int], in_flight: int) -> tupl
             stage = min(changed)
             changed.discard(stage)
             if free_at[stage] <= now:
+                if shortest is not None and now + remaining[stage] >= shortest:
+                    return None
                 begin(stage)
         if not events:
             return None

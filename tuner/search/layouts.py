@@ -34,8 +34,9 @@ NEAR_SKETCH, NEAR_DRAFT = 1.025, 1.015
 those whose drafts are within the other one are planned in full, which gains less."""
 MOST_DRAFTS, MOST_PLANS = 3, 2
 """How many are drafted at most, and how many of these are planned in full."""
-SKETCHED_ROUNDS = 4
-"""Numbers of rounds that are tried where stages hold several groups."""
+SKETCHED_ROUNDS, HOPEFUL = 4, 1.05
+"""Numbers of rounds that are tried where stages hold several groups; one where the estimate is above the best sketch
+by more than the factor."""
 FitLayout = Callable[[Layout], LayerCosts]  # raises UserError when nothing was measured for the layout
 
 
@@ -166,7 +167,7 @@ def search_layouts(
         elif not is_close:
             heapq.heappush(waiting, (floor_of(candidate, close=True), True, index))
         else:
-            candidates[index] = sketched = replace(_sketched(target, candidate, rules), floor=floor)
+            candidates[index] = sketched = replace(_sketched(target, candidate, rules, best), floor=floor)
             best = min(best, sketched.score(rules.objective))
             if sketched.refusal and (layout := _gathered(candidate.layout)):
                 candidates[index] = gathered = fitted(layout)
@@ -248,8 +249,11 @@ def _build_cost(candidate: Candidate) -> BuildCost:
     return cache(candidate.layout_costs.cost_model)
 
 
-def _sketched(target: Target, candidate: Candidate, rules: Rules) -> Candidate:
-    """Drafted for one partition, that of least work on the fullest stage."""
+def _sketched(target: Target, candidate: Candidate, rules: Rules, best: tuple[float, ...]) -> Candidate:
+    """Drafted for one partition, that of least work on the fullest stage.
+
+    best: the score of the best sketch so far; one that is likely to be far off is made with less care.
+    """
     build_cost, layout = _build_cost(candidate), candidate.layout
     if layout.virtual_stages == 1:
         partition = balanced_partition(build_cost, target.shape.num_layers, layout.pp_size, target.requests)
@@ -257,7 +261,8 @@ def _sketched(target: Target, candidate: Candidate, rules: Rules) -> Candidate:
     else:
         partition = even_partition(target.shape.num_layers, layout.num_groups)
         cost = build_cost(partition)
-        rounds = rules.sketch(cost, _shorter(cost), target.requests, SKETCHED_ROUNDS)
+        hopeful_s = HOPEFUL * best[0] if rules.objective is Objective.MAKESPAN else math.inf
+        rounds = rules.sketch(cost, _shorter(cost), target.requests, SKETCHED_ROUNDS, hopeful_s)
     return with_rounds(target, replace(candidate, layer_partition=partition), rounds, rules)
 
 

@@ -48,12 +48,20 @@ class Rules:
         """Rounds by the policy, quickly: to choose a layout and a partition by."""
         return draft_plan(cost, requests, policy=self.policy, **self.options)
 
-    def sketch(self, cost: CostModel, like: CostModel, requests: Sequence[Request], most: int) -> RoundPlan:
-        """The best under `cost` of the few drafts that are best under costs `like` them, which are quicker to judge."""
+    def sketch(
+        self, cost: CostModel, like: CostModel, requests: Sequence[Request], most: int, hopeful_s: float
+    ) -> RoundPlan:
+        """The best under `cost` of the few drafts that are best under costs `like` them, which are quicker to judge.
+
+        Of drafts that take longer than `hopeful_s` even there, only the first is judged.
+        """
         problem, started = Problem.of(cost, requests, **self.options), time.perf_counter()
         if self.policy != "joint" or problem.is_timed:
             return self.draft(cost, requests)
-        drafts = draft_choices(replace(problem, cost=like), most)
+        quick = replace(problem, cost=like)
+        drafts = draft_choices(quick, most)
+        if quick.evaluate(drafts[0]).makespan_s > hopeful_s:
+            drafts = drafts[:1]
         judged = [(problem.evaluate(rounds), rounds) for rounds in drafts]
         evaluation, rounds = min(judged, key=lambda each: each[0].score(self.objective))
         return RoundPlan(
