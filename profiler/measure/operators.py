@@ -159,7 +159,7 @@ class Operators:
 
     def _cold_layers(self, point: Point) -> list[DecoderLayer]:
         spec, tp_size = self._layer_of(point)
-        size = self.workspace.precision.weights.num_bytes(spec.num_elements(tp_size))
+        size = spec.weights_bytes(self.workspace.precision, tp_size)
         # Two layers at least, so that no layer follows itself.
         copies = max(2, self.workspace.num_copies(size))
         return self.workspace.keep(

@@ -146,7 +146,7 @@ class Grid:
             for m, level in self.product_levels.items():
                 point = Point(
                     op=Op.MATMUL, dtype=self.dtype, shape={"m": m, "n": n, "k": k}, level=level,
-                    flops=2.0 * m * n * k, size_bytes=self._weights(2 * n * k) + self._bytes(m * (n + k)),
+                    flops=2.0 * m * n * k, size_bytes=2 * self.precision.matrix_bytes(n, k) + self._bytes(m * (n + k)),
                 )  # fmt: skip
                 yield point
                 if self.device_type == "cuda" and level <= 1:
@@ -193,7 +193,7 @@ class Grid:
         sizes, weights = layer.sizes(tp_size), layer.product_elements(tp_size)
         attention = 4.0 * sizes["heads"] * sizes["head_dim"]
         width = 4 * sizes["hidden"] + 5 * sizes["intermediate"] + 4 * sizes["heads"] * sizes["head_dim"]
-        fixed_bytes = self._weights(3 * weights) + 2 * self._slab(layer, tp_size)
+        fixed_bytes = 3 * layer.weights_bytes(self.precision, tp_size) + 2 * self._slab(layer, tp_size)
         for chunk, chunk_level in self.layer_levels.items():
             for context, context_level in self.context_levels(chunk).items():
                 if context_level > 1 or (chunk_level and context_level):
