@@ -67,6 +67,19 @@ class Quantization:
         """Name of the precision that it was made for."""
         return quantized_name(self.linears, FLOAT32 if around == FLOAT32 else BFLOAT16)
 
+    def refusal(self, linears: LinearFormat | None) -> str | None:
+        """Why products cannot run in `linears`, or None: weights are taken as they are, or dequantized."""
+        mine = self.linears
+        if linears is None or linears.activations is None or linears == mine:
+            return None
+        if self.scale_columns is not None:
+            return "its weights have scales for groups of inputs: run it in w8a16 or in a plain precision"
+        if linears.weights != self.weights:
+            return f"its weights are {self.weights.name}: run it in {self.precision()} or in a plain precision"
+        if linears.is_calibrated:
+            return f"it holds no ranges of activations: run it in {self.precision()} or in a plain precision"
+        return None
+
     def keep(self, name: str) -> bool:
         """Whether the linear `name` (without ".weight") is stored plain."""
         return any(_matches(pattern, name) for pattern in self.keeps)
