@@ -74,7 +74,10 @@ class Checkpoint:
         """A slice of a tensor as it lies in the file."""
         part = self._slice(name)
         sizes = part.get_shape()
-        tensor: torch.Tensor = part[:] if not sizes else part[rows] if len(sizes) == 1 else part[rows, columns]
+        if not sizes:
+            scalar: torch.Tensor = self._open[self.file_of[name]].get_tensor(name)
+            return scalar
+        tensor: torch.Tensor = part[rows] if len(sizes) == 1 else part[rows, columns]
         return tensor.contiguous()
 
     def shape_of(self, name: str) -> tuple[int, ...]:

@@ -9,8 +9,9 @@ import torch
 
 from profiler.kernels.quantized.rows import QuantizedRows
 
-# The largest value of a format that ranges are scaled to; int8 keeps -128 for ranges with an offset.
-LARGEST: Mapping[torch.dtype, float] = MappingProxyType({torch.int8: 127.0, torch.float8_e4m3fn: 448.0})
+# What the end of a range is scaled to. For int8 that is half of -128 to 127, as in compressed-tensors: the end itself
+# becomes 127, half a step off, no more than any other number.
+LARGEST: Mapping[torch.dtype, float] = MappingProxyType({torch.int8: 127.5, torch.float8_e4m3fn: 448.0})
 LEAST = 1e-12  # a row of zeros has a scale, too
 
 
@@ -22,14 +23,13 @@ def scales_of(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
     """x [T, K] with a scale of its own for each row: its largest magnitude becomes the format's largest."""
     wide = x.float()
-    largest = wide.abs().amax(dim=-1, keepdim=True).clamp_min_(LEAST)
-    values = rounded(wide * (LARGEST[dtype] / largest), dtype)
-    return QuantizedRows(values, largest / LARGEST[dtype], x.dtype)
+    scales = scales_of(wide.abs().amax(dim=-1, keepdim=True), dtype)
+    return QuantizedRows(rounded(wide / scales, dtype), scales, x.dtype)
 
 
 def quantize_static(x: torch.Tensor, scale: torch.Tensor, offset: float, dtype: torch.dtype) -> QuantizedRows:
     """x [T, K] in a range known beforehand: scale [1] float32; what lies outside becomes the end of the range."""
-    return QuantizedRows(rounded(x.float() * (1.0 / scale) + offset, dtype), scale, x.dtype)
+    return QuantizedRows(rounded(x.float() / scale + offset, dtype), scale, x.dtype)
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

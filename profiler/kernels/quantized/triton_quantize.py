@@ -116,14 +116,13 @@ def _store_quantized(
     numbers, row, at, inside, values, scales, scale, width, OFFSET: tl.constexpr, STATIC: tl.constexpr,
     INTEGER: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr, ROUNDER: tl.constexpr,
 ):  # fmt: skip
-    largest = tl.full((), LARGEST, tl.float32)
     if STATIC:
-        one = tl.full((), 1.0, tl.float32)
-        numbers = numbers * tl.div_rn(one, tl.load(scale)) + OFFSET
+        numbers = tl.div_rn(numbers, tl.load(scale)) + OFFSET
     else:
         end = tl.maximum(tl.max(tl.abs(numbers), axis=0), LEAST)
-        tl.store(scales + row, tl.div_rn(end, largest))
-        numbers = numbers * tl.div_rn(largest, end)
+        own = tl.div_rn(end, tl.full((), LARGEST, tl.float32))
+        tl.store(scales + row, own)
+        numbers = tl.div_rn(numbers, own)
     if INTEGER:
         numbers = tl.minimum(tl.maximum(numbers, -128.0), 127.0)
         numbers = (numbers + ROUNDER) - ROUNDER

@@ -58,7 +58,10 @@ def quantize() -> None:
     for fmt, dtype, scale, offset in ranges():
         x = random(5, 100, seed=1, dtype=dtype)
         x[3] = 0.0
-        same(triton_quantize.quantize(x, dtype=fmt, scale=scale, offset=offset), reference(x, fmt, scale, offset))
+        rows = triton_quantize.quantize(x, dtype=fmt, scale=scale, offset=offset)
+        # The interpreter rounds ties to float8 away from zero.
+        ties = 0.02 if DEVICE.type == "cpu" and fmt == torch.float8_e4m3fn else 0.0
+        same(rows, reference(x, fmt, scale, offset), most_moved=ties)
 
 
 def rms_norm() -> None:
