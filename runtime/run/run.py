@@ -22,6 +22,7 @@ from profiler.comm.ranks.launch import is_first_process, run_ranks
 from profiler.comm.ranks.stall import LEAST_LIMIT_S
 from profiler.hardware.device import describe_hardware
 from profiler.kernels.attention import available_kernels
+from profiler.kernels.quantized.support import check_precision
 from profiler.model import PRECISIONS, ModelShape, precision_of
 from profiler.model.flops import prefill_flops
 from profiler.points.kernel_choice import KernelChoice
@@ -193,6 +194,7 @@ def make_job(
     """
     shape = model_shape(plan.model, weights)
     check_layout(plan, shape, max_new_tokens=max_new_tokens, device_type=device_type)
+    check_precision(precision_of(plan.precision), device_type, field="precision")
     if weights is not None:
         check_checkpoint(weights, shape, precision_of(plan.precision))
     token_ids = checked_prompts(

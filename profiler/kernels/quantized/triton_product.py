@@ -77,7 +77,7 @@ def scaled_product(
         values, weight, out, scales, weight_scales, bias if bias is not None else weight_scales, m, n, k,
         values.stride(0), weight.stride(0), _bucket(m),
         STATIC=scales.numel() == 1 and scales.dim() == 1, HAS_BIAS=bias is not None,
-        INTEGER=values.dtype == torch.int8, GROUP_ROWS=_GROUP_ROWS,
+        INTEGER=values.dtype == torch.int8, EVEN=k % 256 == 0, GROUP_ROWS=_GROUP_ROWS,
     )  # fmt: skip
     return out
 
@@ -95,7 +95,7 @@ def dequantizing_product(
         x, weight, out, weight_scales, bias if bias is not None else weight_scales, m, n, k, groups, k // groups,
         x.stride(0), weight.stride(0), _bucket(m),
         BLOCK_K=64 if groups == 1 or k // groups % 64 == 0 else 16 if k // groups % 32 else 32,
-        HAS_BIAS=bias is not None, GROUPED=groups > 1, GROUP_ROWS=_GROUP_ROWS,
+        HAS_BIAS=bias is not None, GROUPED=groups > 1, EVEN=k % 64 == 0, GROUP_ROWS=_GROUP_ROWS,
     )  # fmt: skip
     return out
 
@@ -138,7 +138,7 @@ def _place(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_ROWS: tl.co
 @triton.jit
 def _scaled_product(
     x, weight, out, scales, weight_scales, bias, m, n, k, x_stride, weight_stride, bucket,
-    STATIC: tl.constexpr, HAS_BIAS: tl.constexpr, INTEGER: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    STATIC: tl.constexpr, HAS_BIAS: tl.constexpr, INTEGER: tl.constexpr, EVEN: tl.constexpr, GROUP_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows, columns = _place(m, n, BLOCK_M, BLOCK_N, GROUP_ROWS)
@@ -149,8 +149,12 @@ def _scaled_product(
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INTEGER else tl.float32)
     for start in range(0, k, BLOCK_K):
         inside = at < k - start
-        left = tl.load(x_at, mask=inside[None, :], other=0.0)
-        right = tl.load(weight_at, mask=inside[:, None], other=0.0)
+        if EVEN:
+            left = tl.load(x_at)
+            right = tl.load(weight_at)
+        else:
+            left = tl.load(x_at, mask=inside[None, :], other=0.0)
+            right = tl.load(weight_at, mask=inside[:, None], other=0.0)
         sums = tl.dot(left, right, sums, out_dtype=tl.int32 if INTEGER else tl.float32)
         x_at += BLOCK_K
         weight_at += BLOCK_K
@@ -177,7 +181,7 @@ def _write(
 @triton.jit
 def _dequantizing_product(
     x, weight, out, weight_scales, bias, m, n, k, groups, group_size, x_stride, weight_stride, bucket,
-    HAS_BIAS: tl.constexpr, GROUPED: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GROUPED: tl.constexpr, EVEN: tl.constexpr, GROUP_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows, columns = _place(m, n, BLOCK_M, BLOCK_N, GROUP_ROWS)
@@ -188,8 +192,12 @@ def _dequantizing_product(
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, k, BLOCK_K):
         inside = at < k - start
-        left = tl.load(x_at, mask=inside[None, :], other=0.0)
-        right = tl.load(weight_at, mask=inside[:, None], other=0.0).to(left.dtype)
+        if EVEN:
+            left = tl.load(x_at)
+            right = tl.load(weight_at).to(left.dtype)
+        else:
+            left = tl.load(x_at, mask=inside[None, :], other=0.0)
+            right = tl.load(weight_at, mask=inside[:, None], other=0.0).to(left.dtype)
         if GROUPED:
             scale = tl.load(scale_at + start // group_size)
             sums += tl.dot(left, right, input_precision="ieee") * scale[None, :]
