@@ -8,6 +8,7 @@ Shapes are those of Llama-3-8B. Every kernel is first compared with its referenc
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -106,10 +107,17 @@ def quantizing_arms(m: int, device: torch.device) -> dict[str, Call]:
 
 def check_kernels() -> Iterator[tuple[str, str]]:
     """Each kernel beside its reference, in a process of its own on the card."""
-    program = Path(__file__).parents[1] / "tests" / "profiler" / "kernels" / "quantized" / "triton_checks.py"
+    root = Path(__file__).parents[1]
+    program = root / "tests" / "profiler" / "kernels" / "quantized" / "triton_checks.py"
     for name in CHECKS:
         done = subprocess.run(
-            [sys.executable, program, name, "cuda"], capture_output=True, text=True, timeout=300, check=False
+            [sys.executable, program, name, "cuda"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            cwd=root,
+            env=os.environ | {"PYTHONPATH": str(root)},
         )
         yield name, "equal" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["?"])[-1]
 

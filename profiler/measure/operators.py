@@ -19,7 +19,7 @@ from profiler.measure.timing import Prepared, Run
 from profiler.measure.workspace import Slabs, Workspace
 from profiler.model import LayerSpec, ModelShape
 from profiler.model.tensors import Cut, LinearSpec
-from profiler.points.point import WARM, Op, Point
+from profiler.points.point import KEPT, WARM, Op, Point
 
 _MANY_ROWS = 384  # a card's FLOPs for each byte it reads, with two bytes a weight
 
@@ -70,7 +70,7 @@ class Operators:
 
     def _matmul(self, point: Point) -> Run:
         m, n, k = (point.shape[name] for name in ("m", "n", "k"))
-        linears = self.workspace.cold_linears(n, k)
+        linears = self.workspace.cold_linears(n, k, kept=point.variant == KEPT)
         if point.variant == WARM:
             linears = linears[:1]
         x = linears[0].entry.take(self.workspace.random(m, k))
@@ -104,7 +104,9 @@ class Operators:
         projected = self.workspace.random(tokens, sizes["hidden"])
         spec, tp_size = self._layer_of(point)
         # Quantizing is element-wise work, and so are they measured; products take what is quantized already.
-        products = {name: self.workspace.linear(1, k) for name, (_, k) in spec.products(tp_size).items()}
+        products = {
+            linear.name: self.workspace.linear(1, linear.sizes(tp_size)[1], kept=linear.kept) for linear in spec.linears
+        }
         take = products["o"].entry.take
 
         def attended(x: Operand) -> torch.Tensor:

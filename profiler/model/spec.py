@@ -86,12 +86,13 @@ class LayerSpec:
 
     @property
     def variant(self) -> str:
-        """What besides the sizes decides a layer's element-wise work, as the rows of a profile name it."""
+        """What besides sizes and precision decides a layer's element-wise work, as the rows of a profile name it."""
         traits = {
             "post-norm": self.after_attention is not None or self.after_mlp is not None,
             "qk-norm": self.attention.q_norm is not None and not self.attention.norms_all_heads,
             "qk-norm-all-heads": self.attention.norms_all_heads,
         }
+        traits |= {f"kept-{linear.name}": linear.kept for linear in self.linears}
         return "+".join(name for name, present in traits.items() if present)
 
     def sizes(self, tp_size: int) -> dict[str, int]:

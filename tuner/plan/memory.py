@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from db.errors import UserError
 from profiler.comm.links.buffers import BOUNDARY_BUFFERS, SEND_BUFFER_BYTES
-from profiler.model import PRECISIONS, LayerSpec, ModelShape
+from profiler.model import PRECISIONS, LayerSpec, ModelShape, Precision
 from profiler.sequence.kind import SequenceCut
 from tuner.plan.plan import Parallel, Plan, Request, Round, Weights
 from tuner.plan.round_sizes import RoundSizes
