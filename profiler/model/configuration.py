@@ -48,7 +48,8 @@ def _layers(layer: LayerSpec, count: int, quantization: Quantization | None) -> 
     """The layers, each with the linears that the checkpoint keeps plain."""
     if quantization is None:
         return (layer,) * count
-    return tuple(layer.keeping(_kept(layer, index, quantization)) for index in range(count))
+    group_size = quantization.scale_columns
+    return tuple(layer.keeping(_kept(layer, index, quantization), group_size=group_size) for index in range(count))
 
 
 def _kept(layer: LayerSpec, index: int, quantization: Quantization) -> frozenset[str]:

@@ -61,9 +61,9 @@ class LinearFormat:
     activations: Format | None = None
     ranges: Ranges = Ranges.DYNAMIC
 
-    def num_bytes(self, n: int, k: int) -> int:
-        """Bytes of a matrix [n, k] and its scales."""
-        return self.weights.num_bytes(n * k) + FLOAT32.num_bytes(n)
+    def num_bytes(self, n: int, k: int, group_size: int | None = None) -> int:
+        """Bytes of a matrix [n, k] and its scales, of each output or of groups of its inputs."""
+        return self.weights.num_bytes(n * k) + FLOAT32.num_bytes(n * (-(-k // group_size) if group_size else 1))
 
     @property
     def is_calibrated(self) -> bool:
@@ -103,11 +103,11 @@ class Precision:
             linears=linears,
         )
 
-    def matrix_bytes(self, n: int, k: int, *, kept: bool = False) -> int:
+    def matrix_bytes(self, n: int, k: int, *, kept: bool = False, group_size: int | None = None) -> int:
         """Bytes of a layer's matrix [n, k] with its scales; `kept` as the other weights are."""
         if self.linears is None or kept:
             return self.weights.num_bytes(n * k)
-        return self.linears.num_bytes(n, k)
+        return self.linears.num_bytes(n, k, group_size)
 
     def peak_flops(self, device_name: str) -> float | None:
         """FLOP/s that the vendor publishes for dense products in the activations' format; None where none is known.

@@ -112,11 +112,11 @@ class LayerSpec:
         """Numbers that a rank holds: matrices, biases and norms; with one rank, the layer's parameters."""
         return sum(tensor.num_elements(tp_size) for tensor in self._weights)
 
-    def keeping(self, names: Collection[str]) -> LayerSpec:
-        """The same layer with these of its linears plain in every precision."""
+    def keeping(self, names: Collection[str], *, group_size: int | None = None) -> LayerSpec:
+        """The same layer with these of its linears plain in every precision, and scales for groups of inputs."""
 
         def kept(linear: LinearSpec) -> LinearSpec:
-            return replace(linear, kept=linear.name in names)
+            return replace(linear, kept=linear.name in names, group_size=group_size)
 
         attention, mlp = self.attention, self.mlp
         return replace(
@@ -127,7 +127,10 @@ class LayerSpec:
 
     def weights_bytes(self, precision: Precision, tp_size: int = 1) -> int:
         """Bytes of all that a rank holds of it, scales of quantized matrices included."""
-        matrices = sum(precision.matrix_bytes(*linear.sizes(tp_size), kept=linear.kept) for linear in self.linears)
+        matrices = sum(
+            precision.matrix_bytes(*linear.sizes(tp_size), kept=linear.kept, group_size=linear.group_size)
+            for linear in self.linears
+        )
         rest = self.num_elements(tp_size) - self.product_elements(tp_size)
         return matrices + precision.weights.num_bytes(rest)
 

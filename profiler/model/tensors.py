@@ -66,6 +66,7 @@ class LinearSpec:
     inputs: Dim
     has_bias: bool = False
     kept: bool = field(default=False, repr=False)  # plain in every precision
+    group_size: int | None = field(default=None, repr=False)  # inputs that share a scale in an 8-bit checkpoint
 
     def sizes(self, tp_size: int = 1) -> tuple[int, int]:
         """Out features n and in features k on a rank, the most that any holds."""

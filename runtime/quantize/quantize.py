@@ -224,15 +224,15 @@ def _quantize_layer(
     reports, products = [], dict[str, Product]()
     for linear in spec.linears:
         if linear.name in kept:
-            products[linear.name] = Linear(layer.weight(linear), layer.bias(linear))
+            product: Product | None = Linear(layer.weight(linear), layer.bias(linear)) if states else None
             error = 0.0
             for name in linear.tensors():
                 writer.add(prefix + name, layer.tensors[prefix + name].to(stored[prefix + name]))
         else:
-            products[linear.name], error = _quantize_linear(layer, linear, recipe, stored, writer)
-        reports.append(_judge(layer, linear, products[linear.name], error, kept, ratios[linear.name]))
-        if "after" not in states:
-            products.clear()
+            product, error = _quantize_linear(layer, linear, recipe, stored, writer, runs=bool(states))
+        reports.append(_judge(layer, linear, product, error, kept, ratios[linear.name]))
+        if "after" in states and product is not None:
+            products[linear.name] = product
         for name in linear.tensors():
             tensors.pop(prefix + name, None)
     for norm in spec.norms:
@@ -249,43 +249,47 @@ def _is_kept(layer: _Layer, linear: LinearSpec, recipe: Recipe) -> bool:
 
 
 def _quantize_linear(
-    layer: _Layer, linear: LinearSpec, recipe: Recipe, stored: dict[str, torch.dtype], writer: CheckpointWriter
-) -> tuple[Product, float]:
-    """The product in 8 bits, its tensors written, and the relative error of its weight."""
+    layer: _Layer,
+    linear: LinearSpec,
+    recipe: Recipe,
+    stored: dict[str, torch.dtype],
+    writer: CheckpointWriter,
+    *,
+    runs: bool,
+) -> tuple[Product | None, float]:
+    """The product in 8 bits if it `runs`, its tensors written, and the relative error of its weight."""
     dtype = recipe.linears.weights.torch_dtype
-    made = [
-        quantize_weight(
-            layer.part(linear, number), dtype, group_size=recipe.group_size, observer=recipe.observer
-        )
-        for number in range(len(linear.parts))
-    ]  # fmt: skip
-    whole = QuantizedWeight(torch.cat([part.values for part in made]), torch.cat([part.scales for part in made]))
     scale, offset = None, 0.0
     if recipe.linears.is_calibrated:
         scale, offset = layer.inputs[linear.name].static(dtype, recipe.observer, asymmetric=recipe.asymmetric)
-    first = 0
-    # Parts may lie in one tensor of the checkpoint: such a tensor is written once, all its parts together.
-    names = list(dict.fromkeys(part.tensor for part in linear.parts))
-    for tensor in names:
-        rows = sum(part.rows.size for part in linear.parts if part.tensor == tensor)
-        part = slice(first, first + rows)
-        first += rows
+    made, lost, all_squares = [], 0.0, 0.0
+    # Parts that lie in one tensor of the checkpoint stay together, in their order.
+    for tensor in dict.fromkeys(part.tensor for part in linear.parts):
         name = layer.name(tensor)
-        values = whole.values[part]
+        weight = layer.tensors[f"{name}.weight"]
+        quantized = quantize_weight(weight, dtype, group_size=recipe.group_size, observer=recipe.observer)
+        lost += quantized.error(weight)
+        all_squares += float(weight.norm()) ** 2
         if recipe.is_packed:
-            writer.add(f"{name}.weight_packed", packed(values))
-            writer.add(f"{name}.weight_shape", torch.tensor(values.shape))
+            writer.add(f"{name}.weight_packed", packed(quantized.values))
+            writer.add(f"{name}.weight_shape", torch.tensor(weight.shape))
         else:
-            writer.add(f"{name}.weight", values)
-        writer.add(f"{name}.weight_scale", whole.scales[part])
+            writer.add(f"{name}.weight", quantized.values)
+        writer.add(f"{name}.weight_scale", quantized.scales)
         if scale is not None:
             writer.add(f"{name}.input_scale", scale)
             if recipe.asymmetric:
                 writer.add(f"{name}.input_zero_point", torch.tensor([int(offset)], dtype=torch.int8))
         if linear.has_bias:
             writer.add(f"{name}.bias", layer.tensors[f"{name}.bias"].to(stored[f"{name}.bias"]))
-    weight = layer.weight(linear)
-    error = float((whole.dequantized(torch.float32) - weight).norm() / weight.norm())
+        if runs:
+            made.append(quantized)
+        else:
+            del layer.tensors[f"{name}.weight"]
+    error = math.sqrt(lost / max(all_squares, 1e-30))
+    if not runs:
+        return None, error
+    whole = QuantizedWeight(torch.cat([part.values for part in made]), torch.cat([part.scales for part in made]))
     return make_linear(whole, recipe.linears, layer.bias(linear), scale=scale, offset=offset), error
 
 
@@ -315,11 +319,11 @@ def _smooth(layer: _Layer, norm: NormSpec, linear: LinearSpec, strength: float, 
 
 
 def _judge(
-    layer: _Layer, linear: LinearSpec, product: Product, weight_error: float, kept: set[str], ratio: float | None
+    layer: _Layer, linear: LinearSpec, product: Product | None, weight_error: float, kept: set[str], ratio: float | None
 ) -> LinearReport:
     ranges = layer.inputs[linear.name]
     output_error = input_end = None
-    if ranges.num_tokens:
+    if ranges.num_tokens and product is not None:
         exact = F.linear(ranges.sample, layer.weight(linear), layer.bias(linear))
         output_error = float((product(ranges.sample) - exact).norm() / exact.norm())
         input_end = float(ranges.channel_ends.max())

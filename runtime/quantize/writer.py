@@ -36,6 +36,7 @@ class CheckpointWriter:
             raise UserError("--output", folder, "must be in a folder that exists")
         self.folder, self.source = folder.absolute(), source
         self.held: dict[str, torch.Tensor] = {}
+        self.places: set[int] = set()
         self.held_bytes, self.total_bytes = 0, 0
         self.weight_map: dict[str, str] = {}
         self.num_shards = 0
@@ -60,7 +61,10 @@ class CheckpointWriter:
         size = tensor.numel() * tensor.element_size()
         if self.held and self.held_bytes + size > SHARD_BYTES:
             self._flush()
-        self.held[name] = tensor.to("cpu", copy=True).contiguous()  # parts of one tensor would be written whole, twice
+        # Parts of a larger tensor, and one tensor under two names, would be refused.
+        is_part = tensor.untyped_storage().nbytes() != size or tensor.data_ptr() in self.places
+        self.held[name] = tensor.to("cpu", copy=is_part).contiguous()
+        self.places.add(self.held[name].data_ptr())
         self.held_bytes += size
         self.total_bytes += size
 
@@ -91,6 +95,7 @@ class CheckpointWriter:
         self._told(save_file, self.held, self.partial / name, metadata={"format": "pt"})
         self.weight_map |= dict.fromkeys(self.held, name)
         self.held, self.held_bytes = {}, 0
+        self.places.clear()
 
     def _told(self, write: Any, *arguments: Any, **named: Any) -> None:
         try:

@@ -11,6 +11,7 @@ from profiler.kernels.quantized.rounding import LARGEST, rounded, scales_of, wid
 
 _SHRINKS = tuple(1.0 - 0.02 * step for step in range(1, 26))  # ranges that `MSE` tries, as shares of the whole
 _PERCENTILE = 0.9999
+_BLOCK_NUMBERS = 1 << 24
 
 
 class Observer(StrEnum):
@@ -28,6 +29,17 @@ class QuantizedWeight:
     values: torch.Tensor  # [N, K] int8 or float8_e4m3fn
     scales: torch.Tensor  # [N, G] float32
 
+    def rows(self, rows: slice) -> QuantizedWeight:
+        """Some of its outputs."""
+        return QuantizedWeight(self.values[rows], self.scales[rows])
+
+    def error(self, weight: torch.Tensor) -> float:
+        """The sum of squares by which it differs from a plain weight [N, K]."""
+        blocks = range(0, weight.shape[0], max(1, _BLOCK_NUMBERS // weight.shape[1]))
+        step = blocks.step
+        parts = (slice(first, first + step) for first in blocks)
+        return sum(float((self.rows(part).dequantized(torch.float32) - weight[part]).square().sum()) for part in parts)
+
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The plain weight [N, K]."""
         n, k = self.values.shape
@@ -39,11 +51,15 @@ def quantize_weight(
     weight: torch.Tensor, dtype: torch.dtype, *, group_size: int | None = None, observer: Observer = Observer.MINMAX
 ) -> QuantizedWeight:
     """weight [N, K] with a scale for each output, or for each group of `group_size` of its inputs."""
-    n, k = weight.shape
-    groups = weight.float().view(n, -1, group_size or k)
-    scales = scales_of(ends_of(groups, dtype, observer), dtype)
-    values = rounded(groups / scales[..., None], dtype)
-    return QuantizedWeight(values.view(n, k), scales)
+    k = weight.shape[1]
+    parts = []
+    for rows in weight.split(max(1, _BLOCK_NUMBERS // k)):  # what is held in between stays small
+        groups = rows.float().reshape(rows.shape[0], -1, group_size or k)
+        scales = scales_of(ends_of(groups, dtype, observer), dtype)
+        parts.append((rounded(groups / scales[..., None], dtype).view(-1, k), scales))
+    if len(parts) == 1:
+        return QuantizedWeight(*parts[0])
+    return QuantizedWeight(torch.cat([values for values, _ in parts]), torch.cat([scales for _, scales in parts]))
 
 
 def ends_of(x: torch.Tensor, dtype: torch.dtype, observer: Observer) -> torch.Tensor:
