@@ -101,6 +101,8 @@ def quantize_checkpoint(
     kernels that a run uses. Raises `UserError` for what cannot be done, and leaves nothing half-written.
     """
     started = time.monotonic()
+    if output.exists():
+        raise UserError("--output", output, "exists already: name a folder that does not")
     check_recipe(shape, recipe, calibration)
     config = read_json(source / "config.json", field="MODEL")
     checkpoint = Checkpoint(source, device=device, dtype=torch.float32)
@@ -121,6 +123,7 @@ def quantize_checkpoint(
                 for part in linear.parts
                 if report.kept
             ]
+            checkpoint.close()
             progress(index)
         before, after = (_perplexity(states.get(name), checkpoint, shape) for name in ("before", "after"))
         _end(checkpoint, shape, writer)

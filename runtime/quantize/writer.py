@@ -17,21 +17,19 @@ from safetensors.torch import save_file
 from db.errors import UserError
 from runtime.weights.checkpoint import INDEX
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 512 << 20
 # What stands beside the weights and does not say how they are kept.
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.md")
 _WRITTEN = ("config.json", INDEX, "hf_quant_config.json", "recipe.yaml")
 
 
 class CheckpointWriter:
-    """Collects tensors into shards of about a GiB; the folder appears whole at the end, or not at all.
+    """Collects tensors into shards of about half a GiB; the folder appears whole at the end, or not at all.
 
     A process that is killed leaves a hidden folder `.NAME.*.partial` beside it, which nothing takes for a checkpoint.
     """
 
     def __init__(self, folder: Path, source: Path) -> None:
-        if folder.exists():
-            raise UserError("--output", folder, "exists already: name a folder that does not")
         if not folder.absolute().parent.is_dir():
             raise UserError("--output", folder, "must be in a folder that exists")
         self.folder, self.source = folder.absolute(), source

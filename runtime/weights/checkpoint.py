@@ -92,6 +92,10 @@ class Checkpoint:
         """The format of a tensor's numbers, as the file's header names it."""
         return str(self._slice(name).get_dtype())
 
+    def close(self) -> None:
+        """Give back the files that are mapped, and the memory of their pages; they are opened again as needed."""
+        self._open.clear()
+
     def _slice(self, name: str) -> Any:
         file = self.file_of.get(name)
         if file is None:
