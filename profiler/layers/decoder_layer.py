@@ -11,6 +11,7 @@ import torch
 from profiler.kernels.elementwise import TokenPlaces, norm_all_heads, rms_norm, rotate_into_slab
 from profiler.kernels.entry import PLAIN, Entries, Entry, Operand, Product
 from profiler.kernels.linear import Linear
+from profiler.kernels.quantized.linear import DequantizingLinear, QuantizedLinear
 from profiler.layers.layer_inputs import LayerInputs, Reduce
 from profiler.model import LayerSpec
 from profiler.model.tensors import NormSpec
@@ -152,7 +153,7 @@ class DecoderLayer:
 
     def project_apart(self, normed: Operand) -> tuple[torch.Tensor, Callable[[], torch.Tensor]] | None:
         """k|v at once and q when it is called for; None where the rows of q|k|v cannot be multiplied apart."""
-        if self.norms.all_heads or not isinstance(self.qkv, Linear):
+        if self.norms.all_heads or not isinstance(self.qkv, Linear | DequantizingLinear | QuantizedLinear):
             return None
         parts = self.qkv.split(self.num_heads * self.head_dim)
         if parts is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -130,7 +130,7 @@ def _compressed_tensors(found: Mapping[str, Any]) -> Quantization:
         rows, columns = _blocks(weights.get("block_structure"))
     elif strategy not in ("tensor", "channel", "group"):
         raise _refused("weights.strategy", strategy)
-    if columns is not None and (not isinstance(columns, int) or columns < 1):
+    if columns is not None and (not _is_count(columns)):
         raise UserError(f"{FIELD}.weights.group_size", columns, "must be a whole number, 1 or more")
     if not weights.get("symmetric", True):
         raise _refused("weights.symmetric", "false")
@@ -167,6 +167,9 @@ def _scheme(name: str, group: Any, file_format: Any) -> tuple[Mapping[str, Any],
             raise _refused("output_activations", "8 bits")
     else:
         raise UserError(f"{FIELD}.config_groups.{name}", group, "must be an object")
+    for field, value in (("weights", weights), ("input_activations", activations or {})):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{FIELD}.config_groups.{name}.{field}", value, "must be an object")
     if targets != ["Linear"]:
         raise _refused("targets", targets)
     if weights.get("num_bits") != 8:
@@ -224,9 +227,13 @@ def _modelopt(found: Mapping[str, Any]) -> Quantization:
 
 
 def _blocks(found: Any) -> tuple[int, int]:
-    if not (isinstance(found, Sequence) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found)):
+    if not (isinstance(found, list) and len(found) == 2 and all(map(_is_count, found))):
         raise UserError(f"{FIELD}.weight_block_size", found, "must be two whole numbers")
     return found[0], found[1]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_float(found: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import cache
 
 import torch
@@ -30,6 +31,13 @@ class DequantizingLinear:
 
     def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
         self.values, self.scales, self.bias = weight.values, weight.scales, bias
+
+    def split(self, first_outputs: int) -> tuple[DequantizingLinear, DequantizingLinear]:
+        """The product as two, of the first outputs and of the rest, on the same memory."""
+        whole = QuantizedWeight(self.values, self.scales)
+        first, rest = slice(0, first_outputs), slice(first_outputs, None)
+        biases = (None, None) if self.bias is None else (self.bias[first], self.bias[rest])
+        return DequantizingLinear(whole.rows(first), biases[0]), DequantizingLinear(whole.rows(rest), biases[1])
 
     def __call__(self, x: Operand) -> torch.Tensor:
         """x: [T, K] plain -> [T, N] in x's dtype."""
@@ -75,6 +83,18 @@ class QuantizedLinear:
         self.bias = bias
         if entry.offset:
             self.bias = self._take_off_offset(widened(weight.values), bias)
+
+    def split(self, first_outputs: int) -> tuple[QuantizedLinear, QuantizedLinear] | None:
+        """The product as two, of the first outputs and of the rest, on the same memory; None where it was reordered."""
+        if self.transposed:
+            return None
+        return self._of(slice(0, first_outputs)), self._of(slice(first_outputs, None))
+
+    def _of(self, rows: slice) -> QuantizedLinear:
+        made = copy(self)
+        made.values, made.scales = self.values[rows], self.scales[rows]
+        made.bias = None if self.bias is None else self.bias[rows]
+        return made
 
     def __call__(self, x: Operand) -> torch.Tensor:
         """x: [T, K] in 8 bits, or plain: then it is quantized first -> [T, N]."""

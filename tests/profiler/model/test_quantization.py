@@ -79,7 +79,18 @@ def test_published_layouts_are_understood(
         (compressed(INT8_CHANNEL, DYNAMIC | {"type": "float"}), "quantization_config.input_activations.type: "),
         (compressed(INT8_CHANNEL, DYNAMIC | {"strategy": "group"}), "quantization_config.input_activations: group"),
         (compressed(INT8_CHANNEL, quantization_status="frozen"), "quantization_config.quantization_status: frozen; "),
+        (compressed(5), "quantization_config.config_groups.group_0.weights: 5; must be an object"),
+        (compressed(INT8_CHANNEL, 5), "quantization_config.config_groups.group_0.input_activations: 5; must be"),
+        (compressed(INT8_CHANNEL, ignore=5), "quantization_config.ignore: 5; must be a list of names"),
+        (
+            compressed(INT8_CHANNEL | {"strategy": "group", "group_size": True}),
+            "quantization_config.weights.group_size",
+        ),
+        (compressed(INT8_CHANNEL | {"strategy": "block"}), "quantization_config.weight_block_size: None; must be two"),
+        ({"quant_method": "fp8", "weight_block_size": "128"}, "quantization_config.weight_block_size: 128; must be"),
         (compressed(INT8_CHANNEL) | {"config_groups": {}}, "quantization_config.config_groups: "),
+        (compressed(INT8_CHANNEL) | {"config_groups": {"g": 5}}, "quantization_config.config_groups.g: 5; must be an"),
+        (compressed(INT8_CHANNEL, ignore=["re:("]), "quantization_config.ignore: re:(; must be a regular expression"),
         (compressed(INT8_CHANNEL) | {"config_groups": {"NVFP4": ["Linear"]}}, "quantization_config.config_groups: NV"),
     ],
 )

@@ -97,6 +97,12 @@ def test_rows_cut_between_products_are_gathered_in_8_bits(made: Made) -> None:
 
 
 @pytest.mark.timeout(180)
+def test_ranks_that_share_rows_give_the_tokens_of_rounded_products(made: Made) -> None:
+    parallel = Parallel(tp_size=1, pp_size=1, layer_partition=(5,), sp_size=2, sp_kind=SPKind.GATHER)
+    run([(made(name), f"{name}+float32", parallel) for name in (*CUT_ALIKE, *DYNAMIC)], world_size=2)
+
+
+@pytest.mark.timeout(180)
 def test_published_layouts_run(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     published = {
         name: publish(checkpoint("llama"), tmp_path / name.replace(" ", "-"), name)

@@ -170,3 +170,21 @@ def test_activations_in_bfloat16_give_outputs_in_bfloat16(precision: str) -> Non
     y = make_linear(quantize_weight(w, linears.weights.torch_dtype), linears, torch.randn(N).bfloat16())(x)
     assert y.dtype is torch.bfloat16
     assert y.shape == (5, N)
+
+
+@pytest.mark.parametrize("precision", ["w8a16+float32", "w8a8-static+float32", "fp8+float32"])
+def test_a_product_splits_by_outputs(precision: str) -> None:
+    linears = PRECISIONS[precision].linears
+    assert linears is not None
+    scale = torch.tensor([4.0 / 127.0]) if linears.is_calibrated else None
+    offset = -20.0 if linears.is_calibrated else 0.0
+    made = quantize_weight(weight(), linears.weights.torch_dtype)
+    linear, x = make_linear(made, linears, torch.randn(N), scale=scale, offset=offset), activations(12)
+    assert isinstance(linear, DequantizingLinear | QuantizedLinear)
+    parts = linear.split(16)
+    if parts is None:  # a CPU that keeps them transposed
+        assert isinstance(linear, QuantizedLinear)
+        assert linear.transposed
+        return
+    assert torch.equal(torch.cat([part(x) for part in parts], dim=1), linear(x))
+    assert parts[0](x).shape == (12, 16)
