@@ -16,7 +16,7 @@ ROOMS = {
     "db": ("files", "store", "rows"),
     "profiler": ("hardware", "model", "sequence", "kernels", "layers", "comm", "points", "measure"),
     "tuner": ("plan", "rounds", "online", "policies", "fit", "search"),
-    "runtime": ("job", "weights", "stage", "run"),
+    "runtime": ("job", "weights", "stage", "run", "quantize"),
     "service": ("use_cases", "cli"),
 }
 ASKED = {

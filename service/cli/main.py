@@ -17,6 +17,7 @@ COMMANDS = {
     "profile": ("service.cli.commands.profile", "Measure a model's kernels and collectives on this machine."),
     "tune": ("service.cli.commands.tune", "Fit the cost model and choose layout, partition and rounds."),
     "run-plan": ("service.cli.commands.run_plan", "Execute a plan and compare it with its prediction."),
+    "quantize": ("service.cli.commands.quantize", "Make an 8-bit checkpoint of a model, and say what it costs."),
     "db": ("service.cli.commands.db", "Look after the profiling database."),
 }
 
