@@ -16,8 +16,8 @@ from tests.tuner.atom import atom
 
 LAYERS = tuple(ROOMS)
 MOST_FILES = 12
-COMMANDS = ([], ["profile"], ["tune"], ["run-plan"], ["db"])
-HEAVY = ("torch", "transformers", "pandas", "scipy", "optuna", "sqlalchemy", "numpy", "rich")
+COMMANDS = ([], ["profile"], ["tune"], ["run-plan"], ["serve"], ["worker"], ["db"])
+HEAVY = ("torch", "transformers", "pandas", "scipy", "optuna", "sqlalchemy", "numpy", "rich", "fastapi", "dbos")
 
 
 def modules() -> list[Path]:

@@ -134,6 +134,19 @@ class ProcessRow(Base):
     code_version: Mapped[str]
 
 
+class WorkerRow(Base):
+    """What a process that takes jobs has; it lives as long as its process."""
+
+    __tablename__ = "workers"
+
+    process_id: Mapped[int] = mapped_column(ForeignKey("processes.id", ondelete="CASCADE"), primary_key=True)
+    machine: Mapped[str]
+    device_type: Mapped[str]
+    device: Mapped[str]
+    device_count: Mapped[int]
+    memory_bytes: Mapped[int] = mapped_column(BigInteger)
+
+
 class RunRow(Base):
     """One execution of a plan: what came of it beside what was predicted."""
 

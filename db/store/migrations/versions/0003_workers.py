@@ -1,0 +1,25 @@
+"""Workers: which hardware each process that takes jobs has."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+
+def upgrade() -> None:
+    op.create_table(
+        "workers",
+        sa.Column("process_id", sa.Integer(), nullable=False),
+        sa.Column("machine", sa.String(), nullable=False),
+        sa.Column("device_type", sa.String(), nullable=False),
+        sa.Column("device", sa.String(), nullable=False),
+        sa.Column("device_count", sa.Integer(), nullable=False),
+        sa.Column("memory_bytes", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["process_id"], ["processes.id"], name=op.f("fk_workers_process_id"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("process_id", name=op.f("pk_workers")),
+    )

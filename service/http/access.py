@@ -1,0 +1,98 @@
+"""Who may do what: tokens with scopes, kept as hashes, and the sessions that a browser gets for one."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from threading import Lock
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+COOKIE = "isochunk_session"
+SESSION_S = 12 * 3600.0
+_MOST_SESSIONS = 1000
+_ATTRIBUTE = "isochunk_access"
+
+
+class Scope(StrEnum):
+    """What a token allows; each beside those before it."""
+
+    READ = "read"
+    PLAN = "plan"
+    RUN = "run"
+
+
+ALL_SCOPES = frozenset(Scope)
+
+
+def open_to(scope: Scope) -> Callable[[F], F]:
+    """Say which scope a route's callers need. A route that says nothing is open to nobody."""
+    return _marked(scope)
+
+
+def open_to_all(function: F) -> F:
+    """Say that a route needs no token: nothing of what is kept may be told there."""
+    return _marked(None)(function)
+
+
+def access_of(function: object) -> tuple[bool, Scope | None]:
+    """Whether a route says who may call it, and the scope that is needed; None for none."""
+    marks: tuple[bool, Scope | None] = getattr(function, _ATTRIBUTE, (False, None))
+    return marks
+
+
+def _marked(scope: Scope | None) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        setattr(function, _ATTRIBUTE, (True, scope))
+        return function
+
+    return decorate
+
+
+@dataclass(slots=True, kw_only=True)
+class Access:
+    """The tokens that are known, by their hashes, and the sessions that were opened with them."""
+
+    tokens: dict[str, frozenset[Scope]] = field(default_factory=dict)
+    _sessions: dict[str, tuple[float, frozenset[Scope]]] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+
+    def make_token(self, scopes: frozenset[Scope] = ALL_SCOPES) -> str:
+        """A token that nobody can guess; only its hash is kept."""
+        token = secrets.token_urlsafe(32)
+        self.tokens[hash_of(token)] = scopes
+        return token
+
+    def scopes_of(self, token: str) -> frozenset[Scope] | None:
+        """What a token allows; None for one that is not known."""
+        return self.tokens.get(hash_of(token))
+
+    def open_session(self, scopes: frozenset[Scope]) -> str:
+        """A session that allows the same for some hours; the oldest gives way where there are too many."""
+        session = secrets.token_urlsafe(32)
+        with self._lock:
+            now = time.monotonic()
+            self._sessions = {key: kept for key, kept in self._sessions.items() if kept[0] > now}
+            while len(self._sessions) >= _MOST_SESSIONS:
+                del self._sessions[min(self._sessions, key=lambda key: self._sessions[key][0])]
+            self._sessions[hash_of(session)] = (now + SESSION_S, scopes)
+        return session
+
+    def scopes_of_session(self, session: str) -> frozenset[Scope] | None:
+        """What a session allows; None for one that is unknown or over."""
+        until, scopes = self._sessions.get(hash_of(session), (0.0, frozenset()))
+        return scopes if until > time.monotonic() else None
+
+    def end_session(self, session: str) -> None:
+        """Forget a session."""
+        with self._lock:
+            self._sessions.pop(hash_of(session), None)
+
+
+def hash_of(secret: str) -> str:
+    """What is kept of a secret: it has 256 random bits, so that a plain hash cannot be turned back."""
+    return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
