@@ -11,13 +11,15 @@ from starlette.responses import Response
 
 from service.http.access import COOKIE, SESSION_S, Scope, open_to, open_to_all
 from service.http.guard import session_of
-from service.http.problems import RESPONSES
+from service.http.problems import RESPONSES, missing
 from service.http.routes.router import PREFIX
 from service.http.state import Shared
 
 router = APIRouter(responses=RESPONSES, tags=["site"])
 _FILES = files("service.http").joinpath("static")
-_KINDS = {"index.html": "text/html", "app.js": "text/javascript", "style.css": "text/css"}
+_KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+_STATIC = frozenset(path.name for path in _FILES.iterdir())
+"""The only names that are ever looked up."""
 
 
 class Told(BaseModel):
@@ -39,18 +41,13 @@ def page() -> Response:
     return _file("index.html")
 
 
-@router.get("/app.js", include_in_schema=False)
+@router.get("/static/{name}", include_in_schema=False)
 @open_to_all
-def script() -> Response:
-    """The page's code."""
-    return _file("app.js")
-
-
-@router.get("/style.css", include_in_schema=False)
-@open_to_all
-def style() -> Response:
-    """The page's looks."""
-    return _file("style.css")
+def static(name: str) -> Response:
+    """A file of the page's own."""
+    if name not in _STATIC:
+        raise missing("file", name, "must be a file of the page")
+    return _file(name)
 
 
 @router.get("/healthz")
@@ -99,4 +96,4 @@ def end_session(request: Request, service: Shared, response: Response) -> None:
 
 def _file(name: str) -> Response:
     data = _FILES.joinpath(name).read_bytes()
-    return Response(data, media_type=_KINDS[name], headers={"cache-control": "no-cache"})
+    return Response(data, media_type=_KINDS[name[name.rindex("."):]], headers={"cache-control": "no-cache"})

@@ -14,7 +14,7 @@ from service.http.guard import HEADERS
 from service.http.problems import MEDIA_TYPE
 from tests.service.http.conftest import LIMITS, Served
 
-OPEN_TO_ALL = {"/", "/app.js", "/style.css", "/healthz", "/readyz"}
+OPEN_TO_ALL = {"/", "/static/{name}", "/healthz", "/readyz"}
 BELOW = {Scope.READ: [], Scope.PLAN: [Scope.READ, Scope.RUN], Scope.RUN: [Scope.READ, Scope.PLAN]}
 
 
@@ -26,7 +26,8 @@ def routes(served: Served) -> list[APIRoute]:
 
 def path_of(route: APIRoute) -> str:
     """A path of the route that its types accept."""
-    return re.sub(r"\{job_id\}", "0" * 32, re.sub(r"\{(plan|run|hardware)_id\}", "1", route.path))
+    path = route.path.replace("{name}", "app.js").replace("{job_id}", "0" * 32).replace("{engine}", "sglang")
+    return re.sub(r"\{(plan|run|hardware)_id\}", "1", path)
 
 
 def test_every_route_refuses_without_with_a_wrong_and_with_too_narrow_a_token(served: Served) -> None:
@@ -60,7 +61,7 @@ def test_a_route_that_says_nothing_is_open_to_nobody(served: Served) -> None:
 
 
 def test_paths_without_a_route_are_told_to_token_holders_alone(served: Served) -> None:
-    for path in ("/api/v1/none", "/../etc/passwd", "/%2e%2e/etc/passwd", "/static/app.js", "/docs"):
+    for path in ("/api/v1/none", "/../etc/passwd", "/%2e%2e/etc/passwd", "/app.js", "/docs"):
         assert served.nobody.get(path).status_code == 401
         assert served.client.get(path).status_code == 404
     assert served.client.delete("/api/v1/plans").status_code == 405
