@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from db.errors import UserError
 from db.rows.plans import StoredPlan, find_plan, list_plan_rows
+from service.engines.export import Engine, Export, export
 from service.http.access import Scope, open_to
 from service.http.bodies import body_of
 from service.http.pages import Cursor, Limit, Page, before_of, page_of
@@ -25,6 +26,7 @@ from service.http.state import Shared
 from service.use_cases.listing import plan_summary
 from service.use_cases.models import model_path
 from service.use_cases.tune_options import TuneOptions
+from tuner.plan.plan import Plan
 from tuner.plan.workload import WorkloadLine
 
 router = api_router("plans")
@@ -112,6 +114,13 @@ def download(plan_id: Id, service: Shared) -> Response:
     text = json.dumps(_found(service, plan_id), indent=2) + "\n"
     headers = {"content-disposition": f'attachment; filename="plan-{plan_id}.json"'}
     return Response(text, media_type="application/json", headers=headers)
+
+
+@router.get("/plans/{plan_id}/export/{engine}")
+@open_to(Scope.READ)
+def read_export(plan_id: Id, engine: Engine, service: Shared) -> Export:
+    """The plan as an engine's launch files, with what the engine cannot express and what that costs."""
+    return export(Plan.from_json(_found(service, plan_id)), engine)
 
 
 def _found(service: Shared, plan_id: int) -> dict[str, Any]:

@@ -96,4 +96,4 @@ def end_session(request: Request, service: Shared, response: Response) -> None:
 
 def _file(name: str) -> Response:
     data = _FILES.joinpath(name).read_bytes()
-    return Response(data, media_type=_KINDS[name[name.rindex("."):]], headers={"cache-control": "no-cache"})
+    return Response(data, media_type=_KINDS[name[name.rindex(".") :]], headers={"cache-control": "no-cache"})

@@ -21,7 +21,11 @@ function scale(values, log, from, to) {
   return { at, marks: marks.filter((mark) => { const x = log ? Math.log10(mark) : mark; return x >= a - 1e-9 && x <= b + 1e-9; }) };
 }
 
-const short = (value) => value >= 1e4 || (value < 1e-2 && value > 0) ? value.toExponential(0).replace("e+", "e") : String(+value.toPrecision(3));
+const short = (value) => {
+  for (const [unit, size] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["K", 1e3]]) if (Math.abs(value) >= size) return `${+(value / size).toPrecision(3)}${unit}`;
+  return value && Math.abs(value) < 1e-2 ? value.toExponential(0) : String(+value.toPrecision(3));
+};
+const binary = (value) => (value >= 2 ** 20 ? `${value / 2 ** 20}M` : value >= 1024 ? `${value / 1024}K` : String(value));
 
 // points: {x, y, text, fill?}; options: x, y (labels), logX, logY, diagonal (the line y = x and a band beside it)
 export function scatter(title, points, { x: xLabel, y: yLabel, logX = false, logY = false, diagonal = null, format = short }) {
@@ -55,8 +59,8 @@ export function heatMap(title, cells, { x: xLabel, y: yLabel, note }) {
     "fill-opacity": 0.08 + (0.92 * (Math.log(cell.value) - low)) / (high - low || 1),
     onpointermove: (event) => hint(event, cell.text), onpointerleave: (event) => hint(event, null),
   }));
-  xs.forEach((value, index) => index % every || children.push(h("svg:text", { x: L + (index + 0.5) * w, y: H - B + 15, "text-anchor": "middle" }, short(value))));
-  ys.forEach((value, index) => index % everyY || children.push(h("svg:text", { x: L - 6, y: T + (ys.length - 0.5 - index) * t + 4, "text-anchor": "end" }, short(value))));
+  xs.forEach((value, index) => index % every || children.push(h("svg:text", { x: L + (index + 0.5) * w, y: H - B + 15, "text-anchor": "middle" }, binary(value))));
+  ys.forEach((value, index) => index % everyY || children.push(h("svg:text", { x: L - 6, y: T + (ys.length - 0.5 - index) * t + 4, "text-anchor": "end" }, binary(value))));
   children.push(h("svg:text", { x: (L + W) / 2, y: H - 5, "text-anchor": "middle" }, xLabel),
     h("svg:text", { x: 12, y: (H - B) / 2, "text-anchor": "middle", transform: `rotate(-90 12 ${(H - B) / 2})` }, yLabel));
   for (const child of children) if (child.tagName === "rect") child.style.fillOpacity = child.getAttribute("fill-opacity");

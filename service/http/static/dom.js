@@ -22,6 +22,7 @@ export function show(element, ...children) {
 
 export function seconds(value) {
   if (value === null || value === undefined) return "–";
+  if (value === 0) return "0";
   if (value >= 100) return `${value.toFixed(0)} s`;
   if (value >= 1) return `${value.toPrecision(3)} s`;
   if (value >= 1e-3) return `${(1e3 * value).toPrecision(3)} ms`;

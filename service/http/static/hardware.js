@@ -25,11 +25,11 @@ async function open(one) {
   const [points, fits] = await Promise.all([all(`/measurements?hardware=${one.id}`), get(`/fits?hardware=${one.id}&limit=1`)]);
   if (chosen !== one.id) return;
   const rows = points.map((point) => point.measurement);
-  const charts = [roofline(rows), attention(rows), links(rows), noise(rows)].filter(Boolean);
+  const charts = [roofline(rows), attention(rows), links(rows)].filter(Boolean);
   const fit = fits.items[0], heldOut = fit?.report?.held_out ?? [];
-  show($("hardware-detail"), h("div", { class: "split even" }, charts), heldOut.length > 0 && h("div", { class: "card" },
+  show($("hardware-detail"), h("div", { class: "results" }, h("div", { class: "split even" }, charts), noise(rows), heldOut.length > 0 && h("div", { class: "card" },
     h("h2", {}, `Fit for ${fit.model_name} in ${fit.dtype}: errors on points it had not seen`),
-    table([["what", (row) => row.op], ["points left out", (row) => row.num_points, true], ["median", (row) => percent(row.median), true], ["p90", (row) => percent(row.p90), true], ["worst", (row) => percent(row.worst), true]], heldOut)));
+    table([["what", (row) => row.op], ["points left out", (row) => row.num_points, true], ["median", (row) => percent(row.median), true], ["p90", (row) => percent(row.p90), true], ["worst", (row) => percent(row.worst), true]], heldOut))));
 }
 
 function roofline(rows) {
@@ -48,12 +48,12 @@ function attention(rows) {
   if (!found.length) return null;
   const groups = Map.groupBy ? Map.groupBy(found, (row) => `${row.shape.heads}`) : new Map([["", found]]);
   const [, largest] = [...groups].sort((a, b) => b[1].length - a[1].length)[0];
-  const cells = new Map();
+  const power = (value) => (value ? 2 ** Math.round(Math.log2(value)) : 0), cells = new Map();
   for (const row of largest) {
-    const key = `${row.shape.chunk} ${row.shape.context}`, known = cells.get(key);
-    if (!known || row.median_us < known.value) cells.set(key, { x: row.shape.chunk, y: row.shape.context, value: row.median_us, text: `chunk ${whole(row.shape.chunk)} after ${whole(row.shape.context)}\n${row.median_us.toPrecision(3)} µs, ${row.variant}` });
+    const x = power(row.shape.chunk), y = power(row.shape.context), key = `${x} ${y}`, known = cells.get(key);
+    if (!known || row.median_us < known.value) cells.set(key, { x, y, value: row.median_us, text: `chunk ${whole(row.shape.chunk)} after ${whole(row.shape.context)} tokens\n${row.median_us.toPrecision(3)} µs, ${row.variant}` });
   }
-  return heatMap("Attention of one layer", [...cells.values()], { x: "chunk, tokens", y: "context, tokens", note: `The faster kernel's time, log scale; ${largest[0].shape.heads ?? "?"} heads.` });
+  return heatMap("Attention of one layer", [...cells.values()], { x: "chunk, tokens", y: "context, tokens", note: `The fastest point near each power of two, darker is longer; ${largest[0].shape.heads ?? "?"} heads.` });
 }
 
 function links(rows) {

@@ -19,7 +19,7 @@ from tests.runtime.cases import make_plan
 from tests.service.jobs.conftest import StartWorker, ended, eventually, lines
 
 pytestmark = pytest.mark.timeout(240)
-SHORT = ("--world-size=1", "--context-length=32", "--budget-s=2", "--device=cpu")
+SHORT = ("--world-size=1", "--context-length=32", "--budget-s=20", "--device=cpu")
 LONG = ("--world-size=1", "--context-length=64", "--budget-s=600", "--remeasure=all", "--device=cpu")
 
 
@@ -102,7 +102,7 @@ def test_the_job_of_a_killed_worker_is_taken_up_and_runs_once_at_a_time(
         plan_id = save_plan_row(database, make_plan(models / "tiny", pp_size=1).to_json())
     first = start_worker("one")
     job = jobs.submit(
-        JobSpec(kind=JobKind.RUN_PLAN, plan_id=plan_id, flags=("--random-weights", "--repeat=2000")), "box x1"
+        JobSpec(kind=JobKind.RUN_PLAN, plan_id=plan_id, flags=("--random-weights", "--repeat=100")), "box x1"
     )
 
     def runs() -> list[RunStatus]:
