@@ -109,6 +109,8 @@ def _keep(options: ServeOptions, stop: threading.Event) -> None:
     words = [sys.executable, "-m", "service.jobs.child", str(os.getpid()), "worker"]
     if options.models:
         words += ["--models", options.models]
+    if options.machine:
+        words += ["--machine", options.machine]
     environment = os.environ | ({"ISOCHUNK_DB": options.db_url} if options.db_url else {})
     while not stop.is_set():
         process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)

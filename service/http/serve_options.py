@@ -26,6 +26,7 @@ class ServeOptions:
         None, "Folders with models that may be named, each a folder with a config.json.", metavar=f"DIR{os.pathsep}..."
     )
     worker: bool = option(True, "Run jobs on this machine too. [default: worker]")
+    machine: str | None = option(None, "Name of this machine, for its worker. [default: its host name]")
     db_url: str | None = db_url()
 
     def __post_init__(self) -> None:

@@ -181,7 +181,7 @@ async function listPlans() {
   const { items } = await get("/plans?limit=8");
   $("kept-card").hidden = !items.length;
   show($("kept-plans"), table([
-    ["", (one) => h("button", { type: "button", class: "link", onclick: () => open(one.id) }, `plan ${one.id}`)],
+    ["plan", (one) => h("button", { type: "button", class: "link", onclick: () => open(one.id) }, `plan ${one.id}`)],
     ["model", (one) => one.summary.model ?? "a cost model"], ["layout", (one) => layoutOf(one.summary)], ["policy", (one) => one.summary.policy],
     ["requests", (one) => whole(one.summary.num_requests), true], ["rounds", (one) => whole(one.summary.num_rounds), true],
     ["predicted", (one) => seconds(one.summary.predicted_s), true], ["runs", (one) => one.num_runs, true], ["made", (one) => when(one.created_at)],

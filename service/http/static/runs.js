@@ -22,7 +22,7 @@ export async function start() {
   show($("runs-top"), card, points.length > 0 && scatter("Every run", points, { x: "predicted, s", y: "measured, s", logX: true, logY: true, diagonal: true }),
     over.length > 1 && scatter("How the error went", over, { x: "run", y: "predicted over measured, %" }));
   show($("runs-list"), table([
-    ["", (run) => h("button", { type: "button", class: "link", onclick: () => open(run) }, `run ${run.id}`)], ["status", (run) => h("span", { class: `tag ${run.status}` }, run.status)],
+    ["run", (run) => h("button", { type: "button", class: "link", onclick: () => open(run) }, `run ${run.id}`)], ["status", (run) => h("span", { class: `tag ${run.status}` }, run.status)],
     ["plan", (run) => run.plan_id, true], ["predicted", (run) => seconds(run.predicted_makespan_s), true], ["measured", (run) => seconds(run.makespan_s), true],
     ["error", (run) => (run.makespan_s && run.predicted_makespan_s ? percent(run.predicted_makespan_s / run.makespan_s - 1) : null), true],
     ["MFU", (run) => (run.mfu ? percent(run.mfu) : null), true], ["began", (run) => when(run.started_at)], ["what went wrong", (run) => run.error ?? ""],

@@ -96,7 +96,7 @@ def words_of(made: Export, folder: Path) -> list[str]:
     stand_in = folder / "bin" / program
     stand_in.parent.mkdir(exist_ok=True)
     stand_in.write_text(
-        '#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\nenv | grep -E "^(SGLANG|VLLM|ISOCHUNK)" || true\n'
+        '#!/bin/sh\nfor word in "$@"; do echo "$word"; done\nenv | grep -E "^(SGLANG|VLLM|ISOCHUNK)" || true\n'
     )
     stand_in.chmod(0o755)
     environment = {"PATH": f"{stand_in.parent}:/usr/bin:/bin", "MODEL": "my model; rm -rf /"}
