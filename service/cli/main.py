@@ -40,7 +40,12 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
-        return command
+        server = ctx.params.get("server")
+        if server is None:
+            return command
+        from service.cli.remote import remote
+
+        return remote(cmd_name, command, server)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an interrupt stays one, where click would print an empty line for it."""
@@ -57,7 +62,8 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="isochunk", prog_name="isochunk")
-def cli() -> None:
+@click.option("--server", metavar="URL", envvar="ISOCHUNK_SERVER", help="Let the service at this address do it.")
+def cli(server: str | None) -> None:
     """Find, prove and run the fastest chunked-pipeline plan for long-context LLM prefill on the hardware at hand."""
 
 

@@ -45,7 +45,7 @@ class Address:
 
 def serve(options: ServeOptions, job_options: Options) -> None:
     """Serve until the process is told to end. The address with its token is printed once, on standard error."""
-    listener = _listen(options.host, options.port)
+    listener = listen(options.host, options.port)
     database = open_database(options.db_url)
     access = Access()
     name = f"[{options.host}]" if ":" in options.host else options.host
@@ -76,7 +76,8 @@ def serve(options: ServeOptions, job_options: Options) -> None:
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on an address. Raises UserError when it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -80,7 +80,7 @@ def eventually(what: Callable[[], Any], within_s: float = 90.0) -> Any:
     raise AssertionError(f"not within {within_s} s: {what}")
 
 
-def ended(jobs: JobQueue, job: Job, within_s: float = 90.0) -> Job:
+def ended(jobs: JobQueue, job: Job, within_s: float = 180.0) -> Job:
     """The job once it is over."""
 
     def over() -> Job | None:

@@ -18,7 +18,7 @@ from service.jobs.queue import JobQueue
 from tests.runtime.cases import make_plan
 from tests.service.jobs.conftest import StartWorker, ended, eventually, lines
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(290)
 SHORT = ("--world-size=1", "--context-length=32", "--budget-s=20", "--device=cpu")
 LONG = ("--world-size=1", "--context-length=64", "--budget-s=600", "--remeasure=all", "--device=cpu")
 
