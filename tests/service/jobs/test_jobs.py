@@ -102,7 +102,10 @@ def test_the_job_of_a_killed_worker_is_taken_up_and_runs_once_at_a_time(
         plan_id = save_plan_row(database, make_plan(models / "tiny", pp_size=1).to_json())
     first = start_worker("one")
     job = jobs.submit(
-        JobSpec(kind=JobKind.RUN_PLAN, plan_id=plan_id, flags=("--random-weights", "--repeat=100")), "box x1"
+        JobSpec(
+            kind=JobKind.RUN_PLAN, plan_id=plan_id, flags=("--random-weights", "--threads-per-rank=1", "--repeat=10")
+        ),
+        "box x1",
     )
 
     def runs() -> list[RunStatus]:
