@@ -5,7 +5,8 @@
     python -m benchmarks.engine_flags unpacked
 
 A flag counts as known where the engine's sources declare it: as a word `--flag`, or as a field of the arguments' class
-(`flag_with_underscores:`), from which both engines make their parsers. Prints a row a flag; exit code 1 if one is unknown.
+(`flag_with_underscores:`), from which both engines make their parsers. Prints a row a flag; exit
+code 1 if one is unknown.
 """
 
 from __future__ import annotations

@@ -82,7 +82,12 @@ class MeasurementRow(Base):
     """One measured point, the newest of its key on its hardware."""
 
     __tablename__ = "measurements"
-    __table_args__ = (UniqueConstraint("hardware_id", "op", "dtype", "shape", "group_size", "busy_ranks", "variant"),)
+    __table_args__ = (
+        UniqueConstraint("hardware_id", "op", "dtype", "shape", "group_size", "busy_ranks", "variant"),
+        Index(None, "hardware_id", "measured_at"),  # how many a hardware has, and since when
+        Index(None, "hardware_id", "id"),  # pages of one hardware
+        Index(None, "hardware_id", "op", "id"),  # and of one operation
+    )
 
     id: Mapped[int] = mapped_column(primary_key=True)
     hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id", ondelete="CASCADE"))

@@ -1,4 +1,4 @@
-"""Workers: which hardware each process that takes jobs has."""
+"""Workers: which hardware each process that takes jobs has. Indexes for lists of a million measurements."""
 
 from __future__ import annotations
 
@@ -23,3 +23,5 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("process_id", name=op.f("pk_workers")),
     )
+    for columns in (["hardware_id", "measured_at"], ["hardware_id", "id"], ["hardware_id", "op", "id"]):
+        op.create_index(op.f(f"ix_measurements_{'_'.join(columns)}"), "measurements", columns)
