@@ -152,6 +152,19 @@ class WorkerRow(Base):
     memory_bytes: Mapped[int] = mapped_column(BigInteger)
 
 
+class TokenRow(Base):
+    """A token that opens the service: its hash alone, and what it allows."""
+
+    __tablename__ = "tokens"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    hash: Mapped[str] = mapped_column(unique=True)
+    scopes: Mapped[str]
+    created_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+
+
 class RunRow(Base):
     """One execution of a plan: what came of it beside what was predicted."""
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "run-plan": ("service.cli.commands.run_plan", "Execute a plan and compare it with its prediction."),
     "export": ("service.cli.commands.export", "Write a plan as another engine's launch files."),
     "serve": ("service.cli.commands.serve", "Serve plans, what is kept, and jobs: a page and an HTTP API."),
+    "token": ("service.cli.commands.token", "Make, list and revoke tokens that open the service."),
     "worker": ("service.cli.commands.worker", "Run the service's jobs on this machine."),
     "db": ("service.cli.commands.db", "Look after the profiling database."),
 }

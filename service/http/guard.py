@@ -107,14 +107,14 @@ class Guard:
             await send(message)
 
         try:
-            self._check(scope)
+            await self._check(scope)
             body = await self._body(scope, receive)
         except RefusedError as refused:
             await problem(refused.status, refused.error, refused.headers)(scope, receive, send_safely)
             return
         await self.app(scope, _replay(body, receive), send_safely)
 
-    def _check(self, scope: Scope) -> None:
+    async def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         host = _name(headers.get("host", ""))
         if host not in self.hosts:
@@ -123,7 +123,7 @@ class Guard:
             raise RefusedError(414, "URL", scope["path"][:80], f"must be at most {_MOST_URL_BYTES} bytes")
         if "\0" in scope["path"] or b"%00" in scope["query_string"]:
             raise RefusedError(400, "URL", scope["path"], "must hold no zero byte")
-        scopes, by_cookie, caller = self._caller(headers, scope)
+        scopes, by_cookie, caller = await asyncio.to_thread(self._caller, headers, scope)
         if not self._rate.take(caller):
             raise RefusedError(
                 429,

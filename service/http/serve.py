@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from db.errors import UserError
+from db.rows.tokens import token_scopes
 from db.store.engine import open_database
 from service.http.access import Access
 from service.http.application import make_application
@@ -47,7 +49,7 @@ def serve(options: ServeOptions, job_options: Options) -> None:
     """Serve until the process is told to end. The address with its token is printed once, on standard error."""
     listener = listen(options.host, options.port)
     database = open_database(options.db_url)
-    access = Access()
+    access = Access(kept=functools.partial(token_scopes, database))
     name = f"[{options.host}]" if ":" in options.host else options.host
     address = Address(url=f"http://{name}:{listener.getsockname()[1]}", token=access.make_token())
     service = Service(

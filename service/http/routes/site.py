@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from service.http.access import COOKIE, SESSION_S, Scope, open_to, open_to_all
 from service.http.guard import session_of
-from service.http.problems import RESPONSES, missing
+from service.http.problems import RESPONSES, RefusedError, missing
 from service.http.routes.router import PREFIX
 from service.http.state import Shared
 
@@ -70,7 +70,10 @@ def ready(service: Shared) -> Told:
 def begin_session(request: Request, service: Shared, response: Response) -> Session:
     """A session for a browser: a cookie that its scripts cannot read, for the token that this request carries."""
     scopes = request.state.scopes
-    session = service.access.open_session(scopes)
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    if not kind:
+        raise RefusedError(401, "Authorization", "missing", "must be Bearer and a token: a session opens no other")
+    session = service.access.open_session(token.strip())
     response.set_cookie(
         COOKIE, session, max_age=int(SESSION_S), httponly=True, samesite="strict", secure=request.url.scheme == "https"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 
 from db.rows.measurements import save_measurements
 from db.rows.processes import process_row
+from db.rows.tokens import token_scopes
 from db.rows.workers import WorkerHardware, save_worker
 from db.store.engine import open_database
 from service.cli.declared import job_options
@@ -60,7 +62,7 @@ def serve(folder: Path, models: Path, **planning: Any) -> Iterator[Served]:
     database = open_database(f"sqlite:///{folder / 'rows.db'}")
     rows = [row for tp_size in (1, 2) for row in measure(Machine(), tp_size=tp_size)]
     save_measurements(database, HARDWARE, {row.key: row for row in rows}.values())
-    access = Access()
+    access = Access(kept=functools.partial(token_scopes, database))
     service = Service(
         database=database,
         access=access,

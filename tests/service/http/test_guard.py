@@ -7,8 +7,11 @@ import re
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from fastapi.routing import APIRoute
 
+from db.errors import UserError
+from service.cli.main import cli
 from service.http.access import COOKIE, Scope, access_of
 from service.http.guard import HEADERS
 from service.http.problems import MEDIA_TYPE
@@ -212,3 +215,31 @@ def test_texts_of_attackers_name_nothing(served: Served, text: str) -> None:
             assert call.headers["content-type"] == MEDIA_TYPE
             assert json.loads(call.text)["status"] == call.status_code
     assert served.client.get("/api/v1/hardware").json() == before
+
+
+def test_a_token_is_made_kept_as_a_hash_and_revoked(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.http.access.KNOWN_S", 0.0)
+    url = served.service.db_url
+
+    def called(*arguments: str) -> Any:
+        done = CliRunner().invoke(
+            cli, ["token", *arguments, "--db", url], standalone_mode=False, catch_exceptions=False
+        )
+        return done.stdout
+
+    made = json.loads(called("new", "laptop", "--scopes", "read,plan", "--json"))
+    headers = {"authorization": f"Bearer {made['token']}"}
+    assert served.nobody.get("/api/v1/session", headers=headers).json() == {"scopes": ["plan", "read"]}
+    assert served.nobody.post("/api/v1/jobs", json={}, headers=headers).status_code == 403
+    opened = served.nobody.post("/api/v1/session", headers=headers)
+    session = {"cookie": opened.headers["set-cookie"].split(";")[0]}
+    served.nobody.cookies.clear()
+    assert served.nobody.get("/api/v1/plans", headers=session).status_code == 200
+    assert made["token"] not in called("list", "--json")
+    called("revoke", str(made["id"]))
+    for gone in (headers, session):
+        assert served.nobody.get("/api/v1/plans", headers=gone).status_code == 401
+    with pytest.raises(UserError, match="must be the id of a token that is not revoked"):
+        called("revoke", str(made["id"]))
+    with pytest.raises(UserError, match="--scopes: all; must be some of read, plan, run"):
+        called("new", "other", "--scopes", "all")

@@ -1,4 +1,4 @@
-"""Workers: which hardware each process that takes jobs has. Indexes for lists of a million measurements."""
+"""Workers and their hardware, tokens that open the service, and indexes for lists of a million measurements."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ def upgrade() -> None:
             ["process_id"], ["processes.id"], name=op.f("fk_workers_process_id"), ondelete="CASCADE"
         ),
         sa.PrimaryKeyConstraint("process_id", name=op.f("pk_workers")),
+    )
+    op.create_table(
+        "tokens",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("hash", sa.String(), nullable=False),
+        sa.Column("scopes", sa.String(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("revoked_at", sa.DateTime(timezone=True), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_tokens")),
+        sa.UniqueConstraint("hash", name=op.f("uq_tokens_hash")),
     )
     for columns in (["hardware_id", "measured_at"], ["hardware_id", "id"], ["hardware_id", "op", "id"]):
         op.create_index(op.f(f"ix_measurements_{'_'.join(columns)}"), "measurements", columns)
