@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.demo_model import DEMO, SMALL, write_demo_model
 from profiler.model import load_model_shape
-from tuner.plan.layout import enumerate_layouts
+from tuner.plan.layout import Pins, enumerate_layouts
 
 WORLD_SIZE = 2
 NEW_TOKENS = 4
@@ -97,7 +97,7 @@ def run_demo(model: Path, sizes: DemoSizes, folder: Path) -> list[Row]:
     database = f"sqlite:///{(folder / 'isochunk.db').resolve()}"
     shape = load_model_shape(str(model))
     longest = min(sizes.longest_prompt, shape.max_positions - NEW_TOKENS)
-    can_split = not any(layout.refusal for layout in enumerate_layouts(shape, WORLD_SIZE, tp_size=WORLD_SIZE))
+    can_split = not any(layout.refusal for layout in enumerate_layouts(shape, WORLD_SIZE, Pins(tp_size=WORLD_SIZE)))
     tp_sizes = f"1,{WORLD_SIZE}" if can_split else "1"
     baselines = [one for one in BASELINES if can_split or one.plan != "tp2"]
     common = ["--db", database, "--threads-per-rank", "1", "--device", "cpu"]

@@ -25,6 +25,7 @@ from db.rows.archive import Profile, import_hardware
 from db.rows.hardware import Hardware
 from db.store.engine import open_database
 from profiler.model import load_model_shape
+from profiler.sequence.kind import SPKind
 from runtime.run.prediction import read_prediction
 from runtime.run.preparation import check_layout, model_shape, with_dtype
 from runtime.run.prompts import PromptLine, Tokenizer, read_prompts
@@ -32,8 +33,10 @@ from runtime.weights.checkpoint import Checkpoint, WeightIndex
 from runtime.weights.generation import end_ids
 from service.cli.output import print_table
 from tuner.plan.cost_model import CostModelFile, load_cost_model
+from tuner.plan.layout import Layout
 from tuner.plan.memory import check_memory
 from tuner.plan.plan import Plan, Request, load_plan
+from tuner.plan.topology import Topology, load_topology
 from tuner.plan.workload import WorkloadLine, load_workload
 from tuner.search.planner import plan_rounds
 
@@ -54,6 +57,11 @@ COST_MODEL: dict[str, Any] = {
          "attention": {"count": [1, 64], "base_s": [1e-5, 1e-4], "context_s": [0.0, 1e-6]}},
     ],
     "hop": {"latency_s": 1e-5, "token_s": 1e-9}, "return_s": 1e-5,
+}  # fmt: skip
+TOPOLOGY: dict[str, Any] = {
+    "schema": "isochunk.topology/1", "hosts": 2, "cards_per_host": 4,
+    "inside_host": {"bandwidth_gb_s": 300.0, "latency_us": 4.0},
+    "between_hosts": {"bandwidth_gb_s": 25.0, "latency_us": 12.0},
 }  # fmt: skip
 PLAN: dict[str, Any] = {
     "schema": "isochunk.plan/1", "model": CONFIG, "precision": "float32", "window": 5, "threads_per_rank": 1,
@@ -128,6 +136,10 @@ def _read_cost_model(path: Path) -> None:
     plan_rounds(cost.for_pp_size(max(2, cost.pp_size)), [Request(id="a", prompt_tokens=1000)], window=3)
 
 
+def _read_topology(path: Path) -> None:
+    load_topology(path).reach(Layout(tp_size=2, pp_size=2, sp_size=2, sp_kind=SPKind.GATHER))
+
+
 def _read_profile(path: Path) -> None:
     with open_database("sqlite://") as database:
         import_hardware(database, path)
@@ -136,6 +148,7 @@ def _read_profile(path: Path) -> None:
 FORMATS = {
     "plan": Format(file="plan.json", good=PLAN, model=Plan, read=_read_plan),
     "cost model": Format(file="cost.json", good=COST_MODEL, model=CostModelFile, read=_read_cost_model),
+    "topology": Format(file="topology.json", good=TOPOLOGY, model=Topology, read=_read_topology),
     "workload": Format(file="trace.jsonl", good=WORKLOAD, model=WorkloadLine, read=load_workload),
     "prompts": Format(
         file="prompts.jsonl",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,13 +57,12 @@ class LogitStage(Stage):
         super().__init__(*args)
         self.logits: dict[int, torch.Tensor] = {}
 
-    def next_ids(self, hidden: torch.Tensor, rows: Iterable[int] | None = None) -> torch.Tensor:
+    def next_ids(self, hidden: torch.Tensor) -> torch.Tensor:
         """Choose as a stage does, and keep."""
-        rows = range(hidden.shape[0]) if rows is None else list(rows)
         assert self.shard.head is not None
-        for row in rows:
+        for row in range(hidden.shape[0]):
             self.logits[len(self.logits)] = self.shard.head.local_logits(hidden[row : row + 1]).float().cpu()
-        return super().next_ids(hidden, rows)
+        return super().next_ids(hidden)
 
 
 @torch.inference_mode()
@@ -73,7 +72,7 @@ def logits_of(context: RankContext, jobs: Sequence[Job]) -> list[list[torch.Tens
     for job in jobs:
         place = Place.of(context.rank, job.parallel)
         with make_groups(mesh_of(job.parallel), context.rank, context.device) as groups:
-            stage = LogitStage(job, place, groups.tensor, context.device)
+            stage = LogitStage(job, place, groups, context.device)
             clock = make_clock(context.device)
             clock.begin()
             Pipeline(job, place, groups, stage, clock, context.progress).prefill()

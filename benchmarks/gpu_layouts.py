@@ -20,17 +20,20 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.demo_model import DemoSize, write_demo_model
-from profiler.comm.links.mesh import Mesh
 from profiler.comm.ranks.launch import run_ranks
 from profiler.kernels.attention import available_kernels
 from profiler.model import ModelShape, load_model_shape
 from profiler.points.kernel_choice import KernelChoice
+from profiler.sequence.kind import CUTS, SPKind
 from runtime.job.job import Job
 from runtime.run.rank import run_jobs
 from runtime.run.reference import check_tokens
 from runtime.run.result import RequestResult
 from service.cli.output import print_table
+from tuner.plan.layout import layout_of
 from tuner.plan.plan import Chunk, Parallel, Request, Round
+from tuner.plan.stage_order import StageOrder
+from tuner.search.partition import even_partition
 
 LENGTHS = (517, 260, 33)
 NEW_TOKENS = 6
@@ -38,15 +41,42 @@ MODEL = DemoSize(hidden_size=256, intermediate_size=768, num_layers=8, num_heads
 STALL_S = 60.0
 
 
-def layouts(num_ranks: int, num_devices: int) -> Iterator[Mesh]:
-    """Tensor and pipeline sizes whose product is at most `num_ranks`; only pipelines where ranks share cards."""
+def layouts(num_ranks: int, num_devices: int) -> Iterator[Parallel]:
+    """Every layout of at most `num_ranks` ranks; only pipelines where ranks share cards."""
     for world_size in range(1, num_ranks + 1):
-        for tp_size in (size for size in range(1, world_size + 1) if world_size % size == 0):
-            if MODEL.num_heads % tp_size == 0 and (tp_size == 1 or world_size <= num_devices):
-                yield Mesh(pp_size=world_size // tp_size, tp_size=tp_size)
+        for stage_size in divisors(world_size):
+            for tp_size in divisors(stage_size):
+                sp_size, pp_size = stage_size // tp_size, world_size // stage_size
+                if MODEL.num_heads % tp_size == 0 and (stage_size == 1 or world_size <= num_devices):
+                    for kind in kinds(tp_size, sp_size):
+                        for passes, order in visits(pp_size):
+                            yield Parallel(
+                                tp_size=tp_size, sp_size=sp_size, sp_kind=kind, pp_size=pp_size,
+                                virtual_stages=passes, stage_order=order,
+                                layer_partition=even_partition(MODEL.num_layers, pp_size * passes),
+                            )  # fmt: skip
 
 
-def make_job(folder: Path, shape: ModelShape, mesh: Mesh, number: int, device: torch.device) -> Job:
+def visits(pp_size: int) -> list[tuple[int, StageOrder]]:
+    """How often rounds visit a stage, and in which order."""
+    if pp_size == 1:
+        return [(1, StageOrder.LOOP)]
+    return [(1, StageOrder.LOOP), (2, StageOrder.LOOP), (2, StageOrder.V)]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def kinds(tp_size: int, sp_size: int) -> list[SPKind]:
+    """Kinds of sequence parallelism that take so many ranks."""
+    if sp_size > 1:
+        return [SPKind.GATHER, SPKind.ULYSSES, SPKind.RING]
+    return [SPKind.NONE, SPKind.MEGATRON] if tp_size > 1 else [SPKind.NONE]
+
+
+def make_job(folder: Path, shape: ModelShape, parallel: Parallel, number: int, device: torch.device) -> Job:
     """The plan with this number: chunks of uneven length, now one and now several requests a round."""
     draw = random.Random(number)
     source = random.Random(0)
@@ -61,14 +91,14 @@ def make_job(folder: Path, shape: ModelShape, mesh: Mesh, number: int, device: t
             starts[request] += tokens
         starts = {request: start for request, start in starts.items() if start < LENGTHS[request]}
         rounds.append(tuple(chunks))
-    base, rest = divmod(shape.num_layers, mesh.pp_size)
-    partition = tuple(base + (stage < rest) for stage in range(mesh.pp_size))
+    cuts = CUTS[parallel.sp_kind]
     return Job(
         shape=shape,
-        parallel=Parallel(tp_size=mesh.tp_size, pp_size=mesh.pp_size, layer_partition=partition),
+        parallel=parallel,
         requests=tuple(Request(id=f"r{index}", prompt_tokens=length) for index, length in enumerate(LENGTHS)),
         rounds=tuple(rounds),
-        window=[None, *range(1, mesh.pp_size + 2)][number % (mesh.pp_size + 2)],
+        cuts=tuple(cuts[(number + index) % len(cuts)] for index in range(len(rounds))),
+        window=[None, *range(1, parallel.pp_size + 2)][number % (parallel.pp_size + 2)],
         prompts=prompts,
         weights=folder,
         dtype="float32",
@@ -94,12 +124,12 @@ def main() -> None:
         write_demo_model(folder, MODEL)
         shape = load_model_shape(str(folder))
         expected: dict[str, tuple[int, ...]] | None = None
-        for mesh in layouts(options.ranks or min(num_devices, 4), num_devices):
-            jobs = [make_job(folder, shape, mesh, number, device) for number in range(options.times)]
+        for parallel in layouts(options.ranks or min(num_devices, 4), num_devices):
+            jobs = [make_job(folder, shape, parallel, number, device) for number in range(options.times)]
             wrong, started = 0, time.monotonic()
             for _ in range(options.launches):
                 reports = run_ranks(
-                    run_jobs, jobs, world_size=mesh.world_size, device_type=options.device, num_threads=1,
+                    run_jobs, jobs, world_size=parallel.world_size, device_type=options.device, num_threads=1,
                     stall_timeout_s=STALL_S,
                 )  # fmt: skip
                 for job, of_job in zip(jobs, zip(*reports, strict=True), strict=True):
@@ -117,7 +147,7 @@ def main() -> None:
                         expected = found
                     wrong += found != expected
             taken_s = time.monotonic() - started
-            rows.append([f"TP{mesh.tp_size} PP{mesh.pp_size}", mesh.world_size, options.launches * options.times, wrong,
+            rows.append([str(layout_of(parallel)), parallel.world_size, options.launches * options.times, wrong,
                          taken_s / options.launches])  # fmt: skip
             print(*rows[-1], flush=True)
     where = torch.cuda.get_device_name(0) if options.device == "cuda" else "CPU"

@@ -21,7 +21,10 @@ __all__ = ["RoundTime", "RunKind", "RunOutcome", "RunStatus", "StoredRun", "fail
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundTime:
-    """When one round ran on one stage, in seconds from the start of the run."""
+    """When one round ran on one stage, in seconds from the start of the run.
+
+    Where the plan's stages hold several groups of layers (`parallel.virtual_stages`), `stage` is the group.
+    """
 
     round: int
     stage: int

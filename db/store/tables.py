@@ -193,7 +193,9 @@ class RunRow(Base):
 
 
 class RoundTimeRow(Base):
-    """When one round ran on one stage, in seconds from the start of the run."""
+    """When one round ran on one stage, or in one group of its layers where it holds several, in seconds from the start
+    of the run.
+    """
 
     __tablename__ = "round_times"
 

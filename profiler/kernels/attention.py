@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -69,6 +71,56 @@ def attend_tokens(
     return torch.stack(outputs).squeeze(2)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartialAttention:
+    """Attention over a part of the keys, in float32, with the log-sum-exp of its scores: minus infinity for no keys."""
+
+    out: torch.Tensor  # [..., D]
+    lse: torch.Tensor  # [..., 1]
+
+    def merged(self, other: PartialAttention) -> PartialAttention:
+        """Attention over both parts."""
+        share = torch.sigmoid(other.lse - self.lse).nan_to_num(0.0)
+        return PartialAttention(out=torch.lerp(self.out, other.out, share), lse=torch.logaddexp(self.lse, other.lse))
+
+
+def attend_partial(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> PartialAttention:
+    """Attention of q [H, c, D] over k and v [KV, n, D], under the causal mask of equal lengths or over all of them."""
+    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    if not q.is_cuda:
+        out, lse = _cpu_flash(q, k, v, causal)
+    elif q.dtype in (torch.bfloat16, torch.float16):
+        out, lse = _cudnn(q, k, v, causal)
+    else:
+        out, lse = _exact(q, k, v, causal)
+    return PartialAttention(out=out.squeeze(0).float(), lse=lse.squeeze(0).float())
+
+
+def attend_tokens_partial(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
+) -> PartialAttention:
+    """As `attend_tokens`, over a part of each request's tokens, maybe none: [R, H, D] and [R, H, 1]."""
+    if q.is_cuda and has_triton():
+        from profiler.kernels import flash_decoding
+
+        out, lse = flash_decoding.attend_with_lse(q, keys, values, starts, lengths)
+        return PartialAttention(out=out, lse=lse)
+    parts = []
+    for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        if length:
+            seen = slice(start, start + length)
+            part = attend_partial(q[row, :, None], keys[:, seen], values[:, seen], causal=False)
+        else:
+            shape = (*q.shape[1:2], 1, q.shape[2])
+            nothing = q.new_full((*shape[:2], 1), float("-inf"), dtype=torch.float32)
+            part = PartialAttention(out=q.new_zeros(shape, dtype=torch.float32), lse=nothing)
+        parts.append(part)
+    return PartialAttention(
+        out=torch.stack([part.out for part in parts]).squeeze(2),
+        lse=torch.stack([part.lse for part in parts]).squeeze(2),
+    )
+
+
 def attends_on_device(device: torch.device) -> bool:
     """Whether `attend_tokens` reads nothing back from a card, so that it can be recorded there; true without a card."""
     return device.type == "cpu" or has_triton()
@@ -98,6 +150,18 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int) -> to
 def _cpu_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     return out, lse.unsqueeze(-1)
+
+
+def _exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """For float32 on a card, where no kernel gives the log-sum-exp: all scores at once."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if causal:
+        after = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(after, float("-inf"))
+    lse = scores.logsumexp(dim=-1, keepdim=True)
+    return (scores - lse).exp() @ v, lse
 
 
 def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
@@ -121,6 +122,32 @@ def rotate_into_slab(
     inputs.write(rotate(k, cos, sin), keys)
     inputs.write(v, values)
     return rotate(q, cos, sin)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatheredRun:
+    """Consecutive rows that one rank of a group computed, and the rows of the slab that they belong to."""
+
+    rank: int
+    rows: slice
+    places: slice
+
+
+def write_gathered(
+    gathered: torch.Tensor, rows: torch.Tensor, runs: Sequence[GatheredRun], keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Write gathered keys and values [ranks, 2, KV, P, D] to their places in the slab [KV, rows, D].
+
+    rows: [ranks * P] int64, the slab's row of each, -1 for padding; runs: the same as runs of rows.
+    """
+    if _fuses(gathered):
+        from profiler.kernels import triton_elementwise
+
+        triton_elementwise.write_gathered(gathered, rows, keys, values)
+        return
+    for run in runs:
+        keys[:, run.places] = gathered[run.rank, 0, :, run.rows]
+        values[:, run.places] = gathered[run.rank, 1, :, run.rows]
 
 
 def norm_all_heads(qkv: torch.Tensor, norms: HeadNorms, mean_of_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -28,6 +28,34 @@ def attend(
     flight a program waits for memory, not for arithmetic: each byte of keys or values takes part in as many
     multiplications as the group has heads.
     """
+    partial, lse = _split(q, keys, values, starts, lengths)
+    num_requests, num_heads, splits, head_dim = partial.shape
+    out = torch.empty((num_requests, num_heads, head_dim), device=q.device, dtype=q.dtype)
+    _merge_splits[(num_requests * num_heads,)](
+        partial, lse, out, SPLITS=splits, DIM=head_dim, DIM_BLOCK=triton.next_power_of_2(head_dim), num_warps=8
+    )
+    return out
+
+
+def attend_with_lse(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in float32 [R, H, D], and the log-sum-exp of the scores [R, H, 1]; of a request without tokens 0 and
+    minus infinity."""
+    partial, lse = _split(q, keys, values, starts, lengths)
+    most = lse.amax(dim=-1, keepdim=True)
+    weights = torch.exp2(lse - most).nan_to_num(0.0)
+    total = weights.sum(dim=-1, keepdim=True)
+    # What an empty split left was never written.
+    parts = torch.where((weights > 0.0).unsqueeze(-1), partial, 0.0)
+    out = (parts * weights.unsqueeze(-1)).sum(dim=2) / total.clamp_min(1e-30)
+    return out, (most + torch.log2(total)) / LOG2_E
+
+
+def _split(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over each split of a request's tokens [R, H, splits, D], and its log-sum-exp in bits [R, H, splits]."""
     q = q.contiguous()
     num_requests, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[0]
@@ -36,16 +64,12 @@ def attend(
     dim_block = triton.next_power_of_2(head_dim)
     partial = torch.empty((num_requests, num_heads, splits, head_dim), device=q.device, dtype=torch.float32)
     lse = torch.empty((num_requests, num_heads, splits), device=q.device, dtype=torch.float32)
-    out = torch.empty((num_requests, num_heads, head_dim), device=q.device, dtype=q.dtype)
     _attend_split[(splits, num_kv_heads, num_requests)](
         q, keys, values, starts, lengths, partial, lse, keys.stride(0), values.stride(0), LOG2_E / math.sqrt(head_dim),
         GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), DIM=head_dim, DIM_BLOCK=dim_block,
         ROWS=max(16, min(128, TILE_BYTES // (dim_block * q.element_size()))), num_warps=4, num_stages=3,
     )  # fmt: skip
-    _merge_splits[(num_requests * num_heads,)](
-        partial, lse, out, SPLITS=splits, DIM=head_dim, DIM_BLOCK=dim_block, num_warps=8
-    )
-    return out
+    return partial, lse
 
 
 def num_splits(num_blocks: int) -> int:

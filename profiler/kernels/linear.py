@@ -22,6 +22,14 @@ class Linear:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.packed else weight
         self.bias = bias
 
+    def split(self, first_outputs: int) -> tuple[Linear, Linear] | None:
+        """The product as two, of the first outputs and of the rest, on the same memory; None where it was reordered."""
+        if self.packed:
+            return None
+        first, rest = slice(0, first_outputs), slice(first_outputs, None)
+        biases = (None, None) if self.bias is None else (self.bias[first], self.bias[rest])
+        return Linear(self.weight[first], biases[0]), Linear(self.weight[rest], biases[1])
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [T, K] -> [T, N]."""
         if self.packed:

@@ -8,6 +8,7 @@ import triton.language as tl
 
 HEADS_PER_PROGRAM = 8
 SILU_BLOCK = 2048
+ROWS_PER_PROGRAM = 32
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -74,6 +75,36 @@ def rotate_into_slab(
         HAS_NORM=has_norm, num_warps=4,
     )  # fmt: skip
     return q
+
+
+def write_gathered(gathered: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """See `profiler.kernels.elementwise.write_gathered`."""
+    num_ranks, _, num_kv_heads, num_rows, head_dim = gathered.shape
+    grid = (num_ranks * triton.cdiv(num_rows, ROWS_PER_PROGRAM), 2 * num_kv_heads)
+    _write_gathered[grid](
+        gathered, rows, keys, values, num_rows, num_kv_heads, gathered.stride(0), keys.stride(0), values.stride(0),
+        DIM=head_dim, DIM_BLOCK=triton.next_power_of_2(head_dim), ROWS=ROWS_PER_PROGRAM, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _write_gathered(
+    gathered, rows, keys, values, num_rows, num_kv_heads, rank_stride, key_stride, value_stride,
+    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(num_rows, ROWS)
+    rank = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1).to(tl.int64)  # keys of all heads, then values
+    at = tl.arange(0, DIM_BLOCK)[None, :]
+    place = tl.load(rows + rank * num_rows + row, mask=row < num_rows, other=-1)
+    inside = (place >= 0)[:, None] & (at < DIM)
+    source = gathered + rank * rank_stride + (head * num_rows + row[:, None]) * DIM + at
+    numbers = tl.load(source, mask=inside, other=0.0)
+    is_key = head < num_kv_heads
+    target = place[:, None] * DIM + at
+    tl.store(keys + head * key_stride + target, numbers, mask=inside & is_key)
+    tl.store(values + (head - num_kv_heads) * value_stride + target, numbers, mask=inside & (head >= num_kv_heads))
 
 
 @triton.jit

@@ -9,10 +9,11 @@ import torch
 
 from profiler.kernels.attention import attend_tokens
 from profiler.kernels.rotary import Rotary
+from profiler.layers.layer_inputs import LayerInputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepInputs:
+class StepInputs(LayerInputs):
     """A step made ready, for all layers: each of R requests' rotation, place and length. Nothing is on the host."""
 
     rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin, [R, head_dim / 2]

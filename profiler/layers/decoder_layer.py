@@ -7,15 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
-from profiler.kernels.elementwise import add_rms_norm, norm_all_heads, rms_norm, rotate_into_slab, silu_product
-from profiler.layers.decode_inputs import StepInputs
-from profiler.layers.prefill_inputs import RoundInputs
+from profiler.kernels.elementwise import (
+    TokenPlaces,
+    add_rms_norm,
+    norm_all_heads,
+    rms_norm,
+    rotate_into_slab,
+    silu_product,
+)
+from profiler.kernels.linear import Linear
+from profiler.layers.layer_inputs import LayerInputs, Reduce
 from profiler.model import LayerSpec
 from profiler.model.tensors import NormSpec
 
 Project = Callable[[torch.Tensor], torch.Tensor]
-Reduce = Callable[[torch.Tensor], torch.Tensor]
-LayerInputs = RoundInputs | StepInputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +106,10 @@ class DecoderLayer:
         down: Project,
         reduce_o: Reduce,
         reduce_down: Reduce,
-        sum_ranks: Reduce,
+        sum_ranks: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self.num_heads, self.tp_size = spec.attention.heads.per_rank(tp_size), tp_size
+        self.head_dim = spec.attention.head_dim
         self.norms = norms
         self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
         self.reduce_o, self.reduce_down, self.sum_ranks = reduce_o, reduce_down, sum_ranks
@@ -113,20 +119,11 @@ class DecoderLayer:
         norms = self.norms
         hidden, normed = stream.add_and_norm(norms.before_attention, norms.eps)
         # No names for what is large and used once: it would live through the MLP.
-        attended = self.reduce_o(
-            self.o(
-                self.attend(
-                    rotate_into_slab(self.project(normed), inputs, norms, keys, values, num_heads=self.num_heads),
-                    inputs,
-                    keys,
-                    values,
-                )
-            )
-        )
+        attended = inputs.join(self.reduce_o, self.o(inputs.mix(self, normed, keys, values)))
         attended = norms.after(attended, norms.after_attention)
         hidden, normed = Stream(hidden, attended).add_and_norm(norms.before_mlp, norms.eps)
         del attended
-        output = self.reduce_down(self.down(silu_product(self.gate_up(normed))))
+        output = inputs.join(self.reduce_down, self.down(silu_product(self.gate_up(inputs.spread(normed)))))
         return Stream(hidden, norms.after(output, norms.after_mlp))
 
     def project(self, normed: torch.Tensor) -> torch.Tensor:
@@ -135,6 +132,32 @@ class DecoderLayer:
         if self.norms.all_heads:
             norm_all_heads(qkv, self.norms, lambda means: self.sum_ranks(means) / self.tp_size)
         return qkv
+
+    def project_apart(self, normed: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]] | None:
+        """k|v at once and q when it is called for; None where the rows of q|k|v cannot be multiplied apart."""
+        if self.norms.all_heads or not isinstance(self.qkv, Linear):
+            return None
+        parts = self.qkv.split(self.num_heads * self.head_dim)
+        if parts is None:
+            return None
+        q, kv = parts
+        return kv(normed), lambda: q(normed)
+
+    def rotate(
+        self,
+        qkv: torch.Tensor,
+        places: TokenPlaces,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        num_heads: int | None = None,
+    ) -> torch.Tensor:
+        """Norm and rotate q and k, write k and v to keys and values [KV, rows, D] -> q [T, H, D].
+
+        num_heads: query heads in qkv, if not all of this rank's.
+        """
+        heads = self.num_heads if num_heads is None else num_heads
+        return rotate_into_slab(qkv, places, self.norms, keys, values, num_heads=heads)
 
     def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Attend each token of q [T, H, D] over its request's rows of the slab -> [T, H D]."""

@@ -4,57 +4,97 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from profiler.kernels.attention import attend
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.kernels.rotary import Rotary
+from profiler.layers.layer_inputs import LayerInputs
 
 ChooseKernel = Callable[[int, int], AttentionKernel]  # (chunk tokens, context) -> kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Where one request's chunk lies: rows of the packed round, and rows of the KV slab."""
+    """Where consecutive tokens of one request lie: rows of the packed round, and rows of the KV slab."""
 
-    first_row: int  # of the chunk in the round
+    first_row: int  # of the tokens in the round
     num_tokens: int
     slab_start: int  # row of the request's token 0 in the slab
-    context: int  # tokens of the request before the chunk
+    context: int  # tokens of the request before these
     kernel: AttentionKernel
+
+    @property
+    def rows(self) -> slice:
+        """Rows of the packed round."""
+        return slice(self.first_row, self.first_row + self.num_tokens)
+
+    @property
+    def places(self) -> slice:
+        """Rows of the slab that the tokens' keys and values are written to."""
+        return slice(self.slab_start + self.context, self.slab_start + self.context + self.num_tokens)
+
+    @property
+    def seen(self) -> slice:
+        """Rows of the slab that the last of the tokens attends to."""
+        return slice(self.slab_start, self.slab_start + self.context + self.num_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoundInputs:
-    """A round made ready, for all layers: spans in packed order, and for each of its T tokens rotation and place."""
+class RoundInputs(LayerInputs):
+    """A round, or one rank's rows of it, made ready for all layers.
+
+    spans: in packed order; for each of their T tokens rotation and place. Rows of padding may follow them.
+    """
 
     spans: tuple[Span, ...]
     rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin, [T, head_dim / 2]
     slab_rows: torch.Tensor  # [T] int64
+    padding: int = 0  # rows after the tokens, which no one reads
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the packed round."""
+        """Rows of the packed round, without padding."""
         return sum(span.num_tokens for span in self.spans)
 
     def write(self, rows: torch.Tensor, slab: torch.Tensor) -> None:
         """Copy the round's rows [T, KV, D] to each request's place in the slab [KV, rows, D]."""
         for span in self.spans:
-            first = span.slab_start + span.context
-            packed = rows[span.first_row : span.first_row + span.num_tokens]
-            slab[:, first : first + span.num_tokens] = packed.transpose(0, 1)
+            slab[:, span.places] = rows[span.rows].transpose(0, 1)
 
     def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Attend each chunk of q [T, H, D] over its request's rows of the slab -> [T, H D]."""
-        outputs = []
-        for span in self.spans:
-            rows = slice(span.first_row, span.first_row + span.num_tokens)
-            seen = slice(span.slab_start, span.slab_start + span.context + span.num_tokens)
-            out = attend(span.kernel, q[rows].transpose(0, 1), keys[:, seen], values[:, seen])
-            outputs.append(out.transpose(0, 1))
+        """Attend each span of q [T, H, D] over its request's rows of the slab -> [T + padding, H D]."""
+        outputs = [
+            attend(span.kernel, q[span.rows].transpose(0, 1), keys[:, span.seen], values[:, span.seen]).transpose(0, 1)
+            for span in self.spans
+        ]
+        if self.padding:
+            outputs.append(q.new_zeros(self.padding, *q.shape[1:]))
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return mixed.reshape(q.shape[0], -1)
+        return mixed.reshape(mixed.shape[0], -1)
+
+
+def make_spans(tokens: Sequence[tuple[int, int, int]], choose_kernel: ChooseKernel) -> tuple[Span, ...]:
+    """tokens: (slab_start, context, num_tokens) of consecutive tokens of a request each, in packed order."""
+    ends = accumulate(count for _, _, count in tokens)
+    return tuple(
+        Span(
+            first_row=end - count,
+            num_tokens=count,
+            slab_start=slab_start,
+            context=context,
+            kernel=choose_kernel(count, context),
+        )
+        for (slab_start, context, count), end in zip(tokens, ends, strict=True)
+    )
+
+
+def positions(spans: Sequence[Span], device: torch.device, *, padding: int = 0) -> torch.Tensor:
+    """The position of each token in its request, [T + padding] int64; 0 in the padding."""
+    ranges = [torch.arange(span.context, span.context + span.num_tokens, device=device) for span in spans]
+    return torch.cat([*ranges, torch.zeros(padding, device=device, dtype=torch.int64)])
 
 
 def prepare_round(
@@ -64,20 +104,14 @@ def prepare_round(
     choose_kernel: ChooseKernel,
     device: torch.device,
     dtype: torch.dtype,
+    padding: int = 0,
 ) -> RoundInputs:
     """chunks: (slab_start, context, num_tokens) of each chunk, in the order in which their tokens are packed."""
-    spans, first_row = [], 0
-    for slab_start, context, num_tokens in chunks:
-        spans.append(
-            Span(
-                first_row=first_row,
-                num_tokens=num_tokens,
-                slab_start=slab_start,
-                context=context,
-                kernel=choose_kernel(num_tokens, context),
-            )
-        )
-        first_row += num_tokens
-    ranges = [torch.arange(span.context, span.context + span.num_tokens, device=device) for span in spans]
-    rows = [at + span.slab_start for at, span in zip(ranges, spans, strict=True)]
-    return RoundInputs(spans=tuple(spans), rotary=rotary(torch.cat(ranges), dtype), slab_rows=torch.cat(rows))
+    spans = make_spans(chunks, choose_kernel)
+    rows = [torch.arange(span.places.start, span.places.stop, device=device) for span in spans]
+    return RoundInputs(
+        spans=spans,
+        rotary=rotary(positions(spans, device), dtype),
+        slab_rows=torch.cat(rows),
+        padding=padding,
+    )

@@ -15,6 +15,7 @@ from profiler.measure.operators import Operators
 from profiler.measure.timing import Prepared
 from profiler.model.precision import Format
 from profiler.points.point import Op, Point
+from profiler.points.rank_groups import RankGroups
 
 # Renamed in torch 2.13, which warns at the older names.
 _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -23,32 +24,36 @@ _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """The group of consecutive ranks this rank is in."""
+    """The group of ranks this rank is in."""
 
     group: dist.ProcessGroup
-    first_rank: int
-    size: int
+    ranks: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many ranks."""
+        return len(self.ranks)
 
     @property
     def index(self) -> int:
         """This rank's place in it."""
-        return dist.get_rank() - self.first_rank
+        return self.ranks.index(dist.get_rank())
 
     @property
     def partner(self) -> int:
         """The other rank of a pair."""
-        return self.first_rank + 1 - self.index
+        return self.ranks[1 - self.index]
 
 
-def make_groups(sizes: Sequence[int], world_size: int) -> dict[int, Neighbours]:
-    """Groups of each size; every rank must call it with the same sizes. Ranks left over have no group of that size."""
+def make_groups(forms: Sequence[RankGroups], world_size: int) -> dict[RankGroups, Neighbours]:
+    """Groups of each form; every rank must call it with the same forms. Ranks left over have no group of that form."""
     found = {}
-    for size in sizes:
-        for first in range(0, world_size - size + 1, size):
+    for form in forms:
+        for ranks in form.of(world_size):
             # A communicator of its own for each: point-to-point traffic that shares one is serialised.
-            group = dist.new_group(list(range(first, first + size)))
-            if first <= dist.get_rank() < first + size:
-                found[size] = Neighbours(group, first, size)
+            group = dist.new_group(list(ranks))
+            if dist.get_rank() in ranks:
+                found[form] = Neighbours(group, ranks)
     return found
 
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
+from profiler.comm.links.group import RankGroup, Reduction
 from profiler.kernels.attention import attend
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.kernels.rotary import Rotary
-from profiler.layers.decoder_layer import DecoderLayer, LayerInputs, Norms, Project, Stream
+from profiler.layers.decoder_layer import DecoderLayer, Norms, Project, Stream
 from profiler.layers.head import Head, embed
+from profiler.layers.layer_inputs import LayerInputs
 from profiler.layers.prefill_inputs import ChooseKernel, RoundInputs, prepare_round
 from profiler.measure.timing import Prepared, Run
 from profiler.measure.workspace import Slabs, Workspace
@@ -196,12 +198,9 @@ class Operators:
             spec, lambda norm: self.workspace.random(norm.num_elements(tp_size)), eps=self.shape.norm_eps
         )  # fmt: skip
 
-    def _reduce(self, linear: LinearSpec) -> Project:
+    def _reduce(self, linear: LinearSpec) -> Reduction:
         """No other rank to sum with; the row-parallel bias is still added."""
-        if not linear.has_bias:
-            return lambda partial: partial
-        bias = self.workspace.random(linear.sizes()[0])
-        return lambda partial: partial + bias
+        return RankGroup().reduce(self.workspace.random(linear.sizes()[0]) if linear.has_bias else None)
 
 
 class ElementwiseLayer(DecoderLayer):

@@ -43,13 +43,14 @@ _MEMORY_SHARE = 0.8
 class ProfileOptions:
     """A user's wishes; None takes what suits the model and the machine.
 
-    tp_sizes: numbers with commas between. deadline: `time.monotonic()` after which no point is begun.
+    tp_sizes, sp_sizes: numbers with commas between. deadline: `time.monotonic()` after which no point is begun.
     remeasure: "noisy", "all" or None. stall_timeout_s: the profile fails when no rank moved for so long.
     """
 
     model: str
     world_size: int | None = None
     tp_sizes: str | None = None
+    sp_sizes: str | None = None
     context_length: int | None = None
     dtype: str | None = None
     device_type: str | None = None
@@ -129,6 +130,7 @@ def make_grid(options: ProfileOptions) -> Grid:
         shape=shape,
         dtype=precision.name,
         tp_sizes=_tp_sizes(options.tp_sizes, shape, world_size),
+        sp_sizes=_sp_sizes(options.sp_sizes, world_size),
         world_size=world_size,
         context_length=_context_length(options.context_length, shape, device_type),
         device_type=device_type,
@@ -144,6 +146,15 @@ def _tp_sizes(text: str | None, shape: ModelShape, world_size: int) -> tuple[int
         shape.check_tp_size(size)
         if world_size % size:
             raise UserError("tp_size", size, f"must divide world_size = {world_size}")
+    return sizes
+
+
+def _sp_sizes(text: str | None, world_size: int) -> tuple[int, ...]:
+    """Without any asked for none: the coarse points of collectives tell of sequence parallelism, too."""
+    sizes = tuple(sorted({whole_number("--sp-sizes", word, most=2**20) for word in (text or "").split(",") if word}))
+    for size in sizes:
+        if size < 2 or world_size % size:
+            raise UserError("sp_size", size, f"must be 2 or more and divide world_size = {world_size}")
     return sizes
 
 

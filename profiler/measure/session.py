@@ -31,6 +31,7 @@ from profiler.measure.collectives import (
 from profiler.measure.cpu_interference import CpuInterference
 from profiler.measure.operators import Operators, has_own_load
 from profiler.measure.progress import ProfileProgress
+from profiler.measure.side_by_side import beside_collectives, beside_products, num_calls
 from profiler.measure.timing import (
     Prepared,
     Samples,
@@ -42,8 +43,9 @@ from profiler.measure.timing import (
     take_samples,
 )
 from profiler.measure.workspace import Workspace
-from profiler.points.grid import Grid, group_sizes
-from profiler.points.point import COLLECTIVES, RANK_LAYER, Op, Point
+from profiler.points.grid import BESIDE_BYTES, Grid, rank_groups, round_up
+from profiler.points.point import BESIDE, COLLECTIVES, RANK_LAYER, Op, Point
+from profiler.points.rank_groups import RankGroups
 from profiler.points.worklist import Worklist
 
 COMMIT_EVERY_S = 0.5
@@ -54,6 +56,8 @@ _TRIAL_CALLS = 2  # one alone may have met another process
 STALL_FACTOR = 20.0  # a point may take so many times what is expected before it counts as stalled
 _LONG_CALL_S = 2.5  # too long for a second try
 _LOAD_CHUNK, _LOAD_CONTEXT = 2048, 8192
+_ROUGH_BYTES = 2e11  # a second, of a message between cards
+_PAIR = RankGroups(2)
 _CACHES = 2  # weights lie so many caches apart, or a stage of the model if that is less
 _ROUGH_FLOPS = {"cpu": 5e10, "cuda": 3e14}
 _POINT_OVERHEAD_S = {"cpu": 0.03, "cuda": 0.18}  # on a card mostly load before and between the samples
@@ -122,7 +126,8 @@ class RankSession:
             busy: dist.new_group(list(range(busy)), backend="gloo")
             for busy in sorted({point.busy_ranks for point in job.points} | {context.world_size})
         }
-        self.neighbours = make_groups(group_sizes(job.grid.tp_sizes, context.world_size), context.world_size)
+        forms = rank_groups(job.grid.tp_sizes, job.grid.sp_sizes, context.world_size)
+        self.neighbours = make_groups(forms, context.world_size)
         self.messages = self.make_messages()
         self.num_begun = 0
         context.progress.enter(Phase.RUN)
@@ -145,7 +150,7 @@ class RankSession:
         shared = find_hosts(everyone, self.device).groups()
         if not sizes or len(shared) != 1 or len(shared[0]) != self.context.world_size:
             return None
-        pair = self.neighbours.get(2)  # none on a rank that is left over, which takes part all the same
+        pair = self.neighbours.get(_PAIR)  # none on a rank that is left over, which takes part all the same
         sent = self.precision.activations
         return PeerMessages.of(
             HostGroup(ranks=shared[0], group=everyone),
@@ -219,14 +224,61 @@ class RankSession:
     def prepare(self, point: Point) -> Prepared:
         """The point's work, made ready on this rank."""
         if point.op is Op.SEND_RECV:
-            return prepare_message(point, self.neighbours[2], self.messages, self.device, self.precision.activations)
+            return prepare_message(
+                point, self.neighbours[_PAIR], self.messages, self.device, self.precision.activations
+            )
+        if point.variant == BESIDE:
+            return self.prepare_beside(point)
         if point.op in COLLECTIVES:
-            return prepare_collective(point, self.neighbours[point.group_size], self.device, self.precision.reductions)
+            return self.prepare_collective(point)
         if point.op is Op.ROUND_OVERHEAD:
-            return prepare_round_overhead(point, self.operators, self.neighbours.get(2))
+            return prepare_round_overhead(point, self.operators, self.neighbours.get(_PAIR))
         if "heads" in point.shape:
             self.heads = {name: point.shape[name] for name in self.heads}
         return self.operators.prepare(point)
+
+    def prepare_collective(self, point: Point) -> Prepared:
+        """The collective of a point, with this rank's group."""
+        return prepare_collective(point, self.neighbours[point.ranks], self.device, self.precision.reductions)
+
+    def prepare_beside(self, point: Point) -> Prepared:
+        """A gather while products run, or a product while gathers run: so many that they outlast it on every rank."""
+        gather, product = self.pair_of(point)
+        gather_s, product_s = self.alone_s(gather), self.alone_s(product)
+        product_run = self.operators.prepare(product).run
+        if point.op is Op.MATMUL:
+            calls = num_calls(product_s, gather_s)
+            return beside_collectives(product_run, self.prepare_collective(gather), calls=calls, device=self.device)
+        calls = num_calls(gather_s, product_s)
+        return beside_products(self.prepare_collective(gather), product_run, calls=calls, device=self.device)
+
+    def pair_of(self, point: Point) -> tuple[Point, Point]:
+        """The gather and the product of a point that has them side by side, each as it is alone."""
+        grid = self.job.grid
+        alone = replace(point, variant="")
+        if point.op is Op.MATMUL:
+            size_bytes = round_up(BESIDE_BYTES, point.group_size * grid.precision.reductions.num_bytes(1))
+            gather = replace(alone, op=Op.ALL_GATHER, shape={"bytes": size_bytes})
+            return gather, replace(alone, group_size=1)
+        n, k = grid.shape.layers[0].products(1)["qkv"]
+        m = min(_LOAD_CHUNK, grid.context_length)
+        return alone, replace(alone, op=Op.MATMUL, shape={"m": m, "n": n, "k": k}, group_size=1, flops=2.0 * m * n * k)
+
+    def alone_s(self, point: Point) -> float:
+        """Seconds of a point alone, alike on all ranks: as measured, in proportion to the nearest size, or roughly."""
+        at = "m" if point.op is Op.MATMUL else "bytes"
+        rest = {name: size for name, size in point.shape.items() if name != at}
+        size = point.shape[at]
+        alike = [
+            row
+            for row in self.worklist.rows.values()
+            if (row.op, row.group_size, row.variant) == (point.op, point.group_size, "")
+            and rest.items() <= row.shape.items()
+        ]
+        if not alike:
+            return size / _ROUGH_BYTES if at == "bytes" else point.flops / _ROUGH_FLOPS[self.device.type]
+        nearest = min(alike, key=lambda row: (abs(math.log(row.shape[at] / size)), row.busy_ranks))
+        return nearest.median_us * 1e-6 * size / nearest.shape[at]
 
     def call_seconds(self, prepared: Prepared, point: Point, first: float) -> float:
         """Seconds of a call on the slowest rank; the first call, of `first` seconds, counts only if it took long."""
@@ -260,7 +312,7 @@ class RankSession:
         gathered = torch.stack([torch.empty_like(table) for _ in range(point.busy_ranks)])  # [ranks, 2, samples]
         dist.all_gather(list(gathered.unbind()), table, group=self.control[point.busy_ranks])
         if prepared.in_step:
-            gathered[:, 0] = of_the_last(gathered[:, 0], point.group_size)
+            gathered[:, 0] = of_the_last(gathered[:, 0], point.ranks.of(point.busy_ranks))
         if prepared.waits:  # for ranks that were disturbed
             gathered[:, 1] = gathered[:, 1].amax(dim=0)
         samples = tuple(Samples(us.tolist(), disturbed.bool().tolist()) for us, disturbed in gathered)
@@ -281,10 +333,12 @@ class RankSession:
         return float(figure.item())
 
 
-def of_the_last(us: torch.Tensor, group_size: int) -> torch.Tensor:
+def of_the_last(us: torch.Tensor, groups: Iterable[Sequence[int]]) -> torch.Tensor:
     """Samples [ranks, n] of work that groups of ranks leave in step: of each group the least, which waited for none."""
-    by_group = us.view(-1, group_size, us.shape[1])
-    return by_group.amin(dim=1, keepdim=True).expand_as(by_group).reshape_as(us)
+    least = us.clone()
+    for ranks in groups:
+        least[list(ranks)] = us[list(ranks)].amin(dim=0)
+    return least
 
 
 def rows_of(point: Point, samples: Sequence[Samples], timing: Timing, *, own_load: bool) -> list[Measurement]:

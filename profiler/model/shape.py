@@ -49,6 +49,9 @@ class ModelShape:
     @property
     def layer_kinds(self) -> tuple[LayerSpec, ...]:
         """The layers that differ, each once."""
+        first = self.layers[0]
+        if all(layer is first for layer in self.layers):  # as most models are made: nothing to hash
+            return (first,)
         return tuple(dict.fromkeys(self.layers))
 
     @property

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import PRECISIONS, LayerSpec, ModelShape, Precision
 from profiler.model.flops import causal_pairs
-from profiler.points.point import COLLECTIVES, WARM, Op, Point
+from profiler.points.point import BESIDE, COLLECTIVES, WARM, Op, Point, strided
+from profiler.points.rank_groups import RankGroups
+from profiler.sequence.heads import most_heads
 
 SMALLEST_CHUNK = 16
 OFF_GRID_CHUNKS = (1, 48, 100, 384, 1000, 3000, 12288)  # the last chunks of requests are never powers of two
@@ -21,6 +23,11 @@ _KNEE = 192  # where products bend between their cost of reading weights, flat i
 _FINE_END, _FINE_STEP, _MIDDLE_END, _MIDDLE_STEP = 2048, 128, 8192, 512
 # What today's plans use of the collectives is measured more finely than the others.
 _OFTEN = (Op.ALL_REDUCE, Op.SEND_RECV)
+# What ranks that share rows exchange, and what of it those do that stand apart: rows beside tensor parallelism.
+_BETWEEN_ROWS = (Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL)
+_APART = (Op.ALL_GATHER, Op.ALL_TO_ALL)
+_BESIDE_FROM = 512  # tokens: shorter work than the start of a message says nothing of the two side by side
+BESIDE_BYTES = 64 << 20  # of the messages that go on while products are measured
 # Kernels that build a dense mask on a CPU are not tried beyond this many pairs.
 _MAX_DENSE_PAIRS = 2**24
 
@@ -36,6 +43,9 @@ class Grid:
     context_length: int
     device_type: str
     kernels: tuple[AttentionKernel, ...]  # the usual best first
+    sp_sizes: tuple[int, ...] = ()
+    """Ranks that share the rows of a round beside each tensor-parallel degree: what they exchange, and attention with a
+    share of the heads. Without any only coarse points of collectives tell of it."""
 
     @property
     def precision(self) -> Precision:
@@ -105,8 +115,11 @@ class Grid:
             yield from self._end_points(tp_size)
         yield from self._round_overhead()
         yield from self._ceiling()
-        for group_size in group_sizes(self.tp_sizes, self.world_size):
-            yield from self._collectives(group_size)
+        for groups in rank_groups(self.tp_sizes, self.sp_sizes, self.world_size):
+            yield from self._collectives(groups)
+        if self.device_type == "cuda":
+            for sp_size in self.sp_sizes:
+                yield from self._side_by_side(RankGroups(sp_size))
 
     def _layer_points(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
         """The parts of a layer and whole layers: with all ranks at work, and on a CPU coarsely with one.
@@ -140,7 +153,17 @@ class Grid:
                     yield replace(point, variant=WARM, level=LAST_LEVEL)
 
     def _attention(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
-        heads, slab = layer.attention.sizes(tp_size), self._slab(layer, tp_size)
+        own = layer.attention.sizes(tp_size)
+        yield from self._attention_of(own)
+        for sp_size in self.sp_sizes:
+            if sp_size * tp_size > self.world_size or sp_size > own["heads"]:
+                continue
+            heads, kv_heads = most_heads(own["heads"], own["kv_heads"], sp_size)
+            if heads % kv_heads == 0:  # others run as several calls
+                yield from self._attention_of(own | {"heads": heads, "kv_heads": kv_heads})
+
+    def _attention_of(self, heads: Mapping[str, int]) -> Iterator[Point]:
+        slab = self.precision.kv.num_bytes(2 * heads["kv_heads"] * heads["head_dim"] * self.context_length)
         for chunk, chunk_level in self.attention_levels.items():
             for context, context_level in self.context_levels(chunk).items():
                 for kernel in self.kernels:
@@ -149,7 +172,7 @@ class Grid:
                     yield Point(
                         op=Op.ATTENTION,
                         dtype=self.dtype,
-                        shape=heads | {"chunk": chunk, "context": context},
+                        shape={**heads, "chunk": chunk, "context": context},
                         variant=kernel.value,
                         level=min(chunk_level + context_level, LAST_LEVEL),
                         flops=4.0 * heads["heads"] * heads["head_dim"] * causal_pairs(chunk, context),
@@ -213,20 +236,46 @@ class Grid:
             busy_ranks=self.world_size, flops=2.0 * size**3, size_bytes=self._bytes(4 * size * size),
         )  # fmt: skip
 
-    def _collectives(self, group_size: int) -> Iterator[Point]:
-        """Messages of hidden states; `bytes` counts the whole one, before it is scattered or after it is gathered."""
-        row_bytes = self._bytes(self.shape.hidden_size)
+    def _collectives(self, groups: RankGroups) -> Iterator[Point]:
+        """Messages of hidden states; `bytes` counts the whole one, before it is scattered or after it is gathered.
+
+        Groups of ranks apart do what shares rows does, coarsely: on one host they are as quick as neighbours.
+        """
         finest = 3 if self.device_type == "cuda" else 2
+        often = (*_OFTEN, *_BETWEEN_ROWS) if groups.size in (*self.sp_sizes, *self._megatron_sizes) else _OFTEN
         for tokens, level in self.chunk_levels.items():
-            for op in COLLECTIVES:
-                if (op is Op.SEND_RECV and group_size != 2) or level > (finest if op in _OFTEN else 1):
+            for op in COLLECTIVES if groups.stride == 1 else _APART:
+                if (op is Op.SEND_RECV and groups.size != 2) or level > (
+                    finest if op in often and groups.stride == 1 else 1
+                ):
                     continue
-                message = round_up(tokens * row_bytes, group_size * self._bytes(1))
-                yield Point(
-                    op=op, dtype=self.dtype, shape={"bytes": message}, group_size=group_size,
-                    busy_ranks=self.world_size // group_size * group_size, level=level, flops=10.0 * message,
-                    size_bytes=3 * message,
-                )  # fmt: skip
+                yield self._message(op, groups, tokens, level=level, variant=strided("", groups.stride))
+
+    def _side_by_side(self, groups: RankGroups) -> Iterator[Point]:
+        """Gathers while products run, and products while gathers run."""
+        for tokens, level in self.chunk_levels.items():
+            if level > 1 or tokens < _BESIDE_FROM:
+                continue
+            yield self._message(Op.ALL_GATHER, groups, tokens, level=2, variant=BESIDE)
+            n, k = self.shape.layers[0].products(1)["qkv"]
+            yield Point(
+                op=Op.MATMUL, dtype=self.dtype, shape={"m": tokens, "n": n, "k": k}, group_size=groups.size,
+                busy_ranks=groups.busy(self.world_size), variant=BESIDE, level=2, flops=4.0 * tokens * n * k,
+                size_bytes=self._weights(2 * n * k) + self._bytes(tokens * (n + k)) + 3 * BESIDE_BYTES,
+            )  # fmt: skip
+
+    def _message(self, op: Op, groups: RankGroups, tokens: int, *, level: int, variant: str) -> Point:
+        message = round_up(tokens * self._bytes(self.shape.hidden_size), groups.size * self._bytes(1))
+        return Point(
+            op=op, dtype=self.dtype, shape={"bytes": message}, group_size=groups.size,
+            busy_ranks=groups.busy(self.world_size), variant=variant, level=level, flops=10.0 * message,
+            size_bytes=3 * message,
+        )  # fmt: skip
+
+    @property
+    def _megatron_sizes(self) -> tuple[int, ...]:
+        """Tensor-parallel groups that may share rows, where sharing rows is asked for."""
+        return tuple(size for size in self.tp_sizes if size > 1) if self.sp_sizes else ()
 
     def _bytes(self, num_activations: int) -> int:
         return self.precision.activations.num_bytes(num_activations)
@@ -242,9 +291,13 @@ class Grid:
         return dense and chunk * (chunk + context) > _MAX_DENSE_PAIRS
 
 
-def group_sizes(tp_sizes: Iterable[int], world_size: int) -> list[int]:
-    """Groups whose collectives are measured: neighbours, each tensor-parallel degree, and all ranks."""
-    return sorted({size for size in (2, *tp_sizes, world_size) if 1 < size <= world_size})
+def rank_groups(tp_sizes: Iterable[int], sp_sizes: Iterable[int], world_size: int) -> list[RankGroups]:
+    """Groups whose collectives are measured: neighbours, each tensor-parallel degree, and all ranks; ranks that share
+    rows, beside each tensor-parallel degree."""
+    tp_sizes, sp_sizes = tuple(tp_sizes), tuple(sp_sizes)
+    neighbours = {RankGroups(size) for size in (2, *tp_sizes, *sp_sizes, world_size) if 1 < size <= world_size}
+    apart = {RankGroups(sp_size, tp_size) for sp_size in sp_sizes for tp_size in tp_sizes if tp_size > 1}
+    return sorted(neighbours | {groups for groups in apart if groups.busy(world_size)})
 
 
 def bisection_levels(values: Sequence[int]) -> dict[int, int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from db.rows.measurements import MeasurementKey, measurement_key
+from profiler.points.rank_groups import RankGroups
 
 
 class Op(StrEnum):
@@ -28,8 +29,23 @@ class Op(StrEnum):
 
 
 COLLECTIVES = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, Op.SEND_RECV)
+_STRIDE = "stride-"
 WARM = "warm"  # variant of a product whose weights are still in the cache
+BESIDE = "beside"  # variant of a collective while products run, and of a product (its group_size tells of whose) while
+# collectives run: what each loses to the other
 RANK_LAYER = "rank_layer"  # rows that come with those of LAYER on cards: each rank's own times, its number in the shape
+
+
+def strided(variant: str, stride: int) -> str:
+    """The variant of a collective whose ranks stand `stride` apart: as the ranks of a layout do that share rows beside
+    tensor parallelism."""
+    return variant if stride == 1 else f"{variant}{_STRIDE}{stride}"
+
+
+def stride_of(variant: str) -> int:
+    """How far apart the ranks of a collective of this variant stand."""
+    _, found, stride = variant.partition(_STRIDE)
+    return int(stride) if found else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +66,11 @@ class Point:
     level: int = 0
     flops: float = 0.0
     size_bytes: int = 0
+
+    @property
+    def ranks(self) -> RankGroups:
+        """The groups of ranks that do it together."""
+        return RankGroups(self.group_size, stride_of(self.variant))
 
     @property
     def key(self) -> MeasurementKey:

@@ -40,3 +40,13 @@ CUTS: dict[SPKind, tuple[SequenceCut, ...]] = {
     SPKind.MEGATRON: (SequenceCut.CONTIGUOUS, SequenceCut.WHOLE),
 }
 """The cuts of each kind, the usual one first."""
+
+
+def usual_cut(kind: SPKind) -> SequenceCut:
+    """How rounds are cut where nothing else is said."""
+    return CUTS[kind][0]
+
+
+def round_cuts(kind: SPKind, cuts: tuple[SequenceCut, ...], num_rounds: int) -> tuple[SequenceCut, ...]:
+    """The cut of each round: those given, or the usual one."""
+    return cuts or (usual_cut(kind),) * num_rounds

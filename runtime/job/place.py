@@ -31,16 +31,33 @@ class Place:
     @property
     def is_last(self) -> bool:
         """Whether the stage chooses the next tokens."""
-        return self.stage == self.parallel.pp_size - 1
+        return self.groups[-1] == self.parallel.num_groups - 1
 
     @property
-    def layers(self) -> range:
-        """Indices of the stage's layers in the model."""
+    def groups(self) -> tuple[int, ...]:
+        """The groups of layers that the stage holds, in the order in which rounds go through them."""
+        return tuple(group for group, stage in enumerate(self.parallel.stage_of_group) if stage == self.stage)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the stage's layers in the model, group after group."""
         partition = self.parallel.layer_partition
-        first = sum(partition[: self.stage])
-        return range(first, first + partition[self.stage])
+        starts = [sum(partition[:group]) for group in self.groups]
+        counts = [partition[group] for group in self.groups]
+        return tuple(start + index for start, count in zip(starts, counts, strict=True) for index in range(count))
+
+    def layers_of(self, group: int) -> slice:
+        """Where a group's layers stand among those of the stage."""
+        partition = self.parallel.layer_partition
+        first = sum(partition[other] for other in self.groups if other < group)
+        return slice(first, first + partition[group])
 
 
 def mesh_of(parallel: Parallel) -> Mesh:
     """Where the ranks of a layout stand."""
-    return Mesh(pp_size=parallel.pp_size, sp_size=parallel.sp_size, tp_size=parallel.tp_size)
+    return Mesh(
+        pp_size=parallel.pp_size,
+        sp_size=parallel.sp_size,
+        tp_size=parallel.tp_size,
+        stage_of_group=parallel.stage_of_group if parallel.virtual_stages > 1 else (),
+    )

@@ -21,7 +21,7 @@ class CardMarks(threading.Thread):
     def __init__(self, clock: EventClock | None, pipeline: Pipeline, progress: Progress) -> None:
         super().__init__(daemon=True, name="card marks")
         self.clock, self.pipeline, self.progress = clock, pipeline, progress
-        self.first_round = 0  # the index of the clock's first round among the job's
+        self.is_decoding = False  # whether the clock's work is steps of decode and not the job's rounds
         self._ended = threading.Event()
         self._seen: tuple[int, int] | None = None
 
@@ -55,15 +55,15 @@ class CardMarks(threading.Thread):
             return
         self._seen = place
         _, num_events = place
-        index, is_running = self.first_round + num_events // 2, num_events % 2 == 1
-        pipeline = self.pipeline
+        pipeline, is_running = self.pipeline, num_events % 2 == 1
+        index, task = pipeline.task_at(num_events // 2, is_decoding=self.is_decoding)
         until_s = 0.0
         if index < len(pipeline.job.rounds):
             until_s = pipeline.arrival_s(pipeline.job.rounds[index])
         self.progress.mark(pipeline.place.stage, index, until_s=until_s)
         if is_running:
             return
-        if pipeline.source is not None:
-            self.progress.wait(Doing.RECEIVE, pipeline.source)
-        elif pipeline.last is not None and index >= (pipeline.job.window or index + 1):
+        if task.source is not None:
+            self.progress.wait(Doing.RECEIVE, pipeline.sources[task.source])
+        elif task.group == 0 and pipeline.last is not None and index >= (pipeline.job.window or index + 1):
             self.progress.wait(Doing.RETURN, pipeline.last)

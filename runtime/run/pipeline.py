@@ -1,4 +1,4 @@
-"""A rank's part in the pipeline: takes rounds in order from the stage before, runs them, hands them on."""
+"""A rank's part in the pipeline: takes its tasks in order from the stages before, runs them, hands them on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from profiler.comm.links.group import Groups
 from profiler.comm.ranks.mark import Doing, Progress
 from profiler.kernels.attention import attends_on_device
 from profiler.kernels.recording import new_scratch, record
+from profiler.sequence.kind import usual_cut
 from runtime.job.job import Job
 from runtime.job.place import Place
 from runtime.run.clock import Clock
+from runtime.run.task import Task, Tasks, tasks_of
+from runtime.stage.share import RoundShare
 from runtime.stage.stage import Stage
 from tuner.plan.memory import MOST_RECORDED
 from tuner.plan.plan import Round
@@ -30,36 +33,53 @@ class Pipeline:
         self.prompts = [torch.tensor(ids, device=device) for ids in job.prompts] if place.is_first else []
         self.next_ids = torch.zeros(len(job.requests), device=device, dtype=torch.int64)  # of each request
         # Decode hands on one row of every request.
+        self.rounds = [stage.scheme.share(*one) for one in zip(job.rounds, job.round_cuts, strict=True)]
+        cut = usual_cut(job.parallel.sp_kind)
+        self.cached_rounds = [stage.scheme.share(chunks, cut) for chunks in job.cached_rounds]
+        self.most_rows = max(share.num_rows for share in [*self.rounds, *self.cached_rounds])
         sizes = MessageSizes(
-            max_tokens=max(*job.round_tokens, len(job.requests)),
+            max_tokens=max(self.most_rows, len(job.requests)),
             hidden_size=job.shape.hidden_size,
             num_requests=len(job.requests),
+            gathered=stage.scheme.gathered_numbers(self.most_rows),
         )
+        parallel, stage_index = job.parallel, place.stage
+        self.tasks = tasks_of(parallel, stage_index, len(self.rounds), job.window)
+        self.cached_tasks = tasks_of(parallel, stage_index, len(self.cached_rounds))
+        self.step_tasks = tasks_of(parallel, stage_index, 1)
         self.links = make_links(groups, sizes, device, stage.dtype)
+        stage.scheme.use(self.links.sequence)
         self.inbound, self.outbound, self.back = self.links.inbound, self.links.outbound, self.links.back
-        self.source = groups.inbound.peer if groups.inbound else None
+        self.hand_offs = groups.hand_offs
+        self.sources = {stage: pair.peer for stage, pair in groups.inbound.items()}
         self.last = groups.back.peer if groups.back else None
+        # Where a round stays on the rank from one group to the next.
+        stays = any(task.target is None and task.group < parallel.num_groups - 1 for task in self.step_tasks.tasks)
+        fold_rows = sizes.max_tokens if stays else 0
+        self.fold = torch.zeros(fold_rows, sizes.hidden_size, device=device, dtype=stage.dtype)
         # On a card the host is rounds ahead: there `CardMarks` tells where the card is.
         self.marks_here = device.type != "cuda"
-        self.recorded: list[Callable[[], torch.Tensor]] = []  # of the plan's rounds, in order
-        self.recorded_step: Callable[[], torch.Tensor] | None = None  # of decode
+        self.recorded: dict[tuple[int, int], Callable[[], torch.Tensor]] = {}  # of the plan's tasks, by round and group
+        self.recorded_steps: dict[int, Callable[[], torch.Tensor]] = {}  # of decode, by group
 
     def warm_up(self) -> None:
         """Build what is built lazily: kernels for the rounds' shapes, connections between the stages."""
-        self.stage.warm_up(self.job.rounds)
+        self.stage.warm_up(self.rounds)
         if self.job.max_new_tokens > 1:
-            self._compute_step()  # what it writes to the slab, the first step writes again
-        most = max(self.job.round_tokens)
-        if self.inbound:
-            self.inbound.expect([most])
-            self.inbound.receive()
-            self.inbound.release()
-        if self.outbound:
-            size = (most, self.job.shape.hidden_size)
-            self.outbound.begin()
-            place = self.outbound.buffer(0, most)
-            zeros = torch.zeros(size, device=self.stage.device, dtype=self.stage.dtype)
-            self.outbound.send(zeros if place is None else place.copy_(zeros))
+            for task in self.step_tasks.tasks:
+                self._compute_step(task)  # what it writes to the slab, the first step writes again
+        most, here = self.most_rows, self.place.stage
+        for source, target in self.hand_offs:  # one after the other: around a loop all would wait for one another
+            if target == here:
+                self.inbound[source].expect([most])
+                self.inbound[source].receive()
+                self.inbound[source].release()
+            elif source == here:
+                size = (most, self.job.shape.hidden_size)
+                self.outbound[target].begin()
+                place = self.outbound[target].buffer(0, most)
+                zeros = torch.zeros(size, device=self.stage.device, dtype=self.stage.dtype)
+                self.outbound[target].send(zeros if place is None else place.copy_(zeros))
         if self.back and self.place.is_last:
             self.back.send(self.next_ids)
         elif self.back:
@@ -71,50 +91,63 @@ class Pipeline:
         if self.stage.device.type == "cuda":
             torch.cuda.empty_cache()  # recordings keep their scratch memory elsewhere
         scratch = new_scratch(self.stage.device)
-        self.recorded = [
-            record(partial(self._compute, index, chunks), self.stage.device, scratch)
-            for index, chunks in enumerate(self.job.rounds[:MOST_RECORDED])
-        ]
+        self.recorded = {
+            (task.round_index, task.group): record(
+                partial(self._compute, task, self.rounds[task.round_index]), self.stage.device, scratch
+            )
+            for task in self.tasks.tasks
+            if task.round_index < MOST_RECORDED
+        }
         if self.job.max_new_tokens > 1 and attends_on_device(self.stage.device):
-            self.recorded_step = record(self._compute_step, self.stage.device, scratch)
+            self.recorded_steps = {
+                task.group: record(partial(self._compute_step, task), self.stage.device, scratch)
+                for task in self.step_tasks.tasks
+            }
             if self.stage.device.type == "cuda":
-                self.stage.step.restart()
-                self.recorded_step()  # a graph's first launch also brings it to the card
+                self.stage.scheme.step.restart()
+                for run_step in self.recorded_steps.values():
+                    run_step()  # a graph's first launch also brings it to the card
 
     def close(self) -> None:
         """Give up the recordings: NCCL's groups are not left while a graph holds their work."""
         self.recorded.clear()
-        self.recorded_step = None
+        self.recorded_steps.clear()
 
-    def fill_cache(self, rounds: Sequence[Round]) -> None:
+    def fill_cache(self) -> None:
         """Run rounds that the plan does not count: cached tokens of its requests."""
-        self._begin([num_tokens(chunks) for chunks in rounds])
-        for index, chunks in enumerate(rounds):
-            self._run(partial(self._compute, index, chunks))
+        shares = self.cached_rounds
+        self._begin(self.cached_tasks, [share.num_rows for share in shares])
+        for number, task in enumerate(self.cached_tasks.tasks):
+            self._run(number, task, partial(self._compute, task, shares[task.round_index]))
         self.links.drain()
 
     def prefill(self) -> None:
         """Run the plan's rounds. `next_ids` of the last stage then holds each prompt's next token."""
-        rounds = self.job.rounds
+        rounds, last_group = self.rounds, self.job.parallel.num_groups - 1
         window = self.job.window or len(rounds)
-        self._begin([num_tokens(chunks) for chunks in rounds])
-        for index, chunks in enumerate(rounds):
-            self._mark(index, until_s=self.arrival_s(chunks))
-            if self.place.is_first:
-                self._wait_for_arrival(chunks)
+        self._begin(self.tasks, [share.num_rows for share in rounds])
+        for number, task in enumerate(self.tasks.tasks):
+            index = task.round_index
+            share = rounds[index]
+            self._mark(index, until_s=self.arrival_s(share.chunks))
+            if task.group == 0:
+                self._wait_for_arrival(share.chunks)
                 if self.back and index >= window:
                     self._wait(Doing.RETURN, self.last)
                     self.back.wait_acknowledged()
-            is_recorded = index < len(self.recorded)
-            self._run(self.recorded[index] if is_recorded else partial(self._compute, index, chunks))
-            if self.back and self.place.is_last and index + window < len(rounds):
+            recorded = self.recorded.get((index, task.group))
+            self._run(number, task, recorded or partial(self._compute, task, share))
+            if self.back and task.group == last_group and index + window < len(rounds):
                 self.back.acknowledge()
         self.links.drain()
 
     def decode(self, num_steps: int) -> torch.Tensor:
-        """Run `num_steps` steps of one token of every request -> on the last stage, all new ids [1 + num_steps, R]."""
+        """Run `num_steps` steps of one token of every request -> on the last stage, all new ids [1 + num_steps, R].
+
+        A step is one more round: it passes all groups before the next one begins.
+        """
         chosen = [self.next_ids.clone()]
-        self.stage.step.restart()
+        self.stage.scheme.step.restart()
         for step in range(num_steps):
             self._mark(len(self.job.rounds) + step)
             if self.back and self.place.is_last:
@@ -122,76 +155,109 @@ class Pipeline:
             elif self.back:
                 self._wait(Doing.RETURN, self.last)
                 self.back.receive(self.next_ids)
-            # One receive at a time: it waits on the device for what this rank has yet to cause, and CUDA may wait for
-            # the device when it loads a kernel.
-            self._begin([len(self.job.requests)])
-            self._run(self.recorded_step or self._compute_step)
+            # Only this step's receives: they wait on the device for what this rank has yet to cause, and CUDA may wait
+            # for the device when it loads a kernel.
+            self._begin(self.step_tasks, [len(self.job.requests)])
+            for number, task in enumerate(self.step_tasks.tasks):
+                self._run(number, task, self.recorded_steps.get(task.group) or partial(self._compute_step, task))
             chosen.append(self.next_ids.clone())
         self.links.drain()
         return torch.stack(chosen)
+
+    def task_at(self, number: int, *, is_decoding: bool) -> tuple[int, Task]:
+        """The round (steps counted after the plan's rounds) and the task of the `number`-th work of a pass; after the
+        last one the first of what follows."""
+        rounds, tasks = len(self.job.rounds), self.step_tasks.tasks if is_decoding else self.tasks.tasks
+        turns, place = divmod(number, len(tasks))
+        return (rounds + turns if is_decoding or turns else tasks[place].round_index), tasks[place]
 
     def arrival_s(self, chunks: Round) -> float:
         """When the last request of a round arrives, on the host's clock."""
         return self.clock.origin_s + max(self.job.requests[chunk.request].arrival_s for chunk in chunks)
 
-    def _begin(self, tokens: Sequence[int]) -> None:
-        """Rounds of `tokens` rows each follow, counted from 0."""
-        if self.inbound:
-            self.inbound.expect(tokens)
-        if self.outbound:
-            self.outbound.begin()
+    def _begin(self, tasks: Tasks, num_rows: Sequence[int]) -> None:
+        """A pass over rounds of so many rows each begins; messages are counted from 0."""
+        for source, inbound in self.inbound.items():
+            announced = tasks.announced.get(source, [])
+            inbound.expect([num_rows[one.round_index] for one in announced], [one.after for one in announced])
+        for outbound in self.outbound.values():
+            outbound.begin()
 
-    def _run(self, compute: Callable[[], torch.Tensor]) -> None:
-        if self.inbound:
-            self._wait(Doing.RECEIVE, self.source)
-            self.inbound.receive()
-        if self.outbound:
-            self.outbound.reserve()
+    def _run(self, number: int, task: Task, compute: Callable[[], torch.Tensor]) -> None:
+        """Run the `number`-th task of a pass."""
+        inbound = outbound = None
+        if task.source is not None:
+            inbound = self.inbound[task.source]
+            self._wait(Doing.RECEIVE, self.sources[task.source])
+            inbound.receive()
+        if task.target is not None:
+            outbound = self.outbound[task.target]
+            outbound.reserve()
         if self.marks_here:
             self.progress.work()
         self.clock.start()
         hidden = compute()
         self.clock.finish()
-        if self.inbound:
-            self.inbound.release()
-        if self.outbound:
-            self.outbound.send(hidden)
+        if inbound:
+            inbound.release()
+        if outbound:
+            outbound.send(hidden)
+        for each in self.inbound.values():
+            each.queued(number + 1)
 
-    def _compute(self, index: int, chunks: Round) -> torch.Tensor:
-        """Everything of a round that the device does, between its hidden states' arrival and their departure."""
-        count = num_tokens(chunks)
-        received = self.inbound.buffer(index, count) if self.inbound else self.stage.embed(self._token_ids(chunks))
-        hidden = self.stage.forward(chunks, received)
-        if self.place.is_last:
-            self._choose(chunks, hidden)
-        return self._lay_out(index, hidden)
+    def _compute(self, task: Task, share: RoundShare) -> torch.Tensor:
+        """Everything of a task that the device does, between its hidden states' arrival and their departure."""
+        received = self._received(task, share.num_rows)
+        if received is None:
+            received = self.stage.embed(self._token_ids(share))
+        hidden = self.stage.forward(share, received, self.place.layers_of(task.group))
+        if self._is_last(task):
+            self._choose(share, hidden)
+        return self._lay_out(task, hidden)
 
-    def _compute_step(self) -> torch.Tensor:
-        """Everything of a decode step that the device does: the same work on the same memory each time.
+    def _compute_step(self, task: Task) -> torch.Tensor:
+        """Everything of a decode step in one group that the device does: the same work on the same memory each time.
 
-        Each step is announced by itself, so it is always round 0 of the links.
+        Each step is announced by itself, so its messages are always the first of the links.
         """
-        received = self.inbound.buffer(0, len(self.job.requests)) if self.inbound else self.stage.embed(self.next_ids)
-        hidden = self.stage.forward_step(received)
-        if self.place.is_last:
+        received = self._received(task, len(self.job.requests))
+        if received is None:
+            received = self.stage.embed(self.next_ids)
+        hidden = self.stage.forward_step(received, self.place.layers_of(task.group))
+        if self._is_last(task):
             self.next_ids.copy_(self.stage.next_ids(hidden))
-        return self._lay_out(0, hidden)
+        return self._lay_out(task, hidden)
 
-    def _lay_out(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Put a round's hidden states where the next stage expects them to be sent from."""
-        if self.outbound is None:
+    def _is_last(self, task: Task) -> bool:
+        return task.group == self.job.parallel.num_groups - 1
+
+    def _received(self, task: Task, rows: int) -> torch.Tensor | None:
+        """Where a task finds its hidden states, [rows, hidden]; None in the first group."""
+        if task.source is not None:
+            return self.inbound[task.source].buffer(task.received, rows)
+        return self.fold[:rows] if task.group else None
+
+    def _lay_out(self, task: Task, hidden: torch.Tensor) -> torch.Tensor:
+        """Put a task's hidden states where the next stage expects them to be sent from, or where the next group is."""
+        if self._is_last(task):
             return self.next_ids  # nothing leaves: a recording would hold on to the hidden states
-        place = self.outbound.buffer(index, hidden.shape[0])
+        if task.target is None:
+            return self.fold[: hidden.shape[0]].copy_(hidden)
+        place = self.outbound[task.target].buffer(task.sent, hidden.shape[0])
         return hidden if place is None else place.copy_(hidden)
 
-    def _token_ids(self, chunks: Round) -> torch.Tensor:
-        return torch.cat([self.prompts[chunk.request][chunk.start : chunk.end] for chunk in chunks])
+    def _token_ids(self, share: RoundShare) -> torch.Tensor:
+        """Of this rank's rows; 0 for padding."""
+        ids = [self.prompts[chunk.request][chunk.start : chunk.end] for chunk in share.token_ranges()]
+        if share.padding:
+            ids.append(torch.zeros(share.padding, device=self.stage.device, dtype=torch.int64))
+        return torch.cat(ids)
 
-    def _choose(self, chunks: Round, hidden: torch.Tensor) -> None:
-        rows = self.stage.final_rows(chunks)
-        if rows:
-            ids = self.stage.next_ids(hidden, rows.values())
-            for index, request in enumerate(rows):
+    def _choose(self, share: RoundShare, hidden: torch.Tensor) -> None:
+        requests = self.stage.final_requests(share)
+        if requests:
+            ids = self.stage.next_ids(self.stage.final_hidden(share, hidden))
+            for index, request in enumerate(requests):
                 self.next_ids[request] = ids[index]  # a copy on the device: no index travels to it
 
     def _wait_for_arrival(self, chunks: Round) -> None:
@@ -207,8 +273,3 @@ class Pipeline:
     def _wait(self, doing: Doing, peer: int | None) -> None:
         if self.marks_here:
             self.progress.wait(doing, peer)
-
-
-def num_tokens(chunks: Round) -> int:
-    """Rows of a round's hidden states."""
-    return sum(chunk.tokens for chunk in chunks)

@@ -1,4 +1,4 @@
-"""What a plan predicts of its own run: makespan, seconds of each round on each stage, and when each should run."""
+"""What a plan predicts of its own run: makespan, seconds of each round in each group, and when each should run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from db.errors import UserError
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Plan
+from tuner.plan.task_order import task_order
 from tuner.rounds.schedule import Timeline, evaluate, simulate
 
 
@@ -21,7 +22,7 @@ class Prediction:
 
     @property
     def round_s(self) -> list[list[float]] | None:
-        """Seconds of each round on each stage, [round][stage]."""
+        """Seconds of each round in each group of layers (on each stage), [round][group]."""
         if self.timeline is None:
             return None
         seconds: list[list[float]] = (self.timeline.finish_s - self.timeline.start_s).tolist()
@@ -33,7 +34,8 @@ def read_prediction(plan: Plan) -> Prediction:
 
     Raises `UserError` when they are not those of the plan's rounds and stages.
     """
-    cost = None if plan.cost_model is None else CostModel.from_json(plan.cost_model).for_pp_size(plan.parallel.pp_size)
+    parallel = plan.parallel
+    cost = None if plan.cost_model is None else CostModel.from_json(plan.cost_model).for_pp_size(parallel.pp_size)
     timeline = None if cost is None else evaluate(cost, plan.requests, plan.rounds, plan.window).timeline
     round_s = plan.predicted.round_s if plan.predicted else None
     if round_s is not None:
@@ -46,6 +48,11 @@ def read_prediction(plan: Plan) -> Prediction:
             plan.window,
             cost.return_s if cost else 0.0,
             arrivals,
+            order=None
+            if parallel.virtual_stages == 1
+            else task_order(
+                len(plan.rounds), parallel.pp_size, parallel.virtual_stages, parallel.stage_order, plan.window
+            ),
         )
     if plan.predicted is not None:
         return Prediction(makespan_s=plan.predicted.makespan_s, timeline=timeline)
@@ -58,6 +65,8 @@ def _check_size(plan: Plan, round_s: tuple[tuple[float, ...], ...]) -> None:
             "predicted.round_s", f"{len(round_s)} rounds", f"one entry for each of {len(plan.rounds)} rounds"
         )
     for index, row in enumerate(round_s):
-        if len(row) != plan.parallel.pp_size:
-            allowed = f"one value for each of {plan.parallel.pp_size} stages"
+        parallel = plan.parallel
+        if len(row) != parallel.num_groups:
+            of = f"{parallel.pp_size} stages" if parallel.virtual_stages == 1 else f"{parallel.num_groups} groups"
+            allowed = f"one value for each of {of}"
             raise UserError(f"predicted.round_s[{index}]", f"{len(row)} values", allowed)

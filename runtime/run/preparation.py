@@ -12,7 +12,7 @@ from profiler.hardware.device import check_device_type, check_world_size
 from profiler.model import ModelShape, bundled_names, load_model_shape, model_from_config, precision_of
 from profiler.sequence.kind import SPKind
 from runtime.run.prompts import TokenIds, check_prompts
-from tuner.plan.plan import MAX_THREADS, Plan
+from tuner.plan.plan import MAX_THREADS, Plan, Weights
 
 MOST_PROMPT_TOKENS = 2**24  # their ids, as Python holds them, take some 0.7 GB; any KV cache takes far more
 # What decides the work; the rest of a configuration (names, dates, dropout) may differ between plan and weights.
@@ -56,10 +56,14 @@ def model_shape(model: Mapping[str, object], weights: Path | None) -> ModelShape
 def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_type: str) -> None:
     """Raise `UserError` unless the model can be cut as planned, holds the prompts, and the machine has the devices."""
     parallel = plan.parallel
-    if parallel.sp_kind is not SPKind.NONE:
-        raise UserError("parallel.sp_kind", parallel.sp_kind, "cannot be run yet")
-    if parallel.virtual_stages > 1:
-        raise UserError("parallel.virtual_stages", parallel.virtual_stages, "cannot be run yet")
+    if parallel.weights is Weights.GATHERED:
+        raise UserError("parallel.weights", parallel.weights, "cannot be run yet")
+    if parallel.sp_kind is SPKind.ULYSSES:
+        for layer in shape.layer_kinds:
+            heads = layer.attention.heads.per_rank(parallel.tp_size)
+            if parallel.sp_size > heads:
+                allowed = f"at most {heads} with sp_kind ulysses: the query heads at tp_size {parallel.tp_size}"
+                raise UserError("parallel.sp_size", parallel.sp_size, allowed)
     shape.check_tp_size(parallel.tp_size)
     if parallel.pp_size > shape.num_layers:
         raise UserError("parallel.pp_size", parallel.pp_size, f"at most {shape.num_layers}, the model's layers")

@@ -20,7 +20,6 @@ from runtime.run.card_marks import CardMarks
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
 from runtime.stage.stage import Stage
-from tuner.plan.plan import Chunk, Round
 
 
 @torch.inference_mode()
@@ -54,24 +53,27 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         progress.work()
         clock.begin()
 
-    def note() -> Pass:
-        return Pass(origin_s=clock.origin_s, rounds=tuple(clock.intervals()))
+    def note(order: Sequence[int] | None = None) -> Pass:
+        intervals = clock.intervals()
+        return Pass(origin_s=clock.origin_s, rounds=tuple(intervals[at] for at in order or range(len(intervals))))
 
     def run_pass() -> Pass:
         begin()
         pipeline.prefill()
-        return note()
+        return note(pipeline.tasks.by_round)
 
     if context.device.type == "cuda":
-        torch.cuda.empty_cache()  # what the job before left: peer memory and NCCL allocate beside torch
+        gc.collect()  # what the job before left, recordings in cycles too
+        torch.cuda.empty_cache()  # peer memory and NCCL allocate beside torch
+        torch.cuda.reset_peak_memory_stats()
     begin()
-    stage = Stage(job, place, groups.tensor, context.device)
+    stage = Stage(job, place, groups, context.device)
     progress.enter(Phase.LINKS)
     pipeline = Pipeline(job, place, groups, stage, clock, progress)
     begin()
     progress.enter(Phase.WARM_UP)
     pipeline.warm_up()
-    pipeline.fill_cache(cached_rounds(job))
+    pipeline.fill_cache()
     progress.enter(Phase.RECORD)
     pipeline.record()
     if context.device.type == "cuda":
@@ -85,21 +87,32 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         passes = tuple(run_pass() for _ in range(job.repeat))
         begin()
         progress.enter(Phase.DECODE)
-        marks.first_round = len(job.rounds)
+        marks.is_decoding = True
         new_ids = pipeline.decode(job.max_new_tokens - 1)
         decode = note()
+    memory_bytes = _memory_bytes(context.device)
     pipeline.close()
     gc.unfreeze()
-    reports_tokens = place.is_last and place.tp_rank == 0
+    reports_tokens = place.is_last and place.tp_rank == place.sp_rank == 0
     return RankReport(
         stage=place.stage,
+        groups=place.groups,
         host=socket.gethostname(),
         warm_up_s=warm_up_s,
         first=first,
         passes=passes,
         decode=decode,
+        memory_bytes=memory_bytes,
         token_ids=tuple(tuple(ids) for ids in new_ids.T.tolist()) if reports_tokens else None,
     )
+
+
+def _memory_bytes(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    beside = total - free - torch.cuda.memory_reserved(device)  # libraries, peer memory, and what others hold
+    return beside + torch.cuda.max_memory_reserved(device)
 
 
 def _settle(job: Job, run_pass: Callable[[], Pass], groups: Groups) -> Pass | None:
@@ -113,13 +126,3 @@ def _settle(job: Job, run_pass: Callable[[], Pass], groups: Groups) -> Pass | No
         enough[0] = time.perf_counter() - started >= job.settle_s
         dist.broadcast(enough, 0, group=groups.everyone)
     return first
-
-
-def cached_rounds(job: Job) -> list[Round]:
-    """Rounds that fill the KV of cached tokens, no larger than the plan's own; they run before the clock starts."""
-    most = max(job.round_tokens)
-    return [
-        (Chunk(index, start, min(most, request.cached_tokens - start)),)
-        for index, request in enumerate(job.requests)
-        for start in range(0, request.cached_tokens, most)
-    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median_low
@@ -32,6 +32,7 @@ class RunResult:
     rounds: tuple[RoundTime, ...]
     decode_s: tuple[float, ...]  # of each token after the first: from token to token
     rested_makespan_s: float | None = None  # of a pass from rest, where the others were run on settled devices
+    memory_bytes: int | None = None  # in use on the fullest card at most
     warm_up_s: float = 0.0  # on the slowest rank, before the first pass
     predicted_makespan_s: float | None = None
     mfu: float | None = None  # of the published peak of all devices
@@ -63,6 +64,7 @@ class RunResult:
             "mfu_of_ceiling": self.mfu_of_ceiling,
             "decode_s": self.decode_s,
             "warm_up_s": self.warm_up_s,
+            "memory_bytes": self.memory_bytes,
             "run_id": self.run_id,
             "rounds": [asdict(time) for time in self.rounds],
         }
@@ -70,21 +72,23 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """Start and finish of each round on each stage, [round][stage], in seconds from the common start of a pass."""
+    """Start and finish of each round in each group of layers (on each stage, where it holds one), [round][group], in
+    seconds from the common start of a pass.
+    """
 
     intervals: tuple[tuple[Interval, ...], ...]
 
     @property
     def makespan_s(self) -> float:
-        """Seconds until the last round leaves the last stage."""
+        """Seconds until the last round leaves the last group."""
         return self.intervals[-1][-1][1]
 
 
 def merge_passes(passes: Sequence[tuple[int, str, Pass]]) -> Timeline:
-    """Join one pass of all ranks, (stage, host, pass) each.
+    """Join one pass of all ranks, (group, host, pass in that group) each.
 
     Ranks of one host read one clock: their passes are laid on it, from the first rank that left the barrier. Over
-    several hosts each rank's own start stands for the common one. Of a stage's ranks the first start and the last
+    several hosts each rank's own start stands for the common one. Of a group's ranks the first start and the last
     finish count.
     """
     one_host = len({host for _, host, _ in passes}) == 1
@@ -109,10 +113,10 @@ def make_result(
 ) -> RunResult:
     """Turn the ranks' reports into a result; tokens after one of `end_ids` are cut off, as `generate` stops there."""
     timelines = [
-        merge_passes([(report.stage, report.host, report.passes[index]) for report in reports])
+        merge_passes([part for report in reports for part in _parts(report, report.passes[index])])
         for index in range(job.repeat)
     ]
-    firsts = [(report.stage, report.host, report.first) for report in reports if report.first is not None]
+    firsts = [part for report in reports if report.first is not None for part in _parts(report, report.first)]
     makespans = [timeline.makespan_s for timeline in timelines]
     timeline = timelines[makespans.index(median_low(makespans))]
     done, round_s = _first_token_s(job, timeline), prediction.round_s
@@ -138,8 +142,15 @@ def make_result(
         decode_s=_decode_s(reports),
         rested_makespan_s=merge_passes(firsts).makespan_s if firsts else None,
         warm_up_s=max(report.warm_up_s for report in reports),
+        memory_bytes=max((report.memory_bytes for report in reports if report.memory_bytes is not None), default=None),
         predicted_makespan_s=prediction.makespan_s,
     )
+
+
+def _parts(report: RankReport, one: Pass) -> Iterator[tuple[int, str, Pass]]:
+    """A rank's pass, by group."""
+    for place, group in enumerate(report.groups):
+        yield group, report.host, Pass(origin_s=one.origin_s, rounds=one.rounds[place :: len(report.groups)])
 
 
 def cut_at_end(token_ids: Sequence[int], end_ids: frozenset[int]) -> tuple[int, ...]:
@@ -162,6 +173,6 @@ def _first_token_s(job: Job, timeline: Timeline) -> list[float]:
 def _decode_s(reports: Sequence[RankReport]) -> tuple[float, ...]:
     if not reports[0].decode.rounds:
         return ()
-    timeline = merge_passes([(report.stage, report.host, report.decode) for report in reports])
+    timeline = merge_passes([part for report in reports for part in _parts(report, report.decode)])
     finishes = [0.0, *(stages[-1][1] for stages in timeline.intervals)]
     return tuple(after - before for before, after in pairwise(finishes))

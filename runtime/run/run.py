@@ -206,6 +206,7 @@ def make_job(
         parallel=plan.parallel,
         requests=plan.requests,
         rounds=plan.rounds,
+        cuts=plan.cuts,
         window=plan.window,
         prompts=token_ids,
         weights=weights,

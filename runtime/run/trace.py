@@ -1,4 +1,4 @@
-"""A run as a Chrome Trace file: stages as rows, rounds as bars, measured and predicted; it opens in Perfetto."""
+"""A run as a Chrome Trace file: groups of layers as rows, rounds as bars, measured and predicted, for Perfetto."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write_trace(path: Path, plan: Plan, result: RunResult) -> None:
 
 
 def trace_events(plan: Plan, result: RunResult) -> Iterator[dict[str, Any]]:
-    """One complete event (`ph` X) for each round on each stage, and the names of the rows."""
+    """One complete event (`ph` X) for each round in each group (on each stage), and the names of the rows."""
     measured = ((time.round, time.stage, time.start_s, time.finish_s) for time in result.rounds)
     yield from _rows(MEASURED, "measured", plan)
     yield from _bars(MEASURED, plan, measured)
@@ -36,9 +36,11 @@ def trace_events(plan: Plan, result: RunResult) -> Iterator[dict[str, Any]]:
 
 def _rows(process: int, name: str, plan: Plan) -> Iterator[dict[str, Any]]:
     yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}}
-    for stage, layers in enumerate(plan.parallel.layer_partition):
-        label = {"name": f"stage {stage} ({layers} layers)"}
-        yield {"ph": "M", "name": "thread_name", "pid": process, "tid": stage, "args": label}
+    parallel = plan.parallel
+    for group, (stage, layers) in enumerate(zip(parallel.stage_of_group, parallel.layer_partition, strict=True)):
+        where = f"stage {stage}" if parallel.virtual_stages == 1 else f"group {group} on stage {stage}"
+        label = {"name": f"{where} ({layers} layers)"}
+        yield {"ph": "M", "name": "thread_name", "pid": process, "tid": group, "args": label}
 
 
 def _bars(process: int, plan: Plan, times: Iterable[tuple[int, int, float, float]]) -> Iterator[dict[str, Any]]:

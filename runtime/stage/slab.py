@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-from profiler.model import LayerSpec
 from tuner.plan.kv_rows import KVRows
 
 
@@ -16,17 +15,14 @@ class KVSlab:
 
     def __init__(
         self,
-        layers: Sequence[LayerSpec],
+        heads: Sequence[tuple[int, int]],
         rows: KVRows,
         *,
-        tp_size: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.start = rows.start
-        """Row of each request's first token."""
-        heads = [layer.attention.kv_heads for layer in layers]
-        sizes = [(dim.per_rank(tp_size), rows.total, dim.width) for dim in heads]
+        """heads: how many of each layer, and their head_dim."""
+        sizes = [(num_heads, rows.total, head_dim) for num_heads, head_dim in heads]
         # Zeros and not empty: on a CPU this touches the pages before the clock starts.
         lengths = [math.prod(size) for size in sizes]
         keys, values = torch.zeros(2, sum(lengths), device=device, dtype=dtype)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from service.cli.output import print_table
 from service.use_cases.tune_report import TuneReport, replay_json
+from service.use_cases.words import in_words
+from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
     from tuner.fit.layer_costs import LayerCosts
     from tuner.search.autotune import Trial
     from tuner.search.layouts import Candidate
+
+PAGE_WIDTH = 80
+MOST_NAMED = 4
+"""Layouts and reasons that are named one by one."""
 
 
 def print_report(report: TuneReport) -> None:
@@ -25,18 +33,16 @@ def print_report(report: TuneReport) -> None:
     if report.costs is not None:
         _print_corrections(report.costs)
     if report.candidates:
-        print_table(
-            ["layout", "layers", "rounds", "makespan s", "mean TTFT s", "bubble %", "GiB/rank", "note"],
-            [_candidate_row(candidate) for candidate in report.candidates],
-            title="Layouts, the best first",
-        )
-        print(f"{_certainty(report)}\n")
+        _print_layouts(report)
+        print(f"{_wrapped(_certainty(report))}\n")
+    if report.explanation is not None:
+        print(f"{_wrapped(in_words(report.explanation))}\n")
     parallel, requests = report.plan.parallel, report.plan.requests
     if report.policies:
         print_table(
-            ["policy", "rounds", "makespan s", "mean TTFT s", "p90 TTFT s", "bubble %", "gap %", "planning ms"],
+            ["policy", "rounds", "seconds", "TTFT s", "p90 s", "bubble %", "gap %", "plan ms"],
             [_policy_row(planned) for planned in report.policies],
-            title=f"Policies on TP{parallel.tp_size} PP{parallel.pp_size}, window {report.plan.window}",
+            title=f"Policies on {layout_of(parallel)}, window {report.plan.window}; TTFT in the mean",
         )
     if report.replays:
         print_table(
@@ -44,15 +50,16 @@ def print_report(report: TuneReport) -> None:
             [list(replay_json(replay).values()) for replay in report.replays],
             title=f"{len(requests)} requests as they arrive, each policy seeing a request when it arrives",
         )
-    print(f"{_verdict(report)}\n")
+    print(f"{_wrapped(_verdict(report))}\n")
     if report.trials:
         print_table(
             ["layout", "policy", "predicted s", "measured s", "error %", "failed"],
             [_trial_row(trial) for trial in report.trials],
             title="Measured on this machine, the best first",
         )
-    if report.output:
-        print(f"Wrote {report.output}")
+    for written in (report.output, report.plot):
+        if written:
+            print(f"Wrote {written}")
 
 
 def _print_corrections(costs: LayerCosts) -> None:
@@ -92,23 +99,71 @@ def _certainty(report: TuneReport) -> str:
         str(candidate.layout)
         for candidate in report.candidates
         if candidate.rounds and not candidate.refusal and candidate.rounds.makespan_s <= most_s
-        and (candidate.layout.tp_size, candidate.layout.pp_size) != (parallel.tp_size, parallel.pp_size)
+        and candidate.layout != layout_of(parallel)
     ]  # fmt: skip
     if report.trials or not close:
         return told
-    return f"{told} Too close to tell: {', '.join(close)}; --measure N runs the best."
+    names = ", ".join(close[:MOST_NAMED]) + (f" and {len(close) - MOST_NAMED} more" if len(close) > MOST_NAMED else "")
+    return f"{told} Too close to tell: {names}; --measure N runs the best."
 
 
-def _candidate_row(candidate: Candidate) -> list[object]:
+def _print_layouts(report: TuneReport) -> None:
+    """The best layout of each family, how many there are beside them, and why some cannot run."""
+    from tuner.search.explanation import best_of_families
+
+    families = best_of_families(report.candidates)
+    several = len(report.plan.requests) > 1
+    print_table(
+        ["layout", "TTFT s" if several else "layers", "rounds", "makespan s", "bubble %", "GiB"],
+        [_candidate_row(candidate, several=several) for candidate in families],
+        title="The best layout of each family, and GiB of its fullest rank",
+    )
+    refused: dict[str, int] = {}
+    for candidate in report.candidates:
+        if candidate.refusal:
+            refused[candidate.refusal] = refused.get(candidate.refusal, 0) + 1
+    print(
+        _wrapped(
+            f"{len(report.candidates)} layouts: {report.num_planned} planned, {report.num_proven_worse} proven no "
+            f"better without being planned, {sum(refused.values())} that cannot run."
+        )
+    )
+    beyond = [str(candidate.layout) for candidate in families if candidate.extrapolates]
+    if beyond:
+        print(_wrapped(f"Beyond the measured range: {', '.join(beyond)}."))
+    for candidate in families[:MOST_NAMED]:
+        if candidate.assumed:
+            assumed = ", ".join(map(str, candidate.assumed))
+            print(_wrapped(f"Not measured but told by the topology's links: {assumed}, in {candidate.layout}."))
+    for reason, count in list(refused.items())[:MOST_NAMED]:
+        example = next(str(each.layout) for each in report.candidates if each.refusal == reason)
+        others = f" and {count - 1} more" if count > 1 else ""
+        print(_wrapped(f"{example}{others}: {reason}"))
+    if len(refused) > MOST_NAMED:
+        print(f"{len(refused) - MOST_NAMED} more reasons: --json has all of them")
+    print()
+
+
+def _wrapped(words: str) -> str:
+    return textwrap.fill(words, PAGE_WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _layers(partition: Sequence[int]) -> str:
+    """The layers of each group; many alike as one number."""
+    if len(partition) > MOST_NAMED and len(set(partition)) == 1:
+        return f"{len(partition)} x {partition[0]}"
+    words = "-".join(map(str, partition))
+    least, most = min(partition), max(partition)
+    return words if len(words) <= 12 else f"{len(partition)} x {least} to {most}"
+
+
+def _candidate_row(candidate: Candidate, *, several: bool) -> list[object]:
     planned = candidate.rounds
-    layers = "-".join(map(str, candidate.layer_partition)) or None
-    note = candidate.refusal or ("beyond the measured range" if candidate.extrapolates else "")
-    if planned is None:
-        return [str(candidate.layout), layers, None, None, None, None, None, note]
+    assert planned is not None
     evaluation = planned.evaluation
     return [
-        str(candidate.layout), layers, len(planned.rounds), planned.makespan_s, evaluation.mean_ttft_s,
-        100 * evaluation.bubble_share, candidate.peak_memory_bytes / 2**30, note,
+        str(candidate.layout), evaluation.mean_ttft_s if several else _layers(candidate.layer_partition),
+        len(planned.rounds), planned.makespan_s, 100 * evaluation.bubble_share, candidate.peak_memory_bytes / 2**30,
     ]  # fmt: skip
 
 

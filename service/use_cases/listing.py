@@ -37,8 +37,8 @@ _COLUMNS = {
         "p10_us", "p90_us", "noisy", "measured_at", "source",
     ),
     Kept.PLANS: (
-        "id", "model", "precision", "tp_size", "pp_size", "sp_size", "policy", "num_requests", "num_rounds", "window",
-        "predicted_s", "num_runs", "created_at",
+        "id", "model", "precision", "tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "policy",
+        "num_requests", "num_rounds", "window", "predicted_s", "num_runs", "created_at",
     ),
     Kept.RUNS: (
         "id", "plan_id", "hardware_id", "kind", "status", "study", "predicted_makespan_s", "makespan_s", "mfu",
@@ -108,7 +108,7 @@ def plan_summary(plan: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model": (plan.get("model") or {}).get("name"),
         "precision": plan.get("precision"),
-        **{name: parallel.get(name) for name in ("tp_size", "pp_size", "sp_size")},
+        **{name: parallel.get(name) for name in ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages")},
         "policy": plan.get("policy"),
         "num_requests": len(plan.get("requests") or ()),
         "num_rounds": len(plan.get("rounds") or ()),

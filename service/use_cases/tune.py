@@ -8,7 +8,7 @@ from pathlib import Path
 
 from db.errors import UserError
 from db.files.numbers import whole_number
-from db.files.replacement import check_writable
+from db.files.replacement import check_writable, replace_file
 from service.use_cases.contest import contest
 from service.use_cases.tune_options import TuneOptions
 from service.use_cases.tune_report import TuneReport
@@ -33,6 +33,8 @@ def tune(options: TuneOptions, *, echo: Echo = None) -> TuneReport:
     requests, rules = requests_of(options), rules_of(options)
     if options.output is not None:
         check_writable("-o", Path(options.output))
+    if options.plot is not None:
+        check_writable("--plot", Path(options.plot))
     if options.cost_model is not None:
         report = _tune_cost_model(load_cost_model(options.cost_model), requests, rules, options)
     else:
@@ -41,6 +43,10 @@ def tune(options: TuneOptions, *, echo: Echo = None) -> TuneReport:
         report = tune_model(options, requests, rules, echo)
     if options.output is not None:
         save_plan(options.output, report.plan)
+    if options.plot is not None and report.explanation is not None:
+        from service.use_cases.layout_map import drawing
+
+        replace_file(Path(options.plot), drawing(report.explanation).encode())
     return replace(report, output=options.output)
 
 
@@ -77,7 +83,13 @@ def _tune_cost_model(cost: CostModel, requests: tuple[Request, ...], rules: Rule
         requests=requests,
         model={},
         precision="unknown",
-        parallel=Parallel(tp_size=options.tp_size or 1, pp_size=cost.pp_size, layer_partition=(1,) * cost.pp_size),
+        parallel=Parallel(
+            tp_size=options.tp_size or 1,
+            pp_size=cost.pp_size,
+            virtual_stages=cost.virtual_stages,
+            stage_order=cost.stage_order,
+            layer_partition=(1,) * len(cost.stages),
+        ),
         window=rules.window,
         cost_model=cost.to_json(),
     )

@@ -11,10 +11,11 @@ from profiler.hardware.device import describe_hardware
 from runtime.run.run import run_plan
 from service.use_cases.tune_options import TuneOptions
 from service.use_cases.tune_report import TuneReport
+from tuner.plan.layout import layout_of
 from tuner.plan.plan import Plan
 from tuner.rounds.schedule import Objective
 from tuner.search.autotune import Choice, autotune
-from tuner.search.layouts import Target, to_plan
+from tuner.search.layouts import Target, to_plan, with_rounds
 from tuner.search.rules import Rules
 
 
@@ -42,8 +43,7 @@ def tune_measured(
             study=study,
         )
         if echo:
-            parallel = plan.parallel
-            echo(f"TP{parallel.tp_size} PP{parallel.pp_size} {plan.policy}: {result.makespan_s:.3f} s measured")
+            echo(f"{layout_of(plan.parallel)} {plan.policy}: {result.makespan_s:.3f} s measured")
         if rules.objective is Objective.MAKESPAN:
             return result.makespan_s
         return sum(request.ttft_s for request in result.requests) / len(result.requests)
@@ -58,10 +58,10 @@ def _choices(report: TuneReport, target: Target, rules: Rules) -> list[Choice]:
     """Every policy's plan on every layout that can run."""
     choices = []
     for candidate in report.candidates:
-        if candidate.refusal or candidate.costs is None:
+        if candidate.refusal or candidate.rounds is None:
             continue
-        for planned in rules.compare(candidate.costs.cost_model(candidate.layer_partition), target.requests):
-            chosen = replace(candidate, rounds=planned)
+        for planned in rules.compare(candidate.layout_costs.cost_model(candidate.layer_partition), target.requests):
+            chosen = with_rounds(target, candidate, planned, rules)
             plan = to_plan(target, chosen, rules, uncertainty=chosen.uncertainty(report.held_out))
             expected = planned.evaluation
             predicted_s = expected.makespan_s if rules.objective is Objective.MAKESPAN else expected.mean_ttft_s

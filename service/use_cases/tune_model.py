@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 
 import click
 
@@ -14,10 +13,12 @@ from db.rows.hardware import Hardware, get_hardware, list_hardware, save_hardwar
 from db.rows.measurements import Measurement, load_measurements
 from db.rows.plans import save_plan_row
 from db.rows.processes import process_row
+from db.rows.runs import RunStatus, list_runs
 from db.store.engine import Database, open_database
 from profiler.hardware.device import default_device_type, default_num_threads, describe_hardware
 from profiler.model import load_model_shape, precision_of
 from profiler.model.shape import default_dtype
+from profiler.sequence.kind import SPKind
 from service.use_cases.contest import contest
 from service.use_cases.options import flag_of
 from service.use_cases.tune_options import TuneOptions
@@ -25,10 +26,14 @@ from service.use_cases.tune_report import TuneReport
 from tuner.fit.correction import fit_correction, load_measured_rounds
 from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
-from tuner.fit.rows import RankWork
-from tuner.plan.layout import Layout, enumerate_layouts
+from tuner.fit.rows import RankWork, Rows
+from tuner.plan.layout import ANY, Layout, Pins, enumerate_layouts
 from tuner.plan.plan import Request
-from tuner.search.layouts import Candidate, Target, search_layouts, to_plan
+from tuner.plan.stage_order import StageOrder
+from tuner.plan.topology import load_topology
+from tuner.search.explanation import explain
+from tuner.search.layouts import Candidate, Target, search_layouts, to_plan, with_rounds
+from tuner.search.links import Links
 from tuner.search.rules import Rules
 
 # Rows that a card's products are tiled by: between multiples their rate falls, and so finely they are measured.
@@ -44,8 +49,12 @@ def tune_model(
     shape = load_model_shape(options.model)
     if options.dtype is not None:
         precision_of(options.dtype, field=flag_of(options, "dtype"))
-    world_size = options.world_size or (options.tp_size or 1) * (options.pp_size or 1)
-    layouts = enumerate_layouts(shape, world_size, tp_size=options.tp_size, pp_size=options.pp_size)
+    pins = pins_of(options)
+    topology = None if options.topology is None else load_topology(options.topology)
+    world_size = options.world_size or (topology.num_cards if topology and pins == ANY else pins.num_ranks)
+    if topology is not None:
+        topology.check_world(world_size)
+    layouts = enumerate_layouts(shape, world_size, pins)
     with open_database(options.db_url) as database:
         hardware = _hardware(database, options, world_size)
         device_type = DEVICE_TYPE[hardware.backend]
@@ -66,9 +75,13 @@ def tune_model(
                 f"measure them first: isochunk profile {options.model} --world-size {world_size} --dtype {target.dtype}"
             )
             raise UserError("measurements", f"none in {target.dtype} on {hardware.device}", allowed)
-        fit = _fitter(database, hardware, target, rows, correct=options.correct)
+        links = Links(Rows(rows), topology)
+        fit = _fitter(database, hardware, target, links, correct=options.correct)
         candidates = search_layouts(target, layouts, rules, fit)
+        candidates = [replace(one, assumed=links.assumed(one.layout)) if one.rounds else one for one in candidates]
         report = _report(target, candidates, rules, rows, compare=options.compare)
+        why = explain(target, report.candidates, rules, with_map=options.plot is not None)
+        report = replace(report, explanation=why, plot=options.plot)
         if options.measure is not None:
             from service.use_cases.tune_measured import tune_measured  # brings the runtime along
 
@@ -77,6 +90,18 @@ def tune_model(
         if options.keep:
             _keep(database, hardware, target, report)
         return replace(report, hardware=hardware)
+
+
+def pins_of(options: TuneOptions) -> Pins:
+    """What the options keep fixed of the layout."""
+    return Pins(
+        tp_size=options.tp_size,
+        pp_size=options.pp_size,
+        sp_size=options.sp_size,
+        sp_kind=None if options.sp_kind == "auto" else SPKind(options.sp_kind),
+        virtual_stages=options.virtual_stages,
+        stage_order=None if options.stage_order == "auto" else StageOrder(options.stage_order),
+    )
 
 
 def _hardware(database: Database, options: TuneOptions, world_size: int) -> Hardware:
@@ -95,20 +120,44 @@ def _hardware(database: Database, options: TuneOptions, world_size: int) -> Hard
 
 
 def _fitter(
-    database: Database, hardware: Hardware, target: Target, rows: list[Measurement], *, correct: bool
+    database: Database, hardware: Hardware, target: Target, links: Links, *, correct: bool
 ) -> Callable[[Layout], LayerCosts]:
-    """Costs of a layout: fitted once for each tensor-parallel size and load, corrected by earlier runs."""
+    """Costs of a layout: fitted once for all layouts of the same work, load and messages, corrected by earlier runs."""
 
-    @cache
-    def fit(tp_size: int, busy_ranks: int) -> LayerCosts:
-        work = RankWork.on(hardware, shape=target.shape, dtype=target.dtype, tp_size=tp_size)
-        costs = fit_layer_costs(rows, work, busy_ranks=busy_ranks)
-        if not correct:
+    fits: dict[object, LayerCosts | UserError] = {}
+    has_runs = bool(list_runs(database, status=RunStatus.DONE, limit=1))
+
+    def fit(layout: Layout) -> LayerCosts:
+        work = RankWork.on(
+            hardware,
+            shape=target.shape,
+            dtype=target.dtype,
+            tp_size=layout.tp_size,
+            sp_size=layout.sp_size,
+            sp_kind=layout.sp_kind,
+            weights=layout.weights,
+        )
+        if links.leaves_host(layout):
+            work = replace(work, has_peer_memory=False)
+        costs = fit_layer_costs(links.rows_for(layout), work, busy_ranks=layout.world_size)
+        if not (correct and has_runs):
             return costs
-        measured = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
-        return replace(costs, correction=fit_correction(measured))
+        rounds = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
+        return replace(costs, correction=fit_correction(rounds))
 
-    return lambda layout: fit(layout.tp_size, layout.world_size)
+    def fit_layout(layout: Layout) -> LayerCosts:
+        key = (layout.tp_size, layout.sp_size, layout.sp_kind, layout.weights, layout.pp_size > 1, *links.key(layout))
+        if key not in fits:
+            try:
+                fits[key] = fit(layout)
+            except UserError as error:
+                fits[key] = error
+        found = fits[key]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    return fit_layout
 
 
 def _report(
@@ -116,12 +165,13 @@ def _report(
 ) -> TuneReport:
     """The best candidate's plan with its rivals and its uncertainty. Raises UserError when every layout is refused."""
     best = candidates[0]
-    if best.refusal or best.rounds is None or best.costs is None:
+    if best.refusal or best.rounds is None:
         raise UserError("layouts", "", "none can run: " + "; ".join(f"{c.layout}: {c.refusal}" for c in candidates))
-    work, cost = best.costs.work, best.costs.cost_model(best.layer_partition)
+    cost = best.layout_costs.cost_model(best.layer_partition)
     found = contest(cost, target.requests, rules, compare=compare, planned=best.rounds)
-    best = replace(best, rounds=found.planned)
-    held_out = held_out_errors(rows, work, busy_ranks=best.layout.world_size)
+    if found.planned is not best.rounds:
+        best = with_rounds(target, best, found.planned, rules)
+    held_out = held_out_errors(rows, best.layout_costs.work, busy_ranks=best.layout.world_size)
     return TuneReport(
         plan=to_plan(target, best, rules, uncertainty=best.uncertainty(held_out)),
         policies=found.policies,

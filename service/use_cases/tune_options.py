@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from db.errors import UserError
+from profiler.sequence.kind import SPKind
 from service.use_cases.options import check_options, db_url, option
+
+SP_KINDS = ("auto", *(kind.value for kind in SPKind))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,13 +16,18 @@ class TuneOptions:
     """Options of `isochunk tune`. Raises UserError for values that are not allowed, alone or together."""
 
     model: str | None = option(None, "Folder with a config.json, or a bundled shape.", flags=("MODEL",))
-    world_size: int | None = option(None, "Ranks to plan for. [default: tp-size x pp-size, or 1]", above=0)
+    world_size: int | None = option(None, "Ranks to plan for. [default: what the sizes kept need]", above=0)
     prompt_lens: str | None = option(None, "Prompt lengths of the batch, in tokens.", metavar="N,N,...")
     workload: str | None = option(None, "JSONL: input_length and timestamp (ms) a line.", is_file=True)
     rate: float = option(1.0, "Speed the workload's arrivals up by this.")
     cost_model: str | None = option(None, "Plan with this cost model file instead.", is_file=True)
     tp_size: int | None = option(None, "Keep the tensor-parallel size at this.", above=0)
     pp_size: int | None = option(None, "Keep the number of stages at this.", above=0)
+    sp_size: int | None = option(None, "Keep the ranks that share the tokens of a stage at this.", above=0)
+    sp_kind: str = option("auto", "How they share them.", choices=SP_KINDS)
+    virtual_stages: int | None = option(None, "Keep the groups of layers a stage at this.", metavar="V", above=0)
+    stage_order: str = option("auto", "Where they stand.", choices=("auto", "loop", "v"))
+    topology: str | None = option(None, "JSON: hosts, cards a host, and the links between them.", is_file=True)
     policy: str = option("joint", "fixed:N, gpipe, sglang, ascend, terapipe, dp, joint.")
     compare: bool = option(False, "Plan by every policy too, and print them all.")
     window: str = option("none", "Rounds that may be in flight.", metavar="N|none")
@@ -43,11 +51,20 @@ class TuneOptions:
     repeat: int = option(1, "Runs of each measured plan; the median counts.", above=0)
     correct: bool = option(True, "Correct the model by earlier runs. [default: correct]")
     keep: bool = option(True, "Keep the fit and the plan in the database. [default: keep]")
+    plot: str | None = option(None, "Draw why, and where else which layout wins.", metavar="FILE.svg", is_file=True)
     output: str | None = option(None, "Write the best plan to this file.", flags=("-o", "--output"), is_file=True)
     db_url: str | None = db_url()
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.cost_model is not None and (self.sp_size or 1) > 1:
+            raise UserError("--sp-size", self.sp_size, "a cost model alone has no sequence parallelism; give MODEL")
+        if self.plot is not None and not self.plot.endswith(".svg"):
+            raise UserError("--plot", self.plot, "must end in .svg")
+        if self.cost_model is not None and self.plot is not None:
+            raise UserError("--plot", self.plot, "a cost model alone has one layout; give MODEL")
+        if self.cost_model is not None and self.topology is not None:
+            raise UserError("--topology", self.topology, "goes with a MODEL; a cost model has its hops")
         if self.objective == "sla" and self.sla_ttft_s is None:
             raise UserError("--sla-ttft-s", "missing", "the objective sla needs a deadline in seconds")
         if (self.prompt_lens is None) == (self.workload is None):

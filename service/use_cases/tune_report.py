@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # planning from a cost model file needs neither the database 
     from tuner.fit.holdout import HeldOutError
     from tuner.fit.layer_costs import LayerCosts
     from tuner.search.autotune import Trial
+    from tuner.search.explanation import Explanation
     from tuner.search.layouts import Candidate
 
 
@@ -28,7 +30,19 @@ class TuneReport:
     held_out: list[HeldOutError] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     hardware: Hardware | None = None
+    explanation: Explanation | None = None
     output: str | None = None
+    plot: str | None = None
+
+    @property
+    def num_planned(self) -> int:
+        """Layouts that were planned, those that then did not fit into memory included."""
+        return sum(candidate.rounds is not None for candidate in self.candidates)
+
+    @property
+    def num_proven_worse(self) -> int:
+        """Layouts proven no better than the best one without being planned."""
+        return sum(candidate.is_proven_worse for candidate in self.candidates)
 
     @property
     def costs(self) -> LayerCosts | None:
@@ -40,6 +54,9 @@ class TuneReport:
         return {
             "plan": self.plan.to_json(),
             "layouts": [_candidate_json(candidate) for candidate in self.candidates],
+            "num_planned": self.num_planned,
+            "num_proven_worse": self.num_proven_worse,
+            "why": self.explanation.to_json() if self.explanation else None,
             "policies": [_policy_json(planned) for planned in self.policies],
             "replays": [replay_json(replay) for replay in self.replays],
             "held_out": [error.to_json() for error in self.held_out],
@@ -70,14 +87,18 @@ def replay_json(replay: Replay) -> dict[str, Any]:
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "tp_size": candidate.layout.tp_size,
-        "pp_size": candidate.layout.pp_size,
+    layout = candidate.layout
+    names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights", "family")
+    found: dict[str, Any] = {name: getattr(layout, name) for name in names} | {
         "layer_partition": list(candidate.layer_partition),
         "refusal": candidate.refusal,
         "extrapolates": candidate.extrapolates,
+        "assumed": [str(group) for group in candidate.assumed],
         "memory_bytes": candidate.peak_memory_bytes,
-    } | ({} if candidate.rounds is None else _expected_json(candidate.rounds))
+        "proven_worse": candidate.is_proven_worse,
+        "floor_s": candidate.floor[0] if candidate.floor and math.isfinite(candidate.floor[0]) else None,
+    }
+    return found | ({} if candidate.rounds is None else _expected_json(candidate.rounds))
 
 
 def _policy_json(planned: RoundPlan) -> dict[str, Any]:

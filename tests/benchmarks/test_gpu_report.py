@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.gpu_report import (
@@ -29,10 +31,13 @@ from db.store.engine import Database
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import load_model_shape
 from profiler.points.kernel_choice import CLEARLY_FASTER
+from profiler.sequence.kind import SPKind
+from tuner.fit.attention_fit import AttentionCurve
+from tuner.fit.attention_rows import AttentionRows, attention_rows
 from tuner.fit.kernels import kernel_choice
 from tuner.fit.layer_costs import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
-from tuner.plan.layout import enumerate_layouts
+from tuner.plan.layout import Pins, enumerate_layouts
 from tuner.plan.plan import Request
 from tuner.search.layouts import Target, search_layouts
 from tuner.search.rules import Rules
@@ -177,19 +182,41 @@ def test_a_laptop_plans_for_the_cards(database: Database, hardware: dict[str, Ha
     )
     candidates = search_layouts(
         target,
-        enumerate_layouts(shape, 2),
+        enumerate_layouts(shape, 2, Pins(sp_kind=SPKind.NONE, virtual_stages=1)),
         Rules(chunk_multiple=256),
         lambda layout: fit_layer_costs(
             rows,
             RankWork.on(card, shape=shape, dtype="bfloat16", tp_size=layout.tp_size),
             busy_ranks=layout.world_size,
         ),
+        every=True,
     )  # fmt: skip
     assert [one.refusal for one in candidates] == [None] * 3
     seconds = {str(one.layout): one.rounds.makespan_s for one in candidates if one.rounds}
     assert min(seconds, key=lambda layout: seconds[layout]) == "TP1 PP2"
     assert (seconds["TP2 PP1"] < seconds["TP1 PP1"]) == (link == "nvlink")
     assert candidates[0].rounds is not None and len(candidates[0].rounds.rounds) > 8
+
+
+@pytest.mark.parametrize("sp_size", [4, 8])
+def test_fewer_heads_than_measured_take_their_share_on_a_card(
+    database: Database, hardware: dict[str, Hardware], sp_size: int
+) -> None:
+    """Of the context, too: waves are counted by the heads that were measured, 16 on TP2."""
+    card = hardware["nvlink"]
+    rows = Rows(load_measurements(database, card, dtype="bfloat16"))
+    shape = load_model_shape("llama-3-8b")
+
+    def curve(**sizes: Any) -> AttentionCurve:
+        work = RankWork.on(card, shape=shape, dtype="bfloat16", **sizes)
+        known = AttentionRows(attention_rows(rows, work, busy_ranks=2), work)
+        return known.fit(known.chosen)
+
+    measured = curve(tp_size=2)
+    few = curve(tp_size=1, sp_size=sp_size, sp_kind=SPKind.ULYSSES)
+    chunks = np.array([2048.0, 8192.0, 32768.0])
+    assert few.slope(chunks) / measured.slope(chunks) == pytest.approx([2 / sp_size] * 3, rel=0.02)
+    assert few.base(chunks) / measured.base(chunks) == pytest.approx([2 / sp_size] * 3, rel=0.02)
 
 
 def test_the_report_prints(

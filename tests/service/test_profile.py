@@ -178,6 +178,8 @@ def test_out_of_budget_it_says_what_is_missing(model: Path, tmp_path: Path) -> N
         ({"tp_sizes": "2", "world_size": 3}, "tp_size", "must divide world_size = 3"),
         ({"tp_sizes": "1,x"}, "--tp-sizes", "must be a whole number from 1 to"),
         ({"tp_sizes": "0"}, "--tp-sizes", "must be from 1 to"),
+        ({"sp_sizes": "3", "world_size": 2}, "sp_size", "must be 2 or more and divide world_size = 2"),
+        ({"sp_sizes": "1"}, "sp_size", "must be 2 or more"),
         ({"dtype": "int3"}, "dtype", "supported are float32, bfloat16, float16"),
         ({"device_type": "tpu"}, "device", "must be cpu or cuda"),
         ({"context_length": 65}, "context_length", "at most max_position_embeddings = 64"),

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,27 @@ def test_a_hand_written_plan_runs_and_equals_transformers(weights: Path, tmp_pat
         rounds = load_round_times(database, run.id)
     assert (run.status, run.makespan_s, run.predicted_makespan_s) == (RunStatus.DONE, written["makespan_s"], 0.5)
     assert [(time.round, time.stage) for time in rounds] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+@pytest.mark.timeout(150)
+def test_a_plan_of_several_groups_a_stage_runs_and_has_a_row_a_group(weights: Path, tmp_path: Path) -> None:
+    passes = {"virtual_stages": 2, "stage_order": "v"}
+    plan = _plan(weights) | {
+        "schema": "isochunk.plan/2",
+        "parallel": {"tp_size": 1, "pp_size": 2, "layer_partition": [1, 2, 1, 1]} | passes,
+        "cost_model": COST_MODEL | {"schema": "isochunk.cost-model/2"} | passes,
+    }
+    trace = tmp_path / "trace.json"
+    done = _run(tmp_path, plan, "--weights", weights, "--max-new-tokens", "3", "--check", "--trace", trace)
+    assert done.returncode == 0, done.stderr
+    with open_database(f"sqlite:///{tmp_path / 'runs.db'}") as database:
+        (run,) = list_runs(database)
+        rounds = load_round_times(database, run.id)
+    assert [(time.round, time.stage) for time in rounds] == [(i, group) for i in range(2) for group in range(4)]
+    assert all(time.predicted_s for time in rounds)
+    assert all(before.finish_s <= after.start_s for before, after in pairwise(rounds[:4]))
+    names = [event["args"]["name"] for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "M"]
+    assert "group 2 on stage 1 (1 layers)" in names
 
 
 @pytest.mark.timeout(150)

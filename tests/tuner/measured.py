@@ -36,6 +36,17 @@ class Machine:
         """Linear in the tokens."""
         return 5.0 + 0.5 * tokens
 
+    def message_us(self, op: str, rows: float) -> float:
+        """Of so many hidden states."""
+        start_us, row_us = {
+            "all_reduce": (50.0, 0.1),
+            "all_gather": (40.0, 0.06),
+            "reduce_scatter": (42.0, 0.055),
+            "all_to_all": (35.0, 0.04),
+            "send_recv": (30.0, 0.05),
+        }[op]
+        return start_us + row_us * rows
+
     def layer_us(self, work: RankWork, chunk: int, context: int) -> float:
         """A whole layer without collectives."""
         matmuls = sum(self.matmul_us(chunk, n, k) for n, k in work.projections)
@@ -46,8 +57,10 @@ class Machine:
 CHUNKS = (16, 64, 256, 512, 1024, 2048, 4096)
 
 
-def measure(machine: Machine, *, shape: ModelShape = SHAPE, tp_size: int = 1, busy_ranks: int = 2) -> list[Measurement]:
-    """Every row that a fit needs."""
+def measure(
+    machine: Machine, *, shape: ModelShape = SHAPE, tp_size: int = 1, sp_size: int = 1, busy_ranks: int = 2
+) -> list[Measurement]:
+    """Every row that a fit needs, with collectives over groups of `sp_size`."""
     work = RankWork(shape=shape, dtype="float32", tp_size=tp_size)
     rows: list[Measurement] = []
 
@@ -65,9 +78,9 @@ def measure(machine: Machine, *, shape: ModelShape = SHAPE, tp_size: int = 1, bu
             add("attention", 2 * machine.attention_us(m, context), variant="cpu-flash", chunk=m, context=context,
                 **work.attention_sizes)  # fmt: skip
         add("layer", machine.layer_us(work, m, 0), chunk=m, context=0, **work.layer_sizes)
-        for group_size in {2, tp_size} - {1}:
-            add("all_reduce", 50.0 + 0.1 * m, group_size, bytes=m * work.hidden_bytes)
-            add("send_recv", 30.0 + 0.05 * m, group_size, bytes=m * work.hidden_bytes)
+        for group_size in {2, tp_size, sp_size} - {1}:
+            for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"):
+                add(op, machine.message_us(op, m), group_size, bytes=m * work.hidden_bytes)
     add("head", 400.0, rows=1, hidden=shape.hidden_size, vocab=work.vocab_slice)
     for chunks in (1, 2, 4):
         add("round_overhead", 100.0 + 10.0 * (chunks - 1), chunks=chunks, tokens=64)

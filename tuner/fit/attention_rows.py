@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 from db.rows.measurements import Measurement
 from profiler.kernels.attention_kernel import AttentionKernel
 from tuner.fit.attention_fit import AttentionCurve, Waves, fit_attention
 from tuner.fit.kernels import chosen_kernels, kernel_choice
-from tuner.fit.rows import RankWork, expected_s
+from tuner.fit.rows import RankWork, Rows, expected_s
 
 IN_WAVES = (AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH)
 
@@ -24,7 +25,7 @@ class AttentionRows:
         any_in_waves = any(kernel in IN_WAVES for kernel in self.kernel_of.values())
         others = list(takewhile(lambda chunk: self.kernel_of[chunk] not in IN_WAVES, sorted(self.kernel_of)))
         self.waves = Waves(
-            num_heads=work.attention_sizes["heads"],
+            num_heads=rows[0].shape["heads"],  # that were measured: rows of more heads may stand for the rank's
             num_multiprocessors=work.num_multiprocessors if any_in_waves else None,
             split_up_to=max(others, default=0),
         )
@@ -37,7 +38,39 @@ class AttentionRows:
         return fit_attention(
             [row.shape["chunk"] for row in rows],
             [row.shape["context"] for row in rows],
-            [expected_s(row, ranks=self.work.tp_size) for row in rows],
+            [expected_s(row, ranks=self.work.stage_size) for row in rows],
             kernel_of=lambda chunk: self.kernel_of[chunk],
             waves=self.waves,
         )
+
+
+def attention_rows(rows: Rows, work: RankWork, *, busy_ranks: int) -> list[Measurement]:
+    """Attention rows of the heads that a rank attends with.
+
+    Where heads are cut for attention alone and so many were not measured, rows of the next larger number stand for
+    them, in proportion: blocks of work go by heads.
+    """
+    sizes = work.attention_sizes
+    found = rows.select("attention", sizes, busy_ranks=busy_ranks, variant=None)
+    if found or work.attending_size == work.tp_size:
+        return found
+    same_dim = rows.select("attention", {"head_dim": sizes["head_dim"]}, busy_ranks=busy_ranks, variant=None)
+    more = {(row.shape["heads"], row.shape["kv_heads"]) for row in same_dim if row.shape["heads"] >= sizes["heads"]}
+    if not more:
+        return []
+    heads, kv_heads = min(more)
+    measured = sizes | {"heads": heads, "kv_heads": kv_heads}
+    share = sizes["heads"] / heads
+    return [_scaled(row, share) for row in rows.select("attention", measured, busy_ranks=busy_ranks, variant=None)]
+
+
+def require_attention(rows: Rows, work: RankWork, *, busy_ranks: int, why: str) -> list[Measurement]:
+    """As `attention_rows`, but raises `UserError` that says what to measure when there are none."""
+    found = attention_rows(rows, work, busy_ranks=busy_ranks)
+    return found or rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None, why=why)
+
+
+def _scaled(row: Measurement, share: float) -> Measurement:
+    """The row with a share of its time; its heads stay those that were measured, for so they filled the card."""
+    times = {name: share * getattr(row, name) for name in ("median_us", "p10_us", "p90_us", "min_us", "std_us")}
+    return replace(row, **times)

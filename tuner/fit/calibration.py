@@ -38,6 +38,17 @@ class Calibration:
         one = np.ones(1)
         return cls(tokens=one, factors=one, base_factors=one, context_factors=one, num_layers_measured=0)
 
+    def with_attention_of(self, other: Calibration) -> Calibration:
+        """These factors on token-wise work, the other's on attention."""
+        knots = np.union1d(self.tokens, other.tokens)
+        return Calibration(
+            tokens=knots,
+            factors=self.tokens_factor(knots),
+            base_factors=other.base_factor(knots),
+            context_factors=other.context_factor(knots),
+            num_layers_measured=self.num_layers_measured + other.num_layers_measured,
+        )
+
     def tokens_factor(self, tokens: Floats) -> Floats:
         """Factor for rounds of so many tokens, interpolated over the logarithm, constant outside."""
         return self._at(tokens, self.factors)

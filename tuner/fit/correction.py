@@ -16,6 +16,7 @@ from db.rows.plans import get_plan_row
 from db.rows.runs import RunStatus, StoredRun, list_runs, load_round_times
 from db.store.engine import Database
 from profiler.model import model_from_config
+from profiler.sequence.kind import usual_cut
 from tuner.fit.curve import Floats
 from tuner.fit.rows import RankWork
 from tuner.plan.cost_model import CostModel
@@ -127,7 +128,8 @@ def load_measured_rounds(
     cost_model: Callable[[Sequence[int]], CostModel],
     of: Callable[[Plan], bool] = lambda _plan: True,
 ) -> MeasuredRounds:
-    """Rounds of `work`'s model, dtype and tp_size that were run on `hardware`, predicted anew by `cost_model`.
+    """Rounds of `work`'s model, dtype and ranks of a stage that were run on `hardware`, predicted anew by `cost_model`,
+    which knows rounds in the usual cut.
 
     of: which of them count. Rounds of one rank a stage move nothing between their start and their finish, so that runs
     over another link between the same devices teach as much.
@@ -138,14 +140,13 @@ def load_measured_rounds(
     measured: list[float] = []
     places: list[tuple[int, int]] = []
     num_runs = 0
-    for run in _runs(database, hardware, any_link=work.tp_size == 1):
+    for run in _runs(database, hardware, any_link=work.stage_size == 1):
         try:
             plan = Plan.from_json(get_plan_row(database, run.plan_id))
             shape = model_from_config(plan.model, name="")
         except UserError:
             continue
-        ran = (shape.fingerprint, plan.precision, plan.parallel.tp_size)
-        if ran != (work.shape.fingerprint, work.dtype, work.tp_size) or not of(plan):
+        if shape.fingerprint != work.shape.fingerprint or not _ran(plan, work) or not of(plan):
             continue
         model = cost_model(plan.parallel.layer_partition)
         without_s, with_s = (
@@ -153,7 +154,12 @@ def load_measured_rounds(
         )
         attention_s = with_s - without_s
         settled_s = (SETTLED_AGAIN_S if run.details.get("settle_s") else SETTLED_S).get(hardware.backend, 0.0)
-        times = [time for time in load_round_times(database, run.id) if (time.start_s + time.finish_s) / 2 >= settled_s]
+        usual = usual_cut(work.sp_kind)
+        times = [
+            time
+            for time in load_round_times(database, run.id)
+            if (time.start_s + time.finish_s) / 2 >= settled_s and plan.round_cuts[time.round] is usual
+        ]
         tokens += [float(without_s[time.round, time.stage]) for time in times]
         attention += [float(attention_s[time.round, time.stage]) for time in times]
         measured += [time.finish_s - time.start_s for time in times]
@@ -166,6 +172,14 @@ def load_measured_rounds(
         num_runs=num_runs,
         places=np.array(places, dtype=np.int64).reshape(-1, 2),
     )
+
+
+def _ran(plan: Plan, work: RankWork) -> bool:
+    """Whether a stage of the plan, of one group of layers, did such work."""
+    parallel = plan.parallel
+    ran = (plan.precision, parallel.tp_size, parallel.sp_size, parallel.sp_kind, parallel.weights)
+    wanted = (work.dtype, work.tp_size, work.sp_size, work.sp_kind, work.weights)
+    return ran == wanted and parallel.virtual_stages == 1
 
 
 def _runs(database: Database, hardware: Hardware, *, any_link: bool) -> list[StoredRun]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
+
+from db.rows.measurements import Measurement
+from tuner.fit.rows import expected_s
 
 Floats = npt.NDArray[np.float64]
 SPIKE = 1.15  # times its neighbours' cost of a unit: kernels differ by less, a core that was taken away by more
@@ -41,6 +45,12 @@ def fit_curve(x: Sequence[float], seconds: Sequence[float]) -> Curve:
     active set, `scipy.optimize.nnls`): where a noisy point lies below its predecessor the two share a level, elsewhere
     the curve goes through the points.
     """
+    return _fitted(tuple(x), tuple(seconds))
+
+
+@lru_cache(maxsize=4096)
+def _fitted(x: tuple[float, ...], seconds: tuple[float, ...]) -> Curve:
+    """The curve; the same again for every layout that the points serve."""
     at = np.asarray(x, dtype=np.float64)
     measured = np.asarray(seconds, dtype=np.float64)
     knots = np.unique(at)
@@ -50,6 +60,12 @@ def fit_curve(x: Sequence[float], seconds: Sequence[float]) -> Curve:
     weight = 1.0 / np.maximum(measured, 1e-12)
     rises, _ = nnls(steps * weight[:, None], measured * weight)
     return Curve(knots=knots, seconds=np.cumsum(rises))
+
+
+def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
+    """The curve of what rows are expected to cost over one of their sizes, single disturbed points smoothed."""
+    sizes = [row.shape[at] for row in rows]
+    return fit_curve(sizes, without_spikes(sizes, [expected_s(row, ranks=ranks) for row in rows]))
 
 
 def without_spikes(x: Sequence[float], seconds: Sequence[float]) -> list[float]:

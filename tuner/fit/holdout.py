@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from db.rows.measurements import Measurement
-from tuner.fit.attention_rows import AttentionRows
-from tuner.fit.layer_costs import fit_rows
+from profiler.points.point import Op
+from profiler.sequence.kind import SPKind
+from tuner.fit.attention_rows import AttentionRows, attention_rows
+from tuner.fit.curve import fit_rows
 from tuner.fit.rows import RankWork, Rows, expected_s
+from tuner.fit.sequence.messages import LayerMessage, layer_messages, message_rows
 
 WIDEST_GAP = 4  # leaving a point out may open a gap of this ratio, twice the profile's own finest
 UNTESTED = 0.1  # the error of an operation none of whose points can be left out
@@ -63,7 +66,7 @@ def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy
 
 def leave_out(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[LeftOutPoints]:
     """The points behind `held_out_errors`, of each operation that was measured."""
-    rows, ranks = Rows(measurements), work.tp_size
+    rows, ranks = Rows(measurements), work.stage_size
     products = [rows.select("matmul", {"n": n, "k": k}, busy_ranks=busy_ranks) for n, k in work.projections]
     elementwise = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
     parts = [fit_rows(found, "m", ranks=ranks) for found in products if found]
@@ -87,24 +90,29 @@ def leave_out(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks
             shares=[share_of(row, "tokens") for row in elementwise],
         ),
     ]
-    attended = rows.select("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None)
+    attended = attention_rows(rows, work, busy_ranks=busy_ranks)
     if attended:
         found.append(_leave_attention_out(AttentionRows(attended, work), compute_s))
-    if work.tp_size > 1:
+    if work.tp_size > 1 and work.sp_kind is not SPKind.MEGATRON:
         reduced = rows.select("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size)
-
-        def share_of_messages(row: Measurement, at: str) -> float:
-            twice_s = 2.0 * expected_s(row)
-            return twice_s / (twice_s + compute_s(row.shape[at] / work.hidden_bytes))
-
-        found.append(
-            LeftOutPoints(
-                op="all_reduce",
-                points=_curve_errors(reduced, "bytes", share_of_messages, 1),
-                shares=[share_of_messages(row, "bytes") for row in reduced],
-            )
-        )
+        sums = LayerMessage(op=Op.ALL_REDUCE, token_bytes=work.hidden_bytes, count=2)
+        found.append(_leave_messages_out(reduced, sums, compute_s))
+    for message in layer_messages(work):
+        sent = message_rows(rows, message.op, work, busy_ranks=busy_ranks)
+        found.append(_leave_messages_out(sent, message, compute_s))
     return [tested for tested in found if tested.shares]
+
+
+def _leave_messages_out(rows: Sequence[Measurement], message: LayerMessage, compute_s: Seconds) -> LeftOutPoints:
+    def share_of(row: Measurement, at: str) -> float:
+        sent_s = message.count * expected_s(row)
+        return sent_s / (sent_s + compute_s(row.shape[at] / message.token_bytes))
+
+    return LeftOutPoints(
+        op=message.op,
+        points=_curve_errors(rows, "bytes", share_of, 1),
+        shares=[share_of(row, "bytes") for row in rows],
+    )
 
 
 def _curve_errors(
@@ -126,7 +134,7 @@ def _leave_attention_out(attention: AttentionRows, compute_s: Seconds) -> LeftOu
     by_chunk: dict[int, list[Measurement]] = {}
     for row in attention.chosen:
         by_chunk.setdefault(row.shape["chunk"], []).append(row)
-    chunks, ranks = sorted(by_chunk), attention.work.tp_size
+    chunks, ranks = sorted(by_chunk), attention.work.stage_size
     tests = [
         [left_out]
         for mine in by_chunk.values()

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
 from db.errors import UserError
 from db.rows.measurements import Measurement
-from profiler.points.point import RANK_LAYER
+from profiler.model import PRECISIONS
+from profiler.points.point import RANK_LAYER, Op
+from profiler.sequence.kind import CUTS, SequenceCut, usual_cut
 from tuner.fit.attention_fit import SPLIT_ROWS, TILE_ROWS, AttentionCurve
-from tuner.fit.attention_rows import AttentionRows
+from tuner.fit.attention_rows import AttentionRows, require_attention
 from tuner.fit.calibration import Calibration, fit_calibration
 from tuner.fit.correction import Correction
-from tuner.fit.curve import Curve, Floats, fit_curve, fit_line, without_spikes
+from tuner.fit.curve import Curve, Floats, fit_line, fit_rows
 from tuner.fit.rank_skew import RankSkew, fit_rank_skew
 from tuner.fit.rows import RankWork, Rows, expected_s
+from tuner.fit.sequence.cut_costs import CutCosts
+from tuner.fit.sequence.kinds import COSTS
+from tuner.fit.sequence.messages import fit_messages, fit_overlap, layer_weight_bytes, row_bytes
+from tuner.fit.sequence.overlap import COPIED, Overlap
+from tuner.fit.sequence.parts import LayerParts, Seconds
 from tuner.plan.cost_model import CostModel, StageCost, TableAttention
+from tuner.plan.plan import Weights
+from tuner.plan.stage_order import StageOrder, stages_of_groups
 
 # Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
 DENSE_STEP, DENSE_END, MIDDLE_STEP, MIDDLE_END = SPLIT_ROWS, 4096, TILE_ROWS, 16384
@@ -26,16 +36,21 @@ SPARSE_RATIO, TABLE_END = 1.05, 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCosts:
-    """Fitted costs of one layer and of what surrounds the layers, on one rank of `work.tp_size`."""
+    """Fitted costs of one layer and of what surrounds the layers, on one rank of a stage of `work`."""
 
     work: RankWork
     projections: tuple[Curve, ...]
-    """Seconds of each of the four matmuls at the tokens of a round."""
+    """Seconds of each of the four matmuls at the rows that a rank runs."""
     elementwise: Curve
     all_reduce: Curve | None
     """Seconds at a message's bytes; two a layer when tp_size > 1."""
     attention: AttentionCurve
+    """With the heads that a rank attends with."""
     calibration: Calibration
+    messages: Mapping[Op, Curve]
+    """Collectives between the ranks that share the rows of a round, by a message's bytes."""
+    overlap: Overlap
+    """What these and products lose side by side."""
     embedding: Curve
     head_s: float
     round_overhead_s: float
@@ -49,96 +64,242 @@ class LayerCosts:
     """The largest chunk that all parts of a layer were measured at; plans beyond it are extrapolated."""
     max_context: int
     """The longest context measured."""
+    virtual_stages: int = 1
+    """Groups of layers that a stage holds in the cost models that are made."""
+    stage_order: StageOrder = StageOrder.LOOP
+
+    def interleaved(self, virtual_stages: int, stage_order: StageOrder) -> LayerCosts:
+        """The same costs where each stage holds so many groups of layers."""
+        return replace(self, virtual_stages=virtual_stages, stage_order=stage_order)
+
+    def with_links(self, factor: float) -> LayerCosts:
+        """The same where all that is sent takes the `factor`-th part of its time; infinity: none."""
+
+        def shorter(curve: Curve) -> Curve:
+            return replace(curve, seconds=curve.seconds / factor)
+
+        return replace(
+            self,
+            all_reduce=None if self.all_reduce is None else shorter(self.all_reduce),
+            messages={op: shorter(curve) for op, curve in self.messages.items()},
+            hop_latency_s=self.hop_latency_s / factor,
+            hop_byte_s=self.hop_byte_s / factor,
+            return_s=self.return_s / factor,
+        )
 
     def compute_s(self, tokens: Floats) -> Floats:
         """Token-wise seconds of a layer without collectives: matmuls and element-wise work, uncalibrated."""
         return np.asarray(sum(curve(tokens) for curve in self.projections)) + self.elementwise(tokens)
 
-    def tokens_s(self, tokens: Floats, skew: float = 1.0) -> Floats:
-        """Token-wise seconds of a layer: calibrated compute at the rank's skew, and with tensor parallelism its
-        all-reduces."""
-        seconds = skew * self.compute_s(tokens) * self.calibration.tokens_factor(tokens)
-        if self.all_reduce is not None:
-            seconds = seconds + sum(self.all_reduce(tokens * size) for size in self.work.reduced_bytes)
+    def cut_costs(self, cut: SequenceCut | None = None, *, skew: float = 1.0) -> CutCosts:
+        """What a cut of this kind costs in a layer, at the rank's skew; left out, the usual cut."""
+        kind = self.work.sp_kind
+        return COSTS[kind, cut or usual_cut(kind)](self._parts(skew))
+
+    def tokens_s(self, tokens: Floats, skew: float = 1.0, cut: SequenceCut | None = None) -> Floats:
+        """Token-wise seconds of a layer: calibrated compute at the rank's skew, collectives, and what gathering the
+        next layer's weights adds.
+
+        These may hide behind attention, too: only token-wise work, which every round has, is counted on.
+        """
+        seconds = self.cut_costs(cut, skew=skew).tokens_s(tokens)
+        if self.work.weights is Weights.GATHERED:
+            gather_s = self.messages[Op.ALL_GATHER](layer_weight_bytes(self.work))
+            seconds = self.overlap.together(seconds, gather_s)
         return seconds
 
-    def cost_model(self, layer_partition: Sequence[int]) -> CostModel:
-        """The cost model of stages of so many layers each: embedding on the first, head on the last."""
-        pp_size = len(layer_partition)
-        stages = tuple(
-            self._stage(
-                num_layers,
-                self.rank_skew.of_stage(stage, self.work.tp_size),
-                self.correction.of_stage(pp_size, stage),
-                first=stage == 0,
-                last=stage == pp_size - 1,
-            )
-            for stage, num_layers in enumerate(layer_partition)
+    def cost_model(self, layer_partition: Sequence[int], cut: SequenceCut | None = None) -> CostModel:
+        """The cost model of groups of so many layers each: embedding in the first, head in the last.
+
+        cut: of every round; left out, the usual one of the kind.
+        """
+        return self._model(layer_partition, cut or usual_cut(self.work.sp_kind), least=False)
+
+    def floor_model(self, layer_partition: Sequence[int]) -> CostModel:
+        """A cost model that rounds are not below in any cut: what a lower bound is proven on when cuts may be chosen.
+
+        Of every table the least of all cuts at each point.
+        """
+        models = [self._model(layer_partition, cut, least=True) for cut in CUTS[self.work.sp_kind]]
+        if len(models) == 1:
+            return models[0]
+        return replace(
+            models[0],
+            stages=tuple(_least_stage(stages) for stages in zip(*(model.stages for model in models), strict=True)),
+            hop_token_s=min(model.hop_token_s for model in models),
         )
+
+    def _model(self, layer_partition: Sequence[int], cut: SequenceCut, *, least: bool) -> CostModel:
+        pp_size, last = len(layer_partition) // self.virtual_stages, len(layer_partition) - 1
+
+        @cache
+        def stage_of(num_layers: int, skew: float, scale: float, first: bool, last: bool) -> StageCost:
+            return self._stage(num_layers, skew, scale, first=first, last=last, cut=cut, least=least)
+
+        placed = stages_of_groups(pp_size, self.virtual_stages, self.stage_order)
+        stages = tuple(
+            stage_of(
+                num_layers,
+                self.rank_skew.of_stage(stage, self.work.stage_size),
+                self.correction.of_stage(pp_size, stage),
+                group == 0,
+                group == last,
+            )
+            for group, (num_layers, stage) in enumerate(zip(layer_partition, placed, strict=True))
+        )
+        sharing = 1 if cut is SequenceCut.WHOLE else self.work.sequence_size  # a rank hands on its own rows
         return CostModel(
             stages=stages,
             hop_latency_s=self.hop_latency_s,
-            hop_token_s=self.hop_byte_s * self.work.hidden_bytes,
+            hop_token_s=self.hop_byte_s * self.work.hidden_bytes / sharing,
             return_s=self.return_s,
+            virtual_stages=self.virtual_stages,
+            stage_order=self.stage_order,
         )
 
-    def _stage(self, num_layers: int, skew: float, stage_scale: float, *, first: bool, last: bool) -> StageCost:
-        grid = table_grid()
+    def least_layers(self, pp_size: int) -> tuple[StageCost, ...]:
+        """A layer and the head on each of `pp_size` stages, in no cut cheaper; stages that are alike share one."""
+
+        def least(skew: float, scale: float) -> StageCost:
+            cuts = CUTS[self.work.sp_kind]
+            return _least_stage(
+                [self._stage(1, skew, scale, first=False, last=True, cut=cut, least=True) for cut in cuts]
+            )
+
+        places = [
+            (self.rank_skew.of_stage(stage, self.work.stage_size), self.correction.of_stage(pp_size, stage))
+            for stage in range(pp_size)
+        ]
+        kinds = {place: least(*place) for place in dict.fromkeys(places)}
+        return tuple(kinds[place] for place in places)
+
+    def _stage(
+        self,
+        num_layers: int,
+        skew: float,
+        stage_scale: float,
+        *,
+        first: bool,
+        last: bool,
+        cut: SequenceCut | None = None,
+        least: bool = False,
+    ) -> StageCost:
+        grid, costs = table_grid(), self.cut_costs(cut)
         points = grid.astype(np.float64)
         scale = stage_scale * self.correction.tokens_scale
-        tokens = num_layers * self.tokens_s(points, skew)
+        tokens = num_layers * self.tokens_s(points, skew, cut)
         if first:
-            tokens = tokens + self.embedding(points)
+            tokens = tokens + self.embedding(self._own_rows(points, cut))
         tokens = scale * tokens
         attention_scale = num_layers * skew * stage_scale * self.correction.attention_scale
+        base_s, slope_s = (costs.least_base_s, costs.least_slope_s) if least else (costs.base_s, costs.slope_s)
         return StageCost(
             token_count=(0, *grid.tolist()),
             token_seconds=_rising([tokens[0], *tokens]),
             attention=TableAttention(
                 count=tuple(grid.tolist()),
-                base_s=_rising(attention_scale * self.calibration.base_factor(points) * self.attention.base(points)),
-                context_s=_rising(
-                    attention_scale * self.calibration.context_factor(points) * self.attention.slope(points)
-                ),
+                base_s=_rising(attention_scale * base_s(points)),
+                context_s=_rising(attention_scale * slope_s(points)),
             ),
             round_overhead_s=scale * self.round_overhead_s + stage_scale * self.correction.round_s,
-            chunk_s=scale * self.chunk_s,
-            final_s=scale * self.head_s if last else 0.0,
+            chunk_s=scale * self.chunk_s * (1 if least else costs.calls_a_chunk),
+            final_s=scale * (self.head_s + self._final_rows_s()) if last else 0.0,
         )
 
+    def _own_rows(self, tokens: Floats, cut: SequenceCut | None) -> Floats:
+        """Rows that a rank holds the residual stream of."""
+        return tokens if cut is SequenceCut.WHOLE else np.ceil(tokens / self.work.sequence_size)
 
-def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> LayerCosts:
+    def _final_rows_s(self) -> float:
+        """A prompt's last row goes from the rank that ran it to all that share the rows."""
+        small = self.messages.get(Op.ALL_REDUCE)
+        return float(small(self.work.hidden_bytes)) if small else 0.0
+
+    def _parts(self, skew: float) -> LayerParts:
+        calibration = self.calibration
+        sizes = self.work.layer_sizes
+        n_queries, n_all = sizes["heads"] * sizes["head_dim"], self.work.projections[0][0]
+        # Numbers a token that the element-wise work reads and writes, as the grid counts them.
+        width = 4 * sizes["hidden"] + 3 * sizes["intermediate"] + 3 * n_queries
+        squares, hidden = self.work.squares_bytes, self.work.reduced_bytes
+
+        def calibrated(curve: Curve, share: float = 1.0) -> Seconds:
+            return lambda rows: share * skew * curve(rows) * calibration.tokens_factor(rows)
+
+        return LayerParts(
+            size=self.work.sequence_size,
+            token_wise_s=lambda rows: skew * self.compute_s(rows) * calibration.tokens_factor(rows),
+            elementwise_s=calibrated(self.elementwise),
+            queries_s=calibrated(self.projections[0], n_queries / n_all),
+            reduce_s=lambda rows: self._reduced_s(rows, hidden),
+            squares_s=lambda rows: self._reduced_s(rows, squares),
+            base_s=lambda chunk: calibration.base_factor(chunk) * self.attention.base(chunk),
+            slope_s=lambda chunk: calibration.context_factor(chunk) * self.attention.slope(chunk),
+            messages=self.messages,
+            row_bytes=row_bytes(self.work),
+            norms_share=4 * sizes["hidden"] / width,
+            traffic_bytes=PRECISIONS[self.work.dtype].activations.num_bytes(width),
+            overlap=self.overlap,
+            gather_overlap=COPIED if self.work.has_peer_memory else self.overlap,
+        )
+
+    def _reduced_s(self, rows: Floats, sizes: Sequence[int]) -> Floats:
+        """Sums over the tensor-parallel group of so many bytes a row each."""
+        if self.all_reduce is None:
+            return np.zeros_like(rows)
+        return np.asarray(sum((self.all_reduce(rows * size) for size in sizes), start=np.zeros_like(rows)))
+
+
+def _least_stage(stages: Sequence[StageCost]) -> StageCost:
+    """At each point the least of stages whose tables have the same points."""
+    attentions = [stage.attention for stage in stages]
+    tables = [attention for attention in attentions if isinstance(attention, TableAttention)]
+
+    def least(columns: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+        return tuple(map(min, zip(*columns, strict=True)))
+
+    return replace(
+        stages[0],
+        token_seconds=least([stage.token_seconds for stage in stages]),
+        attention=TableAttention(
+            count=tables[0].count,
+            base_s=least([table.base_s for table in tables]),
+            context_s=least([table.context_s for table in tables]),
+        ),
+        chunk_s=min(stage.chunk_s for stage in stages),
+    )
+
+
+def fit_layer_costs(measurements: Sequence[Measurement] | Rows, work: RankWork, *, busy_ranks: int) -> LayerCosts:
     """Fit the rows of one hardware and dtype; raises `UserError` when a part has no rows.
 
     busy_ranks: ranks at work at once when the plan runs; rows taken under the nearest such load are used.
     """
-    rows = Rows(measurements)
-    why = f"{work.shape.name} at tp_size {work.tp_size} in {work.dtype}"
-    attention = AttentionRows(
-        rows.require("attention", work.attention_sizes, busy_ranks=busy_ranks, variant=None, why=why), work
-    )
+    rows, why, ranks = Rows.of(measurements), str(work), work.stage_size
+    projections, elementwise = _token_wise(rows, work, busy_ranks)
+    attention = AttentionRows(require_attention(rows, work, busy_ranks=busy_ranks, why=why), work)
 
-    def curve(op: str, sizes: dict[str, int], at: str, variant: str = "") -> Curve:
-        found = rows.require(op, sizes, busy_ranks=busy_ranks, variant=variant, why=why)
-        return fit_rows(found, at, ranks=work.tp_size)
+    def curve(op: str, sizes: dict[str, int], at: str) -> Curve:
+        return fit_rows(rows.require(op, sizes, busy_ranks=busy_ranks, why=why), at, ranks=ranks)
 
-    max_chunk = _most_tokens(rows, work, busy_ranks, [row.shape["chunk"] for row in attention.chosen])
     overhead_rows = rows.require("round_overhead", {}, busy_ranks=busy_ranks, why=why)
     overhead_s, chunk_s = fit_line(
         [row.shape["chunks"] - 1 for row in overhead_rows], list(map(expected_s, overhead_rows))
     )
     sends = []
-    if busy_ranks > work.tp_size:  # there are stages
+    if busy_ranks > ranks:  # there are stages
         sends = rows.require("send_recv", {}, busy_ranks=busy_ranks, group_size=2, why=f"the links of {why}")
     hop_latency_s, hop_byte_s = _fit_hop(sends)
     shape = work.shape
     costs = LayerCosts(
         work=work,
-        projections=tuple(curve("matmul", {"n": n, "k": k}, "m") for n, k in work.projections),
-        elementwise=curve("elementwise", work.layer_sizes, "tokens", work.layer_variant),
+        projections=projections,
+        elementwise=elementwise,
         all_reduce=_all_reduce(rows, work, busy_ranks, why),
         attention=attention.fit(attention.chosen),
         calibration=Calibration.none(),
+        messages=fit_messages(rows, work, busy_ranks=busy_ranks, why=why),
+        overlap=fit_overlap(rows, work, busy_ranks=busy_ranks),
         rank_skew=RankSkew(),
         correction=Correction(),
         embedding=curve("embedding", {"hidden": shape.hidden_size, "vocab": shape.vocab_size}, "tokens"),
@@ -148,21 +309,12 @@ def fit_layer_costs(measurements: Sequence[Measurement], work: RankWork, *, busy
         hop_latency_s=hop_latency_s,
         hop_byte_s=hop_byte_s,
         return_s=min((expected_s(row) for row in sends), default=0.0),
-        max_chunk=max_chunk,
+        max_chunk=_largest_chunk(rows, work, busy_ranks, [row.shape["chunk"] for row in attention.chosen]),
         max_context=max(row.shape["context"] + row.shape["chunk"] for row in attention.chosen),
     )
-    whole_layers, of_ranks = (
-        rows.select(op, work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
-        for op in ("layer", RANK_LAYER)
-    )
-    calibration = fit_calibration(costs.compute_s, costs.attention, whole_layers, ranks=work.tp_size)
+    of_ranks = rows.select(RANK_LAYER, work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
+    calibration = _calibration(rows, costs, busy_ranks)
     return replace(costs, calibration=calibration, rank_skew=fit_rank_skew(of_ranks))
-
-
-def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
-    """The curve of what rows are expected to cost over one of their sizes, single disturbed points smoothed."""
-    sizes = [row.shape[at] for row in rows]
-    return fit_curve(sizes, without_spikes(sizes, [expected_s(row, ranks=ranks) for row in rows]))
 
 
 def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -176,8 +328,60 @@ def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.concatenate([dense, middle, sparse])
 
 
-def _most_tokens(rows: Rows, work: RankWork, busy_ranks: int, chunks: Sequence[int]) -> int:
-    """The most tokens that all parts of a layer were measured at; raises `UserError` if a part has one size alone."""
+def _calibration(rows: Rows, costs: LayerCosts, busy_ranks: int) -> Calibration:
+    """A rank's factors by whole layers, which a profile holds of tensor-parallel ranks: its rows are such a layer's.
+
+    Where heads are cut for attention alone, its factors are those of layers with as few heads if some were measured.
+    """
+    work = costs.work
+    if work.attending_size == work.tp_size:
+        return _layers_calibration(rows, costs, busy_ranks)
+    own = work.without_sequence
+    token_wise = _layers_calibration(rows, _refitted(rows, costs, own, busy_ranks), busy_ranks)
+    try:
+        few_heads = _refitted(rows, costs, replace(own, tp_size=work.attending_size), busy_ranks)
+    except UserError:
+        return token_wise
+    return token_wise.with_attention_of(_layers_calibration(rows, few_heads, busy_ranks))
+
+
+def _refitted(rows: Rows, costs: LayerCosts, work: RankWork, busy_ranks: int) -> LayerCosts:
+    """The costs with the parts of a layer of other work."""
+    projections, elementwise = _token_wise(rows, work, busy_ranks)
+    attention = AttentionRows(require_attention(rows, work, busy_ranks=busy_ranks, why=str(work)), work)
+    return replace(
+        costs,
+        work=work,
+        projections=projections,
+        elementwise=elementwise,
+        attention=attention.fit(attention.chosen),
+    )
+
+
+def _token_wise(rows: Rows, work: RankWork, busy_ranks: int) -> tuple[tuple[Curve, ...], Curve]:
+    """Curves of the four matmuls and of the element-wise work."""
+    products = [
+        rows.require("matmul", {"n": n, "k": k}, busy_ranks=busy_ranks, why=str(work)) for n, k in work.projections
+    ]
+    elementwise = rows.require(
+        "elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant, why=str(work)
+    )
+    ranks = work.stage_size
+    return tuple(fit_rows(found, "m", ranks=ranks) for found in products), fit_rows(elementwise, "tokens", ranks=ranks)
+
+
+def _layers_calibration(rows: Rows, costs: LayerCosts, busy_ranks: int) -> Calibration:
+    work = costs.work
+    layers = rows.select("layer", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
+    return fit_calibration(costs.compute_s, costs.attention, layers, ranks=work.stage_size)
+
+
+def _largest_chunk(rows: Rows, work: RankWork, busy_ranks: int, chunks: Sequence[int]) -> int:
+    """The largest chunk whose share all parts of a layer were measured at: a rank has a part of its rows, and attends
+    to it in as large pieces unless heads are cut.
+
+    Raises `UserError` if a part has one size alone.
+    """
     sizes = {
         f"matmul n={n} k={k}": [
             row.shape["m"] for row in rows.select("matmul", {"n": n, "k": k}, busy_ranks=busy_ranks)
@@ -191,7 +395,10 @@ def _most_tokens(rows: Rows, work: RankWork, busy_ranks: int, chunks: Sequence[i
         if len(set(tokens)) == 1 and reached[name] < max(reached.values()):
             allowed = "the profile ended too early: the same isochunk profile command goes on with it"
             raise UserError("measurements", f"{name} at {reached[name]} tokens alone", allowed)
-    return min(reached.values())
+    attends_whole = work.attending_size != work.tp_size
+    return min(
+        tokens * (1 if name == "attention" and attends_whole else work.sp_size) for name, tokens in reached.items()
+    )
 
 
 def _all_reduce(rows: Rows, work: RankWork, busy_ranks: int, why: str) -> Curve | None:

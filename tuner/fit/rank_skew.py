@@ -20,9 +20,9 @@ class RankSkew:
     factors: tuple[float, ...] = ()
     """By rank: its time over that of the slowest, which has 1."""
 
-    def of_stage(self, stage: int, tp_size: int) -> float:
-        """Factor of a stage of `tp_size` ranks; 1 where one of them was not measured."""
-        ranks = range(stage * tp_size, (stage + 1) * tp_size)
+    def of_stage(self, stage: int, stage_size: int) -> float:
+        """Factor of a stage of `stage_size` ranks; 1 where one of them was not measured."""
+        ranks = range(stage * stage_size, (stage + 1) * stage_size)
         return max(self.factors[rank] if rank < len(self.factors) else 1.0 for rank in ranks)
 
 

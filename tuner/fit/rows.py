@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from db.errors import UserError
@@ -12,7 +12,11 @@ from db.rows.hardware import Hardware
 from db.rows.measurements import Measurement
 from profiler.hardware.datasheet import published_multiprocessors
 from profiler.model import PRECISIONS, ModelShape
+from profiler.sequence.heads import most_heads
+from profiler.sequence.kind import SPKind
+from tuner.plan.plan import Weights
 
+PEER_LINKS = ("nvlink", "p2p")  # by which the runtime finds its peers, `profiler.comm.links.group.find_hosts`
 LEAST_SHARE, LEAST_POINTS = 0.3, 3  # of the points of the load measured most densely; the coarsest profile has three
 
 
@@ -25,12 +29,45 @@ class RankWork:
     tp_size: int
     num_multiprocessors: int | None = None
     """Of the rank's device, where it is a card that is known."""
+    sp_size: int = 1
+    sp_kind: SPKind = SPKind.NONE
+    weights: Weights = Weights.WHOLE
+    has_peer_memory: bool = False
+    """Whether cards write into each other's memory: keys and values are gathered by copy engines then."""
 
     @classmethod
-    def on(cls, hardware: Hardware, *, shape: ModelShape, dtype: str, tp_size: int) -> Self:
+    def on(
+        cls,
+        hardware: Hardware,
+        *,
+        shape: ModelShape,
+        dtype: str,
+        tp_size: int,
+        sp_size: int = 1,
+        sp_kind: SPKind = SPKind.NONE,
+        weights: Weights = Weights.WHOLE,
+    ) -> Self:
         """The work on a device of `hardware`."""
-        multiprocessors = published_multiprocessors(hardware.device)
-        return cls(shape=shape, dtype=dtype, tp_size=tp_size, num_multiprocessors=multiprocessors)
+        return cls(
+            shape=shape,
+            dtype=dtype,
+            tp_size=tp_size,
+            num_multiprocessors=published_multiprocessors(hardware.device),
+            sp_size=sp_size,
+            sp_kind=sp_kind,
+            weights=weights,
+            has_peer_memory=hardware.link in PEER_LINKS,
+        )
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks that hold a stage together, and wait for one another in every layer."""
+        return self.sp_size * self.tp_size
+
+    @property
+    def sequence_size(self) -> int:
+        """Ranks of a stage that share the rows of a round."""
+        return self.tp_size if self.sp_kind is SPKind.MEGATRON else self.sp_size
 
     @property
     def hidden_bytes(self) -> int:
@@ -43,9 +80,34 @@ class RankWork:
         return self.shape.layer.reduced_bytes(PRECISIONS[self.dtype])
 
     @property
+    def squares_bytes(self) -> tuple[int, ...]:
+        """Of these the sums of squares, where a norm spans the heads of all ranks."""
+        return self.reduced_bytes[:1] if self.shape.layer.attention.norms_all_heads else ()
+
+    @property
+    def attending_size(self) -> int:
+        """Ranks of a stage that attend with different heads."""
+        return self.stage_size if self.sp_kind is SPKind.ULYSSES else self.tp_size
+
+    @property
     def attention_sizes(self) -> dict[str, int]:
-        """Sizes that an `attention` row names beside chunk and context."""
-        return self.shape.layer.attention.sizes(self.tp_size)
+        """Sizes that an `attention` row names beside chunk and context: the most heads that a rank attends with."""
+        sizes = self.shape.layer.attention.sizes(self.tp_size)
+        if self.sp_kind is not SPKind.ULYSSES:
+            return sizes
+        heads, kv_heads = most_heads(sizes["heads"], sizes["kv_heads"], self.sp_size)
+        return sizes | {"heads": heads, "kv_heads": kv_heads}
+
+    @property
+    def without_sequence(self) -> Self:
+        """The same with tensor parallelism alone."""
+        return replace(self, sp_size=1, sp_kind=SPKind.NONE, weights=Weights.WHOLE)
+
+    def __str__(self) -> str:
+        words = f"{self.shape.name} at tp_size {self.tp_size}"
+        if self.sp_kind is not SPKind.NONE:
+            words += f", sp_size {self.sp_size} {self.sp_kind}" if self.sp_size > 1 else f", sp_kind {self.sp_kind}"
+        return f"{words} in {self.dtype}"
 
     @property
     def layer_sizes(self) -> dict[str, int]:
@@ -73,6 +135,29 @@ class Rows:
     """The measurements of one hardware and dtype, asked by operation and sizes."""
 
     measurements: Sequence[Measurement]
+    _by_op: Mapping[str, list[Measurement]] = field(init=False, repr=False, compare=False)
+    _found: dict[object, list[Measurement]] = field(init=False, repr=False, compare=False)
+    """Of each question that was asked: fits of many layouts ask the same."""
+
+    def __post_init__(self) -> None:
+        by_op: dict[str, list[Measurement]] = defaultdict(list)
+        for row in self.measurements:
+            by_op[row.op].append(row)
+        object.__setattr__(self, "_by_op", by_op)
+        object.__setattr__(self, "_found", {})
+
+    @classmethod
+    def of(cls, rows: Sequence[Measurement] | Self) -> Self:
+        """Rows as they are, or made of measurements."""
+        return rows if isinstance(rows, cls) else cls(rows)  # type: ignore[arg-type]
+
+    def replaced(self, made: Sequence[Measurement]) -> Self:
+        """The same with rows that stand for all those of their operation, group and variant."""
+        instead = {(row.op, row.group_size, row.variant) for row in made}
+        kept = [row for row in self.measurements if (row.op, row.group_size, row.variant) not in instead]
+        rows, changed = type(self)([*kept, *made]), {row.op for row in made}
+        rows._found.update({asked: found for asked, found in self._found.items() if asked[0] not in changed})  # type: ignore[index]
+        return rows
 
     def select(
         self,
@@ -88,11 +173,18 @@ class Rows:
         Of several loads, the rows taken with as many ranks at work as come nearest to `busy_ranks`; a load with far
         fewer points than another is passed over, for its gaps would cost more than the load does.
         """
+        asked = (op, *sorted(sizes.items()), busy_ranks, group_size, variant)
+        if asked not in self._found:
+            self._found[asked] = self._select(op, sizes, busy_ranks, group_size, variant)
+        return self._found[asked]
+
+    def _select(
+        self, op: str, sizes: Mapping[str, int], busy_ranks: int, group_size: int | None, variant: str | None
+    ) -> list[Measurement]:
         found = [
             row
-            for row in self.measurements
-            if row.op == op
-            and group_size in (None, row.group_size)
+            for row in self._by_op.get(op, ())
+            if group_size in (None, row.group_size)
             and variant in (None, row.variant)
             and all(row.shape.get(name) == value for name, value in sizes.items())
         ]

@@ -87,6 +87,7 @@ class OnlinePlanner:
         if limits.max_round_tokens is not None and limits.max_round_tokens < chunk_multiple:
             allowed = f"at least {chunk_multiple} (chunk_multiple); no plan exists below it"
             raise UserError("max_round_tokens", limits.max_round_tokens, allowed)
+        cost = cost.merged()  # a stage's groups as one: how a queue drains, not in which order tasks run
         self.cost = cost
         self.window = window
         self.chunk_multiple = chunk_multiple
@@ -345,7 +346,7 @@ def online_rounds(problem: Problem, cap_scale: float = 1.0) -> list[Round]:
         objective=problem.objective,
         cap_scale=cap_scale,
     )
-    clock = Clock(problem.cost, problem.window)
+    clock = Clock(problem.cost.merged(), problem.window)
     order = sorted(range(len(problem.requests)), key=lambda i: problem.requests[i].arrival_s)
     rounds: list[Round] = []
     in_flight: list[float] = []

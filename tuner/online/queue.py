@@ -68,7 +68,7 @@ def run_queue(problem: Problem, num_tokens: int, take: Take, *, one_partial: boo
     running: deque[int] = deque()
     done = [request.cached_tokens for request in requests]
     timed = problem.is_timed
-    clock = Clock(problem.cost, problem.window)
+    clock = Clock(problem.cost.merged(), problem.window)
     now, held, rounds = 0.0, 0, list[Round]()
     while waiting or running:
         if timed:

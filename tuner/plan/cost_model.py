@@ -3,8 +3,9 @@
     t(round) = round_overhead_s + tokens(sum of the chunks' tokens)
              + sum over chunks of base(c) + slope(c) * p  +  chunk_s  +  final_s if the chunk ends its prompt
 
-for chunks of c tokens after p context tokens. Every term is non-negative and none falls with more tokens; the planner
-and its lower bound rely on both, so both are checked when a model is made.
+for chunks of c tokens after p context tokens. Where a stage holds several groups of layers ("virtual stages"), each
+group has such a cost of its own; with one group a stage, stage and group are the same. Every term is non-negative and
+none falls with more tokens; the planner and its lower bound rely on both, so both are checked when a model is made.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import numpy.typing as npt
 
 from db.errors import UserError
 from db.files.documents import located, of_schema, parse, read_json, write_json
+from tuner.plan.stage_order import StageOrder, stages_of_groups
 
 SCHEMA = "isochunk.cost-model/1"
+SCHEMA_2 = "isochunk.cost-model/2"  # written where a stage holds several groups of layers
 MAX_SECONDS = 1e9
 MAX_TOKENS = 2**40
 MAX_STAGES = 1024
@@ -152,13 +155,17 @@ class StageCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """The cost of rounds on a pipeline: one StageCost a stage (or one for all alike), the hand-off and the return."""
+    """The cost of rounds on a pipeline: one StageCost a group of layers (or one for all alike), in the order in which
+    rounds go through them; the hand-off between stages and the return."""
 
     stages: tuple[StageCost, ...]
     hop_latency_s: float = 0.0
     hop_token_s: float = 0.0
     return_s: float = 0.0
-    """Seconds from a round's end on the last stage until stage 0 knows it (it opens the window)."""
+    """Seconds from a round's end in the last group until stage 0 knows it (it opens the window)."""
+    virtual_stages: int = 1
+    """Groups a stage."""
+    stage_order: StageOrder = StageOrder.LOOP
     kinds: tuple[StageCost, ...] = field(init=False, repr=False, compare=False)
     """The stages that differ, each once: arrays over kinds instead of stages keep 64 equal stages cheap."""
     kind_of_stage: Ints = field(init=False, repr=False, compare=False)
@@ -166,6 +173,11 @@ class CostModel:
     def __post_init__(self) -> None:
         if not 1 <= len(self.stages) <= MAX_STAGES:
             raise UserError("stages", f"{len(self.stages)} entries", f"at least one stage, at most {MAX_STAGES}")
+        if self.virtual_stages < 1:
+            raise UserError("virtual_stages", self.virtual_stages, "at least 1")
+        if len(self.stages) > 1 and len(self.stages) % self.virtual_stages:
+            allowed = f"1 or a multiple of virtual_stages ({self.virtual_stages}) entries are allowed"
+            raise UserError("stages", len(self.stages), allowed)
         _check_seconds("hop.latency_s", self.hop_latency_s)
         _check_seconds("hop.token_s", self.hop_token_s)
         _check_seconds("return_s", self.return_s)
@@ -177,23 +189,40 @@ class CostModel:
     @property
     def pp_size(self) -> int:
         """Number of stages."""
-        return len(self.stages)
+        return max(len(self.stages) // self.virtual_stages, 1)
+
+    @property
+    def stage_of_group(self) -> tuple[int, ...]:
+        """The stage that holds each group."""
+        return stages_of_groups(self.pp_size, self.virtual_stages, self.stage_order)
+
+    def merged(self) -> CostModel:
+        """Each stage's groups as one: what a round costs a stage in all, without the passes."""
+        if self.virtual_stages == 1:
+            return self
+        held: list[list[StageCost]] = [[] for _ in range(self.pp_size)]
+        for stage, cost in zip(self.stage_of_group, self.stages, strict=True):
+            held[stage].append(cost)
+        return replace(self, stages=tuple(sum_of(costs) for costs in held), virtual_stages=1)
 
     def for_pp_size(self, pp_size: int) -> CostModel:
         """This model on `pp_size` stages; one entry stands for all. Raises UserError if the numbers do not match."""
-        if len(self.stages) == pp_size:
+        num_groups = pp_size * self.virtual_stages
+        if len(self.stages) == num_groups:
             return self
         if len(self.stages) != 1:
-            allowed = f"the model has {len(self.stages)} stages; 1 or pp_size ({pp_size}) entries are allowed"
+            needed = f"pp_size ({pp_size})" if self.virtual_stages == 1 else f"pp_size x virtual_stages ({num_groups})"
+            allowed = f"the model has {len(self.stages)} stages; 1 or {needed} entries are allowed"
             raise UserError("stages", len(self.stages), allowed)
-        if not 1 <= pp_size <= MAX_STAGES:
-            raise UserError("pp_size", pp_size, f"at least 1, at most {MAX_STAGES}")
-        return replace(self, stages=self.stages * pp_size)
+        if not 1 <= num_groups <= MAX_STAGES:
+            raise UserError("pp_size", pp_size, f"at least 1, at most {MAX_STAGES // self.virtual_stages}")
+        return replace(self, stages=self.stages * num_groups)
 
     def scaled(self, factor: float) -> CostModel:
         """The same engine with all costs multiplied by `factor` (another unit of time)."""
-        return CostModel(
-            stages=tuple(_scaled_stage(stage, factor) for stage in self.stages),
+        return replace(
+            self,
+            stages=tuple(scaled_stage(stage, factor) for stage in self.stages),
             hop_latency_s=self.hop_latency_s * factor,
             hop_token_s=self.hop_token_s * factor,
             return_s=self.return_s * factor,
@@ -209,7 +238,7 @@ class CostModel:
         return self.stages[stage_index].seconds(chunks)
 
     def round_seconds(self, round_index: Ints, tokens: Ints, context: Ints, final: npt.NDArray[np.bool_]) -> Floats:
-        """Seconds of every round on every stage, [num_rounds, pp_size]; the arguments hold one entry a chunk.
+        """Seconds of every round in every group, [num_rounds, num_groups]; the arguments hold one entry a chunk.
 
         `round_index` counts from 0 without gaps.
         """
@@ -226,10 +255,13 @@ class CostModel:
         return self.hop_latency_s + self.hop_token_s * np.asarray(tokens, dtype=np.float64)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of an isochunk.cost-model/1 file; equal stages are written once."""
+        """The content of an isochunk.cost-model/1 file, with several groups a stage /2; equal stages are written
+        once."""
         stages = self.kinds if len(self.kinds) == 1 else self.stages
+        passes = {"virtual_stages": self.virtual_stages, "stage_order": self.stage_order}
         return {
-            "schema": SCHEMA,
+            "schema": SCHEMA if self.virtual_stages == 1 else SCHEMA_2,
+            **(passes if self.virtual_stages > 1 else {}),
             "stages": [stage.to_json() for stage in stages],
             "hop": {"latency_s": self.hop_latency_s, "token_s": self.hop_token_s},
             "return_s": self.return_s,
@@ -237,9 +269,13 @@ class CostModel:
 
     @classmethod
     def from_json(cls, data: object) -> CostModel:
-        """Read the content of an isochunk.cost-model/1 file; unknown fields are ignored. Raises UserError."""
-        file = parse(CostModelFile, of_schema(data, SCHEMA))
+        """Read the content of an isochunk.cost-model/1 or /2 file; unknown fields are ignored. Raises UserError."""
+        content = of_schema(data, SCHEMA, SCHEMA_2)
+        file = parse(CostModelFile, content)
+        passes = (file.virtual_stages, file.stage_order) if content["schema"] == SCHEMA_2 else (1, StageOrder.LOOP)
         return cls(
+            virtual_stages=passes[0],
+            stage_order=passes[1],
             stages=tuple(_stage_cost(f"stages[{i}]", stage) for i, stage in enumerate(file.stages)),
             hop_latency_s=file.hop.latency_s,
             hop_token_s=file.hop.token_s,
@@ -259,7 +295,45 @@ def save_cost_model(path: str | Path, model: CostModel) -> None:
     write_json(path, model.to_json())
 
 
-def _scaled_stage(stage: StageCost, factor: float) -> StageCost:
+def sum_of(costs: Sequence[StageCost]) -> StageCost:
+    """What a round takes in several groups together.
+
+    Exact where their attention is of one form (tables over the same points); otherwise attention is left out, so that
+    the sum is never above the truth.
+    """
+    if len(costs) == 1:
+        return costs[0]
+    count = sorted({point for cost in costs for point in cost.token_count})
+    attentions = [cost.attention for cost in costs]
+    pairs = [each for each in attentions if isinstance(each, PairAttention)]
+    tables = [each for each in attentions if isinstance(each, TableAttention)]
+    attention: Attention = PairAttention()
+    if len(pairs) == len(costs):
+        attention = PairAttention(
+            pair_s=sum(each.pair_s for each in pairs), context_token_s=sum(each.context_token_s for each in pairs)
+        )
+    elif len(tables) == len(costs) and len({each.count for each in tables}) == 1:
+        attention = TableAttention(
+            count=tables[0].count,
+            base_s=tuple(map(sum, zip(*(each.base_s for each in tables), strict=True))),
+            context_s=tuple(map(sum, zip(*(each.context_s for each in tables), strict=True))),
+        )
+    # Beyond its last point a table goes on with its last slope: one point more keeps that of all.
+    count = [*count, count[-1] + 1]
+    seconds = np.sum([cost.tokens_s(count) for cost in costs], axis=0)
+    return StageCost(
+        token_count=tuple(count),
+        token_seconds=tuple(np.maximum.accumulate(seconds).tolist()),
+        attention=attention,
+        round_overhead_s=sum(cost.round_overhead_s for cost in costs),
+        chunk_s=sum(cost.chunk_s for cost in costs),
+        final_s=sum(cost.final_s for cost in costs),
+    )
+
+
+def scaled_stage(stage: StageCost, factor: float) -> StageCost:
+    """A stage's costs multiplied by `factor`."""
+
     def times(values: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(value * factor for value in values)
 
@@ -313,11 +387,13 @@ class _HopEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModelFile:
-    """isochunk.cost-model/1 as it is written."""
+    """isochunk.cost-model/1 and /2 as they are written; the last two fields are read in /2."""
 
     stages: tuple[_StageEntry, ...]
     hop: _HopEntry = _HopEntry()
     return_s: float = 0.0
+    virtual_stages: int = 1
+    stage_order: StageOrder = StageOrder.LOOP
 
 
 def _stage_cost(where: str, entry: _StageEntry) -> StageCost:
@@ -365,6 +441,9 @@ def _check_table(name: str, count: Sequence[int], columns: Mapping[str, Sequence
     for column, values in columns.items():
         if len(values) != len(count):
             raise UserError(f"{name}.{column}", f"{len(values)} values", f"one value a point ({len(count)}) is needed")
+        seconds = np.asarray(values, dtype=np.float64)
+        if seconds[0] >= 0.0 and seconds[-1] <= MAX_SECONDS and (seconds[1:] >= seconds[:-1]).all():
+            continue  # so all are finite; the loop finds which one is not as it should be
         for i, value in enumerate(values):
             _check_seconds(f"{name}.{column}[{i}]", value)
             if i and value < values[i - 1]:

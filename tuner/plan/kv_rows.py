@@ -18,22 +18,31 @@ class KVRows:
     """Rows of the slab."""
 
 
-def assign_rows(requests: Sequence[Request], rounds: Sequence[Round], *, max_new_tokens: int) -> KVRows:
+def assign_rows(
+    requests: Sequence[Request],
+    rounds: Sequence[Round],
+    *,
+    max_new_tokens: int,
+    kept_tokens: Sequence[int] | None = None,
+) -> KVRows:
     """Give each request the lowest rows that are free from its first round to its last.
 
     Rows are kept to the end by requests that decode, and from the start by those with cached tokens, which are written
     before the first round and once for all repetitions of the rounds.
+
+    kept_tokens: prompt tokens of each request that have rows, if not all.
     """
+    tokens = [request.prompt_tokens for request in requests] if kept_tokens is None else kept_tokens
+    sizes = [count + max_new_tokens for count in tokens]
     spans = _spans(requests, rounds, decodes=max_new_tokens > 1)
     start = [0] * len(requests)
     held: list[tuple[int, int, int]] = []  # first row, row after the last, last round
     for index in sorted(range(len(requests)), key=lambda index: spans[index][0]):
         begins, ends = spans[index]
         held = sorted(entry for entry in held if entry[2] >= begins)
-        size = requests[index].prompt_tokens + max_new_tokens
+        size = sizes[index]
         start[index] = _first_gap(held, size)
         held.append((start[index], start[index] + size, ends))
-    sizes = (request.prompt_tokens + max_new_tokens for request in requests)
     return KVRows(start=tuple(start), total=max(first + size for first, size in zip(start, sizes, strict=True)))
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from db.errors import UserError
 from profiler.model import ModelShape
 from profiler.sequence.kind import SPKind
-from tuner.plan.plan import StageOrder, Weights
+from tuner.plan.plan import Parallel, Weights
+from tuner.plan.stage_order import StageOrder
 
 MAX_WORLD_SIZE = 100_000
 MOST_REFUSALS = 64
+VIRTUAL_STAGES = (1, 2, 4)
+"""Groups of layers a stage that are tried: each doubling halves the bubble that is left, and adds hand-offs."""
+OWN_RANKS = (SPKind.GATHER, SPKind.ULYSSES, SPKind.RING)
+"""Kinds that take ranks beside the tensor-parallel group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +38,29 @@ class Layout:
     @property
     def world_size(self) -> int:
         """Ranks that take part."""
-        return self.pp_size * self.sp_size * self.tp_size
+        return self.pp_size * self.stage_size
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks that hold a stage together."""
+        return self.sp_size * self.tp_size
 
     @property
     def num_groups(self) -> int:
         """Groups of consecutive layers that a round goes through."""
         return self.pp_size * self.virtual_stages
+
+    @property
+    def family(self) -> str:
+        """The schemes that it is made of, whatever their sizes."""
+        schemes = []
+        if self.tp_size > 1:
+            schemes.append("TP+SP" if self.sp_kind is SPKind.MEGATRON else "TP")
+        if self.sp_size > 1:
+            schemes.append(f"SP {self.sp_kind}")
+        if self.pp_size > 1:
+            schemes.append("PP" if self.virtual_stages == 1 else "PP interleaved")
+        return " x ".join(schemes) or "one rank"
 
     def __str__(self) -> str:
         words = [f"TP{self.tp_size}"]
@@ -51,40 +74,128 @@ class Layout:
         return " ".join(words)
 
 
-def enumerate_layouts(
-    shape: ModelShape, world_size: int, *, tp_size: int | None = None, pp_size: int | None = None
-) -> list[Layout]:
-    """Every tp_size x pp_size that uses `world_size` ranks or a divisor of them; the sizes given are kept fixed.
+def layout_of(parallel: Parallel) -> Layout:
+    """The layout of a plan, without the layers of its groups."""
+    names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights")
+    return Layout(**{name: getattr(parallel, name) for name in names})
 
-    Those that cannot run are left out where there are more than `MOST_REFUSALS` in all.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pins:
+    """What a user keeps fixed of a layout; None leaves it to the search."""
+
+    tp_size: int | None = None
+    pp_size: int | None = None
+    sp_size: int | None = None
+    sp_kind: SPKind | None = None
+    virtual_stages: int | None = None
+    stage_order: StageOrder | None = None
+
+    def __post_init__(self) -> None:
+        own_ranks = self.sp_kind in OWN_RANKS
+        if own_ranks and self.sp_size == 1:
+            raise UserError("sp_size", 1, f"2 or more with sp_kind {self.sp_kind}")
+        if self.sp_kind is not None and not own_ranks and (self.sp_size or 1) > 1:
+            raise UserError("sp_size", self.sp_size, f"1 with sp_kind {self.sp_kind}")
+        if self.sp_kind is SPKind.MEGATRON and self.tp_size == 1:
+            raise UserError("sp_kind", self.sp_kind, "cuts over the tensor-parallel group: tp_size must be 2 or more")
+        if self.pp_size == 1 and (self.virtual_stages or 1) > 1:
+            raise UserError("virtual_stages", self.virtual_stages, "1 with pp_size 1: there is no pipeline to fill")
+
+    def __str__(self) -> str:
+        names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages")
+        return ", ".join(f"{name} {getattr(self, name) or 'any'}" for name in names)
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that the sizes need at least."""
+        sp_size = self.sp_size or (2 if self.sp_kind in OWN_RANKS else 1)
+        tp_size = self.tp_size or (2 if self.sp_kind is SPKind.MEGATRON else 1)
+        return tp_size * sp_size * (self.pp_size or (2 if (self.virtual_stages or 1) > 1 else 1))
+
+    def allow(self, layout: Layout) -> bool:
+        """Whether the layout has what is kept fixed; the order counts only where a stage holds several groups."""
+        names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages")
+        kept = all(getattr(self, name) in (None, getattr(layout, name)) for name in names)
+        return kept and (layout.virtual_stages == 1 or self.stage_order in (None, layout.stage_order))
+
+
+ANY = Pins()
+
+
+def enumerate_layouts(shape: ModelShape, world_size: int, pins: Pins = ANY) -> list[Layout]:
+    """Every layout that uses `world_size` ranks or a divisor of them, as far as the pins leave a choice.
+
+    Weights are whole on each rank of a sequence-parallel group; where they do not fit, the search gathers them.
+    Those that cannot run are left out where there are more than `MOST_REFUSALS` of them.
     """
     if not 1 <= world_size <= MAX_WORLD_SIZE:
         raise UserError("world_size", world_size, f"must be 1 or more, at most {MAX_WORLD_SIZE}")
-    pairs = [
-        (tp, used // tp)
-        for used in _divisors(world_size)
-        for tp in _divisors(used)
-        if tp_size in (None, tp) and pp_size in (None, used // tp)
-    ]
-    if not pairs:
-        asked = f"tp_size {tp_size or 'any'}, pp_size {pp_size or 'any'}"
-        raise UserError("world_size", world_size, f"must be a multiple of tp_size x pp_size ({asked})")
-    layouts = [_layout(shape, tp, pp) for tp, pp in pairs]
-    if len(layouts) > MOST_REFUSALS:
+    layouts = [layout for layout in _layouts(shape, world_size, pins) if pins.allow(layout)]
+    if not layouts:
+        raise UserError("world_size", world_size, f"must be a multiple of tp_size x sp_size x pp_size ({pins})")
+    if sum(layout.refusal is not None for layout in layouts) > MOST_REFUSALS:
         layouts = [layout for layout in layouts if not layout.refusal] or layouts[:1]
-    return sorted(layouts, key=lambda layout: (-layout.world_size, layout.tp_size))
+    return sorted(layouts, key=lambda layout: (-layout.world_size, layout.tp_size, layout.sp_size))
 
 
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+def _layouts(shape: ModelShape, world_size: int, pins: Pins) -> Iterator[Layout]:
+    divisors = [divisor for divisor in range(1, world_size + 1) if world_size % divisor == 0]
+    wanted_tp, wanted_sp = ([size] if size else divisors for size in (pins.tp_size, pins.sp_size))
+    for tp_size in wanted_tp:
+        refusal = _tp_refusal(shape, tp_size)
+        for sp_size in wanted_sp:
+            for pp_size in [pins.pp_size] if pins.pp_size else divisors:
+                plain = Layout(tp_size=tp_size, sp_size=sp_size, pp_size=pp_size)
+                if plain.world_size > world_size or world_size % plain.world_size:
+                    continue
+                if pp_size > shape.num_layers:
+                    refusal = refusal or f"pp_size {pp_size} is more than the {shape.num_layers} layers of {shape.name}"
+                for layout in _of_kinds(shape, plain, pins):
+                    reason = refusal or layout.refusal
+                    if reason:  # once, whatever the kind and the order
+                        if sp_size == 1 or pins.sp_size or pins.sp_kind:
+                            yield replace(layout, refusal=reason)
+                        break
+                    yield from _interleaved(shape, layout, pins)
+                refusal = _tp_refusal(shape, tp_size)
 
 
-def _layout(shape: ModelShape, tp_size: int, pp_size: int) -> Layout:
-    refusal = None
+def _tp_refusal(shape: ModelShape, tp_size: int) -> str | None:
     try:
         shape.check_tp_size(tp_size)
     except UserError as error:
-        refusal = str(error)
-    if pp_size > shape.num_layers:
-        refusal = f"pp_size {pp_size} is more than the {shape.num_layers} layers of {shape.name}"
-    return Layout(tp_size=tp_size, pp_size=pp_size, refusal=refusal)
+        return str(error)
+    return None
+
+
+def _of_kinds(shape: ModelShape, plain: Layout, pins: Pins) -> Iterator[Layout]:
+    """The layout in every kind of sequence parallelism that its sizes allow; a pinned one with its refusal."""
+    if plain.sp_size == 1:
+        for kind in (SPKind.NONE, SPKind.MEGATRON) if plain.tp_size > 1 else (SPKind.NONE,):
+            yield replace(plain, sp_kind=kind)
+        return
+    for kind in OWN_RANKS if pins.sp_kind not in OWN_RANKS else (pins.sp_kind,):
+        heads = min(layer.attention.heads.count for layer in shape.layer_kinds) // plain.tp_size
+        if kind is SPKind.ULYSSES and plain.sp_size > heads:
+            if pins.sp_kind is kind:
+                allowed = f"at most {heads} with sp_kind ulysses, the query heads a rank has at tp_size {plain.tp_size}"
+                yield replace(plain, sp_kind=kind, refusal=str(UserError("sp_size", plain.sp_size, allowed)))
+            continue
+        yield replace(plain, sp_kind=kind)
+
+
+def _interleaved(shape: ModelShape, layout: Layout, pins: Pins) -> Iterator[Layout]:
+    """The layout with one group of layers a stage and with several, in both orders."""
+    most = shape.num_layers // layout.pp_size
+    for virtual in VIRTUAL_STAGES if pins.virtual_stages is None else (pins.virtual_stages,):
+        if virtual > most:
+            if pins.virtual_stages is not None:
+                allowed = f"at most {most}: {shape.name} has {shape.num_layers} layers for {layout.pp_size} stages"
+                reason = str(UserError("virtual_stages", virtual, allowed))
+                yield replace(layout, virtual_stages=virtual, refusal=reason)
+        elif virtual == 1:
+            yield layout
+        elif layout.pp_size > 1:
+            for order in StageOrder:
+                yield replace(layout, virtual_stages=virtual, stage_order=order)

@@ -10,8 +10,9 @@ from typing import Any
 
 from db.errors import UserError
 from db.files.documents import located, of_schema, parse, read_json, write_json
-from profiler.sequence.kind import CUTS, SequenceCut, SPKind
+from profiler.sequence.kind import CUTS, SequenceCut, SPKind, round_cuts
 from tuner.plan.cost_model import MAX_SECONDS, MAX_TOKENS
+from tuner.plan.stage_order import StageOrder, stages_of_groups
 
 SCHEMA = "isochunk.plan/2"
 SCHEMA_1 = "isochunk.plan/1"  # without sequence parallelism and virtual stages
@@ -76,15 +77,6 @@ class Chunk:
 Round = tuple[Chunk, ...]
 
 
-class StageOrder(StrEnum):
-    """Where the groups of layers stand when a rank holds several."""
-
-    LOOP = "loop"
-    """Group g on stage g mod pp_size: from the last stage rounds go on to the first."""
-    V = "v"
-    """Up and down: every second pass over the stages goes backwards, so that no hand-off crosses the fold."""
-
-
 class Weights(StrEnum):
     """Where the weights of a layer are, among the ranks of a sequence-parallel group."""
 
@@ -140,6 +132,11 @@ class Parallel:
         return self.pp_size * self.virtual_stages
 
     @property
+    def stage_of_group(self) -> tuple[int, ...]:
+        """The stage that holds each group."""
+        return stages_of_groups(self.pp_size, self.virtual_stages, self.stage_order)
+
+    @property
     def world_size(self) -> int:
         """Ranks that take part."""
         return self.pp_size * self.sp_size * self.tp_size
@@ -165,7 +162,7 @@ class Predicted:
     ttft_s: tuple[float, ...] = ()
     planning_s: float | None = None
     round_s: tuple[tuple[float, ...], ...] | None = None
-    """[round][stage] seconds of each round on each stage."""
+    """[round][group] seconds of each round in each group of layers (a stage, where it holds one)."""
     uncertainty: float | None = None
     """Relative error to expect of makespan_s, from the fit's residuals."""
 
@@ -223,7 +220,7 @@ class Plan:
     @property
     def round_cuts(self) -> tuple[SequenceCut, ...]:
         """How each round is cut."""
-        return self.cuts or (CUTS[self.parallel.sp_kind][0],) * len(self.rounds)
+        return round_cuts(self.parallel.sp_kind, self.cuts, len(self.rounds))
 
     def to_json(self) -> dict[str, Any]:
         """The content of an isochunk.plan/2 file."""

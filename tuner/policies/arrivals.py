@@ -12,7 +12,7 @@ from tuner.rounds.problem import Problem
 
 def batch_by_batch(problem: Problem, rule: Callable[[Problem], list[Round]]) -> list[Round]:
     """Plan what has arrived, run it, plan what has arrived by then, and so on."""
-    clock = Clock(problem.cost, problem.window)
+    clock = Clock(problem.cost.merged(), problem.window)
     order = sorted(range(len(problem.requests)), key=lambda i: problem.requests[i].arrival_s)
     rounds: list[Round] = []
     arrived = 0

@@ -26,7 +26,9 @@ MOST_LABELS = 256
 
 
 def is_small(problem: Problem) -> bool:
-    """Whether the exact search is a matter of milliseconds."""
+    """Whether the exact search is a matter of milliseconds; it knows stages of one group only."""
+    if problem.cost.virtual_stages > 1:
+        return False
     steps = 1
     for request in problem.requests:
         units = -(-request.new_tokens // problem.chunk_multiple)

@@ -7,6 +7,7 @@
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `MAKESPAN_SLACK` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online.online_planner`).
+   Where a stage holds several groups, the best rounds also grow and shrink at the ends (`tuner.policies.ramp`).
 4. The best few are improved by moving tokens between neighbouring rounds (`tuner.policies.local_search`).
 5. Batches of a few grid units are searched exactly (`tuner.policies.exact`), few prompts also on a coarser grid.
 
@@ -21,8 +22,9 @@ from tuner.online.online_planner import online_rounds
 from tuner.plan.plan import Round
 from tuner.policies.dp import pack_line
 from tuner.policies.exact import exact_rounds, is_small
-from tuner.policies.local_search import local_search
+from tuner.policies.local_search import fits_kv, local_search
 from tuner.policies.named import simpler_rounds
+from tuner.policies.ramp import ramps
 from tuner.policies.sweep import Pack, Search, budget_profiles, request_orders, shortest_first
 from tuner.rounds.packing import pack_in_order, pack_tails
 from tuner.rounds.problem import Problem
@@ -31,8 +33,11 @@ from tuner.rounds.schedule import MAKESPAN_SLACK, Objective
 
 DRAFT_EFFORT = 0.4
 """Share of the caps that a draft tries: it ranks layouts and partitions, to about 0.3 %."""
+SKETCH_EFFORT = 0.2
 MOST_STARTS = 3
 """Candidates, of different numbers of rounds, that are improved locally."""
+RAMP_WIDTHS = (2, 4)
+"""How many rounds of each length a ramp may have beside one."""
 GOOD_ENOUGH = 1.002
 """A makespan within this factor of the bound is not improved further."""
 NEAR_BOUND = 1.005
@@ -51,6 +56,11 @@ FEW_REQUESTS = 256
 def draft_rounds(problem: Problem) -> list[Round]:
     """The best of the sweeps for the makespan, and of the online planner's rounds where it is wanted for them."""
     return _drafted(problem, DRAFT_EFFORT).ranked()[0].rounds
+
+
+def draft_choices(problem: Problem, most: int) -> list[list[Round]]:
+    """The best few of the sweeps for the makespan, each of another number of rounds."""
+    return [found.rounds for found in _drafted(problem, SKETCH_EFFORT).ranked()[:most]]
 
 
 def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
@@ -84,10 +94,24 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
             coarser = _coarser(problem)
             if is_small(coarser):
                 search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS), objective)
-    starts = search.ranked()[: MOST_STARTS if objective is Objective.MAKESPAN else 1]
+    if problem.cost.virtual_stages > 1 and not problem.is_timed:
+        _keep_ramps(search)
+    most = MOST_STARTS if problem.cost.virtual_stages == 1 else 2 * MOST_STARTS
+    starts = search.ranked()[: most if objective is Objective.MAKESPAN else 1]
     good_enough_s = GOOD_ENOUGH * bound.seconds if objective is Objective.MAKESPAN else 0.0
     improved = [local_search(problem, start.rounds, good_enough_s, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
+
+
+def _keep_ramps(search: Search) -> None:
+    """Candidates that grow and shrink at the ends."""
+    problem = search.problem
+    starts = search.ranked()[:MOST_STARTS]
+    widths = [(start, 1) for start in starts] + [(starts[0], width) for width in RAMP_WIDTHS]
+    for start, width in widths:
+        for rounds in ramps(problem.requests, start.rounds, problem.chunk_multiple, width):
+            if fits_kv(problem, rounds):
+                search.keep(rounds, problem.objective)
 
 
 def _drafted(problem: Problem, effort: float = 1.0) -> Search:

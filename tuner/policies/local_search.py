@@ -13,7 +13,7 @@ import numpy as np
 from tuner.plan.cost_model import Floats
 from tuner.plan.plan import Chunk, Round
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import Objective
+from tuner.rounds.schedule import Objective, order_of
 
 MOST_STAGE_ROUNDS = 512
 """Plans with more rounds x stages are left as they are: their rounds' whole number matters little."""
@@ -41,9 +41,10 @@ def local_search(
     """Follow the best move until none helps or a makespan is at most `good_enough_s`; none goes above `limit_s`."""
     best = list(rounds)
     score = problem.evaluate(best).score(problem.objective)
-    if len(best) * problem.cost.pp_size > MOST_STAGE_ROUNDS:
+    num_groups = len(problem.cost.stages)
+    if len(best) * num_groups > MOST_STAGE_ROUNDS:
         return best
-    for _ in range(min(MOST_STEPS, STAGE_ROUNDS_SEARCHED // max(len(best) * problem.cost.pp_size, 1))):
+    for _ in range(min(MOST_STEPS, STAGE_ROUNDS_SEARCHED // max(len(best) * num_groups, 1))):
         if problem.objective is Objective.MAKESPAN and score[0] <= good_enough_s:
             break
         moves = list(_moves(problem, best))
@@ -52,7 +53,7 @@ def local_search(
             break
         scores = _scores(problem, best, moves, limit_s)
         tried = (_apply(best, moves[index]) for index in scores.argsort())
-        candidate = next((rounds for rounds in tried if _fits_kv(problem, rounds)), best)
+        candidate = next((rounds for rounds in tried if fits_kv(problem, rounds)), best)
         new_score = problem.evaluate(candidate).score(problem.objective)
         if not new_score < score or abs(score[0] - new_score[0]) < LEAST_GAIN * abs(score[0]):
             break
@@ -65,7 +66,7 @@ def _apply(rounds: list[Round], move: Move) -> list[Round]:
 
 
 def _moves(problem: Problem, rounds: list[Round]) -> Iterator[Move]:
-    """Moves that keep the limit of a round; that of the KV cache depends on all rounds (`_fits_kv`)."""
+    """Moves that keep the limit of a round; that of the KV cache depends on all rounds (`fits_kv`)."""
     for i, current in enumerate(rounds):
         following = rounds[i + 1] if i + 1 < len(rounds) else None
         if following is not None:
@@ -129,7 +130,7 @@ def _allowed(problem: Problem, rounds: Sequence[Round]) -> bool:
     return most is None or all(sum(chunk.tokens for chunk in r) <= most for r in rounds)
 
 
-def _fits_kv(problem: Problem, rounds: Sequence[Round]) -> bool:
+def fits_kv(problem: Problem, rounds: Sequence[Round]) -> bool:
     """Whether the prompts that are begun and not ended fit into the KV cache in every round."""
     most = problem.limits.max_kv_tokens
     if most is None:
@@ -165,13 +166,21 @@ def _scores(problem: Problem, rounds: list[Round], moves: list[Move], limit_s: f
     ready_s = np.zeros(len(pool))
     np.maximum.at(ready_s, which, arrival[request])
     # A missing last round takes no time, so it finishes with the one before it.
-    finish = _run_together(
-        np.concatenate([stage_s, np.zeros((1, cost.pp_size))])[index],
+    columns_of = (
+        np.concatenate([stage_s, np.zeros((1, len(cost.stages)))])[index],
         np.append(hop_s, 0.0)[index],
         np.append(ready_s, 0.0)[index],
-        problem,
     )
     lengths = (index >= 0).sum(axis=1)
+    if cost.virtual_stages == 1:
+        finish = _run_together(*columns_of, problem)
+    else:
+        finish = np.zeros(index.shape)
+        for length in np.unique(lengths):
+            rows = lengths == length
+            finish[rows, :length] = _run_tasks_together(
+                columns_of[0][rows, :length], columns_of[1][rows, :length], columns_of[2][rows, :length], problem
+            )
     makespan: Floats = finish[np.arange(len(moves)), lengths - 1]
     if problem.objective is Objective.MAKESPAN:
         return makespan
@@ -206,3 +215,29 @@ def _run_together(stage_s: Floats, hop_s: Floats, ready_s: Floats, problem: Prob
             earliest = done + hop
         finish[:, i] = free[pp_size - 1]
     return finish
+
+
+def _run_tasks_together(stage_s: Floats, hop_s: Floats, ready_s: Floats, problem: Problem) -> Floats:
+    """The same for stages of several groups and plans of one length: [plans, rounds, groups] -> [plans, rounds]."""
+    num_plans, num_rounds, num_groups = stage_s.shape
+    order = order_of(problem.cost, num_rounds, problem.window)
+    assert order is not None
+    stages, window = order.stages, problem.window
+    reached, free = np.zeros((num_rounds, num_plans)), np.zeros((problem.cost.pp_size, num_plans))
+    finish = np.zeros((num_rounds, num_plans))
+    stage_s = np.ascontiguousarray(stage_s.transpose(1, 2, 0))
+    for i, group in zip(order.rounds.tolist(), order.groups.tolist(), strict=True):
+        stage = stages[group]
+        if group == 0:
+            earliest = ready_s[:, i]
+            if window is not None and i >= window:
+                earliest = np.maximum(earliest, finish[i - window] + problem.cost.return_s)
+        else:
+            earliest = reached[i] if stages[group - 1] == stage else reached[i] + hop_s[:, i]
+        np.maximum(free[stage], earliest, out=free[stage])
+        free[stage] += stage_s[i, group]
+        reached[i] = free[stage]
+        if group == num_groups - 1:
+            finish[i] = free[stage]
+    out: Floats = finish.T
+    return out

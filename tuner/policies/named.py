@@ -97,10 +97,11 @@ class Floor:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._work = Work.of(problem.requests, problem.limits.max_round_tokens)
-        kinds = problem.cost.kind_of_stage.tolist()
+        cost = problem.cost.merged()
+        kinds = cost.kind_of_stage.tolist()
         # Of stages alike the last one: most stages lie before it.
-        self._stages = [len(kinds) - 1 - kinds[::-1].index(kind) for kind in range(len(problem.cost.kinds))]
-        self._lines = [envelopes([kind], self._work) for kind in problem.cost.kinds]
+        self._stages = [len(kinds) - 1 - kinds[::-1].index(kind) for kind in range(len(cost.kinds))]
+        self._lines = [envelopes([kind], self._work) for kind in cost.kinds]
 
     def score(self, policy: str) -> float:
         """The floor of `policy:N`."""
@@ -141,7 +142,7 @@ class Floor:
     def _first_round_s(self, name: str, num_tokens: int) -> list[float]:
         """Seconds of the first round's tokens on each stage, which the first round passes before all others."""
         problem, limits = self._problem, self._problem.limits
-        if problem.is_timed or limits.max_kv_tokens is not None:
+        if problem.is_timed or limits.max_kv_tokens is not None or problem.cost.virtual_stages > 1:
             return [0.0] * problem.cost.pp_size
         alone = name == "ascend"  # which may leave a round's rest empty behind its first request
         tokens = problem.requests[0].new_tokens if alone else sum(request.new_tokens for request in problem.requests)

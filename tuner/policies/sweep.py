@@ -119,7 +119,9 @@ def central_cap_s(problem: Problem) -> float:
     """The cap at which the relaxed makespan on the slowest stage is least."""
     work = Work.of(problem.requests, problem.limits.max_round_tokens)
     slowest = envelopes([slowest_stage(problem)], work)
-    return max(likely_cap_s(envelope, work, problem.cost.pp_size - 1) for envelope in slowest)
+    # Of several groups a stage the work counts once each, what fills the pipeline once.
+    stages_after = (problem.cost.pp_size - 1) / problem.cost.virtual_stages
+    return max(likely_cap_s(envelope, work, stages_after) for envelope in slowest)
 
 
 def slowest_stage(problem: Problem) -> StageCost:

@@ -29,13 +29,19 @@ Where stages differ the envelope forgets what the slower ones cost; `rounds.unev
 A window adds another bound: rounds i, i+W, i+2W, ... pass the whole pipeline one after the other, and the longest of
 these W chains is at least their mean: (sum over rounds and stages + hops) / W. Arrivals add a third: the requests
 that arrive at t or later make a batch of their own that starts at t.
+
+Where a stage holds several groups of layers `rounds.passes_bound` takes the place of the first; the other two hold as
+they stand, a group counting as a stage.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from tuner.plan.cost_model import CostModel, Floats
+from tuner.rounds.passes_bound import passes_bound_s
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Envelope, Work, envelopes, least_sum, least_sums, likely_cap_s, smooth_curve
 from tuner.rounds.uneven import uneven_bound_s
@@ -69,9 +75,19 @@ def makespan_bound_s(problem: Problem) -> float:
 
 def batch_bound_s(cost: CostModel, work: Work, window: int | None) -> float:
     """The bound for requests that are all there at the start."""
-    pp_size = cost.pp_size
+    pp_size, stages = cost.pp_size, cost.stage_of_group
+    num_hops = sum(one != other for one, other in itertools.pairwise(stages))
+    hops = num_hops * (cost.hop_latency_s + cost.hop_token_s)
+    best = passes_bound_s(cost, work) if cost.virtual_stages > 1 else _one_pass_s(cost, work, hops)
+    if window is not None and window < pp_size:
+        in_turn = sum(max(least_sum(envelope, work) for envelope in envelopes([stage], work)) for stage in cost.stages)
+        best = max(best, (in_turn + hops) / window)
+    return best
+
+
+def _one_pass_s(cost: CostModel, work: Work, hops: float) -> float:
+    """The bound of one group a stage without a window."""
     one_token = np.array([kind.round_overhead_s + float(kind.tokens_s(1)) for kind in cost.kinds])[cost.kind_of_stage]
-    hops = (pp_size - 1) * (cost.hop_latency_s + cost.hop_token_s)
     best = 0.0
     for first, last in _stage_ranges(cost, work):
         outside = one_token[:first].sum() + one_token[last + 1 :].sum() + hops
@@ -80,9 +96,6 @@ def batch_bound_s(cost: CostModel, work: Work, window: int | None) -> float:
             best = max(best, outside + _least_makespan(envelope, work, last - first))
     if len(cost.kinds) > 1:
         best = max(best, uneven_bound_s(cost, work, best))
-    if window is not None and window < pp_size:
-        in_turn = sum(max(least_sum(envelope, work) for envelope in envelopes([stage], work)) for stage in cost.stages)
-        best = max(best, (in_turn + hops) / window)
     return best
 
 

@@ -76,7 +76,7 @@ class Problem:
     def _check_work(self) -> None:
         """Time and memory of planning go with the batch's chunks of `chunk_multiple` tokens and with the stages."""
         tokens = sum(request.new_tokens for request in self.requests)
-        most = min(MOST_UNITS, MOST_UNIT_STAGES // self.cost.pp_size) * self.chunk_multiple
+        most = min(MOST_UNITS, MOST_UNIT_STAGES // len(self.cost.stages)) * self.chunk_multiple
         if tokens > most:
             allowed = f"at most {most} with chunk_multiple {self.chunk_multiple} on {self.cost.pp_size} stages"
             raise UserError("prompt_tokens of all requests", tokens, allowed)

@@ -150,7 +150,7 @@ def smooth_sums(envelope: Envelope, work: Work, caps_s: Floats) -> Floats:
     return np.where(np.isfinite(sums) & (caps_s > envelope.round_s), np.maximum(sums, held + envelope.round_s), np.inf)
 
 
-def likely_cap_s(envelope: Envelope, work: Work, num_more: int) -> float:
+def likely_cap_s(envelope: Envelope, work: Work, num_more: float) -> float:
     """The cap at which the smooth S(m) + num_more * m is least."""
     caps, sums = smooth_curve(envelope, work)
     i = int(np.argmin(sums + num_more * caps))

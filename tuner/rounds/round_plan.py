@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from profiler.sequence.kind import SequenceCut
 from tuner.plan.plan import Parallel, Plan, Predicted, Request, Round
 from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.problem import Problem
@@ -16,13 +17,13 @@ from tuner.rounds.schedule import MAKESPAN_SLACK, Evaluation, Objective
 class Bound:
     """The lower bound of a problem, proven when it is first asked for: it takes longer than a quick plan."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem | Callable[[], Problem]) -> None:
         self._problem = problem
 
     @cached_property
     def seconds(self) -> float:
         """No plan has a smaller makespan (`rounds.bound` says why)."""
-        return makespan_bound_s(self._problem)
+        return makespan_bound_s(self._problem if isinstance(self._problem, Problem) else self._problem())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,7 @@ def rounds_to_plan(
     cost_model: dict[str, object],
     threads_per_rank: int | None = None,
     uncertainty: float | None = None,
+    cuts: tuple[SequenceCut, ...] = (),
 ) -> Plan:
     """Rounds with their prediction as a plan."""
     evaluation = planned.evaluation
@@ -85,6 +87,7 @@ def rounds_to_plan(
         threads_per_rank=threads_per_rank,
         requests=requests,
         rounds=planned.rounds,
+        cuts=cuts,
         policy=planned.policy,
         cost_model=cost_model,
         predicted=Predicted(

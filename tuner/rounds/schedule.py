@@ -9,6 +9,11 @@
 Within a stage the recurrence is a running maximum: with S the prefix sums of t, finish(i) - S(i) is the maximum over
 j <= i of earliest(j) - S(j-1). So a stage is one `np.maximum.accumulate` over all rounds, or over W rounds at a time
 with a window (round i waits for round i-W only, so W rounds are independent of one another's windows).
+
+Where a stage holds several groups of layers the same holds for each group k, with K the number of groups, but for two
+things: a stage runs its tasks in the order of `tuner.plan.task_order`, so that instead of finish(i-1,k) it waits for
+the task before in that order (KV is there: in a group rounds run in order); and there is no hop where the group before
+is on the same stage.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import numpy as np
 from db.errors import UserError
 from tuner.plan.cost_model import CostModel, Floats, Ints
 from tuner.plan.plan import Request, Round
+from tuner.plan.task_order import TaskOrder, task_order
 
 MAKESPAN_SLACK = 1.0075
 """A plan for mean TTFT or deadlines has at most this much times the best makespan found."""
@@ -46,14 +52,14 @@ class Objective(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Start and finish seconds of every round on every stage, both [num_rounds, pp_size]."""
+    """Start and finish seconds of every round in every group (stage), both [num_rounds, num_groups]."""
 
     start_s: Floats
     finish_s: Floats
 
     @property
     def makespan_s(self) -> float:
-        """Seconds until the last round leaves the last stage."""
+        """Seconds until the last round leaves the last group."""
         return float(self.finish_s[-1, -1])
 
 
@@ -72,7 +78,7 @@ class Evaluation:
     """Share of all stages' time up to the makespan in which they wait."""
     timeline: Timeline
     round_s: Floats
-    """Seconds of each round on each stage, [num_rounds, pp_size]."""
+    """Seconds of each round in each group, [num_rounds, num_groups]."""
 
     @property
     def p90_ttft_s(self) -> float:
@@ -116,12 +122,16 @@ def simulate(
     return_s: float = 0.0,
     ready_s: Floats | None = None,
     free_s: Floats | None = None,
+    order: TaskOrder | None = None,
 ) -> Timeline:
     """Run the recurrence.
 
-    `stage_s` is [num_rounds, pp_size], `hop_s` and `ready_s` (the earliest start on stage 0) are [num_rounds], `free_s`
-    (when each stage ends what ran before the first round) is [pp_size].
+    `stage_s` is [num_rounds, num_groups], `hop_s` and `ready_s` (the earliest start on stage 0) are [num_rounds],
+    `free_s` (when each stage ends what ran before the first round) is [pp_size]. `order` is that of stages with several
+    groups; without it each group is a stage.
     """
+    if order is not None:
+        return _run_tasks(stage_s, hop_s, window, return_s, ready_s, order)
     num_rounds, pp_size = stage_s.shape
     hop = np.zeros(num_rounds) if hop_s is None else hop_s
     if (ready_s is None or not ready_s.any()) and (free_s is None or not free_s.any()):
@@ -153,6 +163,49 @@ def simulate(
     return Timeline(start, finish)
 
 
+def order_of(cost: CostModel, num_rounds: int, window: int | None) -> TaskOrder | None:
+    """The order in which stages of several groups run so many rounds; None where each holds one."""
+    if cost.virtual_stages == 1:
+        return None
+    return task_order(num_rounds, cost.pp_size, cost.virtual_stages, cost.stage_order, window)
+
+
+def _run_tasks(
+    stage_s: Floats,
+    hop_s: Floats | None,
+    window: int | None,
+    return_s: float,
+    ready_s: Floats | None,
+    order: TaskOrder,
+) -> Timeline:
+    """The recurrence of tasks, in lists: each depends on the one before."""
+    num_rounds, num_groups = stage_s.shape
+    seconds: list[list[float]] = stage_s.tolist()
+    hop = [0.0] * num_rounds if hop_s is None else hop_s.tolist()
+    ready = [0.0] * num_rounds if ready_s is None else ready_s.tolist()
+    stages, last = order.stages, num_groups - 1
+    is_handed_on = [group > 0 and stages[group] != stages[group - 1] for group in range(num_groups)]
+    starts = [[0.0] * num_groups for _ in range(num_rounds)]
+    left = [0.0] * num_rounds  # when each round left the last group
+    reached = [0.0] * num_rounds  # when each round left the group it was in last
+    free = [0.0] * (max(stages) + 1)
+    for i, group in zip(order.rounds.tolist(), order.groups.tolist(), strict=True):
+        stage = stages[group]
+        if group:
+            earliest = reached[i] + hop[i] if is_handed_on[group] else reached[i]
+        else:
+            earliest = ready[i]
+            if window is not None and i >= window:
+                earliest = max(earliest, left[i - window] + return_s)
+        start = max(earliest, free[stage])
+        starts[i][group] = start
+        reached[i] = free[stage] = start + seconds[i][group]
+        if group == last:
+            left[i] = reached[i]
+    start_s = np.array(starts)
+    return Timeline(start_s, start_s + stage_s)
+
+
 def _equal_stages(stage_s: Floats, hop_s: Floats) -> Floats | None:
     """Finishes where every round takes the same time on all stages and nothing else holds it up; None where not.
 
@@ -178,17 +231,23 @@ def evaluate(
     requests: Sequence[Request],
     rounds: Sequence[Round],
     window: int | None = None,
+    round_s: Floats | None = None,
 ) -> Evaluation:
-    """Makespan, TTFTs and bubbles of rounds; a round starts on stage 0 not before all its requests have arrived."""
+    """Makespan, TTFTs and bubbles of rounds; a round starts on stage 0 not before all its requests have arrived.
+
+    round_s: seconds of each round on each stage, where they are known better than by the cost model.
+    """
     flat = FlatRounds.of(rounds)
     prompt = np.array([request.prompt_tokens for request in requests], dtype=np.int64)
     arrival = np.array([request.arrival_s for request in requests])
     final = flat.start + flat.tokens == prompt[flat.request]
-    round_s = cost.round_seconds(flat.round_index, flat.tokens, flat.start, final)
+    if round_s is None:
+        round_s = cost.round_seconds(flat.round_index, flat.tokens, flat.start, final)
     ready = np.zeros(len(round_s))
     np.maximum.at(ready, flat.round_index, arrival[flat.request])
     hop = cost.hop_seconds(np.bincount(flat.round_index, weights=flat.tokens))
-    timeline = simulate(round_s, hop, window, cost.return_s, ready)
+    order = order_of(cost, len(round_s), window)
+    timeline = simulate(round_s, hop, window, cost.return_s, ready, order=order)
     ttft = np.full(len(requests), np.inf)
     ttft[flat.request[final]] = timeline.finish_s[flat.round_index[final], -1]
     ttft -= arrival

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
-from tuner.rounds.problem import NO_LIMITS, Limits, RoundOptions, arrive_over_time
-from tuner.rounds.round_plan import RoundPlan, best_first
+from tuner.policies.joint import draft_choices
+from tuner.rounds.problem import NO_LIMITS, Limits, Problem, RoundOptions, arrive_over_time
+from tuner.rounds.round_plan import Bound, RoundPlan, best_first
 from tuner.rounds.schedule import Objective
 from tuner.search.planner import best_fixed, compare_policies, draft_plan, plan_rounds
 from tuner.search.replay import Replay, compare_replays, replay
@@ -45,6 +47,30 @@ class Rules:
     def draft(self, cost: CostModel, requests: Sequence[Request]) -> RoundPlan:
         """Rounds by the policy, quickly: to choose a layout and a partition by."""
         return draft_plan(cost, requests, policy=self.policy, **self.options)
+
+    def sketch(
+        self, cost: CostModel, like: CostModel, requests: Sequence[Request], most: int, hopeful_s: float
+    ) -> RoundPlan:
+        """The best under `cost` of the few drafts that are best under costs `like` them, which are quicker to judge.
+
+        Of drafts that take longer than `hopeful_s` even there, only the first is judged.
+        """
+        problem, started = Problem.of(cost, requests, **self.options), time.perf_counter()
+        if self.policy != "joint" or problem.is_timed:
+            return self.draft(cost, requests)
+        quick = replace(problem, cost=like)
+        drafts = draft_choices(quick, most)
+        if quick.evaluate(drafts[0]).makespan_s > hopeful_s:
+            drafts = drafts[:1]
+        judged = [(problem.evaluate(rounds), rounds) for rounds in drafts]
+        evaluation, rounds = min(judged, key=lambda each: each[0].score(self.objective))
+        return RoundPlan(
+            policy=self.policy,
+            rounds=tuple(rounds),
+            evaluation=evaluation,
+            bound=Bound(problem),
+            planning_s=time.perf_counter() - started,
+        )
 
     def compare(self, cost: CostModel, requests: Sequence[Request]) -> list[RoundPlan]:
         """Rounds by every policy, the best first; this policy with its parameter is one of them."""

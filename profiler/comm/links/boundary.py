@@ -1,13 +1,15 @@
-"""The links of a rank across its two boundaries and back, by the transports that its groups were made for."""
+"""The links of a rank: to and from other stages, back, and to the ranks that share its rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from profiler.comm.links.buffers import STAGED
-from profiler.comm.links.group import Groups
+from profiler.comm.links.group import Groups, Pair, RankGroup
 from profiler.comm.links.link import (
     CollectiveInbound,
     CollectiveOutbound,
@@ -17,64 +19,81 @@ from profiler.comm.links.link import (
     Return,
 )
 from profiler.comm.links.mesh import Transport
-from profiler.comm.links.peer_link import SLOTS, PeerInbound, PeerOutbound, PeerReturn, link_lanes
-from profiler.comm.links.peer_memory import PeerMemory
+from profiler.comm.links.peer_gather import PeerGatherGroup, gather_lanes
+from profiler.comm.links.peer_link import HIDDEN, SLOTS, PeerInbound, PeerOutbound, PeerReturn, link_lanes
+from profiler.comm.links.peer_memory import Lane, PeerMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """From the stage before, to the stage after, and from the last stage to the first; None where there is none."""
+    """From and to other stages, by their index, and from the last stage to the first; None where there is none."""
 
-    inbound: Inbound | None = None
-    outbound: Outbound | None = None
+    inbound: Mapping[int, Inbound]
+    outbound: Mapping[int, Outbound]
     back: Return | None = None
+    sequence: RankGroup = field(default_factory=RankGroup)
 
     def drain(self) -> None:
         """Wait for all sends."""
-        for link in (self.outbound, self.back):
-            if link:
-                link.drain()
+        for link in self.outbound.values():
+            link.drain()
+        if self.back:
+            self.back.drain()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageSizes:
-    """The largest hidden states that cross a boundary, [max_tokens, hidden_size], and how many token ids go back."""
+    """The largest hidden states that cross a boundary, [max_tokens, hidden_size], how many token ids go back, and how
+    many numbers of keys and values a rank of a sequence-parallel group gathers of a layer at most."""
 
     max_tokens: int
     hidden_size: int
     num_requests: int
+    gathered: int = 0
 
 
 def make_links(groups: Groups, sizes: MessageSizes, device: torch.device, dtype: torch.dtype) -> Links:
     """Make the links of a rank; all ranks of a host call it together, whatever each of them needs."""
-    pairs = (groups.inbound, groups.outbound, groups.back)
+    sequence, members = groups.sequence, groups.sequence_ranks
     memory = None
-    if groups.sharing is not None and any(pairs):
-        lanes = link_lanes(
-            max_tokens=sizes.max_tokens, hidden_size=sizes.hidden_size, dtype=dtype, num_requests=sizes.num_requests
-        )
-        memory = PeerMemory(groups.sharing.group, groups.sharing.ranks, lanes, device)
-    size = (sizes.max_tokens, sizes.hidden_size)
-    inbound: Inbound | None = None
-    outbound: Outbound | None = None
-    back: Return | None = None
-    if pair := groups.inbound:
-        if pair.transport is Transport.PEER_MEMORY:
-            assert memory is not None
-            inbound = PeerInbound(memory, pair.peer)
-        else:
-            assert pair.group is not None
-            inbound = CollectiveInbound(
-                pair.group, pair.peer, max_tokens=size[0], hidden_size=size[1], device=device, dtype=dtype
+    gathers = sizes.gathered > 0 and groups.sharing is not None and set(members) <= set(groups.sharing.ranks)
+    if groups.sharing is not None and (groups.hand_offs or gathers):
+        lanes: list[Lane] = []
+        if groups.hand_offs:
+            lanes += link_lanes(
+                max_tokens=sizes.max_tokens,
+                hidden_size=sizes.hidden_size,
+                dtype=dtype,
+                num_requests=sizes.num_requests,
+                num_sources=max(Counter(target for _, target in groups.hand_offs).values()),
             )
-    if pair := groups.outbound:
+        if gathers:
+            lanes += gather_lanes(len(members), sizes.gathered, dtype)
+        channels = 2 * SLOTS if gathers else 0
+        memory = PeerMemory(groups.sharing.group, groups.sharing.ranks, lanes, device, channels=channels)
+        if gathers:
+            sequence = PeerGatherGroup(sequence, members, memory, len(lanes) - len(members))
+    size = (sizes.max_tokens, sizes.hidden_size)
+
+    def inbound_of(pair: Pair) -> Inbound:
         if pair.transport is Transport.PEER_MEMORY:
             assert memory is not None
-            outbound = PeerOutbound(memory, pair.peer, torch.empty(SLOTS, *size, device=device, dtype=dtype))
-        else:
-            assert pair.group is not None
-            staging = torch.empty(STAGED, *size, device=device, dtype=dtype) if device.type == "cuda" else None
-            outbound = CollectiveOutbound(pair.group, pair.peer, staging=staging)
+            return PeerInbound(memory, pair.peer, HIDDEN[pair.source])
+        assert pair.group is not None
+        return CollectiveInbound(
+            pair.group, pair.peer, max_tokens=size[0], hidden_size=size[1], device=device, dtype=dtype
+        )
+
+    def outbound_of(pair: Pair) -> Outbound:
+        if pair.transport is Transport.PEER_MEMORY:
+            assert memory is not None
+            staging = torch.empty(SLOTS, *size, device=device, dtype=dtype)
+            return PeerOutbound(memory, pair.peer, staging, HIDDEN[pair.source])
+        assert pair.group is not None
+        staged = torch.empty(STAGED, *size, device=device, dtype=dtype) if device.type == "cuda" else None
+        return CollectiveOutbound(pair.group, pair.peer, staging=staged)
+
+    back: Return | None = None
     if pair := groups.back:
         if pair.transport is Transport.PEER_MEMORY:
             assert memory is not None
@@ -82,4 +101,9 @@ def make_links(groups: Groups, sizes: MessageSizes, device: torch.device, dtype:
         else:
             assert pair.group is not None
             back = CollectiveReturn(pair.group, pair.peer, device=device)
-    return Links(inbound=inbound, outbound=outbound, back=back)
+    return Links(
+        inbound={stage: inbound_of(pair) for stage, pair in groups.inbound.items()},
+        outbound={stage: outbound_of(pair) for stage, pair in groups.outbound.items()},
+        back=back,
+        sequence=sequence,
+    )

@@ -1,4 +1,4 @@
-"""What may wait between two stages: here a stage may be a few rounds ahead of the next; the recurrence has no limit."""
+"""What may wait between two ranks: a stage may be a few rounds ahead of the next; the recurrence has no limit."""
 
 POSTED_AHEAD = 2
 """Receives that are posted at once."""
@@ -6,5 +6,7 @@ STAGED = 2
 """Hidden states on a card that wait to be sent, each at a place of its own."""
 BOUNDARY_BUFFERS = {"cuda": POSTED_AHEAD + STAGED, "cpu": POSTED_AHEAD}
 """Hidden states that a rank holds before it runs them, and on a card before they are sent."""
+GATHER_SLOTS = 2
+"""Layers whose keys and values cards may gather at once in the memory that they share."""
 SEND_BUFFER_BYTES = 512 << 20
 """What unfinished sends of a rank may hold on a CPU, where gloo never says that one ended."""

@@ -1,9 +1,9 @@
-"""The process groups of a rank: tensor- and sequence-parallel ones, a pair a stage boundary, and the way back."""
+"""The process groups of a rank: tensor- and sequence-parallel ones, a pair a way between stages, and the way back."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ import torch.distributed as dist
 from profiler.comm.links.mesh import Host, Hosts, Mesh, Transport, agree
 from profiler.hardware.device import nccl_link
 
-Reduce = Callable[[torch.Tensor], torch.Tensor]
-# Torch 2.13 gave it a new name.
+# Torch 2.13 gave them new names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class RankGroup:
@@ -24,21 +24,93 @@ class RankGroup:
     def __init__(self, group: dist.ProcessGroup | None = None, size: int = 1, rank: int = 0) -> None:
         self.group, self.size, self.rank = group, size, rank  # this rank's place among them
 
-    def reduce(self, bias: torch.Tensor | None) -> Reduce:
-        """Make the function that sums partial results [T, N] in place and adds a row-parallel bias [N] once."""
+    def reduce(self, bias: torch.Tensor | None) -> Reduction:
+        """What sums partial results over the ranks and adds a row-parallel bias [N] once."""
+        return Reduction(self, bias)
 
-        def sum_ranks(partial: torch.Tensor) -> torch.Tensor:
-            if self.group is not None:
-                dist.all_reduce(partial, group=self.group)
-            return partial if bias is None else partial + bias
+    def sum(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors, in place."""
+        if self.group is not None:
+            dist.all_reduce(partial, group=self.group)
+        return partial
 
-        return sum_ranks
+    def sum_scatter(self, partial: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of the sum: [size * P, ...] -> [P, ...]."""
+        if self.group is None:
+            return partial
+        mine = partial.new_empty((partial.shape[0] // self.size, *partial.shape[1:]))
+        _reduce_scatter(mine.view(-1), partial.reshape(-1), group=self.group)
+        return mine
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Stack the tensors of all ranks: [...] -> [size, ...]."""
+        return self.begin_gather(tensor)()
+
+    def new_part(self, like: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """Where this rank lays what it gathers next, of `like`'s type; empty."""
+        return like.new_empty(size)
+
+    def release(self) -> None:
+        """What was gathered last into such a part has been read."""
+
+    def begin_gather(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to stack the tensors of all ranks; what it returns waits and gives [size, ...]."""
         stacked = tensor.new_empty((self.size, *tensor.shape))
-        _all_gather(stacked.view(-1), tensor.reshape(-1), group=self.group)
-        return stacked
+        sent = tensor.reshape(-1)
+        return _waiting(_all_gather(stacked.view(-1), sent, group=self.group, async_op=True), stacked, sent)
+
+    def exchange(self, parts: Sequence[torch.Tensor], received: Sequence[int]) -> list[torch.Tensor]:
+        """Send part i to rank i; received: how many numbers each rank sends here -> flat tensors, one a rank."""
+        sent = torch.cat([part.reshape(-1) for part in parts])
+        arrived = sent.new_empty(sum(received))
+        dist.all_to_all_single(arrived, sent, list(received), [part.numel() for part in parts], group=self.group)
+        return list(arrived.split(list(received)))
+
+    def begin_pass_on(self, sent: torch.Tensor, arrived: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to send to the next rank and to receive from the rank before; what it returns waits and gives that."""
+        assert self.group is not None
+        peers = [dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (1, -1)]
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, sent, peers[0], self.group), dist.P2POp(dist.irecv, arrived, peers[1], self.group)]
+        )
+
+        def wait() -> torch.Tensor:
+            for work in works:
+                work.wait()
+            return arrived
+
+        return wait
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """Sums partial results over a group and adds a row-parallel bias [N] once. See `profiler.layers.layer_inputs`."""
+
+    group: RankGroup
+    bias: torch.Tensor | None
+
+    def __call__(self, partial: torch.Tensor) -> torch.Tensor:
+        """partial: [T, N], summed in place -> [T, N]."""
+        return self._with_bias(self.group.sum(partial))
+
+    def scatter(self, partial: torch.Tensor) -> torch.Tensor:
+        """partial: [size * P, N] -> this rank's rows of the sum [P, N]."""
+        return self._with_bias(self.group.sum_scatter(partial))
+
+    def _with_bias(self, summed: torch.Tensor) -> torch.Tensor:
+        return summed if self.bias is None else summed + self.bias
+
+
+def _waiting(work: dist.Work, result: torch.Tensor, sent: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Wait for work, and keep what it sends until then."""
+    kept = [sent]
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        kept.clear()
+        return result
+
+    return wait
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +120,8 @@ class Pair:
     peer: int
     transport: Transport
     group: dist.ProcessGroup | None
+    source: int = 0
+    """Which of the stages that hand on hidden states to the receiver's the sender's is, counted from 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +134,16 @@ class HostGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """Groups of one rank. Pairs are groups of two: on NCCL all sends of one group wait for one another."""
+    """Groups of one rank. Pairs are groups of two, one a direction: on NCCL all sends of one group wait for one
+    another.
+    """
 
     tensor: RankGroup
     sequence: RankGroup
-    inbound: Pair | None  # the stage before
-    outbound: Pair | None  # the stage after
+    sequence_ranks: tuple[int, ...]  # its members, this rank alone where there is no group
+    inbound: Mapping[int, Pair]  # by the stage that hands on to this one
+    outbound: Mapping[int, Pair]  # by the stage that this one hands on to
+    hand_offs: Sequence[tuple[int, int]]  # all ways between stages, in an order that all ranks know
     back: Pair | None  # on the first stage the last one, and the other way round
     everyone: dist.ProcessGroup  # all ranks, over gloo: barriers
     sharing: HostGroup | None  # the ranks whose memory this rank can write into
@@ -83,13 +161,13 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
             mine.append(group)
         return group
 
-    def pair_of(one: int, other: int, *, few_blocks: bool = False) -> Pair | None:
+    def pair_of(one: int, other: int, *, few_blocks: bool = False, source: int = 0) -> Pair | None:
         transport = hosts.transport(one, other)
         by_group = transport is Transport.COLLECTIVE
         group = group_of((one, other), few_blocks=few_blocks) if by_group else None
         if rank not in (one, other):
             return None
-        return Pair(peer=other if rank == one else one, transport=transport, group=group)
+        return Pair(peer=other if rank == one else one, transport=transport, group=group, source=source)
 
     everyone = group_of(tuple(range(mesh.world_size)), backend="gloo")
     hosts = find_hosts(everyone, device)
@@ -98,24 +176,31 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
         group = group_of(ranks, backend="gloo")
         sharing = HostGroup(ranks=ranks, group=group) if rank in ranks else sharing
     tensor = sequence = None
+    sequence_ranks: tuple[int, ...] = (rank,)
     for ranks in mesh.tensor_groups():
         group = group_of(ranks)
         tensor = group if rank in ranks else tensor
     for ranks in mesh.sequence_groups():
         group = group_of(ranks)
-        sequence = group if rank in ranks else sequence
-    inbound = outbound = back = None
+        if rank in ranks:
+            sequence, sequence_ranks = group, ranks
+    inbound, outbound = dict[int, Pair](), dict[int, Pair]()
     for first, second in mesh.boundaries():
-        pair = pair_of(first, second, few_blocks=True)
-        inbound = pair if rank == second else inbound
-        outbound = pair if rank == first else outbound
+        before, after = mesh.place(first)[0], mesh.place(second)[0]
+        pair = pair_of(first, second, few_blocks=True, source=mesh.sources(after).index(before))
+        if pair is not None:
+            sides, stage = (inbound, before) if rank == second else (outbound, after)
+            sides[stage] = pair
+    back = None
     for first, last in mesh.returns():
         back = pair_of(first, last) or back
     yield Groups(
         tensor=RankGroup(tensor, mesh.tp_size, mesh.place(rank)[2]),
         sequence=RankGroup(sequence, mesh.sp_size, mesh.place(rank)[1]),
+        sequence_ranks=sequence_ranks,
         inbound=inbound,
         outbound=outbound,
+        hand_offs=mesh.hand_offs(),
         back=back,
         everyone=everyone,
         sharing=sharing,

@@ -15,8 +15,14 @@ from profiler.comm.links.buffers import POSTED_AHEAD, SEND_BUFFER_BYTES, STAGED
 class Inbound(Protocol):
     """Hidden states of the rounds announced, in order, from the stage before."""
 
-    def expect(self, tokens: Sequence[int]) -> None:
-        """Announce the rounds to come, `tokens` rows each. Those announced before must all have been received."""
+    def expect(self, tokens: Sequence[int], after: Sequence[int] = ()) -> None:
+        """Announce the rounds to come, `tokens` rows each. Those announced before must all have been received.
+
+        after: for each, how many of this rank's tasks of the pass its sender may be waiting for; none if left out.
+        """
+
+    def queued(self, num_tasks: int) -> None:
+        """So many of this rank's tasks of the pass have been given to the device."""
 
     def buffer(self, index: int, num_tokens: int) -> torch.Tensor:
         """Where the hidden states of the announced round `index` will lie, [T, hidden]."""
@@ -65,15 +71,27 @@ class CollectiveInbound:
         size = (POSTED_AHEAD, max_tokens, hidden_size)
         self.buffers = torch.zeros(size, device=device, dtype=dtype)
         self._posted: deque[dist.Work] = deque()
-        self._to_post: deque[torch.Tensor] = deque()
+        self._to_post: deque[tuple[torch.Tensor, int]] = deque()
+        self._free = POSTED_AHEAD  # buffers that may be filled
+        self._queued = 0
 
-    def expect(self, tokens: Sequence[int]) -> None:
-        """See `Inbound`; posts the first receives."""
-        if self._posted:
+    def expect(self, tokens: Sequence[int], after: Sequence[int] = ()) -> None:
+        """See `Inbound`; posts the first receives.
+
+        A receive that is posted may wait on the device, and the host for the device when it loads a kernel: so none is
+        posted whose sender waits for what this rank has yet to queue.
+        """
+        if self._posted or self._to_post:
             raise RuntimeError("the rounds announced before have not all been received")
-        self._to_post.extend(self.buffer(index, count) for index, count in enumerate(tokens))
-        for _ in range(POSTED_AHEAD):
-            self.release()
+        buffers = [self.buffer(index, count) for index, count in enumerate(tokens)]
+        self._to_post.extend(zip(buffers, after or [0] * len(buffers), strict=True))
+        self._free, self._queued = POSTED_AHEAD, 0
+        self._post()
+
+    def queued(self, num_tasks: int) -> None:
+        """See `Inbound`; posts receives that had to wait for that."""
+        self._queued = num_tasks
+        self._post()
 
     def buffer(self, index: int, num_tokens: int) -> torch.Tensor:
         """See `Inbound`."""
@@ -85,10 +103,15 @@ class CollectiveInbound:
 
     def release(self) -> None:
         """See `Inbound`; posts the receive after those posted, into the buffer of the round that has just run."""
-        if self._to_post:
-            work = dist.irecv(self._to_post.popleft(), self.source, group=self.group)
+        self._free += 1
+        self._post()
+
+    def _post(self) -> None:
+        while self._free and self._to_post and self._to_post[0][1] <= self._queued:
+            work = dist.irecv(self._to_post.popleft()[0], self.source, group=self.group)
             assert work is not None
             self._posted.append(work)
+            self._free -= 1
 
 
 class CollectiveOutbound:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +18,8 @@ class Mesh:
     pp_size: int = 1
     sp_size: int = 1
     tp_size: int = 1
+    stage_of_group: tuple[int, ...] = ()
+    """The stages that a round passes in turn, where it passes some several times; else each once."""
 
     @property
     def world_size(self) -> int:
@@ -51,16 +54,31 @@ class Mesh:
                 for tp_rank in range(self.tp_size):
                     yield tuple(self.rank(stage, sp_rank, tp_rank) for sp_rank in range(self.sp_size))
 
+    @property
+    def last_stage(self) -> int:
+        """The stage that a round leaves the pipeline from."""
+        return self.stage_of_group[-1] if self.stage_of_group else self.pp_size - 1
+
+    def hand_offs(self) -> list[tuple[int, int]]:
+        """From which stage to which hidden states go, each way once, in the order in which a round first takes them."""
+        passed = pairwise(self.stage_of_group or range(self.pp_size))
+        return list(dict.fromkeys((source, target) for source, target in passed if source != target))
+
+    def sources(self, stage: int) -> list[int]:
+        """The stages that hand on to a stage."""
+        return sorted(source for source, target in self.hand_offs() if target == stage)
+
     def boundaries(self) -> Iterator[tuple[int, int]]:
-        """Sender and receiver of hidden states, of each boundary between stages: each rank hands on its own rows."""
-        for sender in range(self.world_size - self.stage_size):
-            yield sender, sender + self.stage_size
+        """Sender and receiver of hidden states, of each way between stages: each rank hands on its own rows."""
+        for source, target in self.hand_offs():
+            for member in range(self.stage_size):
+                yield source * self.stage_size + member, target * self.stage_size + member
 
     def returns(self) -> Iterator[tuple[int, int]]:
-        """First and last rank of each way back from the last stage to the first."""
-        if self.pp_size > 1:
+        """First and last rank of each way back from the last stage to the first; none where they are the same."""
+        if self.last_stage:
             for member in range(self.stage_size):
-                yield member, self.world_size - self.stage_size + member
+                yield member, self.last_stage * self.stage_size + member
 
 
 class Transport(StrEnum):

@@ -13,26 +13,33 @@ import torch
 from profiler.comm.links.peer_memory import Lane, Memory
 
 SLOTS = 2
-HIDDEN, IDS = 0, 1
-"""Lanes of every rank: hidden states from the stage before; token ids and acknowledgements from the last stage."""
+HIDDEN, IDS = (0, 2), 1
+"""Lanes of every rank: hidden states from its first source and from its second, where stages pass rounds up and down;
+token ids and acknowledgements from the last stage."""
 
 
-def link_lanes(*, max_tokens: int, hidden_size: int, dtype: torch.dtype, num_requests: int) -> tuple[Lane, Lane]:
-    """The lanes of a plan's links, in the order of HIDDEN and IDS."""
+def link_lanes(
+    *, max_tokens: int, hidden_size: int, dtype: torch.dtype, num_requests: int, num_sources: int = 1
+) -> tuple[Lane, ...]:
+    """The lanes of a plan's links. num_sources: of the stage that most stages hand on to."""
     hidden = Lane(slots=SLOTS, rows=max_tokens, width=hidden_size, dtype=dtype)
-    return hidden, Lane(slots=SLOTS, rows=num_requests, width=1, dtype=torch.int64)
+    ids = Lane(slots=SLOTS, rows=num_requests, width=1, dtype=torch.int64)
+    return (hidden, ids, hidden)[: 1 + num_sources]
 
 
 class PeerInbound:
     """Rounds arrive in this rank's slots in turn. See `profiler.comm.links.link.Inbound`."""
 
-    def __init__(self, memory: Memory, source: int) -> None:
-        self.memory, self.source = memory, source
-        self.slots = memory.inbox(HIDDEN)
+    def __init__(self, memory: Memory, source: int, lane: int = HIDDEN[0]) -> None:
+        self.memory, self.source, self.lane = memory, source, lane
+        self.slots = memory.inbox(lane)
         self._received = 0
 
-    def expect(self, tokens: Sequence[int]) -> None:
+    def expect(self, tokens: Sequence[int], after: Sequence[int] = ()) -> None:
         """See `Inbound`; nothing is posted: the sender writes when its data is there."""
+
+    def queued(self, num_tasks: int) -> None:
+        """See `Inbound`."""
 
     def buffer(self, index: int, num_tokens: int) -> torch.Tensor:
         """See `Inbound`."""
@@ -40,12 +47,12 @@ class PeerInbound:
 
     def receive(self) -> None:
         """See `Inbound`."""
-        self.memory.wait_pushed(self.memory.current_queue(), self.source, HIDDEN, self._received + 1)
+        self.memory.wait_pushed(self.memory.current_queue(), self.source, self.lane, self._received + 1)
 
     def release(self) -> None:
         """See `Inbound`."""
         self._received += 1
-        self.memory.freed(self.memory.current_queue(), self.source, HIDDEN, self._received)
+        self.memory.freed(self.memory.current_queue(), self.source, self.lane, self._received)
 
 
 class PeerOutbound:
@@ -54,8 +61,8 @@ class PeerOutbound:
     staging: [SLOTS, max_tokens, hidden], where rounds lay what they send.
     """
 
-    def __init__(self, memory: Memory, target: int, staging: torch.Tensor) -> None:
-        self.memory, self.target, self.staging = memory, target, staging
+    def __init__(self, memory: Memory, target: int, staging: torch.Tensor, lane: int = HIDDEN[0]) -> None:
+        self.memory, self.target, self.staging, self.lane = memory, target, staging, lane
         self._queue = memory.new_queue()
         self._sent = 0
         self._first = 0  # the message with which the pass began: slots are counted from it
@@ -79,15 +86,15 @@ class PeerOutbound:
         """See `Outbound`; `tensor` lies in the round's buffer."""
         slot = (self._sent - self._first) % SLOTS
         self._queue.wait_for(self.memory.current_queue().mark())
-        self.memory.wait_freed(self._queue, self.target, HIDDEN, max(self._first, self._sent - SLOTS + 1))
-        self.memory.copy(self._queue, self.target, HIDDEN, slot, tensor)
+        self.memory.wait_freed(self._queue, self.target, self.lane, max(self._first, self._sent - SLOTS + 1))
+        self.memory.copy(self._queue, self.target, self.lane, slot, tensor)
         self._sent += 1
-        self.memory.pushed(self._queue, self.target, HIDDEN, self._sent)
+        self.memory.pushed(self._queue, self.target, self.lane, self._sent)
         self._copied.append(self._queue.mark())
 
     def drain(self) -> None:
         """See `Outbound`: until all has been read, on the current queue."""
-        self.memory.wait_freed(self._queue, self.target, HIDDEN, self._sent)
+        self.memory.wait_freed(self._queue, self.target, self.lane, self._sent)
         self.memory.current_queue().wait_for(self._queue.mark())
         self._copied.clear()
 

@@ -13,14 +13,37 @@ and lane, and only ever grow:
 The sender of message n (from 0) waits for `freed >= n - slots + 1`, copies, writes `pushed = n + 1`. The receiver waits
 for `pushed >= n + 1`, reads, writes `freed = n + 1`.
 
-**No cycle.** Number the work of a pass by (round, stage). Stage k runs round i after its own round i - 1, after
-`pushed` of round i from stage k - 1, and after its own send of round i - slots, which waits for `freed`, written by
-stage k + 1 after round i - 2 slots; the first stage also after round i - window of the last. A decode step is one more
-round: its first stage runs after the step before of the last. Every wait is for work with a smaller number in the order
-(round, stage), so the smallest unfinished one can always go on. Ranks queue their work in that order too: what a card
-waits for never stands behind the wait, even if it ran all its queues as one. Loading a kernel, starting a recorded
-graph or filling a queue may make the host wait for its own card, and so only for smaller work again. Counters only
-grow, so a wait that was met stays met, whoever is first.
+**No cycle.** A task is a round in one group of layers; a stage may hold several groups. All tasks of a pass stand in
+one order that every rank knows, `tuner.plan.task_order`, and each stage runs its own tasks in it; a decode step is one
+more round, and passes and steps follow one another. What a card waits for when it comes to a task is
+
+1. its own tasks before this one, by the queue;
+2. `pushed` of the message that it reads, written after the task of the group before;
+3. for the first group, the round `window` before to have left the last group; in decode the step before;
+4. where it lays what it sends: its own send of `slots` messages before, on the same link, to have been copied;
+
+and the copy of message n of a link, which is queued behind the task that made it, waits for `freed`, written after the
+task that reads message n - slots. Every one of these is earlier in the order than the task. 1. to 3. by what the order
+is: tasks of one round by group, of one group by round, and windows. For the copies: the order is the record of a run in
+which a task that sends message n of a link starts only after the reader of message n - MESSAGES has started, and
+MESSAGES is at most `slots`. 4. waits for the copy of message n - slots, and so for the reader of message n - 2 slots,
+which is earlier still. Messages of a link are read in the order in which they are sent, so that counters and slots in
+turn tell them apart. So the earliest unfinished task of all can always go on: none waits for a later one, whatever
+times are.
+
+With one group a stage the order is (round, stage): the reader of message n - slots is round n - slots on the next
+stage, which comes before round n whatever `slots` is. With several, a loop of links that are all full could wait for
+itself; no order in which that happens is a record of a run that ended.
+
+Ranks queue their work in the order too: what a card waits for never stands behind the wait, even if it ran all its
+queues as one. Loading a kernel, starting a recorded graph or filling a queue may make the host wait for its own card,
+and so only for earlier tasks again. Receives of NCCL, which wait on the device as well, are posted ahead only where
+their senders' tasks come after no task of this rank that has yet to be queued (`Inbound.expect`). Counters only grow,
+so a wait that was met stays met, whoever is first. Around a loop the first messages, which make connections, go one
+link after the other.
+
+Two neighbours hand on to one stage where rounds pass up and down: each has a lane of its own, for a lane has one
+sender.
 
 A wait on a counter is a command of the card's front end and occupies no multiprocessor, as a kernel that waits does:
 docs/running.md has what that costs.
@@ -121,11 +144,17 @@ class StreamQueue:
 class PeerMemory:
     """Symmetric memory of all ranks of a host. See `Memory`; making one is collective over them.
 
-    group: all ranks of this host, over gloo; ranks: their global numbers.
+    group: all ranks of this host, over gloo; ranks: their global numbers; channels: of signals.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, ranks: Sequence[int], lanes: Sequence[Lane], device: torch.device
+        self,
+        group: dist.ProcessGroup,
+        ranks: Sequence[int],
+        lanes: Sequence[Lane],
+        device: torch.device,
+        *,
+        channels: int = 0,
     ) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
@@ -136,7 +165,7 @@ class PeerMemory:
         size_bytes = sum(lane.size_bytes for lane in lanes)
         self._buffer = symmetric_memory.empty(size_bytes, device=device, dtype=torch.uint8)
         self._handle = symmetric_memory.rendezvous(self._buffer, group)
-        num_words = len(lanes) * _KINDS * len(ranks)
+        num_words = (len(lanes) * _KINDS + channels) * len(ranks)
         if num_words * 4 > self._handle.signal_pad_size:
             raise RuntimeError(f"{num_words} counters do not fit into {self._handle.signal_pad_size} bytes")
         self._boxes = [[self._lane(member, lane) for lane in range(len(lanes))] for member in range(len(ranks))]
@@ -172,6 +201,37 @@ class PeerMemory:
         """See `Memory`."""
         assert isinstance(queue, StreamQueue)
         _wait(queue.stream, self._own_counter(lane, _FREED, receiver), count)
+
+    @property
+    def first_channel(self) -> int:
+        """The first signal channel whose flags lie beyond the counters."""
+        return len(self.lanes) * _KINDS
+
+    def inboxes(self, first: int, count: int) -> torch.Tensor:
+        """This rank's slots of equal lanes that lie one after the other, [count, numbers], each with its padding."""
+        lane = self.lanes[first]
+        width = lane.size_bytes // lane.dtype.itemsize
+        start = self._starts[first] // lane.dtype.itemsize
+        seen: torch.Tensor = self._handle.get_buffer(self._me, (count, width), lane.dtype, start)
+        return seen
+
+    def copy_part(self, queue: Queue, receiver: int, lane: int, slot: int, source: torch.Tensor) -> None:
+        """Copy `source` [1, n] to the front of the receiver's slot [1, width]."""
+        assert isinstance(queue, StreamQueue)
+        with torch.cuda.stream(queue.stream):
+            self._boxes[self._member[receiver]][lane][slot, :, : source.shape[1]].copy_(source)
+
+    def signal(self, queue: Queue, receiver: int, channel: int) -> None:
+        """Set this rank's flag at the receiver, once what this queue copied has arrived and the flag is clear."""
+        assert isinstance(queue, StreamQueue)
+        with torch.cuda.stream(queue.stream):
+            self._handle.put_signal(self._member[receiver], channel)
+
+    def await_signal(self, queue: Queue, sender: int, channel: int) -> None:
+        """Wait for the sender's flag and clear it."""
+        assert isinstance(queue, StreamQueue)
+        with torch.cuda.stream(queue.stream):
+            self._handle.wait_signal(self._member[sender], channel)
 
     def new_queue(self) -> Queue:
         """See `Memory`."""

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     "--tp-sizes", metavar="N,...", help="Tensor-parallel degrees to measure. [default: those that split WORLD_SIZE]"
 )
 @click.option(
+    "--sp-sizes",
+    metavar="N,...",
+    help="Sequence-parallel degrees to measure finely, beside each tensor-parallel one. [default: coarsely]",
+)
+@click.option(
     "--context-length",
     type=click.IntRange(min=1),
     help="Longest prompt to cover. [default: the model's, at most 8192 on a CPU and 131072 on CUDA]",
@@ -43,6 +48,7 @@ def command(
     model: str,
     world_size: int | None,
     tp_sizes: str | None,
+    sp_sizes: str | None,
     context_length: int | None,
     dtype: str | None,
     device_type: str | None,
@@ -68,6 +74,7 @@ def command(
         model=model,
         world_size=world_size,
         tp_sizes=tp_sizes,
+        sp_sizes=sp_sizes,
         context_length=context_length,
         dtype=dtype,
         device_type=device_type,

@@ -12,7 +12,7 @@ from service.use_cases.tune_options import TuneOptions
 @options_of(TuneOptions)
 @json_option
 def command(options: TuneOptions, as_json: bool) -> None:
-    """Choose tensor and pipeline sizes, layer partition and rounds for MODEL.
+    """Choose tensor, sequence and pipeline sizes, layer partition and rounds for MODEL, and say why.
 
     MODEL is a folder with a config.json or the name of a bundled shape. The cost model is fitted to the rows that
     `isochunk profile` measured; with --cost-model it is read from a file, and MODEL is not needed.

@@ -22,6 +22,7 @@ from profiler.measure.timing import (
     take_samples,
 )
 from profiler.points.point import RANK_LAYER, Op, Point
+from profiler.points.rank_groups import RankGroups
 
 CPU = torch.device("cpu")
 
@@ -70,8 +71,10 @@ def test_cheap_calls_get_more_samples_than_dear_ones_within_their_time(call_s: f
 
 def test_of_ranks_in_step_the_one_that_waited_for_none_counts_in_each_group() -> None:
     us = torch.tensor([[10.0, 30.0], [20.0, 21.0], [50.0, 40.0], [45.0, 60.0]])
-    assert of_the_last(us, 2).tolist() == [[10.0, 21.0], [10.0, 21.0], [45.0, 40.0], [45.0, 40.0]]
-    assert of_the_last(us, 4).tolist() == [[10.0, 21.0]] * 4
+    pairs, apart = RankGroups(2), RankGroups(2, 2)
+    assert of_the_last(us, pairs.of(4)).tolist() == [[10.0, 21.0], [10.0, 21.0], [45.0, 40.0], [45.0, 40.0]]
+    assert of_the_last(us, apart.of(4)).tolist() == [[10.0, 30.0], [20.0, 21.0], [10.0, 30.0], [20.0, 21.0]]
+    assert of_the_last(us, RankGroups(4).of(4)).tolist() == [[10.0, 21.0]] * 4
 
 
 def test_each_card_has_a_row_of_its_own_beside_that_of_the_slowest() -> None:

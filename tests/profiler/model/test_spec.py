@@ -18,6 +18,7 @@ from profiler.points.grid import Grid
 from profiler.points.point import Op
 from runtime.stage.slab import KVSlab
 from tests.checkpoints import VARIANTS
+from tests.tuner.memory_sizes import stages, whole_rounds
 from tuner.plan.kv_rows import KVRows
 from tuner.plan.memory import rank_memory
 
@@ -55,17 +56,13 @@ def test_layers_that_differ_are_counted_one_by_one() -> None:
     assert prefill_flops(even, [(10, 5)], 1) - prefill_flops(shape, [(10, 5)], 1) == 2 * 10 * (mlp + kv * 2048)
 
     def memory(shape: ModelShape) -> list[tuple[int, int]]:
-        stages = rank_memory(
-            shape, dtype="bfloat16", tp_size=1, layer_partition=(8, 8), slab_tokens=100, max_round_tokens=10,
-            all_tokens=100, num_rounds=1, device_type="cpu",
-        )  # fmt: skip
-        return [(stage.weights_bytes, stage.kv_bytes) for stage in stages]
+        counted = rank_memory(shape, stages(8, 8), whole_rounds(100, 10, 100, 1), dtype="bfloat16", device_type="cpu")
+        return [(stage.weights_bytes, stage.kv_bytes) for stage in counted]
 
     (weights, kv_bytes), last = memory(even)
     assert memory(shape) == [(weights - 2 * (mlp + kv * 2048), kv_bytes - 2 * 100 * kv), last]
-    slab = KVSlab(
-        shape.layers[:8], KVRows(start=(0,), total=100), tp_size=1, device=torch.device("cpu"), dtype=torch.bfloat16
-    )
+    heads = [(layer.attention.kv_heads.count, layer.attention.head_dim) for layer in shape.layers[:8]]
+    slab = KVSlab(heads, KVRows(start=(0,), total=100), device=torch.device("cpu"), dtype=torch.bfloat16)
     assert sum(part.nbytes for part in (*slab.keys, *slab.values)) == kv_bytes - 2 * 100 * kv
 
 

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 
+from profiler.comm.links.mesh import Mesh
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import load_model_shape
-from profiler.points.grid import Grid, bisection_levels, group_sizes
-from profiler.points.point import COLLECTIVES, Op, Point
+from profiler.points.grid import Grid, bisection_levels, rank_groups
+from profiler.points.point import BESIDE, COLLECTIVES, Op, Point, stride_of, strided
+from profiler.points.rank_groups import RankGroups
 
 
 def make_grid(**changes: object) -> Grid:
@@ -102,9 +104,48 @@ def test_messages_are_hidden_states_that_every_group_can_split() -> None:
 
 
 def test_groups() -> None:
-    assert group_sizes((1,), 1) == []
-    assert group_sizes((1, 2), 2) == [2]
-    assert group_sizes((1, 4), 8) == [2, 4, 8]
+    assert rank_groups((1,), (), 1) == []
+    assert rank_groups((1, 2), (), 2) == [RankGroups(2)]
+    assert rank_groups((1, 4), (), 8) == [RankGroups(2), RankGroups(4), RankGroups(8)]
+    shared = [RankGroups(2), RankGroups(2, 2), RankGroups(2, 4), RankGroups(4), RankGroups(4, 2), RankGroups(8)]
+    assert rank_groups((1, 2, 4), (2, 4), 8) == shared  # 4 x 4 ranks are not there
+
+
+@pytest.mark.parametrize(("tp_size", "sp_size", "world_size"), [(2, 2, 4), (2, 3, 13), (1, 4, 8), (4, 2, 8)])
+def test_ranks_that_share_rows_stand_as_in_a_layout(tp_size: int, sp_size: int, world_size: int) -> None:
+    form = RankGroups(sp_size, tp_size)
+    mesh = Mesh(pp_size=world_size // (sp_size * tp_size), sp_size=sp_size, tp_size=tp_size)
+    assert form.of(world_size) == list(mesh.sequence_groups())
+    assert sorted(sum(form.of(world_size), ())) == list(range(form.busy(world_size)))
+
+
+def test_sharing_rows_adds_points_where_it_is_asked_for() -> None:
+    def points_of(*sp_sizes: int) -> list[Point]:
+        return make_grid(
+            world_size=4, tp_sizes=(1, 2, 4), device_type="cuda", context_length=8192, sp_sizes=sp_sizes
+        ).points()
+
+    plain = {point.key for point in points_of()}
+    added = [point for point in points_of(2, 4) if point.key not in plain]
+    assert plain < {point.key for point in points_of(2, 4)}
+    assert of(added, Op.ATTENTION) == []  # 16 and 8 heads are those of tensor parallelism
+    alone = make_grid(world_size=4, tp_sizes=(1,), device_type="cuda", context_length=8192, sp_sizes=(2, 3, 4))
+    # 32 heads on 3 ranks are 11 at most, of 4 KV heads: two calls of different groups.
+    assert {point.shape["heads"] for point in of(alone.points(), Op.ATTENTION)} == {32, 16, 8}
+    strided_points = {(p.op, p.group_size, p.busy_ranks) for p in added if p.variant == "stride-2"}
+    assert strided_points == {(Op.ALL_GATHER, 2, 4), (Op.ALL_TO_ALL, 2, 4)}
+    beside = {(point.op, point.group_size) for point in added if point.variant == BESIDE}
+    assert beside == {(Op.ALL_GATHER, 2), (Op.ALL_GATHER, 4), (Op.MATMUL, 2), (Op.MATMUL, 4)}
+    gathers, sums = (
+        {p.shape["bytes"] for p in of(points_of(4), op) if p.group_size == 4 and not p.variant}
+        for op in (Op.ALL_GATHER, Op.ALL_REDUCE)
+    )
+    assert gathers == sums
+
+
+def test_variants_tell_how_far_apart_ranks_stand() -> None:
+    assert strided("", 1) == "" and stride_of("") == stride_of(BESIDE) == 1
+    assert stride_of(strided("", 4)) == 4
 
 
 def test_no_dense_mask_of_a_long_context_on_a_cpu() -> None:

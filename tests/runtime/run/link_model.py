@@ -23,19 +23,24 @@ import torch
 from profiler.comm.links import peer_link
 from profiler.comm.links.boundary import Links
 from profiler.comm.links.group import Groups, Pair, RankGroup
-from profiler.comm.links.mesh import Transport
+from profiler.comm.links.mesh import Mesh, Transport
 from profiler.comm.links.peer_link import HIDDEN, PeerInbound, PeerOutbound, PeerReturn
 from profiler.comm.links.peer_memory import Queue
 from profiler.comm.ranks.mark import Progress
+from profiler.sequence.kind import SequenceCut
 from runtime.job.job import Job
-from runtime.job.place import Place
+from runtime.job.place import Place, mesh_of
 from runtime.run import pipeline as pipeline_module
 from runtime.run.pipeline import Pipeline
-from tuner.plan.plan import Chunk, Parallel, Request
+from runtime.stage.share import RoundShare
+from tuner.plan.plan import Chunk, Parallel, Request, Round
+from tuner.plan.stage_order import StageOrder
+from tuner.plan.task_order import MESSAGES
 
 WIDTH = 1
 CPU = torch.device("cpu")
 PUSHED, FREED = "pushed", "freed"
+Label = tuple[int, int]  # group, and how often it has run: in a group rounds run in order, over passes and steps
 Counter_ = tuple[str, int, int, int]  # kind, rank in whose memory it lies, lane, the other rank
 
 
@@ -49,9 +54,9 @@ class Work:
     value: int = 0
     target: int = -1
     lane: int = -1
-    slot: int = -1  # copy: the receiver's; compute: read from, -1 for none
-    staging: int = -1  # compute: written to, copy: read from; -1 for none
-    number: int = -1  # of the message or round, over all passes
+    slot: int = -1  # copy: the receiver's; compute: read from in `lane`, -1 for none
+    staging: tuple[int, int] | None = None  # target and slot. compute: written to, copy: read from
+    label: Label | None = None  # compute: the task; copy: the task whose hidden states it takes
     waits_for_host: bool = False  # the host queues it only when all before is done
 
 
@@ -73,24 +78,34 @@ class FakeQueue:
 class FakeRank:
     """A rank's memory, stage and clock: all that its pipeline touches. See `profiler.comm.links.peer_memory.Memory`."""
 
-    rank: int
+    place: Place
     slots: int
     max_tokens: int
     program: list[Work] = field(default_factory=list)
     num_queues: int = 1
-    rounds_run: int = 0
-    copies: Counter[int] = field(default_factory=Counter)
+    runs: Counter[int] = field(default_factory=Counter)  # of each group
     boxes: list[torch.Tensor] = field(default_factory=list)
-    staging: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    read_slot: int = -1
+    stagings: dict[int, torch.Tensor] = field(default_factory=dict)  # by target
+    group: int = -1  # that runs
+    read: tuple[int, int] = (-1, -1)  # lane and slot that it read
+    written: tuple[int, int] | None = None  # target and slot that it wrote
+    done: Label | None = None  # the task that ran last
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
     origin_s: float = 0.0
     syncs: random.Random | None = None
 
     def __post_init__(self) -> None:
-        self.boxes = [torch.zeros(self.slots, self.max_tokens, WIDTH), torch.zeros(self.slots, 8, 1).long()]
-        self.staging = torch.zeros(self.slots, self.max_tokens, WIDTH)
+        hidden = [torch.zeros(self.slots, self.max_tokens, WIDTH) for _ in HIDDEN]
+        self.boxes = [hidden[0], torch.zeros(self.slots, 8, 1).long(), hidden[1]]
+
+    @property
+    def rank(self) -> int:
+        return self.place.stage
+
+    def staging_of(self, target: int) -> torch.Tensor:
+        self.stagings[target] = torch.zeros(self.slots, self.max_tokens, WIDTH)
+        return self.stagings[target]
 
     # Memory
     def inbox(self, lane: int) -> torch.Tensor:
@@ -104,9 +119,8 @@ class FakeRank:
         return FakeQueue(self, self.num_queues - 1)
 
     def copy(self, queue: Queue, receiver: int, lane: int, slot: int, source: torch.Tensor) -> None:
-        staging = self._slot_of(self.staging, source) if lane == HIDDEN else -1
-        number, self.copies[lane] = self.copies[lane], self.copies[lane] + 1
-        self._add(queue, "copy", target=receiver, lane=lane, slot=slot, staging=staging, number=number)
+        staging = (receiver, self._slot_of(self.stagings[receiver], source)) if lane in HIDDEN else None
+        self._add(queue, "copy", target=receiver, lane=lane, slot=slot, staging=staging, label=self.done)
 
     def pushed(self, queue: Queue, receiver: int, lane: int, count: int) -> None:
         self._add(queue, "write", counter=(PUSHED, receiver, lane, self.rank), value=count)
@@ -120,42 +134,54 @@ class FakeRank:
     def wait_freed(self, queue: Queue, receiver: int, lane: int, count: int) -> None:
         self._add(queue, "wait", counter=(FREED, self.rank, lane, receiver), value=count)
 
-    # Clock: a round is one command
+    # Clock: a task is one command
     def start(self) -> None:
-        self.read_slot = -1
+        self.read, self.written = (-1, -1), None
 
     def finish(self) -> None:
-        written = self.rounds_run
         waits = self.syncs is not None and self.syncs.random() < 0.2
-        self._add(FakeQueue(self, 0), "compute", slot=self.read_slot, staging=self.written_slot, number=written)
+        self.done = self.group, self.runs[self.group]
+        self.runs[self.group] += 1
+        lane, slot = self.read
+        self._add(FakeQueue(self, 0), "compute", lane=lane, slot=slot, staging=self.written, label=self.done)
         self.program[-1].waits_for_host = waits
-        self.rounds_run += 1
-        self.written_slot = -1
-
-    written_slot: int = -1
 
     # Stage
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.zeros(ids.shape[0], WIDTH)
 
-    def forward(self, _chunks: object, hidden: torch.Tensor) -> torch.Tensor:
-        self.read_slot = self._slot_of(self.boxes[HIDDEN], hidden)
+    def forward(self, _share: object, hidden: torch.Tensor, layers: slice) -> torch.Tensor:
+        self.group = self.place.groups[layers.start]  # of one layer each
+        found = [(lane, self._slot_of(self.boxes[lane], hidden)) for lane in HIDDEN]
+        self.read = next((place for place in found if place[1] >= 0), (-1, -1))
         return hidden.clone()
 
-    def forward_step(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.forward((), hidden)
+    def forward_step(self, hidden: torch.Tensor, layers: slice) -> torch.Tensor:
+        return self.forward((), hidden, layers)
 
-    def final_rows(self, _chunks: object) -> dict[int, int]:
-        return {}
+    def final_requests(self, _share: object) -> list[int]:
+        return []
 
-    def next_ids(self, hidden: torch.Tensor, _rows: object = None) -> torch.Tensor:
+    def next_ids(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.zeros(hidden.shape[0]).long()
 
     def restart(self) -> None: ...
 
     @property
+    def scheme(self) -> FakeRank:
+        return self
+
+    @property
     def step(self) -> FakeRank:
         return self
+
+    def use(self, _group: object) -> None: ...
+
+    def gathered_numbers(self, _num_rows: int) -> int:
+        return 0
+
+    def share(self, chunks: Round, cut: SequenceCut) -> RoundShare:
+        return RoundShare.of(chunks, cut, size=1, rank=0)
 
     def warm_up(self, _rounds: object) -> None: ...
 
@@ -168,19 +194,21 @@ class FakeRank:
 
 
 class NotedOutbound(PeerOutbound):
-    """Notes where a round lays what it sends."""
+    """Notes where a task lays what it sends."""
 
     def buffer(self, index: int, num_tokens: int) -> torch.Tensor:
         memory = cast(FakeRank, self.memory)
-        memory.written_slot = index % memory.slots
+        memory.written = self.target, index % memory.slots
         return super().buffer(index, num_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A run: stages, slots, window, tokens of each round, passes over them, and steps of decode after."""
+    """A run: stages, their groups, slots, window, tokens of each round, passes over them, and steps of decode after."""
 
     pp_size: int
+    virtual_stages: int
+    stage_order: StageOrder
     slots: int
     window: int | None
     round_tokens: tuple[int, ...]
@@ -192,12 +220,15 @@ class Case:
     def draw(cls, seed: int) -> Case:
         """A random one."""
         draw = random.Random(seed)
-        pp_size = draw.randint(2, 8)
+        virtual_stages = draw.choice([1, 1, 2, 2, 3])
+        pp_size = draw.randint(2, 8 if virtual_stages == 1 else 5)
         return cls(
             pp_size=pp_size,
-            slots=draw.choice([1, 2, 2, 3]),
+            virtual_stages=virtual_stages,
+            stage_order=draw.choice(list(StageOrder)),
+            slots=draw.choice([1, 2, 2, 3] if virtual_stages == 1 else [MESSAGES, MESSAGES, MESSAGES + 1]),
             window=draw.choice([None, *range(1, pp_size + 2)]),
-            round_tokens=tuple(draw.randint(1, 4) for _ in range(draw.randint(1, 7))),
+            round_tokens=tuple(draw.randint(1, 4) for _ in range(draw.randint(1, 7 if virtual_stages == 1 else 14))),
             num_passes=draw.randint(1, 3),
             decode_steps=draw.randint(0, 3),
             seed=seed,
@@ -207,15 +238,15 @@ class Case:
         """What the pipeline of each rank queues."""
         job = self._job()
         syncs = random.Random(self.seed) if host_waits else None
-        ranks = [FakeRank(rank, self.slots, 8, syncs=syncs) for rank in range(self.pp_size)]
+        places = [Place.of(rank, job.parallel) for rank in range(self.pp_size)]
+        ranks = [FakeRank(place, self.slots, 8, syncs=syncs) for place in places]
         with TemporaryDirectory() as folder, mock.patch.object(peer_link, "SLOTS", self.slots):
             for rank in ranks:
                 links = self._links(rank)
-                place = Place.of(rank.rank, job.parallel)
                 with mock.patch.object(pipeline_module, "make_links", lambda *_: links):  # noqa: B023 - called at once
                     made: Any = rank
                     progress = Progress(Path(folder) / f"progress-{rank.rank}", pid=1)
-                    pipeline = Pipeline(job, place, self._groups(rank.rank), made, made, progress)
+                    pipeline = Pipeline(job, rank.place, self._groups(rank.rank), made, made, progress)
                 pipeline.warm_up()
                 for _ in range(self.num_passes):
                     pipeline.prefill()
@@ -230,7 +261,13 @@ class Case:
         kernels: Any = None
         return Job(
             shape=shape,
-            parallel=Parallel(tp_size=1, pp_size=self.pp_size, layer_partition=(1,) * self.pp_size),
+            parallel=Parallel(
+                tp_size=1,
+                pp_size=self.pp_size,
+                layer_partition=(1,) * (self.pp_size * self.virtual_stages),
+                virtual_stages=self.virtual_stages,
+                stage_order=self.stage_order,
+            ),
             requests=(Request(id="r0", prompt_tokens=total),),
             rounds=tuple((Chunk(0, start, tokens),) for start, tokens in zip(starts, self.round_tokens, strict=True)),
             window=self.window,
@@ -242,24 +279,42 @@ class Case:
             kernels=kernels,
         )
 
+    @property
+    def mesh(self) -> Mesh:
+        return mesh_of(self._job().parallel)
+
     def _links(self, rank: FakeRank) -> Links:
-        last = self.pp_size - 1
-        inbound = PeerInbound(rank, rank.rank - 1) if rank.rank else None
-        outbound = NotedOutbound(rank, rank.rank + 1, rank.staging) if rank.rank < last else None
-        back = PeerReturn(rank, last - rank.rank) if rank.rank in (0, last) else None
-        return Links(inbound=inbound, outbound=outbound, back=back)
+        mesh, me = self.mesh, rank.rank
+
+        def lane(source: int, target: int) -> int:
+            return HIDDEN[mesh.sources(target).index(source)]
+
+        to, ends = [target for source, target in mesh.hand_offs() if source == me], (0, mesh.last_stage)
+        return Links(
+            inbound={source: PeerInbound(rank, source, lane(source, me)) for source in mesh.sources(me)},
+            outbound={target: NotedOutbound(rank, target, rank.staging_of(target), lane(me, target)) for target in to},
+            back=PeerReturn(rank, mesh.last_stage - me) if me in ends and mesh.last_stage else None,
+        )
 
     def _groups(self, rank: int) -> Groups:
-        def pair(peer: int) -> Pair | None:
-            is_there = 0 <= peer < self.pp_size
-            return Pair(peer=peer, transport=Transport.PEER_MEMORY, group=None) if is_there else None
+        mesh = self.mesh
+
+        def pair(peer: int) -> Pair:
+            return Pair(peer=peer, transport=Transport.PEER_MEMORY, group=None)
 
         everyone: Any = None
-        back = pair(self.pp_size - 1 - rank) if rank in (0, self.pp_size - 1) else None
+        has_back = rank in (0, mesh.last_stage) and mesh.last_stage > 0
         return Groups(
-            tensor=RankGroup(), sequence=RankGroup(), inbound=pair(rank - 1), outbound=pair(rank + 1), back=back,
-            everyone=everyone, sharing=None,
-        )  # fmt: skip
+            tensor=RankGroup(),
+            sequence=RankGroup(),
+            sequence_ranks=(rank,),
+            inbound={source: pair(source) for source in mesh.sources(rank)},
+            outbound={target: pair(target) for source, target in mesh.hand_offs() if source == rank},
+            hand_offs=mesh.hand_offs(),
+            back=pair(mesh.last_stage - rank) if has_back else None,
+            everyone=everyone,
+            sharing=None,
+        )
 
 
 class Schedule:
@@ -275,8 +330,8 @@ class Schedule:
         self.half_done: set[tuple[int, int]] = set()
         self.counters: dict[Counter_, int] = defaultdict(int)
         self.queues = [self._queues(program) for program in programs]
-        self.inbox: dict[tuple[int, int, int], int] = {}  # rank, lane, slot -> message that lies there
-        self.staged: dict[tuple[int, int], int] = {}  # rank, slot -> round that lies there
+        self.inbox: dict[tuple[int, int, int], Label | None] = {}  # rank, lane, slot -> whose hidden states lie there
+        self.staged: dict[tuple[int, tuple[int, int]], Label | None] = {}  # rank, (target, slot) -> the same
         self.users: Counter[tuple[object, ...]] = Counter()  # places that are being read (> 0) or written (< 0)
 
     def run(self) -> None:
@@ -334,13 +389,14 @@ class Schedule:
                 queue.pop(0)
 
     def _use(self, rank: int, work: Work, change: int) -> None:
-        """Begin (1) or end (-1) to read and write what a copy or a round reads and writes."""
+        """Begin (1) or end (-1) to read and write what a copy or a task reads and writes."""
+        source: tuple[object, ...] | None = None
+        target: tuple[object, ...] | None = None
+        staging = ("staging", rank, work.staging) if work.staging is not None else None
         if work.kind == "copy":
-            source = ("staging", rank, work.staging) if work.lane == HIDDEN else None
-            target: tuple[object, ...] | None = ("inbox", work.target, work.lane, work.slot)
+            source, target = staging, ("inbox", work.target, work.lane, work.slot)
         else:
-            source = ("inbox", rank, HIDDEN, work.slot) if work.slot >= 0 else None
-            target = ("staging", rank, work.staging) if work.staging >= 0 else None
+            source, target = ("inbox", rank, work.lane, work.slot) if work.slot >= 0 else None, staging
         if source is not None:
             assert self.users[source] >= 0, f"rank {rank} reads {source} while it is written"
             self.users[source] += change
@@ -348,15 +404,18 @@ class Schedule:
             assert self.users[target] == (0 if change > 0 else -1), f"rank {rank} writes {target} while it is used"
             self.users[target] -= change
         if change > 0 and work.kind == "compute" and work.slot >= 0:
-            found = self.inbox[rank, HIDDEN, work.slot]
-            assert found == work.number + 1, f"rank {rank} reads round {found} for round {work.number + 1}"
-        if change > 0 and work.kind == "copy" and work.lane == HIDDEN and (rank, work.staging) in self.staged:
-            found = self.staged[rank, work.staging]
-            assert found == work.number, f"rank {rank} sends round {found} for round {work.number}"
+            found = self.inbox[rank, work.lane, work.slot]
+            assert work.label is not None
+            assert found == (work.label[0] - 1, work.label[1]), f"rank {rank} reads {found} for {work.label}"
+        if work.staging is None:
+            return
+        if change > 0 and work.kind == "copy":
+            found = self.staged.get((rank, work.staging))
+            assert found == work.label, f"rank {rank} sends {found} for {work.label}"
         if change < 0 and work.kind == "copy":
-            self.inbox[work.target, work.lane, work.slot] = work.number
-        if change < 0 and work.kind == "compute" and work.staging >= 0:
-            self.staged[rank, work.staging] = work.number + 1
+            self.inbox[work.target, work.lane, work.slot] = work.label
+        if change < 0 and work.kind == "compute":
+            self.staged[rank, work.staging] = work.label
 
 
 def explore(seeds: Sequence[int], schedules_each: int) -> int:

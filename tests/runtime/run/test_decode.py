@@ -11,20 +11,30 @@ import torch
 
 from profiler.comm.links.group import Groups, RankGroup
 from profiler.comm.ranks.mark import Progress
+from profiler.sequence.kind import SequenceCut
 from runtime.job.job import Job
 from runtime.job.place import Place
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
+from runtime.stage.share import RoundShare
 from runtime.stage.stage import Stage
 from tests.runtime.cases import make_job, prompts, requests
 from tests.runtime.conftest import Generate
-from tuner.plan.plan import Chunk
+from tuner.plan.plan import Chunk, Round
 
 CPU = torch.device("cpu")
 LENGTHS = (30, 1, 77, 12, 5, 64, 9)
 NEW_TOKENS = 12
 ALONE = Groups(
-    tensor=RankGroup(), sequence=RankGroup(), inbound=None, outbound=None, back=None, everyone=None, sharing=None
+    tensor=RankGroup(),
+    sequence=RankGroup(),
+    sequence_ranks=(0,),
+    inbound={},
+    outbound={},
+    hand_offs=(),
+    back=None,
+    everyone=None,
+    sharing=None,
 )  # type: ignore[arg-type]  # only passes wait on it
 
 
@@ -39,7 +49,7 @@ def job(checkpoint: Callable[[str], Path]) -> Job:
 
 
 def _stage(job: Job) -> Stage:
-    return Stage(job, Place.of(0, job.parallel), ALONE.tensor, CPU)
+    return Stage(job, Place.of(0, job.parallel), ALONE, CPU)
 
 
 @pytest.fixture
@@ -52,18 +62,22 @@ def pipeline(job: Job, tmp_path: Path) -> Pipeline:
     return pipeline
 
 
+def whole(chunks: Round) -> RoundShare:
+    return RoundShare.of(chunks, SequenceCut.WHOLE, size=1, rank=0)
+
+
 @torch.inference_mode()
 def test_steps_equal_forwards(job: Job) -> None:
     torch.manual_seed(0)
     stepped, forwarded = _stage(job), _stage(job)
     for stage in (stepped, forwarded):
         for chunks, ids in zip(job.rounds, job.prompts, strict=True):
-            stage.forward(chunks, stage.embed(torch.tensor(ids)))
+            stage.forward(whole(chunks), stage.embed(torch.tensor(ids)))
     for step in range(NEW_TOKENS - 1):
         hidden = torch.randn(len(LENGTHS), job.shape.hidden_size)
         chunks = tuple(Chunk(index, length + step, 1) for index, length in enumerate(LENGTHS))
-        torch.testing.assert_close(stepped.forward_step(hidden), forwarded.forward(chunks, hidden))
-    assert stepped.step.positions.tolist() == [length + NEW_TOKENS - 1 for length in LENGTHS]
+        torch.testing.assert_close(stepped.forward_step(hidden), forwarded.forward(whole(chunks), hidden))
+    assert stepped.scheme.step.positions.tolist() == [length + NEW_TOKENS - 1 for length in LENGTHS]
     torch.testing.assert_close(stepped.slab.keys, forwarded.slab.keys)
     torch.testing.assert_close(stepped.slab.values, forwarded.slab.values)
 
@@ -93,12 +107,12 @@ def test_decode_replays_one_recording_on_memory_that_stays(
     assert len(recorded) == len(job.rounds) + 1
     pipeline.prefill()
     monkeypatch.delattr(Pipeline, "_compute_step")  # decode has nothing but the recording
-    kept = pipeline.next_ids, pipeline.stage.step.positions
+    kept = pipeline.next_ids, pipeline.stage.scheme.step.positions
     addresses = [tensor.data_ptr() for tensor in kept]
     pipeline.decode(3)
-    assert [tensor.data_ptr() for tensor in (pipeline.next_ids, pipeline.stage.step.positions)] == addresses
+    assert [tensor.data_ptr() for tensor in (pipeline.next_ids, pipeline.stage.scheme.step.positions)] == addresses
     pipeline.close()
-    assert pipeline.recorded_step is None
+    assert not pipeline.recorded_steps
 
 
 def test_nothing_is_recorded_for_one_new_token(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -107,4 +121,4 @@ def test_nothing_is_recorded_for_one_new_token(checkpoint: Callable[[str], Path]
     with torch.inference_mode():
         pipeline = Pipeline(job, place, ALONE, _stage(job), make_clock(CPU), Progress(tmp_path / "progress", pid=1))
         pipeline.record()
-        assert pipeline.recorded_step is None
+        assert not pipeline.recorded_steps

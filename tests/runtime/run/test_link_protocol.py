@@ -7,11 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from torch.distributed import DistStoreError, HashStore, PrefixStore
 
-from profiler.comm.links.peer_link import PeerOutbound
-from tests.runtime.run.link_model import FakeRank, explore
+from profiler.comm.links.buffers import POSTED_AHEAD, STAGED
+from profiler.comm.links.peer_link import SLOTS, PeerOutbound
+from runtime.run.task import tasks_of
+from tests.runtime.run.link_model import Case, FakeRank, Schedule, explore
+from tuner.plan.plan import Parallel
+from tuner.plan.stage_order import StageOrder, stages_of_groups
+from tuner.plan.task_order import MESSAGES, TaskOrder
 
 
 @pytest.mark.parametrize("first", range(0, 60, 10))
@@ -37,6 +43,65 @@ def test_without_a_message_nothing_can_go_on(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(FakeRank, "freed", lambda *_: None)
     with pytest.raises(AssertionError, match="nothing can go on"):
         explore(range(30), 6)
+
+
+def test_an_order_that_no_run_had_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rounds in one pass before any in the next, as a stage could that had room for all of them."""
+
+    def all_at_once(
+        num_rounds: int, pp_size: int, virtual_stages: int, order: StageOrder, window: int | None = None
+    ) -> TaskOrder:
+        tasks = [(i, group) for group in range(pp_size * virtual_stages) for i in range(num_rounds)]
+        rounds, groups = np.array(tasks, dtype=np.int64).reshape(-1, 2).T
+        return TaskOrder(rounds, groups, stages_of_groups(pp_size, virtual_stages, order))
+
+    monkeypatch.setattr("runtime.run.task.task_order", all_at_once)
+    case = Case(
+        pp_size=2, virtual_stages=2, stage_order=StageOrder.LOOP, slots=2, window=None, round_tokens=(1,) * 12,
+        num_passes=1, decode_steps=0, seed=0,
+    )  # fmt: skip
+    with pytest.raises(AssertionError, match="nothing can go on"):
+        Schedule(case.programs(host_waits=False), seed=0, serial=False).run()
+
+
+def test_no_transport_holds_fewer_messages_than_the_order_counts_on() -> None:
+    assert min(SLOTS, POSTED_AHEAD, STAGED) >= MESSAGES
+
+
+def test_two_senders_in_one_lane_mix_up_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.runtime.run.link_model.HIDDEN", (0, 0))
+    case = Case(
+        pp_size=3, virtual_stages=2, stage_order=StageOrder.V, slots=2, window=None, round_tokens=(1,) * 6,
+        num_passes=1, decode_steps=0, seed=0,
+    )  # fmt: skip
+    with pytest.raises(AssertionError):
+        for seed in range(10):
+            Schedule(case.programs(host_waits=False), seed=seed, serial=False).run()
+
+
+@pytest.mark.parametrize("stage_order", StageOrder)
+@pytest.mark.parametrize("virtual_stages", [1, 2, 3])
+def test_no_receive_is_posted_before_what_its_sender_waits_for_is_queued(
+    virtual_stages: int, stage_order: StageOrder
+) -> None:
+    """A task's senders, and all that these wait for on this rank, were queued before the receive; and it is posted in
+    time."""
+    for pp_size, num_rounds, window in ((2, 1, None), (2, 7, 2), (3, 9, None), (4, 6, 3)):
+        parallel = Parallel(
+            tp_size=1, pp_size=pp_size, virtual_stages=virtual_stages, stage_order=stage_order,
+            layer_partition=(1,) * (pp_size * virtual_stages),
+        )  # fmt: skip
+        for stage in range(pp_size):
+            mine = tasks_of(parallel, stage, num_rounds, window)
+            for source, announced in mine.announced.items():
+                reads = [place for place, task in enumerate(mine.tasks) if task.source == source]
+                assert [mine.tasks[place].received for place in reads] == list(range(len(announced)))
+                for place, one in zip(reads, announced, strict=True):
+                    task = mine.tasks[place]
+                    assert one.round_index == task.round_index and one.after <= place
+                    own = [at for at, other in enumerate(mine.tasks)
+                           if other.round_index == task.round_index and other.group < task.group]  # fmt: skip
+                    assert not own or own[-1] < one.after
 
 
 class Rendezvous:

@@ -38,6 +38,11 @@ def test_of_a_stages_ranks_the_first_start_and_the_last_finish_count() -> None:
     assert timeline.intervals == (((0.1, 0.9),),)
 
 
+def test_groups_of_a_stage_are_laid_out_by_round() -> None:
+    parts = [(0, "a", _pass(1.0, (0.0, 0.1))), (2, "a", _pass(1.0, (0.3, 0.4))), (1, "a", _pass(1.0, (0.1, 0.2)))]
+    assert merge_passes(parts).intervals == (((0.0, 0.1), (0.1, 0.2), (0.3, 0.4)),)
+
+
 @pytest.fixture
 def result(checkpoint: Callable[[str], Path]) -> RunResult:
     """Two requests, three rounds, one stage, three passes of which the second has the median makespan."""
@@ -47,8 +52,8 @@ def result(checkpoint: Callable[[str], Path]) -> RunResult:
     )  # fmt: skip
     passes = tuple(_pass(float(i), (0.0, 1.0), (1.0, 2.0), (2.0, 3.0 + end)) for i, end in enumerate((0.5, 0.2, 0.1)))
     report = RankReport(
-        stage=0, host="a", warm_up_s=0.5, first=_pass(0.0, (0.0, 0.9), (0.9, 1.8), (1.8, 2.7)), passes=passes,
-        decode=_pass(9.0, (0.1, 0.25), (0.3, 0.45)), token_ids=((5, 6, 7), (8, 2, 9)),
+        stage=0, groups=(0,), host="a", warm_up_s=0.5, first=_pass(0.0, (0.0, 0.9), (0.9, 1.8), (1.8, 2.7)),
+        passes=passes, decode=_pass(9.0, (0.1, 0.25), (0.3, 0.45)), token_ids=((5, 6, 7), (8, 2, 9)),
     )  # fmt: skip
     timeline = Timeline(np.array([[0.0], [0.9], [2.0]]), np.array([[0.9], [2.0], [3.0]]))
     prediction = Prediction(makespan_s=3.0, timeline=timeline)

@@ -11,7 +11,7 @@ import pytest
 from profiler.comm.ranks.launch import run_ranks
 from runtime.job.job import Job, RankReport
 from runtime.run.prediction import Prediction
-from runtime.run.rank import cached_rounds, run_jobs
+from runtime.run.rank import run_jobs
 from runtime.run.result import RunResult, make_result
 from tests.runtime.cases import make_job, prompts, requests
 from tests.runtime.conftest import Generate
@@ -114,4 +114,4 @@ def test_cached_tokens_are_filled_in_rounds_no_larger_than_the_plans(checkpoint:
         requests=requests(202, cached_tokens=150),
         rounds=((Chunk(0, 150, 40),), (Chunk(0, 190, 12),)),
     )
-    assert cached_rounds(job) == [(Chunk(0, start, min(40, 150 - start)),) for start in (0, 40, 80, 120)]
+    assert job.cached_rounds == [(Chunk(0, start, min(40, 150 - start)),) for start in (0, 40, 80, 120)]

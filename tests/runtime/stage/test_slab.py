@@ -26,10 +26,11 @@ def test_the_slab_is_as_large_as_counted(variant: str, tp_size: int, checkpoint:
     shape = load_model_shape(str(checkpoint(variant)))
     counted = plan_memory(shape, plan, max_new_tokens=3, device_type="cpu")
     for stage in range(2):
-        place = Place(stage=stage, tp_rank=0, parallel=plan.parallel)
+        place = Place(stage=stage, sp_rank=0, tp_rank=0, parallel=plan.parallel)
+        heads = [shape.layers[index].attention.sizes(tp_size) for index in place.layers]
         slab = KVSlab(
-            [shape.layers[index] for index in place.layers],
-            assign_rows(plan.requests, plan.rounds, max_new_tokens=3), tp_size=tp_size,
+            [(sizes["kv_heads"], sizes["head_dim"]) for sizes in heads],
+            assign_rows(plan.requests, plan.rounds, max_new_tokens=3),
             device=torch.device("cpu"), dtype=torch.float32,
         )  # fmt: skip
         assert sum(part.nbytes for part in (*slab.keys, *slab.values)) == counted[stage].kv_bytes

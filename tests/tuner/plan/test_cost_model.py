@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from db.errors import UserError
 from tests.tuner.strategies import cost_models
 from tuner.plan.cost_model import CostModel, PairAttention, StageCost, TableAttention, load_cost_model, save_cost_model
+from tuner.plan.stage_order import StageOrder
 
 DESIGN: dict[str, Any] = {
     "schema": "isochunk.cost-model/1",
@@ -92,7 +93,7 @@ def test_rounds_are_summed_per_stage() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "isochunk.cost-model/2"}, "schema: isochunk.cost-model/2; isochunk.cost-model/1"),
+        ({"schema": "isochunk.cost-model/3"}, "schema: isochunk.cost-model/3; isochunk.cost-model/1"),
         ({"stages": []}, "stages: 0 entries; at least one stage"),
         ({"return_s": -1.0}, "return_s: -1.0; a finite number of seconds, at least 0"),
         ({"return_s": "soon"}, "return_s: soon; a number is needed"),
@@ -155,3 +156,26 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 
 def test_unknown_fields_are_ignored() -> None:
     assert CostModel.from_json(json.loads(json.dumps(DESIGN | {"note": "measured"}))) == CostModel.from_json(DESIGN)
+
+
+def test_groups_of_a_stage_add_up_and_are_written_in_schema_2() -> None:
+    groups = tuple(
+        StageCost(
+            token_count=(0, 100 * k, 1000),
+            token_seconds=(0.0, 0.1, 0.3 * k),
+            attention=PairAttention(pair_s=1e-9 * k),
+            round_overhead_s=0.01 * k,
+        )
+        for k in (1, 2, 3, 4)
+    )
+    cost = CostModel(stages=groups, virtual_stages=2, stage_order=StageOrder.V, hop_latency_s=0.1)
+    assert cost.pp_size == 2 and cost.stage_of_group == (0, 1, 1, 0)
+    assert CostModel.from_json(json.loads(json.dumps(cost.to_json()))) == cost
+    merged = cost.merged()
+    for tokens in (1, 50, 150, 350, 1000, 5000):
+        chunks = [(tokens, 70, True)]
+        each = [group.seconds(chunks) for group in groups]
+        assert merged.stages[0].seconds(chunks) == pytest.approx(each[0] + each[3])
+        assert merged.stages[1].seconds(chunks) == pytest.approx(each[1] + each[2])
+    with pytest.raises(UserError, match="multiple of virtual_stages"):
+        CostModel(stages=groups[:3], virtual_stages=2)

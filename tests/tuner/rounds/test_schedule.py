@@ -7,6 +7,8 @@ from tests.tuner.strategies import batches, cost_models, windows
 from tuner.online.queue import Clock
 from tuner.plan.cost_model import CostModel, StageCost
 from tuner.plan.plan import Chunk, Request
+from tuner.plan.stage_order import StageOrder
+from tuner.plan.task_order import task_order
 from tuner.policies.fixed import fixed_rounds
 from tuner.rounds.problem import Problem
 from tuner.rounds.schedule import Objective, evaluate, simulate
@@ -135,3 +137,32 @@ def test_objectives_order_evaluations() -> None:
     assert (long_first.num_sla_met, short_first.num_sla_met) == (1, 1)
     assert short_first.score(Objective.MEAN_TTFT) < long_first.score(Objective.MEAN_TTFT)
     assert short_first.score(Objective.SLA) < long_first.score(Objective.SLA)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_time_of_several_groups_a_stage_is_the_recurrence_of_tasks(data: st.DataObject) -> None:
+    """Each task at the least time that all its waits allow: started anywhere earlier it would break one."""
+    num_rounds, pp_size, passes = (data.draw(st.integers(1, most)) for most in (9, 4, 3))
+    stage_order = data.draw(st.sampled_from(StageOrder))
+    window = data.draw(st.one_of(st.none(), st.integers(1, 6)))
+    row = st.lists(st.floats(0.0, 10.0), min_size=pp_size * passes, max_size=pp_size * passes)
+    seconds = [data.draw(row) for _ in range(num_rounds)]
+    hop, ready = ([data.draw(st.floats(0.0, 5.0)) for _ in range(num_rounds)] for _ in range(2))
+    order = task_order(num_rounds, pp_size, passes, stage_order, window)
+    timeline = simulate(np.array(seconds), np.array(hop), window, 1.5, np.array(ready), order=order)
+    start, finish = timeline.start_s, timeline.finish_s
+    for stage in range(pp_size):
+        before = 0.0
+        for i, group in order.of_stage(stage):
+            waits = [before]
+            if group:
+                is_near = order.stages[group - 1] == stage
+                waits.append(finish[i, group - 1] + (0.0 if is_near else hop[i]))
+            else:
+                waits.append(ready[i])
+                if window is not None and i >= window:
+                    waits.append(finish[i - window, -1] + 1.5)
+            assert start[i, group] == pytest.approx(max(waits), abs=1e-9)
+            before = finish[i, group]
+    assert timeline.makespan_s == pytest.approx(finish.max(), abs=1e-9)

@@ -67,3 +67,35 @@ def test_rounds_are_not_announced_twice(monkeypatch: pytest.MonkeyPatch) -> None
     inbound.expect([3, 2])
     with pytest.raises(RuntimeError, match="have not all been received"):
         inbound.expect([1])
+
+
+def test_a_receive_is_posted_once_its_sender_waits_for_nothing_more_of_this_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    posted: list[int] = []
+
+    class Posted:
+        def wait(self) -> None: ...
+
+    def irecv(buffer: torch.Tensor, *_args: object, **_options: object) -> Posted:
+        posted.append(buffer.shape[0])
+        return Posted()
+
+    monkeypatch.setattr(dist, "irecv", irecv)
+    group: dist.ProcessGroup = object()  # type: ignore[assignment]  # never looked at
+    inbound = CollectiveInbound(
+        group, 0, max_tokens=9, hidden_size=HIDDEN, device=torch.device("cpu"), dtype=torch.float32
+    )
+    inbound.expect([1, 2, 3, 4], [0, 1, 1, 3])
+    assert posted == [1]
+    inbound.queued(1)
+    assert posted == [1, 2]  # two buffers
+    inbound.receive()
+    inbound.release()
+    assert posted == [1, 2, 3]
+    inbound.queued(2)
+    inbound.receive()
+    inbound.release()
+    assert posted == [1, 2, 3]  # the fourth's sender waits for a third task
+    inbound.queued(3)
+    assert posted == [1, 2, 3, 4]

@@ -1,0 +1,38 @@
+"""A round whose norms and residual stream the tensor-parallel group cuts by rows.
+
+Sequence parallelism of Megatron-LM (Korthikanti et al., 2022): an all-gather before the products and a reduce-scatter
+after them move as much as an all-reduce; norms, additions and what goes to the next stage are divided by the group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from profiler.layers.layer_inputs import AttentionLayer, LayerInputs, Reduce
+from profiler.layers.prefill_inputs import RoundInputs
+from profiler.layers.row_group import RowGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MegatronInputs(LayerInputs):
+    """A round of which this rank keeps a contiguous part of the rows between its products."""
+
+    whole: RoundInputs  # the whole round, padded to as many rows as all ranks keep together
+    group: RowGroup
+
+    def mix(
+        self, layer: AttentionLayer, normed: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """See `LayerInputs`: of all rows, which the reduce-scatter after o takes."""
+        qkv = layer.project(self.spread(normed))[: self.whole.num_tokens]
+        return layer.attend(layer.rotate(qkv, self.whole, keys, values), self.whole, keys, values)
+
+    def spread(self, normed: torch.Tensor) -> torch.Tensor:
+        """See `LayerInputs`: the rows of all ranks."""
+        return self.group.gather(normed).flatten(0, 1)
+
+    def join(self, reduce: Reduce, partial: torch.Tensor) -> torch.Tensor:
+        """See `LayerInputs`."""
+        return reduce.scatter(partial)

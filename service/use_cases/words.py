@@ -1,0 +1,75 @@
+"""Why a layout won, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
+    from tuner.search.explanation import Explanation, Parts, Winner
+
+MOST_RIVALS = 3
+SMALLEST_SHARE = 0.005
+"""Parts below this share of a makespan are not named."""
+KINDS = (
+    ("compute_s", "compute"),
+    ("attention_s", "attention"),
+    ("messages_s", "communication"),
+    ("bubble_s", "bubble"),
+)
+
+
+def in_words(why: Explanation) -> str:
+    """One paragraph: where the seconds of the best layout and of its rivals go, and where another would win."""
+    if not why.families:
+        return ""
+    best, parts = why.families[0], why.parts[0]
+    told = [f"Why {best.layout}: of its {parts.total_s:.4g} s, {_shares(parts)}."]
+    rivals = list(zip(why.families, why.parts, strict=True))[1 : 1 + MOST_RIVALS]
+    told += [
+        f"{rival.layout} takes {theirs.total_s / parts.total_s - 1.0:.1%} longer: {_difference(theirs, parts)}."
+        for rival, theirs in rivals
+    ]
+    elsewhere = [
+        *_changes(why.by_link, lambda one: one.link_factor, _links),
+        *_changes(why.by_length, lambda one: one.prompt_tokens, lambda one: f"{one.prompt_tokens} tokens a prompt"),
+        *_changes(why.by_batch, lambda one: one.num_requests, lambda one: f"{one.num_requests} prompts"),
+    ]
+    if elsewhere:
+        told.append(f"By plans of equal chunks, {'; '.join(elsewhere)}.")
+    return " ".join(told)
+
+
+def _shares(parts: Parts) -> str:
+    shares = [(getattr(parts, field) / parts.total_s, name) for field, name in KINDS]
+    named = [f"{share:.0%} {name}" for share, name in shares if share >= SMALLEST_SHARE]
+    return ", ".join(named)
+
+
+def _difference(theirs: Parts, ours: Parts) -> str:
+    """The parts in which the other layout takes longer, or less, the largest first."""
+    more = [((getattr(theirs, field) - getattr(ours, field)), name) for field, name in KINDS]
+    named = [
+        f"{1e3 * abs(seconds):.3g} ms {'more' if seconds > 0 else 'less'} {name}"
+        for seconds, name in sorted(more, key=lambda each: -abs(each[0]))
+        if abs(seconds) >= SMALLEST_SHARE * ours.total_s
+    ]
+    return ", ".join(named) or "a little more of everything"
+
+
+def _changes(winners: Sequence[Winner], place: Callable[[Winner], float], words: Callable[[Winner], str]) -> list[str]:
+    """Where along an axis the winner changes; nothing where one wins everywhere."""
+    fitting = sorted((winner for winner in winners if winner.layout is not None), key=place)
+    stretches = [list(group) for _, group in groupby(fitting, key=lambda winner: winner.layout)]
+    if len(stretches) < 2:
+        return []
+    (*_, last), *others = stretches
+    return [f"up to {words(last)} {last.layout}", *(f"from {words(first)} on {first.layout}" for first, *_ in others)]
+
+
+def _links(winner: Winner) -> str:
+    factor = winner.link_factor
+    if factor == 1.0:
+        return "these links"
+    return f"links {factor:g} times as fast" if factor > 1.0 else f"1/{round(1 / factor)} of the links' speed"

@@ -1,0 +1,200 @@
+"""Branch and bound over layouts against planning everything, on rows of an imaginary machine."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from profiler.model import ModelShape, load_model_shape
+from profiler.sequence.kind import SPKind
+from tests.tuner.measured import Machine, measure
+from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.rank_skew import RankSkew
+from tuner.fit.rows import RankWork, Rows
+from tuner.plan.cost_model import CostModel
+from tuner.plan.layout import Layout, Pins, enumerate_layouts
+from tuner.plan.plan import Request
+from tuner.plan.topology import LinkSpeed, Topology
+from tuner.policies.fixed import fixed_rounds
+from tuner.rounds.problem import Problem
+from tuner.rounds.schedule import Objective
+from tuner.search.floors import Batch, Floors, least_fullest
+from tuner.search.layouts import Target, search_layouts, to_plan
+from tuner.search.links import Links
+from tuner.search.rules import Rules
+
+SMALL = load_model_shape("llama-3.2-1b")
+GIB = 2**30
+LINKS = {
+    "quick": LinkSpeed(bandwidth_gb_s=100.0, latency_us=2.0),
+    "slow": LinkSpeed(bandwidth_gb_s=0.5, latency_us=50.0),
+}
+
+
+@cache
+def rows(name: str) -> Rows:
+    """Rows of the machine for a model, tensor-parallel groups of 1, 2 and 4 ranks."""
+    shape = load_model_shape(name)
+    found = [row for tp_size in (1, 2, 4) for row in measure(Machine(), shape=shape, tp_size=tp_size, busy_ranks=4)]
+    return Rows(list({row.key: row for row in found}.values()))
+
+
+@cache
+def topology_of(link: str, world_size: int) -> Topology:
+    return Topology(hosts=2, cards_per_host=(world_size + 1) // 2, inside_host=LINKS[link], between_hosts=LINKS["slow"])
+
+
+class Fits:
+    """Costs of layouts: every message by the topology's formulas."""
+
+    def __init__(self, shape: ModelShape, link: str, world_size: int, skew: tuple[float, ...] = ()) -> None:
+        self.shape, self.skew = shape, RankSkew(skew)
+        self.links = Links(rows(shape.name), topology_of(link, world_size))
+        self.known: dict[object, LayerCosts] = {}
+
+    def __call__(self, layout: Layout) -> LayerCosts:
+        key = (layout.tp_size, layout.sp_size, layout.sp_kind, layout.weights, layout.pp_size, layout.world_size)
+        if key not in self.known:
+            work = RankWork(
+                shape=self.shape, dtype="float32", tp_size=layout.tp_size, sp_size=layout.sp_size,
+                sp_kind=layout.sp_kind, weights=layout.weights,
+            )  # fmt: skip
+            found = fit_layer_costs(self.links.rows_for(layout), work, busy_ranks=layout.world_size)
+            self.known[key] = replace(found, rank_skew=self.skew)
+        return self.known[key]
+
+
+def prompts(*lengths: int) -> tuple[Request, ...]:
+    return tuple(Request(id=f"r{i}", prompt_tokens=length) for i, length in enumerate(lengths))
+
+
+def target_of(shape: ModelShape, requests: tuple[Request, ...], memory_bytes: int = 512 * GIB) -> Target:
+    return Target(
+        shape=shape, dtype="float32", requests=requests, device_type="cuda", memory_bytes=memory_bytes
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "link", "lengths", "skew", "objective"),
+    [
+        ("llama-3.2-1b", 2, "quick", (4000,), (), Objective.MAKESPAN),
+        ("llama-3.2-1b", 4, "slow", (6000,), (), Objective.MAKESPAN),
+        ("llama-3.2-1b", 4, "quick", (6000,), (1.0, 0.9, 0.95, 0.8), Objective.MAKESPAN),
+        ("qwen3-0.6b", 3, "slow", (3000, 3000), (), Objective.MAKESPAN),
+        ("qwen3-0.6b", 3, "quick", (3000, 900, 900), (0.9, 1.0, 0.8), Objective.MEAN_TTFT),
+        ("llama-3.2-1b", 2, "slow", (3000, 900), (), Objective.SLA),
+    ],
+)
+def test_branch_and_bound_finds_the_best_of_planning_everything(
+    name: str, world_size: int, link: str, lengths: tuple[int, ...], skew: tuple[float, ...], objective: Objective
+) -> None:
+    shape = load_model_shape(name)
+    requests = tuple(replace(request, sla_ttft_s=0.05) for request in prompts(*lengths))
+    target, rules = target_of(shape, requests), Rules(chunk_multiple=512, objective=objective)
+    layouts = enumerate_layouts(shape, world_size)
+    fits = Fits(shape, link, world_size, skew)
+    found = search_layouts(target, layouts, rules, fits)
+    everything = search_layouts(target, layouts, rules, fits, every=True)
+    assert found[0].layout == everything[0].layout
+    assert found[0].score(objective) == everything[0].score(objective)
+    assert len(found) == len(everything) == len(layouts)
+    assert not any(candidate.is_proven_worse for candidate in everything)
+    for candidate in everything:  # a floor is below its layout's plan
+        if candidate.rounds is not None and candidate.floor is not None:
+            assert candidate.floor[0] <= candidate.score(objective)[0] * (1 + 1e-9)
+    worse = {candidate.layout for candidate in found if candidate.is_proven_worse}
+    for candidate in everything:
+        if candidate.layout in worse:
+            assert candidate.score(objective) >= found[0].score(objective)
+    if (link, world_size) == ("slow", 4):
+        assert len(worse) > len(layouts) // 4
+    if objective is Objective.SLA:  # nothing is known of deadlines
+        assert not worse
+
+
+@pytest.mark.parametrize("pp_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("sp_size", "kind"), [(1, SPKind.NONE), (2, SPKind.GATHER), (2, SPKind.ULYSSES)])
+def test_a_floor_is_below_every_partition_and_every_fixed_chunk(pp_size: int, sp_size: int, kind: SPKind) -> None:
+    """All partitions of the layers that differ much, each under plans of several chunk sizes."""
+    shape = load_model_shape("llama-3.2-1b")
+    skew = (1.0, 0.8, 0.9, 0.7, 0.95, 0.85, 1.0, 0.9)
+    requests = prompts(5000, 700)
+    batch = Batch.of(requests, None)
+    layout = Layout(tp_size=1, pp_size=pp_size, sp_size=sp_size, sp_kind=kind)
+    costs = Fits(shape, "slow", 8, skew)(layout)
+    floor = Floors(batch, shape.num_layers).of(layout, costs)
+    assert 0.0 < floor.quick_s() <= floor.close_s()
+    partitions = [
+        partition
+        for partition in itertools.product(range(1, shape.num_layers), repeat=pp_size - 1)
+        if sum(partition) < shape.num_layers
+    ]
+    reached = []
+    for partition in partitions[:: max(1, len(partitions) // 60)]:
+        whole = (*partition, shape.num_layers - sum(partition))
+        cost = costs.cost_model(whole)
+        reached += [_makespan_s(cost, requests, size) for size in (256, 512, 1024, 8192)]
+        mean_s = _problem(cost, requests).evaluate(fixed_rounds(_problem(cost, requests), 512)).mean_ttft_s
+        assert floor.mean_ttft_s() <= mean_s
+    assert floor.close_s() <= min(reached)
+    assert floor.close_s() >= 0.4 * min(reached)  # no bound of nothing
+
+
+def _problem(cost: CostModel, requests: tuple[Request, ...]) -> Problem:
+    return Problem(cost=cost, requests=requests, chunk_multiple=256)
+
+
+def _makespan_s(cost: CostModel, requests: tuple[Request, ...], size: int) -> float:
+    problem = _problem(cost, requests)
+    return problem.evaluate(fixed_rounds(problem, size)).makespan_s
+
+
+def test_layers_are_dealt_out_as_well_as_by_trying_all_partitions() -> None:
+    for seconds in ((1.0,), (1.0, 1.0), (1.0, 2.0), (1.0, 0.7, 0.9), (3.0, 1.0, 2.0)):
+        for num_layers in range(len(seconds), 9):
+            shares = itertools.product(range(num_layers + 1), repeat=len(seconds))
+            best = min(
+                max(layers * each for layers, each in zip(share, seconds, strict=True))
+                for share in shares
+                if sum(share) == num_layers
+            )
+            assert least_fullest(seconds, num_layers) == pytest.approx(best)
+
+
+def test_weights_that_do_not_fit_are_gathered() -> None:
+    """4.6 GiB of float32 weights and more on cards of 7.45 GiB, 2 of them the runtime's, and 8 % of nobody's."""
+    target = target_of(SMALL, prompts(4000), memory_bytes=int(7.45 * GIB))
+    layouts = enumerate_layouts(SMALL, 2, Pins(sp_kind=SPKind.GATHER))
+    (found,) = search_layouts(target, layouts, Rules(chunk_multiple=512), Fits(SMALL, "quick", 2))
+    assert str(found.layout) == "TP1 SP2 gather PP1 gathered weights"
+    assert found.refusal is None
+    plan = to_plan(target, found, Rules(chunk_multiple=512))
+    assert plan.parallel.weights == "gathered"
+    whole = search_layouts(replace(target, memory_bytes=512 * GIB), layouts, Rules(chunk_multiple=512),
+                           Fits(SMALL, "quick", 2))  # fmt: skip
+    assert whole[0].layout.weights == "whole"
+    assert whole[0].score(Objective.MAKESPAN) <= found.score(Objective.MAKESPAN)
+
+
+def test_what_memory_refuses_is_not_planned() -> None:
+    target = target_of(SMALL, prompts(4000), memory_bytes=3 * GIB)
+    found = search_layouts(target, enumerate_layouts(SMALL, 2), Rules(), Fits(SMALL, "quick", 2))
+    assert all("needs" in (candidate.refusal or "") for candidate in found)
+    assert all(candidate.rounds is None for candidate in found if candidate.layout.weights == "whole")
+
+
+def test_a_plan_says_its_whole_layout_and_its_cuts() -> None:
+    pins = Pins(sp_size=2, sp_kind=SPKind.GATHER, pp_size=2, virtual_stages=2)
+    target, rules = target_of(SMALL, prompts(6000, 40)), Rules(chunk_multiple=256)
+    candidates = search_layouts(target, enumerate_layouts(SMALL, 4, pins), rules, Fits(SMALL, "quick", 4))
+    plan = to_plan(target, candidates[0], rules)
+    parallel = plan.parallel
+    assert (parallel.sp_size, parallel.sp_kind, parallel.pp_size, parallel.virtual_stages) == (2, "gather", 2, 2)
+    assert sum(parallel.layer_partition) == SMALL.num_layers
+    assert len(parallel.layer_partition) == 4
+    assert len(plan.cuts) == len(plan.rounds)
+    assert plan.predicted is not None and plan.predicted.lower_bound_s is not None
+    assert plan.predicted.lower_bound_s <= plan.predicted.makespan_s

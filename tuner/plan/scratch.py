@@ -1,0 +1,114 @@
+"""What a layer holds while it runs a round, and keeps of it: by the kind of sequence parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from profiler.comm.links.buffers import GATHER_SLOTS
+from profiler.model import LayerSpec, Precision
+from profiler.model.precision import FLOAT32
+from profiler.sequence.heads import most_heads
+from profiler.sequence.kind import SPKind
+from tuner.plan.plan import Parallel
+from tuner.plan.round_sizes import RoundSizes
+
+_STREAM_ROWS = 4  # the residual before and after a block, its output and its norm
+
+
+def kv_elements(layer: LayerSpec, parallel: Parallel) -> int:
+    """Numbers that a rank keeps of a token in its slab: key and value of its KV heads."""
+    _, kv_heads = _attending_heads(layer, parallel)
+    return 2 * kv_heads * layer.attention.head_dim
+
+
+def scratch_bytes(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+    """Bytes of the largest round within a layer: the larger block, the residual stream, and what messages need."""
+    return _KINDS[parallel.sp_kind](layer, parallel, sizes, precision)
+
+
+def gathered_bytes(layers: Iterable[LayerSpec], parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+    """Bytes of the shared memory that cards of a host gather keys and values in, of all ranks, two layers in turn."""
+    if parallel.sp_kind is not SPKind.GATHER:
+        return 0
+    row = max(precision.activations.num_bytes(layer.attention.kv_elements(parallel.tp_size)) for layer in layers)
+    return GATHER_SLOTS * parallel.sp_size * sizes.most_rows * row
+
+
+def _own_rows(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision, messages: int = 0) -> int:
+    """A rank runs its rows alone. messages: bytes beside attention."""
+    rows = sizes.most_rows
+    attention = rows * _attention_row_bytes(layer, precision, *_own_heads(layer, parallel)) + messages
+    return max(attention, rows * _mlp_row_bytes(layer, precision, parallel.tp_size)) + _stream(layer, precision, rows)
+
+
+def _gather(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+    """Beside attention its own new keys and values, and those of all ranks."""
+    row = precision.activations.num_bytes(layer.attention.kv_elements(parallel.tp_size))
+    return _own_rows(layer, parallel, sizes, precision, (1 + parallel.sp_size) * sizes.most_rows * row)
+
+
+def _ulysses(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+    """All rows with a share of the heads, or around it q|k|v of the own rows four times: as they are, sorted by rank,
+    sent and received."""
+    heads, kv_heads = _attending_heads(layer, parallel)
+    rows, all_rows = sizes.most_rows, max(sizes.most_tokens, sizes.most_rows)
+    attention = all_rows * _attention_row_bytes(layer, precision, heads, kv_heads)
+    repeated = parallel.sp_size * (heads + 2 * kv_heads) * layer.attention.head_dim
+    exchange = rows * precision.activations.num_bytes(4 * repeated)
+    mlp = rows * _mlp_row_bytes(layer, precision, parallel.tp_size)
+    return max(attention, exchange, mlp) + _stream(layer, precision, rows)
+
+
+def _ring(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+    """Beside attention the keys and values that it sees, and those that arrive meanwhile."""
+    row = precision.kv.num_bytes(layer.attention.kv_elements(parallel.tp_size))
+    passed = -(-sizes.most_passed // parallel.sp_size)
+    return _own_rows(layer, parallel, sizes, precision, 2 * passed * row)
+
+
+def _megatron(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+    """Products of all rows: beside them the gathered norm and the partial output; the rest of the stream is cut."""
+    padded = max(sizes.most_rows * parallel.tp_size, sizes.most_tokens)
+    if sizes.most_rows == sizes.most_tokens:  # no round is cut
+        return _own_rows(layer, parallel, sizes, precision)
+    attention = _attention_row_bytes(layer, precision, *_own_heads(layer, parallel))
+    block = max(attention, _mlp_row_bytes(layer, precision, parallel.tp_size))
+    whole = block + precision.activations.num_bytes(2 * layer.hidden_size)
+    return padded * whole + _stream(layer, precision, sizes.most_rows)
+
+
+_KINDS: dict[SPKind, Callable[[LayerSpec, Parallel, RoundSizes, Precision], int]] = {
+    SPKind.NONE: _own_rows,
+    SPKind.GATHER: _gather,
+    SPKind.ULYSSES: _ulysses,
+    SPKind.RING: _ring,
+    SPKind.MEGATRON: _megatron,
+}
+
+
+def _own_heads(layer: LayerSpec, parallel: Parallel) -> tuple[int, int]:
+    """Query and KV heads that a rank projects to."""
+    sizes = layer.attention.sizes(parallel.tp_size)
+    return sizes["heads"], sizes["kv_heads"]
+
+
+def _attending_heads(layer: LayerSpec, parallel: Parallel) -> tuple[int, int]:
+    """Query and KV heads that a rank attends with, the most that any does."""
+    heads, kv_heads = _own_heads(layer, parallel)
+    return most_heads(heads, kv_heads, parallel.sp_size) if parallel.sp_kind is SPKind.ULYSSES else (heads, kv_heads)
+
+
+def _stream(layer: LayerSpec, precision: Precision, rows: int) -> int:
+    return rows * precision.activations.num_bytes(_STREAM_ROWS * layer.hidden_size)
+
+
+def _attention_row_bytes(layer: LayerSpec, precision: Precision, heads: int, kv_heads: int) -> int:
+    """q, k, v before and after rotation with both partial attentions in float32."""
+    attended = heads * layer.attention.head_dim
+    qkv = attended + 2 * kv_heads * layer.attention.head_dim
+    return precision.activations.num_bytes(2 * qkv + attended) + FLOAT32.num_bytes(3 * attended)
+
+
+def _mlp_row_bytes(layer: LayerSpec, precision: Precision, tp_size: int) -> int:
+    """gate, up and their product."""
+    return precision.activations.num_bytes(3 * layer.mlp.intermediate.per_rank(tp_size))

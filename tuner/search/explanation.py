@@ -1,0 +1,275 @@
+"""Why a layout won: where the seconds go, and at which links, prompt lengths and batches another would win."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from tuner.plan.cost_model import CostModel
+from tuner.plan.layout import Layout
+from tuner.plan.plan import Request, Round
+from tuner.policies.fixed import fixed_rounds
+from tuner.rounds.problem import Problem, arrive_over_time
+from tuner.rounds.schedule import evaluate
+from tuner.search.layouts import Candidate, Target
+from tuner.search.partition import even_partition
+from tuner.search.rules import Rules
+
+LINK_FACTORS = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0)
+"""Speeds of all links, over the measured or given ones."""
+LENGTH_FACTORS = (1 / 16, 1 / 4, 1.0, 4.0)
+"""Lengths of all prompts, over those asked for."""
+BATCHES = (1, 4, 16)
+"""How often the prompts come."""
+MAP_FACTORS = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0)
+MAP_LENGTHS = tuple(1 << power for power in range(10, 18))
+"""Axes of the map: links and prompt lengths."""
+MOST_CONTENDERS = 16
+"""Layouts that compete on the map, the best here first."""
+CUTS_TRIED = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of rounds that a prompt or a batch is cut into on the map."""
+MOST_TOKENS = 1 << 21
+"""Of a batch on the map."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Seconds of a makespan, the mean over its stages; they add up to it."""
+
+    compute_s: float
+    """Token-wise work: products, norms, what a round costs beside its layers."""
+    attention_s: float
+    messages_s: float
+    """Of collectives, what is not hidden behind work."""
+    bubble_s: float
+    """Waiting: for the pipeline to fill and drain, for hand-offs, for longer rounds."""
+
+    @property
+    def total_s(self) -> float:
+        """The makespan."""
+        return self.compute_s + self.attention_s + self.messages_s + self.bubble_s
+
+    def to_json(self) -> dict[str, float]:
+        """The same as a JSON object."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Winner:
+    """The best layout at one place of the map, by a plan of equal chunks."""
+
+    prompt_tokens: int
+    """Of the longest prompt."""
+    num_requests: int
+    link_factor: float
+    """How much faster all links are than here."""
+    layout: Layout | None
+    """None: no layout that competes has room for the batch."""
+    makespan_s: float
+    runner_up: Layout | None = None
+    lead: float = 0.0
+    """How much longer the best layout of another family takes, as a share."""
+
+    def to_json(self) -> dict[str, object]:
+        """The same as a JSON object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "num_requests": self.num_requests,
+            "link_factor": self.link_factor,
+            "layout": self.layout and str(self.layout),
+            "family": self.layout and self.layout.family,
+            "makespan_s": self.makespan_s if self.layout else None,
+            "runner_up": self.runner_up and str(self.runner_up),
+            "lead": self.lead,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Why the best layout won."""
+
+    families: tuple[Candidate, ...]
+    """The best of each family that was planned, the best first."""
+    parts: tuple[Parts, ...]
+    """Of each of them."""
+    link_gb_s: float | None = None
+    """What a hand-off between stages moves a second here, where it is known."""
+    by_link: tuple[Winner, ...] = ()
+    by_length: tuple[Winner, ...] = ()
+    by_batch: tuple[Winner, ...] = ()
+    map: tuple[Winner, ...] = ()
+    """Prompt length by link speed, one prompt; made for a picture alone."""
+
+    def to_json(self) -> dict[str, object]:
+        """For programs."""
+        return {
+            "families": [
+                {"family": one.layout.family, "layout": str(one.layout), "seconds": parts.to_json()}
+                for one, parts in zip(self.families, self.parts, strict=True)
+            ],
+            "link_gb_s": self.link_gb_s,
+            "by_link": [winner.to_json() for winner in self.by_link],
+            "by_length": [winner.to_json() for winner in self.by_length],
+            "by_batch": [winner.to_json() for winner in self.by_batch],
+            "map": [winner.to_json() for winner in self.map],
+        }
+
+
+def best_of_families(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Of candidates in order, the first of each family that was planned and not refused."""
+    found: dict[str, Candidate] = {}
+    for candidate in candidates:
+        if candidate.rounds is not None and not candidate.refusal:
+            found.setdefault(candidate.layout.family, candidate)
+    return tuple(found.values())
+
+
+def explain(target: Target, candidates: Sequence[Candidate], rules: Rules, *, with_map: bool = False) -> Explanation:
+    """Why the first of the candidates won; those proven worse here compete elsewhere, too.
+
+    Of requests that arrive over time only the parts are told: their makespan is mostly waiting for the last.
+    """
+    families = best_of_families(candidates)
+    parts = tuple(parts_of(target, candidate, rules) for candidate in families)
+    if arrive_over_time(target.requests):
+        return Explanation(families=families, parts=parts)
+    arena = Arena(target, candidates, rules)
+    requests = target.requests
+    byte_s = max((one.costs.hop_byte_s for one in arena.contenders if one.costs is not None), default=0.0)
+    return Explanation(
+        families=families,
+        parts=parts,
+        link_gb_s=1e-9 / byte_s if byte_s else None,
+        by_link=tuple(arena.winner(requests, factor) for factor in LINK_FACTORS),
+        by_length=tuple(arena.winner(_longer(target, factor)) for factor in LENGTH_FACTORS),
+        by_batch=tuple(arena.winner(_repeated(requests, times)) for times in BATCHES),
+        map=tuple(arena.map()) if with_map else (),
+    )
+
+
+def parts_of(target: Target, candidate: Candidate, rules: Rules) -> Parts:
+    """Where the seconds of a planned candidate go.
+
+    Messages are what rounds take longer than with links of no time at all; attention what the rest takes longer than
+    without it.
+    """
+    assert candidate.rounds is not None
+    costs, partition = candidate.layout_costs, candidate.layer_partition
+    evaluation, rounds = candidate.rounds.evaluation, candidate.rounds.rounds
+    silent = costs.with_links(math.inf).cost_model(partition)
+    silent_s, bare_s = (
+        float(evaluate(cost, target.requests, rounds, rules.window).round_s.sum())
+        for cost in (silent, silent.without_attention())
+    )
+    with_cuts_s = float(evaluation.round_s.sum())
+    usual_s = float(evaluate(costs.cost_model(partition), target.requests, rounds, rules.window).round_s.sum())
+    saved = with_cuts_s / usual_s if usual_s else 1.0  # by other cuts than the usual one, of all parts alike
+    stages = candidate.layout.pp_size
+    return Parts(
+        compute_s=saved * bare_s / stages,
+        attention_s=saved * (silent_s - bare_s) / stages,
+        messages_s=saved * (usual_s - silent_s) / stages,
+        bubble_s=evaluation.makespan_s - with_cuts_s / stages,
+    )
+
+
+class Arena:
+    """Where layouts compete under other links, lengths and batches, by plans that take a moment to make: equal chunks
+    of a few sizes on even layers. Memory is not asked again.
+
+    Who competes: of each family and sizes the layout of all ranks that is best here, as planned, or by what it could
+    reach at best where it was not.
+    """
+
+    def __init__(self, target: Target, candidates: Sequence[Candidate], rules: Rules) -> None:
+        self._target, self._rules = target, rules
+        self._models: dict[tuple[Layout, float], CostModel] = {}
+        self._rounds: dict[tuple[object, ...], list[Round]] = {}
+        runs = [candidate for candidate in candidates if not candidate.refusal and candidate.costs is not None]
+        most = max((candidate.layout.world_size for candidate in runs), default=1)
+        first: dict[tuple[object, ...], Candidate] = {}
+        for candidate in runs:
+            layout = candidate.layout
+            # Sizes compete where a schedule takes a moment to judge; of interleaved layouts one of each family.
+            sizes = (layout.tp_size, layout.sp_size) if layout.virtual_stages == 1 else ()
+            if layout.world_size == most:
+                first.setdefault((layout.family, *sizes), candidate)
+        self.contenders = list(first.values())[:MOST_CONTENDERS]
+
+    def winner(self, requests: Sequence[Request], link_factor: float = 1.0) -> Winner:
+        """The best layout for these requests over links so much faster."""
+        scored = sorted(
+            ((self._makespan_s(candidate, requests, link_factor), index)
+             for index, candidate in enumerate(self.contenders)),
+        )  # fmt: skip
+        place = {
+            "prompt_tokens": max(request.prompt_tokens for request in requests),
+            "num_requests": len(requests),
+            "link_factor": link_factor,
+        }
+        if not scored or math.isinf(scored[0][0]):
+            return Winner(layout=None, makespan_s=math.inf, **place)  # type: ignore[arg-type]
+        best_s, best = scored[0]
+        second_s, second = scored[1] if len(scored) > 1 else (math.inf, best)
+        return Winner(
+            layout=self.contenders[best].layout,
+            makespan_s=best_s,
+            runner_up=self.contenders[second].layout if math.isfinite(second_s) else None,
+            lead=second_s / best_s - 1.0 if math.isfinite(second_s) else 0.0,
+            **place,  # type: ignore[arg-type]
+        )
+
+    def map(self) -> Iterator[Winner]:
+        """One prompt of each length over each link, row by row of links."""
+        most = self._target.shape.max_positions
+        lengths = [length for length in MAP_LENGTHS if length <= most]
+        for factor in MAP_FACTORS:
+            for length in lengths:
+                yield self.winner([Request(id="map", prompt_tokens=length)], factor)
+
+    def _makespan_s(self, candidate: Candidate, requests: Sequence[Request], link_factor: float) -> float:
+        """Of the best of a few equal chunks."""
+        problem = Problem.of(self._model(candidate, link_factor), requests, **self._rules.options)
+        total = sum(request.new_tokens for request in requests)
+        if total > MOST_TOKENS:
+            return math.inf
+        multiple, tried, best = problem.chunk_multiple, set[int](), math.inf
+        for cuts in CUTS_TRIED if candidate.layout.pp_size > 1 else CUTS_TRIED[:3]:
+            size = multiple * max(1, -(-total // (cuts * multiple)))
+            most = self._rules.limits.max_round_tokens
+            size = size if most is None else min(size, most)
+            if size not in tried:
+                tried.add(size)
+                makespan_s = problem.evaluate(self._fixed(problem, size)).makespan_s
+                if makespan_s > 1.2 * best:  # smaller chunks are worse still
+                    break
+                best = min(best, makespan_s)
+        return best
+
+    def _fixed(self, problem: Problem, size: int) -> list[Round]:
+        """Rounds of so many tokens; of requests that are all there they are the same on every layout."""
+        key = (size, *((request.prompt_tokens, request.cached_tokens) for request in problem.requests))
+        if key not in self._rounds:
+            self._rounds[key] = fixed_rounds(problem, size)
+        return self._rounds[key]
+
+    def _model(self, candidate: Candidate, link_factor: float) -> CostModel:
+        key = (candidate.layout, link_factor)
+        if key not in self._models:
+            partition = even_partition(self._target.shape.num_layers, candidate.layout.num_groups)
+            self._models[key] = candidate.layout_costs.with_links(link_factor).cost_model(partition)
+        return self._models[key]
+
+
+def _longer(target: Target, factor: float) -> list[Request]:
+    """The requests with prompts so much longer, as far as the model's positions go."""
+    most = target.shape.max_positions - target.max_new_tokens + 1
+    return [
+        replace(request, prompt_tokens=min(max(int(factor * request.prompt_tokens), 1), most), cached_tokens=0)
+        for request in target.requests
+    ]
+
+
+def _repeated(requests: Sequence[Request], times: int) -> list[Request]:
+    return [replace(request, id=f"{request.id}-{copy}") for copy in range(times) for request in requests]
