@@ -54,6 +54,10 @@ class Export:
 def export(plan: Plan, engine: Engine) -> Export:
     """The plan for an engine. Raises UserError for a plan without a cost model and for a layout that it cannot run."""
     problem = problem_of(plan)
+    if plan.parallel.virtual_stages > 1:
+        raise UserError(
+            "engine", engine, f"holds one group of layers a stage; the plan asks for {plan.parallel.virtual_stages}"
+        )
     if plan.parallel.sp_size > 1 and engine in (Engine.TRTLLM, Engine.DYNAMO):
         raise UserError(
             "engine",

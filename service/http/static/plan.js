@@ -96,11 +96,11 @@ function headline(card, file, id, base = null) {
     id !== null && id !== undefined && h("div", { class: "actions" },
       h("a", { class: "button", href: `/api/v1/plans/${id}/file`, download: `plan-${id}.json` }, "Download the plan"),
       h("button", { type: "button", onclick: (event) => runPlan(event.target, id) }, "Run it"),
-      ["sglang", "vllm", "vllm-ascend", "trtllm", "dynamo"].map((engine) => h("a", { class: "button", href: `/api/v1/plans/${id}/export/${engine}`, download: `plan-${id}-${engine}.json` }, `for ${engine}`))));
+      parallel.virtual_stages > 1 ? h("span", { class: "quiet" }, "Other engines hold one group of layers a stage.") : ["sglang", "vllm", "vllm-ascend", "trtllm", "dynamo"].map((engine) => h("a", { class: "button", href: `/api/v1/plans/${id}/export/${engine}`, download: `plan-${id}-${engine}.json` }, `for ${engine}`))));
 }
 
 export const layoutOf = (parallel) => [["TP", parallel.tp_size], ["PP", parallel.pp_size], ["SP", parallel.sp_size]]
-  .filter(([name, size]) => size > 1 || (name === "PP" && parallel.tp_size === 1 && !(parallel.sp_size > 1))).map(([name, size]) => name + size).join(" ");
+  .filter(([name, size]) => size > 1 || (name === "PP" && parallel.tp_size === 1 && !(parallel.sp_size > 1))).map(([name, size]) => name + size).concat(parallel.sp_kind && parallel.sp_kind !== "none" ? [parallel.sp_kind] : [], parallel.virtual_stages > 1 ? [`× ${parallel.virtual_stages} ${parallel.stage_order ?? ""}`] : []).join(" ");
 
 async function runPlan(button, id) {
   button.disabled = true;
@@ -119,8 +119,9 @@ function tables(report) {
     ["layout", layoutOf], ["layers", (one) => one.layer_partition.join("-") || null], ["makespan", (one) => one.makespan_s && seconds(one.makespan_s), true],
     ["", (one) => one.makespan_s && bar(one.makespan_s / slowest)], ["mean TTFT", (one) => one.makespan_s && seconds(one.mean_ttft_s), true],
     ["bubbles", (one) => one.makespan_s && percent(one.bubble_share), true], ["GiB a rank", (one) => one.memory_bytes ? (one.memory_bytes / 2 ** 30).toFixed(1) : null, true],
-    ["why not", (one) => one.refusal ?? (one.extrapolates ? "beyond the measured range" : "")],
-  ], report.layouts, (one) => (one.refusal ? "refused" : one === report.layouts[0] ? "best" : null))));
+    ["why not", (one) => one.refusal ?? (one.proven_worse ? `no plan takes less than ${seconds(one.floor_s)}` : one.assumed?.length ? `assumes links: ${one.assumed.join(", ")}` : one.extrapolates ? "beyond the measured range" : "")],
+  ], report.layouts.slice(0, 40), (one) => (one.refusal ? "refused" : one === report.layouts[0] ? "best" : null))));
+  if (report.why) parts.push(why(report.why));
   const policies = report.policies.length ? report.policies : report.replays;
   const worst = Math.max(...policies.map((one) => one.makespan_s));
   if (policies.length) parts.push(h("div", { class: "card" }, h("h2", {}, report.replays.length ? "Policies, each seeing a request when it arrives" : "Policies on this layout"), table([
@@ -134,8 +135,19 @@ function tables(report) {
   return parts;
 }
 
+function why(told) {
+  const names = Object.keys(told.families[0]?.seconds ?? {});
+  const wins = (label, winners, value) => winners?.length > 1 && h("div", {}, h("h3", {}, label), table([
+    ["if", value, true], ["best", (one) => one.layout ?? "none has room"], ["ahead of others by", (one) => (one.lead ? percent(one.lead) : null), true],
+  ], winners));
+  return h("div", { class: "card" }, h("h2", {}, "Why, and where else another would win"),
+    names.length > 0 && table([["the best of its kind", (one) => one.layout], ...names.map((name) => [name.replace(/_s$/, "").replaceAll("_", " "), (one) => (typeof one.seconds[name] === "number" ? seconds(one.seconds[name]) : null), true])], told.families),
+    h("div", { class: "split even" }, wins("Links faster or slower", told.by_link, (one) => `× ${+one.link_factor.toPrecision(2)}`),
+      wins("Longer or shorter prompts", told.by_length, (one) => `${whole(one.prompt_tokens)} tokens`), wins("More or fewer requests", told.by_batch, (one) => `${whole(one.num_requests)} requests`)));
+}
+
 function whatIf(file, head, picture) {
-  if (!file.cost_model || file.requests.some((one) => one.arrival_s > 0) && file.requests.length > 300) return null;
+  if (!file.cost_model || file.parallel.virtual_stages > 1 || file.requests.some((one) => one.arrival_s > 0) && file.requests.length > 300) return null;
   const base = file.predicted.makespan_s;
   const settings = { link: 0, prompt: 0 };
   const error = h("p", { class: "error", role: "alert" });

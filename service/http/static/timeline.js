@@ -12,7 +12,10 @@ export function colour(request, faint = false) {
 
 export function timeline(plan, times, caption) {
   const { start_s: start, finish_s: finish } = times;
-  const stages = start[0].length, end = Math.max(...finish.map((row) => row[stages - 1]));
+  const groups = start[0].length, stages = plan.parallel?.virtual_stages > 1 ? plan.parallel.pp_size : groups;
+  const end = finish.reduce((latest, row) => Math.max(latest, row[groups - 1]), 0);
+  // Where a group of layers stands: round and round, or up and down.
+  const stageOf = (group) => (plan.parallel?.stage_order === "v" && Math.floor(group / stages) % 2 ? stages - 1 - (group % stages) : group % stages);
   const canvas = h("canvas", { tabindex: "0", role: "img", "aria-label": `${caption}: ${start.length} rounds on ${stages} stages, ${seconds(end)}. Arrow keys move, plus and minus zoom.` });
   const height = TOP + stages * (ROW + GAP) + 6;
   let from = 0, to = end;
@@ -41,8 +44,11 @@ export function timeline(plan, times, caption) {
       const y = TOP + stage * (ROW + GAP);
       pen.fillStyle = idle; pen.fillRect(LEFT, y, width() - LEFT - 4, ROW);
       pen.fillStyle = ink; pen.fillText(`stage ${stage}`, 2, y + ROW / 2 + 4);
+    }
+    for (let group = 0; group < groups; group++) {
+      const y = TOP + stageOf(group) * (ROW + GAP);
       for (let round = 0; round < start.length; round++) {
-        const left = Math.max(LEFT, x(start[round][stage])), right = Math.min(width() - 4, x(finish[round][stage]));
+        const left = Math.max(LEFT, x(start[round][group])), right = Math.min(width() - 4, x(finish[round][group]));
         if (right < LEFT || left > width() - 4) continue;
         const chunks = plan.rounds[round], total = chunks.reduce((sum, chunk) => sum + chunk.tokens, 0);
         let top = y;
@@ -75,16 +81,22 @@ export function timeline(plan, times, caption) {
     const box = canvas.getBoundingClientRect(), at = time(event.clientX - box.left);
     const stage = Math.floor((event.clientY - box.top - TOP) / (ROW + GAP));
     if (stage < 0 || stage >= stages) return null;
-    let low = 0, high = start.length - 1;
-    while (low < high) {
-      const middle = (low + high + 1) >> 1;
-      if (start[middle][stage] <= at) low = middle; else high = middle - 1;
+    let low = 0, group = 0;
+    for (group = 0; group < groups; group++) {
+      if (stageOf(group) !== stage) continue;
+      let high = start.length - 1;
+      low = 0;
+      while (low < high) {
+        const middle = (low + high + 1) >> 1;
+        if (start[middle][group] <= at) low = middle; else high = middle - 1;
+      }
+      if (at >= start[low][group] && at <= finish[low][group]) break;
     }
-    if (at < start[low][stage] || at > finish[low][stage]) return null;
+    if (group === groups) return null;
     const shown = plan.rounds[low].map((chunk) =>
       `${plan.requests[chunk.request].id}: ${whole(chunk.tokens)} tokens after ${whole(chunk.start)}`);
     const more = shown.length > 6 ? [`and ${shown.length - 6} more`] : [];
-    return [`round ${low} on stage ${stage}, ${seconds(finish[low][stage] - start[low][stage])}`, ...shown.slice(0, 6), ...more].join("\n");
+    return [`round ${low} on stage ${stage}${groups > stages ? `, group ${group}` : ""}, ${seconds(finish[low][group] - start[low][group])}`, ...shown.slice(0, 6), ...more].join("\n");
   }
 
   let dragged = null;
