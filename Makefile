@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?=
 DEMO_ARGS ?=
 
-.PHONY: install demo test lint clean
+.PHONY: install demo serve test lint clean
 
 install: .venv/installed
 
@@ -14,6 +14,9 @@ install: .venv/installed
 
 demo: install
 	.venv/bin/python -m benchmarks.demo $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
+
+serve: install
+	.venv/bin/isochunk serve
 
 test: install
 	.venv/bin/python -m pytest

@@ -16,8 +16,10 @@ from tests.tuner.atom import atom
 
 LAYERS = tuple(ROOMS)
 MOST_FILES = 12
-COMMANDS = ([], ["profile"], ["tune"], ["run-plan"], ["quantize"], ["db"])
-HEAVY = ("torch", "transformers", "pandas", "scipy", "optuna", "sqlalchemy", "numpy", "rich")
+COMMANDS = (
+    [], ["profile"], ["tune"], ["run-plan"], ["quantize"], ["export"], ["serve"], ["token"], ["worker"], ["db"],
+)  # fmt: skip
+HEAVY = ("torch", "transformers", "pandas", "scipy", "optuna", "sqlalchemy", "numpy", "rich", "fastapi", "dbos")
 
 
 def modules() -> list[Path]:

@@ -60,11 +60,14 @@ def list_fits(
     model_name: str | None = None,
     dtype: str | None = None,
     limit: int | None = None,
+    before: int | None = None,
 ) -> list[StoredFit]:
-    """Fits, newest first, only those that have each value given."""
+    """Fits, newest first, only those that have each value given, or that were kept before the fit of an id."""
     query = select(FitRow).order_by(FitRow.id.desc()).limit(limit)
     if hardware is not None:
         query = query.where(FitRow.hardware_id == id_of(hardware))
+    if before is not None:
+        query = query.where(FitRow.id < before)
     wanted = {"model_name": model_name, "dtype": dtype}
     for name, value in wanted.items():
         if value is not None:

@@ -81,12 +81,11 @@ def get_hardware(database: Database, hardware_id: int) -> Hardware:
 
 def list_hardware(database: Database) -> list[StoredHardware]:
     """All hardware in the order it was first seen."""
-    kept = (
-        select(HardwareRow, func.count(MeasurementRow.id), func.max(MeasurementRow.measured_at))
-        .outerjoin(MeasurementRow, MeasurementRow.hardware_id == HardwareRow.id)
-        .group_by(HardwareRow.id)
-        .order_by(HardwareRow.id)
-    )
+    # One look at an index for each hardware: joined and grouped, every measurement would be read.
+    mine = MeasurementRow.hardware_id == HardwareRow.id
+    count = select(func.count()).select_from(MeasurementRow).where(mine).scalar_subquery()
+    last = select(func.max(MeasurementRow.measured_at)).where(mine).scalar_subquery()
+    kept = select(HardwareRow, count, last).order_by(HardwareRow.id)
     with database.reading() as session:
         return [
             StoredHardware(id=row.id, hardware=_from_row(row), num_measurements=count, last_measured_at=last)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas
 
 __all__ = ["Measurement", "MeasurementKey", "Source", "load_measurements", "measured_keys", "measurement_frame",
-           "measurement_key", "save_measurements"]  # fmt: skip
+           "measurement_key", "page_measurements", "save_measurements"]  # fmt: skip
 
 
 class MeasurementKey(NamedTuple):
@@ -124,6 +124,36 @@ def load_measurements(
     )
     with database.reading() as session:
         return sorted((from_row(row) for row in session.scalars(query).all()), key=_order)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredMeasurement:
+    """A row of a list: one point and whose it is."""
+
+    id: int
+    hardware_id: int
+    measurement: Measurement
+
+
+def page_measurements(
+    database: Database,
+    *,
+    hardware_id: int | None = None,
+    op: str | None = None,
+    before: int | None = None,
+    limit: int,
+) -> list[StoredMeasurement]:
+    """Points, the last kept first: only those of a hardware, of an operation, or kept before the point of an id."""
+    query = select(MeasurementRow).order_by(MeasurementRow.id.desc()).limit(limit)
+    if hardware_id is not None:
+        query = query.where(MeasurementRow.hardware_id == hardware_id)
+    if op is not None:
+        query = query.where(MeasurementRow.op == op)
+    if before is not None:
+        query = query.where(MeasurementRow.id < before)
+    with database.reading() as session:
+        rows = session.scalars(query).all()
+    return [StoredMeasurement(id=row.id, hardware_id=row.hardware_id, measurement=from_row(row)) for row in rows]
 
 
 def measured_keys(database: Database, hardware: Hardware) -> set[MeasurementKey]:

@@ -52,17 +52,32 @@ def save_plan_row(database: Database, plan: Mapping[str, Any], *, hardware_id: i
 
 def get_plan_row(database: Database, plan_id: int) -> dict[str, Any]:
     """A plan file's JSON. Raises UserError when there is no such plan."""
+    plan = find_plan(database, plan_id)
+    if plan is None:
+        raise UserError("plan", plan_id, "must be the id of a plan in the database (`isochunk db list plans`)")
+    return plan
+
+
+def find_plan(database: Database, plan_id: int) -> dict[str, Any] | None:
+    """A plan file's JSON, None when there is no such plan."""
+    with database.reading() as session:
+        row = session.get(PlanRow, plan_id)
+    return None if row is None else row.plan
+
+
+def plan_hardware(database: Database, plan_id: int) -> int | None:
+    """The id of the hardware that a plan was made for, if it says so. Raises UserError for an unknown plan."""
     with database.reading() as session:
         row = session.get(PlanRow, plan_id)
     if row is None:
         raise UserError("plan", plan_id, "must be the id of a plan in the database (`isochunk db list plans`)")
-    return row.plan
+    return row.hardware_id
 
 
 def list_plan_rows(
-    database: Database, *, hardware: Hardware | None = None, limit: int | None = None
+    database: Database, *, hardware: Hardware | None = None, limit: int | None = None, before: int | None = None
 ) -> list[StoredPlan]:
-    """Plans, newest first, only those made for a hardware if it is given."""
+    """Plans, newest first, only those made for a hardware, or kept before the plan of an id, if that is given."""
     query = (
         select(PlanRow, func.count(RunRow.id))
         .outerjoin(RunRow, RunRow.plan_id == PlanRow.id)
@@ -72,6 +87,8 @@ def list_plan_rows(
     )
     if hardware is not None:
         query = query.where(PlanRow.hardware_id == id_of(hardware))
+    if before is not None:
+        query = query.where(PlanRow.id < before)
     with database.reading() as session:
         return [
             StoredPlan(

@@ -15,8 +15,8 @@ from db.store.engine import Database
 from db.store.provenance import code_version, now
 from db.store.tables import RoundTimeRow, RunKind, RunRow, RunStatus
 
-__all__ = ["RoundTime", "RunKind", "RunOutcome", "RunStatus", "StoredRun", "fail_run", "finish_run", "list_runs",
-           "load_round_times", "start_run"]  # fmt: skip
+__all__ = ["RoundTime", "RunKind", "RunOutcome", "RunStatus", "StoredRun", "fail_run", "find_run", "finish_run",
+           "list_runs", "load_round_times", "start_run"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,8 +151,9 @@ def list_runs(
     status: RunStatus | str | None = None,
     hardware: Hardware | None = None,
     limit: int | None = None,
+    before: int | None = None,
 ) -> list[StoredRun]:
-    """Runs, newest first, only those that have each value given."""
+    """Runs, newest first, only those that have each value given, or that began before the run of an id."""
     wanted = {
         "plan_id": plan_id,
         "kind": RunKind(kind) if kind else None,
@@ -162,9 +163,20 @@ def list_runs(
     query = select(RunRow).filter_by(**{name: value for name, value in wanted.items() if value is not None})
     if hardware is not None:
         query = query.where(RunRow.hardware_id == id_of(hardware))
+    if before is not None:
+        query = query.where(RunRow.id < before)
     with database.reading() as session:
         rows = session.scalars(query.order_by(RunRow.id.desc()).limit(limit)).all()
     return [StoredRun(**{name: getattr(row, name) for name in StoredRun.__dataclass_fields__}) for row in rows]
+
+
+def find_run(database: Database, run_id: int) -> StoredRun | None:
+    """The run of an id, None when there is none."""
+    with database.reading() as session:
+        row = session.get(RunRow, run_id)
+    if row is None:
+        return None
+    return StoredRun(**{name: getattr(row, name) for name in StoredRun.__dataclass_fields__})
 
 
 def load_round_times(database: Database, run_id: int) -> list[RoundTime]:

@@ -13,7 +13,11 @@ from db.errors import UserError
 from db.store.tables import Base
 
 VERSION_TABLE = "isochunk_schema"
-REVISIONS = ("0001", "0002")  # oldest first; known here so that opening a current database need not import alembic
+REVISIONS = (
+    "0001",
+    "0002",
+    "0003",
+)  # oldest first; known here so that opening a current database need not import alembic
 HEAD = REVISIONS[-1]
 MIGRATIONS = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x69736F63  # "isoc": PostgreSQL's name for the lock that upgrades take

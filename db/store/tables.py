@@ -82,7 +82,12 @@ class MeasurementRow(Base):
     """One measured point, the newest of its key on its hardware."""
 
     __tablename__ = "measurements"
-    __table_args__ = (UniqueConstraint("hardware_id", "op", "dtype", "shape", "group_size", "busy_ranks", "variant"),)
+    __table_args__ = (
+        UniqueConstraint("hardware_id", "op", "dtype", "shape", "group_size", "busy_ranks", "variant"),
+        Index(None, "hardware_id", "measured_at"),  # how many a hardware has, and since when
+        Index(None, "hardware_id", "id"),  # pages of one hardware
+        Index(None, "hardware_id", "op", "id"),  # and of one operation
+    )
 
     id: Mapped[int] = mapped_column(primary_key=True)
     hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id", ondelete="CASCADE"))
@@ -132,6 +137,32 @@ class ProcessRow(Base):
     finished_at: Mapped[datetime | None]
     error: Mapped[str | None]
     code_version: Mapped[str]
+
+
+class WorkerRow(Base):
+    """What a process that takes jobs has; it lives as long as its process."""
+
+    __tablename__ = "workers"
+
+    process_id: Mapped[int] = mapped_column(ForeignKey("processes.id", ondelete="CASCADE"), primary_key=True)
+    machine: Mapped[str]
+    device_type: Mapped[str]
+    device: Mapped[str]
+    device_count: Mapped[int]
+    memory_bytes: Mapped[int] = mapped_column(BigInteger)
+
+
+class TokenRow(Base):
+    """A token that opens the service: its hash alone, and what it allows."""
+
+    __tablename__ = "tokens"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    hash: Mapped[str] = mapped_column(unique=True)
+    scopes: Mapped[str]
+    created_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
 
 
 class RunRow(Base):

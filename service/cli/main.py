@@ -18,6 +18,10 @@ COMMANDS = {
     "tune": ("service.cli.commands.tune", "Fit the cost model and choose layout, partition and rounds."),
     "run-plan": ("service.cli.commands.run_plan", "Execute a plan and compare it with its prediction."),
     "quantize": ("service.cli.commands.quantize", "Make an 8-bit checkpoint of a model, and say what it costs."),
+    "export": ("service.cli.commands.export", "Write a plan as another engine's launch files."),
+    "serve": ("service.cli.commands.serve", "Serve plans, what is kept, and jobs: a page and an HTTP API."),
+    "token": ("service.cli.commands.token", "Make, list and revoke tokens that open the service."),
+    "worker": ("service.cli.commands.worker", "Run the service's jobs on this machine."),
     "db": ("service.cli.commands.db", "Look after the profiling database."),
 }
 
@@ -38,7 +42,12 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
-        return command
+        server = ctx.params.get("server")
+        if server is None:
+            return command
+        from service.cli.remote import remote
+
+        return remote(cmd_name, command, server)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an interrupt stays one, where click would print an empty line for it."""
@@ -55,7 +64,8 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="isochunk", prog_name="isochunk")
-def cli() -> None:
+@click.option("--server", metavar="URL", envvar="ISOCHUNK_SERVER", help="Let the service at this address do it.")
+def cli(server: str | None) -> None:
     """Find, prove and run the fastest chunked-pipeline plan for long-context LLM prefill on the hardware at hand."""
 
 

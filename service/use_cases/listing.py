@@ -67,7 +67,7 @@ def kept_rows(database: Database, kept: Kept, hardware_id: int | None, limit: in
             return _measurements(database, hardware_id, limit)
         case Kept.PLANS:
             plans = list_plan_rows(database, hardware=hardware, limit=limit)
-            return [asdict(row) | _summary(row.plan) for row in plans]
+            return [asdict(row) | plan_summary(row.plan) for row in plans]
         case Kept.RUNS:
             runs = [asdict(row) for row in list_runs(database, hardware=hardware, limit=limit)]
             return _with_lost(database, runs, "process_id")
@@ -102,7 +102,7 @@ def _measurements(database: Database, hardware_id: int | None, limit: int) -> li
     return sorted(rows, key=lambda row: row["measured_at"], reverse=True)[:limit]
 
 
-def _summary(plan: Mapping[str, Any]) -> dict[str, Any]:
+def plan_summary(plan: Mapping[str, Any]) -> dict[str, Any]:
     """What tells plans apart at a glance; the file's optional fields may be missing."""
     parallel = plan.get("parallel") or {}
     return {

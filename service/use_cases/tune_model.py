@@ -87,7 +87,8 @@ def tune_model(
 
             with process_row(database, "tune --measure"):
                 report = tune_measured(replace(report, hardware=hardware), target, rules, options, echo)
-        _keep(database, hardware, target, report)
+        if options.keep:
+            _keep(database, hardware, target, report)
         return replace(report, hardware=hardware)
 
 

@@ -50,6 +50,7 @@ class TuneOptions:
     )
     repeat: int = option(1, "Runs of each measured plan; the median counts.", above=0)
     correct: bool = option(True, "Correct the model by earlier runs. [default: correct]")
+    keep: bool = option(True, "Keep the fit and the plan in the database. [default: keep]")
     plot: str | None = option(None, "Draw why, and where else which layout wins.", metavar="FILE.svg", is_file=True)
     output: str | None = option(None, "Write the best plan to this file.", flags=("-o", "--output"), is_file=True)
     db_url: str | None = db_url()

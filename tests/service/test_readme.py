@@ -29,7 +29,7 @@ def test_the_commands_of_the_readme_work(tmp_path: Path) -> None:
     (tmp_path / "cost.json").write_text(json.dumps(COST_MODEL))
     environment = os.environ | {"ISOCHUNK_DB": f"sqlite:///{tmp_path / 'isochunk.db'}", "OMP_NUM_THREADS": "1"}
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("isochunk ")]
-    assert {command.split()[1] for command in commands} == {"profile", "tune", "run-plan", "db"}
+    assert {command.split()[1] for command in commands} == {"profile", "tune", "export", "run-plan", "db"}
     for command in commands:
         program = [sys.executable, "-m", "service", *shlex.split(command)[1:]]
         done = subprocess.run(
@@ -61,7 +61,7 @@ def test_the_python_of_the_readme_works(tmp_path: Path) -> None:
 def test_the_targets_of_the_readme_are_in_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = [line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make ")]
-    assert targets == ["demo", "test"]
+    assert targets == ["demo", "serve", "test"]
     assert all(f"\n{target}:" in makefile for target in targets)
 
 

@@ -26,8 +26,8 @@ NEXT_REVISION = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0003"
-down_revision = "0002"
+revision = "9999"
+down_revision = "HEAD"
 
 
 def upgrade() -> None:
@@ -57,36 +57,41 @@ def test_the_revisions_known_in_code_are_those_in_the_folder() -> None:
 def test_an_older_database_is_upgraded_whole_or_not_at_all(
     database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
+    current = schema.HEAD
     with open_database(database_url) as old:
         save_measurements(old, make_hardware(), [make_measurement(8), make_measurement(64)])
     migrations = tmp_path / "migrations"
     shutil.copytree(schema.MIGRATIONS, migrations)
-    (migrations / "versions" / "0003_next.py").write_text(NEXT_REVISION.replace("FAILS", str(fails)))
+    (migrations / "versions" / "9999_next.py").write_text(
+        NEXT_REVISION.replace("FAILS", str(fails)).replace("HEAD", schema.HEAD)
+    )
     with monkeypatch.context() as newer_code:
         newer_code.setattr(schema, "MIGRATIONS", migrations)
-        newer_code.setattr(schema, "REVISIONS", ("0001", "0002", "0003"))
-        newer_code.setattr(schema, "HEAD", "0003")
-        newer_code.setattr(engine, "HEAD", "0003")
-        with pytest.raises(UserError, match="has schema 0002, this version reads 0003; run `isochunk db upgrade`"):
+        newer_code.setattr(schema, "REVISIONS", (*schema.REVISIONS, "9999"))
+        newer_code.setattr(schema, "HEAD", "9999")
+        newer_code.setattr(engine, "HEAD", "9999")
+        with pytest.raises(
+            UserError, match=f"has schema {current}, this version reads 9999; run `isochunk db upgrade`"
+        ):
             open_database(database_url, read_only=True)
         if fails:
             with pytest.raises(Exception, match="no_such_table"):
                 open_database(database_url)
         else:
             with open_database(database_url) as upgraded:
-                assert upgraded.found_revision == "0002"
+                assert upgraded.found_revision == current
                 assert load_measurements(upgraded, make_hardware()) == [make_measurement(8), make_measurement(64)]
                 with upgraded.engine.connect() as connection:
                     assert connection.scalar(text("SELECT rack FROM hardware")) == "unknown"
-                    assert schema.stored_revision(connection) == "0003"
+                    assert schema.stored_revision(connection) == "9999"
     if fails:
         with open_database(database_url) as untouched:
-            assert untouched.found_revision == "0002"
+            assert untouched.found_revision == current
             assert load_measurements(untouched, make_hardware()) == [make_measurement(8), make_measurement(64)]
             columns = {column["name"] for column in inspect(untouched.engine).get_columns("hardware")}
             assert "rack" not in columns
     else:
-        with pytest.raises(UserError, match="has schema 0003 of a newer version"):
+        with pytest.raises(UserError, match="has schema 9999 of a newer version"):
             open_database(database_url)
 
 

@@ -1,0 +1,105 @@
+"""Planning in processes beside the service's own: each request has its time and memory, and cannot take more."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import resource
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from db.errors import UserError
+from service.http.plan_request import MadePlan, PlanRequest
+from service.http.problems import RefusedError
+
+_PLANS_A_PROCESS = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanningLimits:
+    """What making one plan may take, and how many may be asked for at once."""
+
+    processes: int = 2
+    seconds: float = 20.0
+    memory_bytes: int = 6 << 30
+    waiting: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A UserError on its way between processes: exceptions of several arguments do not travel."""
+
+    field: str
+    value: str
+    allowed: str
+
+
+class Planning:
+    """Processes that make plans, kept warm; one that takes too long, or too much, is ended and replaced."""
+
+    def __init__(self, limits: PlanningLimits) -> None:
+        self.limits, self._num_asked = limits, 0
+        self._pool = ProcessPool(
+            max_workers=limits.processes,
+            max_tasks=_PLANS_A_PROCESS,
+            initializer=_begin,
+            initargs=(os.getpid(), limits.memory_bytes),
+            context=multiprocessing.get_context("spawn"),
+        )
+
+    def warm_up(self) -> None:
+        """Start the processes, so that the first plan does not wait for imports."""
+        for _ in range(self.limits.processes):
+            self._pool.schedule(_warm)
+
+    async def make(self, request: PlanRequest) -> MadePlan:
+        """A plan. Raises UserError for what is refused, RefusedError for what takes too much."""
+        if self._num_asked >= self.limits.waiting:
+            headers = {"retry-after": "1"}
+            raise RefusedError(503, "plans", self._num_asked, f"at most {self.limits.waiting} at once", headers=headers)
+        self._num_asked += 1
+        try:
+            future: Future[Any] = self._pool.schedule(_make, args=[request], timeout=self.limits.seconds)
+            made = await asyncio.wrap_future(future)
+        except TimeoutError:
+            allowed = f"must be planned within {self.limits.seconds:g} s: fewer or shorter prompts, a fixed layout"
+            raise RefusedError(422, "plan", "too much work", allowed) from None
+        except (MemoryError, ProcessExpired):
+            allowed = f"must be planned within {self.limits.memory_bytes >> 20} MiB of memory"
+            raise RefusedError(422, "plan", "too much work", allowed) from None
+        finally:
+            self._num_asked -= 1
+        if isinstance(made, _Refusal):
+            raise UserError(made.field, made.value, made.allowed)
+        assert isinstance(made, MadePlan)
+        return made
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.join(timeout=5)
+
+
+def _begin(service_pid: int, memory_bytes: int) -> None:
+    from profiler.comm.ranks.child import die_with
+
+    die_with(service_pid)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+
+
+def _warm() -> None:
+    import service.use_cases.tune_model  # noqa: F401 - SciPy and the database
+
+
+def _make(request: PlanRequest) -> MadePlan | _Refusal:
+    from service.http.plan_request import make_plan
+
+    try:
+        return make_plan(request)
+    except UserError as error:
+        return _Refusal(error.field, str(error.value), error.allowed)

@@ -1,0 +1,126 @@
+"""A service from its options to its end: database, token, planning processes, a worker beside it, and the server."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import uvicorn
+
+from db.errors import UserError
+from db.rows.tokens import token_scopes
+from db.store.engine import open_database
+from service.http.access import Access
+from service.http.application import make_application
+from service.http.planning import Planning, PlanningLimits
+from service.http.routes.jobs import Options
+from service.http.serve_options import ServeOptions
+from service.http.state import Service
+from service.jobs.process import end
+from service.jobs.queue import JobQueue
+
+_MOST_CONNECTIONS = 500
+_GRACE_S = 3
+_AGAIN_AFTER_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where a service listens, and the token that opens it."""
+
+    url: str
+    token: str
+
+    @property
+    def first_visit(self) -> str:
+        """What a browser opens: the part after # is never sent, and so stands in no log."""
+        return f"{self.url}/#token={self.token}"
+
+
+def serve(options: ServeOptions, job_options: Options) -> None:
+    """Serve until the process is told to end. The address with its token is printed once, on standard error."""
+    listener = listen(options.host, options.port)
+    database = open_database(options.db_url)
+    access = Access(kept=functools.partial(token_scopes, database))
+    name = f"[{options.host}]" if ":" in options.host else options.host
+    address = Address(url=f"http://{name}:{listener.getsockname()[1]}", token=access.make_token())
+    service = Service(
+        database=database,
+        access=access,
+        planning=Planning(PlanningLimits()),
+        jobs=JobQueue(database.url),
+        model_folders=options.model_folders,
+    )
+    app = make_application(service, job_options, hosts=options.hosts)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        limit_concurrency=_MOST_CONNECTIONS,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=_GRACE_S,
+        h11_max_incomplete_event_size=32 << 10,
+        lifespan="on",
+    )
+    print(f"isochunk serves {database.location}\nOpen {address.first_visit}", file=sys.stderr, flush=True)
+    with _worker(options) if options.worker else _nothing():
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on an address. Raises UserError when it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise UserError("--port", port, f"must be free on {host} ({error.strerror})") from None
+    return listener
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _worker(options: ServeOptions) -> Iterator[None]:
+    """A worker on this machine, started again when it ends, and ended with the service."""
+    stop = threading.Event()
+    keeper = threading.Thread(target=_keep, args=(options, stop), name="worker", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        keeper.join(10.0)
+
+
+def _keep(options: ServeOptions, stop: threading.Event) -> None:
+    words = [sys.executable, "-m", "service.jobs.child", str(os.getpid()), "worker"]
+    if options.models:
+        words += ["--models", options.models]
+    if options.machine:
+        words += ["--machine", options.machine]
+    environment = os.environ | ({"ISOCHUNK_DB": options.db_url} if options.db_url else {})
+    while not stop.is_set():
+        process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None and not stop.wait(0.2):
+            time.sleep(0)
+        if stop.is_set():
+            end(process)
+        elif process.returncode == 2:  # it was told what is wrong, and it would be again: another worker is here
+            return
+        stop.wait(_AGAIN_AFTER_S)

@@ -1,0 +1,39 @@
+"""What the routes of one service share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends
+from starlette.requests import Request
+
+from db.store.engine import Database
+from service.http.access import Access
+from service.http.planning import Planning
+from service.jobs.queue import JobQueue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """One service: its database, its tokens, and the processes that plan."""
+
+    database: Database
+    access: Access
+    planning: Planning
+    jobs: JobQueue
+    model_folders: tuple[Path, ...]
+
+    @property
+    def db_url(self) -> str:
+        """The database's URL, with its password: for processes of the service's own."""
+        return self.database.url.render_as_string(hide_password=False)
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+Shared = Annotated[Service, Depends(_service)]

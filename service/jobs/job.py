@@ -1,0 +1,96 @@
+"""What a job is: a command with its options, where it may run, and how far it came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+
+class JobKind(StrEnum):
+    """The command that a job runs."""
+
+    PROFILE = "profile"
+    TUNE = "tune"
+    RUN_PLAN = "run-plan"
+
+
+class JobStatus(StrEnum):
+    """How far a job came."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more comes of it."""
+        return self not in (JobStatus.QUEUED, JobStatus.RUNNING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """What is to be run. Names of models are looked up by the worker, in folders of its machine's own."""
+
+    kind: JobKind
+    flags: tuple[str, ...] = ()
+    """Options as on the command line, each in one word."""
+    model: str | None = None
+    plan_id: int | None = None
+    weights: str | None = None
+    """The model whose weights a plan runs with."""
+    retry_of: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is queued."""
+        return {
+            "kind": self.kind.value,
+            "flags": list(self.flags),
+            "model": self.model,
+            "plan_id": self.plan_id,
+            "weights": self.weights,
+            "retry_of": self.retry_of,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> JobSpec:
+        """As it was queued."""
+        return cls(**{**content, "kind": JobKind(content["kind"]), "flags": tuple(content["flags"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOutcome:
+    """How a job's command ended."""
+
+    exit_code: int
+    error: str | None = None
+    """The last line that it said, where it failed."""
+    result: Any = None
+    """What it printed as JSON."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is kept."""
+        return {"exit_code": self.exit_code, "error": self.error, "result": self.result}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A job and how far it came."""
+
+    id: str
+    spec: JobSpec
+    hardware: str
+    """The key of the hardware that it waits for or runs on."""
+    status: JobStatus
+    worker: str | None
+    """The machine that took it last."""
+    attempts: int
+    """How often a worker took it up."""
+    created_at: datetime
+    updated_at: datetime
+    error: str | None
+    result: Any = None

@@ -1,0 +1,199 @@
+"""A worker: says what hardware it has, takes jobs for it one at a time, and takes up what dead workers left."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dbos import DBOS
+
+from db.errors import UserError
+from db.rows.plans import get_plan_row
+from db.rows.processes import process_row
+from db.rows.workers import WorkerHardware, save_worker
+from db.store.engine import Database, open_database
+from db.store.leases import is_held
+from service.jobs.job import JobKind, JobOutcome, JobSpec
+from service.jobs.machine import hold_machine
+from service.jobs.process import plan_file, run_command
+from service.jobs.store import LOG, WORKFLOW, worker_config
+from service.use_cases.models import model_path
+
+MOST_ATTEMPTS = 3
+"""Of a job whose workers die: it may be what kills them."""
+LOOK_EVERY_S = 1.0
+SERVER_GRACE_S = 10.0
+"""How long a lease must be gone on a server before its job is taken up: its worker, if it lives, ends sooner."""
+LOST_LEASE = 75
+STOP_WITHIN_S = 4.0
+"""From the wish that a worker ends to its end, its job's process with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """What a worker's jobs are run with."""
+
+    database: Database
+    hardware: WorkerHardware
+    model_folders: Sequence[Path]
+    process_id: int
+    held: int
+    stopping: threading.Event
+    idle: threading.Event
+
+    @property
+    def executor(self) -> str:
+        """The name of this process among those that run jobs."""
+        return f"{self.hardware.machine}/{self.process_id}"
+
+    def run(self, content: Mapping[str, Any], job_id: str) -> dict[str, Any]:
+        """Run a job to its end -> its outcome; what it says goes to the job's log."""
+        spec = JobSpec.from_json(content)
+        self.idle.clear()
+        DBOS.write_stream(LOG, {"lines": [f"{self.hardware.machine} takes it up"], "at": time.time()})
+        try:
+            with tempfile.TemporaryDirectory(prefix="job-") as folder:
+                outcome = run_command(
+                    self._arguments(spec, folder),
+                    environment={"ISOCHUNK_DB": self.database.url.render_as_string(hide_password=False)},
+                    held=self.held,
+                    say=_say,
+                    is_cancelled=lambda: self.stopping.is_set() or _is_cancelled(job_id),
+                )
+        except UserError as error:
+            outcome = JobOutcome(exit_code=2, error=str(error))
+        finally:
+            self.idle.set()
+        if outcome is None and self.stopping.is_set():
+            threading.Event().wait()  # the job is not over: whoever takes it up goes on with it
+        return (outcome or JobOutcome(exit_code=130, error="cancelled")).to_json()
+
+    def _arguments(self, spec: JobSpec, folder: str) -> list[str]:
+        words = [spec.kind.value, *spec.flags, "--json"]
+        if spec.weights is not None:
+            words.append(f"--weights={model_path(self.model_folders, spec.weights)}")
+        if spec.kind is JobKind.RUN_PLAN:
+            assert spec.plan_id is not None
+            return [*words, "--", str(plan_file(folder, get_plan_row(self.database, spec.plan_id)))]
+        assert spec.model is not None
+        return [*words, "--", model_path(self.model_folders, spec.model)]
+
+
+def describe_machine(machine: str | None, name: str | None, device_type: str | None) -> WorkerHardware:
+    """What this machine has; `machine` and `name` stand for its own name and its devices'."""
+    from profiler.hardware.device import default_device_type, describe_hardware
+
+    device_type = device_type or default_device_type()
+    found = describe_hardware(device_type, num_threads=1)
+    return WorkerHardware(
+        machine=machine or socket.gethostname(),
+        device_type=device_type,
+        device=name or found.device,
+        device_count=found.device_count,
+        memory_bytes=found.memory_bytes,
+    )
+
+
+def work(db_url: str | None, hardware: WorkerHardware, model_folders: Sequence[Path]) -> None:
+    """Take jobs until the process is ended. Raises UserError when the machine has a worker already."""
+    try:
+        _work(db_url, hardware, model_folders)
+    except UserError:
+        raise
+    except BaseException:  # told to end: threads that wait for a job's process must not hold this one up
+        os._exit(0)
+
+
+def _work(db_url: str | None, hardware: WorkerHardware, model_folders: Sequence[Path]) -> None:
+    with (
+        hold_machine(hardware.machine) as held,
+        open_database(db_url) as database,
+        process_row(database, "worker") as process_id,
+    ):
+        save_worker(database, process_id, hardware)
+        worker = Worker(
+            database=database,
+            hardware=hardware,
+            model_folders=model_folders,
+            process_id=process_id,
+            held=held,
+            stopping=threading.Event(),
+            idle=threading.Event(),
+        )
+        worker.idle.set()
+        DBOS(config=worker_config(database.url, worker.executor))
+
+        @DBOS.step(name="command")
+        def command(content: dict[str, Any]) -> dict[str, Any]:
+            job_id = DBOS.workflow_id
+            assert job_id is not None
+            return worker.run(content, job_id)
+
+        @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=MOST_ATTEMPTS)
+        def job(content: dict[str, Any]) -> dict[str, Any]:
+            return command(content)
+
+        DBOS.listen_queues([hardware.key])
+        DBOS.launch()
+        DBOS.register_queue(hardware.key, worker_concurrency=1, polling_interval_sec=0.3)
+        print(f"worker {hardware.machine}: takes jobs for {hardware.key}", file=sys.stderr, flush=True)
+        try:
+            _watch(worker)
+        finally:
+            worker.stopping.set()
+            worker.idle.wait(STOP_WITHIN_S)
+
+
+def _watch(worker: Worker) -> None:
+    """Look after the lease of this process and after the jobs of those that lost theirs."""
+    database = worker.database
+    grace_s = 0.0 if database.engine.dialect.name == "sqlite" else SERVER_GRACE_S
+    seen_lost: dict[str, float] = {}
+    stop = threading.Event()
+    while not stop.wait(LOOK_EVERY_S):
+        try:
+            if not is_held(database.engine, database.url, worker.process_id):
+                raise UserError("lease", worker.process_id, "must be held: the database's server was away")
+            seen_lost = _take_up(worker, seen_lost, grace_s)
+        except Exception as error:
+            # Others may take up this worker's job from now on, so that it must end here and now.
+            print(f"worker {worker.hardware.machine}: ends: {error}", file=sys.stderr, flush=True)
+            os._exit(LOST_LEASE)
+
+
+def _take_up(worker: Worker, seen_lost: dict[str, float], grace_s: float) -> dict[str, float]:
+    """Queue again what workers had that are gone -> since when each of them is known to be."""
+    running = DBOS.list_workflows(status="PENDING", name=WORKFLOW, load_input=False, load_output=False)
+    others = {one.executor_id for one in running if one.executor_id and one.executor_id != worker.executor}
+    if not others:
+        return {}
+    now = time.monotonic()
+    living = _living(worker.database, others)
+    lost = {executor: seen_lost.get(executor, now) for executor in others - living}
+    overdue = [executor for executor, since in lost.items() if now - since >= grace_s]
+    if overdue:
+        # Only rows that still name a dead process are queued again: of several workers that do this, one succeeds.
+        DBOS._recover_pending_workflows(overdue)
+    return lost
+
+
+def _living(database: Database, executors: set[str]) -> set[str]:
+    numbers = {executor: int(executor.rpartition("/")[2]) for executor in executors}
+    return {executor for executor, number in numbers.items() if is_held(database.engine, database.url, number)}
+
+
+def _say(lines: list[str]) -> None:
+    DBOS.write_stream(LOG, {"lines": lines, "at": time.time()})
+
+
+def _is_cancelled(job_id: str) -> bool:
+    status = DBOS.get_workflow_status(job_id)
+    return status is None or status.status != "PENDING"
