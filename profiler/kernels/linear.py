@@ -18,10 +18,10 @@ class Linear:
     __slots__ = ("bias", "in_features", "out_features", "packed", "weight")
     entry: PlainEntry = PLAIN
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        # weight: [N, K], bias: [N]
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, reorder: bool = True) -> None:
+        # weight: [N, K], bias: [N]; reorder: not where the weight is written anew while the product is kept
         self.out_features, self.in_features = weight.shape
-        self.packed = _can_pack(weight)
+        self.packed = reorder and _can_pack(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.packed else weight
         self.bias = bias
 
@@ -31,7 +31,9 @@ class Linear:
             return None
         first, rest = slice(0, first_outputs), slice(first_outputs, None)
         biases = (None, None) if self.bias is None else (self.bias[first], self.bias[rest])
-        return Linear(self.weight[first], biases[0]), Linear(self.weight[rest], biases[1])
+        parts = zip((first, rest), biases, strict=True)
+        one, other = (Linear(self.weight[rows], bias, reorder=False) for rows, bias in parts)
+        return one, other
 
     def __call__(self, x: Operand) -> torch.Tensor:
         """x: [T, K] -> [T, N]."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from db.errors import UserError
 from profiler.comm.ranks.launch import under_torchrun
 from profiler.hardware.device import check_device_type, check_world_size
-from profiler.model import ModelShape, bundled_names, load_model_shape, model_from_config, precision_of
+from profiler.model import PRECISIONS, ModelShape, bundled_names, load_model_shape, model_from_config, precision_of
 from profiler.sequence.kind import SPKind
 from runtime.run.prompts import TokenIds, check_prompts
 from tuner.plan.plan import MAX_THREADS, Plan, Weights
@@ -56,8 +56,9 @@ def model_shape(model: Mapping[str, object], weights: Path | None) -> ModelShape
 def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_type: str) -> None:
     """Raise `UserError` unless the model can be cut as planned, holds the prompts, and the machine has the devices."""
     parallel = plan.parallel
-    if parallel.weights is Weights.GATHERED:
-        raise UserError("parallel.weights", parallel.weights, "cannot be run yet")
+    if parallel.weights is Weights.GATHERED and PRECISIONS[plan.precision].linears is not None:
+        allowed = f"whole in {plan.precision}; only plain numbers are gathered"
+        raise UserError("parallel.weights", parallel.weights, allowed)
     if parallel.sp_kind is SPKind.ULYSSES:
         for layer in shape.layer_kinds:
             heads = layer.attention.heads.per_rank(parallel.tp_size)

@@ -37,7 +37,7 @@ class Stage:
             if job.weights is None
             else open_checkpoint(job.weights, job.shape, device=device, dtype=weights_dtype)
         )
-        self.shard = load_shard(job.shape, place, weights, groups.tensor, precision)
+        self.shard = load_shard(job.shape, place, weights, groups, precision)
         self.kernels = cache(job.kernels)  # a search among the measured points, for each chunk of each round
         self.scheme = SCHEMES[job.parallel.sp_kind](job, groups, device, self._choose_kernel)
         layers = [job.shape.layers[index] for index in place.layers]
@@ -108,7 +108,14 @@ class Stage:
 
     def _run_layers(self, hidden: torch.Tensor, inputs: LayerInputs, layers: slice) -> torch.Tensor:
         stream = Stream(hidden)
-        for index in range(*layers.indices(len(self.shard.layers))):
+        gathered, indices = self.shard.gathered, range(*layers.indices(len(self.shard.layers)))
+        if gathered is not None:
+            gathered.begin(indices.start)
+        for index in indices:
+            if gathered is not None:
+                gathered.wait(index)
+                if index + 1 in indices:
+                    gathered.begin(index + 1)
             stream = self.shard.layers[index](stream, inputs, *self.slab[index])
         return stream.added()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from profiler.comm.links.group import RankGroup
+from profiler.comm.links.group import Groups, RankGroup
 from profiler.kernels.entry import Product
 from profiler.kernels.linear import Linear
 from profiler.kernels.quantized.linear import make_linear
@@ -20,6 +20,8 @@ from profiler.model.shape import layer_prefix
 from profiler.model.tensors import Cut, LinearSpec, NormSpec, Slice
 from runtime.job.place import Place
 from runtime.weights.checkpoint import Weights
+from runtime.weights.gathered import GatheredWeights
+from tuner.plan.plan import Weights as WeightsPlace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,17 +29,21 @@ class Shard:
     """The weights of one rank; the embedding on the first stage only, the head on the last only."""
 
     layers: tuple[DecoderLayer, ...]
+    gathered: GatheredWeights | None  # of the layers, where ranks that share rows cut them
     embedding: torch.Tensor | None  # [V, hidden], whole on each tensor-parallel rank: a look-up moves nothing
     head: Head | None  # a slice of the vocabulary
 
 
-def load_shard(shape: ModelShape, place: Place, weights: Weights, group: RankGroup, precision: Precision) -> Shard:
+def load_shard(shape: ModelShape, place: Place, weights: Weights, groups: Groups, precision: Precision) -> Shard:
     """Read this rank's slices, no others."""
     reader = _Reader(weights, place, precision)
+    is_gathered = place.parallel.weights is WeightsPlace.GATHERED
+    gathered = GatheredWeights(groups.sequence) if is_gathered else None
     return Shard(
-        layers=tuple(_load_layer(shape, index, reader, group) for index in place.layers),
+        layers=tuple(_load_layer(shape, index, reader, groups.tensor, gathered) for index in place.layers),
+        gathered=gathered,
         embedding=reader.matrix(shape.embedding) if place.is_first else None,
-        head=_load_head(shape, reader, group) if place.is_last else None,
+        head=_load_head(shape, reader, groups.tensor) if place.is_last else None,
     )
 
 
@@ -108,9 +114,17 @@ class _Reader:
         return spec.slices(self.place.tp_rank, self.place.parallel.tp_size)
 
 
-def _load_layer(shape: ModelShape, index: int, model: _Reader, group: RankGroup) -> DecoderLayer:
+def _load_layer(
+    shape: ModelShape, index: int, model: _Reader, group: RankGroup, gathered: GatheredWeights | None
+) -> DecoderLayer:
     spec, reader = shape.layers[index], replace(model, prefix=layer_prefix(index))
-    linears = {linear.name: reader.layer_linear(linear) for linear in spec.linears}
+    linears: dict[str, Product] = {}
+    if gathered is None:
+        linears = {linear.name: reader.layer_linear(linear) for linear in spec.linears}
+    else:
+        views = gathered.add({linear.name: reader.matrix(linear) for linear in spec.linears})
+        for linear in spec.linears:
+            linears[linear.name] = Linear(views[linear.name], reader.own_bias(linear), reorder=False)
     return DecoderLayer(
         spec,
         model.place.parallel.tp_size,

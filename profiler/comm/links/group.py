@@ -53,9 +53,13 @@ class RankGroup:
     def release(self) -> None:
         """What was gathered last into such a part has been read."""
 
-    def begin_gather(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begin to stack the tensors of all ranks; what it returns waits and gives [size, ...]."""
-        stacked = tensor.new_empty((self.size, *tensor.shape))
+    def begin_gather(self, tensor: torch.Tensor, *, into: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
+        """Begin to stack the tensors of all ranks; what it returns waits and gives [size, ...].
+
+        into: room for as many numbers, if the result is to lie there.
+        """
+        size = (self.size, *tensor.shape)
+        stacked = tensor.new_empty(size) if into is None else into.view(size)
         sent = tensor.reshape(-1)
         return _waiting(_all_gather(stacked.view(-1), sent, group=self.group, async_op=True), stacked, sent)
 

@@ -52,11 +52,11 @@ class PeerGatherGroup(RankGroup):
         self._await(self._freed(self._slot))
         return self._part(self.rank, torch.Size(size))
 
-    def begin_gather(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def begin_gather(self, tensor: torch.Tensor, *, into: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
         """See `RankGroup`. A tensor that is not this rank's slot goes the usual way."""
         slot = self._slot
         if tensor.data_ptr() != self.memory.inbox(self.first_lane + self.rank)[slot].data_ptr():
-            return super().begin_gather(tensor)
+            return super().begin_gather(tensor, into=into)
         copies = self._copies
         copies.wait_for(self.memory.current_queue().mark())
         flat = tensor.reshape(1, -1)

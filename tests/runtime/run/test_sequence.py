@@ -14,7 +14,7 @@ from runtime.job.job import Job
 from runtime.run.rank import run_jobs
 from tests.runtime.cases import PARTITIONS, make_job, prompts, requests
 from tests.runtime.conftest import Generate
-from tuner.plan.plan import Chunk, Parallel, Round
+from tuner.plan.plan import Chunk, Parallel, Round, Weights
 
 NEW_TOKENS = 5
 VARIANTS = ("llama", "qwen2", "qwen3", "llama-bias-one-kv-head", "olmo2", "phi3")
@@ -73,6 +73,9 @@ def cases(world_size: int) -> Iterator[Case]:
         for number, variant in enumerate(VARIANTS):
             if number == 0 or world_size == 2 or (world_size < 6 and number == 1 + index % (len(VARIANTS) - 1)):
                 yield Case(variant=variant, parallel=parallel, cuts=mixed if number % 2 else ())
+        if parallel.sp_size > 1 and world_size in (2, 4):
+            spread = replace(parallel, weights=Weights.GATHERED)
+            yield Case(variant=VARIANTS[index % len(VARIANTS)], parallel=spread, cuts=mixed)
         yield Case(variant="qwen3", parallel=parallel, cuts=tuple(reversed(mixed)), cached_tokens=CACHED)
 
 
