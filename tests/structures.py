@@ -16,8 +16,8 @@ ROOMS = {
     "db": ("files", "store", "rows"),
     "profiler": ("hardware", "model", "sequence", "kernels", "layers", "comm", "points", "measure"),
     "tuner": ("plan", "rounds", "online", "policies", "fit", "search"),
-    "runtime": ("job", "weights", "stage", "run"),
-    "service": ("use_cases", "engines", "jobs", "http", "cli"),
+    "runtime": ("job", "weights", "stage", "run", "quantize"),
+    "service": ("reasons", "use_cases", "engines", "jobs", "http", "cli"),
 }
 ASKED = {
     "db": "what is kept",

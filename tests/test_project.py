@@ -16,7 +16,9 @@ from tests.tuner.atom import atom
 
 LAYERS = tuple(ROOMS)
 MOST_FILES = 12
-COMMANDS = ([], ["profile"], ["tune"], ["run-plan"], ["export"], ["serve"], ["token"], ["worker"], ["db"])
+COMMANDS = (
+    [], ["profile"], ["tune"], ["run-plan"], ["quantize"], ["export"], ["serve"], ["token"], ["worker"], ["db"],
+)  # fmt: skip
 HEAVY = ("torch", "transformers", "pandas", "scipy", "optuna", "sqlalchemy", "numpy", "rich", "fastapi", "dbos")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from profiler.kernels.entry import PLAIN, Operand, PlainEntry
+
 
 class Linear:
     """y = x W^T + b over rows of tokens.
@@ -14,6 +16,7 @@ class Linear:
     """
 
     __slots__ = ("bias", "in_features", "out_features", "packed", "weight")
+    entry: PlainEntry = PLAIN
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         # weight: [N, K], bias: [N]
@@ -30,8 +33,9 @@ class Linear:
         biases = (None, None) if self.bias is None else (self.bias[first], self.bias[rest])
         return Linear(self.weight[first], biases[0]), Linear(self.weight[rest], biases[1])
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Operand) -> torch.Tensor:
         """x: [T, K] -> [T, N]."""
+        assert isinstance(x, torch.Tensor)
         if self.packed:
             y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return y

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
-from profiler.kernels.elementwise import (
-    TokenPlaces,
-    add_rms_norm,
-    norm_all_heads,
-    rms_norm,
-    rotate_into_slab,
-    silu_product,
-)
+from profiler.kernels.elementwise import TokenPlaces, norm_all_heads, rms_norm, rotate_into_slab
+from profiler.kernels.entry import PLAIN, Entries, Entry, Operand, Product
 from profiler.kernels.linear import Linear
+from profiler.kernels.quantized.linear import DequantizingLinear, QuantizedLinear
 from profiler.layers.layer_inputs import LayerInputs, Reduce
 from profiler.model import LayerSpec
 from profiler.model.tensors import NormSpec
 
-Project = Callable[[torch.Tensor], torch.Tensor]
+Project = Callable[[Operand], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,18 +68,38 @@ class Stream:
     hidden: torch.Tensor
     update: torch.Tensor | None = None
 
-    def add_and_norm(self, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum, and its norm; the sum twice where there is no norm."""
+    def add_and_norm(
+        self, weight: torch.Tensor | None, eps: float, entry: Entry = PLAIN
+    ) -> tuple[torch.Tensor, Operand]:
+        """The sum, and its norm as the next product takes it; the sum itself so where there is no norm."""
         if weight is None:
             added = self.added()
-            return added, added
+            return added, entry.take(added)
         if self.update is None:
-            return self.hidden, rms_norm(self.hidden, weight, eps)
-        return add_rms_norm(self.hidden, self.update, weight, eps)
+            return self.hidden, entry.norm(self.hidden, weight, eps)
+        return entry.add_norm(self.hidden, self.update, weight, eps)
 
     def added(self) -> torch.Tensor:
         """The sum [T, hidden]."""
         return self.hidden if self.update is None else self.hidden + self.update
+
+
+class Projections(TypedDict):
+    """A layer's products and the work before them, as `DecoderLayer` takes them."""
+
+    qkv: Project
+    o: Project
+    gate_up: Project
+    down: Project
+    entries: Entries
+
+
+def projections(products: Mapping[str, Product]) -> Projections:
+    """Products by name, each with its entry."""
+    return Projections(
+        qkv=products["qkv"], o=products["o"], gate_up=products["gate_up"], down=products["down"],
+        entries=Entries.of(products),
+    )  # fmt: skip
 
 
 class DecoderLayer:
@@ -91,6 +107,7 @@ class DecoderLayer:
 
     The projections are given from outside (fused q|k|v and gate|up, sharded by the caller); `reduce_o` and
     `reduce_down` sum the partial results of the group and add a row-parallel bias once, `sum_ranks` adds no bias.
+    `entries` say in which formats the projections take their operands.
     One layer knows nothing of pipelines.
     """
 
@@ -107,35 +124,36 @@ class DecoderLayer:
         reduce_o: Reduce,
         reduce_down: Reduce,
         sum_ranks: Callable[[torch.Tensor], torch.Tensor],
+        entries: Entries | None = None,
     ) -> None:
         self.num_heads, self.tp_size = spec.attention.heads.per_rank(tp_size), tp_size
         self.head_dim = spec.attention.head_dim
-        self.norms = norms
+        self.norms, self.entries = norms, entries or Entries()
         self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
         self.reduce_o, self.reduce_down, self.sum_ranks = reduce_o, reduce_down, sum_ranks
 
     def __call__(self, stream: Stream, inputs: LayerInputs, keys: torch.Tensor, values: torch.Tensor) -> Stream:
         """keys, values: this layer's slab [KV, rows, head_dim]."""
         norms = self.norms
-        hidden, normed = stream.add_and_norm(norms.before_attention, norms.eps)
+        hidden, normed = stream.add_and_norm(norms.before_attention, norms.eps, self.entries.qkv)
         # No names for what is large and used once: it would live through the MLP.
         attended = inputs.join(self.reduce_o, self.o(inputs.mix(self, normed, keys, values)))
         attended = norms.after(attended, norms.after_attention)
-        hidden, normed = Stream(hidden, attended).add_and_norm(norms.before_mlp, norms.eps)
+        hidden, normed = Stream(hidden, attended).add_and_norm(norms.before_mlp, norms.eps, self.entries.gate_up)
         del attended
-        output = inputs.join(self.reduce_down, self.down(silu_product(self.gate_up(inputs.spread(normed)))))
+        output = inputs.join(self.reduce_down, self.down(self.entries.down.silu(self.gate_up(inputs.spread(normed)))))
         return Stream(hidden, norms.after(output, norms.after_mlp))
 
-    def project(self, normed: torch.Tensor) -> torch.Tensor:
+    def project(self, normed: Operand) -> torch.Tensor:
         """normed: [T, hidden] -> q|k|v [T, (H + 2 KV) D], normed where the norm spans all heads."""
         qkv = self.qkv(normed)
         if self.norms.all_heads:
             norm_all_heads(qkv, self.norms, lambda means: self.sum_ranks(means) / self.tp_size)
         return qkv
 
-    def project_apart(self, normed: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]] | None:
+    def project_apart(self, normed: Operand) -> tuple[torch.Tensor, Callable[[], torch.Tensor]] | None:
         """k|v at once and q when it is called for; None where the rows of q|k|v cannot be multiplied apart."""
-        if self.norms.all_heads or not isinstance(self.qkv, Linear):
+        if self.norms.all_heads or not isinstance(self.qkv, Linear | DequantizingLinear | QuantizedLinear):
             return None
         parts = self.qkv.split(self.num_heads * self.head_dim)
         if parts is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from profiler.kernels.elementwise import GatheredRun, write_gathered
+from profiler.kernels.entry import Operand
 from profiler.layers.layer_inputs import AttentionLayer
 from profiler.layers.prefill_inputs import RoundInputs
 from profiler.layers.row_group import RowGroup
@@ -39,9 +40,7 @@ class GatherInputs(RoundInputs):
     overlaps: bool
     """Whether the gather runs beside the projection of the queries, which is a product of its own then."""
 
-    def mix(
-        self, layer: AttentionLayer, normed: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def mix(self, layer: AttentionLayer, normed: Operand, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `LayerInputs`."""
         num_kv_heads, _, head_dim = keys.shape
         new = self.group.new_part(keys, (2, num_kv_heads, normed.shape[0], head_dim))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from profiler.kernels.elementwise import rms_norm
-from profiler.kernels.linear import Linear
+from profiler.kernels.entry import Product
 
 GatherRanks = Callable[[torch.Tensor], torch.Tensor]
 
@@ -26,7 +26,7 @@ class Head:
     """
 
     def __init__(
-        self, norm: torch.Tensor, eps: float, logits: Linear, *, first_id: int, gather: GatherRanks | None
+        self, norm: torch.Tensor, eps: float, logits: Product, *, first_id: int, gather: GatherRanks | None
     ) -> None:
         self.norm, self.eps, self.logits = norm, eps, logits
         self.first_id, self.gather = first_id, gather

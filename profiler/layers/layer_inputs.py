@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from profiler.kernels.elementwise import TokenPlaces
+from profiler.kernels.entry import Operand
 
 
 class Reduce(Protocol):
@@ -29,10 +30,10 @@ class AttentionLayer(Protocol):
 
     num_heads: int  # query heads of this rank
 
-    def project(self, normed: torch.Tensor) -> torch.Tensor:
+    def project(self, normed: Operand) -> torch.Tensor:
         """normed: [T, hidden] -> q|k|v [T, (H + 2 KV) D]."""
 
-    def project_apart(self, normed: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]] | None:
+    def project_apart(self, normed: Operand) -> tuple[torch.Tensor, Callable[[], torch.Tensor]] | None:
         """k|v [T, 2 KV D] at once and q [T, H D] when it is called for; None where they are one product."""
 
     def rotate(
@@ -66,16 +67,14 @@ class LayerInputs:
         """Attend q [T, H, D] over each token's request in the slab -> [T, H D]."""
         raise NotImplementedError
 
-    def mix(
-        self, layer: AttentionLayer, normed: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def mix(self, layer: AttentionLayer, normed: Operand, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Normed hidden states [rows, hidden] through projection and attention, before o: [rows, H D].
 
         keys, values: this layer's slab [KV, rows, D], to which the new ones are written.
         """
         return layer.attend(layer.rotate(layer.project(normed), self, keys, values), self, keys, values)
 
-    def spread(self, normed: torch.Tensor) -> torch.Tensor:
+    def spread(self, normed: Operand) -> Operand:
         """This rank's rows -> the rows that its products run on."""
         return normed
 

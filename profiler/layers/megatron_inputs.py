@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from profiler.kernels.entry import Operand
+from profiler.kernels.quantized.rows import QuantizedRows
 from profiler.layers.layer_inputs import AttentionLayer, LayerInputs, Reduce
 from profiler.layers.prefill_inputs import RoundInputs
 from profiler.layers.row_group import RowGroup
@@ -22,15 +24,15 @@ class MegatronInputs(LayerInputs):
     whole: RoundInputs  # the whole round, padded to as many rows as all ranks keep together
     group: RowGroup
 
-    def mix(
-        self, layer: AttentionLayer, normed: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def mix(self, layer: AttentionLayer, normed: Operand, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `LayerInputs`: of all rows, which the reduce-scatter after o takes."""
         qkv = layer.project(self.spread(normed))[: self.whole.num_tokens]
         return layer.attend(layer.rotate(qkv, self.whole, keys, values), self.whole, keys, values)
 
-    def spread(self, normed: torch.Tensor) -> torch.Tensor:
-        """See `LayerInputs`: the rows of all ranks."""
+    def spread(self, normed: Operand) -> Operand:
+        """See `LayerInputs`: the rows of all ranks, sent in the format in which products take them."""
+        if isinstance(normed, QuantizedRows):
+            return normed.gathered(self.group.gather)
         return self.group.gather(normed).flatten(0, 1)
 
     def join(self, reduce: Reduce, partial: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from profiler.kernels.attention import PartialAttention, attend_partial, attend_tokens_partial
+from profiler.kernels.entry import Operand
 from profiler.kernels.rotary import Rotary
 from profiler.layers.layer_inputs import AttentionLayer, LayerInputs
 from profiler.layers.row_group import RowGroup
@@ -50,9 +51,7 @@ class RingInputs(LayerInputs):
         for mine, places in self.places:
             slab[:, places] = rows[mine].transpose(0, 1)
 
-    def mix(
-        self, layer: AttentionLayer, normed: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def mix(self, layer: AttentionLayer, normed: Operand, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `LayerInputs`."""
         num_tokens = self.slab_rows.shape[0]
         q: torch.Tensor | None = None

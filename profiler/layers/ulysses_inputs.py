@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from profiler.kernels.entry import Operand
 from profiler.layers.layer_inputs import AttentionLayer, LayerInputs
 from profiler.layers.row_group import RowGroup
 from profiler.sequence.heads import HeadShare
@@ -68,9 +69,7 @@ class UlyssesInputs(LayerInputs):
     columns: HeadColumns
     group: RowGroup
 
-    def mix(
-        self, layer: AttentionLayer, normed: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def mix(self, layer: AttentionLayer, normed: Operand, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `LayerInputs`."""
         share = self.columns.shares[self.group.rank]
         keys, values = keys[: share.num_kv_heads], values[: share.num_kv_heads]  # the slab has as many on every rank
@@ -104,9 +103,7 @@ class WholeUlyssesInputs(LayerInputs):
     columns: HeadColumns
     group: RowGroup
 
-    def mix(
-        self, layer: AttentionLayer, normed: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def mix(self, layer: AttentionLayer, normed: Operand, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `LayerInputs`."""
         rank, ranks = self.group.rank, range(self.group.size)
         share = self.columns.shares[rank]

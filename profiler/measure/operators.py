@@ -9,8 +9,9 @@ import torch
 from profiler.comm.links.group import RankGroup, Reduction
 from profiler.kernels.attention import attend
 from profiler.kernels.attention_kernel import AttentionKernel
+from profiler.kernels.entry import Entries, Operand
 from profiler.kernels.rotary import Rotary
-from profiler.layers.decoder_layer import DecoderLayer, Norms, Project, Stream
+from profiler.layers.decoder_layer import DecoderLayer, Norms, Stream, projections
 from profiler.layers.head import Head, embed
 from profiler.layers.layer_inputs import LayerInputs
 from profiler.layers.prefill_inputs import ChooseKernel, RoundInputs, prepare_round
@@ -18,7 +19,7 @@ from profiler.measure.timing import Prepared, Run
 from profiler.measure.workspace import Slabs, Workspace
 from profiler.model import LayerSpec, ModelShape
 from profiler.model.tensors import Cut, LinearSpec
-from profiler.points.point import WARM, Op, Point
+from profiler.points.point import KEPT, WARM, Op, Point
 
 _MANY_ROWS = 384  # a card's FLOPs for each byte it reads, with two bytes a weight
 
@@ -69,15 +70,16 @@ class Operators:
 
     def _matmul(self, point: Point) -> Run:
         m, n, k = (point.shape[name] for name in ("m", "n", "k"))
-        linears = self.workspace.cold_linears(n, k)
+        linears = self.workspace.cold_linears(n, k, kept=point.variant == KEPT)
         if point.variant == WARM:
             linears = linears[:1]
-        x = self.workspace.random(m, k)
+        x = linears[0].entry.take(self.workspace.random(m, k))
         return lambda call: linears[call % len(linears)](x)
 
     def _matmul_ceiling(self, point: Point) -> Run:
         m, n, k = (point.shape[name] for name in ("m", "n", "k"))
-        linear, x = self.workspace.linear(n, k), self.workspace.random(m, k)
+        linear = self.workspace.linear(n, k)
+        x = linear.entry.take(self.workspace.random(m, k))
         return lambda _call: linear(x)
 
     def _attention(self, point: Point) -> Run:
@@ -101,14 +103,26 @@ class Operators:
         hidden, gate_up = (self.workspace.random(tokens, size) for size in (sizes["hidden"], 2 * sizes["intermediate"]))
         projected = self.workspace.random(tokens, sizes["hidden"])
         spec, tp_size = self._layer_of(point)
+        # Quantizing is element-wise work, and so are they measured; products take what is quantized already.
+        products = {
+            linear.name: self.workspace.linear(1, linear.sizes(tp_size)[1], kept=linear.kept) for linear in spec.linears
+        }
+        take = products["o"].entry.take
+
+        def attended(x: Operand) -> torch.Tensor:
+            assert isinstance(x, torch.Tensor)
+            take(x)
+            return projected
+
         layer = ElementwiseLayer(
             spec,
             tp_size,
             norms=self._norms(spec, tp_size),
             qkv=lambda _x: qkv,
-            o=lambda _x: projected,
+            o=attended,
             gate_up=lambda _x: gate_up,
             down=lambda _x: projected,
+            entries=Entries.of(products),
             reduce_o=self._reduce(spec.attention.o),
             reduce_down=self._reduce(spec.mlp.down),
             sum_ranks=lambda partial: partial,
@@ -149,7 +163,7 @@ class Operators:
 
     def _head(self, point: Point) -> Run:
         rows, hidden, vocab = (point.shape[name] for name in ("rows", "hidden", "vocab"))
-        logits = self.workspace.cold_linears(vocab, hidden)
+        logits = self.workspace.cold_linears(vocab, hidden, kept=True)
         norm, x = self.workspace.random(hidden), self.workspace.random(rows, hidden)
         heads = [Head(norm, self.shape.norm_eps, linear, first_id=0, gather=None) for linear in logits]
         return lambda call: heads[call % len(heads)](x)
@@ -159,7 +173,7 @@ class Operators:
 
     def _cold_layers(self, point: Point) -> list[DecoderLayer]:
         spec, tp_size = self._layer_of(point)
-        size = self.workspace.precision.weights.num_bytes(spec.num_elements(tp_size))
+        size = spec.weights_bytes(self.workspace.precision, tp_size)
         # Two layers at least, so that no layer follows itself.
         copies = max(2, self.workspace.num_copies(size))
         return self.workspace.keep(
@@ -177,9 +191,9 @@ class Operators:
         raise ValueError(f"{self.shape.name} has no layer of {point.shape} {point.variant}")
 
     def _decoder_layer(self, spec: LayerSpec, tp_size: int) -> DecoderLayer:
-        linears: dict[str, Project] = {
+        linears = {
             linear.name: self.workspace.linear(
-                *linear.sizes(tp_size), bias=linear.has_bias and linear.cut is not Cut.ROW
+                *linear.sizes(tp_size), bias=linear.has_bias and linear.cut is not Cut.ROW, kept=linear.kept
             )
             for linear in spec.linears
         }
@@ -187,7 +201,7 @@ class Operators:
             spec,
             tp_size,
             norms=self._norms(spec, tp_size),
-            **linears,
+            **projections(linears),
             reduce_o=self._reduce(spec.attention.o),
             reduce_down=self._reduce(spec.mlp.down),
             sum_ranks=lambda partial: partial,

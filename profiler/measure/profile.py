@@ -27,6 +27,7 @@ from profiler.hardware.device import (
 )
 from profiler.kernels.attention import available_kernels
 from profiler.kernels.attention_kernel import worth_measuring
+from profiler.kernels.quantized.support import check_precision
 from profiler.measure.session import ProfileJob, profile_rank
 from profiler.measure.summary import ProfileSummary, summarize_ops
 from profiler.model import ModelShape, load_model_shape, precision_of
@@ -123,6 +124,7 @@ def make_grid(options: ProfileOptions) -> Grid:
     device_type = options.device_type or default_device_type()
     check_device_type(device_type)
     precision = precision_of(options.dtype or default_dtype(shape, device_type))
+    check_precision(precision, device_type)
     activations = precision.activations.torch_dtype
     world_size = options.world_size or default_world_size(device_type)
     check_world_size(world_size, device_type)

@@ -108,8 +108,7 @@ class RankSession:
         self.device, self.precision = context.device, job.grid.precision
         self.worklist = Worklist(job.points, job.rows, usual_kernel=job.grid.kernels[0])
         shape = job.grid.shape
-        layer_weights = sum(layer.num_elements() for layer in shape.layers)
-        stage_bytes = self.precision.weights.num_bytes(layer_weights) // context.world_size
+        stage_bytes = sum(layer.weights_bytes(self.precision) for layer in shape.layers) // context.world_size
         ranks_on_device = context.world_size if self.device.type == "cpu" else 1
         workspace = Workspace(
             self.device,

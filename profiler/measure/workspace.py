@@ -10,11 +10,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from profiler.kernels.entry import Product
 from profiler.kernels.linear import Linear
+from profiler.kernels.quantized.linear import make_linear
+from profiler.kernels.quantized.weight import quantize_weight
 from profiler.model import Precision
 
 T = TypeVar("T")
 
+_STATIC_SCALE = 4.0 / 127.0  # normal data fill most of such a range
 _MIN_SLABS = 8  # most points touch only the first rows of a slab
 
 # Random data: all-zero operands draw less power, and cards then clock higher than a model would see.
@@ -56,15 +60,22 @@ class Workspace:
         """Normally distributed values of standard deviation `scale`."""
         return torch.randn(*sizes, device=self.device, dtype=self.dtype, generator=self._generator).mul_(scale)
 
-    def linear(self, n: int, k: int, *, bias: bool = False) -> Linear:
-        """A new product of random weights that keeps the size of its input."""
-        return Linear(self.random(n, k, scale=k**-0.5), self.random(n) if bias else None)
+    def linear(self, n: int, k: int, *, bias: bool = False, kept: bool = False) -> Product:
+        """A new product of random weights that keeps the size of its input; `kept` plain in every precision."""
+        weight, added = self.random(n, k, scale=k**-0.5), self.random(n) if bias else None
+        linears = None if kept else self.precision.linears
+        if linears is None:
+            return Linear(weight, added)
+        static = torch.full((1,), _STATIC_SCALE, device=self.device) if linears.is_calibrated else None
+        return make_linear(quantize_weight(weight, linears.weights.torch_dtype), linears, added, scale=static)
 
-    def cold_linears(self, n: int, k: int) -> list[Linear]:
+    def cold_linears(self, n: int, k: int, *, kept: bool = False) -> list[Product]:
         """Products of one size, to be used in turn."""
-        size = self.precision.weights.num_bytes(n * k)
+        size = self.precision.matrix_bytes(n, k, kept=kept)
         copies = self.num_copies(size)
-        return self.keep(("linear", n, k), size * copies, lambda: [self.linear(n, k) for _ in range(copies)])
+        return self.keep(
+            ("linear", n, k, kept), size * copies, lambda: [self.linear(n, k, kept=kept) for _ in range(copies)]
+        )
 
     def slabs(self, kv_heads: int, rows: int, head_dim: int) -> Slabs:
         """KV slabs of one size, to be used in turn."""

@@ -10,8 +10,10 @@ from db.errors import UserError
 from db.files.documents import located, parse, read_json
 from db.files.json_text import parse_json
 from profiler.model.configuration import model_from_config
+from profiler.model.quantization import FIELD, with_sidecar
 from profiler.model.shape import ModelShape
 
+SIDECAR = "hf_quant_config.json"  # where ModelOpt says how a checkpoint is quantized
 _SHAPES = files("profiler.model").joinpath("shapes")
 
 
@@ -31,4 +33,10 @@ def load_model_shape(model: str) -> ModelShape:
         raise UserError("MODEL", model, "must be a folder with a config.json, or one of " + ", ".join(bundled_names()))
     content = read_json(path, field="MODEL")
     with located(path):
-        return model_from_config(parse(dict[str, Any], content), name=folder.resolve().name)
+        config = parse(dict[str, Any], content)
+    if not config.get(FIELD) and (folder / SIDECAR).is_file():
+        sidecar = read_json(folder / SIDECAR, field="MODEL")
+        with located(folder / SIDECAR):
+            config = with_sidecar(config, parse(dict[str, Any], sidecar))
+    with located(path):
+        return model_from_config(config, name=folder.resolve().name)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from db.errors import UserError
+from profiler.model.precision import PRECISIONS
+from profiler.model.quantization import Quantization
 from profiler.model.spec import LayerSpec
 from profiler.model.tensors import LinearSpec, NormSpec
 
@@ -28,8 +30,9 @@ class ModelShape:
     head: LinearSpec
     norm_eps: float
     max_positions: int
-    dtype: str  # of the checkpoint
+    dtype: str  # of the checkpoint, of its plain tensors where others are quantized
     config: Mapping[str, Any]
+    quantization: Quantization | None = None  # of the checkpoint
 
     @property
     def num_layers(self) -> int:
@@ -65,7 +68,9 @@ class ModelShape:
     @property
     def fingerprint(self) -> str:
         """Short hash of what decides a kernel's work; two checkpoints of one shape share measurements."""
-        parts = (self.architecture, self.embedding, self.layers, self.final_norm, self.head)
+        parts: tuple[object, ...] = (self.architecture, self.embedding, self.layers, self.final_norm, self.head)
+        kept = [linear.name for layer in self.layers for linear in layer.linears if linear.kept]
+        parts += (kept,) if kept else ()
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
     @property
@@ -100,5 +105,6 @@ def layer_prefix(index: int) -> str:
 
 
 def default_dtype(shape: ModelShape, device_type: str) -> str:
-    """The model's own precision on CUDA; float32 on a CPU, where it is the fast one."""
-    return shape.dtype if device_type == "cuda" else "float32"
+    """The model's own precision on CUDA; with float32 on a CPU, where it is the fast one."""
+    plain = shape.dtype if device_type == "cuda" else "float32"
+    return plain if shape.quantization is None else shape.quantization.precision(PRECISIONS[plain].activations)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from profiler.model.precision import FLOAT32, Precision
 from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec
@@ -85,12 +86,13 @@ class LayerSpec:
 
     @property
     def variant(self) -> str:
-        """What besides the sizes decides a layer's element-wise work, as the rows of a profile name it."""
+        """What besides sizes and precision decides a layer's element-wise work, as the rows of a profile name it."""
         traits = {
             "post-norm": self.after_attention is not None or self.after_mlp is not None,
             "qk-norm": self.attention.q_norm is not None and not self.attention.norms_all_heads,
             "qk-norm-all-heads": self.attention.norms_all_heads,
         }
+        traits |= {f"kept-{linear.name}": linear.kept for linear in self.linears}
         return "+".join(name for name, present in traits.items() if present)
 
     def sizes(self, tp_size: int) -> dict[str, int]:
@@ -109,6 +111,28 @@ class LayerSpec:
     def num_elements(self, tp_size: int = 1) -> int:
         """Numbers that a rank holds: matrices, biases and norms; with one rank, the layer's parameters."""
         return sum(tensor.num_elements(tp_size) for tensor in self._weights)
+
+    def keeping(self, names: Collection[str], *, group_size: int | None = None) -> LayerSpec:
+        """The same layer with these of its linears plain in every precision, and scales for groups of inputs."""
+
+        def kept(linear: LinearSpec) -> LinearSpec:
+            return replace(linear, kept=linear.name in names, group_size=group_size)
+
+        attention, mlp = self.attention, self.mlp
+        return replace(
+            self,
+            attention=replace(attention, qkv=kept(attention.qkv), o=kept(attention.o)),
+            mlp=replace(mlp, gate_up=kept(mlp.gate_up), down=kept(mlp.down)),
+        )
+
+    def weights_bytes(self, precision: Precision, tp_size: int = 1) -> int:
+        """Bytes of all that a rank holds of it, scales of quantized matrices included."""
+        matrices = sum(
+            precision.matrix_bytes(*linear.sizes(tp_size), kept=linear.kept, group_size=linear.group_size)
+            for linear in self.linears
+        )
+        rest = self.num_elements(tp_size) - self.product_elements(tp_size)
+        return matrices + precision.weights.num_bytes(rest)
 
     def reduced_bytes(self, precision: Precision) -> tuple[int, ...]:
         """Bytes a token of each all-reduce of a tensor-parallel group in this layer."""

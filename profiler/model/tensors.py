@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
@@ -65,6 +65,8 @@ class LinearSpec:
     parts: tuple[Part, ...]  # from the first output to the last
     inputs: Dim
     has_bias: bool = False
+    kept: bool = field(default=False, repr=False)  # plain in every precision
+    group_size: int | None = field(default=None, repr=False)  # inputs that share a scale in an 8-bit checkpoint
 
     def sizes(self, tp_size: int = 1) -> tuple[int, int]:
         """Out features n and in features k on a rank, the most that any holds."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import PRECISIONS, LayerSpec, ModelShape, Precision
 from profiler.model.flops import causal_pairs
-from profiler.points.point import BESIDE, COLLECTIVES, WARM, Op, Point, strided
+from profiler.points.point import BESIDE, COLLECTIVES, KEPT, WARM, Op, Point, strided
 from profiler.points.rank_groups import RankGroups
 from profiler.sequence.heads import most_heads
 
@@ -138,18 +138,21 @@ class Grid:
             yield from (
                 replace(point, busy_ranks=1, level=point.level + 1)
                 for point in parts
-                if point.level <= 1 and point.variant in ("", *self.kernels[:1], layer.variant)
+                if point.level <= 1 and point.variant in ("", KEPT, *self.kernels[:1], layer.variant)
             )
 
     def _matmuls(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
-        for n, k in layer.products(tp_size).values():
+        for linear in layer.linears:
+            n, k = linear.sizes(tp_size)
+            weights = self.precision.matrix_bytes(n, k, kept=linear.kept)
             for m, level in self.product_levels.items():
                 point = Point(
                     op=Op.MATMUL, dtype=self.dtype, shape={"m": m, "n": n, "k": k}, level=level,
-                    flops=2.0 * m * n * k, size_bytes=self._weights(2 * n * k) + self._bytes(m * (n + k)),
+                    variant=KEPT if linear.kept else "",
+                    flops=2.0 * m * n * k, size_bytes=2 * weights + self._bytes(m * (n + k)),
                 )  # fmt: skip
                 yield point
-                if self.device_type == "cuda" and level <= 1:
+                if self.device_type == "cuda" and level <= 1 and not linear.kept:
                     yield replace(point, variant=WARM, level=LAST_LEVEL)
 
     def _attention(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
@@ -193,7 +196,7 @@ class Grid:
         sizes, weights = layer.sizes(tp_size), layer.product_elements(tp_size)
         attention = 4.0 * sizes["heads"] * sizes["head_dim"]
         width = 4 * sizes["hidden"] + 5 * sizes["intermediate"] + 4 * sizes["heads"] * sizes["head_dim"]
-        fixed_bytes = self._weights(3 * weights) + 2 * self._slab(layer, tp_size)
+        fixed_bytes = 3 * layer.weights_bytes(self.precision, tp_size) + 2 * self._slab(layer, tp_size)
         for chunk, chunk_level in self.layer_levels.items():
             for context, context_level in self.context_levels(chunk).items():
                 if context_level > 1 or (chunk_level and context_level):

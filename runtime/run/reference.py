@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from profiler.model import PRECISIONS
+from profiler.kernels.quantized.rounding import quantize_rows, quantize_static, widened
+from profiler.kernels.quantized.weight import quantize_weight
+from profiler.model import ModelShape, Precision, load_model_shape, precision_of
+from profiler.model.precision import LinearFormat
+from profiler.model.quantization import FIELD
+from profiler.model.shape import layer_prefix
+from profiler.model.tensors import LinearSpec
 from runtime.run.prompts import TokenIds
 from runtime.run.result import RequestResult
+from runtime.weights.checkpoint import Checkpoint
+from runtime.weights.quantized import open_checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +43,10 @@ def check_tokens(
     end_ids: frozenset[int],
     device_type: str = "cpu",
 ) -> tuple[TokenCheck, ...]:
-    """Run `generate` greedily in the same dtype, one prompt at a time, and compare token by token."""
+    """Run `generate` greedily in the same precision, one prompt at a time, and compare token by token."""
     import transformers
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        weights, dtype=PRECISIONS[dtype].weights.torch_dtype, local_files_only=True
-    ).to(device_type)
+    model = load_reference(weights, precision_of(dtype)).to(device_type)
     # A configuration of our own: a checkpoint's may sample or punish repetition.
     model.generation_config = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -53,6 +57,71 @@ def check_tokens(
         return_dict_in_generate=True,
     )
     return tuple(_check(model, result, prompt) for result, prompt in zip(results, prompts, strict=True))
+
+
+def load_reference(weights: Path, precision: Precision) -> Any:
+    """Transformers' model of a checkpoint.
+
+    Where linears are quantized it multiplies plain numbers that were rounded to 8 bits before: the same arithmetic,
+    without any 8-bit product.
+    """
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    shape, dtype = load_model_shape(str(weights)), precision.weights.torch_dtype
+    if precision.linears is None and shape.quantization is None:
+        return transformers.AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, local_files_only=True)
+    config = {key: value for key, value in shape.config.items() if key != FIELD}
+    kind = transformers.AutoConfig.for_model(**config)
+    model = transformers.AutoModelForCausalLM.from_config(kind, dtype=dtype)
+    checkpoint = open_checkpoint(weights, shape, dtype=dtype)
+    state = {name: checkpoint.read(name) for name in shape.tensors()}
+    if precision.linears is not None:
+        _round_linears(model, state, shape, checkpoint, precision.linears)
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    return model.eval()
+
+
+def _round_linears(
+    model: Any, state: dict[str, torch.Tensor], shape: ModelShape, checkpoint: Checkpoint, linears: LinearFormat
+) -> None:
+    for index, layer in enumerate(shape.layers):
+        for linear in layer.linears:
+            if linear.kept:
+                continue
+            names = dict.fromkeys(layer_prefix(index) + part.tensor for part in linear.parts)
+            for name in names:
+                if checkpoint.stored(name) is None:
+                    weight = f"{name}.weight"
+                    made = quantize_weight(state[weight], linears.weights.torch_dtype)
+                    state[weight] = made.dequantized(state[weight].dtype)
+                if linears.activations is not None:
+                    rounding = _rounding(linears, checkpoint, linear, layer_prefix(index))
+                    model.get_submodule(name).register_forward_pre_hook(rounding)
+
+
+def _rounding(
+    linears: LinearFormat, checkpoint: Checkpoint, linear: LinearSpec, prefix: str
+) -> Callable[[Any, tuple[torch.Tensor]], tuple[torch.Tensor]]:
+    """A hook that rounds a linear's input to what 8 bits can tell apart."""
+    assert linears.activations is not None
+    dtype = linears.activations.torch_dtype
+    ranges = [checkpoint.input_range(prefix + part.tensor) for part in linear.parts] if linears.is_calibrated else []
+
+    def hook(_module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        (x,) = inputs
+        rows, offset = x.reshape(-1, x.shape[-1]), 0.0
+        if ranges:
+            offset = ranges[0][1]
+            scale = torch.tensor([max(scale for scale, _ in ranges)], device=x.device)
+            made = quantize_static(rows, scale, offset, dtype)
+        else:
+            made = quantize_rows(rows, dtype)
+        return (((widened(made.values) - offset) * made.scales).to(x.dtype).view_as(x),)
+
+    return hook
 
 
 @torch.inference_mode()

@@ -22,7 +22,8 @@ from profiler.comm.ranks.launch import is_first_process, run_ranks
 from profiler.comm.ranks.stall import LEAST_LIMIT_S
 from profiler.hardware.device import describe_hardware
 from profiler.kernels.attention import available_kernels
-from profiler.model import PRECISIONS, ModelShape
+from profiler.kernels.quantized.support import check_precision
+from profiler.model import PRECISIONS, ModelShape, precision_of
 from profiler.model.flops import prefill_flops
 from profiler.points.kernel_choice import KernelChoice
 from profiler.points.point import Op
@@ -32,8 +33,8 @@ from runtime.run.preparation import check_counts, check_layout, checked_prompts,
 from runtime.run.prompts import random_prompts
 from runtime.run.rank import run_jobs
 from runtime.run.result import RunResult, make_result
-from runtime.weights.checkpoint import check_checkpoint
 from runtime.weights.generation import end_ids
+from runtime.weights.quantized import check_checkpoint
 from tuner.fit.kernels import kernel_choice
 from tuner.fit.rows import Rows
 from tuner.plan.memory import check_memory
@@ -193,8 +194,9 @@ def make_job(
     """
     shape = model_shape(plan.model, weights)
     check_layout(plan, shape, max_new_tokens=max_new_tokens, device_type=device_type)
+    check_precision(precision_of(plan.precision), device_type, field="precision")
     if weights is not None:
-        check_checkpoint(weights, shape)
+        check_checkpoint(weights, shape, precision_of(plan.precision))
     token_ids = checked_prompts(
         random_prompts(plan.requests, shape.vocab_size) if prompts is None else prompts, plan, shape.vocab_size
     )

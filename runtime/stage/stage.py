@@ -18,7 +18,8 @@ from runtime.job.place import Place
 from runtime.stage.sequence import SCHEMES
 from runtime.stage.share import RoundShare
 from runtime.stage.slab import KVSlab
-from runtime.weights.checkpoint import Checkpoint, RandomWeights
+from runtime.weights.checkpoint import RandomWeights
+from runtime.weights.quantized import open_checkpoint
 from runtime.weights.shard import load_shard
 
 ALL_LAYERS = slice(None)
@@ -34,9 +35,9 @@ class Stage:
         weights = (
             RandomWeights(job.shape, device=device, dtype=weights_dtype)
             if job.weights is None
-            else Checkpoint(job.weights, device=device, dtype=weights_dtype)
+            else open_checkpoint(job.weights, job.shape, device=device, dtype=weights_dtype)
         )
-        self.shard = load_shard(job.shape, place, weights, groups.tensor)
+        self.shard = load_shard(job.shape, place, weights, groups.tensor, precision)
         self.kernels = cache(job.kernels)  # a search among the measured points, for each chunk of each round
         self.scheme = SCHEMES[job.parallel.sp_kind](job, groups, device, self._choose_kernel)
         layers = [job.shape.layers[index] for index in place.layers]

@@ -12,11 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 from db.errors import UserError
 from db.files.documents import located, parse, read_json
+from profiler.kernels.quantized.weight import QuantizedWeight
 from profiler.model import ModelShape
 
 ALL = slice(None)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+RANDOM_RANGE = 4.0
 RANDOM_STD = 0.02  # the usual initializer_range
 
 
@@ -38,6 +40,12 @@ class Weights(Protocol):
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
         """A slice of a tensor, on the device and in the dtype of the run; `columns` only for matrices."""
 
+    def stored(self, name: str, rows: slice = ALL, columns: slice = ALL) -> QuantizedWeight | None:
+        """A slice of the weight of the linear `name` in 8 bits; None where it is kept plain."""
+
+    def input_range(self, name: str) -> tuple[float, float]:
+        """Scale and offset of the linear's input, found on a calibration set."""
+
 
 class Checkpoint:
     """A folder of safetensors, one file or several with an index; only the slices asked for are read."""
@@ -54,13 +62,39 @@ class Checkpoint:
         # The file is mapped: without a copy, a slice would keep its pages and their layout.
         return tensor.to(device=self.device, dtype=self.dtype).contiguous()
 
+    def stored(self, name: str, rows: slice = ALL, columns: slice = ALL) -> QuantizedWeight | None:
+        """See `Weights`: none is."""
+        return None
+
+    def input_range(self, name: str) -> tuple[float, float]:
+        """See `Weights`: there is none."""
+        raise UserError(f"{name}.input_scale", "missing", f"must be in the weights at {self.folder}")
+
+    def raw(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        """A slice of a tensor as it lies in the file."""
+        part = self._slice(name)
+        sizes = part.get_shape()
+        if not sizes:
+            scalar: torch.Tensor = self._open[self.file_of[name]].get_tensor(name)
+            return scalar
+        tensor: torch.Tensor = part[rows] if len(sizes) == 1 else part[rows, columns]
+        return tensor.contiguous()
+
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""
         return tuple(self._slice(name).get_shape())
 
     def is_float(self, name: str) -> bool:
         """Whether the tensor holds plain floating-point numbers, not quantized ones."""
-        return self._slice(name).get_dtype() in ("F64", "F32", "F16", "BF16")
+        return self.format_of(name) in ("F64", "F32", "F16", "BF16")
+
+    def format_of(self, name: str) -> str:
+        """The format of a tensor's numbers, as the file's header names it."""
+        return str(self._slice(name).get_dtype())
+
+    def close(self) -> None:
+        """Give back the files that are mapped, and the memory of their pages; they are opened again as needed."""
+        self._open.clear()
 
     def _slice(self, name: str) -> Any:
         file = self.file_of.get(name)
@@ -90,16 +124,13 @@ class RandomWeights:
         tensor = torch.empty(size, device=self.device, dtype=self.dtype)
         return tensor.normal_(std=RANDOM_STD, generator=generator)
 
+    def stored(self, name: str, rows: slice = ALL, columns: slice = ALL) -> QuantizedWeight | None:
+        """See `Weights`: none is."""
+        return None
 
-def check_checkpoint(folder: Path, shape: ModelShape) -> None:
-    """Raise `UserError` naming the first tensor that is missing, of another shape, or quantized; reads headers only."""
-    checkpoint = Checkpoint(folder)
-    for name, expected in shape.tensors().items():
-        found = checkpoint.shape_of(name)
-        if found != expected:
-            raise UserError(name, f"shape {list(found)}", f"must be {list(expected)} by the configuration")
-        if not checkpoint.is_float(name):
-            raise UserError(name, "not floating point", "quantized checkpoints are not supported")
+    def input_range(self, name: str) -> tuple[float, float]:
+        """See `Weights`: one that normal data fill most of, in either format."""
+        return RANDOM_RANGE / 127.0, 0.0
 
 
 def _file_of_tensor(folder: Path) -> dict[str, str]:

@@ -8,10 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from profiler.comm.links.group import RankGroup
+from profiler.kernels.entry import Product
 from profiler.kernels.linear import Linear
-from profiler.layers.decoder_layer import DecoderLayer, Norms, Project
+from profiler.kernels.quantized.linear import make_linear
+from profiler.kernels.quantized.weight import QuantizedWeight, quantize_weight
+from profiler.layers.decoder_layer import DecoderLayer, Norms, projections
 from profiler.layers.head import Head
-from profiler.model import ModelShape
+from profiler.model import ModelShape, Precision
+from profiler.model.precision import LinearFormat
 from profiler.model.shape import layer_prefix
 from profiler.model.tensors import Cut, LinearSpec, NormSpec, Slice
 from runtime.job.place import Place
@@ -27,9 +31,9 @@ class Shard:
     head: Head | None  # a slice of the vocabulary
 
 
-def load_shard(shape: ModelShape, place: Place, weights: Weights, group: RankGroup) -> Shard:
+def load_shard(shape: ModelShape, place: Place, weights: Weights, group: RankGroup, precision: Precision) -> Shard:
     """Read this rank's slices, no others."""
-    reader = _Reader(weights, place)
+    reader = _Reader(weights, place, precision)
     return Shard(
         layers=tuple(_load_layer(shape, index, reader, group) for index in place.layers),
         embedding=reader.matrix(shape.embedding) if place.is_first else None,
@@ -43,6 +47,7 @@ class _Reader:
 
     weights: Weights
     place: Place
+    precision: Precision
     prefix: str = ""
 
     def matrix(self, spec: LinearSpec) -> torch.Tensor:
@@ -57,9 +62,41 @@ class _Reader:
         names = [(f"{self.prefix}{part.tensor}.bias", part.rows) for part in self.slices(spec)]
         return torch.cat([self.weights.read(*name) for name in names]) if spec.has_bias else None
 
-    def linear(self, spec: LinearSpec) -> Linear:
+    def linear(self, spec: LinearSpec) -> Product:
         """The product; where the inputs are cut, its bias is added to the sum of the ranks and not here."""
-        return Linear(self.matrix(spec), None if spec.cut is Cut.ROW else self.bias(spec))
+        return Linear(self.matrix(spec), self.own_bias(spec))
+
+    def layer_linear(self, spec: LinearSpec) -> Product:
+        """The product in the precision's format of a layer's linears, unless it is kept plain."""
+        linears = self.precision.linears
+        if linears is None or spec.kept:
+            return self.linear(spec)
+        weight = self.quantized(spec, linears)
+        if not linears.is_calibrated:
+            return make_linear(weight, linears, self.own_bias(spec))
+        ranges = [self.weights.input_range(f"{self.prefix}{part.tensor}") for part in spec.parts]
+        # All parts see the same input, and so one range must hold it.
+        scale = torch.tensor([max(scale for scale, _ in ranges)], device=weight.scales.device)
+        return make_linear(weight, linears, self.own_bias(spec), scale=scale, offset=ranges[0][1])
+
+    def quantized(self, spec: LinearSpec, linears: LinearFormat) -> QuantizedWeight:
+        """The rank's weight in 8 bits: as it is stored, or made from plain numbers.
+
+        Scales of plain ones come from whole rows, so that they do not depend on how inputs are cut.
+        """
+        parts = []
+        for part in self.slices(spec):
+            name = f"{self.prefix}{part.tensor}"
+            stored = self.weights.stored(name, part.rows, part.columns)
+            if stored is None:
+                whole = quantize_weight(self.weights.read(f"{name}.weight", part.rows), linears.weights.torch_dtype)
+                stored = QuantizedWeight(whole.values[:, part.columns].contiguous(), whole.scales)
+            parts.append(stored)
+        return QuantizedWeight(torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
+
+    def own_bias(self, spec: LinearSpec) -> torch.Tensor | None:
+        """The bias that the rank's product adds."""
+        return None if spec.cut is Cut.ROW else self.bias(spec)
 
     def norm(self, spec: NormSpec) -> torch.Tensor:
         """The rank's part of a norm's weight."""
@@ -73,12 +110,12 @@ class _Reader:
 
 def _load_layer(shape: ModelShape, index: int, model: _Reader, group: RankGroup) -> DecoderLayer:
     spec, reader = shape.layers[index], replace(model, prefix=layer_prefix(index))
-    linears: dict[str, Project] = {linear.name: reader.linear(linear) for linear in spec.linears}
+    linears = {linear.name: reader.layer_linear(linear) for linear in spec.linears}
     return DecoderLayer(
         spec,
         model.place.parallel.tp_size,
         norms=Norms.of(spec, reader.norm, eps=shape.norm_eps),
-        **linears,
+        **projections(linears),
         reduce_o=group.reduce(reader.bias(spec.attention.o)),
         reduce_down=group.reduce(reader.bias(spec.mlp.down)),
         sum_ranks=group.reduce(None),

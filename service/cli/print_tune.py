@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from service.cli.output import print_table
+from service.reasons.words import in_words
 from service.use_cases.tune_report import TuneReport, replay_json
-from service.use_cases.words import in_words
 from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 

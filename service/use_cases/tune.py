@@ -44,7 +44,7 @@ def tune(options: TuneOptions, *, echo: Echo = None) -> TuneReport:
     if options.output is not None:
         save_plan(options.output, report.plan)
     if options.plot is not None and report.explanation is not None:
-        from service.use_cases.layout_map import drawing
+        from service.reasons.layout_map import drawing
 
         replace_file(Path(options.plot), drawing(report.explanation).encode())
     return replace(report, output=options.output)

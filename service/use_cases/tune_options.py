@@ -37,7 +37,7 @@ class TuneOptions:
     objective: str = option("makespan", "What is made least.", choices=("makespan", "mean-ttft", "sla"))
     sla_ttft_s: float | None = option(None, "Deadline of every request's TTFT, for the objective sla.", above=0)
     max_new_tokens: int = option(1, "Tokens to decode; counts in memory.", above=0)
-    dtype: str | None = option(None, "float32, bfloat16 or float16. [default: the model's]")
+    dtype: str | None = option(None, "float32, bfloat16, w8a16, w8a8, fp8, ... [default: the model's]")
     device_type: str | None = option(
         None, "[default: cuda where there is one]", flags=("--device",), choices=("cpu", "cuda")
     )

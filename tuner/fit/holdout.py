@@ -67,7 +67,9 @@ def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy
 def leave_out(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[LeftOutPoints]:
     """The points behind `held_out_errors`, of each operation that was measured."""
     rows, ranks = Rows(measurements), work.stage_size
-    products = [rows.select("matmul", {"n": n, "k": k}, busy_ranks=busy_ranks) for n, k in work.projections]
+    products = [
+        rows.select("matmul", sizes, busy_ranks=busy_ranks, variant=variant) for sizes, variant in work.projection_rows
+    ]
     elementwise = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
     parts = [fit_rows(found, "m", ranks=ranks) for found in products if found]
     parts += [fit_rows(elementwise, "tokens", ranks=ranks)] if elementwise else []

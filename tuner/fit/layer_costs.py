@@ -361,7 +361,8 @@ def _refitted(rows: Rows, costs: LayerCosts, work: RankWork, busy_ranks: int) ->
 def _token_wise(rows: Rows, work: RankWork, busy_ranks: int) -> tuple[tuple[Curve, ...], Curve]:
     """Curves of the four matmuls and of the element-wise work."""
     products = [
-        rows.require("matmul", {"n": n, "k": k}, busy_ranks=busy_ranks, why=str(work)) for n, k in work.projections
+        rows.require("matmul", sizes, busy_ranks=busy_ranks, variant=variant, why=str(work))
+        for sizes, variant in work.projection_rows
     ]
     elementwise = rows.require(
         "elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant, why=str(work)
@@ -383,10 +384,10 @@ def _largest_chunk(rows: Rows, work: RankWork, busy_ranks: int, chunks: Sequence
     Raises `UserError` if a part has one size alone.
     """
     sizes = {
-        f"matmul n={n} k={k}": [
-            row.shape["m"] for row in rows.select("matmul", {"n": n, "k": k}, busy_ranks=busy_ranks)
+        f"matmul n={size['n']} k={size['k']}{variant and ' ' + variant}": [
+            row.shape["m"] for row in rows.select("matmul", size, busy_ranks=busy_ranks, variant=variant)
         ]
-        for n, k in work.projections
+        for size, variant in work.projection_rows
     }
     found = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
     sizes |= {"elementwise": [row.shape["tokens"] for row in found], "attention": list(chunks)}

@@ -12,6 +12,7 @@ from db.rows.hardware import Hardware
 from db.rows.measurements import Measurement
 from profiler.hardware.datasheet import published_multiprocessors
 from profiler.model import PRECISIONS, ModelShape
+from profiler.points.point import KEPT
 from profiler.sequence.heads import most_heads
 from profiler.sequence.kind import SPKind
 from tuner.plan.plan import Weights
@@ -123,6 +124,12 @@ class RankWork:
     def projections(self) -> list[tuple[int, int]]:
         """(out, in) features of a layer's four matmuls: q|k|v, o, gate|up, down."""
         return list(self.shape.layer.products(self.tp_size).values())
+
+    @property
+    def projection_rows(self) -> list[tuple[dict[str, int], str]]:
+        """Sizes and variant of the rows of each: those that a model keeps plain have rows of their own."""
+        kept = [linear.kept for linear in self.shape.layer.linears]
+        return [({"n": n, "k": k}, KEPT if plain else "") for (n, k), plain in zip(self.projections, kept, strict=True)]
 
     @property
     def vocab_slice(self) -> int:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from db.errors import UserError
 from profiler.comm.links.buffers import BOUNDARY_BUFFERS, SEND_BUFFER_BYTES
-from profiler.model import PRECISIONS, LayerSpec, ModelShape
+from profiler.model import PRECISIONS, LayerSpec, ModelShape, Precision
 from profiler.sequence.kind import SequenceCut
 from tuner.plan.plan import Parallel, Plan, Request, Round, Weights
 from tuner.plan.round_sizes import RoundSizes
@@ -54,8 +54,7 @@ def rank_memory(
     for stage in range(parallel.pp_size):
         held = [group for group in groups if group.stage == stage]
         layers = [layer for group in held for layer in group.layers]
-        weights = _layer_weights(layers, parallel)
-        weights += shape.embedding.num_elements(parallel.tp_size) if groups[0] in held else 0
+        weights = shape.embedding.num_elements(parallel.tp_size) if groups[0] in held else 0
         if groups[-1] in held:
             weights += shape.final_norm.num_elements() + shape.head.num_elements(parallel.tp_size)
         scratch = max(scratch_bytes(layer, parallel, sizes, precision) for layer in set(layers))
@@ -63,7 +62,7 @@ def rank_memory(
         sends = parallel.pp_size > 1 and (parallel.virtual_stages > 1 or groups[-1] not in held)
         stages.append(
             RankMemory(
-                weights_bytes=precision.weights.num_bytes(weights),
+                weights_bytes=_layer_weights(layers, parallel, precision) + precision.weights.num_bytes(weights),
                 kv_bytes=precision.kv.num_bytes(sizes.slab_rows * sum(kv_elements(x, parallel) for x in layers)),
                 activation_bytes=scratches * (scratch + boundaries) + gathered,
                 unsent_bytes=unsent if sends else 0,
@@ -154,12 +153,12 @@ def _groups(shape: ModelShape, parallel: Parallel) -> Iterator[_Group]:
         first += num_layers
 
 
-def _layer_weights(layers: Sequence[LayerSpec], parallel: Parallel) -> int:
-    """Numbers that a rank holds of its layers' weights: all, or its share, the layer that runs and the next one."""
-    elements = [layer.num_elements(parallel.tp_size) for layer in layers]
+def _layer_weights(layers: Sequence[LayerSpec], parallel: Parallel, precision: Precision) -> int:
+    """Bytes that a rank holds of its layers' weights: all, or its share, the layer that runs and the next one."""
+    sizes = [layer.weights_bytes(precision, parallel.tp_size) for layer in layers]
     if parallel.weights is Weights.WHOLE:
-        return sum(elements)
-    return sum(-(-count // parallel.sp_size) for count in elements) + 2 * max(elements)
+        return sum(sizes)
+    return sum(-(-size // parallel.sp_size) for size in sizes) + 2 * max(sizes)
 
 
 def _gib(size_bytes: int) -> str:

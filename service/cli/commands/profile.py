@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Longest prompt to cover. [default: the model's, at most 8192 on a CPU and 131072 on CUDA]",
 )
-@click.option("--dtype", help="float32, bfloat16 or float16. [default: the model's; float32 on a CPU]")
+@click.option("--dtype", help="float32, bfloat16, w8a16, w8a8, fp8, ... [default: the model's; with float32 on a CPU]")
 @click.option("--device", "device_type", help="cpu or cuda. [default: cuda where there is one]")
 @click.option("--threads-per-rank", type=click.IntRange(min=1), help="[default: the cores shared out]")
 @click.option(

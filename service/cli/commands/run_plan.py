@@ -29,7 +29,7 @@ from service.cli.options import db_option, json_option, stall_option
 @click.option("--repeat", type=int, default=1, show_default=True, help="Passes over the rounds; the median counts.")
 @click.option("--device", "device_type", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--threads-per-rank", type=int, help="Threads of one rank on a CPU. [default: the plan's]")
-@click.option("--dtype", help="float32, bfloat16 or float16. [default: the plan's precision]")
+@click.option("--dtype", help="float32, bfloat16, w8a16, w8a8, fp8, ... [default: the plan's precision]")
 @stall_option
 @db_option
 @json_option

@@ -59,7 +59,7 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         ("NVIDIA A100-SXM4-80GB", "float32", 19.5e12),
         ("NVIDIA L4", "bfloat16", 121e12),
         ("AMD EPYC (2 cores)", "float32", None),
-        ("NVIDIA H200", "int8", None),
+        ("NVIDIA H200", "int8", 1979e12),
     ],
 )
 def test_published_peaks(device: str, dtype: str, peak: float | None) -> None:

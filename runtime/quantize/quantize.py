@@ -1,0 +1,377 @@
+"""Makes an 8-bit checkpoint of a plain one: one layer in memory at a time, calibrated, smoothed, judged and written."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from db.errors import UserError
+from db.files.documents import read_json
+from profiler.comm.links.group import RankGroup
+from profiler.kernels.elementwise import rms_norm
+from profiler.kernels.entry import Product
+from profiler.kernels.linear import Linear
+from profiler.kernels.quantized.linear import make_linear
+from profiler.kernels.quantized.weight import QuantizedWeight, quantize_weight
+from profiler.layers.decoder_layer import DecoderLayer, Norms, projections
+from profiler.model import LayerSpec, ModelShape, Precision
+from profiler.model.shape import layer_prefix
+from profiler.model.tensors import LinearSpec, NormSpec
+from runtime.quantize.ranges import InputRanges, Recorder
+from runtime.quantize.recipe import Recipe
+from runtime.quantize.report import LinearReport, QuantizeReport
+from runtime.quantize.texts import HiddenStates
+from runtime.quantize.writer import CheckpointWriter
+from runtime.run.prompts import TokenIds
+from runtime.weights.checkpoint import Checkpoint
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LOGIT_ROWS = 256
+_LEAST_FACTOR, _MOST_FACTOR = 1e-4, 1e4
+
+
+class _Tensors(dict[str, torch.Tensor]):
+    """A layer's tensors in float32, by their names in the checkpoint: each read when it is first asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        self[name] = self.checkpoint.read(name)
+        return self[name]
+
+
+@dataclass(slots=True)
+class _Layer:
+    """A layer being quantized, and what its inputs showed."""
+
+    index: int
+    spec: LayerSpec
+    tensors: _Tensors
+    inputs: dict[str, InputRanges]
+
+    def name(self, tensor: str) -> str:
+        return layer_prefix(self.index) + tensor
+
+    def weight(self, linear: LinearSpec) -> torch.Tensor:
+        return torch.cat([self.part(linear, number) for number in range(len(linear.parts))])
+
+    def part(self, linear: LinearSpec, number: int) -> torch.Tensor:
+        part = linear.parts[number]
+        whole = self.tensors[self.name(part.tensor) + ".weight"]
+        return whole[part.first_row : part.first_row + part.rows.size]
+
+    def bias(self, linear: LinearSpec) -> torch.Tensor | None:
+        if not linear.has_bias:
+            return None
+        parts = [
+            self.tensors[self.name(part.tensor) + ".bias"][part.first_row : part.first_row + part.rows.size]
+            for part in linear.parts
+        ]
+        return torch.cat(parts)
+
+    def norm(self, norm: NormSpec) -> torch.Tensor:
+        return self.tensors[self.name(norm.tensor) + ".weight"]
+
+
+@torch.inference_mode()
+def quantize_checkpoint(
+    source: Path,
+    output: Path,
+    shape: ModelShape,
+    precision: Precision,
+    recipe: Recipe,
+    *,
+    calibration: Sequence[TokenIds] = (),
+    held_out: Sequence[TokenIds] = (),
+    device: torch.device,
+    progress: Callable[[int], None] = lambda _layer: None,
+) -> QuantizeReport:
+    """Write the model at `source` to the folder `output` in 8 bits; `progress` is told each layer that is done.
+
+    Ranges come from `calibration`, run through the layers in full precision; `held_out` runs through both, in the very
+    kernels that a run uses. Raises `UserError` for what cannot be done, and leaves nothing half-written.
+    """
+    started = time.monotonic()
+    if output.exists():
+        raise UserError("--output", output, "exists already: name a folder that does not")
+    check_recipe(shape, recipe, calibration)
+    config = read_json(source / "config.json", field="MODEL")
+    checkpoint = Checkpoint(source, device=device, dtype=torch.float32)
+    streams = {"calibration": calibration, "before": held_out, "after": held_out}
+    states = {
+        name: HiddenStates(sequences, shape, device, torch.float32) for name, sequences in streams.items() if sequences
+    }
+    reports: list[LinearReport] = []
+    kept: list[str] = []
+    with CheckpointWriter(output, source) as writer:
+        _begin(checkpoint, shape, states, writer)
+        for index, spec in enumerate(shape.layers):
+            done = _quantize_layer(index, spec, checkpoint, shape, precision, recipe, states, writer)
+            reports += done
+            kept += [
+                layer_prefix(index) + part.tensor
+                for linear, report in zip(spec.linears, done, strict=True)
+                for part in linear.parts
+                if report.kept
+            ]
+            checkpoint.close()
+            progress(index)
+        before, after = (_perplexity(states.get(name), checkpoint, shape) for name in ("before", "after"))
+        _end(checkpoint, shape, writer)
+        settings: dict[str, Any] = dict(config) | {
+            "quantization_config": recipe.quantization_config(list(dict.fromkeys(kept)))
+        }
+        writer.finish(settings)
+    files = set(checkpoint.file_of.values())
+    return QuantizeReport(
+        model=shape.name,
+        precision=precision.name,
+        folder=str(output),
+        linears=tuple(reports),
+        calibration_tokens=states["calibration"].num_tokens if calibration else 0,
+        held_out_tokens=states["before"].num_tokens if held_out else 0,
+        perplexity_before=before,
+        perplexity_after=after,
+        source_bytes=sum((source / file).stat().st_size for file in files),
+        written_bytes=writer.total_bytes,
+        elapsed_s=time.monotonic() - started,
+    )
+
+
+def check_recipe(shape: ModelShape, recipe: Recipe, calibration: Sequence[TokenIds]) -> None:
+    """Raise `UserError` for a recipe that this model does not allow."""
+    if shape.quantization is not None:
+        raise UserError("MODEL", shape.name, "is quantized already: quantize the checkpoint that it was made from")
+    if not calibration and (recipe.linears.is_calibrated or recipe.smooth is not None):
+        what = "--smooth" if recipe.smooth is not None else "static ranges"
+        raise UserError("--calibration", "missing", f"{what} need prompts to find ranges on")
+    names = [
+        layer_prefix(index) + part.tensor
+        for index, layer in enumerate(shape.layers)
+        for linear in layer.linears
+        for part in linear.parts
+    ]
+    for pattern in recipe.keep:
+        if not any(Recipe(linears=recipe.linears, keep=(pattern,)).keeps(name) for name in names):
+            raise UserError("--keep", pattern, f"fits no linear; there are {', '.join(names[:7])} and so on")
+    if recipe.group_size is None:
+        return
+    if recipe.linears.activations is not None:
+        raise UserError("--group-size", recipe.group_size, "only w8a16 has scales for groups of inputs")
+    for linear in shape.layers[0].linears:
+        if linear.inputs.size % recipe.group_size:
+            raise UserError("--group-size", recipe.group_size, f"must divide the {linear.inputs.size} inputs of all")
+
+
+def _begin(
+    checkpoint: Checkpoint, shape: ModelShape, states: dict[str, HiddenStates], writer: CheckpointWriter
+) -> None:
+    for name in shape.embedding.tensors():
+        writer.add(name, checkpoint.raw(name))
+    if states:
+        embedding = checkpoint.read(next(iter(shape.embedding.tensors())))
+        for stream in states.values():
+            stream.embed(embedding)
+
+
+def _end(checkpoint: Checkpoint, shape: ModelShape, writer: CheckpointWriter) -> None:
+    for name in (*shape.final_norm.tensors(), *shape.head.tensors()):
+        if name not in shape.embedding.tensors():
+            writer.add(name, checkpoint.raw(name))
+
+
+def _quantize_layer(
+    index: int,
+    spec: LayerSpec,
+    checkpoint: Checkpoint,
+    shape: ModelShape,
+    precision: Precision,
+    recipe: Recipe,
+    states: dict[str, HiddenStates],
+    writer: CheckpointWriter,
+) -> list[LinearReport]:
+    prefix = layer_prefix(index)
+    tensors = _Tensors(checkpoint)
+    layer = _Layer(index, spec, tensors, {linear.name: InputRanges() for linear in spec.linears})
+    kept = {linear.name for linear in spec.linears if _is_kept(layer, linear, recipe)}
+    plain = dict[str, Product]()
+    if states:
+        plain |= {linear.name: Linear(layer.weight(linear), layer.bias(linear)) for linear in spec.linears}
+    if "calibration" in states:
+        recording = {
+            name: Recorder(linear, layer.inputs[name]) if isinstance(linear, Linear) else linear
+            for name, linear in plain.items()
+        }
+        states["calibration"].run(_decoder_layer(layer, shape, recording), spec)
+    if "before" in states:
+        states["before"].run(_decoder_layer(layer, shape, plain), spec)
+    plain.clear()
+    ratios = {name: _outlier_ratio(ranges) for name, ranges in layer.inputs.items()}
+    stored = {prefix + name: _DTYPES[checkpoint.format_of(prefix + name)] for name in spec.tensors()}
+    if recipe.smooth is not None:
+        for norm, linear in (
+            (spec.before_attention, spec.attention.qkv),
+            (spec.before_mlp, spec.mlp.gate_up),
+        ):
+            if norm is not None and linear.name not in kept:
+                _smooth(layer, norm, linear, recipe.smooth, stored[layer.name(norm.tensor) + ".weight"])
+    reports, products = [], dict[str, Product]()
+    for linear in spec.linears:
+        if linear.name in kept:
+            product: Product | None = Linear(layer.weight(linear), layer.bias(linear)) if states else None
+            error = 0.0
+            for name in linear.tensors():
+                writer.add(prefix + name, layer.tensors[prefix + name].to(stored[prefix + name]))
+        else:
+            product, error = _quantize_linear(layer, linear, recipe, stored, writer, runs=bool(states))
+        reports.append(_judge(layer, linear, product, error, kept, ratios[linear.name]))
+        if "after" in states and product is not None:
+            products[linear.name] = product
+        for name in linear.tensors():
+            tensors.pop(prefix + name, None)
+    for norm in spec.norms:
+        name = layer.name(norm.tensor) + ".weight"
+        writer.add(name, layer.tensors[name].to(stored[name]))
+    if "after" in states:
+        states["after"].run(_decoder_layer(layer, shape, products), spec)
+    return reports
+
+
+def _is_kept(layer: _Layer, linear: LinearSpec, recipe: Recipe) -> bool:
+    """Whether a linear stays plain: all its parts, for they run as one product."""
+    return any(recipe.keeps(layer.name(part.tensor)) for part in linear.parts)
+
+
+def _quantize_linear(
+    layer: _Layer,
+    linear: LinearSpec,
+    recipe: Recipe,
+    stored: dict[str, torch.dtype],
+    writer: CheckpointWriter,
+    *,
+    runs: bool,
+) -> tuple[Product | None, float]:
+    """The product in 8 bits if it `runs`, its tensors written, and the relative error of its weight."""
+    dtype = recipe.linears.weights.torch_dtype
+    scale, offset = None, 0.0
+    if recipe.linears.is_calibrated:
+        scale, offset = layer.inputs[linear.name].static(dtype, recipe.observer, asymmetric=recipe.asymmetric)
+    made, lost, all_squares = [], 0.0, 0.0
+    # Parts that lie in one tensor of the checkpoint stay together, in their order.
+    for tensor in dict.fromkeys(part.tensor for part in linear.parts):
+        name = layer.name(tensor)
+        weight = layer.tensors[f"{name}.weight"]
+        quantized = quantize_weight(weight, dtype, group_size=recipe.group_size, observer=recipe.observer)
+        lost += quantized.error(weight)
+        all_squares += float(weight.norm()) ** 2
+        if recipe.is_packed:
+            writer.add(f"{name}.weight_packed", packed(quantized.values))
+            writer.add(f"{name}.weight_shape", torch.tensor(weight.shape))
+        else:
+            writer.add(f"{name}.weight", quantized.values)
+        writer.add(f"{name}.weight_scale", quantized.scales)
+        if scale is not None:
+            writer.add(f"{name}.input_scale", scale)
+            if recipe.asymmetric:
+                writer.add(f"{name}.input_zero_point", torch.tensor([int(offset)], dtype=torch.int8))
+        if linear.has_bias:
+            writer.add(f"{name}.bias", layer.tensors[f"{name}.bias"].to(stored[f"{name}.bias"]))
+        if runs:
+            made.append(quantized)
+        else:
+            del layer.tensors[f"{name}.weight"]
+    error = math.sqrt(lost / max(all_squares, 1e-30))
+    if not runs:
+        return None, error
+    whole = QuantizedWeight(torch.cat([part.values for part in made]), torch.cat([part.scales for part in made]))
+    return make_linear(whole, recipe.linears, layer.bias(linear), scale=scale, offset=offset), error
+
+
+def packed(values: torch.Tensor) -> torch.Tensor:
+    """int8 [N, K] as int32 [N, K / 4]: four numbers a word, the first in its lowest byte, each with 128 added."""
+    padded = F.pad(values, (0, -values.shape[1] % 4))
+    return (padded.view(torch.uint8) ^ 0x80).contiguous().view(torch.int32)
+
+
+def _smooth(layer: _Layer, norm: NormSpec, linear: LinearSpec, strength: float, dtype: torch.dtype) -> None:
+    """SmoothQuant (Xiao et al., 2023): what widens a channel moves from the norm's weight into the linear's columns.
+
+    The linear's factors are those by which the norm's weight really changed, rounded as it is stored.
+    """
+    ranges, weight = layer.inputs[linear.name], layer.weight(linear)
+    ends, columns = ranges.channel_ends.clamp_min(1e-5), weight.abs().amax(dim=0).clamp_min(1e-5)
+    factors = (ends.pow(strength) / columns.pow(1.0 - strength)).clamp(_LEAST_FACTOR, _MOST_FACTOR)
+    before = layer.norm(norm)
+    after = (before / factors).to(dtype).float()
+    moved = torch.where(after == 0.0, torch.ones_like(after), before / after)
+    layer.tensors[layer.name(norm.tensor) + ".weight"] = torch.where(after == 0.0, before, after)
+    for part in linear.parts:
+        name = layer.name(part.tensor) + ".weight"
+        rows = slice(part.first_row, part.first_row + part.rows.size)
+        layer.tensors[name][rows] *= moved
+    layer.inputs[linear.name] = ranges.scaled(1.0 / moved)
+
+
+def _judge(
+    layer: _Layer, linear: LinearSpec, product: Product | None, weight_error: float, kept: set[str], ratio: float | None
+) -> LinearReport:
+    ranges = layer.inputs[linear.name]
+    output_error = input_end = None
+    if ranges.num_tokens and product is not None:
+        exact = F.linear(ranges.sample, layer.weight(linear), layer.bias(linear))
+        output_error = float((product(ranges.sample) - exact).norm() / exact.norm())
+        input_end = float(ranges.channel_ends.max())
+    return LinearReport(
+        layer=layer.index,
+        linear=linear.name,
+        kept=linear.name in kept,
+        weight_error=weight_error,
+        output_error=output_error,
+        input_end=input_end,
+        outlier_ratio=ratio,
+    )
+
+
+def _outlier_ratio(ranges: InputRanges) -> float | None:
+    if not ranges.num_tokens:
+        return None
+    ends = ranges.channel_ends
+    return float(ends.max() / ends.median().clamp_min(1e-12))
+
+
+def _decoder_layer(layer: _Layer, shape: ModelShape, products: dict[str, Product]) -> DecoderLayer:
+    alone = RankGroup()
+    return DecoderLayer(
+        layer.spec,
+        1,
+        norms=Norms.of(layer.spec, layer.norm, eps=shape.norm_eps),
+        **projections(products),
+        reduce_o=alone.reduce(None),
+        reduce_down=alone.reduce(None),
+        sum_ranks=alone.sum,
+    )
+
+
+def _perplexity(states: HiddenStates | None, checkpoint: Checkpoint, shape: ModelShape) -> float | None:
+    """exp of the mean negative log-likelihood of each token after the first of its sequence."""
+    if states is None:
+        return None
+    norm = checkpoint.read(next(iter(shape.final_norm.tensors())))
+    head = Linear(checkpoint.read(next(iter(shape.head.tensors()))))
+    total, count = 0.0, 0
+    for hidden, ids in states.targets():
+        for first in range(0, hidden.shape[0], _LOGIT_ROWS):
+            rows = slice(first, first + _LOGIT_ROWS)
+            logits = head(rms_norm(hidden[rows], norm, shape.norm_eps)).float()
+            total += float(F.cross_entropy(logits, ids[rows], reduction="sum"))
+        count += hidden.shape[0]
+    return math.exp(total / count)

@@ -1,0 +1,132 @@
+"""Token sequences that a checkpoint is calibrated on or judged by, and hidden states of them layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from db.errors import UserError, cut
+from db.files.documents import read_json_lines
+from profiler.kernels.attention import available_kernels
+from profiler.kernels.rotary import Rotary
+from profiler.layers.decoder_layer import DecoderLayer, Stream
+from profiler.layers.prefill_inputs import RoundInputs, prepare_round
+from profiler.model import LayerSpec, ModelShape
+from runtime.run.prompts import PromptLine, TokenIds, Tokenizer
+
+SEQUENCE_TOKENS = 512
+BATCH_TOKENS = 2048
+LEAST_TOKENS = 64
+MOST_TEXT_BYTES = 64 << 20
+
+
+def read_sequences(path: Path, tokenizer: Tokenizer, shape: ModelShape, *, field: str) -> tuple[TokenIds, ...]:
+    """Sequences of at most `SEQUENCE_TOKENS` from a text file, or from JSONL lines with token_ids or text.
+
+    Raises `UserError` for too few tokens and for ids that the model does not have.
+    """
+    length = min(SEQUENCE_TOKENS, shape.max_positions)
+    found: list[TokenIds] = []
+    if path.suffix == ".jsonl":
+        for _, place, line in read_json_lines(path, PromptLine, field=field):
+            ids = line.token_ids if line.token_ids is not None else tokenizer.encode(line.text or "")
+            wrong = next((token for token in ids if not 0 <= token < shape.vocab_size), None)
+            if wrong is not None:
+                raise UserError(f"{place}: token_ids", wrong, f"0 to {shape.vocab_size - 1}")
+            found += _pieces(ids, length)
+    else:
+        found += _pieces(tokenizer.encode(_read_text(path, field)), length)
+    tokens = sum(map(len, found))
+    if tokens < LEAST_TOKENS:
+        raise UserError(field, cut(path), f"{tokens} tokens in it: at least {LEAST_TOKENS} are needed")
+    return tuple(found)
+
+
+def _read_text(path: Path, field: str) -> str:
+    try:
+        if path.stat().st_size > MOST_TEXT_BYTES:
+            raise UserError(field, cut(path), f"must be at most {MOST_TEXT_BYTES >> 20} MiB")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(field, cut(path), f"must be a text in UTF-8 ({getattr(error, 'strerror', error)})") from None
+
+
+def _pieces(ids: TokenIds, length: int) -> Iterator[TokenIds]:
+    pieces = (ids[start : start + length] for start in range(0, len(ids), length))
+    return (piece for piece in pieces if len(piece) > 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Sequences that run together, one after another in the rows."""
+
+    ids: torch.Tensor  # [T]
+    lengths: tuple[int, ...]
+    inputs: RoundInputs
+
+
+class HiddenStates:
+    """Hidden states of all sequences before some layer, batch by batch; they go through layer after layer."""
+
+    def __init__(
+        self, sequences: Sequence[TokenIds], shape: ModelShape, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        rotary, kernel = Rotary(shape, device), available_kernels(device, dtype)[0]
+        self.batches = [
+            _Batch(
+                ids=torch.tensor([token for ids in group for token in ids], device=device),
+                lengths=tuple(map(len, group)),
+                inputs=prepare_round(
+                    _chunks(group), rotary=rotary, choose_kernel=lambda *_: kernel, device=device, dtype=dtype
+                ),
+            )
+            for group in _groups(sequences)
+        ]
+        self.states: list[torch.Tensor] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all sequences."""
+        return sum(sum(batch.lengths) for batch in self.batches)
+
+    def embed(self, embedding: torch.Tensor) -> None:
+        """Begin: embedding [V, hidden]."""
+        self.states = [embedding[batch.ids].to(self.dtype) for batch in self.batches]
+
+    def run(self, layer: DecoderLayer, spec: LayerSpec) -> None:
+        """Through a layer: what is held is then what comes before the next."""
+        kv_heads, head_dim = spec.attention.kv_heads.count, spec.attention.head_dim
+        for index, (batch, hidden) in enumerate(zip(self.batches, self.states, strict=True)):
+            slab = torch.empty(2, kv_heads, hidden.shape[0], head_dim, device=self.device, dtype=self.dtype)
+            self.states[index] = layer(Stream(hidden), batch.inputs, slab[0], slab[1]).added()
+
+    def targets(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """After the last layer: hidden states [P, hidden] of all tokens but each sequence's last, and the next ids."""
+        for batch, hidden in zip(self.batches, self.states, strict=True):
+            first = 0
+            for length in batch.lengths:
+                yield hidden[first : first + length - 1], batch.ids[first + 1 : first + length]
+                first += length
+
+
+def _groups(sequences: Sequence[TokenIds]) -> Iterator[list[TokenIds]]:
+    group: list[TokenIds] = []
+    for ids in sequences:
+        if group and sum(map(len, group)) + len(ids) > BATCH_TOKENS:
+            yield group
+            group = []
+        group.append(ids)
+    if group:
+        yield group
+
+
+def _chunks(group: Sequence[TokenIds]) -> list[tuple[int, int, int]]:
+    chunks, start = [], 0
+    for ids in group:
+        chunks.append((start, 0, len(ids)))
+        start += len(ids)
+    return chunks

@@ -1,0 +1,4 @@
+"""Why a layout won, in words and as a picture.
+
+May import nothing else of `service`.
+"""
