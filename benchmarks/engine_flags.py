@@ -75,7 +75,7 @@ def _plan() -> Plan:
     return rounds_to_plan(
         planned,
         requests=requests,
-        model={},
+        model={"name": "any"},
         precision="bfloat16",
         parallel=parallel,
         window=None,

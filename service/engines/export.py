@@ -96,7 +96,7 @@ def _sglang(plan: Plan, problem: Problem) -> Export:
     environment = {"SGLANG_PLUGINS": "isochunk", "ISOCHUNK_PLAN": "plan.json"}
     if parallel.pp_size > 1:
         flags.append("--enable-dynamic-chunking")
-        environment["SGLANG_PP_LAYER_PARTITION"] = ",".join(map(str, parallel.layer_partition))
+        environment |= _partition(plan, "SGLANG_PP_LAYER_PARTITION")
     if parallel.sp_size > 1:
         flags += [f"--attn-cp-size={parallel.sp_size}", "--enable-prefill-cp"]
     cannot = [
@@ -218,13 +218,19 @@ def _vllm_sizes(plan: Plan) -> list[str]:
 
 
 def _vllm_environment(plan: Plan) -> dict[str, str]:
-    parallel = plan.parallel
-    return {"VLLM_PP_LAYER_PARTITION": ",".join(map(str, parallel.layer_partition))} if parallel.pp_size > 1 else {}
+    return _partition(plan, "VLLM_PP_LAYER_PARTITION") if plan.parallel.pp_size > 1 else {}
+
+
+def _partition(plan: Plan, variable: str) -> dict[str, str]:
+    """The layers of each stage, where the plan is of a model: one made from a cost model alone does not know them."""
+    return {variable: ",".join(map(str, plan.parallel.layer_partition))} if plan.model else {}
 
 
 def _common(plan: Plan) -> list[str]:
     """What no engine expresses."""
     found = []
+    if not plan.model and plan.parallel.pp_size > 1:
+        found.append("The layers of each stage: the plan was made from a cost model and names no model.")
     if plan.window is not None:
         found.append(f"A window of {plan.window} rounds: engines keep as many in flight as they have stages.")
     return found

@@ -39,7 +39,7 @@ export function figure(value, label, extra = "") {
 
 // columns: [name, cell(row), isNumber]
 export function table(columns, rows, rowClass = () => null) {
-  return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": columns.map(([name]) => name).join(", ") },
+  return h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": columns.map(([name]) => name).join(", ") },
     h("table", {},
       h("thead", {}, h("tr", {}, columns.map(([name, , number]) => h(name ? "th" : "td", { scope: name ? "col" : null, class: number && "number" }, name)))),
       h("tbody", {}, rows.map((row) => h("tr", { class: rowClass(row) },

@@ -147,7 +147,7 @@ function why(told) {
 }
 
 function whatIf(file, head, picture) {
-  if (!file.cost_model || file.parallel.virtual_stages > 1 || file.requests.some((one) => one.arrival_s > 0) && file.requests.length > 300) return null;
+  if (!file.cost_model || file.requests.some((one) => one.arrival_s > 0) && file.requests.length > 300) return null;
   const base = file.predicted.makespan_s;
   const settings = { link: 0, prompt: 0 };
   const error = h("p", { class: "error", role: "alert" });

@@ -32,7 +32,7 @@ def plan() -> Plan:
     return rounds_to_plan(
         plan_rounds(cost, requests),
         requests=requests,
-        model={},
+        model={"name": "some"},
         precision="bfloat16",
         parallel=Parallel(tp_size=2, pp_size=4, layer_partition=(9, 8, 8, 7)),
         window=None,
@@ -81,6 +81,14 @@ def test_the_others_get_what_they_can_be_told(plan: Plan) -> None:
     (container,) = component["podTemplate"]["spec"]["containers"]
     assert graph["kind"] == "DynamoGraphDeployment"
     assert "--pp-size=4" in container["args"]
+
+
+def test_a_plan_without_a_model_names_no_layers(plan: Plan) -> None:
+    from dataclasses import replace
+
+    made = export(replace(plan, model={}), Engine.SGLANG)
+    assert "SGLANG_PP_LAYER_PARTITION" not in made.environment
+    assert any("names no model" in sentence for sentence in made.cannot)
 
 
 def test_a_plan_that_nothing_judges_is_refused(plan: Plan) -> None:
