@@ -21,11 +21,11 @@ ONE = Parallel(tp_size=1, pp_size=1, layer_partition=(LAYERS,))
 KINDS = (SPKind.GATHER, SPKind.ULYSSES, SPKind.RING)
 
 
-def of(parallel: Parallel, cuts: tuple[SequenceCut, ...] = ()) -> RankMemory:
-    """Of the first stage, on cards."""
+def of(parallel: Parallel, cuts: tuple[SequenceCut, ...] = (), *, stage: int = 0) -> RankMemory:
+    """Of a stage's rank, on cards."""
     return rounds_memory(
         LLAMA, parallel, REQUESTS, ROUNDS, dtype="bfloat16", max_new_tokens=1, device_type="cuda", cuts=cuts
-    )[0]
+    )[stage]
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -99,7 +99,7 @@ def test_a_stage_holds_all_its_groups_of_layers(order: StageOrder, last: int) ->
 def test_stages_in_the_middle_of_a_v_hand_on_both_ways() -> None:
     def activations(order: StageOrder) -> int:
         return of(
-            Parallel(tp_size=1, pp_size=4, virtual_stages=2, stage_order=order, layer_partition=(4,) * 8)
+            Parallel(tp_size=1, pp_size=4, virtual_stages=2, stage_order=order, layer_partition=(4,) * 8), stage=1
         ).activation_bytes
 
     buffers = 4 * 12000 * 2 * HIDDEN  # received and sent, of the largest round
