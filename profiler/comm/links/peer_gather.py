@@ -2,15 +2,22 @@
 
 Each member of the group has a lane for every member; a lane has `SLOTS` slots, used in turn. Gather n:
 
-    all slots n - SLOTS of the others' lanes are read (`freed`)     waited for before this rank writes its own part
-    this rank's part is copied to the others' lanes, then `filled`  on a queue of its own, beside what follows
-    the others' parts have arrived (`filled`)                       waited for by whoever reads them
-    this rank has read all parts: `freed`                           said at the next gather but SLOTS - 1, or `release`
+1. `new_part` waits until the others have read what gather n - SLOTS put into their lanes (`freed`), then gives this
+   rank's slot of its own lane, into which its part is written;
+2. `begin_gather` copies the part to the others' lanes and says so (`filled`), on a queue of its own, beside what
+   follows;
+3. the function that it returns waits for the others' parts (`filled`);
+4. `release` tells the others that this rank has read them (`freed`).
 
 A signal is one flag a pair, channel and direction, set by one side and cleared by the other: work that uses it can be
-recorded and replayed. **No cycle**: number a gather's steps as above, gathers by the order in which every rank queues
-them. Each wait is for a step with a smaller number of another rank, and ranks queue all steps in this order on one
-queue but for the copies, which wait only for this rank's own part.
+recorded and replayed. Rounds are recorded one by one and replayed in any number, so that the slot of a round's last
+gather may be that of the next round's first: without step 4 a part could be overwritten before it is read.
+
+**No cycle**: number the steps as above, gathers by the order in which every rank queues them.
+Step 1 of gather n waits for step 4 of gather n - SLOTS, step 3 for step 2 of the same gather: always for a smaller
+number. All ranks queue the steps in this order on one queue but for the copies, which wait for this rank's own part
+alone; so what a queue waits for never stands behind the wait, even if a card ran both queues as one.
+`tests/profiler/comm/links/test_peer_gather.py` runs it on queues of random speed.
 """
 
 from __future__ import annotations
