@@ -19,7 +19,8 @@ from typing import Any
 
 from benchmarks.demo_model import DEMO, SMALL, write_demo_model
 from profiler.model import load_model_shape
-from tuner.plan.layout import Pins, enumerate_layouts
+from tuner.plan.layout import Pins, enumerate_layouts, layout_of
+from tuner.plan.plan import Plan
 
 WORLD_SIZE = 2
 NEW_TOKENS = 4
@@ -61,8 +62,7 @@ class Row:
 
     plan: str
     policy: str
-    tp_size: int
-    pp_size: int
+    layout: str
     num_rounds: int
     predicted_s: float
     measured_s: float
@@ -134,8 +134,7 @@ def make_row(name: str, plan: dict[str, Any], ran: dict[str, Any]) -> Row:
     return Row(
         plan=name,
         policy=plan["policy"],
-        tp_size=plan["parallel"]["tp_size"],
-        pp_size=plan["parallel"]["pp_size"],
+        layout=str(layout_of(Plan.from_json(plan).parallel)),
         num_rounds=len(plan["rounds"]),
         predicted_s=predicted_s,
         measured_s=ran["makespan_s"],
@@ -177,10 +176,10 @@ def print_rows(rows: list[Row]) -> None:
     from service.cli.output import print_table
 
     print_table(
-        ["plan", "policy", "TP", "PP", "rounds", "predicted s", "measured s", "error %", "TTFT s", "MFU %", "equal"],
+        ["plan", "policy", "layout", "rounds", "predicted s", "measured s", "error %", "TTFT s", "MFU %", "equal"],
         [
             [
-                row.plan, row.policy, row.tp_size, row.pp_size, row.num_rounds, row.predicted_s, row.measured_s,
+                row.plan, row.policy, row.layout, row.num_rounds, row.predicted_s, row.measured_s,
                 100 * row.error, row.ttft_s, None if row.mfu is None else 100 * row.mfu, row.tokens_equal,
             ]
             for row in rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from db.errors import printable
 from service.cli.output import print_table
 from service.use_cases.run_plan import Run
+from tuner.plan.layout import layout_of
 
 
 def print_run(run: Run) -> None:
@@ -20,7 +21,7 @@ def print_run(run: Run) -> None:
     is_published = result.mfu is not None
     columns = ["plan", "rounds", "predicted s", "measured s", "error", "MFU", "MFU of", "TPOT s", "warm-up s", "run"]
     row = [
-        f"TP{parallel.tp_size} PP{parallel.pp_size} {run.plan.policy or ''}".strip(),
+        f"{layout_of(parallel)} {run.plan.policy or ''}".strip(),
         len(run.plan.rounds),
         result.predicted_makespan_s,
         result.makespan_s,
