@@ -36,7 +36,7 @@ from service.cli.options import db_option, json_option, stall_option
 def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) -> None:
     """Execute the rounds of PLAN, an isochunk.plan file, then decode greedily.
 
-    Starts tp_size x sp_size x pp_size ranks on this machine; under torchrun, on any number of nodes, the ranks are torchrun's.
+    Starts the plan's ranks on this machine; under torchrun, on any number of nodes, they are torchrun's.
     Every run leaves rows in the database: its plan, and the predicted and measured time of each round on each stage.
     """
     from profiler.comm.ranks.failure import RanksFailedError
