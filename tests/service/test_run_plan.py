@@ -133,7 +133,7 @@ def test_torchrun_starts_the_ranks_just_as_well(weights: Path, tmp_path: Path) -
         ({"rounds": [[{"request": 0, "start": 1, "tokens": 10}]]}, (), ("rounds[0][0].start: 1",)),
         ({"rounds": [[{"request": 0, "start": 0, "tokens": 12}]]}, (), ("rounds[0][0].tokens: 12", "1 to 11")),
         ({"rounds": [[{"request": 0, "start": 0, "tokens": 11}]]}, (), ("requests[1].prompt_tokens",)),
-        ({"precision": "w8a8"}, (), ("precision: w8a8",)),
+        ({"precision": "w4a4"}, (), ("precision: w4a4",)),
         ({"parallel": {"tp_size": 1, "pp_size": 2, "layer_partition": [3, 3]}}, (), ("layer_partition: [3, 3]",)),
         ({"parallel": {"tp_size": 8, "pp_size": 1, "layer_partition": [5]}}, (), ("tp_size: 8",)),
         ({}, ("--check",), ("--check",)),
