@@ -10,7 +10,7 @@ from profiler.model.architectures import ARCHITECTURES
 from profiler.model.fields import positive, positive_number
 from profiler.model.precision import plain_precision
 from profiler.model.quantization import FIELD, Quantization, quantization_of
-from profiler.model.rope import check_rope
+from profiler.model.rope import check_rope, longest_prompt
 from profiler.model.shape import ModelShape, layer_prefix
 from profiler.model.spec import LayerSpec
 from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, Part
@@ -37,7 +37,7 @@ def model_from_config(config: Mapping[str, Any], *, name: str) -> ModelShape:
         final_norm=NormSpec("model.norm", hidden),
         head=LinearSpec(name="head", cut=Cut.COLUMN, parts=(head,), inputs=hidden),
         norm_eps=positive_number("rms_norm_eps", config.get("rms_norm_eps", architecture.norm_eps)),
-        max_positions=positive(config, "max_position_embeddings"),
+        max_positions=longest_prompt(config),
         dtype=_dtype(config),
         config=dict(config),
         quantization=quantization,

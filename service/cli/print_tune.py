@@ -24,6 +24,10 @@ MOST_NAMED = 4
 
 def print_report(report: TuneReport) -> None:
     """Print the tables of a report."""
+    for note in report.notes:
+        print(_wrapped(note))
+    if report.notes:
+        print()
     if report.hardware is not None:
         print_table(
             ["fit", "points left out", "median error %", "p90 %", "worst %"],

@@ -24,6 +24,8 @@ class TuneReport:
     """Everything that tune found, for the table and for JSON."""
 
     plan: Plan
+    notes: tuple[str, ...] = ()
+    """How the input was read and what was changed in it, a sentence each."""
     policies: list[RoundPlan] = field(default_factory=list)
     replays: list[Replay] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
@@ -53,6 +55,7 @@ class TuneReport:
         """For programs: the plan, the ranking, the policies, the held-out errors and the trials."""
         return {
             "plan": self.plan.to_json(),
+            "notes": list(self.notes),
             "layouts": [_candidate_json(candidate) for candidate in self.candidates],
             "num_planned": self.num_planned,
             "num_proven_worse": self.num_proven_worse,

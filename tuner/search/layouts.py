@@ -51,12 +51,18 @@ class Target:
     memory_bytes: int
     max_new_tokens: int = 1
     threads_per_rank: int | None = None
+    layer_partition: tuple[int, ...] | None = None
+    """Layers of each group, where the user keeps them; None leaves them to the search."""
 
     def __post_init__(self) -> None:
+        kept = self.layer_partition
+        if kept is not None and (sum(kept) != self.shape.num_layers or min(kept) < 1):
+            allowed = f"at least one layer each, {self.shape.num_layers} in all"
+            raise UserError("--layer-partition", ",".join(map(str, kept)), allowed)
         for request in self.requests:
             most = self.shape.max_positions - self.max_new_tokens + 1
             if request.prompt_tokens > most:
-                allowed = f"at most {most} with {self.max_new_tokens} new tokens, by the positions of {self.shape.name}"
+                allowed = f"at most {most} with {self.max_new_tokens} new tokens: {self.shape.positions_words}"
                 raise UserError(f"prompt_tokens of request {request.id}", request.prompt_tokens, allowed)
 
 
@@ -256,10 +262,12 @@ def _sketched(target: Target, candidate: Candidate, rules: Rules, best: tuple[fl
     """
     build_cost, layout = _build_cost(candidate), candidate.layout
     if layout.virtual_stages == 1:
-        partition = balanced_partition(build_cost, target.shape.num_layers, layout.pp_size, target.requests)
+        partition = target.layer_partition or balanced_partition(
+            build_cost, target.shape.num_layers, layout.pp_size, target.requests
+        )
         rounds = rules.draft(build_cost(partition), target.requests)
     else:
-        partition = even_partition(target.shape.num_layers, layout.num_groups)
+        partition = target.layer_partition or even_partition(target.shape.num_layers, layout.num_groups)
         cost = build_cost(partition)
         hopeful_s = HOPEFUL * best[0] if rules.objective is Objective.MAKESPAN else math.inf
         rounds = rules.sketch(cost, _shorter(cost), target.requests, SKETCHED_ROUNDS, hopeful_s)
@@ -281,7 +289,8 @@ def _drafted(target: Target, candidate: Candidate, rules: Rules) -> Candidate:
     """Drafted for partitions around the best, chosen along with the rounds; as it is where none is better."""
     build_cost, layout, sketch = _build_cost(candidate), candidate.layout, candidate.rounds
     assert sketch is not None
-    if layout.virtual_stages > 1:  # equal groups of few layers: moving one would cost more than it brings
+    # Equal groups of few layers: moving one would cost more than it brings.
+    if layout.virtual_stages > 1 or target.layer_partition is not None:
         return candidate
     known = (candidate.layer_partition, sketch)
     partition, rounds = choose_partition(
