@@ -28,6 +28,8 @@ import numpy as np
 from tuner.plan.cost_model import Floats, Ints, StageCost, TableAttention
 from tuner.rounds.relaxation import Work, pair_floor
 
+NUM_PRICES, NUM_NUMBERS = 8, 160
+"""Of a chunk, and of rounds, at which sums by their number are taken."""
 MOST_STEPS = 3_000_000
 """(position, chunk) pairs, all cached lengths together, up to which the cuts are searched: about 0.1 s."""
 SLACK = 1e-9
@@ -97,6 +99,20 @@ class Efficiency:
         """The efficiency of any caps, that of the next higher one known."""
         found: Floats = np.append(self.per_s, self.beyond)[np.searchsorted(self.caps_s, caps_s)]
         return found
+
+
+def _least_between(places: Floats, values: Floats) -> Floats:
+    """What a function that is convex and not negative is at least between its values at neighbouring places, given as
+    [rows, places]: it lies above the chords on either side, carried on. Values are infinite up to some place."""
+    step = np.diff(places)
+    with np.errstate(invalid="ignore"):
+        slope = np.diff(values, axis=1) / step  # nan and inf where a value is infinite
+    from_left = values[:, 1:-1] + np.minimum(slope[:, :-1], 0.0) * step[1:]
+    from_right = values[:, 1:-1] - np.maximum(slope[:, 1:], 0.0) * step[:-1]
+    none = np.zeros((len(values), 1))
+    sides = [np.concatenate([none, from_left], axis=1), np.concatenate([from_right, none], axis=1)]
+    known = [np.where(np.isfinite(side), side, 0.0) for side in sides]
+    return np.where(np.isinf(values[:, 1:]), np.inf, np.maximum(np.maximum(*known), 0.0))
 
 
 class GridRelaxation:
@@ -173,13 +189,66 @@ class GridRelaxation:
 
     def sums(self, caps_s: Floats) -> Floats:
         """The least that all rounds can sum to when none exceeds the cap, inf where no plan is possible; [num_caps]."""
-        caps_s, total = caps_s * (1.0 + SLACK), np.zeros(len(caps_s))
-        for cached, prompts in self._groups():
-            least = self._paths(cached, self._units(cached, prompts[-1]), caps_s)
-            for length, count in zip(*np.unique(prompts, return_counts=True), strict=True):
-                starts, _, cost = self._last(cached, length, caps_s)
-                total += count * ((least[:, starts] + cost).min(axis=1) + self._final_s)
+        caps_s = caps_s * (1.0 + SLACK)
+        total = np.zeros(len(caps_s))
+        for count, seconds in self._least_of_each(caps_s):
+            total += count * seconds
+        if not self.is_single:
+            total = np.maximum(total, self._by_number(caps_s))
         return total * (1.0 - SLACK)
+
+    def _least_of_each(self, caps_s: Floats, chunk_s: Floats | None = None) -> Iterator[tuple[int, Floats]]:
+        """How many requests are alike, and D of each of them under every cap, [num_caps].
+
+        chunk_s: what every chunk costs instead of its share of w, by cap.
+        """
+        for cached, prompts in self._groups():
+            least = self._paths(cached, self._units(cached, prompts[-1]), caps_s, chunk_s)
+            for length, count in zip(*np.unique(prompts, return_counts=True), strict=True):
+                starts, _, cost = self._last(cached, length, caps_s, chunk_s)
+                yield int(count), (least[:, starts] + cost).min(axis=1) + self._final_s
+
+    def _by_number(self, caps_s: Floats) -> Floats:
+        """The least sums by the number N of rounds: w of all of them is at least N times that of the mean round on the
+        convex hull of w, and no request has more than N chunks; [num_caps].
+
+        The least that a request's chunks add with at most N of them is at least D(p) - p N, D(p) being the least where
+        each costs p more, for any p. The first part is convex in N, the second falls.
+        """
+        assert self._table is not None
+        usual_s = float(np.median(self._base)) / max(len(self._chunk), 1) + float(self._own[0])
+        prices = np.concatenate([[0.0], usual_s * np.geomspace(1e-3, 0.5, NUM_PRICES - 1)])
+        rows, price_of = np.repeat(caps_s, len(prices)), np.tile(prices, len(caps_s))
+        most = max(self._work.new_tokens, 1.0)
+        number = np.unique(np.geomspace(1.0, most, NUM_NUMBERS).round())
+        added = np.zeros((len(caps_s), len(number)))
+        for count, least in self._least_of_each(rows, price_of):
+            by_price = least.reshape(len(caps_s), len(prices))
+            with np.errstate(invalid="ignore"):
+                bounds = by_price[:, :, None] - prices[:, None] * number
+            added += count * np.maximum(bounds.max(axis=1), 0.0)
+        own = number * self._hull_s(caps_s, most / number)  # [num_caps, numbers]
+        inner = _least_between(number, own) + added[:, 1:]
+        found: Floats = np.minimum(inner.min(axis=1), own[:, -1])  # at most one round a token
+        return found
+
+    def _hull_s(self, caps_s: Floats, tokens: Floats) -> Floats:
+        """The convex hull of w over the rounds that each cap allows, inf above them: [num_caps, len(tokens)]."""
+        table = self._table
+        assert table is not None
+        found = np.full((len(caps_s), len(tokens)), np.inf)
+        for row, cap_s in enumerate(caps_s):
+            last = int(np.searchsorted(table.seconds, cap_s, side="right"))
+            count, seconds = table.count[: last + 1], table.seconds[: last + 1]  # one point beyond: the hull only falls
+            keep: list[int] = []
+            for i in range(len(count)):
+                while len(keep) > 1 and (seconds[keep[-1]] - seconds[keep[-2]]) * (count[i] - count[keep[-1]]) >= (
+                    seconds[i] - seconds[keep[-1]]
+                ) * (count[keep[-1]] - count[keep[-2]]):
+                    keep.pop()
+                keep.append(i)
+            found[row] = np.where(tokens <= count[-1], np.interp(tokens, count[keep], seconds[keep]), np.inf)
+        return found
 
     def efficiency(self, caps_s: Floats, reference_s: float) -> Efficiency | None:
         """The efficiency of these caps, rising; None where the reference cap allows no plan."""
@@ -256,33 +325,40 @@ class GridRelaxation:
         added: Floats = min(stage.chunk_s for stage in self._stages) + base + slope * context
         return added
 
-    def _cost(self, cached: float, end: int, caps_s: Floats) -> tuple[int, Floats]:
+    def _cost(self, cached: float, end: int, caps_s: Floats, chunk_s: Floats | None = None) -> tuple[int, Floats]:
         """How many chunks end at a grid point, and their costs, the shortest first: [caps, chunks]."""
         width = min(end, len(self._chunk))
         added = self._base[:width] + self._slope[:width] * (cached + end * self._multiple - self._chunk[:width])
         own, spare = self._own[:width], caps_s[:, None] - added
+        if chunk_s is not None:
+            return width, np.where(own <= spare, added + chunk_s[:, None], np.inf)
         if self._table is None:
             return width, np.where(own <= spare, own + added, np.inf)
         return width, added + self._table.shares(self._chunk[:width], self._at[:width], spare, own)
 
-    def _paths(self, cached: float, num_units: int, caps_s: Floats) -> Floats:
+    def _paths(self, cached: float, num_units: int, caps_s: Floats, chunk_s: Floats | None = None) -> Floats:
         """D up to each grid point, [caps, num_units + 1]."""
         least = np.full((len(caps_s), num_units + 1), np.inf)
         least[:, 0] = 0.0
         for end in range(1, num_units + 1):
-            width, cost = self._cost(cached, end, caps_s)
+            width, cost = self._cost(cached, end, caps_s, chunk_s)
             least[:, end] = (least[:, end - width : end][:, ::-1] + cost).min(axis=1)
         return least
 
-    def _last(self, cached: float, length: float, caps_s: Floats) -> tuple[Ints, Floats, Floats]:
+    def _last(
+        self, cached: float, length: float, caps_s: Floats, chunk_s: Floats | None = None
+    ) -> tuple[Ints, Floats, Floats]:
         """Grid points from which a prompt's last chunk may go, its tokens and its costs, [caps, points]; what ending
         the prompt costs leaves the round less, but is not counted."""
         last = self._units(cached, length)
-        starts = np.arange(last, max(last - len(self._chunk), -1), -1)
-        chunk = length - cached - starts * float(self._multiple)
-        added = self._added_s(chunk, cached + starts * float(self._multiple))
+        starts: Ints = np.arange(last, max(last - len(self._chunk), -1), -1, dtype=np.int64)
+        before: Floats = starts.astype(np.float64) * self._multiple
+        chunk: Floats = length - cached - before
+        added = self._added_s(chunk, cached + before)
         own = np.where(chunk <= self._most, self._own_s(chunk), np.inf)
         spare = caps_s[:, None] - added - self._final_s
+        if chunk_s is not None:
+            return starts, chunk, np.where(own <= spare, added + chunk_s[:, None], np.inf)
         if self._table is None:
             return starts, chunk, np.where(own <= spare, own + added, np.inf)
         at = np.minimum(np.searchsorted(self._table.count, chunk), len(self._table.count) - 1)
