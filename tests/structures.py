@@ -17,7 +17,7 @@ ROOMS = {
     "profiler": ("hardware", "model", "sequence", "kernels", "layers", "comm", "points", "measure"),
     "tuner": ("plan", "workload", "rounds", "online", "policies", "fit", "search"),
     "runtime": ("job", "weights", "stage", "run", "quantize"),
-    "service": ("reasons", "use_cases", "engines", "jobs", "http", "cli"),
+    "service": ("pictures", "reasons", "use_cases", "engines", "jobs", "http", "cli"),
 }
 ASKED = {
     "db": "what is kept",
