@@ -245,7 +245,7 @@ def _with_mfu(told: Recommendation, target: Target, hardware: Hardware, rows: li
     if peak:
         return replace(told, mfu=rate / peak, mfu_of="the published peak")
     measured = fastest_product_flops(rows, target.dtype)
-    return replace(told, mfu=rate / measured, mfu_of="the fastest product measured") if measured else told
+    return replace(told, mfu=min(1.0, rate / measured), mfu_of="the fastest product measured") if measured else told
 
 
 def _keep(database: Database, hardware: Hardware, target: Target, report: TuneReport) -> None:
