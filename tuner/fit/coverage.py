@@ -15,7 +15,7 @@ from tuner.fit.rows import RankWork
 from tuner.plan.layout import Layout
 from tuner.plan.plan import Round
 
-SPARSE, A_GUESS = 0.5, 0.85
+SPARSE, A_GUESS = 0.5, 0.75
 """Of the points that a plan leans on: with a larger share missing, its prediction needs a warning, or is a guess."""
 NEAR = 2
 """Points of at most so many times the longest round's tokens, and at least the shortest's over it, are leaned on."""
