@@ -146,6 +146,8 @@ def _print_layouts(report: TuneReport) -> None:
     if beyond:
         print(wrapped(f"Beyond the measured range: {', '.join(beyond)}."))
     for candidate in families[:MOST_NAMED]:
+        if candidate.is_bound_by_memory:
+            print(wrapped(f"Memory allows {candidate.layout} {_allowed(candidate)}."))
         if candidate.assumed:
             assumed = ", ".join(map(str, candidate.assumed))
             print(wrapped(f"Not measured but told by the topology's links: {assumed}, in {candidate.layout}."))
@@ -156,6 +158,13 @@ def _print_layouts(report: TuneReport) -> None:
     if len(refused) > MOST_NAMED:
         print(f"{len(refused) - MOST_NAMED} more reasons: --json has all of them")
     print()
+
+
+def _allowed(candidate: Candidate) -> str:
+    assert candidate.limits is not None
+    rounds = f"rounds of at most {candidate.limits.max_round_tokens} tokens"
+    held = candidate.limits.max_kv_tokens
+    return rounds if held is None else f"{rounds} and the KV of {held} tokens at once"
 
 
 def _layers(partition: Sequence[int]) -> str:

@@ -37,9 +37,10 @@ from tuner.plan.stage_order import StageOrder
 from tuner.plan.topology import load_topology
 from tuner.search.alternatives import best_simple, one_card
 from tuner.search.explanation import explain
-from tuner.search.layouts import Candidate, Target, search_layouts, to_plan, with_rounds
+from tuner.search.layouts import Candidate, search_layouts, to_plan, with_rounds
 from tuner.search.links import Links
 from tuner.search.rules import Rules
+from tuner.search.target import Target
 
 # Rows that a card's products are tiled by: between multiples their rate falls, and so finely they are measured.
 CHUNK_MULTIPLE = {"cpu": 64, "cuda": 256}
@@ -70,7 +71,7 @@ def tune_model(
             dtype=options.dtype or default_dtype(shape, device_type),
             requests=requests,
             device_type=device_type,
-            memory_bytes=hardware.memory_bytes,
+            memory_bytes=options.memory_bytes or hardware.memory_bytes,
             max_new_tokens=options.max_new_tokens,
             threads_per_rank=hardware.num_threads,
         )
@@ -188,9 +189,10 @@ def _report(
     if best.refusal or best.rounds is None:
         raise UserError("layouts", "", "none can run: " + "; ".join(f"{c.layout}: {c.refusal}" for c in candidates))
     cost = best.layout_costs.cost_model(best.layer_partition)
-    found = contest(cost, target.requests, rules, compare=options.compare, planned=best.rounds)
+    found = contest(cost, target.requests, best.rules(rules), compare=options.compare, planned=best.rounds)
     if found.planned is not best.rounds:
-        best = with_rounds(target, best, found.planned, rules)
+        other = with_rounds(target, best, found.planned, rules)
+        best = best if other.refusal else other
     assert best.rounds is not None
     work, layout = best.layout_costs.work, best.layout
     held_out = held_out_errors(rows, work, busy_ranks=layout.world_size)

@@ -38,6 +38,9 @@ class TuneOptions:
     max_kv_tokens: int | None = option(None, "Most tokens in the KV cache.")
     objective: str = option("makespan", "What is made least.", choices=("makespan", "mean-ttft", "sla"))
     sla_ttft_s: float | None = option(None, "Deadline of every request's TTFT, for the objective sla.", above=0)
+    memory_gib: float | None = option(
+        None, "GiB of a card, or of the host of CPU ranks. [default: the hardware's]", above=0
+    )
     max_new_tokens: int = option(1, "Tokens to decode; counts in memory.", above=0)
     dtype: str | None = option(None, "float32, bfloat16, w8a16, w8a8, fp8, ... [default: the model's]")
     device_type: str | None = option(
@@ -57,6 +60,11 @@ class TuneOptions:
     plot: str | None = option(None, "Draw why, and where else which layout wins.", metavar="FILE.svg", is_file=True)
     output: str | None = option(None, "Write the best plan to this file.", flags=("-o", "--output"), is_file=True)
     db_url: str | None = db_url()
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Of `memory_gib`."""
+        return None if self.memory_gib is None else int(self.memory_gib * 2**30)
 
     def __post_init__(self) -> None:
         check_options(self)

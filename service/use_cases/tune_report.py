@@ -102,10 +102,19 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "extrapolates": candidate.extrapolates,
         "assumed": [str(group) for group in candidate.assumed],
         "memory_bytes": candidate.peak_memory_bytes,
+        "bound_by_memory": candidate.is_bound_by_memory,
+        "memory_limits": _limits_json(candidate),
         "proven_worse": candidate.is_proven_worse,
         "floor_s": candidate.floor[0] if candidate.floor and math.isfinite(candidate.floor[0]) else None,
     }
     return found | ({} if candidate.rounds is None else _expected_json(candidate.rounds))
+
+
+def _limits_json(candidate: Candidate) -> dict[str, int | None] | None:
+    limits = candidate.limits
+    if limits is None:
+        return None
+    return {"max_round_tokens": limits.max_round_tokens, "max_kv_tokens": limits.max_kv_tokens}
 
 
 def _policy_json(planned: RoundPlan) -> dict[str, Any]:

@@ -338,6 +338,7 @@ def test_one_card_is_planned_as_well_as_by_terapipe(tmp_path: Path) -> None:
         ((*TEN_TOKENS, "--tp-size", "3"), "layouts: none can run: TP3 PP1: tp_size: 3; must"),
         ((*TEN_TOKENS, "--pp-size", "99"), "layouts: none can run: TP1 PP99: pp_size 99 is"),
         ((*TEN_TOKENS, "--dtype", "bfloat16"), "measurements: none in bfloat16 on imaginary; "),
+        ((*TEN_TOKENS, "--dtype", "float32", "--memory-gib", "0.3"), "layouts: none can run: TP1 PP1: needs 5.88 GiB"),
         ((*TEN_TOKENS, "--hardware", "7"), "hardware: 7; must be one of 1"),
         (("llama-9", "--prompt-lens", "10"), "MODEL: llama-9; must be a folder with a config.json, or one of"),
         (("qwen3-0.6b", "--prompt-lens", "10", "--dtype", "float32"), "layouts: none can run: TP1 PP1: measurements:"),
