@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from db.rows.measurements import Measurement
 from profiler.model.shape import ModelShape
+
+if TYPE_CHECKING:  # planning from a cost model file needs no database
+    from db.rows.measurements import Measurement
 
 
 def prefill_flops(shape: ModelShape, chunks: Iterable[tuple[int, int]], num_logits: int) -> float:

@@ -9,7 +9,7 @@ from service.cli.output import show_pairs, show_table, wrapped
 from service.reasons.recommendation import gap_in_words
 from service.reasons.words import in_words
 from service.use_cases.tune_report import TuneReport, replay_json
-from tuner.fit.coverage import widened
+from tuner.fit.uncertainty import widened
 from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from profiler.sequence.kind import SPKind
 from service.reasons.words import elsewhere
-from tuner.fit.coverage import A_GUESS, SPARSE, Coverage, share_missing
+from tuner.fit.uncertainty import A_GUESS, SPARSE, Coverage, share_missing
 from tuner.plan.layout import Layout, layout_of
 from tuner.plan.plan import Plan, Weights
 from tuner.rounds.round_plan import Alternative

@@ -27,10 +27,11 @@ from service.use_cases.options import chosen, flag_of
 from service.use_cases.tune_options import TuneOptions, next_command
 from service.use_cases.tune_report import TuneReport
 from tuner.fit.correction import fit_correction, load_measured_rounds
-from tuner.fit.coverage import coverage, share_missing, widened
+from tuner.fit.coverage import coverage
 from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
+from tuner.fit.uncertainty import share_missing, widened
 from tuner.plan.layout import ANY, Layout, Pins, enumerate_layouts, layout_of
 from tuner.plan.plan import Request
 from tuner.plan.stage_order import StageOrder

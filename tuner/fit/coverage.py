@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 
 from db.rows.measurements import Measurement
 from profiler.kernels.attention_kernel import AttentionKernel
@@ -12,11 +11,10 @@ from profiler.points.grid import Grid
 from profiler.points.point import COLLECTIVES, Op, Point
 from profiler.sequence.kind import SPKind
 from tuner.fit.rows import RankWork
+from tuner.fit.uncertainty import Coverage
 from tuner.plan.layout import Layout
 from tuner.plan.plan import Round
 
-SPARSE, A_GUESS = 0.5, 0.75
-"""Of the points that a plan leans on: with a larger share missing, its prediction needs a warning, or is a guess."""
 NEAR = 2
 """Points of at most so many times the longest round's tokens, and at least the shortest's over it, are leaned on."""
 BESIDE = 2.0
@@ -25,35 +23,6 @@ CONTEXT_SHARE = 0.26
 """Of the longest context: attention of a chunk is linear in it, and the grid has a quarter of it between points."""
 _PARTS = (Op.MATMUL, Op.ATTENTION, Op.ELEMENTWISE)
 _SIZE = {Op.MATMUL: "m", Op.ATTENTION: "chunk", Op.ELEMENTWISE: "tokens", **dict.fromkeys(COLLECTIVES, "bytes")}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Coverage:
-    """The points of one operation near a plan's rounds."""
-
-    op: str
-    num_points: int
-    num_missing: int
-
-    def to_json(self) -> dict[str, int | str]:
-        """The same as a JSON object."""
-        return asdict(self)
-
-
-def share_missing(found: Sequence[Coverage]) -> float:
-    """Of all points that a plan leans on."""
-    num_points = sum(one.num_points for one in found)
-    return sum(one.num_missing for one in found) / num_points if num_points else 0.0
-
-
-def widened(uncertainty: float, missing: float) -> float:
-    """The relative half-width of a prediction with such a share of its points missing: all of it where it is a guess.
-
-    Few points leave few out, so that held-out errors alone would call them good.
-    """
-    if missing > A_GUESS:
-        return max(1.0, uncertainty)
-    return 2.0 * uncertainty if missing > SPARSE else uncertainty
 
 
 def coverage(
