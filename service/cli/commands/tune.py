@@ -26,3 +26,5 @@ def command(options: TuneOptions, as_json: bool) -> None:
         print_json(report.to_json())
     else:
         print_report(report)
+    if report.interrupted:
+        raise SystemExit(130)
