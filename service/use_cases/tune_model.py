@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import click
@@ -36,6 +37,8 @@ from tuner.search.layouts import Candidate, search_layouts, to_plan, with_rounds
 from tuner.search.links import Links
 from tuner.search.rules import Rules
 from tuner.search.target import Target
+from tuner.waterfall.kinds import with_kinds
+from tuner.waterfall.moves import moves
 
 # Rows that a card's products are tiled by: between multiples their rate falls, and so finely they are measured.
 CHUNK_MULTIPLE = {"cpu": 64, "cuda": 256}
@@ -80,7 +83,8 @@ def tune_model(
         fit = _fitter(database, hardware, target, links, correct=options.correct)
         candidates = search_layouts(target, layouts, rules, fit)
         candidates = [replace(one, assumed=links.assumed(one.layout)) if one.rounds else one for one in candidates]
-        report = _report(target, candidates, rules, rows, compare=options.compare)
+        precisions = _other_precisions(database, hardware, target, candidates[0].layout)
+        report = _report(target, candidates, rules, rows, compare=options.compare, precisions=precisions)
         why = explain(target, report.candidates, rules, with_map=options.plot is not None)
         report = replace(report, explanation=why, plot=options.plot)
         if options.measure is not None:
@@ -161,8 +165,26 @@ def _fitter(
     return fit_layout
 
 
+def _other_precisions(database: Database, hardware: Hardware, target: Target, layout: Layout) -> dict[str, LayerCosts]:
+    """Costs of the layout in the other precisions that the model was measured in."""
+    found = dict[str, LayerCosts]()
+    for dtype in sorted({row.dtype for row in load_measurements(database, hardware)} - {target.dtype}):
+        rows = load_measurements(database, hardware, dtype=dtype)
+        other = replace(target, dtype=dtype)
+        with suppress(UserError):
+            fit = _fitter(database, hardware, other, Links(Rows(rows), None), correct=False)
+            found[dtype] = fit(layout)
+    return found
+
+
 def _report(
-    target: Target, candidates: list[Candidate], rules: Rules, rows: list[Measurement], *, compare: bool
+    target: Target,
+    candidates: list[Candidate],
+    rules: Rules,
+    rows: list[Measurement],
+    *,
+    compare: bool,
+    precisions: Mapping[str, LayerCosts],
 ) -> TuneReport:
     """The best candidate's plan with its rivals and its uncertainty. Raises UserError when every layout is refused."""
     best = candidates[0]
@@ -174,8 +196,11 @@ def _report(
         other = with_rounds(target, best, found.planned, rules)
         best = best if other.refusal else other
     held_out = held_out_errors(rows, best.layout_costs.work, busy_ranks=best.layout.world_size)
+    plan = with_kinds(to_plan(target, best, rules, uncertainty=best.uncertainty(held_out)), best)
+    assert plan.predicted is not None
+    found_moves = moves(target, best, rules, precisions=precisions)
     return TuneReport(
-        plan=to_plan(target, best, rules, uncertainty=best.uncertainty(held_out)),
+        plan=replace(plan, predicted=replace(plan.predicted, moves=found_moves)),
         policies=found.policies,
         replays=found.replays,
         candidates=[best, *candidates[1:]],
