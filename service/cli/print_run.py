@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from db.errors import printable
 from runtime.run.result import RunResult
-from service.cli.output import print_table
+from service.cli.output import show_table
 from service.use_cases.run_plan import Run
 from tuner.plan.layout import layout_of
 from tuner.waterfall.steps import to_rows
@@ -18,7 +18,7 @@ def print_run(run: Run) -> None:
     for index, (request, outcome) in enumerate(zip(run.plan.requests, run.result.requests, strict=True)):
         equal = run.checks[index].equal if run.checks is not None else None
         rows.append([request.id, request.prompt_tokens, ttft[index], outcome.ttft_s, _shown(run, index), equal])
-    print_table(("request", "prompt tokens", "predicted TTFT s", "TTFT s", "new tokens", "tokens equal"), rows)
+    show_table(("request", "prompt tokens", "predicted TTFT s", "TTFT s", "new tokens", "tokens equal"), rows)
     result, parallel = run.result, run.plan.parallel
     is_published = result.mfu is not None
     columns = ["plan", "rounds", "predicted s", "measured s", "error", "MFU", "MFU of", "TPOT s", "warm-up s", "run"]
@@ -34,7 +34,7 @@ def print_run(run: Run) -> None:
         result.warm_up_s,
         result.run_id,
     ]
-    print_table(columns, [row])
+    show_table(columns, [row])
     _print_waterfall(result)
     for check in run.checks or ():
         if not check.equal:
@@ -58,7 +58,7 @@ def _print_waterfall(result: RunResult) -> None:
         rows.append([name, told_s, shares[0], measured_s, shares[1]])
     rows.append(["makespan", told and told.makespan_s, told and 100.0, result.waterfall.makespan_s, 100.0])
     title = "From the peak to the makespan; kinds of measured rounds as predicted"
-    print_table(["step", "predicted s", "%", "measured s", "%"], rows, title=title)
+    show_table(["step", "predicted s", "%", "measured s", "%"], rows, title=title)
     if result.moves and told is not None:
         move = result.moves[0]
         print(f"What would move it most: {move.change}, {1.0 - move.makespan_s / told.makespan_s:.1%} less as planned")
