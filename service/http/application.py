@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, FastAPI
 from starlette.routing import BaseRoute
 
-from service.http.access import Scope, open_to
-from service.http.guard import Guard, RequestLimits
+from service.http.door.access import Scope, open_to
+from service.http.door.guard import Guard, RequestLimits
 from service.http.problems import add_handlers
 from service.http.routes import kept, plans, site
 from service.http.routes.jobs import Options, job_router

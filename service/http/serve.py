@@ -18,9 +18,9 @@ import uvicorn
 from db.errors import UserError
 from db.rows.tokens import token_scopes
 from db.store.engine import open_database
-from service.http.access import Access
 from service.http.application import make_application
-from service.http.planning import Planning, PlanningLimits
+from service.http.door.access import Access
+from service.http.planning.processes import Planning, PlanningLimits
 from service.http.routes.jobs import Options
 from service.http.serve_options import ServeOptions
 from service.http.state import Service

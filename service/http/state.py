@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +10,14 @@ from typing import Annotated
 from fastapi import Depends
 from starlette.requests import Request
 
+from db.rows.hardware import HardwareList
 from db.store.engine import Database
-from service.http.access import Access
-from service.http.planning import Planning
+from service.http.door.access import Access
+from service.http.planning.processes import Planning
 from service.jobs.queue import JobQueue
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Service:
     """One service: its database, its tokens, and the processes that plan."""
 
@@ -24,6 +26,11 @@ class Service:
     planning: Planning
     jobs: JobQueue
     model_folders: tuple[Path, ...]
+
+    @functools.cached_property
+    def hardware(self) -> HardwareList:
+        """All hardware that something is kept of."""
+        return HardwareList(self.database)
 
     @property
     def db_url(self) -> str:

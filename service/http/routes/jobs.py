@@ -17,8 +17,8 @@ from db.errors import UserError
 from db.rows.hardware import get_hardware
 from db.rows.plans import plan_hardware
 from db.rows.workers import StoredWorker, list_workers
-from service.http.access import Scope, open_to
 from service.http.bodies import body_of_command
+from service.http.door.access import Scope, open_to
 from service.http.pages import MOST_ID, Cursor, Limit, Page, before_of, cursor_of
 from service.http.problems import RefusedError, missing
 from service.http.routes.router import api_router

@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.http.access import COOKIE, SESSION_S, Scope, open_to, open_to_all
-from service.http.guard import session_of
+from service.http.door.access import COOKIE, SESSION_S, Scope, open_to, open_to_all
+from service.http.door.guard import session_of
 from service.http.problems import RESPONSES, RefusedError, missing
 from service.http.routes.router import PREFIX
 from service.http.state import Shared

@@ -13,7 +13,7 @@ from typing import Any
 from pebble import ProcessExpired, ProcessPool
 
 from db.errors import UserError
-from service.http.plan_request import MadePlan, PlanRequest
+from service.http.planning.request import MadePlan, PlanRequest
 from service.http.problems import RefusedError
 
 _PLANS_A_PROCESS = 500
@@ -97,7 +97,7 @@ def _warm() -> None:
 
 
 def _make(request: PlanRequest) -> MadePlan | _Refusal:
-    from service.http.plan_request import make_plan
+    from service.http.planning.request import make_plan
 
     try:
         return make_plan(request)

@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from db.errors import UserError
 from db.files.json_text import parse_json
-from service.http import access
-from service.http.access import COOKIE, Access
+from service.http.door import access
+from service.http.door.access import COOKIE, Access
 from service.http.problems import RefusedError, problem
 
 SAFE_METHODS = frozenset({"GET", "HEAD"})
