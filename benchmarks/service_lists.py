@@ -64,9 +64,9 @@ def _ask(database: Database) -> list[tuple[object, ...]]:
         "hardware", "measurements", "measurements?hardware=3", "measurements?hardware=3&op=op1",
         f"measurements?hardware=3&op=op1&cursor={cursor_of(_MEASUREMENTS // 2)}", "measurements?op=op1&limit=200",
         "measurements?op=none",
-        "runs", "runs?hardware=3&limit=200", f"runs?hardware=3&cursor={middle}", "runs?plan=5", "runs/50000",
-        "runs/50000/rounds", "plans", "plans?hardware=3", f"plans?cursor={cursor_of(_PLANS // 2)}", "fits?hardware=3",
-        "jobs", "workers",
+        "runs", "runs?hardware=3&limit=200", f"runs?hardware=3&cursor={middle}", "runs?plan=5", f"runs/{_RUNS // 2}",
+        f"runs/{_RUNS // 2}/rounds", "plans", "plans?hardware=3", f"plans?cursor={cursor_of(_PLANS // 2)}",
+        "fits?hardware=3", "jobs", "workers",
     ]  # fmt: skip
     found: list[tuple[object, ...]] = []
     client = TestClient(app, headers=headers)
@@ -101,7 +101,7 @@ def _fill(database: Database) -> None:
         for first in range(0, _RUNS, _AT_ONCE):
             session.execute(insert(RunRow), [_run(first + number) for number in range(_AT_ONCE)])
         rounds = [
-            {"run_id": 50_000, "round": index, "stage": stage, "predicted_s": 1.0, "start_s": index,
+            {"run_id": _RUNS // 2, "round": index, "stage": stage, "predicted_s": 1.0, "start_s": index,
              "finish_s": index + 1}
             for index in range(100)
             for stage in range(4)

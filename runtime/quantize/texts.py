@@ -38,14 +38,15 @@ def read_sequences(path: Path, tokenizer: Tokenizer, shape: ModelShape, *, field
                 raise UserError(f"{place}: token_ids", wrong, f"0 to {shape.vocab_size - 1}")
             found += _pieces(ids, length)
     else:
-        found += _pieces(tokenizer.encode(_read_text(path, field)), length)
+        found += _pieces(tokenizer.encode(read_text(path, field)), length)
     tokens = sum(map(len, found))
     if tokens < LEAST_TOKENS:
         raise UserError(field, cut(path), f"{tokens} tokens in it: at least {LEAST_TOKENS} are needed")
     return tuple(found)
 
 
-def _read_text(path: Path, field: str) -> str:
+def read_text(path: Path, field: str) -> str:
+    """What a text file holds. Raises UserError where it cannot be read."""
     try:
         if path.stat().st_size > MOST_TEXT_BYTES:
             raise UserError(field, cut(path), f"must be at most {MOST_TEXT_BYTES >> 20} MiB")

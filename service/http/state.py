@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +11,12 @@ from fastapi import Depends
 from starlette.requests import Request
 
 from db.rows.hardware import HardwareList
+from db.rows.workers import list_workers
 from db.store.engine import Database
 from service.http.door.access import Access
+from service.http.operating.metrics import Metrics
 from service.http.planning.processes import Planning
+from service.jobs.log import Log
 from service.jobs.queue import JobQueue
 
 
@@ -26,6 +29,16 @@ class Service:
     planning: Planning
     jobs: JobQueue
     model_folders: tuple[Path, ...]
+    log: Log = field(default_factory=Log)
+
+    @functools.cached_property
+    def metrics(self) -> Metrics:
+        """Figures of this service."""
+        return Metrics(
+            jobs=self.jobs.counts,
+            workers=lambda: len(list_workers(self.database, alive=True)),
+            plans=lambda: self.planning.num_asked,
+        )
 
     @functools.cached_property
     def hardware(self) -> HardwareList:

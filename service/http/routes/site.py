@@ -1,4 +1,4 @@
-"""The page and its two files, the session that it opens, and what operators ask of a service."""
+"""The page and its files, and the session that it opens."""
 
 from __future__ import annotations
 
@@ -22,12 +22,6 @@ _STATIC = frozenset(path.name for path in _FILES.iterdir())
 """The only names that are ever looked up."""
 
 
-class Told(BaseModel):
-    """Whether the service is there."""
-
-    status: str
-
-
 class Session(BaseModel):
     """What the caller may do."""
 
@@ -48,21 +42,6 @@ def static(name: str) -> Response:
     if name not in _STATIC:
         raise missing("file", name, "must be a file of the page")
     return _file(name)
-
-
-@router.get("/healthz")
-@open_to_all
-def health() -> Told:
-    """Whether the process answers."""
-    return Told(status="ok")
-
-
-@router.get("/readyz")
-@open_to_all
-def ready(service: Shared) -> Told:
-    """Whether the database answers too."""
-    with service.database.reading():
-        return Told(status="ok")
 
 
 @router.post(f"{PREFIX}/session")
