@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from service.reasons.recommendation import Recommendation
 from tuner.plan.plan import Plan
 from tuner.rounds.round_plan import RoundPlan
 from tuner.search.replay import Replay
@@ -24,6 +26,9 @@ class TuneReport:
     """Everything that tune found, for the table and for JSON."""
 
     plan: Plan
+    recommendation: Recommendation
+    options: Mapping[str, Any]
+    """What the caller chose."""
     policies: list[RoundPlan] = field(default_factory=list)
     replays: list[Replay] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
@@ -53,6 +58,8 @@ class TuneReport:
         """For programs: the plan, the ranking, the policies, the held-out errors and the trials."""
         return {
             "plan": self.plan.to_json(),
+            "recommendation": self.recommendation.to_json(),
+            "options": dict(self.options),
             "layouts": [_candidate_json(candidate) for candidate in self.candidates],
             "num_planned": self.num_planned,
             "num_proven_worse": self.num_proven_worse,
