@@ -26,8 +26,7 @@ def command(options: QuantizeOptions, as_json: bool) -> None:
     from service.use_cases.quantize import quantize
 
     def progress(done: int, total: int) -> None:
-        if not as_json:
-            click.echo(f"layer {done} of {total}", err=True)
+        click.echo(f"layer {done} of {total}", err=True)
 
     report = quantize(options, progress)
     if as_json:
