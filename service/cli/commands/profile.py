@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from db.errors import UserError
-from service.cli.options import db_option, json_option, stall_option
+from service.cli.options import config_option, db_option, json_option, stall_option
 from service.cli.output import print_json, show_table
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ NOTHING_NEW = 3
     "--remeasure", type=click.Choice(["noisy", "all"]), help="Measure again what is kept: noisy points, or all."
 )
 @stall_option
+@config_option
 @db_option
 @json_option
 def command(
