@@ -30,7 +30,7 @@ class Step:
     @property
     def is_cut(self) -> bool:
         """Whether only the beginning is shown."""
-        return self.printed.rstrip("\n").endswith(f"\n{REST}")
+        return f"\n{self.printed}".rstrip("\n").endswith(f"\n{REST}")
 
     @property
     def shown(self) -> str:
@@ -74,14 +74,20 @@ def run(command: str, folder: Path) -> str:
 
 def main() -> None:
     """Write the README's transcripts anew, each cut after as many lines as it has now."""
-    text = README.read_text()
+    before, *parts = README.read_text().split(FENCE)
     with TemporaryDirectory() as name:
-        for step in (step for block in transcripts(text) for step in block):
-            printed = run(step.command, Path(name))
-            if step.is_cut:
-                printed = "\n".join(printed.splitlines()[: len(step.shown.splitlines())]).rstrip() + f"\n{REST}"
-            text = text.replace(step.printed.rstrip("\n"), printed.strip("\n"), 1) if step.printed.strip() else text
-    README.write_text(text)
+        for index, part in enumerate(parts):
+            block, _, after = part.partition("```")
+            written = "".join(f"$ {step.command}\n{_told(step, Path(name))}" for step in _steps(block))
+            parts[index] = f"{written}```{after}"
+    README.write_text(FENCE.join([before, *parts]))
+
+
+def _told(step: Step, folder: Path) -> str:
+    printed = run(step.command, folder)
+    if step.is_cut:
+        printed = "\n".join([*printed.splitlines()[: len(step.shown.splitlines())], REST])
+    return f"{printed.strip(chr(10))}\n" if printed.strip() else ""
 
 
 if __name__ == "__main__":
