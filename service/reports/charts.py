@@ -31,17 +31,14 @@ def timeline(rows: Sequence[tuple[str, Sequence[Bar], Sequence[Bar]]]) -> str:
     return _svg(out, height)
 
 
-def triangle(rounds: Sequence[Sequence[tuple[int, int, int]]], longest: int) -> str:
-    """Which queries a round runs over which keys: (place of its prompt, start, end) of each chunk of each round.
-
-    Prompts are told apart by nothing: the triangle is that of the longest.
-    """
+def triangle(rounds: Sequence[Sequence[tuple[int, int]]], longest: int) -> str:
+    """Which queries of a prompt each round runs over which keys: (start, end) of its chunks."""
     size = WIDTH // 2
     scale, out = (size - 70) / max(1, longest), []
     for number, chunks in enumerate(rounds[:MOST_BARS]):
-        for request, start, end in chunks:
+        for start, end in chunks:
             x, y = 60.0, 10 + scale * start
-            title = f"round {number}: tokens {start} to {end} of prompt {request}"
+            title = f"round {number}: tokens {start} to {end}"
             out.append(box(x, y, scale * end, scale * (end - start), COLOURS[number % len(COLOURS)], title))
     corner = 60 + scale * longest, 10 + scale * longest
     out.append(f'<path class="axis" d="M60 10L{corner[0]:.1f} {corner[1]:.1f}L60 {corner[1]:.1f}Z"/>')

@@ -21,6 +21,7 @@ from tuner.plan.layout import layout_of
 from tuner.plan.plan import Plan
 
 MOST_CURVES = 8
+LEAST_POINTS = 3
 MOST_LISTED = 30
 
 
@@ -88,20 +89,22 @@ def hardware_sections(database: Database, hardware_id: int) -> list[Section]:
 
 def _reached(hardware: Hardware, rows: Sequence[Measurement], dtype: str) -> list[Section]:
     """FLOP/s of products by their rows, and of attention by its chunk, both of one rank."""
-    peak, products, attention = published_peak_flops(hardware.device, dtype), defaultdict(list), defaultdict(list)
+    peak, products, attention = published_peak_flops(hardware.device, dtype), defaultdict(dict), defaultdict(dict)
     for row in rows:
         shape, seconds = row.shape, 1e-6 * row.median_us
         if row.op == "matmul" and not row.variant and seconds:
             rate = 2e-12 * shape["m"] * shape["n"] * shape["k"] / seconds
-            products[f"{shape['k']} to {shape['n']}"].append((shape["m"], rate))
+            products[f"{shape['k']} to {shape['n']}"][shape["m"]] = rate
         elif row.op == "attention" and seconds and {"heads", "head_dim"} <= shape.keys():
             pairs = shape["chunk"] * shape["context"] + shape["chunk"] * (shape["chunk"] + 1) / 2
             rate = 4e-12 * shape["heads"] * shape["head_dim"] * pairs / seconds
-            attention[f"context {shape['context']}"].append((shape["chunk"], rate))
+            line = attention[f"{shape['heads']} heads, context {shape['context']}"]
+            line[shape["chunk"]] = max(rate, line.get(shape["chunk"], 0.0))  # of the kernel that is run
     limit = peak and 1e-12 * peak
     found = []
     for title, lines, x_name in (("Products", products, "rows"), ("Attention", attention, "chunk")):
-        most = dict(sorted(lines.items(), key=lambda item: -len(item[1]))[:MOST_CURVES])
+        longest = sorted(lines.items(), key=lambda item: -len(item[1]))[:MOST_CURVES]
+        most = {name: list(line.items()) for name, line in longest if len(line) >= LEAST_POINTS}
         if most:
             picture = curves(most, x_name, "TFLOP/s of a rank", limit)
             found.append(Section(title=f"{title} in {dtype}: what is reached of the peak", picture=picture))
@@ -144,9 +147,11 @@ def _told_bars(plan: Plan) -> list[tuple[str, list[Bar]]]:
 
 
 def _attention(plan: Plan) -> Section:
-    rounds = [[(chunk.request, chunk.start, chunk.end) for chunk in chunks] for chunks in plan.rounds]
-    longest = max(request.prompt_tokens for request in plan.requests)
-    return Section(title="Which tokens each round runs over which keys", picture=triangle(rounds, longest))
+    lengths = [request.prompt_tokens for request in plan.requests]
+    longest = lengths.index(max(lengths))
+    chunks_of = [[(each.start, each.end) for each in chunks if each.request == longest] for chunks in plan.rounds]
+    title = f"Which tokens of prompt {plan.requests[longest].id} each round runs over which keys"
+    return Section(title=title, picture=triangle(chunks_of, lengths[longest]))
 
 
 def _name(stage: int) -> str:
