@@ -89,7 +89,9 @@ def hardware_sections(database: Database, hardware_id: int) -> list[Section]:
 
 def _reached(hardware: Hardware, rows: Sequence[Measurement], dtype: str) -> list[Section]:
     """FLOP/s of products by their rows, and of attention by its chunk, both of one rank."""
-    peak, products, attention = published_peak_flops(hardware.device, dtype), defaultdict(dict), defaultdict(dict)
+    peak = published_peak_flops(hardware.device, dtype)
+    products: dict[str, dict[int, float]] = defaultdict(dict)
+    attention: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows:
         shape, seconds = row.shape, 1e-6 * row.median_us
         if row.op == "matmul" and not row.variant and seconds:
