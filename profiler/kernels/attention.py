@@ -92,11 +92,13 @@ def attend_partial(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal:
     q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     if not q.is_cuda:
         out, lse = _cpu_flash(q, k, v, causal)
+    elif q.dtype == torch.bfloat16 and flash3_attention.is_available(q.device):
+        out, lse = flash3_attention.attend_with_lse(q.squeeze(0), k.squeeze(0), v.squeeze(0), causal=causal)
     elif q.dtype in (torch.bfloat16, torch.float16):
         out, lse = _cudnn(q, k, v, causal)
     else:
         out, lse = _exact(q, k, v, causal)
-    return PartialAttention(out=out.squeeze(0).float(), lse=lse.squeeze(0).float())
+    return PartialAttention(out=out.reshape(q.shape[1:]).float(), lse=lse.reshape(*q.shape[1:3], 1).float())
 
 
 def attend_tokens_partial(
