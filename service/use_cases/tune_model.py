@@ -33,7 +33,7 @@ from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
 from tuner.fit.uncertainty import share_missing, widened
-from tuner.plan.layout import ANY, Layout, Pins, enumerate_layouts, layout_of
+from tuner.plan.layout import ANY, Layout, Pins, check_precision_fits, enumerate_layouts, layout_of
 from tuner.plan.plan import Request
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.topology import load_topology
@@ -151,6 +151,7 @@ def _fitter(
     has_runs = bool(list_runs(database, status=RunStatus.DONE, limit=1))
 
     def fit(layout: Layout) -> LayerCosts:
+        check_precision_fits(precision_of(target.dtype), layout.sp_kind, layout.weights)
         work = RankWork.on(
             hardware,
             shape=target.shape,

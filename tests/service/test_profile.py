@@ -20,7 +20,7 @@ from db.rows.hardware import list_hardware
 from db.rows.measurements import Measurement, MeasurementKey, load_measurements
 from db.store.engine import open_database
 from profiler.measure.profile import ProfileOptions, profile_model
-from profiler.model import PRECISIONS
+from profiler.model.precision import SUPPORTED
 from profiler.points.point import COLLECTIVES, Op
 from service.cli.commands.profile import command as profile_command
 
@@ -215,4 +215,4 @@ def test_an_error_is_one_line_and_exit_code_2(model: Path, tmp_path: Path) -> No
         command(model, tmp_path / "profile.db", "--dtype", "int3"), capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"Error: dtype: int3; supported are {', '.join(PRECISIONS)}\n"
+    assert done.stderr == f"Error: dtype: int3; supported are {SUPPORTED}\n"
