@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import dataclass
 
 from db.errors import UserError
 from profiler.sequence.kind import SPKind
-from service.use_cases.options import check_options, db_url, option
+from service.use_cases.options import DB_VARIABLE, check_options, command_line, db_url, option
 from tuner.workload.trace_format import TimeUnit, TraceFormat
 
 SP_KINDS = ("auto", *(kind.value for kind in SPKind))
@@ -59,8 +61,10 @@ class TuneOptions:
     measure: int | None = option(
         None, "Run N plans on this machine and write the best measured one.", metavar="N", above=0
     )
+    study: str | None = option(None, "Name of the runs of --measure: go on where it was.", metavar="NAME")
     repeat: int = option(1, "Runs of each measured plan; the median counts.", above=0)
     correct: bool = option(True, "Correct the model by earlier runs. [default: correct]")
+    price_per_gpu_hour: float | None = option(None, "Tells the cost a million prompt tokens.", metavar="N", above=0)
     keep: bool = option(True, "Keep the fit and the plan in the database. [default: keep]")
     plot: str | None = option(None, "Draw why, and where else which layout wins.", metavar="FILE.svg", is_file=True)
     output: str | None = option(None, "Write the best plan to this file.", flags=("-o", "--output"), is_file=True)
@@ -87,9 +91,25 @@ class TuneOptions:
             raise UserError("--sla-ttft-s", "missing", "the objective sla needs a deadline in seconds")
         if (self.prompt_lens is None) == (self.workload is None):
             raise UserError("--prompt-lens", self.prompt_lens or "missing", "give either --prompt-lens or --workload")
+        if self.study is not None and self.measure is None:
+            raise UserError("--study", self.study, "goes with --measure N, the plans to run in all")
+        if self.study is not None and not (0 < len(self.study) <= 100 and self.study.isprintable()):
+            raise UserError("--study", self.study, "must be printable, at most 100 characters")
         if self.cost_model is not None and self.measure is not None:
             raise UserError("--measure", self.measure, "a cost model alone cannot be run; give MODEL")
         if self.cost_model is not None and self.model is not None:
             raise UserError("--cost-model", self.cost_model, "stands instead of a model; give one of the two")
         if self.cost_model is None and self.model is None:
             raise UserError("MODEL", "missing", "give a model, or a cost model with --cost-model FILE --pp-size K")
+
+
+def next_command(options: TuneOptions) -> str:
+    """What to type after this: keep the plan, run it, or hand it to an engine."""
+    if options.output is None:
+        known = {"db_url": None} if options.db_url == os.environ.get(DB_VARIABLE) else {}
+        return command_line("tune", options, output="plan.json", **known)
+    if options.model is None:
+        return shlex.join(["isochunk", "export", options.output, "--engine", "sglang"])
+    is_folder = os.sep in options.model or options.model.startswith(".")
+    weights = ["--weights", options.model] if is_folder else ["--random-weights"]
+    return shlex.join(["isochunk", "run-plan", options.output, *weights])

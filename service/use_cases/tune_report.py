@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from service.reasons.recommendation import Recommendation
 from tuner.plan.plan import Plan
 from tuner.rounds.round_plan import RoundPlan
 from tuner.search.replay import Replay
@@ -24,6 +26,9 @@ class TuneReport:
     """Everything that tune found, for the table and for JSON."""
 
     plan: Plan
+    recommendation: Recommendation
+    options: Mapping[str, Any]
+    """What the caller chose."""
     notes: tuple[str, ...] = ()
     """How the input was read and what was changed in it, a sentence each."""
     policies: list[RoundPlan] = field(default_factory=list)
@@ -31,6 +36,8 @@ class TuneReport:
     candidates: list[Candidate] = field(default_factory=list)
     held_out: list[HeldOutError] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
+    interrupted: bool = False
+    """Before all the runs that were asked for."""
     hardware: Hardware | None = None
     explanation: Explanation | None = None
     output: str | None = None
@@ -56,6 +63,8 @@ class TuneReport:
         return {
             "plan": self.plan.to_json(),
             "notes": list(self.notes),
+            "recommendation": self.recommendation.to_json(),
+            "options": dict(self.options),
             "layouts": [_candidate_json(candidate) for candidate in self.candidates],
             "num_planned": self.num_planned,
             "num_proven_worse": self.num_proven_worse,
@@ -70,6 +79,7 @@ class TuneReport:
                  "measured_s": t.measured_s, "error": t.error}
                 for t in self.trials
             ],
+            "interrupted": self.interrupted,
             "output": self.output,
         }  # fmt: skip
 

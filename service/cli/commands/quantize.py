@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from service.cli.options import json_option, options_of
+from service.cli.options import config_option, json_option, options_of
 from service.use_cases.quantize import QuantizeOptions
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 @click.command(name="quantize")
 @options_of(QuantizeOptions)
+@config_option
 @json_option
 def command(options: QuantizeOptions, as_json: bool) -> None:
     """Quantize the linears of MODEL after training and write a compressed-tensors checkpoint.
@@ -26,8 +27,7 @@ def command(options: QuantizeOptions, as_json: bool) -> None:
     from service.use_cases.quantize import quantize
 
     def progress(done: int, total: int) -> None:
-        if not as_json:
-            click.echo(f"layer {done} of {total}", err=True)
+        click.echo(f"layer {done} of {total}", err=True)
 
     report = quantize(options, progress)
     if as_json:
@@ -37,9 +37,9 @@ def command(options: QuantizeOptions, as_json: bool) -> None:
 
 
 def _print(report: QuantizeReport) -> None:
-    from service.cli.output import print_table
+    from service.cli.output import show_table
 
-    print_table(
+    show_table(
         ("layer", "linear", "weight_error", "output_error", "input_end", "outlier_ratio"),
         [
             (one.layer, one.linear, one.weight_error, one.output_error, one.input_end, one.outlier_ratio)
