@@ -11,6 +11,7 @@ import numpy as np
 
 from db.errors import UserError
 from tuner.online.online_planner import online_rounds
+from tuner.online.settings import OnlineSettings
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round
 from tuner.policies.named import BASED, POLICIES, base_sizes, fixed_sweep, named_rounds
@@ -18,8 +19,17 @@ from tuner.rounds.problem import Problem, RoundOptions
 from tuner.rounds.round_plan import Bound, RoundPlan
 from tuner.rounds.schedule import Evaluation, Objective
 
-CAP_SCALES = (1.0, 1.5, 3.0)
-"""Scales of the online planner's caps that are tried: longer rounds where their overhead would fill the pipeline."""
+TRIED = (
+    OnlineSettings(),
+    OnlineSettings(foresight=0.3),
+    OnlineSettings(foresight=4.0),
+    OnlineSettings(foresight=1000.0),
+    OnlineSettings(aging=0.1),
+    OnlineSettings(aging=1.0),
+    OnlineSettings(aging=1.0, foresight=4.0),
+    OnlineSettings(aging=1.0, foresight=1000.0),
+)
+"""Settings of the online planner that are tried."""
 FEW_REQUESTS = 128
 """Of a longer trace only the beginning is replayed under every policy, unless all are asked for."""
 NEARLY = 1.2
@@ -90,10 +100,22 @@ def compare_replays(
     return [*replays[:-1], replace(best, policy="joint")]
 
 
+def every_replay(
+    cost: CostModel, requests: Sequence[Request], *, least_chunk: int = 1024, **options: Unpack[RoundOptions]
+) -> list[Replay]:
+    """Replay a trace under every policy with every parameter that is tried."""
+    problem = _problem(cost, requests, options)
+    bound = Bound(problem)
+    swept = fixed_sweep(requests, problem.chunk_multiple)
+    fixed = [name for name in swept if int(name.removeprefix("fixed:")) >= least_chunk] or swept[-1:]
+    names = [name for policy in [*fixed, *POLICIES[1:]] for name in _names(problem, policy)]
+    return [_replay(problem, name, bound) for name in names]
+
+
 def _names(problem: Problem, policy: str) -> list[str]:
     """The policy with each of the parameters that it leaves open."""
     if policy == "joint":
-        return ["joint", *(f"joint:{scale}" for scale in CAP_SCALES[1:])]
+        return [f"joint:{settings}" for settings in TRIED]
     return [f"{policy}:{base}" for base in base_sizes(problem)] if policy in BASED else [policy]
 
 
@@ -135,16 +157,10 @@ def _replay(problem: Problem, policy: str, bound: Bound) -> Replay:
 
 
 def _rounds(problem: Problem, policy: str) -> list[Round]:
-    name, _, scale = policy.partition(":")
+    name, _, settings = policy.partition(":")
     if name != "joint":
         return named_rounds(problem, policy)
-    try:
-        cap_scale = float(scale or 1.0)
-    except ValueError:
-        raise UserError("policy", policy, "joint:S with a scale S of the rounds' caps, as joint:1.5") from None
-    if not 0.0 < cap_scale < float("inf"):
-        raise UserError("policy", policy, "joint:S with a scale S above 0")
-    return online_rounds(problem, cap_scale)
+    return online_rounds(problem, OnlineSettings.parse(settings))
 
 
 def _problem(cost: CostModel, requests: Sequence[Request], options: RoundOptions) -> Problem:
