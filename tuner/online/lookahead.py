@@ -8,7 +8,7 @@ makespan are tried under that limit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,8 @@ LEAST_CAPS, MOST_CAPS = 8, 24
 SCALES_IN_PASSING = (0.7, 1.0, 1.4)
 SLACKS = (1.0, 1.01, 1.03)
 """What the caps of even rounds are scaled by: chunks end on a grid, and what is left over should not need a round."""
+FEW_ROUNDS = 8
+"""With more rounds their whole number matters less."""
 WIDTH = 2.5
 """Caps up to so many times longer and shorter are tried; with many rounds only its square root."""
 MOST_PASSES, ROUNDS_VARIED = 6, 40
@@ -40,7 +42,7 @@ FACTORS = (0.7, 0.85, 0.95, 0.98, 1.02, 1.05, 1.15, 1.4)
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """Rounds, when the last ends, and the weighted sum of when each request ends, the wait of those to come included."""
+    """Rounds, when the last ends, and the weighted sum of when each request ends, with the wait of those to come."""
 
     makespan_s: float
     ends_s: float
@@ -77,10 +79,15 @@ class Lookahead:
         found = self._sweep(caps_s, least_s, self.objective)
         return min(found, key=lambda each: each.score(self.objective)).rounds
 
-    def rounds_in_passing(self, caps_s: Sequence[float], even_s: Sequence[float], least_s: float) -> list[Round]:
-        """The best rounds under a few caps: `caps_s` (one a span) at a few scales, and one of `even_s` for all."""
+    def rounds_in_passing(self, caps_s: Sequence[float], even_s: Mapping[int, float], least_s: float) -> list[Round]:
+        """The best rounds under a few caps: `caps_s` (one a span) at a few scales, and one of `even_s` for all.
+
+        even_s: the cap for each of a few numbers of rounds.
+        """
         choices = [[scale * cap for cap in caps_s] for scale in SCALES_IN_PASSING]
-        choices += [[slack * cap] * len(caps_s) for cap in even_s for slack in SLACKS]
+        for num_rounds, cap_s in even_s.items():
+            slacks = SLACKS if num_rounds <= FEW_ROUNDS else SLACKS[:1]
+            choices += [[slack * cap_s] * len(caps_s) for slack in slacks]
         seen: set[tuple[int, ...]] = set()
         best: _Found | None = None
         for caps in choices:

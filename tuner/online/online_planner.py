@@ -42,10 +42,9 @@ from tuner.rounds.schedule import Objective
 
 FIRST_TABLE_TOKENS = 131_072
 """Prompt length that the cost tables hold from the start; a longer prompt doubles them."""
-FEW_WAITING = 16
-"""With no more requests than these, the rounds of all of them are planned whenever the queue has changed."""
-SETTLED_SHARE = 1e9
-"""What waits counts as all there is if it takes at most this share of the mean time between arrivals."""
+FEW_WAITING, FEW_IN_PASSING = 32, 16
+"""With no more requests than these, the rounds of all of them are planned whenever the queue has changed: where all
+were there at the start, and once they arrive over time."""
 ROUNDS_A_REQUEST = (0.5, 1, 2, 3, 4)
 """How many rounds each of those that wait is cut into for a trial: its end then need not wait for others."""
 TRIED_IN_PASSING = 4
@@ -72,7 +71,9 @@ class _Waiting:
 class OnlinePlanner:
     """Decides one round at a time.
 
-    `objective` makespan and mean-ttft differ in how far ahead the cap looks; sla runs the earliest deadline first.
+    `objective` makespan and mean-ttft differ in how far ahead the cap looks; sla and lateness run the earliest deadline
+    first. `more_to_come`: requests will arrive over time, though none has told so yet; until then the first ones are
+    taken for all there are, and their makespan is limited.
     Raises UserError for a window of 0, a repeated id or a request that the limits can never hold.
     """
 
@@ -85,6 +86,7 @@ class OnlinePlanner:
         limits: Limits = NO_LIMITS,
         objective: Objective = Objective.MEAN_TTFT,
         settings: OnlineSettings = AS_IT_COMES,
+        more_to_come: bool = False,
     ) -> None:
         check_window(window)
         if chunk_multiple < 1:
@@ -99,6 +101,7 @@ class OnlinePlanner:
         self.limits = limits
         self.objective = Objective.parse(objective)
         self.settings = settings
+        self.more_to_come = more_to_come
         self.requests: list[Request] = []
         """Every request ever added; a chunk's `request` is an index into it."""
         self._index_of: dict[str, int] = {}
@@ -283,7 +286,9 @@ class OnlinePlanner:
         outlook, lag_s = self._outlook(start_s), self._lag_s(start_s)
         most, judged = max(total_s / max(least_s, 1e-12), 1.0), []
         numbers = {max(round(most**share), 1) for share in ROUNDS_TRIED}
-        numbers |= {count for share in ROUNDS_A_REQUEST if 1 <= (count := int(share * len(weights))) <= 2.0 * most + 1.0}
+        numbers |= {
+            count for share in ROUNDS_A_REQUEST if 1 <= (count := int(share * len(weights))) <= 2.0 * most + 1.0
+        }
         for num_rounds in sorted(numbers):
             round_s = total_s / num_rounds
             before = np.ceil(work_s / round_s - 1e-9)
@@ -294,36 +299,32 @@ class OnlinePlanner:
             judged.append((score, cap_s if num_rounds > 1 else math.inf, num_rounds))
         return sorted(judged)
 
-    def _rounds_tried(self, budgets: QueueBudgets, start_s: float) -> list[int]:
-        """Numbers of rounds near the likely best."""
-        return [num_rounds for _, _, num_rounds in self._rounds_judged(budgets, start_s)[:TRIED_IN_PASSING]]
-
     def _outlook(self, now_s: float) -> Outlook:
         return Outlook.of(self._traffic, now_s, self._load)
 
     def _note_arrival(self, request: Request, now_s: float) -> None:
         work_s = max(
-            table.round_s(request.new_tokens) - table.tokens[0] + table.chunk_s(request.new_tokens, request.cached_tokens)
+            table.round_s(request.new_tokens)
+            - table.tokens[0]
+            + table.chunk_s(request.new_tokens, request.cached_tokens)
             for table in self._packer.tables
         )
         self._traffic.note(now_s, work_s)
         self._tokens += request.new_tokens
-        self._hop_share = self.cost.hop_token_s * self._tokens / (len(self.requests) + 1) / max(self._traffic.work_s, 1e-12)
+        self._hop_share = (
+            self.cost.hop_token_s * self._tokens / (len(self.requests) + 1) / max(self._traffic.work_s, 1e-12)
+        )
         if self._traffic.is_known:
             self._load = self._traffic.load(self._overhead_s, self.cost.pp_size - 1)
-
-    def _is_settled(self) -> bool:
-        """Whether what waits should be done before much else arrives."""
-        return not self._traffic.is_known or self._total_work_s <= SETTLED_SHARE * self._traffic.gap_s
 
     @property
     def _is_limited(self) -> bool:
         """Whether all that ever came was there at the start: then the last end is the makespan, and is limited."""
-        return not self._traffic.is_known
+        return not (self.more_to_come or self._traffic.is_known)
 
     def _may_plan_ahead(self) -> bool:
-        """Few requests wait, hardly any will join them, all fit into the KV cache."""
-        if len(self._queue) > FEW_WAITING or not self._is_settled():
+        """Few requests wait, and all fit into the KV cache."""
+        if len(self._queue) > (FEW_WAITING if self._is_limited else FEW_IN_PASSING):
             return False
         most = self.limits.max_kv_tokens
         to_come = sum(self.requests[i].prompt_tokens for i in self._waiting if i not in self._started)
@@ -348,25 +349,29 @@ class OnlinePlanner:
         if self.objective is Objective.MAKESPAN:
             return ahead.rounds(budgets.for_makespan(), least_s)
         if not self._is_limited:
-            total_s = sum(budgets.work_s)
-            even_s = [total_s / count + budgets.per_round_s for count in self._rounds_tried(budgets, start_s)]
+            judged = self._rounds_judged(budgets, start_s)[:TRIED_IN_PASSING]
+            total_s, per_round_s = sum(budgets.work_s), budgets.per_round_s
+            even_s = {num_rounds: total_s / num_rounds + per_round_s for _, _, num_rounds in judged}
             return ahead.rounds_in_passing(budgets.for_mean_ttft(), even_s, least_s)
         return ahead.limited_rounds(budgets.for_makespan(), [*budgets.choices(), budgets.for_makespan()], least_s)
 
     def _enqueue(self, waiting: _Waiting) -> None:
         request = waiting.request
         left = request.prompt_tokens - waiting.done
-        waiting.work_s = max(
-            table.round_s(left) - table.tokens[0] + table.chunk_s(left, waiting.done) for table in self._packer.tables
-        )
+        waiting.work_s = self._work_s(left, waiting.done)
         waiting.context_work = waiting.work_s * (waiting.done + left / 2.0)
-        if self.objective is Objective.SLA:
+        if self.objective.needs_deadlines:
             waiting.rank = request.arrival_s + (math.inf if request.sla_ttft_s is None else request.sla_ttft_s)
         else:
             waiting.rank = waiting.work_s / max(request.weight, 1e-12) + self.settings.aging * request.arrival_s
         self._total_work_s += waiting.work_s
         self._waiting[waiting.index] = waiting
         insort(self._queue, (waiting.rank, waiting.index))
+
+    def _work_s(self, tokens: int, context: int) -> float:
+        """Seconds that these tokens take in one round on the slowest stage, its overhead left out."""
+        tables = self._packer.tables
+        return max(table.round_s(tokens) - table.tokens[0] + table.chunk_s(tokens, context) for table in tables)
 
     def _dequeue(self, index: int) -> _Waiting:
         waiting = self._waiting.pop(index)
@@ -401,6 +406,7 @@ def online_rounds(problem: Problem, settings: OnlineSettings = AS_IT_COMES) -> l
         limits=problem.limits,
         objective=problem.objective,
         settings=settings,
+        more_to_come=problem.is_timed,
     )
     clock = Clock(problem.cost.merged(), problem.window)
     order = sorted(range(len(problem.requests)), key=lambda i: problem.requests[i].arrival_s)

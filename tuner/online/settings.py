@@ -18,8 +18,8 @@ class OnlineSettings:
     aging: float = 0.01
     """Seconds of remaining work that a second of waiting makes up for in the running order: long prompts do not starve.
     From about 1 on, requests run as they come."""
-    foresight: float = 1.0
-    """How much requests to come count beside those that wait: 0 cuts for latency alone, large numbers for throughput."""
+    foresight: float = 0.3
+    """How much requests to come count beside those that wait: 0 cuts for latency alone, 1000 for throughput."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):

@@ -1,19 +1,23 @@
-"""What arrivals so far say of those to come: how many of them one more second of work now would delay, and by how much.
+"""What arrivals so far say of those to come: how long they will wait for what is decided now.
 
-While `V` seconds of work wait, requests arrive at a rate `a` and bring a load `r` (seconds of work a second), `V` falls by
-1 - r a second. All that arrive before it is gone wait for what is left of it: a V^2 / (2 (1 - r)) seconds in all. For
-Poisson arrivals that is exact, the value function of the M/G/1 queue (Hyytia, Aalto, Penttinen and Virtamo, "On the value
-function of the M/G/1 FCFS and LCFS queues", 2012; a rule that adds it to the cost of each of its choices is one step of
-policy iteration, and no worse than the rule whose load it was computed for). Regular arrivals leave time until the next
-one: work done by then delays nobody. Over a horizon `H` the same is a (V H - (1 - r) H^2 / 2) where work outlasts it;
-under overload it always does. The horizon is as long as arrivals have been watched.
+While `V` seconds of work wait, requests arrive at a rate `a` and bring a load `r` (seconds of work a second), `V` falls
+by 1 - r a second. All that arrive before it is gone wait for what is left of it: a V^2 / (2 (1 - r)) seconds in all.
+That is the value function of the M/G/1 queue, without what any decision costs alike (Hyytia, Aalto, Penttinen and
+Virtamo, "On the value function of the M/G/1 FCFS and LCFS queues", 2012). A rule that adds it to the cost of each of
+its choices is one step of policy iteration: where its model holds it is no worse than the rule whose load `r` is.
+Over a horizon `H` the same is a (V H - (1 - r) H^2 / 2) where work outlasts it; under overload it always does. The
+horizon is as long as arrivals have been watched.
 
-The load depends on the rounds. A request of `w` seconds in `q` rounds with an overhead of `o` each, or 1 / q requests to
-a round, takes S = w + q o of the pipeline and S + (K - 1) (w / q + o) to pass it, and waits about r / (1 - r) * (c_a^2 +
-c_s^2) / 2 * S before (Kingman, 1961; for Poisson arrivals Pollaczek and Khinchine's mean), `c` the variation of the
-times between arrivals and of the work. The least of the sum over `q` tells the load that the pipeline should run at.
-Rounds that hold what waits, with an overhead each, are a bulk service queue: its throughput grows with its rounds
-(Inoue, "Queueing analysis of GPU-based inference servers with dynamic batching", 2021).
+Arrivals need not be Poisson's. Regular ones leave time until the next one: work done by then delays nobody. Of bursts,
+a renewal process whose times between arrivals have the variation c^2, (c^2 - 1) / 2 more come soon after one has.
+
+The load depends on the rounds. A request of `w` seconds in `q` rounds with an overhead of `o` each, or 1 / q requests
+to a round, takes S = w + q o of the pipeline and S + (K - 1) (w / q + o) to pass it, and waits about r / (1 - r) *
+(c_a^2 + c_s^2) / 2 * S before (Kingman, 1961; for Poisson arrivals Pollaczek and Khinchine's mean), `c_a` and `c_s` the
+variation of the times between arrivals and of the work. The least of the sum over `q` tells the load that the pipeline
+should run at. Rounds that hold all that waits are a bulk service queue, whose throughput grows with its rounds (Inoue,
+"Queueing analysis of GPU-based inference servers with dynamic batching", 2021): with a backlog the load is less than
+that, and requests to come count less than by the formula (`OnlineSettings.foresight`).
 """
 
 from __future__ import annotations
@@ -75,7 +79,7 @@ class Traffic:
         return max(self.work_square / self.work_s**2 - 1.0, 0.0) if self.work_s else 0.0
 
     def load(self, overhead_s: float, stages_after: int) -> float:
-        """Seconds of work and overhead that arrive a second, in rounds that suit it: of the least time in the system."""
+        """Seconds of work and overhead that arrive a second, in the rounds of the least time in the system."""
         best, load = math.inf, math.inf
         variation = (self.gap_variation + self.work_variation) / 2.0
         for rounds in ROUNDS_A_REQUEST:
