@@ -70,8 +70,6 @@ class Lookahead:
     window: int | None
     objective: Objective
     outlook: Outlook = NONE_TO_COME
-    foresight: float = 1.0
-    """How much requests to come count."""
     clock: Clock
 
     def rounds(self, caps_s: Sequence[float], least_s: float) -> list[Round]:
@@ -116,7 +114,7 @@ class Lookahead:
                     weights += request.weight
                     plain_s += end_s
         busy_s = clock.finish_s[0] - self.start_s
-        to_come_s = self.foresight * self.outlook.cost_s(busy_s)
+        to_come_s = self.outlook.cost_s(busy_s)
         return _Found(end_s, (ends_s if weights else plain_s) + to_come_s, rounds)
 
     def limited_rounds(
@@ -213,4 +211,4 @@ class Lookahead:
         ends = finish[flat.round_index[final]]
         ends_s = float(ends @ weights) if weights.any() else float(ends.sum())
         busy_s = float(stage_s.sum(axis=0).max()) + float(free_s[0])
-        return _Found(float(finish[-1]), ends_s + self.foresight * self.outlook.cost_s(busy_s), rounds)
+        return _Found(float(finish[-1]), ends_s + self.outlook.cost_s(busy_s), rounds)

@@ -295,12 +295,12 @@ class OnlinePlanner:
             cap_s = round_s + per_round_s
             pass_s = self._stages_after * (1.0 + self._hop_share) * max(cap_s, lag_s)
             ends_s = before @ weights * cap_s + weights.sum() * pass_s
-            score = float(ends_s) + self.settings.foresight * outlook.cost_s(num_rounds * cap_s)
+            score = float(ends_s) + outlook.cost_s(num_rounds * cap_s)
             judged.append((score, cap_s if num_rounds > 1 else math.inf, num_rounds))
         return sorted(judged)
 
     def _outlook(self, now_s: float) -> Outlook:
-        return Outlook.of(self._traffic, now_s, self._load)
+        return Outlook.of(self._traffic, now_s, self._load, self.settings.foresight)
 
     def _note_arrival(self, request: Request, now_s: float) -> None:
         work_s = max(
@@ -342,7 +342,6 @@ class OnlinePlanner:
             window=self.window,
             objective=self.objective,
             outlook=self._outlook(start_s),
-            foresight=self.settings.foresight,
             clock=self._clock,
         )
 

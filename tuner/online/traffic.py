@@ -17,7 +17,8 @@ to a round, takes S = w + q o of the pipeline and S + (K - 1) (w / q + o) to pas
 variation of the times between arrivals and of the work. The least of the sum over `q` tells the load that the pipeline
 should run at. Rounds that hold all that waits are a bulk service queue, whose throughput grows with its rounds (Inoue,
 "Queueing analysis of GPU-based inference servers with dynamic batching", 2021): with a backlog the load is less than
-that, and requests to come count less than by the formula (`OnlineSettings.foresight`).
+that, and requests to come count less than by the formula (`OnlineSettings.foresight`). Regular arrivals below capacity
+leave no backlog, and count in full.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class Traffic:
                 if not math.isfinite(best):
                     load = min(load, share)
                 continue
-            pass_s = busy_s + stages_after * (self.work_s / rounds + overhead_s)
+            round_s = self.work_s / rounds + overhead_s
+            pass_s = max(busy_s, round_s) + stages_after * round_s
             time_s = pass_s + share / (1.0 - share) * variation * busy_s
             if time_s < best:
                 best, load = time_s, share
@@ -108,14 +110,16 @@ class Outlook:
     """Work that is surely done before the next one arrives."""
     regularity: float = 0.0
     """1 for regular arrivals, 0 for Poisson."""
+    weight: float = 1.0
+    """How much their waiting counts."""
     soon: float = 0.0
     """Requests that will come soon because one has: more than Poisson's, by a renewal process' excess."""
     soon_s: float = 0.0
     """Their work."""
 
     @classmethod
-    def of(cls, traffic: Traffic, now_s: float, load: float) -> Outlook:
-        """The outlook at a time."""
+    def of(cls, traffic: Traffic, now_s: float, load: float, foresight: float = 1.0) -> Outlook:
+        """The outlook at a time; `foresight` as in `OnlineSettings`."""
         if not traffic.is_known:
             return NONE_TO_COME
         regularity = 1.0 - min(traffic.gap_variation, 1.0)
@@ -129,10 +133,11 @@ class Outlook:
             horizon_s=max(now_s - traffic.first_s, traffic.gap_s),
             spare_s=regularity * max(traffic.last_s + traffic.gap_s - now_s, 0.0),
             regularity=regularity,
+            weight=max(foresight, foresight + (1.0 - foresight) * regularity),
         )
 
     def cost_s(self, busy_s: float) -> float:
-        """Seconds that requests to come wait, in all, for so many seconds of work."""
+        """Seconds that requests to come wait, in all and as they count, for so many seconds of work."""
         left_s = busy_s - self.spare_s + self.soon_s
         if left_s <= 0.0 or not self.rate:
             return 0.0
@@ -141,7 +146,7 @@ class Outlook:
             waited = left_s * left_s / (2.0 * drain)
         else:
             waited = left_s * horizon_s - drain * horizon_s * horizon_s / 2.0
-        return self.rate * waited + (self.regularity / 2.0 + self.soon) * left_s
+        return self.weight * (self.rate * waited + (self.regularity / 2.0 + self.soon) * left_s)
 
 
 NONE_TO_COME = Outlook()
