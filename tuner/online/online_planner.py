@@ -277,25 +277,23 @@ class OnlinePlanner:
 
     def _rounds_judged(self, budgets: QueueBudgets, start_s: float) -> list[tuple[float, float, int]]:
         """(score, cap, number of rounds) of a few numbers of even rounds, the best first."""
-        least_s = budgets.shared()[0] - budgets.per_round_s
-        work_s = np.cumsum(budgets.work_s)
-        total_s, per_round_s = float(work_s[-1]), budgets.per_round_s
-        if not math.isfinite(least_s):
+        if not self._stages_after:
             return [(0.0, math.inf, 1)]
-        weights = np.array(budgets.weights)
+        work_s, weights = np.cumsum(budgets.work_s), np.array(budgets.weights)
+        total_s, per_round_s = float(work_s[-1]), budgets.per_round_s
+        least_s = budgets.shared_s() - per_round_s
         outlook, lag_s = self._outlook(start_s), self._lag_s(start_s)
-        most, judged = max(total_s / max(least_s, 1e-12), 1.0), []
+        most = max(total_s / max(least_s, 1e-12), 1.0)
         numbers = {max(round(most**share), 1) for share in ROUNDS_TRIED}
-        numbers |= {
-            count for share in ROUNDS_A_REQUEST if 1 <= (count := int(share * len(weights))) <= 2.0 * most + 1.0
-        }
-        for num_rounds in sorted(numbers):
-            round_s = total_s / num_rounds
-            before = np.ceil(work_s / round_s - 1e-9)
-            cap_s = round_s + per_round_s
-            pass_s = self._stages_after * (1.0 + self._hop_share) * max(cap_s, lag_s)
-            ends_s = before @ weights * cap_s + weights.sum() * pass_s
-            score = float(ends_s) + outlook.cost_s(num_rounds * cap_s)
+        whole = {int(share * len(weights)) for share in ROUNDS_A_REQUEST}
+        numbers |= {count for count in whole if 1 <= count <= 2.0 * most + 1.0}
+        tried = sorted(numbers)
+        before = np.ceil(np.outer(np.array(tried) / max(total_s, 1e-12), work_s) - 1e-9) @ weights
+        pass_s = self._stages_after * (1.0 + self._hop_share) * float(weights.sum())
+        judged = []
+        for num_rounds, rounds_before in zip(tried, before.tolist(), strict=True):
+            cap_s = total_s / num_rounds + per_round_s
+            score = rounds_before * cap_s + pass_s * max(cap_s, lag_s) + outlook.cost_s(num_rounds * cap_s)
             judged.append((score, cap_s if num_rounds > 1 else math.inf, num_rounds))
         return sorted(judged)
 
