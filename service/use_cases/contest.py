@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
+from tuner.rounds.deadlines import Impossible, impossible_deadlines
 from tuner.rounds.problem import arrive_over_time
 from tuner.rounds.round_plan import RoundPlan, best_first
 from tuner.rounds.schedule import Objective
-from tuner.search.deadlines import Impossible, impossible_deadlines
 from tuner.search.replay import Replay
 from tuner.search.rules import Rules
 

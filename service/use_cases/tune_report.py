@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from service.reasons.recommendation import Recommendation
 from tuner.plan.plan import Plan
+from tuner.rounds.deadlines import Impossible
 from tuner.rounds.round_plan import RoundPlan
 from tuner.rounds.schedule import Evaluation
-from tuner.search.deadlines import Impossible
 from tuner.search.replay import Replay
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
