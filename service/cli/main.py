@@ -18,6 +18,8 @@ COMMANDS = {
     "tune": ("service.cli.commands.tune", "Fit the cost model and choose layout, partition and rounds."),
     "run-plan": ("service.cli.commands.run_plan", "Execute a plan and compare it with its prediction."),
     "quantize": ("service.cli.commands.quantize", "Make an 8-bit checkpoint of a model, and say what it costs."),
+    "prune": ("service.cli.commands.prune", "Make a smaller checkpoint of a model, and say what it costs and gains."),
+    "train": ("service.cli.commands.train", "Train or distil a checkpoint as a plan lays it out."),
     "export": ("service.cli.commands.export", "Write a plan as another engine's launch files."),
     "serve": ("service.cli.commands.serve", "Serve plans, what is kept, and jobs: a page and an HTTP API."),
     "token": ("service.cli.commands.token", "Make, list and revoke tokens that open the service."),
