@@ -11,11 +11,12 @@ import click
 from click.core import ParameterSource
 
 from db.errors import UserError
-from service.cli.output import print_json, print_table
+from service.cli.output import print_json, show_table
 from service.http.client import Client
 from service.use_cases.listing import Kept
 
-COMMANDS = ("profile", "tune", "run-plan", "db")
+_MOST_TEXT_BYTES = 8 << 20
+COMMANDS = ("profile", "tune", "run-plan", "quantize", "db")
 _PATHS = {
     Kept.HARDWARE: "hardware",
     Kept.MEASUREMENTS: "measurements",
@@ -73,12 +74,12 @@ def _tune(client: Client, *, as_json: bool, **_all: Any) -> None:
 def _print(report: Mapping[str, Any]) -> None:
     if report["layouts"]:
         columns = ("layout", "layers", "rounds", "makespan s", "mean TTFT s", "bubble %", "note")
-        print_table(columns, [_layout_row(one) for one in report["layouts"]], title="Layouts, the best first")
+        show_table(columns, [_layout_row(one) for one in report["layouts"]], title="Layouts, the best first")
     rivals = report["policies"] or report["replays"]
     rows = [
         (one["policy"], one["num_rounds"], one["makespan_s"], one["mean_ttft_s"], one["p90_ttft_s"]) for one in rivals
     ]
-    print_table(("policy", "rounds", "makespan s", "mean TTFT s", "p90 TTFT s"), rows, title="Policies")
+    show_table(("policy", "rounds", "makespan s", "mean TTFT s", "p90 TTFT s"), rows, title="Policies")
     predicted = report["plan"]["predicted"]
     click.echo(f"The plan, {report['plan']['policy']}: {predicted['makespan_s']:.4g} s")
 
@@ -102,6 +103,11 @@ def _job(kind: str, client: Client, *, as_json: bool, **_all: Any) -> None:
         body["weights"] = str(given.pop("weights"))
     if "model" in given:
         body["model"] = given.pop("model")
+    if kind == "quantize":
+        body["output"] = given.pop("output", None)
+    for name in ("calibration", "held_out"):
+        if name in given:
+            body[name] = _text(name, given.pop(name))
     job = client.post("jobs", body | {"options": given})
     click.echo(f"job {job['id']} waits for {job['hardware']}", err=True)
     for line in client.follow(job["id"]):
@@ -113,6 +119,13 @@ def _job(kind: str, client: Client, *, as_json: bool, **_all: Any) -> None:
         print_json(done["result"])
     else:
         click.echo(f"job {job['id']}: done by {done['worker']}")
+
+
+def _text(name: str, path: str) -> str:
+    """What a text file holds."""
+    from db.files.documents import read_utf8
+
+    return read_utf8(Path(path), field=name, max_bytes=_MOST_TEXT_BYTES)
 
 
 def _plan_id(path: Path) -> int:
@@ -135,7 +148,7 @@ def _list(client: Client, *, what: str, hardware_id: int | None, limit: int, as_
         print_json(rows)
     elif rows:
         columns = [name for name in kept.columns if name in rows[0]]
-        print_table(columns, [[row.get(name) for name in columns] for row in rows], title=f"{kept} at {client.url}")
+        show_table(columns, [[row.get(name) for name in columns] for row in rows], title=f"{kept} at {client.url}")
     else:
         click.echo(f"no {kept} at {client.url}")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from service.cli.options import db_option, json_option
-from service.cli.output import print_json, print_table
+from service.cli.output import print_json, show_table
 from service.use_cases.listing import Kept, kept_rows
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def list_(what: str, hardware_id: int | None, limit: int, db_url: str | None, as
         print_json(rows)
     elif rows:
         columns = kept.columns
-        print_table(columns, [[row[name] for name in columns] for row in rows], title=f"{kept} in {location}")
+        show_table(columns, [[row[name] for name in columns] for row in rows], title=f"{kept} in {location}")
     else:
         click.echo(f"no {kept} in {location}")
 
@@ -127,6 +127,30 @@ def import_(file: Path, db_url: str | None, as_json: bool) -> None:
         print_json(done._asdict())
     else:
         click.echo(f"hardware {done.hardware_id}: {done.num_new} new measurements, {done.num_updated} updated")
+
+
+@command.command()
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+@json_option
+def copy(source: str, target: str, as_json: bool) -> None:
+    """Copy everything from the database at URL FROM into the empty one at URL TO.
+
+    From SQLite to PostgreSQL or back, or into a file that is a backup; FROM may be at work meanwhile.
+    """
+    from db.rows.copy import copy_database
+    from db.store.engine import open_database
+
+    def progress(table: str, count: int) -> None:
+        click.echo(f"{table}: {count} rows", err=True)
+
+    with open_database(source, read_only=True) as old, open_database(target) as new:
+        counts = copy_database(old, new, progress)
+        location = new.location
+    if as_json:
+        print_json({"url": location, "rows": counts})
+    else:
+        click.echo(f"{location}: {sum(counts.values())} rows")
 
 
 def _only_hardware(database: Database) -> int:

@@ -26,8 +26,7 @@ def command(options: QuantizeOptions, as_json: bool) -> None:
     from service.use_cases.quantize import quantize
 
     def progress(done: int, total: int) -> None:
-        if not as_json:
-            click.echo(f"layer {done} of {total}", err=True)
+        click.echo(f"layer {done} of {total}", err=True)
 
     report = quantize(options, progress)
     if as_json:
@@ -37,9 +36,9 @@ def command(options: QuantizeOptions, as_json: bool) -> None:
 
 
 def _print(report: QuantizeReport) -> None:
-    from service.cli.output import print_table
+    from service.cli.output import show_table
 
-    print_table(
+    show_table(
         ("layer", "linear", "weight_error", "output_error", "input_end", "outlier_ratio"),
         [
             (one.layer, one.linear, one.weight_error, one.output_error, one.input_end, one.outlier_ratio)

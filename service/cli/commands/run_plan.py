@@ -26,6 +26,9 @@ from service.cli.options import db_option, json_option, stall_option
 @click.option(
     "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write tokens, times and rounds as JSON."
 )
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the way from the peak to the makespan."
+)
 @click.option("--repeat", type=int, default=1, show_default=True, help="Passes over the rounds; the median counts.")
 @click.option("--device", "device_type", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--threads-per-rank", type=int, help="Threads of one rank on a CPU. [default: the plan's]")
@@ -53,10 +56,12 @@ def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) 
         raise click.ClickException(str(error)) from None
     if not is_first_process():
         return
-    if as_json:
-        print_json(run.to_json())
-    else:
-        print_run(run)
-    write_files(request, run)
+    try:
+        if as_json:
+            print_json(run.to_json())
+        else:
+            print_run(run)
+    finally:  # an output that cannot be printed is no reason to lose the files
+        write_files(request, run)
     if run.tokens_equal is False:
         sys.exit(1)
