@@ -63,7 +63,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vanishing(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with an embedding 4096 times as large: as small are gradients of the residual stream."""
+    """The same with an embedding 65536 times as large: as small are gradients of the residual stream."""
     folder = tmp_path_factory.mktemp("vanishing") / "model"
     folder.mkdir()
     for path in weights.iterdir():
@@ -71,7 +71,7 @@ def vanishing(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensors = load_file(path)
             for name in tensors:
                 if "embed" in name:
-                    tensors[name] *= 4096.0
+                    tensors[name] *= 65536.0
             save_file(tensors, folder / path.name, metadata={"format": "pt"})
         else:
             (folder / path.name).write_bytes(path.read_bytes())
