@@ -40,7 +40,8 @@ def main() -> None:
         started = time.monotonic()
         subprocess.run([*command, "-o", str(folder / "alone")], check=True, capture_output=True)
         alone_s = time.monotonic() - started
-        source, reached = random.Random(options.seed), []
+        source = random.Random(options.seed)
+        reached: list[int] = []
         while len(reached) < options.kills:
             process = subprocess.Popen(
                 [*command, "-o", str(folder / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -98,7 +99,7 @@ def compare(folder: Path) -> float:
 
     alone, killed = records("alone"), records("killed")
     assert len(alone) == len(killed)
-    return max(abs(one["loss"] - other["loss"]) for one, other in zip(alone, killed, strict=True))
+    return max(abs(float(one["loss"]) - float(other["loss"])) for one, other in zip(alone, killed, strict=True))
 
 
 if __name__ == "__main__":
