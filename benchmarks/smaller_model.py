@@ -72,7 +72,7 @@ def plan_of(folder: Path) -> Plan:
 
 def learn(source: Path, output: Path, texts: Sequence[TokenIds], recipe: Recipe, teacher: Path | None = None) -> Path:
     """Train a checkpoint."""
-    train(plan_of(source), recipe, weights=source, sequences=texts, output=output, teacher=teacher, num_threads=2)
+    train(plan_of(source), recipe, weights=source, sequences=texts, output=output, teacher=teacher, num_threads=1)
     return output
 
 

@@ -110,14 +110,14 @@ def step_memory(work: StepWork, *, device_type: str) -> tuple[StepMemory, ...]:
 def kept_numbers(layer: LayerSpec, tp_size: int, recompute: Recompute, *, compiled: bool) -> int:
     """Numbers that a layer keeps of one token between its forward and its backward.
 
-    Eager: both norms' inputs and outputs, q, attention's output, gate, up, silu and their product. Compiled: what is
-    cheap to compute again from others is.
+    Eager: both norms' inputs and outputs, q, attention's output, gate, up, silu and their product. Compiled: the inputs
+    of all products, q, gate and up, and the layer's input; SiLU and the stream between are computed again.
     """
     hidden, heads = layer.hidden_size, layer.attention.heads.size // tp_size
     inner = layer.mlp.intermediate.size // tp_size
     match recompute:
         case Recompute.NONE:
-            return 2 * hidden + 2 * heads + 2 * inner if compiled else 4 * hidden + 2 * heads + 4 * inner
+            return 3 * hidden + 2 * heads + 3 * inner if compiled else 4 * hidden + 2 * heads + 4 * inner
         case Recompute.LINEAR:
             return hidden + 2 * heads
         case Recompute.LAYER:
