@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from db.errors import UserError
+from db.files.documents import read_json
 from runtime.quantize.writer import config_files
 from runtime.train.parameters import Parameter, checkpoint_tensors
 from runtime.weights.checkpoint import INDEX
@@ -39,10 +39,7 @@ def latest(root: Path) -> Path | None:
 
 def read_notes(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of its training."""
-    try:
-        notes: dict[str, Any] = json.loads((folder / NOTES).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError("--state", folder, f"must hold a readable {NOTES} ({error})") from None
+    notes: dict[str, Any] = read_json(folder / NOTES, field="--state")
     return notes
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from service.cli.options import json_option, options_of
-from service.use_cases.prune import PruneOptions
+from service.use_cases.checkpoints.prune import PruneOptions
 
 if TYPE_CHECKING:
     from runtime.prune.prune import PruneReport
@@ -23,7 +23,7 @@ def command(options: PruneOptions, as_json: bool) -> None:
     each saves on this machine. All layers get the same sizes, which is what Transformers' configurations can say.
     """
     from service.cli.output import print_json
-    from service.use_cases.prune import prune
+    from service.use_cases.checkpoints.prune import prune
 
     report = prune(options, lambda what: None if as_json else click.echo(what, err=True))
     if as_json:

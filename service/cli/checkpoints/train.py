@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from service.cli.options import json_option, options_of
-from service.use_cases.train import TrainOptions
+from service.use_cases.checkpoints.train import TrainOptions
 
 
 @click.command(name="train")
@@ -18,7 +18,7 @@ def command(options: TrainOptions, as_json: bool) -> None:
     checkpoint when the same command is given again. With --teacher the distribution of that model is learned.
     """
     from service.cli.output import print_json
-    from service.use_cases.train import train
+    from service.use_cases.checkpoints.train import train
 
     result = train(options, logs=not as_json)
     if as_json:
