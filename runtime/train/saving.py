@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from db.files.documents import read_json
+from db.files.replacement import flush_to_disk
 from runtime.quantize.writer import config_files
 from runtime.train.parameters import Parameter, checkpoint_tensors
 from runtime.weights.checkpoint import INDEX
@@ -86,10 +87,9 @@ def save(
         for path in config_files(source):
             shutil.copyfile(path, part / path.name)
         (part / NOTES).write_text(json.dumps(dict(notes)))
-        for path in part.iterdir():
-            _flush(path)
+        flush_to_disk(*part.iterdir())
         part.rename(folder)
-        _flush(folder.parent)
+        flush_to_disk(folder.parent)
         for old in sorted(folder.parent.glob("step-*"))[:-_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier(everyone)
@@ -144,11 +144,3 @@ def gathered(mine: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]
     shapes = [tuple(size.tolist()) for size in sizes]
     whole = [part[: rows * columns].view(rows, columns) for part, (rows, columns) in zip(parts, shapes, strict=True)]
     return whole if mine.dim() == 2 else [part[:, 0] for part in whole]
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

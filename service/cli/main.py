@@ -23,7 +23,7 @@ COMMANDS = {
     "quantize": ("service.cli.checkpoints.quantize", "Make an 8-bit checkpoint of a model, and say what it costs."),
     "prune": (
         "service.cli.checkpoints.prune",
-        "Make a smaller checkpoint of a model, and say what it costs and gains.",
+        "Make a smaller checkpoint of a model, and say what it gains.",
     ),
     "train": ("service.cli.checkpoints.train", "Train or distil a checkpoint as a plan lays it out."),
     "export": ("service.cli.commands.export", "Write a plan as another engine's launch files."),
