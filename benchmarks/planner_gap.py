@@ -1,4 +1,4 @@
-"""How tight the bound is: stages that differ, tables, measured ones: `python -m benchmarks.planner_gap [PROFILE...]`."""
+"""How tight the bound is: uneven stages, tables, and measured ones: `python -m benchmarks.planner_gap [PROFILE...]`."""
 
 from __future__ import annotations
 

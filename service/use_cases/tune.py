@@ -74,6 +74,10 @@ def workload_of(options: TuneOptions) -> Workload:
         requests = parse_prompt_lens(options.prompt_lens)
         workload = Workload(requests=requests, output_tokens=(None,) * len(requests), notes=())
     deadline_s = options.sla_ttft_s
+    has_deadlines = deadline_s or any(request.sla_ttft_s is not None for request in workload.requests)
+    if Objective(options.objective).needs_deadlines and not has_deadlines:
+        allowed = f"the objective {options.objective} needs deadlines: sla_ttft_s in the workload, or this option"
+        raise UserError("--sla-ttft-s", "missing", allowed)
     if deadline_s is None:
         return workload
     return replace(workload, requests=tuple(replace(each, sla_ttft_s=deadline_s) for each in workload.requests))
@@ -94,6 +98,7 @@ def rules_of(options: TuneOptions) -> Rules:
         chunk_multiple=DEFAULT_MULTIPLE if options.chunk_multiple is None else options.chunk_multiple,
         limits=Limits(max_round_tokens=options.max_round_tokens, max_kv_tokens=options.max_kv_tokens),
         objective=Objective(options.objective),
+        num_trials=options.num_trials or 0,
     )
 
 
@@ -130,6 +135,7 @@ def _tune_cost_model(cost: CostModel, requests: tuple[Request, ...], rules: Rule
         options=chosen(options),
         policies=found.policies,
         replays=found.replays,
+        impossible=found.impossible,
     )
 
 
