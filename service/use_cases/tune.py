@@ -49,6 +49,7 @@ def tune(options: TuneOptions, *, echo: Echo = None) -> TuneReport:
         from service.use_cases.tune_model import tune_model  # brings the fit along: SciPy and the database
 
         report = tune_model(options, requests, rules, echo)
+        notes += report.notes
     if options.output is not None:
         save_plan(options.output, report.plan)
     if options.plot is not None and report.explanation is not None:
