@@ -14,12 +14,14 @@ import torch.distributed as dist
 from profiler.comm.links.group import Groups, make_groups
 from profiler.comm.ranks.mark import Doing, Phase
 from profiler.comm.ranks.rank import RankContext
+from profiler.model import Backend
 from runtime.job.job import Job, Pass, RankReport
 from runtime.job.place import Place, mesh_of
 from runtime.run.card_marks import CardMarks
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
-from runtime.stage.stage import Stage
+from runtime.stage.library_stage import LibraryStage
+from runtime.stage.stage import KernelStage
 
 
 @torch.inference_mode()
@@ -67,7 +69,8 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         torch.cuda.empty_cache()  # peer memory and NCCL allocate beside torch
         torch.cuda.reset_peak_memory_stats()
     begin()
-    stage = Stage(job, place, groups, context.device)
+    make_stage = LibraryStage if job.shape.backend is Backend.TRANSFORMERS else KernelStage
+    stage = make_stage(job, place, groups, context.device)
     progress.enter(Phase.LINKS)
     pipeline = Pipeline(job, place, groups, stage, clock, progress)
     begin()

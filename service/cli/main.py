@@ -17,6 +17,7 @@ COMMANDS = {
     "profile": ("service.cli.commands.profile", "Measure a model's kernels and collectives on this machine."),
     "tune": ("service.cli.commands.tune", "Fit the cost model and choose layout, partition and rounds."),
     "run-plan": ("service.cli.commands.run_plan", "Execute a plan and compare it with its prediction."),
+    "models": ("service.cli.commands.models", "Say which models are run and how, or what one consists of."),
     "quantize": ("service.cli.commands.quantize", "Make an 8-bit checkpoint of a model, and say what it costs."),
     "export": ("service.cli.commands.export", "Write a plan as another engine's launch files."),
     "serve": ("service.cli.commands.serve", "Serve plans, what is kept, and jobs: a page and an HTTP API."),

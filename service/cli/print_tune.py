@@ -13,7 +13,7 @@ from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
-    from tuner.fit.layer_costs import LayerCosts
+    from tuner.fit.whole_costs import Costs
     from tuner.search.autotune import Trial
     from tuner.search.layouts import Candidate
 
@@ -24,6 +24,8 @@ MOST_NAMED = 4
 
 def print_report(report: TuneReport) -> None:
     """Print the tables of a report."""
+    for note in report.notes:
+        print(f"{_wrapped(note)}\n")
     if report.hardware is not None:
         print_table(
             ["fit", "points left out", "median error %", "p90 %", "worst %"],
@@ -62,7 +64,7 @@ def print_report(report: TuneReport) -> None:
             print(f"Wrote {written}")
 
 
-def _print_corrections(costs: LayerCosts) -> None:
+def _print_corrections(costs: Costs) -> None:
     """What ranks and earlier runs told beside the rows."""
     factors, correction = costs.rank_skew.factors, costs.correction
     if factors:

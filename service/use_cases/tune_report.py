@@ -13,7 +13,7 @@ from tuner.search.replay import Replay
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
     from db.rows.hardware import Hardware
     from tuner.fit.holdout import HeldOutError
-    from tuner.fit.layer_costs import LayerCosts
+    from tuner.fit.whole_costs import Costs
     from tuner.search.autotune import Trial
     from tuner.search.explanation import Explanation
     from tuner.search.layouts import Candidate
@@ -33,6 +33,8 @@ class TuneReport:
     explanation: Explanation | None = None
     output: str | None = None
     plot: str | None = None
+    notes: tuple[str, ...] = ()
+    """What the plan supposes of the model."""
 
     @property
     def num_planned(self) -> int:
@@ -45,7 +47,7 @@ class TuneReport:
         return sum(candidate.is_proven_worse for candidate in self.candidates)
 
     @property
-    def costs(self) -> LayerCosts | None:
+    def costs(self) -> Costs | None:
         """Fitted costs behind the plan; None where it was made from a cost model file."""
         return self.candidates[0].costs if self.candidates else None
 
@@ -67,6 +69,7 @@ class TuneReport:
                  "measured_s": t.measured_s, "error": t.error}
                 for t in self.trials
             ],
+            "notes": list(self.notes),
             "output": self.output,
         }  # fmt: skip
 

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 @click.command(name="profile")
 @click.argument("model", metavar="MODEL")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "own", "transformers"]),
+    default="auto",
+    show_default=True,
+    help="What runs its layers: kernels here, or Transformers where these lack something.",
+)
 @click.option("--world-size", type=click.IntRange(min=1), help="Ranks to start. [default: one a card; 2 on a CPU]")
 @click.option(
     "--tp-sizes", metavar="N,...", help="Tensor-parallel degrees to measure. [default: those that split WORLD_SIZE]"
@@ -46,6 +53,7 @@ if TYPE_CHECKING:
 @json_option
 def command(
     model: str,
+    backend: str,
     world_size: int | None,
     tp_sizes: str | None,
     sp_sizes: str | None,
@@ -72,6 +80,7 @@ def command(
 
     options = ProfileOptions(
         model=model,
+        backend=backend,
         world_size=world_size,
         tp_sizes=tp_sizes,
         sp_sizes=sp_sizes,
