@@ -53,24 +53,6 @@ class SlabLayer(DynamicLayer):  # type: ignore[misc]
         self.length = 0
 
 
-class ElsewhereLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer of another stage: it knows how many tokens there were, for the masks, and keeps none."""
-
-    length = 0
-
-    def get_seq_length(self) -> int:
-        """Tokens so far."""
-        return self.length
-
-    def reset(self) -> None:
-        """Forget the tokens."""
-        self.length = 0
-
-
-class ElsewhereWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """The same for a layer with a sliding window."""
-
-
 class RequestCache:
     """One request's cache over a stage's layers.
 
@@ -83,12 +65,10 @@ class RequestCache:
         made = []
         for index, (kind, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(text_config), strict=True)):
             layer = DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
-            if type(layer) is DynamicLayer:
-                layer = SlabLayer(rows) if index in self.layers else ElsewhereLayer()
-            elif type(layer) is DynamicSlidingWindowLayer and index not in self.layers:
-                layer = ElsewhereWindow(**kwargs)
-            elif type(layer) is DynamicIndexedLayer and index not in self.layers:
-                layer = ElsewhereLayer()
+            if index not in self.layers:
+                self._stand_in(layer)
+            elif type(layer) is DynamicLayer:
+                layer = SlabLayer(rows)
             made.append(layer)
         self.cache = Cache(layers=made)
         self._kept: dict[int, Any] = {}
@@ -107,8 +87,8 @@ class RequestCache:
                 if isinstance(layer, SlabLayer):
                     layer.length = context
         else:
-            for layer in self.cache.layers:
-                layer.reset()
+            for index in self.layers:
+                self.cache.layers[index].reset()
         self._set_length(context)
 
     def pretend(self, context: int) -> None:
@@ -148,12 +128,17 @@ class RequestCache:
                 if index in self.layers and not isinstance(layer, SlabLayer)
             }
 
+    def _stand_in(self, layer: Any) -> None:
+        """Let a layer of another stage say how many tokens there were, which masks ask of it; it keeps none."""
+        if isinstance(layer, DynamicLayer):
+            layer.get_seq_length = lambda: self.length
+
     def _set_length(self, length: int) -> None:
         self.length = length
         for index, layer in enumerate(self.cache.layers):
-            if isinstance(layer, ElsewhereLayer):
-                layer.length = length
-            elif isinstance(layer, ElsewhereWindow):
+            if index in self.layers:
+                continue
+            if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = length
-            elif index not in self.layers and isinstance(layer, LinearAttentionCacheLayerMixin):
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
                 layer.has_previous_state = dict.fromkeys(layer.has_previous_state, length > 0)

@@ -149,18 +149,21 @@ class WholeCosts:
         return self._cost(stage_scale, base=base, slope=slope, is_first=is_first, is_last=is_last)
 
     def _cost(self, stage_scale: float, *, base: Floats, slope: Floats, is_first: bool, is_last: bool) -> StageCost:
-        """Layers cost by the chunk, as attention does: each request's chunk runs through them alone."""
+        """Each request's chunk runs through the layers alone: what one token takes is paid for each chunk."""
         grid, correction = table_grid(), self.correction
         tokens_scale = stage_scale * correction.tokens_scale
         layers_scale = stage_scale * correction.attention_scale
-        tokens = tokens_scale * self.embedding(grid) if is_first else np.zeros(len(grid))
+        tokens = tokens_scale * (base - base[0])
+        if is_first:
+            tokens = tokens + tokens_scale * self.embedding(grid)
         return StageCost(
             token_count=(0, *grid.tolist()),
             token_seconds=rising([tokens[0], *tokens]),
             attention=TableAttention(
-                count=tuple(grid.tolist()), base_s=rising(layers_scale * base), context_s=rising(layers_scale * slope)
+                count=tuple(grid.tolist()), base_s=(0.0,) * len(grid), context_s=rising(layers_scale * slope)
             ),
             round_overhead_s=stage_scale * correction.round_s,
+            chunk_s=tokens_scale * float(base[0]),
             final_s=tokens_scale * self.head_s if is_last else 0.0,
         )
 
