@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 ODD: tuple[Any, ...] = (
@@ -38,7 +39,9 @@ def damaged(content: Content, source: random.Random) -> Content:
             for _ in range(source.choice((1, 5, 70, 200))):
                 parent[key] = [parent[key]]
         elif isinstance(parent[key], int | float) and not isinstance(parent[key], bool):
-            parent[key] = parent[key] * source.choice((-1, 2, 1000, 10**6, 10**12, 0.5, 1e-9))
+            factor = source.choice((-1, 2, 1000, 10**6, 10**12, 0.5, 1e-9))
+            with suppress(OverflowError):  # a whole number that no float can be
+                parent[key] = parent[key] * factor
         else:
             parent[key] = str(parent[key])
     return content

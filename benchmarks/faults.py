@@ -103,7 +103,7 @@ class Trial:
         found = {}
         for pid in self.processes():
             try:
-                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if Path(f"/proc/{pid}/comm").read_text().startswith("isochunk-r"):
                     found[pid] = pid
             except OSError:
                 continue

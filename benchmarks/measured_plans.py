@@ -24,8 +24,9 @@ from tuner.fit.rows import RankWork
 from tuner.fit.uncertainty import makespan_uncertainty
 from tuner.plan.layout import Layout
 from tuner.plan.plan import Plan, Request
-from tuner.search.layouts import Candidate, Target, search_layouts, to_plan
+from tuner.search.layouts import Candidate, search_layouts, to_plan
 from tuner.search.rules import Rules
+from tuner.search.target import Target
 
 DTYPE = "float32"
 NUM_THREADS = 1

@@ -22,6 +22,16 @@ COMMANDS = (
 HEAVY = ("torch", "transformers", "pandas", "scipy", "optuna", "sqlalchemy", "numpy", "rich", "fastapi", "dbos")
 
 
+READS = {"open", "read_text", "read_bytes", "safe_open"}
+# Modules outside of db/files that open files, none of which a user writes but safetensors, whose package reads them.
+OWN_FILES = {
+    "db/store/leases.py", "profiler/model/bundled.py", "profiler/hardware/device.py", "profiler/comm/ranks/mark.py",
+    "profiler/comm/ranks/torchrun.py", "profiler/comm/ranks/launch.py", "profiler/comm/ranks/rank.py",
+    "profiler/comm/ranks/stall.py", "profiler/comm/ranks/folder.py", "runtime/weights/checkpoint.py",
+    "service/jobs/machine.py", "service/http/client.py", "service/http/routes/site.py", "service/cli/main.py",
+}  # fmt: skip
+
+
 def modules() -> list[Path]:
     """All modules of the product."""
     return [path for folder in ROOMS for path in (ROOT / folder).rglob("*.py") if "versions" not in path.parts]
@@ -137,6 +147,17 @@ def test_planning_needs_no_torch_and_from_a_cost_model_no_fit(module: str, unnee
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout.splitlines()[-1] == "True []"
+
+
+def test_files_of_users_are_read_by_one_module() -> None:
+    reading = set()
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                if name in READS:
+                    reading.add(str(path.relative_to(ROOT)))
+    assert {module for module in reading if not module.startswith("db/files/")} == OWN_FILES
 
 
 def test_an_unknown_command_is_refused() -> None:

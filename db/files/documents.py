@@ -1,4 +1,4 @@
-"""The one door for files that users hand over: JSON and JSON lines, plain or gzipped, within limits.
+"""The one door for files that users hand over: JSON, JSON lines and text, within limits.
 
 A file is read up to its limit, must be UTF-8 and JSON without repeated keys, and holds only what can be written again:
 finite numbers, texts without lone surrogates, nesting that every later step can follow. `parse` then gives its content
@@ -70,6 +70,19 @@ def read_json(path: str | Path, *, field: str = "file", max_bytes: int = MAX_BYT
     if len(data) > max_bytes:
         raise UserError(field, path, f"must be at most {max_bytes // _MIB} MiB, unpacked")
     return parse_json(data, field, path)
+
+
+def read_utf8(path: str | Path, *, field: str = "file", max_bytes: int = MAX_BYTES) -> str:
+    """The content of a text file in UTF-8."""
+    path = Path(path)
+    with _opened(path, field) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise UserError(field, path, f"must be at most {max_bytes // _MIB} MiB")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(field, path, f"must be UTF-8 text (byte {error.start} is not)") from None
 
 
 def read_json_lines(

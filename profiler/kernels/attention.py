@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from profiler.kernels import cpu_attention, cudnn_attention
+from profiler.kernels import cpu_attention, cudnn_attention, flash3_attention
 from profiler.kernels.attention_kernel import PREFERENCE, AttentionKernel
 from profiler.kernels.elementwise import has_triton
 
@@ -18,9 +18,11 @@ def available_kernels(device: torch.device, dtype: torch.dtype) -> list[Attentio
     """The kernels that run on `device` in `dtype`, the usual best first."""
     if device.type == "cpu":
         absent = set() if dtype == torch.float32 else {AttentionKernel.CPU_FOLDED}
-        absent |= {AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH}
+        absent |= {AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH, AttentionKernel.FLASH3}
     else:
         absent = {AttentionKernel.CPU_FOLDED, AttentionKernel.CPU_FLASH}
+        if dtype != torch.bfloat16 or not flash3_attention.is_available(device):
+            absent.add(AttentionKernel.FLASH3)
         if dtype not in (torch.bfloat16, torch.float16):
             absent |= {AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH}
         elif not cudnn_attention.is_installed():
@@ -37,6 +39,8 @@ def attend(kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.T
     """
     if kernel is AttentionKernel.CPU_FOLDED:
         return cpu_attention.attend(q, k, v)
+    if kernel is AttentionKernel.FLASH3:
+        return flash3_attention.attend(q, k, v)
     context = k.shape[1] - q.shape[1]
     q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     if kernel is AttentionKernel.SDPA:

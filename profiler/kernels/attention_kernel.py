@@ -14,11 +14,13 @@ class AttentionKernel(StrEnum):
     SDPA = "sdpa"  # one call with a bottom-right mask: flash on CUDA, a dense mask on a CPU
     CUDNN = "cudnn"  # two cuDNN calls merged by log-sum-exp
     CUDNN_GRAPH = "cudnn-graph"  # one cuDNN kernel with a bottom-right mask; needs nvidia-cudnn-frontend
+    FLASH3 = "flash3"  # FlashAttention-3 on Hopper, with nothing to build for new sizes; needs fa3-fwd
 
 
 # The usual best of those that a device has comes first.
 PREFERENCE = (
     AttentionKernel.CUDNN_GRAPH,
+    AttentionKernel.FLASH3,
     AttentionKernel.CUDNN,
     AttentionKernel.CPU_FOLDED,
     AttentionKernel.CPU_FLASH,

@@ -30,9 +30,13 @@ def model_from_config(config: Mapping[str, Any], *, name: str, backend: str = "a
     if backend != Backend.TRANSFORMERS and named in ARCHITECTURES:
         try:
             return _own(config, named, name)
-        except KernelsMissingError:
+        except KernelsMissingError as lacking:
             if backend == Backend.OWN:
                 raise
+            try:
+                return _whole(config, named, name)
+            except UserError:
+                raise lacking from None
     if backend == Backend.OWN:
         raise UserError("architectures", named, "supported are " + ", ".join(ARCHITECTURES))
     return _whole(config, named, name)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from profiler.model.shape import ModelShape
+
+if TYPE_CHECKING:  # planning from a cost model file needs no database
+    from db.rows.measurements import Measurement
 
 
 def prefill_flops(shape: ModelShape, chunks: Iterable[tuple[int, int]], num_logits: int) -> float:
@@ -24,3 +28,13 @@ def prefill_flops(shape: ModelShape, chunks: Iterable[tuple[int, int]], num_logi
     )
     vocab, hidden = shape.head.sizes()
     return float(layers + 2 * num_logits * hidden * vocab)
+
+
+def fastest_product_flops(rows: Iterable[Measurement], dtype: str) -> float | None:
+    """FLOP/s of one rank in the fastest product measured in `dtype`; None without any."""
+    rates = (
+        2.0 * row.shape["m"] * row.shape["n"] * row.shape["k"] / (row.median_us * 1e-6)
+        for row in rows
+        if row.op in ("matmul", "matmul_ceiling") and row.dtype == dtype and row.median_us > 0.0
+    )
+    return max(rates, default=None)

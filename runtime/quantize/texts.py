@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from db.errors import UserError, cut
-from db.files.documents import read_json_lines
+from db.files.documents import read_json_lines, read_utf8
 from profiler.kernels.attention import available_kernels
 from profiler.kernels.rotary import Rotary
 from profiler.layers.decoder_layer import DecoderLayer, Stream
@@ -38,20 +38,11 @@ def read_sequences(path: Path, tokenizer: Tokenizer, shape: ModelShape, *, field
                 raise UserError(f"{place}: token_ids", wrong, f"0 to {shape.vocab_size - 1}")
             found += _pieces(ids, length)
     else:
-        found += _pieces(tokenizer.encode(_read_text(path, field)), length)
+        found += _pieces(tokenizer.encode(read_utf8(path, field=field, max_bytes=MOST_TEXT_BYTES)), length)
     tokens = sum(map(len, found))
     if tokens < LEAST_TOKENS:
         raise UserError(field, cut(path), f"{tokens} tokens in it: at least {LEAST_TOKENS} are needed")
     return tuple(found)
-
-
-def _read_text(path: Path, field: str) -> str:
-    try:
-        if path.stat().st_size > MOST_TEXT_BYTES:
-            raise UserError(field, cut(path), f"must be at most {MOST_TEXT_BYTES >> 20} MiB")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(field, cut(path), f"must be a text in UTF-8 ({getattr(error, 'strerror', error)})") from None
 
 
 def _pieces(ids: TokenIds, length: int) -> Iterator[TokenIds]:

@@ -24,7 +24,7 @@ from profiler.hardware.device import describe_hardware
 from profiler.kernels.attention import available_kernels
 from profiler.kernels.quantized.support import check_precision
 from profiler.model import PRECISIONS, Backend, ModelShape, precision_of
-from profiler.model.flops import prefill_flops
+from profiler.model.flops import fastest_product_flops, prefill_flops
 from profiler.points.kernel_choice import KernelChoice
 from profiler.points.point import Op
 from runtime.job.job import Job, RankReport
@@ -294,17 +294,10 @@ def with_mfu(
     chunks = ((chunk.tokens, chunk.start) for chunks in plan.rounds for chunk in chunks)
     rate = prefill_flops(shape, chunks, len(plan.requests)) / result.makespan_s / plan.parallel.world_size
     peak = PRECISIONS[plan.precision].peak_flops(hardware.device)
-    ceilings = [
-        matmul_flops(row) / (row.median_us * 1e-6)
-        for row in rows
-        if row.op == Op.MATMUL_CEILING and row.dtype == plan.precision
-    ]
-    return replace(result, mfu=rate / peak if peak else None, mfu_of_ceiling=rate / max(ceilings) if ceilings else None)
-
-
-def matmul_flops(row: Measurement) -> float:
-    """FLOPs of a matmul row: two for each of its m n k products."""
-    return 2.0 * row.shape["m"] * row.shape["n"] * row.shape["k"]
+    fastest = fastest_product_flops(rows, plan.precision)
+    # A run that is faster than what was measured on a busy machine shows itself how fast products are.
+    of_ceiling = min(1.0, rate / fastest) if fastest else None
+    return replace(result, mfu=rate / peak if peak else None, mfu_of_ceiling=of_ceiling)
 
 
 def _settle_s(plan: Plan, device_type: str) -> float:

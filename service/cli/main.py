@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -29,6 +30,13 @@ COMMANDS = {
 
 # Seconds from a signal to the end at the latest; an interrupted profile still says what it has.
 END_WITHIN_S: dict[int, float] = {signal.SIGTERM: 5.0, signal.SIGHUP: 5.0, signal.SIGINT: 15.0}
+
+
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO,
+    errno.EMFILE, errno.EPIPE,
+}  # fmt: skip
+"""What a place where files are can be at fault for."""
 
 
 class LazyGroup(click.Group):
@@ -81,13 +89,14 @@ class Ended(BaseException):
 def main() -> None:
     """Run the command line.
 
-    What ends it is one line: a user's error with exit code 2, an interrupt with 130, any other signal with 128 and its
-    number.
+    What ends it is one line: a user's error or a disk's with exit code 2, an interrupt with 130, any other signal with
+    128 and its number. A reader of the output that has gone away ends it without a word, with 141.
     """
     for number in END_WITHIN_S:
         signal.signal(number, _end)
     try:
         code = cli(standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         code = _say(f"Error: {error}", 2)
     except click.ClickException as error:
@@ -96,7 +105,20 @@ def main() -> None:
         code = _say(_line(signal.SIGINT), 128 + signal.SIGINT)
     except Ended as error:
         code = _say(_line(error.number), 128 + error.number)
+    except OSError as error:
+        code = _disk_failed(error)
     sys.exit(code or 0)
+
+
+def _disk_failed(error: OSError) -> int:
+    """Say which file cannot be read or written, or that the output cannot; what no disk can cause is raised again."""
+    if error.errno not in DISK_ERRORS:
+        raise error
+    if error.filename is None:  # printing: what is left in the buffer must not fail once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    return _say(f"Error: {UserError(error.filename or 'output', '', f'{error.strerror}')}", 2)
 
 
 def _end(number: int, frame: Any) -> None:

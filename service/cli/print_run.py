@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from db.errors import printable
-from service.cli.output import print_table
+from service.cli.output import show_table
 from service.use_cases.run_plan import Run
 from tuner.plan.layout import layout_of
 
@@ -16,7 +16,7 @@ def print_run(run: Run) -> None:
     for index, (request, outcome) in enumerate(zip(run.plan.requests, run.result.requests, strict=True)):
         equal = run.checks[index].equal if run.checks is not None else None
         rows.append([request.id, request.prompt_tokens, ttft[index], outcome.ttft_s, _shown(run, index), equal])
-    print_table(("request", "prompt tokens", "predicted TTFT s", "TTFT s", "new tokens", "tokens equal"), rows)
+    show_table(("request", "prompt tokens", "predicted TTFT s", "TTFT s", "new tokens", "tokens equal"), rows)
     result, parallel = run.result, run.plan.parallel
     is_published = result.mfu is not None
     columns = ["plan", "rounds", "predicted s", "measured s", "error", "MFU", "MFU of", "TPOT s", "warm-up s", "run"]
@@ -32,7 +32,7 @@ def print_run(run: Run) -> None:
         result.warm_up_s,
         result.run_id,
     ]
-    print_table(columns, [row])
+    show_table(columns, [row])
     for check in run.checks or ():
         if not check.equal:
             print(

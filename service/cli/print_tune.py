@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from service.cli.output import print_table
+from service.cli.output import show_pairs, show_table, wrapped
+from service.reasons.recommendation import gap_in_words
 from service.reasons.words import in_words
 from service.use_cases.tune_report import TuneReport, replay_json
+from tuner.fit.uncertainty import widened
 from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 
@@ -16,52 +17,84 @@ if TYPE_CHECKING:  # planning from a cost model file needs neither the database 
     from tuner.fit.whole_costs import Costs
     from tuner.search.autotune import Trial
     from tuner.search.layouts import Candidate
+    from tuner.search.replay import Replay
 
-PAGE_WIDTH = 80
 MOST_NAMED = 4
 """Layouts and reasons that are named one by one."""
 
 
 def print_report(report: TuneReport) -> None:
-    """Print the tables of a report."""
+    """Print what is recommended and how sure that is, then the layouts, the policies, and what the fits are like."""
     for note in report.notes:
-        print(f"{_wrapped(note)}\n")
-    if report.hardware is not None:
-        print_table(
-            ["fit", "points left out", "median error %", "p90 %", "worst %"],
-            [[e.op, e.num_points, 100 * e.median, 100 * e.p90, 100 * e.worst] for e in report.held_out],
-            title=f"Held-out errors on {report.hardware.device}",
-        )
-    if report.costs is not None:
-        _print_corrections(report.costs)
-    if report.candidates:
-        _print_layouts(report)
-        print(f"{_wrapped(_certainty(report))}\n")
-    if report.explanation is not None:
-        print(f"{_wrapped(in_words(report.explanation))}\n")
-    parallel, requests = report.plan.parallel, report.plan.requests
-    if report.policies:
-        print_table(
-            ["policy", "rounds", "seconds", "TTFT s", "p90 s", "bubble %", "gap %", "plan ms"],
-            [_policy_row(planned) for planned in report.policies],
-            title=f"Policies on {layout_of(parallel)}, window {report.plan.window}; TTFT in the mean",
-        )
-    if report.replays:
-        print_table(
-            ["policy", "taken", "rounds", "makespan s", "mean TTFT s", "p50 s", "p90 s", "p99 s", "tokens/s"],
-            [list(replay_json(replay).values()) for replay in report.replays],
-            title=f"{len(requests)} requests as they arrive, each policy seeing a request when it arrives",
-        )
-    print(f"{_wrapped(_verdict(report))}\n")
+        print(f"{wrapped(note)}\n")
+    _print_recommendation(report)
     if report.trials:
-        print_table(
-            ["layout", "policy", "predicted s", "measured s", "error %", "failed"],
+        show_table(
+            ["layout", "policy", "measured s", "predicted s", "error %", "failed"],
             [_trial_row(trial) for trial in report.trials],
             title="Measured on this machine, the best first",
         )
+    if report.candidates:
+        _print_layouts(report)
+    if report.explanation is not None:
+        print(f"{wrapped(in_words(report.explanation))}\n")
+    parallel, requests = report.plan.parallel, report.plan.requests
+    if report.policies:
+        window = "" if report.plan.window is None else f", at most {report.plan.window} rounds in flight"
+        show_table(
+            ["policy", "rounds", "seconds", "TTFT s", "p90 s", "bubble %", "gap %", "plan ms"],
+            [_policy_row(planned) for planned in report.policies],
+            title=f"Policies on {layout_of(parallel)}{window}; TTFT in the mean",
+        )
+    if report.replays:
+        show_table(
+            ["policy", "taken", "rounds", "makespan s", "mean TTFT s", "p99 s", "tokens/s", "p50 s", "p90 s"],
+            [_replay_row(replay) for replay in report.replays],
+            title=f"{len(requests)} requests as they arrive, each policy seeing a request when it arrives",
+        )
+    print(f"{wrapped(' '.join(filter(None, (_verdict(report), gap_in_words(report.plan)))))}\n")
+    if report.hardware is not None:
+        _print_fits(report)
+    if report.costs is not None:
+        _print_corrections(report.costs)
     for written in (report.output, report.plot):
         if written:
             print(f"Wrote {written}")
+
+
+def _print_recommendation(report: TuneReport) -> None:
+    told = report.recommendation
+    warning = told.warning()
+    if warning:
+        print(f"{wrapped(warning)}\n")
+    show_pairs(told.pairs(), title="Recommended")
+
+
+def _print_fits(report: TuneReport) -> None:
+    """How far off the fits are at points that were left out, and which operations had none to leave out."""
+    assert report.hardware is not None
+    rows: list[list[object]] = [
+        [error.op, error.num_points, *(100 * share for share in (error.median, error.p90, error.worst))]
+        if error.num_points
+        else [error.op, 0, None, None, None]
+        for error in report.held_out
+    ]
+    show_table(
+        ["fit", "points left out", "median error %", "p90 %", "worst %"],
+        rows,
+        title=f"Held-out errors on {report.hardware.device}",
+    )
+    from tuner.fit.holdout import UNTESTED  # brings SciPy along
+
+    untested = [error.op for error in report.held_out if not error.num_points]
+    if untested:
+        print(
+            wrapped(
+                f"Too few points of {', '.join(untested)} to leave one out: the width above takes an error of "
+                f"{UNTESTED:.0%} for them.\n"
+            )
+            + "\n"
+        )
 
 
 def _print_corrections(costs: Costs) -> None:
@@ -90,64 +123,50 @@ def _verdict(report: TuneReport) -> str:
     )
 
 
-def _certainty(report: TuneReport) -> str:
-    """How sure the prediction is, and which other layouts it cannot tell apart from the plan's."""
-    predicted, parallel = report.plan.predicted, report.plan.parallel
-    if predicted is None or predicted.uncertainty is None:
-        return ""
-    told = f"Predicted: {predicted.makespan_s:.4g} s, give or take {predicted.uncertainty:.1%}."
-    most_s = (1.0 + predicted.uncertainty) * predicted.makespan_s
-    close = [
-        str(candidate.layout)
-        for candidate in report.candidates
-        if candidate.rounds and not candidate.refusal and candidate.rounds.makespan_s <= most_s
-        and candidate.layout != layout_of(parallel)
-    ]  # fmt: skip
-    if report.trials or not close:
-        return told
-    names = ", ".join(close[:MOST_NAMED]) + (f" and {len(close) - MOST_NAMED} more" if len(close) > MOST_NAMED else "")
-    return f"{told} Too close to tell: {names}; --measure N runs the best."
-
-
 def _print_layouts(report: TuneReport) -> None:
     """The best layout of each family, how many there are beside them, and why some cannot run."""
     from tuner.search.explanation import best_of_families
 
     families = best_of_families(report.candidates)
     several = len(report.plan.requests) > 1
-    print_table(
-        ["layout", "TTFT s" if several else "layers", "rounds", "makespan s", "bubble %", "GiB"],
-        [_candidate_row(candidate, several=several) for candidate in families],
-        title="The best layout of each family, and GiB of its fullest rank",
+    show_table(
+        ["layout", "makespan s", "+- %", "told", "bubble %", "GiB", "rounds", "TTFT s" if several else "layers"],
+        [_candidate_row(report, candidate, several=several) for candidate in families],
+        title="The best layout of each family (close: too close to tell), and GiB of its fullest rank",
     )
     refused: dict[str, int] = {}
     for candidate in report.candidates:
         if candidate.refusal:
             refused[candidate.refusal] = refused.get(candidate.refusal, 0) + 1
     print(
-        _wrapped(
+        wrapped(
             f"{len(report.candidates)} layouts: {report.num_planned} planned, {report.num_proven_worse} proven no "
             f"better without being planned, {sum(refused.values())} that cannot run."
         )
     )
     beyond = [str(candidate.layout) for candidate in families if candidate.extrapolates]
     if beyond:
-        print(_wrapped(f"Beyond the measured range: {', '.join(beyond)}."))
+        print(wrapped(f"Beyond the measured range: {', '.join(beyond)}."))
     for candidate in families[:MOST_NAMED]:
+        if candidate.is_bound_by_memory:
+            print(wrapped(f"Memory allows {candidate.layout} {_allowed(candidate)}."))
         if candidate.assumed:
             assumed = ", ".join(map(str, candidate.assumed))
-            print(_wrapped(f"Not measured but told by the topology's links: {assumed}, in {candidate.layout}."))
+            print(wrapped(f"Not measured but told by the topology's links: {assumed}, in {candidate.layout}."))
     for reason, count in list(refused.items())[:MOST_NAMED]:
         example = next(str(each.layout) for each in report.candidates if each.refusal == reason)
         others = f" and {count - 1} more" if count > 1 else ""
-        print(_wrapped(f"{example}{others}: {reason}"))
+        print(wrapped(f"{example}{others}: {reason}"))
     if len(refused) > MOST_NAMED:
         print(f"{len(refused) - MOST_NAMED} more reasons: --json has all of them")
     print()
 
 
-def _wrapped(words: str) -> str:
-    return textwrap.fill(words, PAGE_WIDTH, break_long_words=False, break_on_hyphens=False)
+def _allowed(candidate: Candidate) -> str:
+    assert candidate.limits is not None
+    rounds = f"rounds of at most {candidate.limits.max_round_tokens} tokens"
+    held = candidate.limits.max_kv_tokens
+    return rounds if held is None else f"{rounds} and the KV of {held} tokens at once"
 
 
 def _layers(partition: Sequence[int]) -> str:
@@ -159,14 +178,22 @@ def _layers(partition: Sequence[int]) -> str:
     return words if len(words) <= 12 else f"{len(partition)} x {least} to {most}"
 
 
-def _candidate_row(candidate: Candidate, *, several: bool) -> list[object]:
-    planned = candidate.rounds
+def _candidate_row(report: TuneReport, candidate: Candidate, *, several: bool) -> list[object]:
+    planned, told = candidate.rounds, report.recommendation
     assert planned is not None
-    evaluation = planned.evaluation
+    evaluation, name = planned.evaluation, str(candidate.layout)
+    width = widened(candidate.uncertainty(report.held_out), told.share_missing)
     return [
-        str(candidate.layout), evaluation.mean_ttft_s if several else _layers(candidate.layer_partition),
-        len(planned.rounds), planned.makespan_s, 100 * evaluation.bubble_share, candidate.peak_memory_bytes / 2**30,
+        name, planned.makespan_s, round(100 * width, 1), "close" if name in told.close else "",
+        100 * evaluation.bubble_share, candidate.peak_memory_bytes / 2**30, len(planned.rounds),
+        evaluation.mean_ttft_s if several else _layers(candidate.layer_partition),
     ]  # fmt: skip
+
+
+def _replay_row(replay: Replay) -> list[object]:
+    told = replay_json(replay)
+    names = ("policy", "taken", "num_rounds", "makespan_s", "mean_ttft_s", "p99_ttft_s", "tokens_per_s", "p50_ttft_s")
+    return [told[name] for name in (*names, "p90_ttft_s")]
 
 
 def _policy_row(planned: RoundPlan) -> list[object]:
@@ -180,4 +207,4 @@ def _policy_row(planned: RoundPlan) -> list[object]:
 def _trial_row(trial: Trial) -> list[object]:
     choice, measured = trial.choice, trial.measured_s
     error = None if measured is None else 100 * (choice.predicted_s / measured - 1.0)
-    return [choice.layout, choice.policy, choice.predicted_s, measured, error, trial.error]
+    return [choice.layout, choice.policy, measured, choice.predicted_s, error, trial.error]

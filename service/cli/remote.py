@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from db.errors import UserError
-from service.cli.output import print_json, print_table
+from service.cli.output import print_json, show_table
 from service.http.client import Client
 from service.use_cases.listing import Kept
 
@@ -73,12 +73,12 @@ def _tune(client: Client, *, as_json: bool, **_all: Any) -> None:
 def _print(report: Mapping[str, Any]) -> None:
     if report["layouts"]:
         columns = ("layout", "layers", "rounds", "makespan s", "mean TTFT s", "bubble %", "note")
-        print_table(columns, [_layout_row(one) for one in report["layouts"]], title="Layouts, the best first")
+        show_table(columns, [_layout_row(one) for one in report["layouts"]], title="Layouts, the best first")
     rivals = report["policies"] or report["replays"]
     rows = [
         (one["policy"], one["num_rounds"], one["makespan_s"], one["mean_ttft_s"], one["p90_ttft_s"]) for one in rivals
     ]
-    print_table(("policy", "rounds", "makespan s", "mean TTFT s", "p90 TTFT s"), rows, title="Policies")
+    show_table(("policy", "rounds", "makespan s", "mean TTFT s", "p90 TTFT s"), rows, title="Policies")
     predicted = report["plan"]["predicted"]
     click.echo(f"The plan, {report['plan']['policy']}: {predicted['makespan_s']:.4g} s")
 
@@ -135,7 +135,7 @@ def _list(client: Client, *, what: str, hardware_id: int | None, limit: int, as_
         print_json(rows)
     elif rows:
         columns = [name for name in kept.columns if name in rows[0]]
-        print_table(columns, [[row.get(name) for name in columns] for row in rows], title=f"{kept} at {client.url}")
+        show_table(columns, [[row.get(name) for name in columns] for row in rows], title=f"{kept} at {client.url}")
     else:
         click.echo(f"no {kept} at {client.url}")
 

@@ -21,7 +21,7 @@ KINDS = (
 
 
 def in_words(why: Explanation) -> str:
-    """One paragraph: where the seconds of the best layout and of its rivals go, and where another would win."""
+    """One paragraph: where the seconds of the best layout and of its rivals go."""
     if not why.families:
         return ""
     best, parts = why.families[0], why.parts[0]
@@ -31,14 +31,16 @@ def in_words(why: Explanation) -> str:
         f"{rival.layout} takes {theirs.total_s / parts.total_s - 1.0:.1%} longer: {_difference(theirs, parts)}."
         for rival, theirs in rivals
     ]
-    elsewhere = [
+    return " ".join(told)
+
+
+def elsewhere(why: Explanation) -> list[str]:
+    """At which links, prompt lengths and batches another layout would win, by plans of equal chunks."""
+    return [
         *_changes(why.by_link, lambda one: one.link_factor, _links),
         *_changes(why.by_length, lambda one: one.prompt_tokens, lambda one: f"{one.prompt_tokens} tokens a prompt"),
         *_changes(why.by_batch, lambda one: one.num_requests, lambda one: f"{one.num_requests} prompts"),
     ]
-    if elsewhere:
-        told.append(f"By plans of equal chunks, {'; '.join(elsewhere)}.")
-    return " ".join(told)
 
 
 def _shares(parts: Parts) -> str:

@@ -46,7 +46,7 @@ def contest(
         return Contest(planned=next(one for one in policies if one.policy == rules.policy), policies=policies)
     planned = planned or rules.plan(cost, requests)
     fixed = replace(rules.baseline(cost, requests), bound=planned.bound)
-    rivals = [planned] if planned.policy == fixed.policy else [planned, fixed]
+    rivals = [planned] if planned.policy == fixed.policy else [fixed, planned]  # of equals the simple one is first
     return Contest(planned=planned, policies=best_first(rivals, rules.objective))
 
 

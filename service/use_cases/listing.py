@@ -27,24 +27,25 @@ class Kept(StrEnum):
         return _COLUMNS[self]
 
 
+# In the order of their worth: a page has no room for all.
 _COLUMNS = {
     Kept.HARDWARE: (
-        "id", "device", "device_count", "memory_gib", "driver", "torch_version", "backend", "num_threads", "link",
-        "num_measurements", "last_measured_at",
+        "id", "device", "device_count", "num_measurements", "last_measured_at", "link", "memory_gib", "torch_version",
+        "backend", "num_threads", "driver",
     ),
     Kept.MEASUREMENTS: (
-        "hardware_id", "op", "dtype", "shape_text", "group_size", "busy_ranks", "variant", "num_samples", "median_us",
-        "p10_us", "p90_us", "noisy", "measured_at", "source",
+        "hardware_id", "op", "shape_text", "median_us", "noisy", "dtype", "group_size", "busy_ranks", "variant",
+        "p10_us", "p90_us", "num_samples", "measured_at", "source",
     ),
     Kept.PLANS: (
-        "id", "model", "precision", "tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "policy",
-        "num_requests", "num_rounds", "window", "predicted_s", "num_runs", "created_at",
+        "id", "model", "policy", "predicted_s", "tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages",
+        "num_requests", "num_rounds", "window", "precision", "num_runs", "created_at",
     ),
     Kept.RUNS: (
-        "id", "plan_id", "hardware_id", "kind", "status", "study", "predicted_makespan_s", "makespan_s", "mfu",
-        "started_at", "error",
+        "id", "plan_id", "kind", "status", "makespan_s", "predicted_makespan_s", "mfu", "started_at", "hardware_id",
+        "study", "error",
     ),
-    Kept.PROCESSES: ("id", "command", "status", "host", "pid", "started_at", "finished_at", "error"),
+    Kept.PROCESSES: ("id", "command", "status", "started_at", "finished_at", "pid", "host", "error"),
     Kept.FITS: ("id", "hardware_id", "model_name", "dtype", "created_at", "code_version"),
 }  # fmt: skip
 

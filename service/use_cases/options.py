@@ -14,6 +14,7 @@ def command(options: SomeOptions) -> None: ...
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
@@ -91,3 +92,26 @@ def about_field(each: Field[Any]) -> Option:
 def flags_of(each: Field[Any]) -> tuple[str, ...]:
     """How a field is called on the command line, in all its forms."""
     return about_field(each).flags or ("--" + each.name.replace("_", "-"),)
+
+
+def chosen(options: object) -> dict[str, Any]:
+    """The fields that are not at their defaults; where the database is, which may hold a password, is left out."""
+    values = ((each, getattr(options, each.name)) for each in fields(options))  # type: ignore[arg-type]
+    return {each.name: value for each, value in values if value != each.default and each.name != "db_url"}
+
+
+def command_line(name: str, options: object, **others: Any) -> str:
+    """The command with the options that are not at their defaults; others: fields with other values."""
+    words, arguments = [], []
+    given = {"db_url": getattr(options, "db_url", None), **chosen(options), **others}
+    for each in fields(options):  # type: ignore[arg-type]
+        value, flag = given.get(each.name), flags_of(each)[-1]
+        if value is None:
+            continue
+        if not flag.startswith("-"):
+            arguments.append(str(value))
+        elif isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag.removeprefix("--"))
+        else:
+            words += [flag, str(value)]
+    return shlex.join(["isochunk", name, *arguments, *words])

@@ -9,14 +9,17 @@ from pathlib import Path
 from db.errors import UserError
 from db.files.numbers import whole_number
 from db.files.replacement import check_writable, replace_file
+from service.reasons.recommendation import Recommendation
 from service.use_cases.contest import contest
-from service.use_cases.tune_options import TuneOptions
+from service.use_cases.options import chosen
+from service.use_cases.tune_options import TuneOptions, next_command
 from service.use_cases.tune_report import TuneReport
 from tuner.plan.cost_model import MAX_TOKENS, CostModel, load_cost_model
+from tuner.plan.layout import layout_of
 from tuner.plan.plan import MAX_WINDOW, Parallel, Request, save_plan
 from tuner.plan.workload import load_workload
 from tuner.rounds.problem import Limits
-from tuner.rounds.round_plan import rounds_to_plan
+from tuner.rounds.round_plan import Alternative, rounds_to_plan
 from tuner.rounds.schedule import Objective
 from tuner.search.rules import Rules
 
@@ -93,7 +96,20 @@ def _tune_cost_model(cost: CostModel, requests: tuple[Request, ...], rules: Rule
         window=rules.window,
         cost_model=cost.to_json(),
     )
-    return TuneReport(plan=plan, policies=found.policies, replays=found.replays)
+    simple = next((one for one in found.policies if one.policy.startswith("fixed:")), None)
+    recommendation = Recommendation(
+        plan=plan,
+        price_per_gpu_hour=options.price_per_gpu_hour,
+        simple=None if simple is None else Alternative(layout=layout_of(plan.parallel), rounds=simple),
+        next_command=next_command(options),
+    )
+    return TuneReport(
+        plan=plan,
+        recommendation=recommendation,
+        options=chosen(options),
+        policies=found.policies,
+        replays=found.replays,
+    )
 
 
 def _length(text: str) -> int:

@@ -15,8 +15,9 @@ from tuner.plan.layout import layout_of
 from tuner.plan.plan import Plan
 from tuner.rounds.schedule import Objective
 from tuner.search.autotune import Choice, autotune
-from tuner.search.layouts import Target, to_plan, with_rounds
+from tuner.search.layouts import to_plan, with_rounds
 from tuner.search.rules import Rules
+from tuner.search.target import Target
 
 
 def tune_measured(
@@ -60,8 +61,11 @@ def _choices(report: TuneReport, target: Target, rules: Rules) -> list[Choice]:
     for candidate in report.candidates:
         if candidate.refusal or candidate.rounds is None:
             continue
-        for planned in rules.compare(candidate.layout_costs.cost_model(candidate.layer_partition), target.requests):
+        cost = candidate.layout_costs.cost_model(candidate.layer_partition)
+        for planned in candidate.rules(rules).compare(cost, target.requests):
             chosen = with_rounds(target, candidate, planned, rules)
+            if chosen.refusal:
+                continue
             plan = to_plan(target, chosen, rules, uncertainty=chosen.uncertainty(report.held_out))
             expected = planned.evaluation
             predicted_s = expected.makespan_s if rules.objective is Objective.MAKESPAN else expected.mean_ttft_s

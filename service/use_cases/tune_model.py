@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,25 +18,31 @@ from db.rows.runs import RunStatus, list_runs
 from db.store.engine import Database, open_database
 from profiler.hardware.device import default_device_type, default_num_threads, describe_hardware
 from profiler.model import PRECISIONS, Backend, load_model_shape, precision_of
+from profiler.model.flops import fastest_product_flops, prefill_flops
 from profiler.model.shape import default_dtype
 from profiler.sequence.kind import SPKind
+from service.reasons.recommendation import Recommendation
 from service.use_cases.contest import contest
-from service.use_cases.options import flag_of
-from service.use_cases.tune_options import TuneOptions
+from service.use_cases.options import chosen, flag_of
+from service.use_cases.tune_options import TuneOptions, next_command
 from service.use_cases.tune_report import TuneReport
 from tuner.fit.correction import fit_correction, load_measured_rounds
+from tuner.fit.coverage import coverage
 from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
+from tuner.fit.uncertainty import share_missing, widened
 from tuner.fit.whole_costs import Costs, fit_whole_costs, whole_held_out
-from tuner.plan.layout import ANY, Layout, Pins, enumerate_layouts
+from tuner.plan.layout import ANY, Layout, Pins, enumerate_layouts, layout_of
 from tuner.plan.plan import Request
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.topology import load_topology
+from tuner.search.alternatives import best_simple, one_card
 from tuner.search.explanation import explain
-from tuner.search.layouts import Candidate, Target, search_layouts, to_plan, with_rounds
+from tuner.search.layouts import Candidate, search_layouts, to_plan, with_rounds
 from tuner.search.links import Links
 from tuner.search.rules import Rules
+from tuner.search.target import Target
 
 # Rows that a card's products are tiled by: between multiples their rate falls, and so finely they are measured.
 CHUNK_MULTIPLE = {"cpu": 64, "cuda": 256}
@@ -74,7 +81,7 @@ def tune_model(
             dtype=dtype or default_dtype(shape, device_type),
             requests=requests,
             device_type=device_type,
-            memory_bytes=hardware.memory_bytes,
+            memory_bytes=options.memory_bytes or hardware.memory_bytes,
             max_new_tokens=options.max_new_tokens,
             threads_per_rank=hardware.num_threads,
         )
@@ -90,7 +97,7 @@ def tune_model(
         fit = _fitter(database, hardware, target, links, correct=options.correct)
         candidates = search_layouts(target, layouts, rules, fit)
         candidates = [replace(one, assumed=links.assumed(one.layout)) if one.rounds else one for one in candidates]
-        report = _report(target, candidates, rules, rows, compare=options.compare)
+        report = _report(target, candidates, rules, hardware, rows, options)
         why = explain(target, report.candidates, rules, with_map=options.plot is not None)
         report = replace(report, explanation=why, plot=options.plot, notes=tuple(notes))
         if options.measure is not None:
@@ -98,9 +105,19 @@ def tune_model(
 
             with process_row(database, "tune --measure"):
                 report = tune_measured(replace(report, hardware=hardware), target, rules, options, echo)
+        compared = replace(
+            report.recommendation,
+            plan=report.plan,
+            explanation=why,
+            one_card=one_card(target, rules, fit),
+            simple=best_simple(target, candidates, rules),
+            close=close_layouts(report),
+            measured_s=report.trials[0].measured_s if report.trials else None,
+        )
+        report = replace(report, hardware=hardware, recommendation=_with_mfu(compared, target, hardware, rows))
         if options.keep:
             _keep(database, hardware, target, report)
-        return replace(report, hardware=hardware)
+        return report
 
 
 def pins_of(options: TuneOptions) -> Pins:
@@ -173,25 +190,78 @@ def _fitter(
 
 
 def _report(
-    target: Target, candidates: list[Candidate], rules: Rules, rows: list[Measurement], *, compare: bool
+    target: Target,
+    candidates: list[Candidate],
+    rules: Rules,
+    hardware: Hardware,
+    rows: list[Measurement],
+    options: TuneOptions,
 ) -> TuneReport:
     """The best candidate's plan with its rivals and its uncertainty. Raises UserError when every layout is refused."""
     best = candidates[0]
     if best.refusal or best.rounds is None:
         raise UserError("layouts", "", "none can run: " + "; ".join(f"{c.layout}: {c.refusal}" for c in candidates))
     cost = best.layout_costs.cost_model(best.layer_partition)
-    found = contest(cost, target.requests, rules, compare=compare, planned=best.rounds)
+    found = contest(cost, target.requests, best.rules(rules), compare=options.compare, planned=best.rounds)
     if found.planned is not best.rounds:
-        best = with_rounds(target, best, found.planned, rules)
+        other = with_rounds(target, best, found.planned, rules)
+        best = best if other.refusal else other
+    assert best.rounds is not None
+    work, layout = best.layout_costs.work, best.layout
     errors_of = held_out_errors if target.shape.backend is Backend.OWN else whole_held_out
-    held_out = errors_of(rows, best.layout_costs.work, busy_ranks=best.layout.world_size)
+    held_out = errors_of(rows, work, busy_ranks=layout.world_size)
+    covered = coverage(rows, work, layout, best.rounds.rounds, device_type=target.device_type)
+    plan = to_plan(target, best, rules, uncertainty=widened(best.uncertainty(held_out), share_missing(covered)))
     return TuneReport(
-        plan=to_plan(target, best, rules, uncertainty=best.uncertainty(held_out)),
+        plan=plan,
+        recommendation=Recommendation(
+            plan=plan,
+            hardware=hardware,
+            price_per_gpu_hour=options.price_per_gpu_hour,
+            coverage=tuple(covered),
+            profile_command=_profile_command(options, target, layout),
+            next_command=next_command(options),
+        ),
+        options=chosen(options),
         policies=found.policies,
         replays=found.replays,
         candidates=[best, *candidates[1:]],
         held_out=held_out,
     )
+
+
+def close_layouts(report: TuneReport) -> tuple[str, ...]:
+    """Layouts that take no longer than the plan may, by the width of its prediction."""
+    predicted = report.plan.predicted
+    if predicted is None or predicted.uncertainty is None:
+        return ()
+    most_s, own = (1.0 + predicted.uncertainty) * predicted.makespan_s, layout_of(report.plan.parallel)
+    return tuple(
+        str(candidate.layout)
+        for candidate in report.candidates
+        if candidate.rounds and not candidate.refusal and candidate.rounds.makespan_s <= most_s
+        and candidate.layout != own
+    )  # fmt: skip
+
+
+def _profile_command(options: TuneOptions, target: Target, layout: Layout) -> str:
+    """Measures what the plan leans on."""
+    longest = max(request.prompt_tokens for request in target.requests)
+    words = ["isochunk", "profile", str(options.model), "--world-size", str(layout.world_size)]
+    words += ["--tp-sizes", str(layout.tp_size), "--context-length", str(longest), "--dtype", target.dtype]
+    return shlex.join([*words, *(("--sp-sizes", str(layout.sp_size)) if layout.sp_size > 1 else ())])
+
+
+def _with_mfu(told: Recommendation, target: Target, hardware: Hardware, rows: list[Measurement]) -> Recommendation:
+    """With the utilisation of the cards: of the published peak, or of the fastest product measured where none is."""
+    chunks = ((chunk.tokens, chunk.start) for chunks in told.plan.rounds for chunk in chunks)
+    flops = prefill_flops(target.shape, chunks, len(target.requests))
+    rate = flops / told.makespan_s / told.plan.parallel.world_size
+    peak = PRECISIONS[target.dtype].peak_flops(hardware.device)
+    if peak:
+        return replace(told, mfu=rate / peak, mfu_of="the published peak")
+    measured = fastest_product_flops(rows, target.dtype)
+    return replace(told, mfu=min(1.0, rate / measured), mfu_of="the fastest product measured") if measured else told
 
 
 def _keep(database: Database, hardware: Hardware, target: Target, report: TuneReport) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import dataclass
 
 from db.errors import UserError
 from profiler.sequence.kind import SPKind
-from service.use_cases.options import check_options, db_url, option
+from service.use_cases.options import DB_VARIABLE, check_options, command_line, db_url, option
 
 SP_KINDS = ("auto", *(kind.value for kind in SPKind))
 
@@ -38,6 +40,9 @@ class TuneOptions:
     max_kv_tokens: int | None = option(None, "Most tokens in the KV cache.")
     objective: str = option("makespan", "What is made least.", choices=("makespan", "mean-ttft", "sla"))
     sla_ttft_s: float | None = option(None, "Deadline of every request's TTFT, for the objective sla.", above=0)
+    memory_gib: float | None = option(
+        None, "GiB of a card, or of the host of CPU ranks. [default: the hardware's]", above=0
+    )
     max_new_tokens: int = option(1, "Tokens to decode; counts in memory.", above=0)
     dtype: str | None = option(None, "float32, bfloat16, w8a16, w8a8, fp8, ... [default: the model's]")
     device_type: str | None = option(
@@ -52,10 +57,16 @@ class TuneOptions:
     )
     repeat: int = option(1, "Runs of each measured plan; the median counts.", above=0)
     correct: bool = option(True, "Correct the model by earlier runs. [default: correct]")
+    price_per_gpu_hour: float | None = option(None, "Tells the cost a million prompt tokens.", metavar="N", above=0)
     keep: bool = option(True, "Keep the fit and the plan in the database. [default: keep]")
     plot: str | None = option(None, "Draw why, and where else which layout wins.", metavar="FILE.svg", is_file=True)
     output: str | None = option(None, "Write the best plan to this file.", flags=("-o", "--output"), is_file=True)
     db_url: str | None = db_url()
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Of `memory_gib`."""
+        return None if self.memory_gib is None else int(self.memory_gib * 2**30)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -79,3 +90,15 @@ class TuneOptions:
             raise UserError("--precision", self.precision, "says what --dtype says; give one of the two")
         if self.cost_model is None and self.model is None:
             raise UserError("MODEL", "missing", "give a model, or a cost model with --cost-model FILE --pp-size K")
+
+
+def next_command(options: TuneOptions) -> str:
+    """What to type after this: keep the plan, run it, or hand it to an engine."""
+    if options.output is None:
+        known = {"db_url": None} if options.db_url == os.environ.get(DB_VARIABLE) else {}
+        return command_line("tune", options, output="plan.json", **known)
+    if options.model is None:
+        return shlex.join(["isochunk", "export", options.output, "--engine", "sglang"])
+    is_folder = os.sep in options.model or options.model.startswith(".")
+    weights = ["--weights", options.model] if is_folder else ["--random-weights"]
+    return shlex.join(["isochunk", "run-plan", options.output, *weights])

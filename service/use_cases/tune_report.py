@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from service.reasons.recommendation import Recommendation
 from tuner.plan.plan import Plan
 from tuner.rounds.round_plan import RoundPlan
 from tuner.search.replay import Replay
@@ -24,6 +26,9 @@ class TuneReport:
     """Everything that tune found, for the table and for JSON."""
 
     plan: Plan
+    recommendation: Recommendation
+    options: Mapping[str, Any]
+    """What the caller chose."""
     policies: list[RoundPlan] = field(default_factory=list)
     replays: list[Replay] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
@@ -55,6 +60,8 @@ class TuneReport:
         """For programs: the plan, the ranking, the policies, the held-out errors and the trials."""
         return {
             "plan": self.plan.to_json(),
+            "recommendation": self.recommendation.to_json(),
+            "options": dict(self.options),
             "layouts": [_candidate_json(candidate) for candidate in self.candidates],
             "num_planned": self.num_planned,
             "num_proven_worse": self.num_proven_worse,
@@ -98,10 +105,19 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "extrapolates": candidate.extrapolates,
         "assumed": [str(group) for group in candidate.assumed],
         "memory_bytes": candidate.peak_memory_bytes,
+        "bound_by_memory": candidate.is_bound_by_memory,
+        "memory_limits": _limits_json(candidate),
         "proven_worse": candidate.is_proven_worse,
         "floor_s": candidate.floor[0] if candidate.floor and math.isfinite(candidate.floor[0]) else None,
     }
     return found | ({} if candidate.rounds is None else _expected_json(candidate.rounds))
+
+
+def _limits_json(candidate: Candidate) -> dict[str, int | None] | None:
+    limits = candidate.limits
+    if limits is None:
+        return None
+    return {"max_round_tokens": limits.max_round_tokens, "max_kv_tokens": limits.max_kv_tokens}
 
 
 def _policy_json(planned: RoundPlan) -> dict[str, Any]:

@@ -39,8 +39,9 @@ from tuner.fit.layer_costs import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
 from tuner.plan.layout import Pins, enumerate_layouts
 from tuner.plan.plan import Request
-from tuner.search.layouts import Target, search_layouts
+from tuner.search.layouts import search_layouts
 from tuner.search.rules import Rules
+from tuner.search.target import Target
 
 TAUGHT = 32768
 

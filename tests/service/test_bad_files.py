@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import resource
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,35 @@ def test_a_world_that_nobody_has(isochunk: Isochunk) -> None:
 @pytest.mark.parametrize("text", ["²", "9" * 5000, "1,,2", "0", "-1"])
 def test_tensor_parallel_sizes_that_are_no_numbers(text: str, isochunk: Isochunk) -> None:
     assert "--tp-sizes: " in isochunk("profile", "llama-3-8b", "--world-size", 2, "--tp-sizes", text)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("tune", "{long}", "--prompt-lens", "5"),
+        ("profile", "{long}", "--world-size", "1"),
+        ("run-plan", "{long}", "--random-weights"),
+        ("export", "{long}", "--engine", "vllm"),
+        ("quantize", "{long}", "-o", "out"),
+        ("tune", "--cost-model", "{long}", "--pp-size", "2", "--prompt-lens", "5"),
+    ],
+)
+def test_names_that_no_file_can_have(arguments: tuple[str, ...], isochunk: Isochunk) -> None:
+    assert "File name too long" in isochunk(*(word.format(long="x" * 5000) for word in arguments))
+
+
+@pytest.mark.parametrize(("reader", "end"), [("> /dev/full", (2, "Error: output: No space left on device\n")),
+                                             ("| true", (0, ""))])  # fmt: skip
+def test_an_output_that_cannot_be_written(reader: str, end: tuple[int, str]) -> None:
+    command = f"{sys.executable} -m service --help {reader}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == end
+
+
+def test_a_text_without_end(isochunk: Isochunk, weights: Path, tmp_path: Path) -> None:
+    options = ("--precision", "w8a8-static", "--calibration", "/dev/zero", "-o", tmp_path / "out")
+    assert "--calibration: /dev/zero; must be at most 64 MiB" in isochunk("quantize", weights, *options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_archives_without_end(isochunk: Isochunk, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_report_for_people_and_one_for_programs(invoke: Invoke, tmp_path: Path
         (("--smooth", "2"), "--smooth: 2.0; must be between 0 and 1"),
         (("--asymmetric",), "--asymmetric: w8a8; only w8a8-static"),
         (("--keep", "embed_tokens"), "--keep: embed_tokens; fits no linear"),
-        (("--calibration", "/nowhere.txt"), "--calibration: /nowhere.txt; must be a text in UTF-8 (No such file"),
+        (("--calibration", "/nowhere.txt"), "--calibration: /nowhere.txt; must be a readable file (No such file"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

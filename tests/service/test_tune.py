@@ -19,7 +19,7 @@ from db.rows.plans import list_plan_rows
 from db.store.engine import open_database
 from service.cli.main import cli
 from tests.structures import ROOT
-from tests.tuner.measured import SHAPE, Machine, measure, with_ranks
+from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, with_ranks
 from tuner.plan.plan import load_plan
 
 HARDWARE = Hardware(
@@ -78,7 +78,7 @@ def test_the_best_layout_is_written_as_a_plan_and_kept_as_a_row(url: str, tmp_pa
     assert plan.predicted.lower_bound_s <= plan.predicted.makespan_s
     assert [request.prompt_tokens for request in plan.requests] == [6000, 700]
     assert sum(plan.parallel.layer_partition) == SHAPE.num_layers
-    ours, baseline = report["policies"]
+    baseline, ours = sorted(report["policies"], key=lambda one: one["policy"])
     assert ours["policy"] == "joint"
     assert baseline["policy"].startswith("fixed:")
     assert ours["gap"] == pytest.approx(plan.predicted.gap)
@@ -96,6 +96,42 @@ def test_the_tables_name_layouts_policies_and_errors(url: str) -> None:
     compared = tune(*arguments, "--compare")
     for words in ("fixed:512", "gpipe", "sglang", "ascend", "terapipe", "dp", "joint"):
         assert words in compared
+
+
+def test_the_recommendation_comes_first(url: str) -> None:
+    arguments = (SHAPE.name, "--world-size", "2", "--prompt-lens", "3000", "--dtype", "float32", "--db", url)
+    arguments = (*arguments, "--price-per-gpu-hour", "2")
+    text = tune(*arguments)
+    first = [line.split()[0] for line in text.splitlines()[1:14] if line[:3] != "   "]
+    assert first[:4] == ["run", "that", "takes", "costs"]
+    assert text.startswith("Recommended\n") and "give or take" in text and "None" not in text
+    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
+    told = tune_json(*arguments)["recommendation"]
+    layouts = {one["makespan_s"] for one in tune_json(*arguments)["layouts"] if "makespan_s" in one}
+    assert told["makespan_s"] == min(layouts)
+    assert told["tokens_per_s"] == pytest.approx(3000 / told["makespan_s"])
+    assert told["cost_per_million_tokens"] == pytest.approx(1e6 / 3000 * told["makespan_s"] * 2 * 2 / 3600)
+    assert 1.0 < told["gain_over_one_card"] <= 2.0
+    assert told["gain_over_simple"] >= 1.0 and told["simple"]["policy"].startswith("fixed:")
+    assert told["warning"] is None and 0.0 < told["mfu"] <= 1.0
+    assert told["next"].endswith("--output plan.json --db " + url)
+
+
+def test_a_prediction_from_almost_nothing_is_called_a_guess(tmp_path: Path) -> None:
+    url, kept = f"sqlite:///{tmp_path / 'few.db'}", (CHUNKS[0], CHUNKS[-1])
+    sized = ("matmul", "attention", "elementwise", "send_recv")
+    rows = [row for row in measure(Machine()) if row.op not in sized or row.shape.get(
+        "m", row.shape.get("chunk", row.shape.get("tokens", CHUNKS[0]))) in kept]  # fmt: skip
+    with open_database(url) as database:
+        save_measurements(database, HARDWARE, {row.key: row for row in rows}.values())
+    arguments = (SHAPE.name, "--tp-size", "1", "--pp-size", "2", "--prompt-lens", "3000", "--dtype", "float32")
+    text = tune(*arguments, "--db", url)
+    words = " ".join(text.split())
+    assert words.startswith("A GUESS: ") and "points that this plan leans on were not measured" in words
+    assert "Measure them: isochunk profile llama-3.2-1b --world-size 2 --tp-sizes 1 --context-length 3000" in words
+    assert "sure not at all" in words and "of 0 points" not in words
+    plan = tune_json(*arguments, "--db", url)["plan"]
+    assert plan["predicted"]["uncertainty"] >= 1.0
 
 
 def test_a_quicker_card_is_named_and_its_stage_holds_more_layers(url: str) -> None:
@@ -302,6 +338,7 @@ def test_one_card_is_planned_as_well_as_by_terapipe(tmp_path: Path) -> None:
         ((*TEN_TOKENS, "--tp-size", "3"), "layouts: none can run: TP3 PP1: tp_size: 3; must"),
         ((*TEN_TOKENS, "--pp-size", "99"), "layouts: none can run: TP1 PP99: pp_size 99 is"),
         ((*TEN_TOKENS, "--dtype", "bfloat16"), "measurements: none in bfloat16 on imaginary; "),
+        ((*TEN_TOKENS, "--dtype", "float32", "--memory-gib", "0.3"), "layouts: none can run: TP1 PP1: needs 5.88 GiB"),
         ((*TEN_TOKENS, "--hardware", "7"), "hardware: 7; must be one of 1"),
         (("llama-9", "--prompt-lens", "10"), "MODEL: llama-9; must be a folder with a config.json, or one of"),
         (("qwen3-0.6b", "--prompt-lens", "10", "--dtype", "float32"), "layouts: none can run: TP1 PP1: measurements:"),

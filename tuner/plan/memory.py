@@ -104,17 +104,21 @@ def plan_memory(shape: ModelShape, plan: Plan, *, max_new_tokens: int, device_ty
     )
 
 
+def needed_bytes(stages: Sequence[RankMemory], stage_size: int, device_type: str) -> tuple[int, str]:
+    """Bytes that one device must have for stages of `stage_size` ranks, and who takes them."""
+    if device_type == "cuda":
+        worst = max(range(len(stages)), key=lambda stage: stages[stage].total_bytes)
+        return stages[worst].total_bytes, f"a rank of stage {worst}"
+    return stage_size * sum(stage.total_bytes for stage in stages), "all ranks of this host"
+
+
 def memory_refusal(stages: Sequence[RankMemory], *, stage_size: int, device_type: str, memory_bytes: int) -> str | None:
     """Why stages of `stage_size` ranks that need `stages` each do not fit, or None when they do.
 
     memory_bytes: of one GPU, which one rank has to itself, or of the host, which all ranks share.
     """
     usable = int(memory_bytes * USABLE_SHARE)
-    if device_type == "cuda":
-        worst = max(range(len(stages)), key=lambda stage: stages[stage].total_bytes)
-        needed, who = stages[worst].total_bytes, f"a rank of stage {worst}"
-    else:
-        needed, who = stage_size * sum(stage.total_bytes for stage in stages), "all ranks of this host"
+    needed, who = needed_bytes(stages, stage_size, device_type)
     if needed <= usable:
         return None
     share = max(stage.kv_bytes / stage.total_bytes for stage in stages)

@@ -58,6 +58,28 @@ class RoundSizes:
             num_requests=len(requests),
         )
 
+    @classmethod
+    def of_limits(
+        cls, parallel: Parallel, *, most_tokens: int, slab_rows: int, new_tokens: int, most_passed: int
+    ) -> Self:
+        """Of rounds that are only known by their limits: as few as hold all new tokens, in the usual cut of the kind.
+
+        slab_rows: of a rank that keeps all tokens; most_passed: of the longest prompt.
+        """
+        size = parallel.sequence_size
+        rows = rows_per_rank([most_tokens], usual_cut(parallel.sp_kind), size)
+        num_rounds = -(-new_tokens // most_tokens)
+        if parallel.sp_kind is SPKind.RING:
+            slab_rows = -(-slab_rows // size) + 1
+        return cls(
+            slab_rows=slab_rows,
+            most_tokens=most_tokens,
+            most_rows=rows,
+            all_rows=num_rounds * rows,
+            most_passed=most_passed + most_tokens,
+            num_rounds=num_rounds,
+        )
+
 
 def _kept_tokens(
     requests: Sequence[Request], rounds: Sequence[Round], cuts: Sequence[SequenceCut], size: int

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from profiler.sequence.kind import SequenceCut
+from tuner.plan.layout import Layout
 from tuner.plan.plan import Parallel, Plan, Predicted, Request, Round
 from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.problem import Problem
@@ -51,6 +52,26 @@ class RoundPlan:
     def gap(self) -> float:
         """makespan / lower bound - 1: the plan is at most this far above the best possible makespan."""
         return self.evaluation.makespan_s / self.lower_bound_s - 1.0 if self.lower_bound_s else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """Another way to run the same requests: its layout and rounds, or why it cannot run."""
+
+    layout: Layout
+    rounds: RoundPlan | None = None
+    refusal: str | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """For programs."""
+        planned = self.rounds
+        return {
+            "layout": str(self.layout),
+            "policy": planned and planned.policy,
+            "makespan_s": planned and planned.makespan_s,
+            "mean_ttft_s": planned and planned.evaluation.mean_ttft_s,
+            "refusal": self.refusal,
+        }
 
 
 def best_first(plans: Iterable[RoundPlan], objective: Objective) -> list[RoundPlan]:

@@ -12,9 +12,10 @@ from tuner.plan.plan import Request, Round
 from tuner.policies.fixed import fixed_rounds
 from tuner.rounds.problem import Problem, arrive_over_time
 from tuner.rounds.schedule import evaluate
-from tuner.search.layouts import Candidate, Target
+from tuner.search.layouts import Candidate
 from tuner.search.partition import even_partition
 from tuner.search.rules import Rules
+from tuner.search.target import Target
 
 LINK_FACTORS = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0)
 """Speeds of all links, over the measured or given ones."""

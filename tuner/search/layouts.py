@@ -9,18 +9,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from db.errors import UserError
-from profiler.model import ModelShape
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind
 from tuner.fit.holdout import HeldOutError
 from tuner.fit.uncertainty import makespan_uncertainty
 from tuner.fit.whole_costs import Costs
 from tuner.plan.cost_model import CostModel
 from tuner.plan.layout import Layout
-from tuner.plan.memory import RUNTIME_BYTES, RankMemory, memory_refusal, rank_memory, rounds_memory
-from tuner.plan.plan import Chunk, Parallel, Plan, Request, Weights
-from tuner.plan.round_sizes import RoundSizes
+from tuner.plan.memory import RankMemory, rounds_memory
+from tuner.plan.plan import Plan
 from tuner.plan.stage_order import StageOrder
-from tuner.rounds.problem import Problem
+from tuner.rounds.problem import Limits, Problem
 from tuner.rounds.round_plan import Bound, RoundPlan, rounds_to_plan
 from tuner.rounds.schedule import Objective
 from tuner.search.cuts import with_cuts
@@ -28,36 +26,18 @@ from tuner.search.floors import Batch, Floors
 from tuner.search.links import Assumed
 from tuner.search.partition import BuildCost, balanced_partition, choose_partition, even_partition
 from tuner.search.rules import Rules
+from tuner.search.target import Room, Target, gathered, least_memory_refusal, parallel_of
 
 NEAR_SKETCH, NEAR_DRAFT = 1.025, 1.015
 """Layouts whose sketches are within this factor of the best are drafted, since other partitions gain a few percent;
 those whose drafts are within the other one are planned in full, which gains less."""
 MOST_DRAFTS, MOST_PLANS = 3, 2
 """How many are drafted at most, and how many of these are planned in full."""
+NEAR_LIMIT = 0.9  # of the largest round that fits: a plan's largest above it might be larger
 SKETCHED_ROUNDS, HOPEFUL = 4, 1.05
 """Numbers of rounds that are tried where stages hold several groups; one where the estimate is above the best sketch
 by more than the factor."""
 FitLayout = Callable[[Layout], Costs]  # raises UserError when nothing was measured for the layout
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What is planned: the model in a precision, the requests, and the device they run on."""
-
-    shape: ModelShape
-    dtype: str
-    requests: tuple[Request, ...]
-    device_type: str
-    memory_bytes: int
-    max_new_tokens: int = 1
-    threads_per_rank: int | None = None
-
-    def __post_init__(self) -> None:
-        for request in self.requests:
-            most = self.shape.max_positions - self.max_new_tokens + 1
-            if request.prompt_tokens > most:
-                allowed = f"at most {most} with {self.max_new_tokens} new tokens, by the positions of {self.shape.name}"
-                raise UserError(f"prompt_tokens of request {request.id}", request.prompt_tokens, allowed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +54,8 @@ class Candidate:
     cuts: tuple[SequenceCut, ...] = ()
     """How each round is cut among the ranks that share its rows."""
     memory: tuple[RankMemory, ...] = ()
+    limits: Limits | None = None
+    """Of rounds, where memory sets them."""
     assumed: tuple[Assumed, ...] = ()
     """Messages whose times no rows tell."""
 
@@ -82,6 +64,10 @@ class Candidate:
         """The costs with the layout's groups of layers; `costs` are shared by layouts of the same work."""
         assert self.costs is not None
         return self.costs.interleaved(self.layout.virtual_stages, self.layout.stage_order)
+
+    def rules(self, rules: Rules) -> Rules:
+        """The rules within what memory allows this layout."""
+        return rules if self.limits is None else replace(rules, limits=self.limits)
 
     @property
     def is_proven_worse(self) -> bool:
@@ -92,6 +78,14 @@ class Candidate:
     def peak_memory_bytes(self) -> int:
         """Of the rank that needs most."""
         return max((stage.total_bytes for stage in self.memory), default=0)
+
+    @property
+    def is_bound_by_memory(self) -> bool:
+        """Whether rounds might be larger, or more prompts held at once, if there was more memory."""
+        if self.limits is None or self.rounds is None or self.limits.max_round_tokens is None:
+            return False
+        largest = max(sum(chunk.tokens for chunk in chunks) for chunks in self.rounds.rounds)
+        return self.limits.max_kv_tokens is not None or largest > NEAR_LIMIT * self.limits.max_round_tokens
 
     @property
     def extrapolates(self) -> bool:
@@ -139,7 +133,7 @@ def search_layouts(
         """The same for all that differ in their groups of layers alone."""
         plain = replace(layout, virtual_stages=1, stage_order=StageOrder.LOOP)
         if plain not in needs_room:
-            needs_room[plain] = least_memory_refusal(target, plain)
+            needs_room[plain] = least_memory_refusal(target, plain, rules.limits, rules.chunk_multiple)
         return needs_room[plain]
 
     def fitted(layout: Layout) -> Candidate:
@@ -169,10 +163,10 @@ def search_layouts(
         else:
             candidates[index] = sketched = replace(_sketched(target, candidate, rules, best), floor=floor)
             best = min(best, sketched.score(rules.objective))
-            if sketched.refusal and (layout := _gathered(candidate.layout)):
-                candidates[index] = gathered = fitted(layout)
-                if gathered.costs is not None:
-                    heapq.heappush(waiting, (floor_of(gathered, close=False), False, index))
+            if sketched.refusal and (layout := gathered(candidate.layout)):
+                candidates[index] = shared = fitted(layout)
+                if shared.costs is not None:
+                    heapq.heappush(waiting, (floor_of(shared, close=False), False, index))
     return _improved(target, candidates, rules)
 
 
@@ -199,25 +193,12 @@ def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: 
         requests=target.requests,
         model=dict(target.shape.config) | {"name": target.shape.name, "backend": str(target.shape.backend)},
         precision=target.dtype,
-        parallel=_parallel(layout, candidate.layer_partition),
+        parallel=parallel_of(layout, candidate.layer_partition),
         window=rules.window,
         threads_per_rank=target.threads_per_rank,
         cost_model=candidate.layout_costs.cost_model(candidate.layer_partition).to_json(),
         cuts=candidate.cuts if layout.sp_kind is not SPKind.NONE else (),
         uncertainty=uncertainty,
-    )
-
-
-def _parallel(layout: Layout, layer_partition: tuple[int, ...]) -> Parallel:
-    return Parallel(
-        tp_size=layout.tp_size,
-        pp_size=layout.pp_size,
-        layer_partition=layer_partition,
-        sp_size=layout.sp_size,
-        sp_kind=layout.sp_kind,
-        virtual_stages=layout.virtual_stages,
-        stage_order=layout.stage_order,
-        weights=layout.weights,
     )
 
 
@@ -227,8 +208,8 @@ def _fitted(layout: Layout, memory_refusal_of: Callable[[Layout], str | None], f
     Weights that do not fit whole are gathered where ranks share them.
     """
     refusal = layout.refusal or memory_refusal_of(layout)
-    if refusal and not layout.refusal and (gathered := _gathered(layout)):
-        return _fitted(gathered, memory_refusal_of, fit_layout)
+    if refusal and not layout.refusal and (shared := gathered(layout)):
+        return _fitted(shared, memory_refusal_of, fit_layout)
     if refusal:
         return Candidate(layout=layout, refusal=refusal)
     try:
@@ -238,32 +219,42 @@ def _fitted(layout: Layout, memory_refusal_of: Callable[[Layout], str | None], f
     return Candidate(layout=layout, costs=costs)
 
 
-def _gathered(layout: Layout) -> Layout | None:
-    """The layout with weights cut over the ranks of a sequence-parallel group, where these held them whole."""
-    whole = layout.sp_size > 1 and layout.weights is Weights.WHOLE
-    return replace(layout, weights=Weights.GATHERED) if whole else None
-
-
 def _build_cost(candidate: Candidate) -> BuildCost:
     """The cost models of the layout's partitions, each built once."""
     return cache(candidate.layout_costs.cost_model)
 
 
 def _sketched(target: Target, candidate: Candidate, rules: Rules, best: tuple[float, ...]) -> Candidate:
-    """Drafted for one partition, that of least work on the fullest stage.
+    """Drafted for one partition, that of least work on the fullest stage, with rounds as large as memory allows.
 
     best: the score of the best sketch so far; one that is likely to be far off is made with less care.
     """
     build_cost, layout = _build_cost(candidate), candidate.layout
     if layout.virtual_stages == 1:
         partition = balanced_partition(build_cost, target.shape.num_layers, layout.pp_size, target.requests)
-        rounds = rules.draft(build_cost(partition), target.requests)
     else:
         partition = even_partition(target.shape.num_layers, layout.num_groups)
-        cost = build_cost(partition)
-        hopeful_s = HOPEFUL * best[0] if rules.objective is Objective.MAKESPAN else math.inf
-        rounds = rules.sketch(cost, _shorter(cost), target.requests, SKETCHED_ROUNDS, hopeful_s)
-    return with_rounds(target, replace(candidate, layer_partition=partition), rounds, rules)
+    cost = build_cost(partition)
+    assert candidate.costs is not None
+    room = Room(
+        target=target, layout=layout, layer_partition=partition, chunk_multiple=rules.chunk_multiple,
+        measured_tokens=candidate.costs.max_chunk,
+    )  # fmt: skip
+    limits = room.limits(rules.limits)
+    if limits is None:
+        return replace(candidate, layer_partition=partition, refusal=room.refusal(rules.limits))
+    while True:
+        bounded = replace(rules, limits=limits)
+        if layout.virtual_stages == 1:
+            rounds = bounded.draft(cost, target.requests)
+        else:
+            hopeful_s = HOPEFUL * best[0] if rules.objective is Objective.MAKESPAN else math.inf
+            rounds = bounded.sketch(cost, _shorter(cost), target.requests, SKETCHED_ROUNDS, hopeful_s)
+        own = replace(candidate, layer_partition=partition, limits=None if limits == rules.limits else limits)
+        sketched = with_rounds(target, own, rounds, rules)
+        if sketched.refusal is None or (tighter := room.tighter(limits, rules.limits)) is None:
+            return sketched
+        limits = tighter
 
 
 def _shorter(cost: CostModel) -> CostModel:
@@ -285,14 +276,14 @@ def _drafted(target: Target, candidate: Candidate, rules: Rules) -> Candidate:
         return candidate
     known = (candidate.layer_partition, sketch)
     partition, rounds = choose_partition(
-        build_cost, target.shape.num_layers, layout.num_groups, target.requests, rules, known
+        build_cost, target.shape.num_layers, layout.num_groups, target.requests, candidate.rules(rules), known
     )
     return candidate if rounds is sketch else _better(target, candidate, partition, rounds, rules)
 
 
 def _planned(target: Target, draft: Candidate, rules: Rules) -> Candidate:
     cost = _build_cost(draft)(draft.layer_partition)
-    return _better(target, draft, draft.layer_partition, rules.plan(cost, target.requests), rules)
+    return _better(target, draft, draft.layer_partition, draft.rules(rules).plan(cost, target.requests), rules)
 
 
 def _better(
@@ -307,12 +298,13 @@ def with_rounds(target: Target, candidate: Candidate, rounds: RoundPlan, rules: 
     """The candidate with its rounds in their cheapest cuts, and refused if they do not fit into memory."""
     layout, costs, partition = candidate.layout, candidate.layout_costs, candidate.layer_partition
     rounds, cuts = with_cuts(rounds, costs, partition, target.requests, window=rules.window)
-    if len(CUTS[layout.sp_kind]) > 1:  # no plan is better, whatever its cuts
+    if len(CUTS[layout.sp_kind]) > 1 or candidate.limits is not None:
+        # No plan is better, whatever its cuts, and whatever the share of memory that its rounds take.
         bound = Bound(lambda: Problem.of(costs.floor_model(partition), target.requests, **rules.options))
         rounds = replace(rounds, bound=bound)
     memory = rounds_memory(
         target.shape,
-        _parallel(layout, candidate.layer_partition),
+        parallel_of(layout, candidate.layer_partition),
         target.requests,
         rounds.rounds,
         dtype=target.dtype,
@@ -320,40 +312,5 @@ def with_rounds(target: Target, candidate: Candidate, rounds: RoundPlan, rules: 
         device_type=target.device_type,
         cuts=cuts,
     )
-    refusal = memory_refusal(
-        memory,
-        stage_size=layout.stage_size,
-        device_type=target.device_type,
-        memory_bytes=target.memory_bytes,
-    )
+    refusal = target.refusal(layout, memory)
     return replace(candidate, rounds=rounds, cuts=cuts, memory=memory, refusal=refusal)
-
-
-def least_memory_refusal(target: Target, layout: Layout) -> str | None:
-    """Why the layout does not fit into memory whatever its partition and rounds, or None where it may.
-
-    Of all ranks' weights and of the longest prompt's KV, the fullest rank holds at least the mean.
-    """
-    partition = even_partition(target.shape.num_layers, layout.num_groups)
-    longest = max(target.requests, key=lambda request: request.prompt_tokens)
-    parallel = _parallel(layout, partition)
-    sizes = RoundSizes.of(parallel, [longest], [_whole(longest)], max_new_tokens=target.max_new_tokens)
-    stages = rank_memory(target.shape, parallel, sizes, dtype=target.dtype, device_type=target.device_type)
-    mean = RankMemory(
-        weights_bytes=sum(stage.weights_bytes for stage in stages) // len(stages),
-        kv_bytes=sum(stage.kv_bytes for stage in stages) // len(stages),
-        activation_bytes=0,
-        unsent_bytes=0,
-        runtime_bytes=RUNTIME_BYTES[target.device_type],
-    )
-    return memory_refusal(
-        (mean,) * (1 if target.device_type == "cuda" else len(stages)),
-        stage_size=layout.stage_size,
-        device_type=target.device_type,
-        memory_bytes=target.memory_bytes,
-    )
-
-
-def _whole(request: Request) -> tuple[Chunk]:
-    """The prompt in one chunk."""
-    return (Chunk(0, request.cached_tokens, request.new_tokens),)

@@ -1,4 +1,4 @@
-"""A rank's process: bound to its launcher's life from its first instruction on, before anything heavy is imported."""
+"""A rank's process: bound to its launcher's life from its first instruction on."""
 
 from __future__ import annotations
 
@@ -6,23 +6,35 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Mapping
+from multiprocessing import parent_process
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
-def main(folder: str, rank: int, launcher_pid: int) -> None:
-    """Run the function that lies in `folder` as rank `rank`; the launcher starts this in a new process."""
-    die_with(launcher_pid)
+def main(folder: str, rank: int, environment: Mapping[str, str]) -> None:
+    """Run the function that lies in `folder` as rank `rank`, with the launcher's environment.
+
+    Forked from the fork server, which ends with the launcher: the kernel ends this process with the server.
+    """
+    die_with(os.getppid())
+    launcher = parent_process()
+    if launcher is None or not launcher.is_alive():  # it died before the line above
+        os._exit(1)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, f"isochunk-r{rank}".encode())  # what ps and top show
+    os.environ.clear()
+    os.environ.update(environment)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    from profiler.comm.ranks.rank import run_child  # torch: seconds
+    from profiler.comm.ranks.rank import run_child  # torch: seconds, where the server has not imported it
 
     run_child(Path(folder), rank)
 
 
-def die_with(launcher_pid: int) -> None:
-    """End this process when its launcher ends, however that happens (Linux; a signal of the kernel's)."""
+def die_with(parent_pid: int) -> None:
+    """End this process when its parent ends, however that happens (Linux; a signal of the kernel's)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher_pid:  # it died before the line above
+    if os.getppid() != parent_pid:  # it died before the line above
         os._exit(1)

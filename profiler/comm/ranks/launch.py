@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from multiprocessing.connection import wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +85,25 @@ def run_ranks(
             store_port=port,
         )
         write_whole(folder.task, task)
-        with _processes(folder, world_size) as processes:
+        with _processes(folder, world_size, function.__module__) as processes:
             Supervisor(processes, folder, stall_timeout_s).run()
             del store  # only now: ranks leave their groups through it
             return [read_whole(folder.result(rank)) for rank in range(world_size)]
 
 
 @contextmanager
-def _processes(folder: RunFolder, world_size: int) -> Iterator[list[SpawnProcess]]:
-    """Processes of the ranks; none is left at the end, whatever ends it."""
-    context = multiprocessing.get_context("spawn")
+def _processes(folder: RunFolder, world_size: int, module: str) -> Iterator[list[ForkServerProcess]]:
+    """Processes of the ranks; none is left at the end, whatever ends it.
+
+    They are forked from a server that has imported torch and `module`, and that runs nothing itself: imports of some
+    3 s of CPU time are paid once, not by each rank and each launch of this process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["profiler.comm.ranks.fork_server", "profiler.comm.ranks.rank", module])
     processes = [
-        context.Process(target=child.main, args=(str(folder.path), rank, os.getpid()), name=f"rank {rank}", daemon=True)
+        context.Process(
+            target=child.main, args=(str(folder.path), rank, dict(os.environ)), name=f"rank {rank}", daemon=True
+        )
         for rank in range(world_size)
     ]
     try:
@@ -119,7 +126,7 @@ def _blocked(*signals: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_processes(processes: list[SpawnProcess]) -> None:
+def end_processes(processes: list[ForkServerProcess]) -> None:
     """End ranks that still run: first asked, so that rows are kept, then killed."""
     for process in processes:
         if process.is_alive():
@@ -138,7 +145,7 @@ def end_processes(processes: list[SpawnProcess]) -> None:
 class Supervisor:
     """Waits for ranks that run, and raises for the first failure or a stall."""
 
-    def __init__(self, processes: list[SpawnProcess], folder: RunFolder, stall_timeout_s: float) -> None:
+    def __init__(self, processes: list[ForkServerProcess], folder: RunFolder, stall_timeout_s: float) -> None:
         self.processes, self.folder, self.stall_timeout_s = processes, folder, stall_timeout_s
         self.started_s = time.monotonic()
 

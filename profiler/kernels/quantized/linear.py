@@ -24,32 +24,43 @@ _LEAST_INT_MM_ROWS = 17  # of `torch._int_mm` on CUDA
 
 
 class DequantizingLinear:
-    """y = x (values scales)^T + b with x plain: the weights are dequantized inside the product (W8A16)."""
+    """y = x (values scales)^T + b with x plain: the weights are dequantized inside the product (W8A16).
 
-    __slots__ = ("bias", "scales", "values")
+    fused: whether a card's kernel may dequantize in its loop, None where that is faster; or all weights beforehand, for
+    the library's product.
+    """
+
+    __slots__ = ("bias", "fused", "scales", "values")
     entry: PlainEntry = PLAIN
 
-    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
-        self.values, self.scales, self.bias = weight.values, weight.scales, bias
+    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None = None, *, fused: bool | None = None) -> None:
+        self.values, self.scales, self.bias, self.fused = weight.values, weight.scales, bias, fused
 
     def split(self, first_outputs: int) -> tuple[DequantizingLinear, DequantizingLinear]:
         """The product as two, of the first outputs and of the rest, on the same memory."""
         whole = QuantizedWeight(self.values, self.scales)
         first, rest = slice(0, first_outputs), slice(first_outputs, None)
         biases = (None, None) if self.bias is None else (self.bias[first], self.bias[rest])
-        return DequantizingLinear(whole.rows(first), biases[0]), DequantizingLinear(whole.rows(rest), biases[1])
+        one, other = (
+            DequantizingLinear(whole.rows(rows), bias, fused=self.fused)
+            for rows, bias in zip((first, rest), biases, strict=True)
+        )
+        return one, other
 
     def __call__(self, x: Operand) -> torch.Tensor:
         """x: [T, K] plain -> [T, N] in x's dtype."""
         assert isinstance(x, torch.Tensor)
         if not x.is_cuda:
             return self._in_floats(x)
-        group_size = self.values.shape[1] // self.scales.shape[1]
-        if has_triton() and x.shape[0] < LIBRARY_ROWS and group_size % _LEAST_GROUP == 0:
-            from profiler.kernels.quantized.triton_product import dequantizing_product
+        if not has_triton():
+            return F.linear(x, QuantizedWeight(self.values, self.scales).dequantized(x.dtype), self.bias)
+        from profiler.kernels.quantized.triton_weight import dequantize, dequantizing_product
 
+        group_size = self.values.shape[1] // self.scales.shape[1]
+        fused = x.shape[0] < LIBRARY_ROWS if self.fused is None else self.fused
+        if fused and group_size % _LEAST_GROUP == 0:
             return dequantizing_product(x, self.values, self.scales, self.bias)
-        return F.linear(x, QuantizedWeight(self.values, self.scales).dequantized(x.dtype), self.bias)
+        return F.linear(x, dequantize(self.values, self.scales, x.dtype), self.bias)
 
     def _in_floats(self, x: torch.Tensor) -> torch.Tensor:
         """In float32, which is a CPU's fast format; a scale for each output is applied to its sums."""
@@ -68,7 +79,8 @@ class QuantizedLinear:
     through `torch._int_mm`, which elsewhere takes thirty times as long as a product in float32: there 8-bit values are
     widened for the call, and sums are exact while they stay below 2^24, rounded to float32 beyond.
 
-    fused: whether int8 on CUDA is one kernel, or the library's product to int32 and a second kernel that scales.
+    fused: whether a card scales where it writes the sums, or the library's product writes them to int32 or float32 and
+    a second kernel scales.
     """
 
     __slots__ = ("bias", "entry", "fused", "scales", "transposed", "values")
@@ -122,6 +134,12 @@ class QuantizedLinear:
         # The library scales row by row to bfloat16 alone, over rows of whole 16-byte words.
         if rows.dtype != torch.bfloat16 or k % 16 or n % 16:
             return scaled_product(rows.values, rows.scales, self.values, self.scales, self.bias, rows.dtype)
+        if not self.fused:
+            one = self.scales.new_ones(())
+            sums = torch._scaled_mm(
+                rows.values, self.values.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True
+            )
+            return dequantize_sums(sums, rows.scales, self.scales, self.bias, rows.dtype)
         return torch._scaled_mm(
             rows.values,
             self.values.t(),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from service.cli.options import db_option, json_option
-from service.cli.output import print_json, print_table
+from service.cli.output import print_json, show_table
 from service.use_cases.listing import Kept, kept_rows
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def list_(what: str, hardware_id: int | None, limit: int, db_url: str | None, as
         print_json(rows)
     elif rows:
         columns = kept.columns
-        print_table(columns, [[row[name] for name in columns] for row in rows], title=f"{kept} in {location}")
+        show_table(columns, [[row[name] for name in columns] for row in rows], title=f"{kept} in {location}")
     else:
         click.echo(f"no {kept} in {location}")
 

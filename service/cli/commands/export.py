@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from service.cli.options import json_option
-from service.cli.output import print_json, print_table
+from service.cli.output import print_json, show_table
 
 ENGINES = ("sglang", "vllm", "vllm-ascend", "trtllm", "dynamo")
 
@@ -34,9 +34,7 @@ def command(plan: Path, engine: str, output: Path | None, as_json: bool) -> None
     rows += [
         (one.rule, one.chunk, one.makespan_s, 100 * (one.makespan_s / made.plan_makespan_s - 1)) for one in made.ruled
     ]
-    print_table(
-        ("rounds by", "chunk", "predicted s", "longer %"), rows, title=f"{engine} {made.release}, by prediction"
-    )
+    show_table(("rounds by", "chunk", "predicted s", "longer %"), rows, title=f"{engine} {made.release}, by prediction")
     for name, value in made.environment.items():
         click.echo(f"{name}={value}")
     click.echo(" ".join(made.flags))

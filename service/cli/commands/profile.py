@@ -10,7 +10,7 @@ import click
 
 from db.errors import UserError
 from service.cli.options import db_option, json_option, stall_option
-from service.cli.output import print_json, print_table
+from service.cli.output import print_json, show_table
 
 if TYPE_CHECKING:
     from profiler.measure.summary import ProfileSummary
@@ -106,7 +106,7 @@ def command(
 
 
 def _print(summary: ProfileSummary) -> None:
-    print_table(
+    show_table(
         ("op", "points", "new", "noisy", "missing", "fastest_us", "slowest_us"),
         [
             (op.op, op.num_points, op.num_new, op.num_noisy, op.num_missing, op.fastest_us, op.slowest_us)

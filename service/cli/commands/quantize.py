@@ -37,9 +37,9 @@ def command(options: QuantizeOptions, as_json: bool) -> None:
 
 
 def _print(report: QuantizeReport) -> None:
-    from service.cli.output import print_table
+    from service.cli.output import show_table
 
-    print_table(
+    show_table(
         ("layer", "linear", "weight_error", "output_error", "input_end", "outlier_ratio"),
         [
             (one.layer, one.linear, one.weight_error, one.output_error, one.input_end, one.outlier_ratio)

@@ -53,10 +53,12 @@ def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) 
         raise click.ClickException(str(error)) from None
     if not is_first_process():
         return
-    if as_json:
-        print_json(run.to_json())
-    else:
-        print_run(run)
-    write_files(request, run)
+    try:
+        if as_json:
+            print_json(run.to_json())
+        else:
+            print_run(run)
+    finally:  # an output that cannot be printed is no reason to lose the files
+        write_files(request, run)
     if run.tokens_equal is False:
         sys.exit(1)

@@ -6,7 +6,7 @@ import click
 
 from db.errors import UserError
 from service.cli.options import db_option, json_option
-from service.cli.output import print_json, print_table
+from service.cli.output import print_json, show_table
 
 
 @click.group(name="token")
@@ -55,7 +55,7 @@ def list_(db_url: str | None, as_json: bool) -> None:
         print_json(found)
     else:
         rows = [(one.id, one.name, one.scopes, one.created_at, one.revoked_at) for one in found]
-        print_table(("id", "name", "scopes", "created_at", "revoked_at"), rows)
+        show_table(("id", "name", "scopes", "created_at", "revoked_at"), rows)
 
 
 @command.command()

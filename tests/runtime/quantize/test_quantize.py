@@ -222,7 +222,7 @@ def test_texts_that_cannot_calibrate_are_refused(checkpoint: Callable[[str], Pat
     path.write_text(json.dumps({"id": "a", "token_ids": [1, 2, 3]}) + "\n")
     with pytest.raises(UserError, match=r"--calibration: .*; 3 tokens in it: at least 64 are needed"):
         read_sequences(path, tokenizer, shape, field="--calibration")
-    with pytest.raises(UserError, match=r"--calibration: .*none.txt; must be a text in UTF-8"):
+    with pytest.raises(UserError, match=r"--calibration: .*none.txt; must be a readable file"):
         read_sequences(tmp_path / "none.txt", tokenizer, shape, field="--calibration")
     path.write_text(json.dumps({"id": "a", "token_ids": list(range(200)) * 6}) + "\n")
     pieces = read_sequences(path, tokenizer, shape, field="--calibration")

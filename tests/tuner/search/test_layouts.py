@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -10,21 +11,24 @@ import pytest
 
 from profiler.model import ModelShape, load_model_shape
 from profiler.sequence.kind import SPKind
+from tests.tuner.atom import atom
 from tests.tuner.measured import Machine, measure
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
 from tuner.fit.rank_skew import RankSkew
 from tuner.fit.rows import RankWork, Rows
 from tuner.plan.cost_model import CostModel
 from tuner.plan.layout import Layout, Pins, enumerate_layouts
+from tuner.plan.memory import rounds_memory
 from tuner.plan.plan import Request
 from tuner.plan.topology import LinkSpeed, Topology
 from tuner.policies.fixed import fixed_rounds
-from tuner.rounds.problem import Problem
+from tuner.rounds.problem import NO_LIMITS, Limits, Problem
 from tuner.rounds.schedule import Objective
 from tuner.search.floors import Batch, Floors, least_fullest
-from tuner.search.layouts import Target, search_layouts, to_plan
+from tuner.search.layouts import search_layouts, to_plan
 from tuner.search.links import Links
 from tuner.search.rules import Rules
+from tuner.search.target import Room, Target, parallel_of
 
 SMALL = load_model_shape("llama-3.2-1b")
 GIB = 2**30
@@ -198,3 +202,54 @@ def test_a_plan_says_its_whole_layout_and_its_cuts() -> None:
     assert len(plan.cuts) == len(plan.rounds)
     assert plan.predicted is not None and plan.predicted.lower_bound_s is not None
     assert plan.predicted.lower_bound_s <= plan.predicted.makespan_s
+
+
+@pytest.mark.parametrize(
+    ("lengths", "pp_size"), [((8000,) * 32, 1), ((65536,) * 32, 2), ((131071,) * 8, 1), ((16384,) * 32, 1)]
+)
+def test_large_batches_have_room_on_few_cards(lengths: tuple[int, ...], pp_size: int) -> None:
+    """Llama-3-8B on cards of 79 GiB: rounds are limited, so that no layout is refused whose smaller rounds fit."""
+    shape = replace(load_model_shape("llama-3-8b"), max_positions=1 << 20)
+    target = Target(
+        shape=shape, dtype="bfloat16", requests=prompts(*lengths), device_type="cuda", memory_bytes=79 * GIB
+    )  # fmt: skip
+    layout = Layout(tp_size=1, pp_size=pp_size)
+    room = Room(target=target, layout=layout, layer_partition=(32 // pp_size,) * pp_size, chunk_multiple=256)
+    limits = room.limits(NO_LIMITS)
+    assert limits is not None
+    assert limits.max_round_tokens is not None
+    rounds = fixed_rounds(_limited(target.requests, limits), limits.max_round_tokens)
+    assert max(sum(chunk.tokens for chunk in chunks) for chunks in rounds) <= limits.max_round_tokens
+    memory = rounds_memory(
+        shape, parallel_of(layout, room.layer_partition), target.requests, rounds,
+        dtype="bfloat16", max_new_tokens=1, device_type="cuda",
+    )  # fmt: skip
+    assert target.refusal(layout, memory) is None
+    # Little is left over: rounds and the prompts that are held take what there is.
+    assert max(stage.total_bytes for stage in memory) > 0.5 * target.memory_bytes
+    least = replace(room, target=replace(target, memory_bytes=8 * GIB))
+    assert least.limits(NO_LIMITS) is None
+    assert re.search(r"fit with \d+ stages on \d+ ranks", least.refusal(NO_LIMITS))
+
+
+def _limited(requests: tuple[Request, ...], limits: Limits) -> Problem:
+    return Problem(cost=atom(1), requests=requests, chunk_multiple=256, limits=limits)
+
+
+def test_memory_limits_the_rounds_of_a_plan() -> None:
+    """A batch whose one large round does not fit runs in smaller ones; with a little more memory in larger ones."""
+    target, rules = target_of(SMALL, prompts(*[4000] * 12), memory_bytes=int(8.8 * GIB)), Rules(chunk_multiple=256)
+    layouts, fits = enumerate_layouts(SMALL, 1), Fits(SMALL, "quick", 1)
+    (found,) = search_layouts(target, layouts, rules, fits)
+    (more,) = search_layouts(replace(target, memory_bytes=9 * GIB), layouts, rules, fits)
+    (free,) = search_layouts(replace(target, memory_bytes=512 * GIB), layouts, rules, fits)
+    assert found.refusal is None
+    assert found.peak_memory_bytes <= 0.92 * target.memory_bytes < free.peak_memory_bytes
+    assert found.is_bound_by_memory
+    assert free.limits is None
+    assert found.limits is not None
+    assert more.limits is not None
+    assert (found.limits.max_round_tokens or 0) < (more.limits.max_round_tokens or 0)
+    assert free.score(Objective.MAKESPAN) <= more.score(Objective.MAKESPAN) <= found.score(Objective.MAKESPAN)
+    assert found.rounds is not None
+    assert found.rounds.lower_bound_s <= free.score(Objective.MAKESPAN)[0]

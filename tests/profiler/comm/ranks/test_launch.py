@@ -39,6 +39,15 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
         time.sleep(0.02)
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def servers(launcher: int) -> list[int]:
+    """The fork servers of a launcher: its ranks are their children."""
+    return [pid for pid in children(launcher) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 @pytest.mark.timeout(120)
 def test_results_come_in_rank_order() -> None:
     assert run(workers.own_rank, 5) == [0, 5]
@@ -108,24 +117,19 @@ def test_a_rank_that_holds_pythons_lock_is_noticed_and_shows_its_stack() -> None
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("delay_s", [0.2, 0.6, 1.5, None], ids=str)
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path, delay_s: float | None) -> None:
-    """delay_s: seconds after the first rank's process is there; None is when all ranks run their function."""
+    """delay_s: seconds after the fork server's process is there; None is when all ranks run their function."""
     command = [sys.executable, "-m", "tests.profiler.comm.ranks.workers", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}) as launcher:
-
-        def ranks() -> list[int]:
-            children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-            is_rank = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-            return [int(pid) for pid in is_rank]
-
-        wait_until(lambda: len(ranks()) == 2, 60)
+        wait_until(lambda: bool(servers(launcher.pid)), 60)
         if delay_s is None:
             wait_until(lambda: len(list(tmp_path.glob("pid-*"))) == 2, 60)
         else:
             time.sleep(delay_s)
-        pids = ranks()
+        pids = [pid for server in servers(launcher.pid) for pid in (server, *children(server))]
+        assert delay_s is not None or len(pids) == 3
         launcher.kill()
         launcher.wait(10)
-    # A rank first imports this script's module, as multiprocessing does; on a busy machine that takes a while.
+    # The server looks for its launcher once it has imported torch; on a busy machine that takes a while.
     wait_until(lambda: not any(map(is_alive, pids)), 60)
     assert list(tmp_path.glob("isochunk-*"))
     # The next launch sweeps what is left.

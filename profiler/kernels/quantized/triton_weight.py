@@ -1,0 +1,156 @@
+"""Products of plain rows with 8-bit weights as Triton kernels: weights become plain numbers on their way in."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from profiler.kernels.quantized.triton_product import GROUP_ROWS, block_place, bucket, grid, tuned
+
+MOST_FEW = 4  # rows up to which a product only reads its weights: each is used too rarely for matrix instructions
+
+# One group of inputs a step, so that its scale is applied to whole partial sums: no block is longer than a group.
+_DEQUANTIZING = [
+    triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+    for m, n, warps, stages in (
+        (256, 128, 8, 3),
+        (128, 128, 8, 4),
+        (128, 128, 4, 3),
+        (64, 128, 4, 4),
+        (32, 128, 4, 5),
+        (16, 128, 4, 5),
+        (16, 64, 4, 5),
+    )
+]
+_FEW = [
+    triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps)
+    for n, k, warps in (
+        (4, 1024, 4),
+        (8, 512, 4),
+        (16, 256, 4),
+        (16, 512, 8),
+        (2, 2048, 4),
+        (4, 512, 2),
+    )
+]
+
+
+def dequantizing_product(
+    x: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x [M, K] plain, weight [N, K] in 8 bits, weight_scales [N, G] -> [M, N] in x's dtype; sums in float32."""
+    (m, k), n = x.shape, weight.shape[0]
+    out = torch.empty((m, n), device=x.device, dtype=x.dtype)
+    if m == 0:
+        return out
+    groups = weight_scales.shape[1]
+    added = bias if bias is not None else weight_scales
+    if m <= MOST_FEW:
+        _few_rows[lambda meta: (triton.cdiv(n, meta["BLOCK_N"]),)](
+            x, weight, out, weight_scales, added, m, n, k, groups, k // groups, x.stride(0), weight.stride(0),
+            HAS_BIAS=bias is not None, GROUPED=groups > 1, ROWS=triton.next_power_of_2(m),
+        )  # fmt: skip
+        return out
+    _dequantizing_product[grid(m, n)](
+        x, weight, out, weight_scales, added, m, n, k, groups, k // groups, x.stride(0), weight.stride(0), bucket(m),
+        BLOCK_K=64 if groups == 1 or k // groups % 64 == 0 else 16 if k // groups % 32 else 32,
+        HAS_BIAS=bias is not None, GROUPED=groups > 1, EVEN=k % 64 == 0, GROUP_ROWS=GROUP_ROWS,
+    )  # fmt: skip
+    return out
+
+
+def dequantize(weight: torch.Tensor, weight_scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """weight [N, K] in 8 bits, weight_scales [N, G] -> the plain weight [N, K]: read once, written once."""
+    n, k = weight.shape
+    groups = weight_scales.shape[1]
+    out = torch.empty((n, k), device=weight.device, dtype=dtype)
+    _dequantize[(n, triton.cdiv(k, 4096))](
+        weight, out, weight_scales, k, groups, k // groups, weight.stride(0), GROUPED=groups > 1, BLOCK=4096,
+        num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@tuned(_DEQUANTIZING, ["n", "k", "group_size", "bucket"])
+@triton.jit(do_not_specialize=["m", "bucket"])
+def _dequantizing_product(
+    x, weight, out, weight_scales, bias, m, n, k, groups, group_size, x_stride, weight_stride, bucket,
+    HAS_BIAS: tl.constexpr, GROUPED: tl.constexpr, EVEN: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # The result is computed transposed: Hopper's products take their left operand from registers, where weights have
+    # just become plain, and their right one only from shared memory.
+    row, column = block_place(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_ROWS)
+    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    at = tl.arange(0, BLOCK_K)
+    x_at = x + (rows % m).to(tl.int64)[None, :] * x_stride + at[:, None]
+    weight_at = weight + (columns % n).to(tl.int64)[:, None] * weight_stride + at[None, :]
+    scale_at = weight_scales + (columns % n).to(tl.int64) * groups
+    sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        inside = at < k - start
+        if EVEN:
+            right = tl.load(x_at)
+            left = tl.load(weight_at).to(right.dtype)
+        else:
+            right = tl.load(x_at, mask=inside[:, None], other=0.0)
+            left = tl.load(weight_at, mask=inside[None, :], other=0.0).to(right.dtype)
+        if GROUPED:
+            scale = tl.load(scale_at + start // group_size)
+            sums += tl.dot(left, right, input_precision="ieee") * scale[:, None]
+        else:
+            sums = tl.dot(left, right, sums, input_precision="ieee")
+        x_at += BLOCK_K
+        weight_at += BLOCK_K
+    if not GROUPED:
+        sums = sums * tl.load(scale_at)[:, None]
+    if HAS_BIAS:
+        sums += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
+    inside = (columns < n)[:, None] & (rows < m)[None, :]
+    to = out + rows.to(tl.int64)[None, :] * n + columns[:, None]
+    tl.store(to, sums.to(out.dtype.element_ty), mask=inside)
+
+
+@tuned(_FEW, ["n", "k", "group_size", "ROWS"], suits=None)
+@triton.jit(do_not_specialize=["m"])
+def _few_rows(
+    x, weight, out, weight_scales, bias, m, n, k, groups, group_size, x_stride, weight_stride,
+    HAS_BIAS: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, ROWS)
+    at = tl.arange(0, BLOCK_K)
+    weight_at = weight + (columns % n).to(tl.int64)[:, None] * weight_stride
+    scale_at = weight_scales + (columns % n).to(tl.int64) * groups
+    sums = tl.zeros((ROWS, BLOCK_N, BLOCK_K), dtype=tl.float32)  # added up over the inputs once, at the end
+    for start in range(0, k, BLOCK_K):
+        here = start + at
+        numbers = tl.load(weight_at + here[None, :], mask=(here < k)[None, :], other=0.0).to(tl.float32)
+        if GROUPED:
+            numbers *= tl.load(scale_at[:, None] + (here // group_size)[None, :], mask=(here < k)[None, :], other=0.0)
+        inside = (rows < m)[:, None] & (here < k)[None, :]
+        inputs = tl.load(x + rows[:, None] * x_stride + here[None, :], mask=inside, other=0.0)
+        sums += numbers[None, :, :] * inputs.to(tl.float32)[:, None, :]
+    total = tl.sum(sums, axis=2)
+    if not GROUPED:
+        total = total * tl.load(scale_at)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+    to = out + rows[:, None] * n + columns[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=(rows < m)[:, None] & (columns < n)[None, :])
+
+
+@triton.jit
+def _dequantize(
+    weight, out, weight_scales, k, groups, group_size, weight_stride, GROUPED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < k
+    numbers = tl.load(weight + row * weight_stride + at, mask=inside, other=0.0).to(tl.float32)
+    if GROUPED:
+        numbers *= tl.load(weight_scales + row * groups + at // group_size, mask=inside, other=0.0)
+    else:
+        numbers *= tl.load(weight_scales + row)
+    tl.store(out + row * k + at, numbers.to(out.dtype.element_ty), mask=inside)
