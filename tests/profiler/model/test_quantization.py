@@ -96,7 +96,7 @@ def test_published_layouts_are_understood(
 )
 def test_what_cannot_be_read_is_refused_by_name(config: Any, message: str) -> None:
     try:
-        told = model_from_config(LLAMA | {"quantization_config": config}, name="m").unread  # planned as if it were converted
+        told = model_from_config(LLAMA | {"quantization_config": config}, name="m").unread
     except UserError as refused:
         told = str(refused)
     assert str(told).startswith(message)
