@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -77,7 +76,7 @@ def profile(folder: Path, db_url: str, options: argparse.Namespace, backend: str
     summary = profile_model(
         ProfileOptions(
             model=str(folder), backend=backend, world_size=1, context_length=options.context_length,
-            dtype=DTYPES[options.device], device_type=options.device, deadline=time.monotonic() + options.budget_s,
+            dtype=DTYPES[options.device], device_type=options.device, budget_s=options.budget_s,
             db_url=db_url,
         )
     )  # fmt: skip

@@ -15,7 +15,7 @@ FOLDERS = ("db", "profiler", "tuner", "runtime", "service", "benchmarks")
 ROOMS = {
     "db": ("files", "store", "rows"),
     "profiler": ("hardware", "library", "model", "sequence", "kernels", "layers", "comm", "points", "measure"),
-    "tuner": ("plan", "rounds", "online", "policies", "fit", "search"),
+    "tuner": ("plan", "rounds", "online", "policies", "fit", "search", "waterfall"),
     "runtime": ("job", "weights", "stage", "run", "quantize"),
     "service": ("reasons", "use_cases", "engines", "jobs", "http", "cli"),
 }

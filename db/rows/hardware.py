@@ -17,6 +17,7 @@ from db.store.tables import HardwareRow, MeasurementRow
 from db.store.upsert import insert_if_new
 
 _GIB = 2**30
+_MAY_COME_LATE = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,16 +82,42 @@ def get_hardware(database: Database, hardware_id: int) -> Hardware:
 
 def list_hardware(database: Database) -> list[StoredHardware]:
     """All hardware in the order it was first seen."""
-    # One look at an index for each hardware: joined and grouped, every measurement would be read.
-    mine = MeasurementRow.hardware_id == HardwareRow.id
-    count = select(func.count()).select_from(MeasurementRow).where(mine).scalar_subquery()
-    last = select(func.max(MeasurementRow.measured_at)).where(mine).scalar_subquery()
-    kept = select(HardwareRow, count, last).order_by(HardwareRow.id)
-    with database.reading() as session:
-        return [
-            StoredHardware(id=row.id, hardware=_from_row(row), num_measurements=count, last_measured_at=last)
-            for row, count, last in session.execute(kept)
-        ]
+    return HardwareList(database).read()
+
+
+class HardwareList:
+    """All hardware, listed often: of each the measurements that came since the last look are counted, not all."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._counted: dict[int, tuple[int, int]] = {}
+        """Of each hardware an id that was counted up to, and how many there were."""
+
+    def read(self) -> list[StoredHardware]:
+        """All hardware in the order it was first seen."""
+        mine = MeasurementRow.hardware_id == HardwareRow.id
+        last = select(func.max(MeasurementRow.measured_at)).where(mine).scalar_subquery()
+        found = []
+        with self._database.reading() as session:
+            for row, measured_at in session.execute(select(HardwareRow, last).order_by(HardwareRow.id)):
+                count = self._count(session, row.id)
+                found.append(
+                    StoredHardware(
+                        id=row.id, hardware=_from_row(row), num_measurements=count, last_measured_at=measured_at
+                    )
+                )
+        return found
+
+    def _count(self, session: Session, hardware_id: int) -> int:
+        # Measurements are replaced in place and never deleted, and ids rise; those of writers at once may come late.
+        known_id, known = self._counted.get(hardware_id, (0, 0))
+        mine = (MeasurementRow.hardware_id == hardware_id, MeasurementRow.id > known_id)
+        highest, count = session.execute(select(func.max(MeasurementRow.id), func.count()).where(*mine)).one()
+        settled_id = (highest or 0) - _MAY_COME_LATE
+        if settled_id > known_id + _MAY_COME_LATE:
+            settled = select(func.count()).where(*mine, MeasurementRow.id <= settled_id)
+            self._counted[hardware_id] = (settled_id, known + (session.scalar(settled) or 0))
+        return known + int(count)
 
 
 def hardware_id(session: Session, hardware: Hardware) -> int:

@@ -87,6 +87,7 @@ class MeasurementRow(Base):
         Index(None, "hardware_id", "measured_at"),  # how many a hardware has, and since when
         Index(None, "hardware_id", "id"),  # pages of one hardware
         Index(None, "hardware_id", "op", "id"),  # and of one operation
+        Index(None, "op", "id"),
     )
 
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -113,6 +114,7 @@ class PlanRow(Base):
     """One plan file, kept once however often it is saved."""
 
     __tablename__ = "plans"
+    __table_args__ = (Index(None, "hardware_id", "id"),)
 
     id: Mapped[int] = mapped_column(primary_key=True)
     content_hash: Mapped[str] = mapped_column(unique=True)
@@ -169,7 +171,7 @@ class RunRow(Base):
     """One execution of a plan: what came of it beside what was predicted."""
 
     __tablename__ = "runs"
-    __table_args__ = (Index(None, "plan_id"), Index(None, "study"))
+    __table_args__ = (Index(None, "plan_id"), Index(None, "study"), Index(None, "hardware_id", "id"))
 
     id: Mapped[int] = mapped_column(primary_key=True)
     plan_id: Mapped[int] = mapped_column(ForeignKey("plans.id", ondelete="CASCADE"))
@@ -211,7 +213,7 @@ class FitRow(Base):
     """One cost model fitted to the measurements, with the report of how well it predicts."""
 
     __tablename__ = "fits"
-    __table_args__ = (Index(None, "hardware_id", "model_name", "dtype"),)
+    __table_args__ = (Index(None, "hardware_id", "model_name", "dtype"), Index(None, "hardware_id", "id"))
 
     id: Mapped[int] = mapped_column(primary_key=True)
     hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id", ondelete="CASCADE"))

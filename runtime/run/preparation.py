@@ -20,7 +20,8 @@ from profiler.model import (
 )
 from profiler.sequence.kind import SPKind
 from runtime.run.prompts import TokenIds, check_prompts
-from tuner.plan.plan import MAX_THREADS, Plan, Weights
+from tuner.plan.layout import check_precision_fits
+from tuner.plan.plan import MAX_THREADS, Plan
 
 MOST_PROMPT_TOKENS = 2**24  # their ids, as Python holds them, take some 0.7 GB; any KV cache takes far more
 # What decides the work; the rest of a configuration (names, dates, dropout) may differ between plan and weights.
@@ -68,9 +69,7 @@ def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_t
         raise UserError("model", shape.architecture, f"is planned only: {shape.unrun}")
     if shape.backend is Backend.TRANSFORMERS:
         _check_whole(plan)
-    if parallel.weights is Weights.GATHERED and PRECISIONS[plan.precision].linears is not None:
-        allowed = f"whole in {plan.precision}; only plain numbers are gathered"
-        raise UserError("parallel.weights", parallel.weights, allowed)
+    check_precision_fits(PRECISIONS[plan.precision], parallel.sp_kind, parallel.weights)
     if parallel.sp_kind is SPKind.ULYSSES:
         for layer in shape.layer_kinds:
             heads = layer.attention.heads.per_rank(parallel.tp_size)

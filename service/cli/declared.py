@@ -11,11 +11,12 @@ from service.jobs.command import CommandOption
 from service.jobs.job import JobKind
 
 # Said by the service or left to the worker: no file is named by a caller, and what is kept goes to the one database.
-_LEFT_OUT = frozenset({"as_json", "db_url", "model", "plan", "weights", "output"})
+_LEFT_OUT = frozenset({"as_json", "db_url", "model", "plan", "weights", "output", "calibration", "held_out"})
 _MODULES = {
     JobKind.PROFILE: "service.cli.commands.profile",
     JobKind.TUNE: "service.cli.commands.tune",
     JobKind.RUN_PLAN: "service.cli.commands.run_plan",
+    JobKind.QUANTIZE: "service.cli.commands.quantize",
 }
 
 

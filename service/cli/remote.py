@@ -15,7 +15,8 @@ from service.cli.output import print_json, show_table
 from service.http.client import Client
 from service.use_cases.listing import Kept
 
-COMMANDS = ("profile", "tune", "run-plan", "db")
+_MOST_TEXT_BYTES = 8 << 20
+COMMANDS = ("profile", "tune", "run-plan", "quantize", "db")
 _PATHS = {
     Kept.HARDWARE: "hardware",
     Kept.MEASUREMENTS: "measurements",
@@ -102,6 +103,11 @@ def _job(kind: str, client: Client, *, as_json: bool, **_all: Any) -> None:
         body["weights"] = str(given.pop("weights"))
     if "model" in given:
         body["model"] = given.pop("model")
+    if kind == "quantize":
+        body["output"] = given.pop("output", None)
+    for name in ("calibration", "held_out"):
+        if name in given:
+            body[name] = _text(name, given.pop(name))
     job = client.post("jobs", body | {"options": given})
     click.echo(f"job {job['id']} waits for {job['hardware']}", err=True)
     for line in client.follow(job["id"]):
@@ -113,6 +119,13 @@ def _job(kind: str, client: Client, *, as_json: bool, **_all: Any) -> None:
         print_json(done["result"])
     else:
         click.echo(f"job {job['id']}: done by {done['worker']}")
+
+
+def _text(name: str, path: str) -> str:
+    """What a text file holds."""
+    from db.files.documents import read_utf8
+
+    return read_utf8(Path(path), field=name, max_bytes=_MOST_TEXT_BYTES)
 
 
 def _plan_id(path: Path) -> int:

@@ -114,13 +114,25 @@ def _sglang(plan: Plan, problem: Problem) -> Export:
 
 
 def _vllm(plan: Plan, problem: Problem) -> Export:
-    fixed = best_fixed_chunk(problem)
-    flags = [*_vllm_sizes(plan), f"--max-num-batched-tokens={fixed.chunk}"]
+    own = best_fixed_chunk(problem)
+    largest = max(sum(chunk.tokens for chunk in chunks) for chunks in plan.rounds)
+    makespan_s = problem.evaluate(plan.rounds).makespan_s
+    flags = [
+        *_vllm_sizes(plan),
+        "--scheduler-cls=service.engines.vllm_scheduler.PlannedScheduler",
+        "--async-scheduling",
+        # A round and a token of each request that decodes beside it.
+        f"--max-num-batched-tokens={largest + len(plan.requests)}",
+        f"--max-num-seqs={max(8, len(plan.requests))}",
+    ]
     cannot = [
-        "Rounds of different sizes: without a scheduler class of one's own one token budget serves every step.",
+        "A batch that comes bit by bit: a round begins with the requests of it that are there.",
+        "The plan's rounds without isochunk installed beside it: then one token budget serves every step.",
         *_common(plan),
     ]
-    return _made(Engine.VLLM, plan, flags, _vllm_environment(plan), "vllm serve", cannot, (fixed,))
+    environment = {"ISOCHUNK_PLAN": "plan.json"} | _vllm_environment(plan)
+    planned = Ruled(rule="the plan's rounds", chunk=largest, makespan_s=makespan_s)
+    return _made(Engine.VLLM, plan, flags, environment, "vllm serve", cannot, (planned, own))
 
 
 def _vllm_ascend(plan: Plan, problem: Problem) -> Export:

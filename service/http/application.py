@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, FastAPI
 from starlette.routing import BaseRoute
 
-from service.http.access import Scope, open_to
-from service.http.guard import Guard, RequestLimits
+from service.http.door.access import Scope, open_to
+from service.http.door.guard import Guard, RequestLimits
+from service.http.operating.observed import Observed
 from service.http.problems import add_handlers
-from service.http.routes import kept, plans, site
+from service.http.routes import kept, operating, plans, site
 from service.http.routes.jobs import Options, job_router
 from service.http.routes.router import api_router
 from service.http.state import Service
@@ -51,10 +52,11 @@ def make_application(
     )
     app.state.service = service
     routes: list[BaseRoute] = app.router.routes
-    for router in (site.router, kept.router, plans.router, job_router(job_options), _described(app)):
+    for router in (site.router, operating.router, kept.router, plans.router, job_router(job_options), _described(app)):
         routes.extend(router.routes)
     add_handlers(app)
     app.add_middleware(Guard, access=service.access, hosts=hosts, routes=routes, limits=limits or RequestLimits())
+    app.add_middleware(Observed, metrics=service.metrics, log=service.log)
     return app
 
 

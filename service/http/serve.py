@@ -18,12 +18,13 @@ import uvicorn
 from db.errors import UserError
 from db.rows.tokens import token_scopes
 from db.store.engine import open_database
-from service.http.access import Access
 from service.http.application import make_application
-from service.http.planning import Planning, PlanningLimits
+from service.http.door.access import Access
+from service.http.planning.processes import Planning, PlanningLimits
 from service.http.routes.jobs import Options
 from service.http.serve_options import ServeOptions
 from service.http.state import Service
+from service.jobs.log import Log
 from service.jobs.process import end
 from service.jobs.queue import JobQueue
 
@@ -34,15 +35,15 @@ _AGAIN_AFTER_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """Where a service listens, and the token that opens it."""
+    """Where a service listens, and the token that opens it, if one was made."""
 
     url: str
-    token: str
+    token: str | None
 
     @property
     def first_visit(self) -> str:
         """What a browser opens: the part after # is never sent, and so stands in no log."""
-        return f"{self.url}/#token={self.token}"
+        return f"{self.url}/#token={self.token}" if self.token else self.url
 
 
 def serve(options: ServeOptions, job_options: Options) -> None:
@@ -51,13 +52,17 @@ def serve(options: ServeOptions, job_options: Options) -> None:
     database = open_database(options.db_url)
     access = Access(kept=functools.partial(token_scopes, database))
     name = f"[{options.host}]" if ":" in options.host else options.host
-    address = Address(url=f"http://{name}:{listener.getsockname()[1]}", token=access.make_token())
+    log = Log(as_json=options.log == "json")
+    address = Address(
+        url=f"http://{name}:{listener.getsockname()[1]}", token=access.make_token() if options.token else None
+    )
     service = Service(
         database=database,
         access=access,
         planning=Planning(PlanningLimits()),
         jobs=JobQueue(database.url),
         model_folders=options.model_folders,
+        log=log,
     )
     app = make_application(service, job_options, hosts=options.hosts)
     config = uvicorn.Config(
@@ -73,9 +78,11 @@ def serve(options: ServeOptions, job_options: Options) -> None:
         h11_max_incomplete_event_size=32 << 10,
         lifespan="on",
     )
-    print(f"isochunk serves {database.location}\nOpen {address.first_visit}", file=sys.stderr, flush=True)
+    told = f"isochunk serves {database.location}\nOpen {address.first_visit}"
+    log.say("serves", told, database=database.location, url=address.url, first_visit=address.first_visit)
     with _worker(options) if options.worker else _nothing():
         uvicorn.Server(config).run(sockets=[listener])
+    log.say("ends", None, url=address.url)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -109,7 +116,7 @@ def _worker(options: ServeOptions) -> Iterator[None]:
 
 
 def _keep(options: ServeOptions, stop: threading.Event) -> None:
-    words = [sys.executable, "-m", "service.jobs.child", str(os.getpid()), "worker"]
+    words = [sys.executable, "-m", "service.jobs.child", str(os.getpid()), "worker", f"--log={options.log}"]
     if options.models:
         words += ["--models", options.models]
     if options.machine:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from db.errors import UserError
-from service.jobs.worker_options import folders_of
+from service.jobs.worker_options import LOGS, folders_of
 from service.use_cases.options import check_options, db_url, option
 
 DEFAULT_PORT = 8321
@@ -27,6 +27,8 @@ class ServeOptions:
     )
     worker: bool = option(True, "Run jobs on this machine too. [default: worker]")
     machine: str | None = option(None, "Name of this machine, for its worker. [default: its host name]")
+    token: bool = option(True, "Make a token and print it, once. [default: token]")
+    log: str = option("text", "What is said on standard error; json has a line for each request.", choices=LOGS)
     db_url: str | None = db_url()
 
     def __post_init__(self) -> None:

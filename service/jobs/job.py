@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -15,6 +15,7 @@ class JobKind(StrEnum):
     PROFILE = "profile"
     TUNE = "tune"
     RUN_PLAN = "run-plan"
+    QUANTIZE = "quantize"
 
 
 class JobStatus(StrEnum):
@@ -43,6 +44,10 @@ class JobSpec:
     plan_id: int | None = None
     weights: str | None = None
     """The model whose weights a plan runs with."""
+    output: str | None = None
+    """The name of the model that a quantization writes, beside the one that it reads."""
+    texts: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """What files hold that the command reads, by the names of its options."""
     retry_of: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -53,6 +58,8 @@ class JobSpec:
             "model": self.model,
             "plan_id": self.plan_id,
             "weights": self.weights,
+            "output": self.output,
+            "texts": dict(self.texts),
             "retry_of": self.retry_of,
         }
 

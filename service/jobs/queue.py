@@ -21,6 +21,7 @@ _STATUS = {
     "ERROR": JobStatus.FAILED,
     "MAX_RECOVERY_ATTEMPTS_EXCEEDED": JobStatus.FAILED,
 }
+_LIVE = tuple(word for word, status in _STATUS.items() if not status.is_over)
 _MOST_BATCHES = 200
 
 
@@ -52,6 +53,16 @@ class JobQueue:
             name=WORKFLOW, application_name=APP, sort_desc=True, limit=limit, offset=offset
         )
         return [replace(_job(one), result=None) for one in found]
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs wait and how many run."""
+        found = self._client.list_workflows(
+            name=WORKFLOW, application_name=APP, status=list(_LIVE), load_input=False, load_output=False
+        )
+        counts = dict.fromkeys((JobStatus.QUEUED.value, JobStatus.RUNNING.value), 0)
+        for one in found:
+            counts[_STATUS[one.status].value] += 1
+        return counts
 
     def cancel(self, job_id: str) -> None:
         """Take a job back: one that waits never runs, one that runs is ended by its worker within seconds."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -22,10 +21,11 @@ from db.rows.workers import WorkerHardware, save_worker
 from db.store.engine import Database, open_database
 from db.store.leases import is_held
 from service.jobs.job import JobKind, JobOutcome, JobSpec
+from service.jobs.log import Log
 from service.jobs.machine import hold_machine
 from service.jobs.process import plan_file, run_command
 from service.jobs.store import LOG, WORKFLOW, worker_config
-from service.use_cases.models import model_path
+from service.use_cases.models import model_path, new_model_path
 
 MOST_ATTEMPTS = 3
 """Of a job whose workers die: it may be what kills them."""
@@ -46,6 +46,7 @@ class Worker:
     model_folders: Sequence[Path]
     process_id: int
     held: int
+    log: Log
     stopping: threading.Event
     idle: threading.Event
 
@@ -56,8 +57,9 @@ class Worker:
 
     def run(self, content: Mapping[str, Any], job_id: str) -> dict[str, Any]:
         """Run a job to its end -> its outcome; what it says goes to the job's log."""
-        spec = JobSpec.from_json(content)
+        spec, began = JobSpec.from_json(content), time.monotonic()
         self.idle.clear()
+        self.log.say("job begins", None, job=job_id, kind=spec.kind, machine=self.hardware.machine)
         DBOS.write_stream(LOG, {"lines": [f"{self.hardware.machine} takes it up"], "at": time.time()})
         try:
             with tempfile.TemporaryDirectory(prefix="job-") as folder:
@@ -72,6 +74,9 @@ class Worker:
             outcome = JobOutcome(exit_code=2, error=str(error))
         finally:
             self.idle.set()
+        code = None if outcome is None else outcome.exit_code
+        seconds = round(time.monotonic() - began, 1)
+        self.log.say("job ends", None, job=job_id, kind=spec.kind, exit_code=code, seconds=seconds)
         if outcome is None and self.stopping.is_set():
             threading.Event().wait()  # the job is not over: whoever takes it up goes on with it
         return (outcome or JobOutcome(exit_code=130, error="cancelled")).to_json()
@@ -84,6 +89,13 @@ class Worker:
             assert spec.plan_id is not None
             return [*words, "--", str(plan_file(folder, get_plan_row(self.database, spec.plan_id)))]
         assert spec.model is not None
+        if spec.kind is JobKind.QUANTIZE:
+            assert spec.output is not None
+            words.append(f"--output={new_model_path(self.model_folders, spec.model, spec.output)}")
+        for name, content in spec.texts.items():
+            path = Path(folder) / name
+            path.write_text(content)
+            words.append(f"--{name.replace('_', '-')}={path}")
         return [*words, "--", model_path(self.model_folders, spec.model)]
 
 
@@ -102,17 +114,17 @@ def describe_machine(machine: str | None, name: str | None, device_type: str | N
     )
 
 
-def work(db_url: str | None, hardware: WorkerHardware, model_folders: Sequence[Path]) -> None:
+def work(db_url: str | None, hardware: WorkerHardware, model_folders: Sequence[Path], log: Log) -> None:
     """Take jobs until the process is ended. Raises UserError when the machine has a worker already."""
     try:
-        _work(db_url, hardware, model_folders)
+        _work(db_url, hardware, model_folders, log)
     except UserError:
         raise
     except BaseException:  # told to end: threads that wait for a job's process must not hold this one up
         os._exit(0)
 
 
-def _work(db_url: str | None, hardware: WorkerHardware, model_folders: Sequence[Path]) -> None:
+def _work(db_url: str | None, hardware: WorkerHardware, model_folders: Sequence[Path], log: Log) -> None:
     with (
         hold_machine(hardware.machine) as held,
         open_database(db_url) as database,
@@ -125,6 +137,7 @@ def _work(db_url: str | None, hardware: WorkerHardware, model_folders: Sequence[
             model_folders=model_folders,
             process_id=process_id,
             held=held,
+            log=log,
             stopping=threading.Event(),
             idle=threading.Event(),
         )
@@ -144,7 +157,10 @@ def _work(db_url: str | None, hardware: WorkerHardware, model_folders: Sequence[
         DBOS.listen_queues([hardware.key])
         DBOS.launch()
         DBOS.register_queue(hardware.key, worker_concurrency=1, polling_interval_sec=0.3)
-        print(f"worker {hardware.machine}: takes jobs for {hardware.key}", file=sys.stderr, flush=True)
+        log.say(
+            "worker", f"worker {hardware.machine}: takes jobs for {hardware.key}",
+            machine=hardware.machine, hardware=hardware.key, database=database.location,
+        )  # fmt: skip
         try:
             _watch(worker)
         finally:
@@ -165,7 +181,8 @@ def _watch(worker: Worker) -> None:
             seen_lost = _take_up(worker, seen_lost, grace_s)
         except Exception as error:
             # Others may take up this worker's job from now on, so that it must end here and now.
-            print(f"worker {worker.hardware.machine}: ends: {error}", file=sys.stderr, flush=True)
+            machine = worker.hardware.machine
+            worker.log.say("worker ends", f"worker {machine}: ends: {error}", machine=machine, error=str(error))
             os._exit(LOST_LEASE)
 
 

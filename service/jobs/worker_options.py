@@ -9,6 +9,8 @@ from pathlib import Path
 from db.errors import UserError
 from service.use_cases.options import check_options, db_url, option
 
+LOGS = ("text", "json")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
@@ -22,6 +24,7 @@ class WorkerOptions:
     models: str | None = option(
         None, "Folders with models that jobs may name, each a folder with a config.json.", metavar=f"DIR{os.pathsep}..."
     )
+    log: str = option("text", "What is said on standard error.", choices=LOGS)
     db_url: str | None = db_url()
 
     def __post_init__(self) -> None:

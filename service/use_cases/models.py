@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from db.errors import UserError
 from profiler.model import load_model_shape
 from profiler.model.bundled import bundled_names
 from profiler.model.shape import ModelShape
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,23 @@ def model_path(folders: Sequence[Path], name: str) -> str:
     if name not in known:
         raise UserError("model", name, f"must be one of {', '.join(sorted(known))}")
     return known[name]
+
+
+def check_new_model(folders: Sequence[Path], name: str) -> None:
+    """Raise UserError for a name that no model can be written under: one that is taken, or is more than a name."""
+    if not _NAME.fullmatch(name):
+        raise UserError("output", name, "must be letters, digits, dots, dashes and underscores, with a letter first")
+    if name in model_paths(folders):
+        raise UserError("output", name, "must be a name that no model has yet")
+
+
+def new_model_path(folders: Sequence[Path], model: str, name: str) -> str:
+    """Where a model made from another is written: beside it. Raises UserError where that is no folder of weights."""
+    check_new_model(folders, name)
+    source = Path(model_path(folders, model))
+    if not source.is_absolute():
+        raise UserError("model", model, "comes without weights: must be in a folder of --models")
+    return str(source.parent / name)
 
 
 def known_models(folders: Sequence[Path]) -> list[KnownModel]:

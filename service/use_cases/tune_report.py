@@ -34,6 +34,8 @@ class TuneReport:
     candidates: list[Candidate] = field(default_factory=list)
     held_out: list[HeldOutError] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
+    interrupted: bool = False
+    """Before all the runs that were asked for."""
     hardware: Hardware | None = None
     explanation: Explanation | None = None
     output: str | None = None
@@ -77,6 +79,7 @@ class TuneReport:
                 for t in self.trials
             ],
             "notes": list(self.notes),
+            "interrupted": self.interrupted,
             "output": self.output,
         }  # fmt: skip
 

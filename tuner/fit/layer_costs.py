@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -67,6 +67,10 @@ class LayerCosts:
     virtual_stages: int = 1
     """Groups of layers that a stage holds in the cost models that are made."""
     stage_order: StageOrder = StageOrder.LOOP
+    _tables: dict[tuple[float, SequenceCut | None, bool], tuple[Floats, Floats, Floats]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """What `_layer_tables` found."""
 
     def interleaved(self, virtual_stages: int, stage_order: StageOrder) -> LayerCosts:
         """The same costs where each stage holds so many groups of layers."""
@@ -185,26 +189,33 @@ class LayerCosts:
         least: bool = False,
     ) -> StageCost:
         grid, costs = table_grid(), self.cut_costs(cut)
-        points = grid.astype(np.float64)
+        layer_s, base_s, slope_s = self._layer_tables(skew, cut, least)
         scale = stage_scale * self.correction.tokens_scale
-        tokens = num_layers * self.tokens_s(points, skew, cut)
+        tokens = num_layers * layer_s
         if first:
-            tokens = tokens + self.embedding(self._own_rows(points, cut))
+            tokens = tokens + self.embedding(self._own_rows(grid.astype(np.float64), cut))
         tokens = scale * tokens
         attention_scale = num_layers * skew * stage_scale * self.correction.attention_scale
-        base_s, slope_s = (costs.least_base_s, costs.least_slope_s) if least else (costs.base_s, costs.slope_s)
         return StageCost(
             token_count=(0, *grid.tolist()),
             token_seconds=rising([tokens[0], *tokens]),
             attention=TableAttention(
                 count=tuple(grid.tolist()),
-                base_s=rising(attention_scale * base_s(points)),
-                context_s=rising(attention_scale * slope_s(points)),
+                base_s=rising(attention_scale * base_s),
+                context_s=rising(attention_scale * slope_s),
             ),
             round_overhead_s=scale * self.round_overhead_s + stage_scale * self.correction.round_s,
             chunk_s=scale * self.chunk_s * (1 if least else costs.calls_a_chunk),
             final_s=scale * (self.head_s + self._final_rows_s()) if last else 0.0,
         )
+
+    def _layer_tables(self, skew: float, cut: SequenceCut | None, least: bool) -> tuple[Floats, Floats, Floats]:
+        """Seconds of a layer at the grid's points: token-wise, attention to the chunk, and to a token of context."""
+        if (key := (skew, cut, least)) not in self._tables:
+            points, costs = table_grid().astype(np.float64), self.cut_costs(cut)
+            base_s, slope_s = (costs.least_base_s, costs.least_slope_s) if least else (costs.base_s, costs.slope_s)
+            self._tables[key] = self.tokens_s(points, skew, cut), base_s(points), slope_s(points)
+        return self._tables[key]
 
     def _own_rows(self, tokens: Floats, cut: SequenceCut | None) -> Floats:
         """Rows that a rank holds the residual stream of."""

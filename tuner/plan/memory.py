@@ -13,7 +13,7 @@ from profiler.model.shape import Layer
 from profiler.sequence.kind import SequenceCut
 from tuner.plan.plan import Parallel, Plan, Request, Round, Weights
 from tuner.plan.round_sizes import RoundSizes
-from tuner.plan.scratch import gathered_bytes, kept_elements, scratch_bytes
+from tuner.plan.scratch import gathered_bytes, kept_bytes, scratch_bytes
 
 USABLE_SHARE = 0.92  # the rest is the allocator's and the driver's
 MOST_RECORDED = 1024  # rounds that a rank on a card keeps recorded
@@ -65,7 +65,7 @@ def rank_memory(
         stages.append(
             RankMemory(
                 weights_bytes=_layer_weights(layers, parallel, precision) + precision.weights.num_bytes(weights),
-                kv_bytes=precision.kv.num_bytes(sum(kept_elements(x, parallel, sizes) for x in layers)),
+                kv_bytes=sum(kept_bytes(x, parallel, sizes, precision) for x in layers),
                 activation_bytes=scratches * (scratch + boundaries) + gathered,
                 unsent_bytes=unsent if sends else 0,
                 runtime_bytes=RUNTIME_BYTES[device_type] + num_recorded * len(layers) * RECORDED_LAYER_BYTES,

@@ -15,12 +15,12 @@ from tuner.plan.round_sizes import RoundSizes
 _STREAM_ROWS = 4  # the residual before and after a block, its output and its norm
 
 
-def kept_elements(layer: LayerSpec | WholeLayer, parallel: Parallel, sizes: RoundSizes) -> int:
-    """Numbers that a rank keeps in a layer of all requests: those of each row of its slab, a window's, a state's."""
+def kept_bytes(layer: LayerSpec | WholeLayer, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+    """Bytes that a rank keeps in a layer of all requests: those of each row of its slab, of a window, of a state."""
     if isinstance(layer, WholeLayer):
         rows = min(sizes.slab_rows, sizes.num_requests * layer.kept_tokens(sizes.slab_rows))
-        return rows * layer.cached_numbers + sizes.num_requests * layer.state_numbers
-    return sizes.slab_rows * kv_elements(layer, parallel)
+        return precision.kv.num_bytes(rows * layer.cached_numbers + sizes.num_requests * layer.state_numbers)
+    return precision.kv_bytes(sizes.slab_rows * kv_elements(layer, parallel), layer.attention.head_dim)
 
 
 def kv_elements(layer: LayerSpec, parallel: Parallel) -> int:
@@ -33,7 +33,10 @@ def scratch_bytes(layer: LayerSpec | WholeLayer, parallel: Parallel, sizes: Roun
     """Bytes of the largest round within a layer: the larger block, the residual stream, and what messages need."""
     if isinstance(layer, WholeLayer):
         return _whole(layer, sizes, precision)
-    return _KINDS[parallel.sp_kind](layer, parallel, sizes, precision)
+    scratch = _KINDS[parallel.sp_kind](layer, parallel, sizes, precision)
+    if precision.has_kv_scales:  # what a chunk attends to is plain while it does
+        scratch += sizes.most_passed * precision.activations.num_bytes(kv_elements(layer, parallel))
+    return scratch
 
 
 def _whole(layer: WholeLayer, sizes: RoundSizes, precision: Precision) -> int:

@@ -129,6 +129,30 @@ def import_(file: Path, db_url: str | None, as_json: bool) -> None:
         click.echo(f"hardware {done.hardware_id}: {done.num_new} new measurements, {done.num_updated} updated")
 
 
+@command.command()
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+@json_option
+def copy(source: str, target: str, as_json: bool) -> None:
+    """Copy everything from the database at URL FROM into the empty one at URL TO.
+
+    From SQLite to PostgreSQL or back, or into a file that is a backup; FROM may be at work meanwhile.
+    """
+    from db.rows.copy import copy_database
+    from db.store.engine import open_database
+
+    def progress(table: str, count: int) -> None:
+        click.echo(f"{table}: {count} rows", err=True)
+
+    with open_database(source, read_only=True) as old, open_database(target) as new:
+        counts = copy_database(old, new, progress)
+        location = new.location
+    if as_json:
+        print_json({"url": location, "rows": counts})
+    else:
+        click.echo(f"{location}: {sum(counts.values())} rows")
+
+
 def _only_hardware(database: Database) -> int:
     from db.errors import UserError
     from db.rows.hardware import list_hardware

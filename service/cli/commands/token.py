@@ -25,7 +25,7 @@ def new(name: str, scopes: str, db_url: str | None, as_json: bool) -> None:
     """Make a token called NAME and print it, once: nobody can read it again."""
     from db.rows.tokens import save_token
     from db.store.engine import open_database
-    from service.http.access import Scope, hash_of, random_token
+    from service.http.door.access import Scope, hash_of, random_token
 
     words = {word.strip() for word in scopes.split(",")}
     if not words <= set(Scope):

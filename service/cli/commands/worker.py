@@ -15,7 +15,8 @@ def command(options: WorkerOptions) -> None:
 
     The worker says what hardware it has, and gets jobs for it. It needs the service's database: --db URL.
     """
+    from service.jobs.log import Log
     from service.jobs.worker import describe_machine, work
 
     hardware = describe_machine(options.machine, options.hardware, options.device_type)
-    work(options.db_url, hardware, folders_of(options.models))
+    work(options.db_url, hardware, folders_of(options.models), Log(as_json=options.log == "json"))

@@ -17,19 +17,21 @@ from db.errors import UserError
 from db.rows.hardware import get_hardware
 from db.rows.plans import plan_hardware
 from db.rows.workers import StoredWorker, list_workers
-from service.http.access import Scope, open_to
 from service.http.bodies import body_of_command
+from service.http.door.access import Scope, open_to
 from service.http.pages import MOST_ID, Cursor, Limit, Page, before_of, cursor_of
 from service.http.problems import RefusedError, missing
 from service.http.routes.router import api_router
 from service.http.state import Service, Shared
 from service.jobs.command import CommandOption, flags_for
 from service.jobs.job import Job, JobKind, JobSpec
-from service.use_cases.models import model_path
+from service.use_cases.models import check_new_model, model_path
 
 JobId = Annotated[str, Path(pattern="^[0-9a-f]{32}$")]
 FOLLOW_EVERY_S = 0.5
 KEEP_ALIVE_S = 15.0
+_TEXTS = ("calibration", "held_out")
+_MOST_TEXT = 8 << 20
 Options = Mapping[JobKind, tuple[CommandOption, ...]]
 
 
@@ -51,7 +53,8 @@ def job_router(options: Options) -> APIRouter:
         for kind, known in options.items()
     }
     any_body: Any = Annotated[
-        bodies[JobKind.PROFILE] | bodies[JobKind.TUNE] | bodies[JobKind.RUN_PLAN], Field(discriminator="kind")
+        bodies[JobKind.PROFILE] | bodies[JobKind.TUNE] | bodies[JobKind.RUN_PLAN] | bodies[JobKind.QUANTIZE],
+        Field(discriminator="kind"),
     ]
 
     @open_to(Scope.RUN)
@@ -64,7 +67,18 @@ def job_router(options: Options) -> APIRouter:
             if name is not None:
                 model_path(service.model_folders, name)
         plan_id = getattr(body, "plan_id", None)
-        spec = JobSpec(kind=kind, flags=flags_for(options[kind], given), model=model, plan_id=plan_id, weights=weights)
+        output = getattr(body, "output", None)
+        if output is not None:
+            check_new_model(service.model_folders, output)
+        spec = JobSpec(
+            kind=kind,
+            flags=flags_for(options[kind], given),
+            model=model,
+            plan_id=plan_id,
+            weights=weights,
+            output=output,
+            texts={name: text for name in _TEXTS if (text := getattr(body, name, None)) is not None},
+        )
         return service.jobs.submit(spec, _hardware(service, body.hardware, plan_id))
 
     submit.__annotations__["body"] = Annotated[any_body, Body()]
@@ -170,6 +184,10 @@ def _targets(kind: JobKind) -> dict[str, Any]:
         plan = (int, Field(ge=0, le=MOST_ID, description="Of a plan that is kept."))
         weights = (str | None, Field(None, max_length=200, description="The model whose weights it runs with."))
         return {"plan_id": plan, "weights": weights}
+    if kind is JobKind.QUANTIZE:
+        text = (str | None, Field(None, max_length=_MOST_TEXT, description="Text, or JSONL with text or token_ids."))
+        output = (str, Field(max_length=100, description="Name of the model to write."))
+        return {"model": name, "output": output} | dict.fromkeys(_TEXTS, text)
     return {"model": name}
 
 

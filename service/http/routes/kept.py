@@ -7,11 +7,11 @@ from typing import Annotated
 from fastapi import Path, Query
 
 from db.rows.fits import StoredFit, list_fits
-from db.rows.hardware import Hardware, StoredHardware, get_hardware, list_hardware
+from db.rows.hardware import Hardware, StoredHardware, get_hardware
 from db.rows.measurements import StoredMeasurement, page_measurements
 from db.rows.runs import RoundTime, StoredRun, find_run, list_runs, load_round_times
 from db.store.engine import Database
-from service.http.access import Scope, open_to
+from service.http.door.access import Scope, open_to
 from service.http.pages import MOST_ID, Cursor, Limit, Page, before_of, page_of
 from service.http.problems import missing
 from service.http.routes.router import api_router
@@ -27,14 +27,14 @@ OfHardware = Annotated[int | None, Query(ge=0, le=MOST_ID, description="Only wha
 @open_to(Scope.READ)
 def read_all_hardware(service: Shared) -> list[StoredHardware]:
     """All hardware that something is kept of, in the order it was first seen."""
-    return list_hardware(service.database)
+    return service.hardware.read()
 
 
 @router.get("/hardware/{hardware_id}")
 @open_to(Scope.READ)
 def read_hardware(hardware_id: Id, service: Shared) -> StoredHardware:
     """One hardware."""
-    for row in list_hardware(service.database):
+    for row in service.hardware.read():
         if row.id == hardware_id:
             return row
     raise missing("hardware", hardware_id)

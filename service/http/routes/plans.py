@@ -15,10 +15,10 @@ from starlette.responses import Response
 from db.errors import UserError
 from db.rows.plans import StoredPlan, find_plan, list_plan_rows
 from service.engines.export import Engine, Export, export
-from service.http.access import Scope, open_to
 from service.http.bodies import body_of
+from service.http.door.access import Scope, open_to
 from service.http.pages import Cursor, Limit, Page, before_of, page_of
-from service.http.plan_request import MadePlan, PlanRequest, timeline_of
+from service.http.planning.request import MadePlan, PlanRequest, timeline_of
 from service.http.problems import missing
 from service.http.routes.kept import Id, OfHardware, owner
 from service.http.routes.router import api_router

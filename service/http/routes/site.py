@@ -1,4 +1,4 @@
-"""The page and its two files, the session that it opens, and what operators ask of a service."""
+"""The page and its files, and the session that it opens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.http.access import COOKIE, SESSION_S, Scope, open_to, open_to_all
-from service.http.guard import session_of
+from service.http.door.access import COOKIE, SESSION_S, Scope, open_to, open_to_all
+from service.http.door.guard import session_of
 from service.http.problems import RESPONSES, RefusedError, missing
 from service.http.routes.router import PREFIX
 from service.http.state import Shared
@@ -20,12 +20,6 @@ _FILES = files("service.http").joinpath("static")
 _KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 _STATIC = frozenset(path.name for path in _FILES.iterdir())
 """The only names that are ever looked up."""
-
-
-class Told(BaseModel):
-    """Whether the service is there."""
-
-    status: str
 
 
 class Session(BaseModel):
@@ -48,21 +42,6 @@ def static(name: str) -> Response:
     if name not in _STATIC:
         raise missing("file", name, "must be a file of the page")
     return _file(name)
-
-
-@router.get("/healthz")
-@open_to_all
-def health() -> Told:
-    """Whether the process answers."""
-    return Told(status="ok")
-
-
-@router.get("/readyz")
-@open_to_all
-def ready(service: Shared) -> Told:
-    """Whether the database answers too."""
-    with service.database.reading():
-        return Told(status="ok")
 
 
 @router.post(f"{PREFIX}/session")

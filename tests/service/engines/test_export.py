@@ -68,8 +68,11 @@ def test_sglang_is_told_layout_partition_and_chunks(plan: Plan) -> None:
 
 def test_the_others_get_what_they_can_be_told(plan: Plan) -> None:
     vllm = export(plan, Engine.VLLM)
-    assert vllm.environment == {"VLLM_PP_LAYER_PARTITION": "9,8,8,7"}
-    assert f"--max-num-batched-tokens={vllm.ruled[0].chunk}" in vllm.flags
+    assert vllm.environment == {"VLLM_PP_LAYER_PARTITION": "9,8,8,7", "ISOCHUNK_PLAN": "plan.json"}
+    planned, own = vllm.ruled
+    assert f"--max-num-batched-tokens={planned.chunk + 2}" in vllm.flags
+    assert planned.makespan_s == pytest.approx(vllm.plan_makespan_s)
+    assert planned.makespan_s <= own.makespan_s
     ascend = export(plan, Engine.VLLM_ASCEND)
     (config,) = [flag for flag in ascend.flags if flag.startswith("--additional-config=")]
     assert json.loads(config.partition("=")[2])["scheduler_config"]["profiling_chunk_config"]["enabled"] is True

@@ -18,10 +18,10 @@ from db.rows.tokens import token_scopes
 from db.rows.workers import WorkerHardware, save_worker
 from db.store.engine import open_database
 from service.cli.declared import job_options
-from service.http.access import Access, Scope
 from service.http.application import make_application
-from service.http.guard import RequestLimits
-from service.http.planning import Planning, PlanningLimits
+from service.http.door.access import Access, Scope
+from service.http.door.guard import RequestLimits
+from service.http.planning.processes import Planning, PlanningLimits
 from service.http.state import Service
 from service.jobs.queue import JobQueue
 from tests.checkpoints import write_checkpoint

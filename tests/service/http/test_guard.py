@@ -12,8 +12,8 @@ from fastapi.routing import APIRoute
 
 from db.errors import UserError
 from service.cli.main import cli
-from service.http.access import COOKIE, Scope, access_of
-from service.http.guard import HEADERS
+from service.http.door.access import COOKIE, Scope, access_of
+from service.http.door.guard import HEADERS
 from service.http.problems import MEDIA_TYPE
 from tests.service.http.conftest import LIMITS, Served
 
@@ -177,7 +177,7 @@ def test_a_slow_body_is_given_up_and_an_endless_one_is_cut(served: Served) -> No
 def test_a_caller_who_asks_too_often_is_told_to_wait(served: Served) -> None:
     from dataclasses import replace
 
-    from service.http.guard import _Rate
+    from service.http.door.guard import _Rate
 
     rate = _Rate(replace(LIMITS, requests_per_s=1e-9, burst=3.0))
     assert [rate.take("one") for _ in range(4)] == [True, True, True, False]
@@ -218,7 +218,7 @@ def test_texts_of_attackers_name_nothing(served: Served, text: str) -> None:
 
 
 def test_a_token_is_made_kept_as_a_hash_and_revoked(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.http.access.KNOWN_S", 0.0)
+    monkeypatch.setattr("service.http.door.access.KNOWN_S", 0.0)
     url = served.service.db_url
 
     def called(*arguments: str) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from db.rows.plans import save_plan_row
-from service.http.plan_request import PlanRequest
-from service.http.planning import Planning, PlanningLimits
+from service.http.planning.processes import Planning, PlanningLimits
+from service.http.planning.request import PlanRequest
 from service.http.problems import RefusedError
 from service.use_cases.tune import tune
 from service.use_cases.tune_options import TuneOptions

@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from db.errors import UserError
 from db.files.json_text import parse_json
-from service.http import access
-from service.http.access import COOKIE, Access
+from service.http.door import access
+from service.http.door.access import COOKIE, Access
 from service.http.problems import RefusedError, problem
 
 SAFE_METHODS = frozenset({"GET", "HEAD"})
@@ -123,7 +123,7 @@ class Guard:
             raise RefusedError(414, "URL", scope["path"][:80], f"must be at most {_MOST_URL_BYTES} bytes")
         if "\0" in scope["path"] or b"%00" in scope["query_string"]:
             raise RefusedError(400, "URL", scope["path"], "must hold no zero byte")
-        scopes, by_cookie, caller = await asyncio.to_thread(self._caller, headers, scope)
+        scopes, by_cookie, caller = await self._caller(headers, scope)
         if not self._rate.take(caller):
             raise RefusedError(
                 429,
@@ -151,16 +151,22 @@ class Guard:
             raise RefusedError(403, "token", "this one", f"must have the scope {needed}")
         scope.setdefault("state", {})["scopes"] = scopes
 
-    def _caller(self, headers: Headers, scope: Scope) -> tuple[frozenset[access.Scope] | None, bool, str]:
+    async def _caller(self, headers: Headers, scope: Scope) -> tuple[frozenset[access.Scope] | None, bool, str]:
         """What the caller may do, whether a cookie says so, and a name to count its requests by."""
         kind, _, token = headers.get("authorization", "").partition(" ")
         address = (scope.get("client") or ("", 0))[0]
-        if kind:
-            scopes = self.access.scopes_of(token.strip()) if kind.lower() == "bearer" else None
-            return scopes, False, access.hash_of(token) if scopes else address
-        session = session_of(headers)
-        scopes = self.access.scopes_of_session(session) if session else None
-        return scopes, True, access.hash_of(session) if session and scopes else address
+        by_cookie = not kind
+        if by_cookie:
+            session = session_of(headers)
+            hashed = self.access.token_of_session(session) if session else None
+        else:
+            hashed = access.hash_of(token.strip()) if kind.lower() == "bearer" else None
+        if hashed is None:
+            return None, by_cookie, address
+        known, scopes = self.access.remembered(hashed)
+        if not known:  # a look into the database
+            scopes = await asyncio.to_thread(self.access.looked_up, hashed)
+        return scopes, by_cookie, hashed if scopes else address
 
     def _needed(self, scope: Scope) -> tuple[bool | None, access.Scope | None]:
         """Whether the route says who may call it, and the scope it asks for; (None, None) where there is no route."""

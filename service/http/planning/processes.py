@@ -13,10 +13,11 @@ from typing import Any
 from pebble import ProcessExpired, ProcessPool
 
 from db.errors import UserError
-from service.http.plan_request import MadePlan, PlanRequest
+from service.http.planning.request import MadePlan, PlanRequest
 from service.http.problems import RefusedError
 
 _PLANS_A_PROCESS = 500
+_NICE = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,8 @@ class Planning:
     """Processes that make plans, kept warm; one that takes too long, or too much, is ended and replaced."""
 
     def __init__(self, limits: PlanningLimits) -> None:
-        self.limits, self._num_asked = limits, 0
+        self.limits, self.num_asked = limits, 0
+        """Plans that are being made or wait are `num_asked`."""
         self._pool = ProcessPool(
             max_workers=limits.processes,
             max_tasks=_PLANS_A_PROCESS,
@@ -58,10 +60,10 @@ class Planning:
 
     async def make(self, request: PlanRequest) -> MadePlan:
         """A plan. Raises UserError for what is refused, RefusedError for what takes too much."""
-        if self._num_asked >= self.limits.waiting:
+        if self.num_asked >= self.limits.waiting:
             headers = {"retry-after": "1"}
-            raise RefusedError(503, "plans", self._num_asked, f"at most {self.limits.waiting} at once", headers=headers)
-        self._num_asked += 1
+            raise RefusedError(503, "plans", self.num_asked, f"at most {self.limits.waiting} at once", headers=headers)
+        self.num_asked += 1
         try:
             future: Future[Any] = self._pool.schedule(_make, args=[request], timeout=self.limits.seconds)
             made = await asyncio.wrap_future(future)
@@ -72,7 +74,7 @@ class Planning:
             allowed = f"must be planned within {self.limits.memory_bytes >> 20} MiB of memory"
             raise RefusedError(422, "plan", "too much work", allowed) from None
         finally:
-            self._num_asked -= 1
+            self.num_asked -= 1
         if isinstance(made, _Refusal):
             raise UserError(made.field, made.value, made.allowed)
         assert isinstance(made, MadePlan)
@@ -88,6 +90,7 @@ def _begin(service_pid: int, memory_bytes: int) -> None:
     from profiler.comm.ranks.child import die_with
 
     die_with(service_pid)
+    os.nice(_NICE)  # who reads must not wait for who plans
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 
@@ -97,7 +100,7 @@ def _warm() -> None:
 
 
 def _make(request: PlanRequest) -> MadePlan | _Refusal:
-    from service.http.plan_request import make_plan
+    from service.http.planning.request import make_plan
 
     try:
         return make_plan(request)

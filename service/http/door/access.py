@@ -72,21 +72,20 @@ class Access:
         self.tokens[hash_of(token)] = scopes
         return token
 
-    def scopes_of(self, token: str) -> frozenset[Scope] | None:
-        """What a token allows; None for one that is not known. Looks into the database, a token once in a while."""
-        return self._scopes_of_hash(hash_of(token))
-
-    def _scopes_of_hash(self, hashed: str) -> frozenset[Scope] | None:
+    def remembered(self, hashed: str) -> tuple[bool, frozenset[Scope] | None]:
+        """Whether it is known without a look into the database what the token of a hash allows, and what that is."""
         if hashed in self.tokens:
-            return self.tokens[hashed]
+            return True, self.tokens[hashed]
         until, scopes = self._looked_up.get(hashed, (0.0, None))
-        now = time.monotonic()
-        if until < now:
-            told = self.kept(hashed)
-            scopes = None if told is None else frozenset(Scope(word) for word in told.split(","))
-            if len(self._looked_up) >= _MOST_SESSIONS:
-                self._looked_up.clear()
-            self._looked_up[hashed] = (now + KNOWN_S, scopes)
+        return until >= time.monotonic(), scopes
+
+    def looked_up(self, hashed: str) -> frozenset[Scope] | None:
+        """What the token of a hash allows, as the database says; None for one that is not known."""
+        told = self.kept(hashed)
+        scopes = None if told is None else frozenset(Scope(word) for word in told.split(","))
+        if len(self._looked_up) >= _MOST_SESSIONS:
+            self._looked_up.clear()
+        self._looked_up[hashed] = (time.monotonic() + KNOWN_S, scopes)
         return scopes
 
     def open_session(self, token: str) -> str:
@@ -100,10 +99,10 @@ class Access:
             self._sessions[hash_of(session)] = (now + SESSION_S, hash_of(token))
         return session
 
-    def scopes_of_session(self, session: str) -> frozenset[Scope] | None:
-        """What a session allows; None for one that is unknown or over."""
+    def token_of_session(self, session: str) -> str | None:
+        """The hash of the token that a session was opened with; None for one that is unknown or over."""
         until, hashed = self._sessions.get(hash_of(session), (0.0, ""))
-        return self._scopes_of_hash(hashed) if until > time.monotonic() else None
+        return hashed if until > time.monotonic() else None
 
     def end_session(self, session: str) -> None:
         """Forget a session."""

@@ -1,0 +1,1 @@
+"""What operators read of a service: figures, and a line for each request and event."""

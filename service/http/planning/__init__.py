@@ -1,0 +1,1 @@
+"""Plans made for callers elsewhere, in processes that cannot take more than their share."""
