@@ -14,7 +14,7 @@ from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
-    from tuner.fit.whole_costs import Costs
+    from tuner.fit.whole.costs import Costs
     from tuner.search.autotune import Trial
     from tuner.search.layouts import Candidate
     from tuner.search.replay import Replay

@@ -33,7 +33,7 @@ from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
 from tuner.fit.uncertainty import share_missing, widened
-from tuner.fit.whole_costs import Costs, fit_whole_costs, whole_held_out
+from tuner.fit.whole.costs import Costs, fit_whole_costs, whole_held_out
 from tuner.plan.layout import ANY, Layout, Pins, check_precision_fits, enumerate_layouts, layout_of
 from tuner.plan.plan import Request
 from tuner.plan.stage_order import StageOrder

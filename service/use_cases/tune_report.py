@@ -15,7 +15,7 @@ from tuner.search.replay import Replay
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
     from db.rows.hardware import Hardware
     from tuner.fit.holdout import HeldOutError
-    from tuner.fit.whole_costs import Costs
+    from tuner.fit.whole.costs import Costs
     from tuner.search.autotune import Trial
     from tuner.search.explanation import Explanation
     from tuner.search.layouts import Candidate

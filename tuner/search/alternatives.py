@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from db.errors import UserError
 from profiler.sequence.kind import SPKind
-from tuner.fit.whole_costs import Costs
+from tuner.fit.whole.costs import Costs
 from tuner.plan.layout import Layout
 from tuner.rounds.problem import arrive_over_time
 from tuner.rounds.round_plan import Alternative

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from profiler.sequence.kind import CUTS, SequenceCut, usual_cut
-from tuner.fit.whole_costs import Costs, WholeCosts
+from tuner.fit.whole.costs import Costs, WholeCosts
 from tuner.plan.cost_model import Floats
 from tuner.plan.plan import Request, Round
 from tuner.rounds.round_plan import RoundPlan

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tuner.fit.whole_costs import Costs
+from tuner.fit.whole.costs import Costs
 from tuner.plan.cost_model import Floats
 from tuner.plan.layout import Layout
 from tuner.plan.plan import Request

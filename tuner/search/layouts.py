@@ -12,7 +12,7 @@ from db.errors import UserError
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind
 from tuner.fit.holdout import HeldOutError
 from tuner.fit.uncertainty import makespan_uncertainty
-from tuner.fit.whole_costs import Costs
+from tuner.fit.whole.costs import Costs
 from tuner.plan.cost_model import CostModel
 from tuner.plan.layout import Layout
 from tuner.plan.memory import RankMemory, rounds_memory

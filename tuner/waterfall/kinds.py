@@ -12,7 +12,7 @@ import numpy as np
 from profiler.sequence.kind import SequenceCut
 from tuner.fit.curve import Curve
 from tuner.fit.layer_costs import LayerCosts
-from tuner.fit.whole_costs import WholeCosts
+from tuner.fit.whole.costs import WholeCosts
 from tuner.plan.cost_model import CostModel, Floats, PairAttention
 from tuner.plan.plan import Plan, Request, Round
 from tuner.rounds.schedule import evaluate

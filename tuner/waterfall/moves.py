@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from tuner.fit.curve import Curve
-from tuner.fit.whole_costs import Costs, WholeCosts
+from tuner.fit.whole.costs import Costs, WholeCosts
 from tuner.plan.plan import Move
 from tuner.rounds.problem import NO_LIMITS, arrive_over_time
 from tuner.rounds.schedule import evaluate

@@ -117,9 +117,8 @@ def flops_of_rounds(shape: ModelShape, plan: Plan) -> dict[Kind, Floats]:
         ends = sum(chunk.end == plan.requests[chunk.request].prompt_tokens for chunk in chunks)
         found[Kind.PRODUCTS].append(float(products * sum(chunk.tokens for chunk in chunks)))
         attended = sum(
-            count * layer.attention_flops(chunk.tokens, chunk.start)
+            count * sum(layer.attention_flops(chunk.tokens, chunk.start) for chunk in chunks)
             for layer, count in kinds.items()
-            for chunk in chunks
         )
         found[Kind.ATTENTION].append(float(attended))
         found[Kind.ENDS].append(2.0 * hidden * vocab * ends)
