@@ -21,7 +21,7 @@ _LATENT = _GROUPS | {
     "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
     "num_key_value_heads": 4,
 }  # fmt: skip
-_INDEX = {"index_topk": 64, "index_head_dim": 16, "index_n_heads": 4}
+_INDEX = {"index_topk": 64, "index_head_dim": 16, "index_n_heads": 16}
 _LINEAR = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "linear_conv_kernel_dim": 4, "layer_types": ["linear_attention", "full_attention"] * 2,

@@ -8,7 +8,7 @@ from profiler.model.configuration import model_from_config
 from profiler.model.precision import PRECISIONS, Precision, precision_of
 from profiler.model.shape import Backend, ModelShape
 from profiler.model.spec import LayerSpec
-from profiler.model.whole import WholeLayer
+from profiler.model.whole.layer import WholeLayer
 
 __all__ = [
     "PRECISIONS",

@@ -7,8 +7,6 @@ from typing import Any
 
 from db.errors import UserError
 from profiler.model.architectures import ARCHITECTURES
-from profiler.model.blocks import PLANNED
-from profiler.model.described import described
 from profiler.model.fields import KernelsMissingError, positive, positive_number
 from profiler.model.precision import plain_precision
 from profiler.model.quantization import FIELD, Quantization, UnreadFormatError, quantization_of, weight_format
@@ -16,6 +14,8 @@ from profiler.model.rope import check_rope
 from profiler.model.shape import Backend, Counted, ModelShape, layer_prefix
 from profiler.model.spec import LayerSpec
 from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, Part
+from profiler.model.whole.blocks import PLANNED
+from profiler.model.whole.described import described
 
 MAX_LAYERS = 10_000
 

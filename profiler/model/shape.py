@@ -14,7 +14,7 @@ from profiler.model.precision import PRECISIONS
 from profiler.model.quantization import Quantization
 from profiler.model.spec import LayerSpec
 from profiler.model.tensors import LinearSpec, NormSpec
-from profiler.model.whole import WholeLayer
+from profiler.model.whole.layer import WholeLayer
 
 Layer = LayerSpec | WholeLayer
 

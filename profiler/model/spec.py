@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from profiler.model.precision import FLOAT32, Precision
 from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec
-from profiler.model.whole import seen_pairs
+from profiler.model.whole.layer import seen_pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import PRECISIONS, Backend, LayerSpec, ModelShape, Precision
-from profiler.model.whole import seen_pairs
+from profiler.model.whole.layer import seen_pairs
 from profiler.points.point import BESIDE, COLLECTIVES, KEPT, WARM, Op, Point, strided
 from profiler.points.rank_groups import RankGroups
 from profiler.points.whole_layers import whole_layer_points

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import click
 
 from service.cli.output import print_table
-from service.use_cases.supported import ModelReport, Supported
+from service.use_cases.models import ModelReport, Supported
 
 
 def print_supported(rows: Sequence[Supported]) -> None:

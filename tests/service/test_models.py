@@ -9,8 +9,8 @@ import pytest
 
 from profiler.model import PRECISIONS, Backend, ModelShape, load_model_shape
 from profiler.model.flops import prefill_flops
-from profiler.model.whole import seen_pairs
-from service.use_cases.supported import model_report
+from profiler.model.whole.layer import seen_pairs
+from service.use_cases.models import model_report
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 # Billions of parameters that their publishers name; numbers that are kept of a token in all layers whose context grows.

@@ -17,7 +17,7 @@ def command(model: str | None, as_json: bool) -> None:
     """
     from service.cli.output import print_json
     from service.cli.print_models import print_model, print_supported
-    from service.use_cases.supported import model_report, supported
+    from service.use_cases.models import model_report, supported
 
     if model is None:
         rows = supported()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.model.whole import seen_pairs
+from profiler.model.whole.layer import seen_pairs
 from profiler.sequence.cut import cut_round, rows_per_rank, share_tokens
 from profiler.sequence.kind import SequenceCut
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from db.errors import UserError
 from profiler.model.fields import positive
-from profiler.model.whole import Mixer, WholeLayer
+from profiler.model.whole.layer import Mixer, WholeLayer
 
 Config = Mapping[str, Any]
 _STEP = 256  # intermediate sizes are rounded up to multiples of it

@@ -10,7 +10,7 @@ from typing import Any
 
 from db.errors import UserError
 from profiler.model.fields import MAX_SIZE
-from profiler.model.whole import Experts, Mixer, WholeLayer
+from profiler.model.whole.layer import Experts, Mixer, WholeLayer
 
 # How configurations call one thing.
 _PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token", "experts_per_token")
