@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from profiler.library.found import find
-from profiler.library.timed import TimedLayer
 from profiler.measure.timing import Run
 from profiler.measure.workspace import Workspace
 from profiler.model import ModelShape, WholeLayer
 from profiler.points.point import BEFORE_LAYERS, Point
 from profiler.points.whole_layers import whole_sizes, whole_variant
+
+if TYPE_CHECKING:
+    from profiler.library.timed import TimedLayer
 
 
 class LibraryLayers:
@@ -27,6 +31,8 @@ class LibraryLayers:
     def _timed(self, index: int) -> TimedLayer:
         layer, precision = self.shape.every_layer[index], self.workspace.precision
         size = layer.weights_bytes(precision)
+        from profiler.library.timed import TimedLayer  # brings Transformers along: seconds of every start
+
         return self.workspace.keep(
             ("library layer", index),
             size,
