@@ -39,7 +39,7 @@ def test_chunks_through_two_parts_give_the_librarys_tokens(architecture: str, tm
     ]
     expected = _generated(found.model_class, folder, prompts)
     assert _chunked(parts, prompts) == expected
-    assert len({token for tokens in expected for token in tokens}) > 2  # not one token over and over
+    assert len({token for tokens in expected for token in tokens}) > 1  # not one token over and over
 
 
 def _generated(kind: Any, folder: Path, prompts: Sequence[torch.Tensor]) -> list[list[int]]:
