@@ -8,6 +8,7 @@ from typing import Any
 
 from db.errors import UserError
 
+LEAST_VERSION = (5, 23)  # whose configurations tell of each layer, and whose loading takes parts of a model
 _LEFT_OUT = ("quantization_config", "auto_map", "transformers_version", "torch_dtype", "dtype")
 
 
@@ -30,6 +31,9 @@ def find(config: Mapping[str, Any]) -> Found:
     import transformers
     from transformers.utils import logging
 
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < LEAST_VERSION:
+        least = ".".join(map(str, LEAST_VERSION))
+        raise UserError("transformers", transformers.__version__, f"must be {least} or later where it runs layers")
     named = config.get("architectures")
     architecture = str(named[0] if isinstance(named, list) and named else named)
     model_class = _class_of(architecture, str(config.get("model_type")))

@@ -10,7 +10,7 @@ import pytest
 from profiler.model import PRECISIONS, Backend, ModelShape, load_model_shape
 from profiler.model.flops import prefill_flops
 from profiler.model.whole.layer import seen_pairs
-from service.use_cases.models import model_report
+from service.use_cases.models import model_report, supported
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 # Billions of parameters that their publishers name; numbers that are kept of a token in all layers whose context grows.
@@ -101,3 +101,10 @@ def test_what_is_not_supported_is_told(tmp_path: Path) -> None:
     report = model_report(str(tmp_path))
     assert report.backend == "refused"
     assert "architectures: NoSuchForCausalLM; is no decoder of Transformers" in str(report.reason)
+
+
+def test_the_page_names_every_architecture_and_what_runs_it() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    listed = [line.split("|")[1:4] for line in page.partition("## Architectures")[2].splitlines() if "|" in line][2:]
+    told = [[one.architecture, str(one.backend), one.about] for one in supported()]
+    assert [[cell.strip().strip("`") for cell in cells] for cells in listed] == told
