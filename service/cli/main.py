@@ -20,6 +20,7 @@ COMMANDS = {
     "run-plan": ("service.cli.commands.run_plan", "Execute a plan and compare it with its prediction."),
     "quantize": ("service.cli.commands.quantize", "Make an 8-bit checkpoint of a model, and say what it costs."),
     "export": ("service.cli.commands.export", "Write a plan as another engine's launch files."),
+    "compare": ("service.cli.commands.compare", "Put what an engine measured beside a plan's prediction."),
     "serve": ("service.cli.commands.serve", "Serve plans, what is kept, and jobs: a page and an HTTP API."),
     "token": ("service.cli.commands.token", "Make, list and revoke tokens that open the service."),
     "worker": ("service.cli.commands.worker", "Run the service's jobs on this machine."),
