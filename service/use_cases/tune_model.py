@@ -26,7 +26,7 @@ from service.use_cases.contest import contest
 from service.use_cases.options import chosen, flag_of
 from service.use_cases.tune_options import TuneOptions, next_command
 from service.use_cases.tune_report import TuneReport
-from tuner.fit.correction import fit_correction, load_measured_rounds
+from tuner.fit.correction import PlansRun, fit_correction, load_measured_rounds
 from tuner.fit.coverage import coverage
 from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
@@ -142,6 +142,7 @@ def _fitter(
     """Costs of a layout: fitted once for all layouts of the same work, load and messages, corrected by earlier runs."""
 
     fits: dict[object, LayerCosts | UserError] = {}
+    plans = PlansRun(database)
     has_runs = bool(list_runs(database, status=RunStatus.DONE, limit=1))
 
     def fit(layout: Layout) -> LayerCosts:
@@ -159,7 +160,7 @@ def _fitter(
         costs = fit_layer_costs(links.rows_for(layout), work, busy_ranks=layout.world_size)
         if not (correct and has_runs):
             return costs
-        rounds = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
+        rounds = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model, plans=plans)
         return replace(costs, correction=fit_correction(rounds))
 
     def fit_layout(layout: Layout) -> LayerCosts:
