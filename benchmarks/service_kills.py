@@ -1,6 +1,6 @@
 """Kills service, workers and PostgreSQL at random moments while jobs run: `python -m benchmarks.service_kills`.
 
-    python -m benchmarks.service_kills [--kills 50] [--seed 0]
+    python -m benchmarks.service_kills [--kills 50] [--seed 0] [--pause-s 20]
 
 A PostgreSQL server of its own, a service and workers of two machines with different hardware, all started again by a
 loop as a supervisor would. Jobs are handed in over HTTP, each a run of a plan of its own, so that the database tells
@@ -138,7 +138,7 @@ class Jobs:
             return
 
 
-def main(num_kills: int, seed: int) -> int:
+def main(num_kills: int, seed: int, pause_s: float) -> int:
     """Kill, wait, count -> the exit code."""
     draw = random.Random(seed)
     binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
@@ -163,7 +163,7 @@ def main(num_kills: int, seed: int) -> int:
             url=postgres.url,
             model={**shape.config, "name": shape.name},
         )
-        targets = _kill_at_random(num_kills, draw, kept, postgres, jobs)
+        targets = _kill_at_random(num_kills, pause_s, draw, kept, postgres, jobs)
         found = _wait(jobs, kept)
         problems, rows = _judge(jobs, found, postgres.url)
         print_table(("killed", "times"), sorted(targets.items()))
@@ -193,11 +193,11 @@ def _wait_for_workers(jobs: Jobs, kept: list[Kept]) -> None:
 
 
 def _kill_at_random(
-    num_kills: int, draw: random.Random, kept: list[Kept], postgres: Postgres, jobs: Jobs
+    num_kills: int, pause_s: float, draw: random.Random, kept: list[Kept], postgres: Postgres, jobs: Jobs
 ) -> Counter[str]:
     targets: Counter[str] = Counter()
     while sum(targets.values()) < num_kills:
-        until = time.monotonic() + draw.uniform(1.0, 12.0)
+        until = time.monotonic() + draw.uniform(1.0, pause_s)
         while time.monotonic() < until:
             for one in kept:
                 one.keep()
@@ -299,5 +299,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pause-s", type=float, default=20.0, help="From a kill to the next, at most.")
     given = parser.parse_args()
-    sys.exit(main(given.kills, given.seed))
+    sys.exit(main(given.kills, given.seed, given.pause_s))
