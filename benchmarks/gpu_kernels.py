@@ -1,6 +1,6 @@
 """Kernels that no fit has seen: random products and attention, measured as a profile does, against the fitted model.
 
-    python -m benchmarks.gpu_kernels [--model NAME] [--db URL] [--points N] [--output FILE]
+    python -m benchmarks.gpu_kernels [--model NAME] [--db URL] [--points N] [--world-size N] [--output FILE]
 
 The database must hold the profile that is judged; what is measured here goes to a file of its own.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -75,34 +74,36 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3-8b")
     parser.add_argument("--db", default="sqlite:///gpu.db")
     parser.add_argument("--points", type=int, default=60)
+    parser.add_argument("--world-size", type=int, default=2, choices=[1, 2])
     parser.add_argument("--context-length", type=int, default=131072)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--output", type=Path, default=Path("gpu-kernels.json"))
     options = parser.parse_args()
+    ranks, tp_sizes = options.world_size, (1, 2)[: options.world_size]
     dtype = "bfloat16" if options.device == "cuda" else "float32"
     shape = load_model_shape(options.model)
     kernels = tuple(
         worth_measuring(available_kernels(torch.device(options.device), precision_of(dtype).activations.torch_dtype))
     )
     grid = Grid(
-        shape=shape, dtype=dtype, tp_sizes=(1, 2), world_size=2, context_length=options.context_length,
+        shape=shape, dtype=dtype, tp_sizes=tp_sizes, world_size=ranks, context_length=options.context_length,
         device_type=options.device, kernels=kernels,
     )  # fmt: skip
     hardware = describe_hardware(options.device, num_threads=1)
     with open_database(options.db) as database:
         rows = load_measurements(database, hardware, dtype=dtype)
     works = [RankWork.on(hardware, shape=shape, dtype=dtype, tp_size=tp_size) for tp_size in grid.tp_sizes]
-    costs = {work.tp_size: fit_layer_costs(rows, work, busy_ranks=2) for work in works}
+    costs = {work.tp_size: fit_layer_costs(rows, work, busy_ranks=ranks) for work in works}
     points = random_points(grid, options.points)
     with TemporaryDirectory() as folder:
         url = f"sqlite:///{folder}/unseen.db"
         job = ProfileJob(
             grid=grid, points=tuple(points), rows=(), hardware=hardware, database_url=url,
-            deadline=time.monotonic() + 600,
+            budget_s=600.0,
         )  # fmt: skip
         with open_database(url):
             pass
-        run_ranks(profile_rank, job, world_size=2, device_type=options.device, num_threads=1)
+        run_ranks(profile_rank, job, world_size=ranks, device_type=options.device, num_threads=1)
         with open_database(url) as database:
             measured = {row.key: row for row in load_measurements(database, hardware)}
     found = [

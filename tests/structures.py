@@ -15,9 +15,9 @@ FOLDERS = ("db", "profiler", "tuner", "runtime", "service", "benchmarks")
 ROOMS = {
     "db": ("files", "store", "rows"),
     "profiler": ("hardware", "model", "sequence", "kernels", "layers", "comm", "points", "measure"),
-    "tuner": ("plan", "rounds", "online", "policies", "fit", "search"),
+    "tuner": ("plan", "rounds", "online", "policies", "fit", "search", "waterfall"),
     "runtime": ("job", "weights", "stage", "run", "quantize"),
-    "service": ("reasons", "use_cases", "engines", "jobs", "http", "cli"),
+    "service": ("reasons", "use_cases", "reports", "engines", "jobs", "http", "cli"),
 }
 ASKED = {
     "db": "what is kept",

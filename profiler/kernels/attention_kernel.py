@@ -19,8 +19,8 @@ class AttentionKernel(StrEnum):
 
 # The usual best of those that a device has comes first.
 PREFERENCE = (
-    AttentionKernel.CUDNN_GRAPH,
     AttentionKernel.FLASH3,
+    AttentionKernel.CUDNN_GRAPH,
     AttentionKernel.CUDNN,
     AttentionKernel.CPU_FOLDED,
     AttentionKernel.CPU_FLASH,

@@ -29,38 +29,13 @@ def attend_with_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `attend`, or over all keys; and the log-sum-exp of each row's scores, [H, c, 1] in float32."""
-    _load()
+    load()
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out, lse, *_ = torch.ops.fa3_fwd.fwd(q, k, v, is_causal=causal, num_splits=1)
     return out.squeeze(0).transpose(0, 1), lse.squeeze(0).unsqueeze(-1)
 
 
-def attend_spans(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    row_starts: torch.Tensor,
-    slab_starts: torch.Tensor,
-    lengths: torch.Tensor,
-    most_rows: int,
-    most_keys: int,
-) -> torch.Tensor:
-    """Causal attention of consecutive rows of several requests in one launch.
-
-    q: [T, H, D]; keys, values: the slab [KV, rows, D] -> [T, H, D]. Of each of R requests int32 on the card:
-    row_starts: [R + 1], its first row of q, and T at the end; slab_starts: [R + 1], its first row of the slab, the last
-    entry is not read; lengths: [R], how many rows of the slab its last token sees. most_rows, most_keys: the largest.
-    """
-    _load()
-    out, *_ = torch.ops.fa3_fwd.fwd(
-        q, keys.transpose(0, 1), values.transpose(0, 1), cu_seqlens_q=row_starts, cu_seqlens_k=slab_starts,
-        seqused_k=lengths, max_seqlen_q=most_rows, max_seqlen_k=most_keys, is_causal=True, num_splits=1,
-    )  # fmt: skip
-    return out  # type: ignore[no-any-return]
-
-
 @cache
-def _load() -> None:
+def load() -> None:
     """Register the package's operators with torch."""
     import fa3_fwd._C  # noqa: F401

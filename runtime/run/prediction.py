@@ -11,6 +11,7 @@ from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Plan
 from tuner.plan.task_order import task_order
 from tuner.rounds.schedule import Timeline, evaluate, simulate
+from tuner.waterfall.steps import check_kinds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,7 @@ def read_prediction(plan: Plan) -> Prediction:
                 len(plan.rounds), parallel.pp_size, parallel.virtual_stages, parallel.stage_order, plan.window
             ),
         )
+    check_kinds(plan)
     if plan.predicted is not None:
         return Prediction(makespan_s=plan.predicted.makespan_s, timeline=timeline)
     return Prediction(makespan_s=None if timeline is None else timeline.makespan_s, timeline=timeline)

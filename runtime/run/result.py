@@ -11,6 +11,8 @@ from typing import Any
 from db.rows.runs import RoundTime
 from runtime.job.job import Interval, Job, Pass, RankReport
 from runtime.run.prediction import Prediction
+from tuner.plan.plan import Move
+from tuner.waterfall.steps import Waterfall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,9 @@ class RunResult:
     predicted_makespan_s: float | None = None
     mfu: float | None = None  # of the published peak of all devices
     mfu_of_ceiling: float | None = None  # of the fastest matmul measured on this hardware
+    told: Waterfall | None = None  # from the chip's peak to the makespan, as predicted
+    waterfall: Waterfall | None = None  # and as measured
+    moves: tuple[Move, ...] = ()  # what would make the plan quicker, as predicted
     run_id: int | None = None
 
     @property
@@ -65,6 +70,11 @@ class RunResult:
             "decode_s": self.decode_s,
             "warm_up_s": self.warm_up_s,
             "memory_bytes": self.memory_bytes,
+            "waterfall": {
+                "predicted": self.told and self.told.to_json(),
+                "measured": self.waterfall and self.waterfall.to_json(),
+            },
+            "moves": [asdict(move) for move in self.moves],
             "run_id": self.run_id,
             "rounds": [asdict(time) for time in self.rounds],
         }

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+import numpy as np
 import torch
 
 from db.errors import UserError
@@ -39,6 +40,7 @@ from tuner.fit.kernels import kernel_choice
 from tuner.fit.rows import Rows
 from tuner.plan.memory import check_memory
 from tuner.plan.plan import Plan
+from tuner.waterfall.steps import waterfall
 
 # A card that rested starts at a clock that it cannot hold: a round took up to a fifth longer 0.2 s later, and some
 # 0.8 s after the start the card corrects itself by a quarter of a second at its lowest clock.
@@ -294,7 +296,27 @@ def with_mfu(
     fastest = fastest_product_flops(rows, plan.precision)
     # A run that is faster than what was measured on a busy machine shows itself how fast products are.
     of_ceiling = min(1.0, rate / fastest) if fastest else None
-    return replace(result, mfu=rate / peak if peak else None, mfu_of_ceiling=of_ceiling)
+    result = replace(result, mfu=rate / peak if peak else None, mfu_of_ceiling=of_ceiling)
+    return with_waterfalls(result, plan, shape, peak or max(fastest or 0.0, rate))
+
+
+def with_waterfalls(result: RunResult, plan: Plan, shape: ModelShape, peak_flops: float) -> RunResult:
+    """Add the way from the peak of the ranks to the makespan, predicted and measured, where a peak is known."""
+    moves = plan.predicted.moves if plan.predicted else ()
+    if not peak_flops:
+        return replace(result, moves=moves)
+    size = (len(plan.rounds), plan.parallel.num_groups)
+    measured, told = np.zeros(size), np.zeros(size)
+    for time in result.rounds:
+        measured[time.round, time.stage] = time.finish_s - time.start_s
+        told[time.round, time.stage] = time.predicted_s or 0.0
+    predicted_s = result.predicted_makespan_s
+    return replace(
+        result,
+        moves=moves,
+        waterfall=waterfall(plan, shape, measured, result.makespan_s, peak_flops=peak_flops),
+        told=waterfall(plan, shape, told, predicted_s, peak_flops=peak_flops) if predicted_s and told.any() else None,
+    )
 
 
 def _settle_s(plan: Plan, device_type: str) -> float:

@@ -18,6 +18,8 @@ COMMANDS = {
     "profile": ("service.cli.commands.profile", "Measure a model's kernels and collectives on this machine."),
     "tune": ("service.cli.commands.tune", "Fit the cost model and choose layout, partition and rounds."),
     "run-plan": ("service.cli.commands.run_plan", "Execute a plan and compare it with its prediction."),
+    "runs": ("service.cli.commands.runs", "List, explain, compare and clear runs."),
+    "report": ("service.cli.commands.report", "Write one HTML page of a plan, a run or a hardware."),
     "quantize": ("service.cli.commands.quantize", "Make an 8-bit checkpoint of a model, and say what it costs."),
     "export": ("service.cli.commands.export", "Write a plan as another engine's launch files."),
     "compare": ("service.cli.commands.compare", "Put what an engine measured beside a plan's prediction."),
@@ -25,6 +27,7 @@ COMMANDS = {
     "token": ("service.cli.commands.token", "Make, list and revoke tokens that open the service."),
     "worker": ("service.cli.commands.worker", "Run the service's jobs on this machine."),
     "db": ("service.cli.commands.db", "Look after the profiling database."),
+    "completion": ("service.cli.completion", "Let the shell complete commands and options."),
 }
 
 

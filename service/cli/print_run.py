@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from db.errors import printable
+from runtime.run.result import RunResult
 from service.cli.output import show_table
 from service.use_cases.run_plan import Run
 from tuner.plan.layout import layout_of
+from tuner.waterfall.steps import to_rows
 
 
 def print_run(run: Run) -> None:
@@ -33,12 +35,33 @@ def print_run(run: Run) -> None:
         result.run_id,
     ]
     show_table(columns, [row])
+    _print_waterfall(result)
     for check in run.checks or ():
         if not check.equal:
             print(
                 f"{printable(check.id)}: new token {check.first_mismatch} differs from Transformers', "
                 f"whose two best logits are {check.top2_margin} apart there"
             )
+
+
+def _print_waterfall(result: RunResult) -> None:
+    """The way from the chip's peak to the makespan, predicted beside measured."""
+    if result.waterfall is None:
+        return
+    told = result.told
+    rows: list[list[object]] = []
+    for name, told_s, measured_s in to_rows(told, result.waterfall):
+        shares = [
+            None if seconds is None or each is None else 100 * seconds / each.makespan_s
+            for seconds, each in ((told_s, told), (measured_s, result.waterfall))
+        ]
+        rows.append([name, told_s, shares[0], measured_s, shares[1]])
+    rows.append(["makespan", told and told.makespan_s, told and 100.0, result.waterfall.makespan_s, 100.0])
+    title = "From the peak to the makespan; kinds of measured rounds as predicted"
+    show_table(["step", "predicted s", "%", "measured s", "%"], rows, title=title)
+    if result.moves and told is not None:
+        move = result.moves[0]
+        print(f"What would move it most: {move.change}, {1.0 - move.makespan_s / told.makespan_s:.1%} less as planned")
 
 
 def _shown(run: Run, index: int, limit: int = 8) -> str:

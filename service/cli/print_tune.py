@@ -36,6 +36,10 @@ def print_report(report: TuneReport) -> None:
         _print_layouts(report)
     if report.explanation is not None:
         print(f"{wrapped(in_words(report.explanation))}\n")
+    if report.plan.predicted is not None and report.plan.predicted.moves:
+        move, now_s = report.plan.predicted.moves[0], report.plan.predicted.makespan_s
+        gain = f"{1.0 - move.makespan_s / now_s:.1%} less"
+        print(f"{wrapped(f'What would move it most, planned anew: {move.change}, {gain}.')}\n")
     parallel, requests = report.plan.parallel, report.plan.requests
     if report.policies:
         window = "" if report.plan.window is None else f", at most {report.plan.window} rounds in flight"

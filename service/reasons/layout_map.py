@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
+from service.reasons.svg import STYLE, box, text
 from tuner.search.explanation import Explanation, Winner
 
 # The eight colours of Okabe and Ito (2008), which colour-blind people tell apart, then paler ones.
@@ -12,10 +13,6 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
            "#7fb8d9", "#f3cf80", "#80cfb9", "#e6bcd3")  # fmt: skip
 PARTS = (("compute_s", "compute", "#0072B2"), ("attention_s", "attention", "#56B4E9"),
          ("messages_s", "communication", "#D55E00"), ("bubble_s", "bubble", "#BBBBBB"))  # fmt: skip
-STYLE = (
-    "<style>text{fill:#222}.soft{fill:#667}.light{fill:#fff}.axis{stroke:#889;fill:none}"
-    "@media(prefers-color-scheme:dark){text{fill:#e6e8ec}.soft{fill:#9aa3b0}.light{fill:#fff}}</style>"
-)
 WIDTH, LEFT, ROW, CELL_HEIGHT, MOST_BARS = 860, 210, 24, 36, 8
 
 
@@ -35,38 +32,25 @@ def drawing(why: Explanation) -> str:
     ) + "\n"  # fmt: skip
 
 
-def _text(x: float, y: float, words: str, *, anchor: str = "start", kind: str = "", bold: bool = False) -> str:
-    weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}"{weight}>{escape(words)}</text>'
-
-
-def _box(x: float, y: float, width: float, height: float, colour: str, title: str = "") -> str:
-    words = f"<title>{escape(title)}</title>" if title else ""
-    return (
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0.0):.1f}" height="{height:.1f}" fill="{colour}">'
-        f"{words}</rect>"
-    )
-
-
 def _bars(why: Explanation) -> tuple[list[str], int]:
     """A bar for the best layout of each family, and where they end."""
-    out = [_text(12, 24, "Where the seconds go: the best layout of each family", bold=True)]
+    out = [text(12, 24, "Where the seconds go: the best layout of each family", bold=True)]
     x = LEFT
     for _, name, colour in PARTS:
-        out += [_box(x, 36, 12, 12, colour), _text(x + 17, 47, name, kind="soft")]
+        out += [box(x, 36, 12, 12, colour), text(x + 17, 47, name, kind="soft")]
         x += 40 + 8 * len(name)
     found = list(zip(why.families, why.parts, strict=True))[:MOST_BARS]
     longest = max((parts.total_s for _, parts in found), default=1.0)
     scale = (WIDTH - LEFT - 90) / longest
     y = 60
     for candidate, parts in found:
-        out.append(_text(LEFT - 8, y + 15, str(candidate.layout), anchor="end"))
+        out.append(text(LEFT - 8, y + 15, str(candidate.layout), anchor="end"))
         x = LEFT
         for field, name, colour in PARTS:
             seconds = getattr(parts, field)
-            out.append(_box(x, y, scale * seconds, ROW - 6, colour, f"{name}: {seconds:.4g} s"))
+            out.append(box(x, y, scale * seconds, ROW - 6, colour, f"{name}: {seconds:.4g} s"))
             x += scale * seconds
-        out.append(_text(x + 6, y + 15, f"{parts.total_s:.4g} s"))
+        out.append(text(x + 6, y + 15, f"{parts.total_s:.4g} s"))
         y += ROW
     return out, y
 
@@ -80,18 +64,18 @@ def _map(why: Explanation, top: int) -> tuple[list[str], int]:
     names = list(dict.fromkeys(winner.layout.family for winner in why.map if winner.layout))
     colour_of = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
     width = (WIDTH - LEFT - 20) / len(lengths)
-    out = [_text(12, top, "Which layout wins: one prompt, by its length and the speed of all links", bold=True)]
+    out = [text(12, top, "Which layout wins: one prompt, by its length and the speed of all links", bold=True)]
     top += 16
     for row, factor in enumerate(factors):
         y = top + row * CELL_HEIGHT
-        out.append(_text(LEFT - 8, y + CELL_HEIGHT / 2 + 4, _speed(why, factor), anchor="end"))
+        out.append(text(LEFT - 8, y + CELL_HEIGHT / 2 + 4, _speed(why, factor), anchor="end"))
         for column, length in enumerate(lengths):
             winner = next(one for one in why.map if (one.prompt_tokens, one.link_factor) == (length, factor))
             x = LEFT + column * width
             if winner.layout is None:
-                out.append(_box(x, y, width - 2, CELL_HEIGHT - 2, "#8884", "does not fit"))
+                out.append(box(x, y, width - 2, CELL_HEIGHT - 2, "#8884", "does not fit"))
                 continue
-            out.append(_box(x, y, width - 2, CELL_HEIGHT - 2, colour_of[winner.layout.family], _told(winner)))
+            out.append(box(x, y, width - 2, CELL_HEIGHT - 2, colour_of[winner.layout.family], _told(winner)))
             lines = _short(winner)
             for place, words in enumerate(lines):
                 at = y + CELL_HEIGHT / 2 + 4 + 12 * (place - (len(lines) - 1) / 2)
@@ -101,18 +85,18 @@ def _map(why: Explanation, top: int) -> tuple[list[str], int]:
                 )
     y = top + len(factors) * CELL_HEIGHT
     for column, length in enumerate(lengths):
-        out.append(_text(LEFT + (column + 0.5) * width, y + 16, _tokens(length), anchor="middle"))
-    out.append(_text(LEFT + len(lengths) * width / 2, y + 34, "tokens of the prompt", anchor="middle", kind="soft"))
+        out.append(text(LEFT + (column + 0.5) * width, y + 16, _tokens(length), anchor="middle"))
+    out.append(text(LEFT + len(lengths) * width / 2, y + 34, "tokens of the prompt", anchor="middle", kind="soft"))
     legend, end = list(_legend(colour_of, y + 52)), y + 52 + ROW * -(-len(colour_of) // 3)
     note = "Plans of equal chunks on even layers; all that is sent scales with the links; memory is not asked."
-    return [*out, *legend, _text(12, end + 12, note, kind="soft")], end + 24
+    return [*out, *legend, text(12, end + 12, note, kind="soft")], end + 24
 
 
 def _legend(colour_of: dict[str, str], top: int) -> Iterator[str]:
     for index, (name, colour) in enumerate(colour_of.items()):
         x, y = 12 + index % 3 * 280, top + index // 3 * ROW
-        yield _box(x, y, 14, 14, colour)
-        yield _text(x + 20, y + 12, name)
+        yield box(x, y, 14, 14, colour)
+        yield text(x + 20, y + 12, name)
 
 
 def _speed(why: Explanation, factor: float) -> str:

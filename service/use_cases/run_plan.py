@@ -8,7 +8,7 @@ from typing import Any
 
 from db.errors import UserError
 from db.files.documents import write_json
-from db.files.replacement import check_writable
+from db.files.replacement import check_writable, replace_file
 from profiler.comm.ranks.launch import is_first_process
 from profiler.hardware.device import default_num_threads
 from runtime.run.preparation import check_counts, check_layout, model_shape, with_dtype
@@ -18,6 +18,8 @@ from runtime.run.result import RunResult
 from runtime.run.run import run_plan
 from runtime.run.trace import write_trace
 from runtime.weights.generation import end_ids
+from service.reasons.waterfall_chart import drawing
+from tuner.plan.layout import layout_of
 from tuner.plan.plan import Plan, load_plan
 
 
@@ -33,6 +35,7 @@ class RunRequest:
     check: bool
     trace: Path | None
     output: Path | None
+    plot: Path | None
     repeat: int
     device_type: str
     threads_per_rank: int | None
@@ -108,6 +111,9 @@ def write_files(request: RunRequest, run: Run) -> None:
     """Write `--output` and `--trace`, after the run was printed: a disk that is full by now loses neither."""
     if request.output is not None:
         write_json(request.output, run.to_json())
+    if request.plot is not None and run.result.waterfall is not None:
+        title = f"{layout_of(run.plan.parallel)}: from the peak of the ranks to the makespan"
+        replace_file(request.plot, drawing(run.result.told, run.result.waterfall, title).encode())
     if request.trace is not None:
         write_trace(request.trace, run.plan, run.result)
 
@@ -126,6 +132,6 @@ def _prompts(request: RunRequest, plan: Plan, tokenizer: Tokenizer) -> tuple[tup
 
 def _check_writable(request: RunRequest) -> None:
     """Not after the run: a place where nothing can be written would lose it."""
-    for option, path in (("--output", request.output), ("--trace", request.trace)):
+    for option, path in (("--output", request.output), ("--plot", request.plot), ("--trace", request.trace)):
         if path is not None and is_first_process():
             check_writable(option, path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import click
@@ -32,7 +33,7 @@ from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
 from tuner.fit.uncertainty import share_missing, widened
-from tuner.plan.layout import ANY, Layout, Pins, enumerate_layouts, layout_of
+from tuner.plan.layout import ANY, Layout, Pins, check_precision_fits, enumerate_layouts, layout_of
 from tuner.plan.plan import Request
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.topology import load_topology
@@ -42,6 +43,8 @@ from tuner.search.layouts import Candidate, search_layouts, to_plan, with_rounds
 from tuner.search.links import Links
 from tuner.search.rules import Rules
 from tuner.search.target import Target
+from tuner.waterfall.kinds import with_kinds
+from tuner.waterfall.moves import moves
 
 # Rows that a card's products are tiled by: between multiples their rate falls, and so finely they are measured.
 CHUNK_MULTIPLE = {"cpu": 64, "cuda": 256}
@@ -86,20 +89,23 @@ def tune_model(
         fit = _fitter(database, hardware, target, links, correct=options.correct)
         candidates = search_layouts(target, layouts, rules, fit)
         candidates = [replace(one, assumed=links.assumed(one.layout)) if one.rounds else one for one in candidates]
-        report = _report(target, candidates, rules, hardware, rows, options)
+        precisions = _other_precisions(database, hardware, target, candidates[0].layout)
+        report = _report(target, candidates, rules, hardware, rows, options, precisions)
         why = explain(target, report.candidates, rules, with_map=options.plot is not None)
         report = replace(report, explanation=why, plot=options.plot)
+        alone, simple = one_card(target, rules, fit), best_simple(target, candidates, rules)
         if options.measure is not None:
             from service.use_cases.tune_measured import tune_measured  # brings the runtime along
 
-            with process_row(database, "tune --measure"):
-                report = tune_measured(replace(report, hardware=hardware), target, rules, options, echo)
+            with process_row(database, "tune --measure") as process_id:
+                planned = replace(report, hardware=hardware)
+                report = tune_measured(database, process_id, planned, target, rules, options, echo)
         compared = replace(
             report.recommendation,
             plan=report.plan,
             explanation=why,
-            one_card=one_card(target, rules, fit),
-            simple=best_simple(target, candidates, rules),
+            one_card=alone,
+            simple=simple,
             close=close_layouts(report),
             measured_s=report.trials[0].measured_s if report.trials else None,
         )
@@ -146,6 +152,7 @@ def _fitter(
     has_runs = bool(list_runs(database, status=RunStatus.DONE, limit=1))
 
     def fit(layout: Layout) -> LayerCosts:
+        check_precision_fits(precision_of(target.dtype), layout.sp_kind, layout.weights)
         work = RankWork.on(
             hardware,
             shape=target.shape,
@@ -178,6 +185,18 @@ def _fitter(
     return fit_layout
 
 
+def _other_precisions(database: Database, hardware: Hardware, target: Target, layout: Layout) -> dict[str, LayerCosts]:
+    """Costs of the layout in the other precisions that the model was measured in."""
+    found = dict[str, LayerCosts]()
+    for dtype in sorted({row.dtype for row in load_measurements(database, hardware)} - {target.dtype}):
+        rows = load_measurements(database, hardware, dtype=dtype)
+        other = replace(target, dtype=dtype)
+        with suppress(UserError):
+            fit = _fitter(database, hardware, other, Links(Rows(rows), None), correct=False)
+            found[dtype] = fit(layout)
+    return found
+
+
 def _report(
     target: Target,
     candidates: list[Candidate],
@@ -185,6 +204,7 @@ def _report(
     hardware: Hardware,
     rows: list[Measurement],
     options: TuneOptions,
+    precisions: Mapping[str, LayerCosts],
 ) -> TuneReport:
     """The best candidate's plan with its rivals and its uncertainty. Raises UserError when every layout is refused."""
     best = candidates[0]
@@ -199,7 +219,12 @@ def _report(
     work, layout = best.layout_costs.work, best.layout
     held_out = held_out_errors(rows, work, busy_ranks=layout.world_size)
     covered = coverage(rows, work, layout, best.rounds.rounds, device_type=target.device_type)
-    plan = to_plan(target, best, rules, uncertainty=widened(best.uncertainty(held_out), share_missing(covered)))
+    width = widened(best.uncertainty(held_out), share_missing(covered))
+    plan = with_kinds(to_plan(target, best, rules, uncertainty=width), best)
+    assert plan.predicted is not None
+    plan = replace(
+        plan, predicted=replace(plan.predicted, moves=moves(target, best, rules, precisions=precisions))
+    )  # fmt: skip
     return TuneReport(
         plan=plan,
         recommendation=Recommendation(

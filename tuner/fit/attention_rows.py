@@ -12,7 +12,7 @@ from tuner.fit.attention_fit import AttentionCurve, Waves, fit_attention
 from tuner.fit.kernels import chosen_kernels, kernel_choice
 from tuner.fit.rows import RankWork, Rows, expected_s
 
-IN_WAVES = (AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH)
+IN_WAVES = (AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH, AttentionKernel.FLASH3)
 
 
 class AttentionRows:

@@ -153,6 +153,14 @@ class Parallel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """What a plan would take if one thing was better."""
+
+    change: str
+    makespan_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
     """What the cost model expects of the plan."""
 
@@ -165,6 +173,10 @@ class Predicted:
     """[round][group] seconds of each round in each group of layers (a stage, where it holds one)."""
     uncertainty: float | None = None
     """Relative error to expect of makespan_s, from the fit's residuals."""
+    round_kinds: Mapping[str, tuple[float, ...]] | None = None
+    """Of each round by kind of work (`tuner.waterfall.steps.Kind`), seconds in the mean over the stages."""
+    moves: tuple[Move, ...] = ()
+    """What would make the makespan less, the largest gain first."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.makespan_s <= MAX_SECONDS:
@@ -179,6 +191,9 @@ class Predicted:
         out["ttft_s"] = list(self.ttft_s)
         if self.round_s is not None:
             out["round_s"] = [list(row) for row in self.round_s]
+        if self.round_kinds is not None:
+            out["round_kinds"] = {kind: list(seconds) for kind, seconds in self.round_kinds.items()}
+        out["moves"] = [{"change": move.change, "makespan_s": move.makespan_s} for move in self.moves]
         return out
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from service.cli.options import db_option, json_option, stall_option
+from service.cli.options import config_option, db_option, json_option, stall_option
 
 
 @click.command(name="run-plan")
@@ -26,11 +26,15 @@ from service.cli.options import db_option, json_option, stall_option
 @click.option(
     "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write tokens, times and rounds as JSON."
 )
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the way from the peak to the makespan."
+)
 @click.option("--repeat", type=int, default=1, show_default=True, help="Passes over the rounds; the median counts.")
 @click.option("--device", "device_type", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--threads-per-rank", type=int, help="Threads of one rank on a CPU. [default: the plan's]")
 @click.option("--dtype", help="float32, bfloat16, w8a16, w8a8, fp8, ... [default: the plan's precision]")
 @stall_option
+@config_option
 @db_option
 @json_option
 def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) -> None:

@@ -1,0 +1,83 @@
+"""What would move a makespan most: the same requests planned anew where one thing is better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from tuner.fit.curve import Curve
+from tuner.fit.layer_costs import LayerCosts
+from tuner.plan.plan import Move
+from tuner.rounds.problem import NO_LIMITS, arrive_over_time
+from tuner.rounds.schedule import evaluate
+from tuner.search.layouts import Candidate
+from tuner.search.rules import Rules
+from tuner.search.target import Target
+
+QUICKER = 0.1
+LINKS_FACTOR = 2.0
+LEAST_GAIN = 2e-3  # shares of a makespan below it are no move
+
+
+def moves(
+    target: Target,
+    candidate: Candidate,
+    rules: Rules,
+    *,
+    rivals: list[Candidate] | None = None,
+    precisions: Mapping[str, LayerCosts] | None = None,
+) -> tuple[Move, ...]:
+    """What would make the plan's makespan least, the largest gain first; of requests that arrive over time nothing.
+
+    rivals: other layouts that were planned; precisions: costs of the same layout in other precisions that were
+    measured.
+    """
+    if arrive_over_time(target.requests) or candidate.rounds is None or candidate.costs is None:
+        return ()
+    base_s = candidate.rounds.makespan_s
+    found = [
+        Move(change=change, makespan_s=_planned_s(target, candidate, costs, its_rules))
+        for change, costs, its_rules in _changes(candidate, rules, precisions or {})
+    ]
+    others = [one for one in rivals or () if one.rounds is not None and not one.refusal]
+    if others:
+        best = min(others, key=lambda one: one.rounds.makespan_s if one.rounds else base_s)
+        assert best.rounds is not None
+        found.append(Move(change=f"the layout {best.layout}", makespan_s=best.rounds.makespan_s))
+    gains = [move for move in found if move.makespan_s < (1.0 - LEAST_GAIN) * base_s]
+    return tuple(sorted(gains, key=lambda move: move.makespan_s))
+
+
+def _changes(
+    candidate: Candidate, rules: Rules, precisions: Mapping[str, LayerCosts]
+) -> Iterator[tuple[str, LayerCosts, Rules]]:
+    costs, layout = candidate.layout_costs, candidate.layout
+    own = candidate.rules(rules)
+    percent = f"{100 * QUICKER:.0f} %"
+    correction = costs.correction
+    quick_attention = replace(correction, attention_scale=(1.0 - QUICKER) * correction.attention_scale)
+    yield f"attention {percent} quicker", replace(costs, correction=quick_attention), own
+    products = tuple(map(_quicker, costs.projections))
+    yield f"products {percent} quicker", replace(costs, projections=products), own
+    yield f"element-wise work {percent} quicker", replace(costs, elementwise=_quicker(costs.elementwise)), own
+    yield "launches of no time", replace(costs, round_overhead_s=0.0, chunk_s=0.0), own
+    if layout.world_size > 1:
+        yield f"links {LINKS_FACTOR:g} times as fast", costs.with_links(LINKS_FACTOR), own
+    if own.window is not None:
+        yield "no window", costs, replace(own, window=None)
+    if own.limits != NO_LIMITS:
+        yield "longer rounds (more memory, no limits)", costs, replace(own, limits=NO_LIMITS)
+    for name, others in precisions.items():
+        yield f"--dtype {name}", others.interleaved(layout.virtual_stages, layout.stage_order), own
+
+
+def _planned_s(target: Target, candidate: Candidate, costs: LayerCosts, rules: Rules) -> float:
+    """The better of the plan's rounds and of a new draft, under other costs."""
+    assert candidate.rounds is not None
+    model = costs.cost_model(candidate.layer_partition)
+    kept = evaluate(model, target.requests, candidate.rounds.rounds, rules.window)
+    return min(kept.makespan_s, rules.draft(model, target.requests).makespan_s)
+
+
+def _quicker(curve: Curve) -> Curve:
+    return replace(curve, seconds=(1.0 - QUICKER) * curve.seconds)
