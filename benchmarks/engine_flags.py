@@ -29,6 +29,7 @@ _SOURCES = {
         "sglang/srt/server_args.py",
         "sglang/srt/arg_groups",
         "sglang/srt/environ.py",
+        "sglang/srt/distributed/utils.py",
         "sglang/srt/plugins",
     ),
     Engine.VLLM: ("vllm/engine/arg_utils.py", "vllm/config", "vllm/envs.py"),
