@@ -142,7 +142,8 @@ class PlansRun:
     def _fingerprint(self, plan: Plan) -> str:
         model = json.dumps(plan.model, sort_keys=True)
         if model not in self._fingerprints:
-            self._fingerprints[model] = model_from_config(plan.model, name="").fingerprint
+            backend = str(plan.model.get("backend", "auto"))
+            self._fingerprints[model] = model_from_config(plan.model, name="", backend=backend).fingerprint
         return self._fingerprints[model]
 
 
