@@ -132,11 +132,11 @@ def ranked(variants: Mapping[str, Sequence[Replay]], objective: Objective) -> li
 
 
 def best_of(replays: Sequence[Replay], simpler: Sequence[Replay], objective: Objective) -> Replay:
-    """The best by the objective; by the mean TTFT, first of those that keep the long waits short.
+    """The best by the objective; by the mean TTFT, one that keeps the long waits short as well.
 
-    Running least work first makes the mean small and the last percent long. So of those whose mean is at most MEAN_SLACK
-    times the simpler policies' least, the best is one whose 99th percentile is at most P99_SLACK times theirs, or else
-    the one that exceeds that least.
+    Running least work first makes the mean small and the last percent long. So of those whose mean is at most
+    MEAN_SLACK times the simpler policies' least, the best is one whose 99th percentile is at most P99_SLACK times
+    theirs, or else the one that exceeds that least.
     """
     if objective is not Objective.MEAN_TTFT:
         return min(replays, key=lambda one: one.evaluation.score(objective))
