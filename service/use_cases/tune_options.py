@@ -19,6 +19,8 @@ class TuneOptions:
     """Options of `isochunk tune`. Raises UserError for values that are not allowed, alone or together."""
 
     model: str | None = option(None, "Folder with a config.json, or a bundled shape.", flags=("MODEL",))
+    backend: str = option("auto", "What runs its layers.", choices=("auto", "own", "transformers"))
+    precision: str | None = option(None, "Plan as if the weights were converted to this.", choices=("bf16", "fp8"))
     world_size: int | None = option(None, "Ranks to plan for. [default: what the sizes kept need]", above=0)
     prompt_lens: str | None = option(None, "Prompt lengths of the batch, in tokens.", metavar="N,N,...")
     workload: str | None = option(None, "JSONL: input_length and timestamp (ms) a line.", is_file=True)
@@ -95,6 +97,8 @@ class TuneOptions:
             raise UserError("--measure", self.measure, "a cost model alone cannot be run; give MODEL")
         if self.cost_model is not None and self.model is not None:
             raise UserError("--cost-model", self.cost_model, "stands instead of a model; give one of the two")
+        if self.precision is not None and self.dtype is not None:
+            raise UserError("--precision", self.precision, "says what --dtype says; give one of the two")
         if self.cost_model is None and self.model is None:
             raise UserError("MODEL", "missing", "give a model, or a cost model with --cost-model FILE --pp-size K")
 
