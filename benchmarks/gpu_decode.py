@@ -85,8 +85,11 @@ def read_bytes(job: Job) -> int:
     shape, tp_size, precision = job.shape, job.parallel.tp_size, PRECISIONS[job.dtype]
     weights = sum(layer.num_elements(tp_size) for layer in shape.layers) + shape.head.num_elements(tp_size)
     tokens = sum(request.prompt_tokens + job.max_new_tokens // 2 for request in job.requests)
-    kv = tokens * sum(layer.attention.kv_elements(tp_size) for layer in shape.layers)
-    return precision.weights.num_bytes(weights) + precision.kv.num_bytes(kv)
+    kv = sum(
+        precision.kv_bytes(tokens * layer.attention.kv_elements(tp_size), layer.attention.head_dim)
+        for layer in shape.layers
+    )
+    return precision.weights.num_bytes(weights) + kv
 
 
 def decoded(job: Job, reports: Sequence[RankReport]) -> Decoded:

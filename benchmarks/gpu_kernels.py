@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -100,7 +99,7 @@ def main() -> None:
         url = f"sqlite:///{folder}/unseen.db"
         job = ProfileJob(
             grid=grid, points=tuple(points), rows=(), hardware=hardware, database_url=url,
-            deadline=time.monotonic() + 600,
+            budget_s=600.0,
         )  # fmt: skip
         with open_database(url):
             pass

@@ -37,12 +37,16 @@ from profiler.model import PRECISIONS, load_model_shape
 from service.cli.output import print_table
 
 ROOT = Path(__file__).parents[1]
-CHECKS = ("quantize", "rms_norm", "silu", "product", "dequantizing")
-ARMS = ("bfloat16", "w8a16", "w8a8", "w8a8-static", "fp8", "fp8-static", "w8a8" + UNFUSED, "fp8" + UNFUSED)
+CHECKS = ("quantize", "rms_norm", "silu", "product", "dequantizing", "kv")
+ARMS = (
+    "bfloat16", "w8a16", "w8a8", "w8a8-static", "fp8", "fp8-static", "fp8+kv-fp8", "w8a8+kv-int8",
+    "w8a8" + UNFUSED, "fp8" + UNFUSED,
+)  # fmt: skip
 FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 EPS, REPEATS, SLEEP_CYCLES = 1e-5, 15, 400_000
 STATIC_RANGE = 5.0  # standard deviations that a static range holds
 LIMIT_S = 420.0  # of a part
+MOST_ERROR = 0.005  # of a product, against float64
 Call = Callable[[], object]
 
 
@@ -159,9 +163,6 @@ class Arms:
         int8, fp8 = self.quantized["int8"], self.quantized["fp8"]
         rows, wide = (QuantizingEntry(dtype=dtype).take(x) for dtype in FORMATS.values())
         arms: dict[str, Call] = {
-            "w8a8 no bulk copies": lambda: scaled_product(
-                rows.values, rows.scales, int8.values, int8.scales, None, x.dtype, bulk=False
-            ),
             "fp8 triton": lambda: scaled_product(wide.values, wide.scales, fp8.values, fp8.scales, None, x.dtype),
         }
         if x.shape[0] > 16:
@@ -203,6 +204,9 @@ def check_kernels(sizes: Sizes) -> None:
         with ThreadPoolExecutor(len(CHECKS)) as pool:
             for name, said in zip(CHECKS, pool.map(_checked, CHECKS), strict=True):
                 emit(part="check", kernel=name, result=said)
+        with guarded("blocks"):
+            check_blocks(sizes)
+            emit(part="check", kernel="every size of block", result="looked at; failures are named")
     for product, (n, k) in sizes.products.items():
         arms = Arms(sizes, n, k)
         for m in sizes.checked_rows:
@@ -212,6 +216,34 @@ def check_kernels(sizes: Sizes) -> None:
                     arm = name + ("" if fused else UNFUSED)
                     with guarded(f"check {arm} {product} m={m}"):
                         emit(part="check", kernel=arm, product=product, m=m, error=relative_error(linear, x))
+
+
+def check_blocks(sizes: Sizes) -> None:
+    """Every size of block that a kernel may choose, by itself: tuning looks at times alone."""
+    from profiler.kernels.quantized import triton_product, triton_weight
+
+    kernels = {
+        "w8a8": (triton_product._scaled_product, (8, 60, 300, 2048)),
+        "fp8": (triton_product._scaled_product, (8, 60)),
+        "w8a16": (triton_weight._dequantizing_product, (8, 60, 300, 2048)),
+        "w8a16 few rows": (triton_weight._few_rows, (1, 3)),
+    }
+    for product in ("qkv", "down"):
+        arms = Arms(sizes, *sizes.products[product])
+        linears = arms.linears(fused=True)
+        for name, (kernel, rows) in kernels.items():
+            every = list(kernel.configs)
+            for config in every:
+                kernel.configs = [config]
+                kernel.cache.clear()
+                for m in rows:
+                    x = sizes.random(m, arms.k)
+                    with guarded(f"{name} {config} {product} m={m}"):
+                        error = relative_error(linears[name.split()[0]], x)
+                        if not error < MOST_ERROR:
+                            emit(part="failure", arm=f"{name} {product} m={m}", error=f"{error} with {config}")
+            kernel.configs = every
+            kernel.cache.clear()
 
 
 def _checked(name: str) -> str:

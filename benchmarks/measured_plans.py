@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -68,7 +67,7 @@ class Machine:
         self.profile = profile_model(
             ProfileOptions(
                 model=model, world_size=2, tp_sizes="1,2", context_length=context_length, dtype=dtype,
-                device_type=device_type, threads_per_rank=NUM_THREADS, deadline=time.monotonic() + budget_s,
+                device_type=device_type, threads_per_rank=NUM_THREADS, budget_s=budget_s,
                 remeasure=None, db_url=database_url,
             )
         )  # fmt: skip

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, TypeVar, cast
 
 from db.errors import UserError, cut
-from db.files.json_text import key_path, parse_json
+from db.files.json_text import MAX_DEPTH, key_path, parse_json
 from db.files.replacement import replace_file
 
 if TYPE_CHECKING:
@@ -83,6 +83,21 @@ def read_utf8(path: str | Path, *, field: str = "file", max_bytes: int = MAX_BYT
         return data.decode()
     except UnicodeDecodeError as error:
         raise UserError(field, path, f"must be UTF-8 text (byte {error.start} is not)") from None
+
+
+def read_toml(path: str | Path, *, field: str = "file") -> dict[str, Any]:
+    """The content of a TOML file: tables of numbers, texts, lists and true or false."""
+    import tomllib
+
+    try:
+        content = tomllib.loads(read_utf8(path, field=field, max_bytes=_MIB))
+        return cast(dict[str, Any], parse_json(json.dumps(content).encode(), field, path))
+    except RecursionError:
+        raise UserError(field, path, f"must be TOML nested at most {MAX_DEPTH} deep") from None
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:  # a TypeError: a date
+        raise UserError(field, path, f"must be TOML ({error})") from None
 
 
 def read_json_lines(

@@ -12,11 +12,11 @@ from datetime import datetime
 from sqlalchemy import select, update
 
 from db.store.engine import Database
-from db.store.leases import hold_lease
+from db.store.leases import hold_lease, is_held
 from db.store.provenance import code_version, now
 from db.store.tables import ProcessRow, RunStatus
 
-__all__ = ["StoredProcess", "list_processes", "process_row"]
+__all__ = ["StoredProcess", "is_running", "list_processes", "process_row"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,13 @@ def process_row(database: Database, command: str) -> Iterator[int]:
             _set_status(database, process_id, RunStatus.FAILED, f"{type(error).__name__}: {error}".removesuffix(": "))
             raise
         _set_status(database, process_id, RunStatus.DONE, None)
+
+
+def is_running(database: Database, process_id: int) -> bool:
+    """Whether the process of an id says so, and holds its lease."""
+    with database.reading() as session:
+        row = session.get(ProcessRow, process_id)
+    return row is not None and row.status is RunStatus.RUNNING and is_held(database.engine, database.url, process_id)
 
 
 def list_processes(database: Database, *, limit: int | None = None) -> list[StoredProcess]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from db.rows.hardware import Hardware, hardware_id, id_of
@@ -15,8 +15,8 @@ from db.store.engine import Database
 from db.store.provenance import code_version, now
 from db.store.tables import RoundTimeRow, RunKind, RunRow, RunStatus
 
-__all__ = ["RoundTime", "RunKind", "RunOutcome", "RunStatus", "StoredRun", "fail_run", "find_run", "finish_run",
-           "list_runs", "load_round_times", "start_run"]  # fmt: skip
+__all__ = ["RoundTime", "RunKind", "RunOutcome", "RunStatus", "StoredRun", "delete_runs", "fail_run", "find_run",
+           "finish_run", "list_runs", "load_round_times", "start_run"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +177,16 @@ def find_run(database: Database, run_id: int) -> StoredRun | None:
     if row is None:
         return None
     return StoredRun(**{name: getattr(row, name) for name in StoredRun.__dataclass_fields__})
+
+
+def delete_runs(database: Database, run_ids: Sequence[int]) -> int:
+    """Remove runs that have ended, with the times of their rounds; their plans stay. Returns how many there were."""
+    with database.session() as session:
+        ended = select(RunRow.id).where(RunRow.id.in_(run_ids), RunRow.status != RunStatus.RUNNING)
+        found = session.scalars(ended).all()
+        session.execute(delete(RoundTimeRow).where(RoundTimeRow.run_id.in_(found)))
+        session.execute(delete(RunRow).where(RunRow.id.in_(found)))
+    return len(found)
 
 
 def load_round_times(database: Database, run_id: int) -> list[RoundTime]:

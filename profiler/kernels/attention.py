@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from profiler.kernels import cpu_attention, cudnn_attention, flash3_attention
 from profiler.kernels.attention_kernel import PREFERENCE, AttentionKernel
 from profiler.kernels.elementwise import has_triton
+from profiler.kernels.quantized.kv import KV, read_rows
 
 aten = torch.ops.aten
 
@@ -56,9 +57,7 @@ def attend(kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.T
     return out.squeeze(0)
 
 
-def attend_tokens(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
-) -> torch.Tensor:
+def attend_tokens(q: torch.Tensor, keys: KV, values: KV, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Attention of the last token of each of R requests over its rows of a slab.
 
     q: [R, H, D]; keys, values: [KV, rows, D] with H a multiple of KV; starts, lengths: [R] int64, a request's first row
@@ -71,7 +70,7 @@ def attend_tokens(
     outputs = []
     for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         seen = slice(start, start + length)
-        outputs.append(attend(AttentionKernel.SDPA, q[row, :, None], keys[:, seen], values[:, seen]))
+        outputs.append(attend(AttentionKernel.SDPA, q[row, :, None], read_rows(keys, seen), read_rows(values, seen)))
     return torch.stack(outputs).squeeze(2)
 
 

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from profiler.kernels.quantized.kv import KV
+
 
 class TokenPlaces(Protocol):
     """What is known of each of T tokens: its rotation, and its row in the KV slab."""
@@ -23,7 +25,7 @@ class TokenPlaces(Protocol):
     def slab_rows(self) -> torch.Tensor:
         """[T] int64."""
 
-    def write(self, rows: torch.Tensor, slab: torch.Tensor) -> None:
+    def write(self, rows: torch.Tensor, slab: KV) -> None:
         """Copy rows [T, KV, D] to the tokens' places in the slab [KV, rows, D]."""
 
 
@@ -96,8 +98,8 @@ def rotate_into_slab(
     qkv: torch.Tensor,
     inputs: TokenPlaces,
     norms: HeadNorms,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    keys: KV,
+    values: KV,
     *,
     num_heads: int,
 ) -> torch.Tensor:

@@ -13,15 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
+from profiler.kernels.quantized.kv import KV, QuantizedKV
+
 TILE_BYTES = 16 << 10  # of keys, and of values, that a program holds at once: three programs fit a multiprocessor
 PROGRAMS = 1024  # enough for some to end late and others early on 132 multiprocessors
 FEWEST_SPLITS, MOST_SPLITS = 4, 128
 LOG2_E = math.log2(math.e)
 
 
-def attend(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
-) -> torch.Tensor:
+def attend(q: torch.Tensor, keys: KV, values: KV, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """See `profiler.kernels.attention.attend_tokens`. Products of float32 are exact, sums are in float32 for all types.
 
     The query heads of a KV head are one block of a product, so that keys and values are read once. With three tiles in
@@ -53,7 +53,7 @@ def attend_with_lse(
 
 
 def _split(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
+    q: torch.Tensor, keys: KV, values: KV, starts: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over each split of a request's tokens [R, H, splits, D], and its log-sum-exp in bits [R, H, splits]."""
     q = q.contiguous()
@@ -64,8 +64,12 @@ def _split(
     dim_block = triton.next_power_of_2(head_dim)
     partial = torch.empty((num_requests, num_heads, splits, head_dim), device=q.device, dtype=torch.float32)
     lse = torch.empty((num_requests, num_heads, splits), device=q.device, dtype=torch.float32)
+    scaled = isinstance(keys, QuantizedKV) and isinstance(values, QuantizedKV)
+    k, k_scales = (keys.values, keys.scales) if isinstance(keys, QuantizedKV) else (keys, lse)
+    v, v_scales = (values.values, values.scales) if isinstance(values, QuantizedKV) else (values, lse)
     _attend_split[(splits, num_kv_heads, num_requests)](
-        q, keys, values, starts, lengths, partial, lse, keys.stride(0), values.stride(0), LOG2_E / math.sqrt(head_dim),
+        q, k, v, k_scales, v_scales, starts, lengths, partial, lse, k.stride(0), v.stride(0), k_scales.stride(0),
+        LOG2_E / math.sqrt(head_dim), SCALED=scaled,
         GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), DIM=head_dim, DIM_BLOCK=dim_block,
         ROWS=max(16, min(128, TILE_BYTES // (dim_block * q.element_size()))), num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -79,8 +83,9 @@ def num_splits(num_blocks: int) -> int:
 
 @triton.jit
 def _attend_split(
-    q, keys, values, starts, lengths, partial, lse, key_stride, value_stride, scale,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    q, keys, values, key_scales, value_scales, starts, lengths, partial, lse, key_stride, value_stride, scale_stride,
+    scale, SCALED: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     split, splits = tl.program_id(0), tl.num_programs(0)
     kv_head, num_kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
@@ -102,18 +107,23 @@ def _attend_split(
     mixed = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
     key_at = keys + kv_head * key_stride + start * DIM + at[:, None]
     value_at = values + kv_head * value_stride + start * DIM + at[None, :]
+    scale_at = kv_head * scale_stride + start
     for tile in range(first, last, ROWS):
         seen = tile + row < last
         offset = (tile + row).to(tl.int64) * DIM
         k = tl.load(key_at + offset[None, :], mask=(at < DIM)[:, None] & seen[None, :], other=0.0)
-        scores = tl.dot(query, k, input_precision="ieee") * scale
+        scores = tl.dot(query, k.to(query.dtype), input_precision="ieee") * scale
+        if SCALED:
+            scores *= tl.load(key_scales + scale_at + tile + row, mask=seen, other=0.0)[None, :]
         scores = tl.where(seen[None, :], scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, axis=1))
         weights = tl.exp2(scores - higher[:, None])
         shrunk = tl.exp2(most - higher)
         v = tl.load(value_at + offset[:, None], mask=seen[:, None] & (at < DIM)[None, :], other=0.0)
-        mixed = mixed * shrunk[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         total = total * shrunk + tl.sum(weights, axis=1)
+        if SCALED:
+            weights *= tl.load(value_scales + scale_at + tile + row, mask=seen, other=0.0)[None, :]
+        mixed = mixed * shrunk[:, None] + tl.dot(weights.to(query.dtype), v.to(query.dtype), input_precision="ieee")
         most = higher
     place = head * splits + split
     if first < last:

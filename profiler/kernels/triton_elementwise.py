@@ -6,6 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from profiler.kernels.quantized.kv import KV, QuantizedKV
+from profiler.kernels.quantized.rounding import LARGEST, LEAST, ROUNDER
+from profiler.kernels.quantized.triton_quantize import quantized, swish
+
 HEADS_PER_PROGRAM = 8
 SILU_BLOCK = 2048
 ROWS_PER_PROGRAM = 32
@@ -49,8 +53,8 @@ def rotate_into_slab(
     cos: torch.Tensor,
     sin: torch.Tensor,
     slab_rows: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    keys: KV,
+    values: KV,
     *,
     num_heads: int,
     query_norm: torch.Tensor | None,
@@ -67,14 +71,25 @@ def rotate_into_slab(
     q = torch.empty((num_tokens, num_heads, head_dim), device=qkv.device, dtype=qkv.dtype)
     grid = (num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, HEADS_PER_PROGRAM))
     has_norm = query_norm is not None and key_norm is not None
+    k, k_scales, k_static = _numbers(keys, q)
+    v, v_scales, v_static = _numbers(values, q)
     _rotate_into_slab[grid](
-        qkv, cos, sin, slab_rows, q, keys, values,
+        qkv, cos, sin, slab_rows, q, k, v, k_scales, v_scales,
         query_norm if has_norm else qkv, key_norm if has_norm else qkv,
-        num_heads, num_kv_heads, keys.stride(0), values.stride(0), eps,
+        num_heads, num_kv_heads, k.stride(0), v.stride(0), k_scales.stride(0), eps, k_static, v_static,
+        QUANTIZES=isinstance(keys, QuantizedKV), STATIC=k_static > 0.0, INTEGER=k.dtype == torch.int8,
+        LARGEST=LARGEST.get(k.dtype, 0.0), LEAST=LEAST, ROUNDER=ROUNDER,
         HALF=head_dim // 2, HALF_BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=HEADS_PER_PROGRAM,
         HAS_NORM=has_norm, num_warps=4,
     )  # fmt: skip
     return q
+
+
+def _numbers(slab: KV, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Where a slab's numbers and scales are, and the static scale or 0."""
+    if isinstance(slab, QuantizedKV):
+        return slab.values, slab.scales, slab.static or 0.0
+    return slab, unused, 0.0
 
 
 def write_gathered(gathered: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -142,13 +157,15 @@ def _silu_product(gate_up, out, width, BLOCK: tl.constexpr):
     inside = at < width
     gate = tl.load(gate_up + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * width + at, (swish(gate) * up).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _rotate_into_slab(
-    qkv, cos, sin, slab_rows, q, keys, values, query_norm, key_norm,
-    num_heads, num_kv_heads, key_stride, value_stride, eps,
+    qkv, cos, sin, slab_rows, q, keys, values, key_scales, value_scales, query_norm, key_norm,
+    num_heads, num_kv_heads, key_stride, value_stride, scale_stride, eps, key_static, value_static,
+    QUANTIZES: tl.constexpr, STATIC: tl.constexpr, INTEGER: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
+    ROUNDER: tl.constexpr,
     HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -183,9 +200,21 @@ def _rotate_into_slab(
     tl.store(q_at, rotated_first.to(to), mask=is_query & half)
     tl.store(q_at + HALF, rotated_second.to(to), mask=is_query & half)
     row = tl.load(slab_rows + token)
+    kept_first, kept_second = rotated_first.to(to), rotated_second.to(to)
+    if QUANTIZES:
+        first, second = kept_first.to(tl.float32), kept_second.to(tl.float32)
+        if STATIC:
+            own = tl.where(is_key, key_static, value_static)
+        else:
+            end = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))[:, None]
+            own = tl.div_rn(tl.maximum(end, LEAST), tl.full((), LARGEST, tl.float32))
+        kept_first = quantized(first, own, 0.0, STATIC, INTEGER, LARGEST, ROUNDER)
+        kept_second = quantized(second, own, 0.0, STATIC, INTEGER, LARGEST, ROUNDER)
+        tl.store(key_scales + (head - num_heads) * scale_stride + row, own, mask=is_key)
+        tl.store(value_scales + (head - num_heads - num_kv_heads) * scale_stride + row, own, mask=is_value)
     key_at = keys + (head - num_heads) * key_stride + row * dim + at
-    tl.store(key_at, rotated_first.to(to), mask=is_key & half)
-    tl.store(key_at + HALF, rotated_second.to(to), mask=is_key & half)
+    tl.store(key_at, kept_first, mask=is_key & half)
+    tl.store(key_at + HALF, kept_second, mask=is_key & half)
     value_at = values + (head - num_heads - num_kv_heads) * value_stride + row * dim + at
-    tl.store(value_at, rotated_first.to(to), mask=is_value & half)
-    tl.store(value_at + HALF, rotated_second.to(to), mask=is_value & half)
+    tl.store(value_at, kept_first, mask=is_value & half)
+    tl.store(value_at + HALF, kept_second, mask=is_value & half)

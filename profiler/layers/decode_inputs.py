@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from profiler.kernels.attention import attend_tokens
+from profiler.kernels.quantized.kv import KV, QuantizedKV
 from profiler.kernels.rotary import Rotary
 from profiler.layers.layer_inputs import LayerInputs
 
@@ -21,11 +22,15 @@ class StepInputs(LayerInputs):
     starts: torch.Tensor  # [R] int64, row of each request's token 0 in the slab
     lengths: torch.Tensor  # [R] int64, tokens of each request, the new one included
 
-    def write(self, rows: torch.Tensor, slab: torch.Tensor) -> None:
+    def write(self, rows: torch.Tensor, slab: KV) -> None:
         """Copy rows [R, KV, D] to the new tokens' places in the slab [KV, rows, D]."""
-        slab.index_copy_(1, self.slab_rows, rows.transpose(0, 1))
+        new = rows.transpose(0, 1)
+        if isinstance(slab, QuantizedKV):
+            slab.write(self.slab_rows, new)
+        else:
+            slab.index_copy_(1, self.slab_rows, new)
 
-    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, keys: KV, values: KV) -> torch.Tensor:
         """Attend each row of q [R, H, D] over its request's rows of the slab -> [R, H D]."""
         return attend_tokens(q, keys, values, self.starts, self.lengths).flatten(1)
 

@@ -11,6 +11,7 @@ import torch
 from profiler.kernels.elementwise import TokenPlaces, norm_all_heads, rms_norm, rotate_into_slab
 from profiler.kernels.entry import PLAIN, Entries, Entry, Operand, Product
 from profiler.kernels.linear import Linear
+from profiler.kernels.quantized.kv import KV
 from profiler.kernels.quantized.linear import DequantizingLinear, QuantizedLinear
 from profiler.layers.layer_inputs import LayerInputs, Reduce
 from profiler.model import LayerSpec
@@ -132,7 +133,7 @@ class DecoderLayer:
         self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
         self.reduce_o, self.reduce_down, self.sum_ranks = reduce_o, reduce_down, sum_ranks
 
-    def __call__(self, stream: Stream, inputs: LayerInputs, keys: torch.Tensor, values: torch.Tensor) -> Stream:
+    def __call__(self, stream: Stream, inputs: LayerInputs, keys: KV, values: KV) -> Stream:
         """keys, values: this layer's slab [KV, rows, head_dim]."""
         norms = self.norms
         hidden, normed = stream.add_and_norm(norms.before_attention, norms.eps, self.entries.qkv)
@@ -165,8 +166,8 @@ class DecoderLayer:
         self,
         qkv: torch.Tensor,
         places: TokenPlaces,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: KV,
+        values: KV,
         *,
         num_heads: int | None = None,
     ) -> torch.Tensor:
@@ -177,6 +178,6 @@ class DecoderLayer:
         heads = self.num_heads if num_heads is None else num_heads
         return rotate_into_slab(qkv, places, self.norms, keys, values, num_heads=heads)
 
-    def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: KV, values: KV) -> torch.Tensor:
         """Attend each token of q [T, H, D] over its request's rows of the slab -> [T, H D]."""
         return inputs.attend(q, keys, values)

@@ -12,6 +12,7 @@ import torch
 
 from profiler.kernels.elementwise import GatheredRun, write_gathered
 from profiler.kernels.entry import Operand
+from profiler.kernels.quantized.kv import KV
 from profiler.layers.layer_inputs import AttentionLayer
 from profiler.layers.prefill_inputs import RoundInputs
 from profiler.layers.row_group import RowGroup
@@ -24,8 +25,9 @@ class StagedRows:
     rotary: tuple[torch.Tensor, torch.Tensor]
     slab_rows: torch.Tensor
 
-    def write(self, rows: torch.Tensor, slab: torch.Tensor) -> None:
+    def write(self, rows: torch.Tensor, slab: KV) -> None:
         """Copy rows [P, KV, D] to [KV, P, D]."""
+        assert isinstance(slab, torch.Tensor)  # plans are checked for it
         slab.copy_(rows.transpose(0, 1))
 
 
@@ -40,8 +42,9 @@ class GatherInputs(RoundInputs):
     overlaps: bool
     """Whether the gather runs beside the projection of the queries, which is a product of its own then."""
 
-    def mix(self, layer: AttentionLayer, normed: Operand, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer: AttentionLayer, normed: Operand, keys: KV, values: KV) -> torch.Tensor:
         """See `LayerInputs`."""
+        assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)  # plans are checked for it
         num_kv_heads, _, head_dim = keys.shape
         new = self.group.new_part(keys, (2, num_kv_heads, normed.shape[0], head_dim))
         apart = layer.project_apart(normed) if self.overlaps else None

@@ -13,6 +13,7 @@ import torch
 
 from profiler.kernels.elementwise import TokenPlaces
 from profiler.kernels.entry import Operand
+from profiler.kernels.quantized.kv import KV
 
 
 class Reduce(Protocol):
@@ -40,14 +41,14 @@ class AttentionLayer(Protocol):
         self,
         qkv: torch.Tensor,
         places: TokenPlaces,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: KV,
+        values: KV,
         *,
         num_heads: int | None = None,
     ) -> torch.Tensor:
         """Rotate q|k|v [T, (H + 2 KV) D], write k and v to [KV, rows, D] -> q [T, H, D]; num_heads: if not all."""
 
-    def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: KV, values: KV) -> torch.Tensor:
         """Attend q [T, H, D] over the slab -> [T, H D]."""
 
 
@@ -59,15 +60,15 @@ class LayerInputs:
     rotary: tuple[torch.Tensor, torch.Tensor]
     slab_rows: torch.Tensor
 
-    def write(self, rows: torch.Tensor, slab: torch.Tensor) -> None:
+    def write(self, rows: torch.Tensor, slab: KV) -> None:
         """Copy rows [T, KV, D] to the tokens' places in the slab [KV, rows, D]."""
         raise NotImplementedError
 
-    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, keys: KV, values: KV) -> torch.Tensor:
         """Attend q [T, H, D] over each token's request in the slab -> [T, H D]."""
         raise NotImplementedError
 
-    def mix(self, layer: AttentionLayer, normed: Operand, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer: AttentionLayer, normed: Operand, keys: KV, values: KV) -> torch.Tensor:
         """Normed hidden states [rows, hidden] through projection and attention, before o: [rows, H D].
 
         keys, values: this layer's slab [KV, rows, D], to which the new ones are written.

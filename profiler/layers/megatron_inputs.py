@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from profiler.kernels.entry import Operand
+from profiler.kernels.quantized.kv import KV
 from profiler.kernels.quantized.rows import QuantizedRows
 from profiler.layers.layer_inputs import AttentionLayer, LayerInputs, Reduce
 from profiler.layers.prefill_inputs import RoundInputs
@@ -24,7 +25,7 @@ class MegatronInputs(LayerInputs):
     whole: RoundInputs  # the whole round, padded to as many rows as all ranks keep together
     group: RowGroup
 
-    def mix(self, layer: AttentionLayer, normed: Operand, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer: AttentionLayer, normed: Operand, keys: KV, values: KV) -> torch.Tensor:
         """See `LayerInputs`: of all rows, which the reduce-scatter after o takes."""
         qkv = layer.project(self.spread(normed))[: self.whole.num_tokens]
         return layer.attend(layer.rotate(qkv, self.whole, keys, values), self.whole, keys, values)

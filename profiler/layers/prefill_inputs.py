@@ -10,6 +10,7 @@ import torch
 
 from profiler.kernels.attention import attend
 from profiler.kernels.attention_kernel import AttentionKernel
+from profiler.kernels.quantized.kv import KV, QuantizedKV, read_rows
 from profiler.kernels.rotary import Rotary
 from profiler.layers.layer_inputs import LayerInputs
 
@@ -59,15 +60,21 @@ class RoundInputs(LayerInputs):
         """Rows of the packed round, without padding."""
         return sum(span.num_tokens for span in self.spans)
 
-    def write(self, rows: torch.Tensor, slab: torch.Tensor) -> None:
+    def write(self, rows: torch.Tensor, slab: KV) -> None:
         """Copy the round's rows [T, KV, D] to each request's place in the slab [KV, rows, D]."""
         for span in self.spans:
-            slab[:, span.places] = rows[span.rows].transpose(0, 1)
+            new = rows[span.rows].transpose(0, 1)
+            if isinstance(slab, QuantizedKV):
+                slab.write(span.places, new)
+            else:
+                slab[:, span.places] = new
 
-    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, keys: KV, values: KV) -> torch.Tensor:
         """Attend each span of q [T, H, D] over its request's rows of the slab -> [T + padding, H D]."""
         outputs = [
-            attend(span.kernel, q[span.rows].transpose(0, 1), keys[:, span.seen], values[:, span.seen]).transpose(0, 1)
+            attend(
+                span.kernel, q[span.rows].transpose(0, 1), read_rows(keys, span.seen), read_rows(values, span.seen)
+            ).transpose(0, 1)
             for span in self.spans
         ]
         if self.padding:

@@ -16,6 +16,7 @@ import torch
 
 from profiler.kernels.attention import PartialAttention, attend_partial, attend_tokens_partial
 from profiler.kernels.entry import Operand
+from profiler.kernels.quantized.kv import KV
 from profiler.kernels.rotary import Rotary
 from profiler.layers.layer_inputs import AttentionLayer, LayerInputs
 from profiler.layers.row_group import RowGroup
@@ -46,13 +47,15 @@ class RingInputs(LayerInputs):
     recording."""
     group: RowGroup
 
-    def write(self, rows: torch.Tensor, slab: torch.Tensor) -> None:
+    def write(self, rows: torch.Tensor, slab: KV) -> None:
         """See `LayerInputs`."""
+        assert isinstance(slab, torch.Tensor)  # plans are checked for it
         for mine, places in self.places:
             slab[:, places] = rows[mine].transpose(0, 1)
 
-    def mix(self, layer: AttentionLayer, normed: Operand, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer: AttentionLayer, normed: Operand, keys: KV, values: KV) -> torch.Tensor:
         """See `LayerInputs`."""
+        assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)  # plans are checked for it
         num_tokens = self.slab_rows.shape[0]
         q: torch.Tensor | None = None
         qkv = layer.project(normed)
@@ -121,12 +124,14 @@ class RingStepInputs(LayerInputs):
     lengths: torch.Tensor  # [R] int64, tokens of each request on this rank, 0 possible
     group: RowGroup
 
-    def write(self, rows: torch.Tensor, slab: torch.Tensor) -> None:
+    def write(self, rows: torch.Tensor, slab: KV) -> None:
         """See `LayerInputs`."""
+        assert isinstance(slab, torch.Tensor)  # plans are checked for it
         slab.index_copy_(1, self.slab_rows, rows.transpose(0, 1))
 
-    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, keys: KV, values: KV) -> torch.Tensor:
         """See `LayerInputs`: the ranks' partial results, merged alike on each."""
+        assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)  # plans are checked for it
         partial = attend_tokens_partial(q, keys, values, self.starts, self.lengths)
         gathered = self.group.gather(torch.cat([partial.out, partial.lse], dim=-1))  # [size, R, H, D + 1]
         parts = [PartialAttention(out=one[..., :-1], lse=one[..., -1:]) for one in gathered]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from profiler.kernels.entry import Operand
+from profiler.kernels.quantized.kv import KV
 from profiler.layers.layer_inputs import AttentionLayer, LayerInputs
 from profiler.layers.row_group import RowGroup
 from profiler.sequence.heads import HeadShare
@@ -51,8 +52,8 @@ def attend_share(
     layer: AttentionLayer,
     q: torch.Tensor,
     inputs: LayerInputs,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    keys: KV,
+    values: KV,
 ) -> torch.Tensor:
     """Attend q [T, h, D] over keys and values [kv, rows, D] of one rank's heads -> [T, h D]."""
     parts = [layer.attend(q[:, heads], inputs, keys[kv], values[kv]) for heads, kv in share.groups]
@@ -69,7 +70,7 @@ class UlyssesInputs(LayerInputs):
     columns: HeadColumns
     group: RowGroup
 
-    def mix(self, layer: AttentionLayer, normed: Operand, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer: AttentionLayer, normed: Operand, keys: KV, values: KV) -> torch.Tensor:
         """See `LayerInputs`."""
         share = self.columns.shares[self.group.rank]
         keys, values = keys[: share.num_kv_heads], values[: share.num_kv_heads]  # the slab has as many on every rank
@@ -103,7 +104,7 @@ class WholeUlyssesInputs(LayerInputs):
     columns: HeadColumns
     group: RowGroup
 
-    def mix(self, layer: AttentionLayer, normed: Operand, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer: AttentionLayer, normed: Operand, keys: KV, values: KV) -> torch.Tensor:
         """See `LayerInputs`."""
         rank, ranks = self.group.rank, range(self.group.size)
         share = self.columns.shares[rank]

@@ -10,6 +10,7 @@ from profiler.comm.links.group import RankGroup, Reduction
 from profiler.kernels.attention import attend
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.kernels.entry import Entries, Operand
+from profiler.kernels.quantized.kv import KV, read_rows
 from profiler.kernels.rotary import Rotary
 from profiler.layers.decoder_layer import DecoderLayer, Norms, Stream, projections
 from profiler.layers.head import Head, embed
@@ -92,7 +93,7 @@ class Operators:
 
         def run(call: int) -> torch.Tensor:
             copy = call % slabs.num_copies
-            return attend(kernel, q, slabs.keys[copy][:, seen], slabs.values[copy][:, seen])
+            return attend(kernel, q, read_rows(slabs.keys[copy], seen), read_rows(slabs.values[copy], seen))
 
         return run
 
@@ -222,7 +223,7 @@ class ElementwiseLayer(DecoderLayer):
 
     mixed: torch.Tensor  # [T, H D]
 
-    def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: KV, values: KV) -> torch.Tensor:
         """The attention made beforehand."""
         return self.mixed
 

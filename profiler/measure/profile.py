@@ -45,7 +45,7 @@ _MEMORY_SHARE = 0.8
 class ProfileOptions:
     """A user's wishes; None takes what suits the model and the machine.
 
-    tp_sizes, sp_sizes: numbers with commas between. deadline: `time.monotonic()` after which no point is begun.
+    tp_sizes, sp_sizes: numbers with commas between. budget_s: seconds of measuring after which no point is begun.
     remeasure: "noisy", "all" or None. stall_timeout_s: the profile fails when no rank moved for so long.
     """
 
@@ -57,7 +57,7 @@ class ProfileOptions:
     dtype: str | None = None
     device_type: str | None = None
     threads_per_rank: int | None = None
-    deadline: float
+    budget_s: float
     remeasure: str | None = None
     db_url: str | None = None
     stall_timeout_s: float = LEAST_LIMIT_S
@@ -82,7 +82,7 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
                 rows=tuple(rows),
                 hardware=hardware,
                 database_url=url,
-                deadline=options.deadline,
+                budget_s=options.budget_s,
             )
             try:
                 with process_row(database, "profile"):
@@ -101,7 +101,7 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
             _check_begun(grid, Worklist(points, found, usual_kernel=grid.kernels[0]), options, started)
         location = database.location
     ops = summarize_ops(Worklist(points, found, usual_kernel=grid.kernels[0]), since=since)
-    num_missing = sum(op.num_missing for op in ops)
+    num_missing, num_new = sum(op.num_missing for op in ops), sum(op.num_new for op in ops)
     return ProfileSummary(
         model=grid.shape.name,
         dtype=grid.dtype,
@@ -113,11 +113,11 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
         database=location,
         elapsed_s=time.monotonic() - started,
         interrupted=interrupted,
-        num_new=sum(op.num_new for op in ops),
+        num_new=num_new,
         num_missing=num_missing,
         num_noisy=sum(op.num_noisy for op in ops),
         ops=ops,
-        notes=tuple(_notes(interrupted, num_missing, too_large)),
+        notes=tuple(_notes(interrupted, num_missing, too_large, num_new, options.budget_s)),
     )
 
 
@@ -222,8 +222,12 @@ def _kept_rows(
     return [row for row in rows if not (row.noisy and remeasure == "noisy")]
 
 
-def _notes(interrupted: bool, num_missing: int, too_large: int) -> list[str]:
+def _notes(interrupted: bool, num_missing: int, too_large: int, num_new: int, budget_s: float) -> list[str]:
     notes = []
+    if num_missing and not num_new and not interrupted:
+        notes.append(f"Nothing new was measured: within {budget_s:g} s no point could be begun; give more --budget-s.")
+    elif not num_missing and not num_new:
+        notes.append("Nothing was missing.")
     if interrupted:
         notes.append("Interrupted; what was measured is kept.")
     if num_missing:

@@ -12,7 +12,7 @@ LINE_EVERY_S = 10.0
 class ProfileProgress:
     """Counts points and the seconds they are expected to take.
 
-    num_points, expected_s: of the whole profile. deadline: `time.monotonic()` at which it ends at the latest.
+    num_points, expected_s: of the whole profile. deadline: `time.monotonic()` after which no point is begun.
     """
 
     def __init__(self, *, num_points: int, expected_s: float, deadline: float) -> None:
@@ -27,7 +27,7 @@ class ProfileProgress:
         self.bar = Progress(
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[left]} left  {task.description}"),
+            TextColumn("{task.fields[left]}  {task.description}"),
             console=console,
             auto_refresh=False,
             transient=True,
@@ -45,14 +45,15 @@ class ProfileProgress:
         self.bar.stop()
 
     @property
-    def seconds_left(self) -> float:
-        """By the share of the expected work that is done, and no longer than the budget."""
-        now = time.monotonic()
-        budget_s = max(0.0, self.deadline - now)
-        if not self.done_s:
-            return min(self.expected_s, budget_s)
-        pace = (now - self.started) / self.done_s
-        return min(pace * max(0.0, self.expected_s - self.done_s), budget_s)
+    def work_left_s(self) -> float:
+        """By the share of the expected work that is done."""
+        pace = (time.monotonic() - self.started) / self.done_s if self.done_s else 1.0
+        return pace * max(0.0, self.expected_s - self.done_s)
+
+    @property
+    def budget_left_s(self) -> float:
+        """Until no point is begun any more."""
+        return max(0.0, self.deadline - time.monotonic())
 
     def extend(self, num_points: int, expected_s: float) -> None:
         """More points are to be measured than was thought."""
@@ -64,7 +65,7 @@ class ProfileProgress:
         """A point that was expected to take so long is done; `text` names the next."""
         self.done_points += 1
         self.done_s += expected_s
-        left = f"{self.seconds_left:.0f} s"
+        left = f"{self.work_left_s:.0f} s of work left, {self.budget_left_s:.0f} s of the budget"
         self.bar.update(self.task, completed=self.done_points, left=left, description=text)
         self.bar.refresh()
         now = time.monotonic()
@@ -72,7 +73,7 @@ class ProfileProgress:
             self.last_line = now
             spent = now - self.started
             print(
-                f"profile: {self.done_points} of {self.num_points} points in {spent:.0f} s, about {left} left ({text})",
+                f"profile: {self.done_points} of {self.num_points} points in {spent:.0f} s, about {left} ({text})",
                 file=sys.stderr,
                 flush=True,
             )

@@ -68,7 +68,7 @@ class ProfileJob:
     """What the ranks are given.
 
     points: those of the grid that fit into memory, in order. rows: what the database had of them.
-    deadline: `time.monotonic()` (one clock for all processes of a machine) after which no point is begun.
+    budget_s: seconds from the first point on after which none is begun.
     """
 
     grid: Grid
@@ -76,7 +76,7 @@ class ProfileJob:
     rows: tuple[Measurement, ...]
     hardware: Hardware
     database_url: str
-    deadline: float
+    budget_s: float
 
 
 @torch.inference_mode()
@@ -383,8 +383,9 @@ class Leader:
         self.unsaved: list[Measurement] = []
         self.last_commit = time.monotonic()
         missing = list(session.worklist.missing())
+        self.deadline = time.monotonic() + job.budget_s
         self.progress = ProfileProgress(
-            num_points=len(missing), expected_s=sum(map(self.expected_seconds, missing)), deadline=job.deadline
+            num_points=len(missing), expected_s=sum(map(self.expected_seconds, missing)), deadline=self.deadline
         )
 
     def run(self) -> int:
@@ -423,7 +424,7 @@ class Leader:
 
     def is_late(self, point: Point) -> bool:
         """Whether the time that is left does not hold the point."""
-        return time.monotonic() + 0.5 * self.expected_seconds(point) > self.job.deadline
+        return time.monotonic() + 0.5 * self.expected_seconds(point) > self.deadline
 
     def expected_seconds(self, point: Point) -> float:
         """Roughly how long the point takes here."""

@@ -12,6 +12,7 @@ import torch
 
 from profiler.kernels.entry import Product
 from profiler.kernels.linear import Linear
+from profiler.kernels.quantized.kv import KV, QuantizedKV
 from profiler.kernels.quantized.linear import make_linear
 from profiler.kernels.quantized.weight import quantize_weight
 from profiler.model import Precision
@@ -27,15 +28,15 @@ _SEED = 20260101
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slabs:
-    """Keys and values of several layers: [copies, KV, rows, D] each."""
+    """Keys and values of several layers: of each [KV, rows, D]."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: list[KV]
+    values: list[KV]
 
     @property
     def num_copies(self) -> int:
         """How many layers' worth."""
-        return self.keys.shape[0]
+        return len(self.keys)
 
 
 class Workspace:
@@ -79,15 +80,28 @@ class Workspace:
 
     def slabs(self, kv_heads: int, rows: int, head_dim: int) -> Slabs:
         """KV slabs of one size, to be used in turn."""
-        size = self.precision.kv.num_bytes(2 * kv_heads * rows * head_dim)
+        size = self.precision.kv_bytes(2 * kv_heads * rows * head_dim, head_dim)
         copies = max(1, min(max(_MIN_SLABS, self.num_copies(size)), self.limit_bytes // 2 // size))
         return self.keep(
             ("slabs", kv_heads, rows, head_dim),
             size * copies,
             lambda: Slabs(
-                keys=self.random(copies, kv_heads, rows, head_dim), values=self.random(copies, kv_heads, rows, head_dim)
+                keys=self._slab(copies, kv_heads, rows, head_dim), values=self._slab(copies, kv_heads, rows, head_dim)
             ),
         )
+
+    def _slab(self, copies: int, kv_heads: int, rows: int, head_dim: int) -> list[KV]:
+        if not self.precision.has_kv_scales:
+            return list(self.random(copies, kv_heads, rows, head_dim))
+        made: list[KV] = []
+        for _ in range(copies):
+            size = (kv_heads, rows, head_dim)
+            kept = self.precision.kv.torch_dtype
+            slab = QuantizedKV.zeros(size, kept=kept, dtype=self.dtype, device=self.device)
+            for head in range(kv_heads):  # one after another: what is held in between stays small
+                slab[head : head + 1].write(slice(0, rows), self.random(1, rows, head_dim))
+            made.append(slab)
+        return made
 
     def clear(self) -> None:
         """Give up all that is kept."""

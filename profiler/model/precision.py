@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -103,6 +103,20 @@ class Precision:
             linears=linears,
         )
 
+    @property
+    def has_kv_scales(self) -> bool:
+        """Whether keys and values are kept in 8 bits, those of each token's head with a scale in float32."""
+        return self.kv != self.activations
+
+    def with_kv(self, name: str, kv: Format) -> Precision:
+        """The same with keys and values in another format; `name` is what precisions add to theirs."""
+        return replace(self, name=f"{self.name}+{name}", kv=kv)
+
+    def kv_bytes(self, num_elements: int, head_dim: int) -> int:
+        """Bytes of keys or values in heads of `head_dim` numbers, with their scales."""
+        scales = FLOAT32.num_bytes(num_elements // head_dim) if self.has_kv_scales else 0
+        return self.kv.num_bytes(num_elements) + scales
+
     def matrix_bytes(self, n: int, k: int, *, kept: bool = False, group_size: int | None = None) -> int:
         """Bytes of a layer's matrix [n, k] with its scales; `kept` as the other weights are."""
         if self.linears is None or kept:
@@ -129,32 +143,42 @@ _QUANTIZED = {
     "fp8-static": LinearFormat(E4M3, E4M3, Ranges.STATIC),
 }
 
+KV_FORMATS: Mapping[str, Format] = MappingProxyType({"kv-int8": INT8, "kv-fp8": E4M3})
+
+_WITH_PLAIN_KV = (
+    *(Precision.plain(every) for every in (FLOAT32, BFLOAT16, FLOAT16)),
+    *(Precision.quantized(name, linears, BFLOAT16) for name, linears in _QUANTIZED.items()),
+    *(Precision.quantized(name, linears, FLOAT32) for name, linears in _QUANTIZED.items()),
+)
+
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
-    {
-        each.name: each
-        for each in (
-            *(Precision.plain(every) for every in (FLOAT32, BFLOAT16, FLOAT16)),
-            *(Precision.quantized(name, linears, BFLOAT16) for name, linears in _QUANTIZED.items()),
-            *(Precision.quantized(name, linears, FLOAT32) for name, linears in _QUANTIZED.items()),
-        )
-    }
+    {each.name: each for each in _WITH_PLAIN_KV}
+    | {f"{each.name}+{name}": each.with_kv(name, kv) for name, kv in KV_FORMATS.items() for each in _WITH_PLAIN_KV}
+)
+SUPPORTED = (
+    ", ".join(each.name for each in _WITH_PLAIN_KV) + ", each also with " + " or ".join(f"+{x}" for x in KV_FORMATS)
 )
 
 
 def precision_of(name: str, *, field: str = "dtype") -> Precision:
     """The precision that plans, rows and options call `name`; raises `UserError` naming `field` for any other."""
     if name not in PRECISIONS:
-        raise UserError(field, name, "supported are " + ", ".join(PRECISIONS))
+        raise UserError(field, name, f"supported are {SUPPORTED}")
     return PRECISIONS[name]
 
 
 def plain_precision(name: str, *, field: str = "dtype") -> Precision:
     """As `precision_of`, of one format for all."""
-    if name not in PRECISIONS or PRECISIONS[name].linears is not None:
-        raise UserError(field, name, "supported are " + ", ".join(p.name for p in PRECISIONS.values() if not p.linears))
+    plain = [each.name for each in _WITH_PLAIN_KV if each.linears is None]
+    if name not in plain:
+        raise UserError(field, name, "supported are " + ", ".join(plain))
     return PRECISIONS[name]
 
 
-def quantized_name(linears: LinearFormat, around: Format) -> str:
-    """The name of the precision with such linears."""
-    return next(p.name for p in PRECISIONS.values() if p.linears == linears and p.activations == around)
+def quantized_name(linears: LinearFormat | None, around: Format, kv: Format | None = None) -> str:
+    """The name of the precision with such linears; kv: None where keys and values are as the activations."""
+    return next(
+        p.name
+        for p in PRECISIONS.values()
+        if p.linears == linears and p.activations == around and p.kv == (kv or around)
+    )

@@ -54,6 +54,8 @@ class Quantization:
     has_offset: bool = False  # static ranges that do not begin at minus their end: `input_zero_point`
     scale_rows: int | None = 1
     scale_columns: int | None = None
+    kv: Format | None = None  # of keys and values, where the checkpoint was made for 8 bits
+    has_kv_scales: bool = False  # found on a calibration set: `k_scale` and `v_scale` of each layer
     keeps: tuple[str, ...] = ()  # patterns of names: "re:" and a regular expression, with wildcards, or whole
 
     @property
@@ -65,7 +67,7 @@ class Quantization:
 
     def precision(self, around: Format = BFLOAT16) -> str:
         """Name of the precision that it was made for."""
-        return quantized_name(self.linears, FLOAT32 if around == FLOAT32 else BFLOAT16)
+        return quantized_name(self.linears, FLOAT32 if around == FLOAT32 else BFLOAT16, self.kv)
 
     def refusal(self, linears: LinearFormat | None) -> str | None:
         """Why products cannot run in `linears`, or None: weights are taken as they are, or dequantized."""
@@ -140,8 +142,11 @@ def _compressed_tensors(found: Mapping[str, Any]) -> Quantization:
         raise _refused("input_activations.type", "other than the weights'")
     if as_floats and storage is Storage.PACKED:
         raise _refused("format", "pack-quantized with type float")
+    kv, has_kv_scales = _kv(found.get("kv_cache_scheme"))
     return Quantization(
         method="compressed-tensors",
+        kv=kv,
+        has_kv_scales=has_kv_scales,
         storage=storage,
         weights=E4M3 if as_floats else INT8,
         activations=taken,
@@ -191,6 +196,24 @@ def _activations(found: Mapping[str, Any] | None) -> tuple[Format | None, Ranges
     if dynamic is False and strategy == "tensor":
         return kind, Ranges.STATIC, not found.get("symmetric", True)
     raise _refused("input_activations", f"{strategy}, dynamic {dynamic}, symmetric {found.get('symmetric', True)}")
+
+
+def _kv(found: Any) -> tuple[Format | None, bool]:
+    """`kv_cache_scheme`: the format of keys and values, and whether each layer has scales for them."""
+    if not found:
+        return None, False
+    if not isinstance(found, Mapping):
+        raise UserError(f"{FIELD}.kv_cache_scheme", found, "must be an object")
+    if found.get("num_bits") != 8:
+        raise _refused("kv_cache_scheme.num_bits", found.get("num_bits"))
+    if not found.get("symmetric", True):
+        raise _refused("kv_cache_scheme.symmetric", "false")
+    kind = E4M3 if _is_float(found) else INT8
+    if found.get("dynamic", False):
+        return kind, False
+    if found.get("strategy", "tensor") != "tensor":
+        raise _refused("kv_cache_scheme.strategy", found.get("strategy"))
+    return kind, True
 
 
 def _block_fp8(found: Mapping[str, Any]) -> Quantization:

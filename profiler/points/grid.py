@@ -172,7 +172,9 @@ class Grid:
                 yield from self._attention_of(own | {"heads": heads, "kv_heads": kv_heads})
 
     def _attention_of(self, heads: Mapping[str, int]) -> Iterator[Point]:
-        slab = self.precision.kv.num_bytes(2 * heads["kv_heads"] * heads["head_dim"] * self.context_length)
+        slab = self.precision.kv_bytes(
+            2 * heads["kv_heads"] * heads["head_dim"] * self.context_length, heads["head_dim"]
+        )
         for chunk, chunk_level in self.attention_levels.items():
             for context, context_level in self.context_levels(chunk).items():
                 for kernel in self.kernels:
@@ -293,7 +295,9 @@ class Grid:
         return self.precision.weights.num_bytes(num_weights)
 
     def _slab(self, layer: LayerSpec, tp_size: int) -> int:
-        return self.precision.kv.num_bytes(layer.attention.kv_elements(tp_size) * self.context_length)
+        return self.precision.kv_bytes(
+            layer.attention.kv_elements(tp_size) * self.context_length, layer.attention.head_dim
+        )
 
     def _dense_mask(self, kernel: AttentionKernel, chunk: int, context: int) -> bool:
         dense = self.device_type == "cpu" and kernel is AttentionKernel.SDPA and context > 0

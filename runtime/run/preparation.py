@@ -12,7 +12,8 @@ from profiler.hardware.device import check_device_type, check_world_size
 from profiler.model import PRECISIONS, ModelShape, bundled_names, load_model_shape, model_from_config, precision_of
 from profiler.sequence.kind import SPKind
 from runtime.run.prompts import TokenIds, check_prompts
-from tuner.plan.plan import MAX_THREADS, Plan, Weights
+from tuner.plan.layout import check_precision_fits
+from tuner.plan.plan import MAX_THREADS, Plan
 
 MOST_PROMPT_TOKENS = 2**24  # their ids, as Python holds them, take some 0.7 GB; any KV cache takes far more
 # What decides the work; the rest of a configuration (names, dates, dropout) may differ between plan and weights.
@@ -56,9 +57,7 @@ def model_shape(model: Mapping[str, object], weights: Path | None) -> ModelShape
 def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_type: str) -> None:
     """Raise `UserError` unless the model can be cut as planned, holds the prompts, and the machine has the devices."""
     parallel = plan.parallel
-    if parallel.weights is Weights.GATHERED and PRECISIONS[plan.precision].linears is not None:
-        allowed = f"whole in {plan.precision}; only plain numbers are gathered"
-        raise UserError("parallel.weights", parallel.weights, allowed)
+    check_precision_fits(PRECISIONS[plan.precision], parallel.sp_kind, parallel.weights)
     if parallel.sp_kind is SPKind.ULYSSES:
         for layer in shape.layer_kinds:
             heads = layer.attention.heads.per_rank(parallel.tp_size)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from profiler.kernels.quantized.kv import QuantizedKV
 from profiler.kernels.quantized.rounding import quantize_rows, quantize_static, widened
 from profiler.kernels.quantized.weight import quantize_weight
 from profiler.model import ModelShape, Precision, load_model_shape, precision_of
@@ -46,7 +47,8 @@ def check_tokens(
     """Run `generate` greedily in the same precision, one prompt at a time, and compare token by token."""
     import transformers
 
-    model = load_reference(weights, precision_of(dtype)).to(device_type)
+    precision = precision_of(dtype)
+    model = load_reference(weights, precision).to(device_type)
     # A configuration of our own: a checkpoint's may sample or punish repetition.
     model.generation_config = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -56,7 +58,10 @@ def check_tokens(
         output_scores=True,
         return_dict_in_generate=True,
     )
-    return tuple(_check(model, result, prompt) for result, prompt in zip(results, prompts, strict=True))
+    return tuple(
+        _check(model, result, prompt, rounding_cache(weights, precision))
+        for result, prompt in zip(results, prompts, strict=True)
+    )
 
 
 def load_reference(weights: Path, precision: Precision) -> Any:
@@ -124,10 +129,35 @@ def _rounding(
     return hook
 
 
+def rounding_cache(weights: Path, precision: Precision) -> Any:
+    """A cache of Transformers whose keys and values are rounded as they are kept; None where they are kept plain."""
+    if not precision.has_kv_scales:
+        return None
+    import transformers
+
+    shape = load_model_shape(str(weights))
+    static = open_checkpoint(weights, shape).kv_scales(range(shape.num_layers))
+    kept = precision.kv.torch_dtype
+
+    def rounded(numbers: torch.Tensor, scale: float | None) -> torch.Tensor:
+        heads, length, head_dim = numbers.shape[1:]  # of one sequence
+        size = (heads, length, head_dim)
+        slab = QuantizedKV.zeros(size, kept=kept, dtype=numbers.dtype, device=numbers.device, static=scale)
+        slab.write(slice(0, length), numbers[0])
+        return slab.read(slice(0, length))[None]
+
+    class RoundingCache(transformers.DynamicCache):  # type: ignore[misc]
+        def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            scales = static[layer_idx] if static else (None, None)
+            return super().update(rounded(keys, scales[0]), rounded(values, scales[1]), layer_idx, *args, **kwargs)
+
+    return RoundingCache()
+
+
 @torch.inference_mode()
-def _check(model: Any, result: RequestResult, prompt: TokenIds) -> TokenCheck:
+def _check(model: Any, result: RequestResult, prompt: TokenIds, cache: Any) -> TokenCheck:
     input_ids = torch.tensor([prompt], device=model.device)
-    made = model.generate(input_ids, attention_mask=torch.ones_like(input_ids))
+    made = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), past_key_values=cache)
     expected = tuple(made.sequences[0, len(prompt) :].tolist())
     if result.token_ids == expected:
         return TokenCheck(id=result.id, equal=True, expected=expected)

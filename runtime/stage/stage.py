@@ -45,7 +45,9 @@ class Stage:
             [(self.scheme.kv_heads(layer), layer.attention.head_dim) for layer in layers],
             self.scheme.kv_rows,
             device=device,
-            dtype=precision.kv.torch_dtype,
+            dtype=self.dtype,
+            kept=precision.kv.torch_dtype if precision.has_kv_scales else None,
+            static=weights.kv_scales(place.layers) if precision.has_kv_scales else None,
         )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +47,9 @@ class Weights(Protocol):
     def input_range(self, name: str) -> tuple[float, float]:
         """Scale and offset of the linear's input, found on a calibration set."""
 
+    def kv_scales(self, layers: Sequence[int]) -> list[tuple[float, float]] | None:
+        """Scales of the keys and the values of these layers, found on a calibration set; None where they are not."""
+
 
 class Checkpoint:
     """A folder of safetensors, one file or several with an index; only the slices asked for are read."""
@@ -69,6 +73,10 @@ class Checkpoint:
     def input_range(self, name: str) -> tuple[float, float]:
         """See `Weights`: there is none."""
         raise UserError(f"{name}.input_scale", "missing", f"must be in the weights at {self.folder}")
+
+    def kv_scales(self, layers: Sequence[int]) -> list[tuple[float, float]] | None:
+        """See `Weights`: there are none."""
+        return None
 
     def raw(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
         """A slice of a tensor as it lies in the file."""
@@ -131,6 +139,10 @@ class RandomWeights:
     def input_range(self, name: str) -> tuple[float, float]:
         """See `Weights`: one that normal data fill most of, in either format."""
         return RANDOM_RANGE / 127.0, 0.0
+
+    def kv_scales(self, layers: Sequence[int]) -> list[tuple[float, float]] | None:
+        """See `Weights`: there are none."""
+        return None
 
 
 def _file_of_tensor(folder: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -79,6 +80,13 @@ class QuantizedCheckpoint(Checkpoint):
         offset = float(self.raw(f"{name}.input_zero_point").reshape(-1)[0]) if self.quantization.has_offset else 0.0
         return scale, offset
 
+    def kv_scales(self, layers: Sequence[int]) -> list[tuple[float, float]] | None:
+        """See `Weights`: as the configuration's `kv_cache_scheme` says."""
+        if not self.quantization.has_kv_scales:
+            return None
+        names = [[kv_scale_name(layer, which) for which in ("k", "v")] for layer in layers]
+        return [(float(self.raw(key).reshape(-1)[0]), float(self.raw(value).reshape(-1)[0])) for key, value in names]
+
     def is_stored(self, name: str) -> bool:
         """Whether the linear `name` is quantized, as its scales tell."""
         return self.scale_name(name) in self.file_of
@@ -105,6 +113,11 @@ class QuantizedCheckpoint(Checkpoint):
         return (bytes_of ^ 0x80).view(torch.int8).contiguous()
 
 
+def kv_scale_name(layer: int, which: str) -> str:
+    """The tensor with the scale of a layer's keys (k) or values (v)."""
+    return f"{layer_prefix(layer)}self_attn.{which}_scale"
+
+
 def check_checkpoint(folder: Path, shape: ModelShape, precision: Precision) -> None:
     """Raise `UserError` naming the first tensor that is missing, of another shape or format, or no scale.
 
@@ -121,6 +134,13 @@ def check_checkpoint(folder: Path, shape: ModelShape, precision: Precision) -> N
     if refusal is not None:
         raise UserError("precision", precision.name, refusal)
     checkpoint = QuantizedCheckpoint(folder, quantization)
+    if quantization.has_kv_scales and precision.has_kv_scales:
+        if quantization.kv != precision.kv:
+            allowed = f"its keys and values have scales for {quantization.kv.name if quantization.kv else ''}"
+            raise UserError("precision", precision.name, allowed)
+        for layer in range(shape.num_layers):
+            for which in ("k", "v"):
+                _check_scales(checkpoint, kv_scale_name(layer, which))
     expected = shape.tensors()
     ranges = linears is not None and linears.is_calibrated
     kept = _kept_tensors(shape)

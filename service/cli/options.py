@@ -5,12 +5,15 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
 
+from db.errors import UserError, cut
 from service.use_cases.options import DB_HELP, DB_VARIABLE, about_field, flags_of
 
+CONFIG = "--config"
 F = TypeVar("F", bound=Callable[..., Any])
 
 db_option = click.option("--db", "db_url", metavar="URL", envvar=DB_VARIABLE, help=DB_HELP)
@@ -20,6 +23,45 @@ stall_option = click.option(
     help="Fail when no rank moved for so long. [default: 60, or more for rounds that take long]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+def read_config(context: click.Context, _parameter: click.Parameter, path: Path | None) -> None:
+    """Take what a TOML file says in the table of the command's name as defaults, and say so."""
+    if path is None:
+        return
+    from db.files.documents import read_toml
+
+    name = str(context.command.name)
+    table = read_toml(path, field=CONFIG).get(name)
+    if not isinstance(table, dict):
+        raise UserError(CONFIG, path, f"must have a table [{name}] with the command's options")
+    known = {_word(parameter): parameter for parameter in context.command.params if parameter.name != "config"}
+    chosen: dict[str, Any] = {}
+    for key, value in table.items():
+        parameter = known.get(str(key).replace("_", "-"))
+        if parameter is None or parameter.name is None:
+            raise UserError(f"{CONFIG}: {name}.{key}", "unknown", f"must be one of {', '.join(sorted(known))}")
+        is_flag = isinstance(parameter, click.Option) and parameter.is_flag
+        if isinstance(value, dict) or isinstance(value, bool) != is_flag:
+            raise UserError(f"{CONFIG}: {name}.{key}", value, "must be true or false" if is_flag else "must be a value")
+        chosen[parameter.name] = ",".join(map(str, value)) if isinstance(value, list) else value
+    context.default_map = {**(context.default_map or {}), **chosen}
+    click.echo(
+        f"Options from {cut(path)}: {cut(', '.join(f'{key} {value}' for key, value in chosen.items()), 400)}", err=True
+    )
+
+
+config_option = click.option(
+    CONFIG, type=click.Path(path_type=Path), metavar="FILE.toml", is_eager=True, expose_value=False,
+    callback=read_config, help="Options from this file's table of the command's name.",
+)  # fmt: skip
+
+
+def _word(parameter: click.Parameter) -> str:
+    """How an option is called in a file: as on the command line, without dashes."""
+    if isinstance(parameter, click.Argument):
+        return str(parameter.name)
+    return max(parameter.opts, key=len).removeprefix("--")
 
 
 def options_of(cls: type) -> Callable[[F], F]:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
 
 from db.errors import UserError
+from db.rows.hardware import Hardware
+from db.rows.processes import is_running
+from db.store.engine import Database
+from db.store.failures import translated
+from db.store.location import sqlite_path
 from db.store.provenance import now
 from profiler.hardware.device import describe_hardware
 from runtime.run.run import run_plan
@@ -14,22 +23,39 @@ from service.use_cases.tune_report import TuneReport
 from tuner.plan.layout import layout_of
 from tuner.plan.plan import Plan
 from tuner.rounds.schedule import Objective
-from tuner.search.autotune import Choice, autotune
+from tuner.search.autotune import Choice, InterruptedStudy, autotune, kept_study
 from tuner.search.layouts import to_plan, with_rounds
 from tuner.search.rules import Rules
 from tuner.search.target import Target
 
+if TYPE_CHECKING:
+    import optuna
+
+SCHEMA = "isochunk_studies"
+"""Of Optuna's tables on PostgreSQL."""
+MOST_PROMPTS = 100
+"""Whose lengths tell studies apart."""
+
 
 def tune_measured(
-    report: TuneReport, target: Target, rules: Rules, options: TuneOptions, echo: Callable[[str], None] | None
+    database: Database,
+    process_id: int,
+    report: TuneReport,
+    target: Target,
+    rules: Rules,
+    options: TuneOptions,
+    echo: Callable[[str], None] | None,
 ) -> TuneReport:
-    """The report with the plan that ran fastest; raises UserError elsewhere than on the hardware planned for."""
+    """The report with the plan that ran fastest; raises UserError elsewhere than on the hardware planned for.
+
+    Trials are kept as they end. Interrupted, the best of those that ran is taken.
+    """
     hardware, num_trials = report.hardware, options.measure
     assert hardware is not None and num_trials is not None
     here = describe_hardware(target.device_type, num_threads=hardware.num_threads)
     if here.fingerprint != hardware.fingerprint:
         raise UserError("--measure", num_trials, f"needs the hardware that is planned for, {hardware.device}")
-    study = f"{target.shape.name}-{now():%Y%m%dT%H%M%S}"
+    name = options.study or f"{target.shape.name}-{now():%Y%m%dT%H%M%S}"
 
     def run(plan: Plan) -> float:
         result = run_plan(
@@ -41,7 +67,7 @@ def tune_measured(
             repeat=options.repeat,
             db_url=options.db_url,
             kind="tune-trial",
-            study=study,
+            study=name,
         )
         if echo:
             echo(f"{layout_of(plan.parallel)} {plan.policy}: {result.makespan_s:.3f} s measured")
@@ -49,10 +75,57 @@ def tune_measured(
             return result.makespan_s
         return sum(request.ttft_s for request in result.requests) / len(result.requests)
 
-    trials = autotune(_choices(report, target, rules), run, num_trials=num_trials)
-    if trials[0].measured_s is None:
+    with kept_in(database, target, rules, hardware, name) as study:
+        if study is not None and echo:
+            echo(f"Study {name}: the same command with --study {name} goes on with it")
+        interrupted = False
+        try:
+            trials = autotune(
+                _choices(report, target, rules),
+                run,
+                num_trials=num_trials,
+                study=study,
+                process_id=process_id,
+                ended=lambda number: number != process_id and not is_running(database, number),
+            )
+        except InterruptedStudy as error:
+            trials, interrupted = error.trials, True
+    if not trials or trials[0].measured_s is None:
         raise UserError("--measure", num_trials, f"every run failed, the first with: {trials[0].error}")
-    return replace(report, trials=trials, plan=trials[0].choice.plan)
+    return replace(report, trials=trials, plan=trials[0].choice.plan, interrupted=interrupted)
+
+
+@contextmanager
+def kept_in(
+    database: Database, target: Target, rules: Rules, hardware: Hardware, name: str
+) -> Iterator[optuna.Study | None]:
+    """The study of a name, kept by Optuna beside a SQLite file or in a schema of its own; None for one in memory."""
+    import optuna
+
+    about = {
+        "model": target.shape.name,
+        "precision": target.dtype,
+        "hardware": f"{hardware.device} {hardware.fingerprint}",
+        "objective": str(rules.objective),
+        "prompts": ",".join(str(request.prompt_tokens) for request in target.requests[:MOST_PROMPTS]),
+    }
+    url = database.url
+    if url.get_backend_name() == "sqlite":
+        path = sqlite_path(url)
+        if path is None:
+            yield None
+            return
+        place, options = f"sqlite:///{path.absolute().with_name(f'{path.name}-studies')}", {}
+    else:
+        with database.session() as session:
+            session.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+        place = url.render_as_string(hide_password=False)
+        options = {"connect_args": {"options": f"-csearch_path={SCHEMA}"}}
+    try:
+        yield kept_study(place, name, about, **options)
+    except optuna.exceptions.StorageInternalError as error:
+        with translated(place, database.lock_timeout_s):
+            raise error.__cause__ or error from None
 
 
 def _choices(report: TuneReport, target: Target, rules: Rules) -> list[Choice]:

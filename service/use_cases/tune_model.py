@@ -33,7 +33,7 @@ from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
 from tuner.fit.uncertainty import share_missing, widened
-from tuner.plan.layout import ANY, Layout, Pins, enumerate_layouts, layout_of
+from tuner.plan.layout import ANY, Layout, Pins, check_precision_fits, enumerate_layouts, layout_of
 from tuner.plan.plan import Request
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.topology import load_topology
@@ -93,17 +93,19 @@ def tune_model(
         report = _report(target, candidates, rules, hardware, rows, options, precisions)
         why = explain(target, report.candidates, rules, with_map=options.plot is not None)
         report = replace(report, explanation=why, plot=options.plot)
+        alone, simple = one_card(target, rules, fit), best_simple(target, candidates, rules)
         if options.measure is not None:
             from service.use_cases.tune_measured import tune_measured  # brings the runtime along
 
-            with process_row(database, "tune --measure"):
-                report = tune_measured(replace(report, hardware=hardware), target, rules, options, echo)
+            with process_row(database, "tune --measure") as process_id:
+                planned = replace(report, hardware=hardware)
+                report = tune_measured(database, process_id, planned, target, rules, options, echo)
         compared = replace(
             report.recommendation,
             plan=report.plan,
             explanation=why,
-            one_card=one_card(target, rules, fit),
-            simple=best_simple(target, candidates, rules),
+            one_card=alone,
+            simple=simple,
             close=close_layouts(report),
             measured_s=report.trials[0].measured_s if report.trials else None,
         )
@@ -149,6 +151,7 @@ def _fitter(
     has_runs = bool(list_runs(database, status=RunStatus.DONE, limit=1))
 
     def fit(layout: Layout) -> LayerCosts:
+        check_precision_fits(precision_of(target.dtype), layout.sp_kind, layout.weights)
         work = RankWork.on(
             hardware,
             shape=target.shape,

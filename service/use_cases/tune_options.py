@@ -53,6 +53,7 @@ class TuneOptions:
     measure: int | None = option(
         None, "Run N plans on this machine and write the best measured one.", metavar="N", above=0
     )
+    study: str | None = option(None, "Name of the runs of --measure: go on where it was.", metavar="NAME")
     repeat: int = option(1, "Runs of each measured plan; the median counts.", above=0)
     correct: bool = option(True, "Correct the model by earlier runs. [default: correct]")
     price_per_gpu_hour: float | None = option(None, "Tells the cost a million prompt tokens.", metavar="N", above=0)
@@ -80,6 +81,10 @@ class TuneOptions:
             raise UserError("--sla-ttft-s", "missing", "the objective sla needs a deadline in seconds")
         if (self.prompt_lens is None) == (self.workload is None):
             raise UserError("--prompt-lens", self.prompt_lens or "missing", "give either --prompt-lens or --workload")
+        if self.study is not None and self.measure is None:
+            raise UserError("--study", self.study, "goes with --measure N, the plans to run in all")
+        if self.study is not None and not (0 < len(self.study) <= 100 and self.study.isprintable()):
+            raise UserError("--study", self.study, "must be printable, at most 100 characters")
         if self.cost_model is not None and self.measure is not None:
             raise UserError("--measure", self.measure, "a cost model alone cannot be run; give MODEL")
         if self.cost_model is not None and self.model is not None:

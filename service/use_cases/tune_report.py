@@ -34,6 +34,8 @@ class TuneReport:
     candidates: list[Candidate] = field(default_factory=list)
     held_out: list[HeldOutError] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
+    interrupted: bool = False
+    """Before all the runs that were asked for."""
     hardware: Hardware | None = None
     explanation: Explanation | None = None
     output: str | None = None
@@ -74,6 +76,7 @@ class TuneReport:
                  "measured_s": t.measured_s, "error": t.error}
                 for t in self.trials
             ],
+            "interrupted": self.interrupted,
             "output": self.output,
         }  # fmt: skip
 

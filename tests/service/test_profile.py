@@ -21,7 +21,7 @@ from db.rows.hardware import list_hardware
 from db.rows.measurements import Measurement, MeasurementKey, load_measurements
 from db.store.engine import open_database
 from profiler.measure.profile import ProfileOptions, profile_model
-from profiler.model import PRECISIONS
+from profiler.model.precision import SUPPORTED
 from profiler.points.point import COLLECTIVES, Op
 from service.cli.commands.profile import command as profile_command
 
@@ -177,7 +177,8 @@ def test_out_of_budget_it_says_what_is_missing(model: Path, tmp_path: Path) -> N
         command(model, tmp_path / "profile.db", "--world-size", "1", "--budget-s", "0"),
         capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr
+    assert "Nothing new was measured: within 0 s no point could be begun" in done.stdout
     assert "points are missing; the same command goes on with them" in done.stdout
 
 
@@ -203,7 +204,7 @@ def test_bad_options_are_named(model: Path, tmp_path: Path, options: dict[str, A
         "model": str(model),
         "device_type": "cpu",
         "db_url": f"sqlite:///{database}",
-        "deadline": 0.0,
+        "budget_s": 0.0,
     }
     with pytest.raises(UserError) as raised:
         profile_model(ProfileOptions(**(asked | options)))
@@ -224,4 +225,4 @@ def test_an_error_is_one_line_and_exit_code_2(model: Path, tmp_path: Path) -> No
         command(model, tmp_path / "profile.db", "--dtype", "int3"), capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"Error: dtype: int3; supported are {', '.join(PRECISIONS)}\n"
+    assert done.stderr == f"Error: dtype: int3; supported are {SUPPORTED}\n"

@@ -14,6 +14,7 @@ import pytest
 from tests.checkpoints import write_checkpoint
 from tests.service.test_tune import COST_MODEL
 from tests.structures import ROOT
+from tests.transcripts import run, transcripts
 
 README = (ROOT / "README.md").read_text()
 
@@ -29,7 +30,7 @@ def test_the_commands_of_the_readme_work(tmp_path: Path) -> None:
     (tmp_path / "cost.json").write_text(json.dumps(COST_MODEL))
     environment = os.environ | {"ISOCHUNK_DB": f"sqlite:///{tmp_path / 'isochunk.db'}", "OMP_NUM_THREADS": "1"}
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("isochunk ")]
-    assert {command.split()[1] for command in commands} == {"profile", "tune", "export", "run-plan", "db"}
+    assert {command.split()[1] for command in commands} == {"profile", "tune", "export", "run-plan", "db", "runs"}
     for command in commands:
         program = [sys.executable, "-m", "service", *shlex.split(command)[1:]]
         done = subprocess.run(
@@ -43,6 +44,19 @@ def test_the_commands_of_the_readme_work(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     for name in ("plan.json", "trace.json", "result.json", "hardware.json", "rounds.json", "measured.json"):
         assert json.loads((tmp_path / name).read_text())
+
+
+@pytest.mark.timeout(280)
+def test_the_transcripts_of_the_readme_are_true(tmp_path: Path) -> None:
+    blocks_of_steps = transcripts(README)
+    assert len(blocks_of_steps) == 2  # two questions, each answered in at most three commands
+    for steps in blocks_of_steps:
+        assert sum("isochunk" in step.command.split()[0] for step in steps) <= 3
+        for step in steps:
+            printed = run(step.command, tmp_path)
+            shown = "\n".join(printed.splitlines()[: len(step.shown.splitlines())]) if step.is_cut else printed
+            assert shown.strip() == step.shown.strip(), f"{step.command}: python -m tests.transcripts"
+            assert all(len(line) <= 80 for line in printed.splitlines())
 
 
 @pytest.mark.timeout(60)

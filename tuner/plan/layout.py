@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from db.errors import UserError
-from profiler.model import ModelShape
+from profiler.model import ModelShape, Precision
 from profiler.sequence.kind import SPKind
 from tuner.plan.plan import Parallel, Weights
 from tuner.plan.stage_order import StageOrder
@@ -17,6 +17,8 @@ VIRTUAL_STAGES = (1, 2, 4)
 """Groups of layers a stage that are tried: each doubling halves the bubble that is left, and adds hand-offs."""
 OWN_RANKS = (SPKind.GATHER, SPKind.ULYSSES, SPKind.RING)
 """Kinds that take ranks beside the tensor-parallel group."""
+PASSES_KV = (SPKind.GATHER, SPKind.RING)
+"""Kinds whose ranks hand keys and values to one another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,16 @@ class Layout:
         if self.weights is Weights.GATHERED:
             words.append("gathered weights")
         return " ".join(words)
+
+
+def check_precision_fits(precision: Precision, sp_kind: SPKind, weights: Weights) -> None:
+    """Raise `UserError` where ranks would hand one another numbers that `precision` keeps in 8 bits."""
+    if weights is Weights.GATHERED and precision.linears is not None:
+        allowed = f"whole in {precision.name}; only plain numbers are gathered"
+        raise UserError("parallel.weights", weights, allowed)
+    if sp_kind in PASSES_KV and precision.has_kv_scales:
+        allowed = f"one of none, ulysses, megatron: {precision.name} keeps keys and values in 8 bits"
+        raise UserError("parallel.sp_kind", sp_kind, allowed)
 
 
 def layout_of(parallel: Parallel) -> Layout:

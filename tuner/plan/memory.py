@@ -63,7 +63,9 @@ def rank_memory(
         stages.append(
             RankMemory(
                 weights_bytes=_layer_weights(layers, parallel, precision) + precision.weights.num_bytes(weights),
-                kv_bytes=precision.kv.num_bytes(sizes.slab_rows * sum(kv_elements(x, parallel) for x in layers)),
+                kv_bytes=sum(
+                    precision.kv_bytes(sizes.slab_rows * kv_elements(x, parallel), x.attention.head_dim) for x in layers
+                ),
                 activation_bytes=scratches * (scratch + boundaries) + gathered,
                 unsent_bytes=unsent if sends else 0,
                 runtime_bytes=RUNTIME_BYTES[device_type] + num_recorded * len(layers) * RECORDED_LAYER_BYTES,

@@ -23,7 +23,10 @@ def kv_elements(layer: LayerSpec, parallel: Parallel) -> int:
 
 def scratch_bytes(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
     """Bytes of the largest round within a layer: the larger block, the residual stream, and what messages need."""
-    return _KINDS[parallel.sp_kind](layer, parallel, sizes, precision)
+    scratch = _KINDS[parallel.sp_kind](layer, parallel, sizes, precision)
+    if precision.has_kv_scales:  # what a chunk attends to is plain while it does
+        scratch += sizes.most_passed * precision.activations.num_bytes(kv_elements(layer, parallel))
+    return scratch
 
 
 def gathered_bytes(layers: Iterable[LayerSpec], parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:

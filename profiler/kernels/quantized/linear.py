@@ -18,7 +18,9 @@ from profiler.model.precision import LinearFormat
 
 # From here on a card's own product over weights dequantized for the call is taken: they are read once more, and the
 # library's product is faster than a kernel that dequantizes inside its loop.
-LIBRARY_ROWS = 1024
+LIBRARY_ROWS = 512
+# Below it our product of float8 reads its weights faster than the library's.
+_LIBRARY_FP8_ROWS = 64
 _LEAST_GROUP = 16  # inputs that share a scale, for which a block of the kernel's loop is found
 _LEAST_INT_MM_ROWS = 17  # of `torch._int_mm` on CUDA
 
@@ -132,7 +134,8 @@ class QuantizedLinear:
             sums = torch._int_mm(rows.values, self.values.t())
             return dequantize_sums(sums, rows.scales, self.scales, self.bias, rows.dtype)
         # The library scales row by row to bfloat16 alone, over rows of whole 16-byte words.
-        if rows.dtype != torch.bfloat16 or k % 16 or n % 16:
+        plain_scales = rows.dtype == torch.bfloat16 and k % 16 == 0 and n % 16 == 0
+        if not plain_scales or (self.fused and m < _LIBRARY_FP8_ROWS):
             return scaled_product(rows.values, rows.scales, self.values, self.scales, self.bias, rows.dtype)
         if not self.fused:
             one = self.scales.new_ones(())

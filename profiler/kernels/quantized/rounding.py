@@ -13,6 +13,7 @@ from profiler.kernels.quantized.rows import QuantizedRows
 # becomes 127, half a step off, no more than any other number.
 LARGEST: Mapping[torch.dtype, float] = MappingProxyType({torch.int8: 127.5, torch.float8_e4m3fn: 448.0})
 LEAST = 1e-12  # a row of zeros has a scale, too
+ROUNDER = 12582912.0  # 1.5 * 2^23: adding it to a small float32 leaves no bits for a fraction
 
 
 def scales_of(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from db.errors import UserError
 from profiler.model import PRECISIONS, Precision
+from profiler.model.precision import E4M3
 
 # Compute capability from which a card multiplies such numbers.
 _SINCE = {"int8": (7, 5), "float8_e4m3fn": (8, 9)}
@@ -13,7 +14,7 @@ _SINCE = {"int8": (7, 5), "float8_e4m3fn": (8, 9)}
 
 def check_precision(precision: Precision, device_type: str, *, field: str = "dtype") -> None:
     """Raise `UserError` that says what the device has, where it has no kernels for `precision`."""
-    if device_type != "cuda" or precision.linears is None:
+    if device_type != "cuda" or (precision.linears is None and not precision.has_kv_scales):
         return
     capability = torch.cuda.get_device_capability()
     if not _has(precision, capability):
@@ -23,4 +24,5 @@ def check_precision(precision: Precision, device_type: str, *, field: str = "dty
 
 def _has(precision: Precision, capability: tuple[int, int]) -> bool:
     """Weights that are only dequantized are read as bytes and need no products of their kind."""
-    return precision.linears is None or capability >= _SINCE.get(precision.products.name, (0, 0))
+    products = (0, 0) if precision.linears is None else _SINCE.get(precision.products.name, (0, 0))
+    return capability >= max(products, _SINCE["float8_e4m3fn"] if precision.kv == E4M3 else (0, 0))

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 GROUP_ROWS = 8  # blocks of rows that run one after another over the same columns, for the L2 cache
 _TUNING_MS = (10, 40)  # of warm-up and of measuring, for each choice of block sizes
-_COPY_BYTES = 16  # what addresses and strides of a bulk copy are multiples of
-_BULK_ROWS = 128  # from here on blocks are large enough for bulk copies to pay
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _SCALED = [
     triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
@@ -27,35 +23,12 @@ _SCALED = [
         (128, 128, 128, 4, 3),
         (64, 128, 128, 4, 4),
         (64, 64, 128, 4, 5),
+        (16, 32, 512, 2, 4),
+        (16, 32, 256, 4, 6),
         (16, 128, 256, 4, 4),
         (16, 64, 256, 4, 4),
     )
 ]
-
-
-def _set_blocks(arguments: dict[str, Any]) -> None:
-    """Descriptors copy blocks of the size that is being tried."""
-    m, n, k = (arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    arguments["x"].block_shape, arguments["weight"].block_shape = [m, k], [n, k]
-
-
-# PROGRAMS: of a multiprocessor, each of which takes tile after tile; 0 is a program for each tile.
-_BULK = [
-    triton.Config(
-        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PROGRAMS": programs},
-        num_warps=warps, num_stages=stages, pre_hook=_set_blocks,
-    )
-    for m, n, k, programs, warps, stages in (
-        (128, 256, 128, 1, 8, 3),
-        (128, 256, 128, 0, 8, 4),
-        (256, 128, 128, 1, 8, 3),
-        (128, 256, 64, 1, 8, 4),
-        (128, 128, 128, 0, 4, 3),
-        (128, 128, 128, 1, 8, 4),
-        (64, 256, 128, 0, 4, 3),
-        (64, 128, 128, 0, 4, 4),
-    )
-]  # fmt: skip
 
 
 def suiting(configs: list[triton.Config], named: dict[str, int], **_kwargs: object) -> list[triton.Config]:
@@ -67,7 +40,7 @@ def suiting(configs: list[triton.Config], named: dict[str, int], **_kwargs: obje
 
 def tuned(configs: list[triton.Config], key: list[str], *, suits: Any = suiting) -> Any:
     """Decorates a kernel that measures its block sizes once for each `key`; interpreted, it takes the last ones."""
-    if _INTERPRETED:  # there is no card to measure on
+    if INTERPRETED:  # there is no card to measure on
         return triton.heuristics({name: _always(value) for name, value in configs[-1].kwargs.items()})
     prune = {"early_config_prune": suits} if suits else None
     return triton.autotune(configs=configs, key=key, prune_configs_by=prune, do_bench=_measured)
@@ -89,13 +62,11 @@ def scaled_product(
     weight_scales: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
-    *,
-    bulk: bool | None = None,
 ) -> torch.Tensor:
     """values [M, K] and weight [N, K], both int8 or both float8 -> [M, N] in `dtype`.
 
     Sums are int32 or float32; scales [M, 1] or [1], weight_scales [N, 1] and bias [N] are applied where they are
-    written. bulk: whether blocks come by bulk copies (compute capability 9.0); None is where they can and pay.
+    written.
     """
     (m, k), n = values.shape, weight.shape[0]
     out = torch.empty((m, n), device=values.device, dtype=dtype)
@@ -106,41 +77,11 @@ def scaled_product(
         "INTEGER": values.dtype == torch.int8, "GROUP_ROWS": GROUP_ROWS,
     }  # fmt: skip
     added = bias if bias is not None else weight_scales
-    if bulk is None:
-        bulk = m >= _BULK_ROWS and can_copy_in_bulk(values, weight)
-    if bulk:
-        blocks = [config.kwargs for config in _BULK][-1]
-        x_blocks = TensorDescriptor.from_tensor(values, [blocks["BLOCK_M"], blocks["BLOCK_K"]])
-        weight_blocks = TensorDescriptor.from_tensor(weight, [blocks["BLOCK_N"], blocks["BLOCK_K"]])
-        _bulk_product[_bulk_grid(m, n, values.device)](
-            x_blocks, weight_blocks, out, scales, weight_scales, added, m, n, k, bucket(m), **constants
-        )
-        return out
     _scaled_product[grid(m, n)](
         values, weight, out, scales, weight_scales, added, m, n, k, values.stride(0), weight.stride(0), bucket(m),
-        EVEN=k % 256 == 0, **constants,
+        EVEN=k % 512 == 0, **constants,
     )  # fmt: skip
     return out
-
-
-def can_copy_in_bulk(values: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the card has bulk copies, and both operands lie as these need it."""
-    if not values.is_cuda or not _has_bulk_copies(values.device):
-        return False
-    return all(
-        each.data_ptr() % _COPY_BYTES == 0 and each.stride(0) % _COPY_BYTES == 0 and each.stride(1) == 1
-        for each in (values, weight)
-    )
-
-
-@cache
-def _has_bulk_copies(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
 
 
 def dequantize_sums(
@@ -159,11 +100,6 @@ def dequantize_sums(
 def grid(m: int, n: int) -> Callable[[Mapping[str, int]], tuple[int]]:
     """A program for each block of the result."""
     return lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
-
-
-def _bulk_grid(m: int, n: int, device: torch.device) -> Callable[[Mapping[str, int]], tuple[int]]:
-    every = grid(m, n)
-    return lambda meta: (min(every(meta)[0], meta["PROGRAMS"] * _multiprocessors(device) or every(meta)[0]),)
 
 
 def bucket(m: int) -> int:
@@ -209,27 +145,6 @@ def _scaled_product(
         x_at += BLOCK_K
         weight_at += BLOCK_K
     _write(sums.to(tl.float32), rows, columns, out, scales, weight_scales, bias, m, n, STATIC, HAS_BIAS)
-
-
-@tuned(_BULK, ["n", "k", "bucket"])
-@triton.jit(do_not_specialize=["m", "bucket"])
-def _bulk_product(
-    x, weight, out, scales, weight_scales, bias, m, n, k, bucket,
-    STATIC: tl.constexpr, HAS_BIAS: tl.constexpr, INTEGER: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    # What lies outside is read as zeros.
-    blocks = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
-    steps = tl.cdiv(k, BLOCK_K)
-    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), flatten=PROGRAMS > 0):
-        row, column = block_place(block, m, n, BLOCK_M, BLOCK_N, GROUP_ROWS)
-        sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INTEGER else tl.float32)
-        for step in range(steps):
-            left = x.load([row, step * BLOCK_K])
-            right = weight.load([column, step * BLOCK_K])
-            sums = tl.dot(left, right.T, sums, out_dtype=tl.int32 if INTEGER else tl.float32)
-        rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-        _write(sums.to(tl.float32), rows, columns, out, scales, weight_scales, bias, m, n, STATIC, HAS_BIAS)
 
 
 @triton.jit

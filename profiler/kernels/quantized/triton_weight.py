@@ -11,12 +11,11 @@ from profiler.kernels.quantized.triton_product import GROUP_ROWS, block_place, b
 MOST_FEW = 4  # rows up to which a product only reads its weights: each is used too rarely for matrix instructions
 
 # One group of inputs a step, so that its scale is applied to whole partial sums: no block is longer than a group.
+# Larger blocks of rows gave wrong sums on an H200 with Triton 3.6: left operands that become plain in registers were
+# overwritten while a product still read them.
 _DEQUANTIZING = [
     triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
     for m, n, warps, stages in (
-        (256, 128, 8, 3),
-        (128, 128, 8, 4),
-        (128, 128, 4, 3),
         (64, 128, 4, 4),
         (32, 128, 4, 5),
         (16, 128, 4, 5),
@@ -24,14 +23,19 @@ _DEQUANTIZING = [
     )
 ]
 _FEW = [
-    triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps)
-    for n, k, warps in (
-        (4, 1024, 4),
-        (8, 512, 4),
-        (16, 256, 4),
-        (16, 512, 8),
-        (2, 2048, 4),
-        (4, 512, 2),
+    triton.Config({"BLOCK_N": n, "BLOCK_K": k, "DOT": dot, "STAGES": stages}, num_warps=warps)
+    for n, k, dot, warps, stages in (
+        (16, 512, True, 1, 4),
+        (16, 256, True, 1, 6),
+        (32, 512, True, 2, 4),
+        (32, 256, True, 4, 6),
+        (64, 256, True, 4, 4),
+        (16, 1024, True, 2, 3),
+        (4, 1024, False, 4, 4),
+        (8, 512, False, 4, 4),
+        (16, 256, False, 4, 5),
+        (8, 512, False, 4, 1),
+        (4, 512, False, 2, 4),
     )
 ]
 
@@ -117,22 +121,32 @@ def _dequantizing_product(
 def _few_rows(
     x, weight, out, weight_scales, bias, m, n, k, groups, group_size, x_stride, weight_stride,
     HAS_BIAS: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # With few programs on a multiprocessor each needs several blocks on their way: memory is all that this waits for.
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.arange(0, ROWS)
     at = tl.arange(0, BLOCK_K)
     weight_at = weight + (columns % n).to(tl.int64)[:, None] * weight_stride
     scale_at = weight_scales + (columns % n).to(tl.int64) * groups
-    sums = tl.zeros((ROWS, BLOCK_N, BLOCK_K), dtype=tl.float32)  # added up over the inputs once, at the end
-    for start in range(0, k, BLOCK_K):
+    taken: tl.constexpr = 16 if DOT else ROWS  # rows that a matrix instruction takes at least
+    rows = tl.arange(0, taken)
+    if DOT:
+        sums = tl.zeros((BLOCK_N, taken), dtype=tl.float32)
+    else:
+        sums = tl.zeros((taken, BLOCK_N, BLOCK_K), dtype=tl.float32)  # added up over the inputs once, at the end
+    for start in tl.range(0, k, BLOCK_K, num_stages=STAGES):
         here = start + at
-        numbers = tl.load(weight_at + here[None, :], mask=(here < k)[None, :], other=0.0).to(tl.float32)
-        if GROUPED:
-            numbers *= tl.load(scale_at[:, None] + (here // group_size)[None, :], mask=(here < k)[None, :], other=0.0)
         inside = (rows < m)[:, None] & (here < k)[None, :]
         inputs = tl.load(x + rows[:, None] * x_stride + here[None, :], mask=inside, other=0.0)
-        sums += numbers[None, :, :] * inputs.to(tl.float32)[:, None, :]
-    total = tl.sum(sums, axis=2)
+        numbers = tl.load(weight_at + here[None, :], mask=(here < k)[None, :], other=0.0)
+        if GROUPED:
+            scale = tl.load(scale_at[:, None] + (here // group_size)[None, :], mask=(here < k)[None, :], other=0.0)
+            numbers = numbers.to(tl.float32) * scale
+        if DOT:
+            sums = tl.dot(numbers.to(inputs.dtype), tl.trans(inputs), sums, input_precision="ieee")
+        else:
+            sums += numbers.to(tl.float32)[None, :, :] * inputs.to(tl.float32)[:, None, :]
+    total = tl.trans(sums) if DOT else tl.sum(sums, axis=2)
     if not GROUPED:
         total = total * tl.load(scale_at)[None, :]
     if HAS_BIAS:

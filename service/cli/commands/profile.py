@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING
 
 import click
 
 from db.errors import UserError
-from service.cli.options import db_option, json_option, stall_option
+from service.cli.options import config_option, db_option, json_option, stall_option
 from service.cli.output import print_json, show_table
 
 if TYPE_CHECKING:
     from profiler.measure.summary import ProfileSummary
+
+NOTHING_NEW = 3
+"""Exit code of a profile that measured nothing though points are missing."""
 
 
 @click.command(name="profile")
@@ -35,13 +37,12 @@ if TYPE_CHECKING:
 @click.option("--dtype", help="float32, bfloat16, w8a16, w8a8, fp8, ... [default: the model's; with float32 on a CPU]")
 @click.option("--device", "device_type", help="cpu or cuda. [default: cuda where there is one]")
 @click.option("--threads-per-rank", type=click.IntRange(min=1), help="[default: the cores shared out]")
-@click.option(
-    "--budget-s", type=click.FloatRange(min=0), default=300.0, show_default=True, help="Begin no point after so long."
-)
+@click.option("--budget-s", type=click.FloatRange(min=0), default=300.0, show_default=True, help="Measure for so long.")
 @click.option(
     "--remeasure", type=click.Choice(["noisy", "all"]), help="Measure again what is kept: noisy points, or all."
 )
 @stall_option
+@config_option
 @db_option
 @json_option
 def command(
@@ -61,9 +62,9 @@ def command(
 ) -> None:
     """Measure MODEL on this machine: a folder with a config.json, or a bundled shape such as llama-3-8b.
 
-    Only what the database does not hold yet is measured, coarse to fine; interrupted, it goes on where it was.
+    Only what the database does not hold yet is measured, coarse to fine; interrupted, it goes on where it was. Exit
+    code 3 if points are missing and none could be measured.
     """
-    started = time.monotonic()
     if not math.isfinite(budget_s):
         raise UserError("--budget-s", budget_s, "must be a finite number of seconds, 0 or more")
     from profiler.comm.ranks.failure import RanksFailedError
@@ -79,7 +80,7 @@ def command(
         dtype=dtype,
         device_type=device_type,
         threads_per_rank=threads_per_rank,
-        deadline=started + budget_s,
+        budget_s=budget_s,
         remeasure=remeasure,
         db_url=db_url,
         stall_timeout_s=stall_timeout_s or LEAST_LIMIT_S,
@@ -94,6 +95,8 @@ def command(
         _print(summary)
     if summary.interrupted:
         raise SystemExit(130)
+    if summary.num_missing and not summary.num_new:
+        raise SystemExit(NOTHING_NEW)
 
 
 def _print(summary: ProfileSummary) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from service.cli.options import json_option, options_of
+from service.cli.options import config_option, json_option, options_of
 from service.use_cases.quantize import QuantizeOptions
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 @click.command(name="quantize")
 @options_of(QuantizeOptions)
+@config_option
 @json_option
 def command(options: QuantizeOptions, as_json: bool) -> None:
     """Quantize the linears of MODEL after training and write a compressed-tensors checkpoint.

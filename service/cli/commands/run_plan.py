@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from service.cli.options import db_option, json_option, stall_option
+from service.cli.options import config_option, db_option, json_option, stall_option
 
 
 @click.command(name="run-plan")
@@ -34,6 +34,7 @@ from service.cli.options import db_option, json_option, stall_option
 @click.option("--threads-per-rank", type=int, help="Threads of one rank on a CPU. [default: the plan's]")
 @click.option("--dtype", help="float32, bfloat16, w8a16, w8a8, fp8, ... [default: the plan's precision]")
 @stall_option
+@config_option
 @db_option
 @json_option
 def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) -> None:

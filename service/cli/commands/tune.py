@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
-from service.cli.options import json_option, options_of
+from service.cli.options import config_option, json_option, options_of
 from service.use_cases.tune_options import TuneOptions
 
 
 @click.command(name="tune")
 @options_of(TuneOptions)
+@config_option
 @json_option
 def command(options: TuneOptions, as_json: bool) -> None:
     """Choose tensor, sequence and pipeline sizes, layer partition and rounds for MODEL, and say why.
@@ -26,3 +27,5 @@ def command(options: TuneOptions, as_json: bool) -> None:
         print_json(report.to_json())
     else:
         print_report(report)
+    if report.interrupted:
+        raise SystemExit(130)

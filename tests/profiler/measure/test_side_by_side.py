@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -64,7 +63,7 @@ def test_points_side_by_side_become_rows_of_their_own(tmp_path: Path, monkeypatc
             context_length=16,
             device_type="cpu",
             threads_per_rank=1,
-            deadline=time.monotonic() + 200,
+            budget_s=200.0,
             db_url=url,
         )
     )

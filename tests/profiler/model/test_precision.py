@@ -10,6 +10,7 @@ import torch
 
 from db.errors import UserError
 from profiler.model import PRECISIONS, precision_of
+from profiler.model.precision import SUPPORTED
 
 
 @pytest.mark.parametrize(("name", "num_bytes"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
@@ -31,7 +32,9 @@ def test_peaks_are_those_of_the_products() -> None:
 def test_an_unknown_precision_names_the_field_and_what_is_allowed() -> None:
     with pytest.raises(UserError) as refused:
         precision_of("int3", field="--dtype")
-    assert str(refused.value) == "--dtype: int3; supported are " + ", ".join(PRECISIONS)
+    assert str(refused.value) == f"--dtype: int3; supported are {SUPPORTED}"
+    named = set(SUPPORTED.split(", each")[0].split(", "))
+    assert {name for name in PRECISIONS if "+kv-" not in name} == named
 
 
 def test_models_are_described_without_torch() -> None:

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from db.errors import UserError
 from profiler.comm.ranks.launch import run_ranks
 from profiler.model import PRECISIONS, load_model_shape
+from profiler.model.shape import default_dtype
 from profiler.sequence.kind import SPKind
 from runtime.quantize.quantize import quantize_checkpoint
 from runtime.quantize.recipe import Recipe
+from runtime.run.preparation import check_layout
 from runtime.run.rank import run_jobs
 from runtime.run.reference import check_tokens
 from runtime.run.result import RequestResult
-from tests.runtime.cases import PARTITIONS, make_job, prompts
+from tests.runtime.cases import PARTITIONS, make_job, make_plan, prompts
 from tests.runtime.weights.test_quantized import publish
 from tuner.plan.plan import Parallel
 
@@ -66,7 +69,8 @@ def run(cases: list[tuple[Path, str, Parallel]], world_size: int) -> None:
         for check in checks:
             close = check.top2_margin is not None and check.top2_margin < NEAR_TIE
             linears = PRECISIONS[precision].linears
-            fair = linears is not None and linears.activations is not None and close
+            rounds = linears is not None and linears.activations is not None
+            fair = (rounds or PRECISIONS[precision].has_kv_scales) and close
             assert check.equal or fair, f"{folder.name} {precision} {parallel}: {found}, {check}"
         assert any(check.equal for check in checks)
 
@@ -118,6 +122,33 @@ def test_published_layouts_run(checkpoint: Callable[[str], Path], tmp_path: Path
         ],
         world_size=2,
     )
+
+
+@pytest.mark.timeout(180)
+def test_keys_and_values_in_8_bits_give_the_tokens_of_rounded_ones(
+    made: Made, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    scaled = publish(checkpoint("llama"), tmp_path / "scaled", "int8 W8A8", kv_scales=(0.02, 0.03))
+    assert default_dtype(load_model_shape(str(scaled)), "cpu") == "w8a8+float32+kv-fp8"
+    megatron = Parallel(tp_size=2, pp_size=1, layer_partition=(5,), sp_kind=SPKind.MEGATRON)
+    ulysses = Parallel(tp_size=1, pp_size=1, layer_partition=(5,), sp_size=2, sp_kind=SPKind.ULYSSES)
+    run(
+        [
+            (checkpoint("llama"), "float32+kv-int8", layout(1, 2)),
+            (made("w8a8-static"), "w8a8-static+float32+kv-fp8", layout(2, 1)),
+            (checkpoint("llama"), "float32+kv-int8", megatron),
+            (checkpoint("llama"), "float32+kv-fp8", ulysses),
+            (scaled, "w8a8+float32+kv-fp8", layout(1, 2)),
+        ],
+        world_size=2,
+    )
+
+
+def test_what_passes_keys_and_values_between_ranks_keeps_them_plain(checkpoint: Callable[[str], Path]) -> None:
+    parallel = Parallel(tp_size=1, pp_size=1, layer_partition=(5,), sp_size=2, sp_kind=SPKind.RING)
+    plan = make_plan(checkpoint("llama"), precision="float32+kv-int8", parallel=parallel)
+    with pytest.raises(UserError, match=r"sp_kind: ring; one of none, ulysses, megatron: float32\+kv-int8 keeps keys"):
+        check_layout(plan, load_model_shape(str(checkpoint("llama"))), max_new_tokens=1, device_type="cpu")
 
 
 @pytest.mark.timeout(180)

@@ -70,9 +70,14 @@ LAYOUTS: dict[str, tuple[Callable[[torch.Tensor], dict[str, torch.Tensor]], dict
 
 
 def publish(
-    source: Path, folder: Path, layout: str, *, change: Callable[[dict[str, torch.Tensor]], None] | None = None
+    source: Path,
+    folder: Path,
+    layout: str,
+    *,
+    change: Callable[[dict[str, torch.Tensor]], None] | None = None,
+    kv_scales: tuple[float, float] | None = None,
 ) -> Path:
-    """The checkpoint at `source` as others would publish it."""
+    """The checkpoint at `source` as others would publish it; kv_scales: of keys and of values kept in fp8."""
     store, config, _ = LAYOUTS[layout]
     folder.mkdir()
     tensors: dict[str, torch.Tensor] = {}
@@ -81,6 +86,9 @@ def publish(
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         linear = name.removesuffix(".weight")
         tensors |= {f"{linear}.{part}": tensor for part, tensor in store(tensors.pop(name)).items()}
+    for which, scale in zip("kv", kv_scales or (), strict=False):
+        for layer in range(json.loads((source / "config.json").read_text())["num_hidden_layers"]):
+            tensors[f"model.layers.{layer}.self_attn.{which}_scale"] = torch.tensor([scale])
     if change:
         change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -92,7 +100,10 @@ def publish(
         }
         (folder / "hf_quant_config.json").write_text(json.dumps(sidecar))
     else:
-        settings["quantization_config"] = config
+        settings["quantization_config"] = dict(config)
+    if kv_scales:
+        scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+        settings["quantization_config"]["kv_cache_scheme"] = scheme
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
 

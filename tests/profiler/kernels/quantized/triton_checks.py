@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from profiler.kernels.quantized import triton_product, triton_quantize, triton_weight
+from profiler.kernels import flash_decoding, triton_elementwise
+from profiler.kernels.quantized import triton_kv, triton_product, triton_quantize, triton_weight
+from profiler.kernels.quantized.kv import QuantizedKV
 from profiler.kernels.quantized.rounding import quantize_rows, quantize_static, widened
 from profiler.kernels.quantized.rows import QuantizedRows
 from profiler.kernels.quantized.weight import quantize_weight
@@ -38,7 +40,9 @@ def ranges(*, rounds: bool = False) -> Iterator[tuple[torch.dtype, torch.dtype, 
 
 
 def reference(x: torch.Tensor, fmt: torch.dtype, scale: torch.Tensor | None, offset: float) -> QuantizedRows:
-    return quantize_rows(x, fmt) if scale is None else quantize_static(x, scale, offset, fmt)
+    """On a CPU, which divides; cards multiply by the reciprocal of a plain number."""
+    made = quantize_rows(x.cpu(), fmt) if scale is None else quantize_static(x.cpu(), scale.cpu(), offset, fmt)
+    return QuantizedRows(made.values.to(DEVICE), made.scales.to(DEVICE), made.dtype)
 
 
 def same(found: QuantizedRows, expected: QuantizedRows, *, most_moved: float = 0.0) -> None:
@@ -60,8 +64,8 @@ def quantize() -> None:
         x = random(5, 100, seed=1, dtype=dtype)
         x[3] = 0.0
         rows = triton_quantize.quantize(x, dtype=fmt, scale=scale, offset=offset)
-        # The interpreter rounds ties to float8 away from zero.
-        ties = 0.02 if DEVICE.type == "cpu" and fmt == torch.float8_e4m3fn else 0.0
+        # The interpreter rounds ties to float8 away from zero, and fused multiplications and additions twice.
+        ties = 0.02 if DEVICE.type == "cpu" else 0.0
         same(rows, reference(x, fmt, scale, offset), most_moved=ties)
 
 
@@ -96,7 +100,7 @@ def with_few_blocks(*kernels: Any) -> None:
 
 
 def product() -> None:
-    with_few_blocks(triton_product._scaled_product, triton_product._bulk_product)
+    with_few_blocks(triton_product._scaled_product)
     for m, n, k in ((1, 24, 64), (19, 40, 200), (70, 136, 512)):
         for fmt, dtype, scale, offset in ranges():
             if offset or (DEVICE.type == "cuda" and dtype == torch.float32):
@@ -104,12 +108,10 @@ def product() -> None:
             rows = reference(random(m, k, seed=m, dtype=dtype), fmt, scale, 0.0)
             weight, bias = quantize_weight(random(n, k, seed=n), fmt), random(n, seed=2, dtype=dtype)
             operands = (rows.values, rows.scales, weight.values, weight.scales, bias, dtype)
-            y = triton_product.scaled_product(*operands, bulk=False)
+            y = triton_product.scaled_product(*operands)
             exact = (widened(rows.values).double() * rows.scales) @ (widened(weight.values).double() * weight.scales).T
-            torch.testing.assert_close(y.double(), (exact + bias).to(dtype).double(), rtol=1e-2, atol=1e-3)
-            if k % 16 == 0 and (DEVICE.type == "cpu" or triton_product.can_copy_in_bulk(rows.values, weight.values)):
-                bulk = triton_product.scaled_product(*operands, bulk=True)
-                torch.testing.assert_close(bulk, y, rtol=1e-2, atol=1e-3)
+            # Cards add float8 products up in fewer bits.
+            assert (y - (exact + bias)).norm() <= 5e-3 * (exact + bias).norm()
             if fmt == torch.int8:
                 sums = (widened(rows.values).double() @ widened(weight.values).double().T).to(torch.int32)
                 scaled = triton_product.dequantize_sums(sums, rows.scales, weight.scales, bias, dtype)
@@ -130,6 +132,40 @@ def dequantizing() -> None:
                 assert torch.equal(plain, weight.dequantized(torch.float32))
 
 
+def kv() -> None:
+    """Rotated, written in 8 bits, read again; and decode, which reads 8 bits, against attention over plain numbers."""
+    heads, kv_heads, dim, tokens, rows = 4, 2, 24, 5, 40
+    flash_decoding.PROGRAMS = 8
+    qkv = random(tokens, (heads + 2 * kv_heads) * dim, seed=1)
+    angles = random(tokens, dim // 2, seed=2)
+    cos, sin, places = angles.cos(), angles.sin(), torch.tensor([9, 3, 30, 31, 0], device=DEVICE)
+    plain_keys, plain_values = torch.zeros(2, kv_heads, rows, dim, device=DEVICE)
+    arguments = {"num_heads": heads, "query_norm": None, "key_norm": None, "eps": EPS}
+    q = triton_elementwise.rotate_into_slab(qkv, cos, sin, places, plain_keys, plain_values, **arguments)
+    for fmt in FORMATS:
+        for static in (None, 0.02):
+            keys, values = (
+                QuantizedKV.zeros((kv_heads, rows, dim), kept=fmt, dtype=qkv.dtype, device=DEVICE, static=static)
+                for _ in range(2)
+            )
+            again = triton_elementwise.rotate_into_slab(qkv, cos, sin, places, keys, values, **arguments)
+            assert torch.equal(again, q)
+            for slab, plain in ((keys, plain_keys), (values, plain_values)):
+                expected = QuantizedKV.zeros(slab.shape, kept=fmt, dtype=qkv.dtype, device=DEVICE, static=static)
+                expected.write(places, plain[:, places])
+                found = [QuantizedRows(each.values.flatten(0, 1), each.scales.view(-1, 1), qkv.dtype)
+                         for each in (slab, expected)]  # fmt: skip
+                same(*found, most_moved=0.02)  # of the interpreter and of scales that a card's torch made
+                read = triton_kv.dequantize_rows(slab.values[:, 3:33], slab.scales[:, 3:33], qkv.dtype)
+                assert torch.equal(read, widened(slab.values[:, 3:33]) * slab.scales[:, 3:33, None])
+            starts, lengths = (torch.tensor(each, device=DEVICE) for each in ([0, 3], [7, 37]))
+            dense = [widened(slab.values) * slab.scales[..., None] for slab in (keys, values)]
+            found_out = flash_decoding.attend(q[:2], keys, values, starts, lengths)
+            torch.testing.assert_close(
+                found_out, flash_decoding.attend(q[:2], *dense, starts, lengths), rtol=1e-4, atol=1e-5
+            )
+
+
 if __name__ == "__main__":
-    {check.__name__: check for check in (quantize, rms_norm, silu, product, dequantizing)}[sys.argv[1]]()
+    {check.__name__: check for check in (quantize, rms_norm, silu, product, dequantizing, kv)}[sys.argv[1]]()
     print("equal")
