@@ -98,7 +98,7 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
                 interrupted = True
         found = _kept_rows(database, hardware, points)
         if not interrupted and len(found) == len(rows):
-            _check_begun(grid, Worklist(points, found, usual_kernel=grid.kernels[0]), options, started)
+            _check_begun(grid, Worklist(points, found, usual_kernel=grid.kernels[0]), options)
         location = database.location
     ops = summarize_ops(Worklist(points, found, usual_kernel=grid.kernels[0]), since=since)
     num_missing, num_new = sum(op.num_missing for op in ops), sum(op.num_new for op in ops)
@@ -121,17 +121,15 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
     )
 
 
-def _check_begun(grid: Grid, worklist: Worklist, options: ProfileOptions, started: float) -> None:
-    """Raise UserError where points are missing and the time did not suffice for one."""
-    point, budget_s = next(worklist.missing(), None), options.deadline - started
-    if point is None or budget_s <= 0.0:
+def _check_begun(grid: Grid, worklist: Worklist, options: ProfileOptions) -> None:
+    """Raise UserError where points are missing and the time did not suffice to begin one."""
+    point = next(worklist.missing(), None)
+    if point is None or options.budget_s <= 0.0:
         return
     threads = options.threads_per_rank or default_num_threads(grid.device_type, grid.world_size)
-    point_s, now_s = expected_seconds(point, grid.device_type, threads), time.monotonic()
-    if now_s + 0.5 * point_s <= options.deadline:  # there was time: the memory did not suffice
-        return
-    needed_s = math.ceil(now_s - started + 2 * point_s)
-    raise UserError("--budget-s", f"{budget_s:.3g}", f"at least {needed_s}: starting the ranks takes most of it")
+    point_s = expected_seconds(point, grid.device_type, threads)
+    if 0.5 * point_s > options.budget_s:
+        raise UserError("--budget-s", f"{options.budget_s:.3g}", f"at least {math.ceil(2 * point_s)} for one point")
 
 
 def make_grid(options: ProfileOptions) -> Grid:

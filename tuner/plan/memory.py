@@ -12,12 +12,13 @@ from profiler.model import PRECISIONS, LayerSpec, ModelShape, Precision
 from profiler.sequence.kind import SequenceCut
 from tuner.plan.plan import Parallel, Plan, Request, Round, Weights
 from tuner.plan.round_sizes import RoundSizes
-from tuner.plan.scratch import gathered_bytes, kv_elements, scratch_bytes
+from tuner.plan.scratch import gathered_bytes, kv_elements, ring_bytes, scratch_bytes
 
 USABLE_SHARE = 0.92  # the rest is the allocator's and the driver's
 MOST_RECORDED = 1024  # rounds that a rank on a card keeps recorded
-RECORDED_LAYER_BYTES = 64 << 10  # what a layer of a recorded round holds on a card
-RUNTIME_BYTES = {"cuda": 2 << 30, "cpu": 300 << 20}  # libraries, context and communicators of one rank
+RECORDED_LAYER_BYTES = 128 << 10  # what a layer of a recorded round holds on a card
+COMMUNICATOR_BYTES = 512 << 20  # what NCCL and peer memory take on a card beside others
+RUNTIME_BYTES = {"cuda": 2200 << 20, "cpu": 300 << 20}  # libraries, context and communicators of one rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +49,12 @@ def rank_memory(
     num_recorded = min(sizes.num_rounds, MOST_RECORDED) if device_type == "cuda" else 0
     # Rounds beyond those that are recorded take their scratch memory from elsewhere.
     scratches = 2 if num_recorded and sizes.num_rounds > MOST_RECORDED else 1
+    joined = COMMUNICATOR_BYTES if device_type == "cuda" and parallel.world_size > 1 else 0
     groups = list(_groups(shape, parallel))
     gathered = gathered_bytes(shape.layer_kinds, parallel, sizes, precision) if device_type == "cuda" else 0
+    passed = 0
+    if device_type == "cuda":  # each recording keeps what it passes on
+        passed = max(ring_bytes(layer, parallel, sizes, precision) for layer in shape.layer_kinds) * num_recorded
     stages = list[RankMemory]()
     for stage in range(parallel.pp_size):
         held = [group for group in groups if group.stage == stage]
@@ -66,9 +71,9 @@ def rank_memory(
                 kv_bytes=sum(
                     precision.kv_bytes(sizes.slab_rows * kv_elements(x, parallel), x.attention.head_dim) for x in layers
                 ),
-                activation_bytes=scratches * (scratch + boundaries) + gathered,
+                activation_bytes=scratches * (scratch + boundaries) + gathered + passed,
                 unsent_bytes=unsent if sends else 0,
-                runtime_bytes=RUNTIME_BYTES[device_type] + num_recorded * len(layers) * RECORDED_LAYER_BYTES,
+                runtime_bytes=RUNTIME_BYTES[device_type] + joined + num_recorded * len(layers) * RECORDED_LAYER_BYTES,
             )
         )
     return tuple(stages)
