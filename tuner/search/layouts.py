@@ -13,6 +13,7 @@ import numpy as np
 from db.errors import UserError
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind
 from tuner.fit.holdout import HeldOutError
+from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.uncertainty import makespan_uncertainty
 from tuner.fit.whole.costs import Costs
 from tuner.plan.cost_model import CostModel
