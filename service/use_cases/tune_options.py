@@ -42,7 +42,15 @@ class TuneOptions:
         None, "GiB of a card, or of the host of CPU ranks. [default: the hardware's]", above=0
     )
     max_new_tokens: int = option(1, "Tokens to decode; counts in memory.", above=0)
-    dtype: str | None = option(None, "float32, bfloat16, w8a16, w8a8, fp8, ... [default: the model's]")
+    dtype: str | None = option(
+        None,
+        "float32, bfloat16, w8a8, fp8, ... or auto: the fastest that was measured. [default: the model's]",
+        flags=("--precision", "--dtype"),
+    )
+    max_loss: str | None = option(None, "Rise of perplexity that auto allows. [default: 0.5%]", metavar="P%")
+    quantize_reports: str | None = option(
+        None, "Reports of quantize --json, which tell what precisions lose.", metavar="FILE,...", is_file=True
+    )
     device_type: str | None = option(
         None, "[default: cuda where there is one]", flags=("--device",), choices=("cpu", "cuda")
     )
@@ -67,8 +75,25 @@ class TuneOptions:
         """Of `memory_gib`."""
         return None if self.memory_gib is None else int(self.memory_gib * 2**30)
 
+    @property
+    def most_loss(self) -> float:
+        """Of `max_loss`, as a share."""
+        text = (self.max_loss or "0.5%").strip()
+        try:
+            share = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+        except ValueError:
+            share = -1.0
+        if not 0.0 <= share <= 1.0:
+            raise UserError("--max-loss", self.max_loss, "must be a share such as 0.5% or 0.005, at most 100%")
+        return share
+
     def __post_init__(self) -> None:
         check_options(self)
+        if self.dtype != "auto":
+            for flag, value in (("--max-loss", self.max_loss), ("--quantize-reports", self.quantize_reports)):
+                if value is not None:
+                    raise UserError(flag, value, "goes with --precision auto")
+        _ = self.most_loss
         if self.cost_model is not None and (self.sp_size or 1) > 1:
             raise UserError("--sp-size", self.sp_size, "a cost model alone has no sequence parallelism; give MODEL")
         if self.plot is not None and not self.plot.endswith(".svg"):
