@@ -387,7 +387,19 @@ def test_a_precision_is_chosen_by_what_it_loses(url: str, tmp_path: Path) -> Non
     for precision, loss in (("w8a8", 0.004), ("fp8", 0.02)):
         reports.append(tmp_path / f"{precision}.json")
         reports[-1].write_text(json.dumps({"precision": precision, "perplexity_loss": loss, "linears": []}))
-    asked = (SHAPE.name, "--prompt-lens", "2048", "--tp-size", "1", "--pp-size", "2", "--db", url, "--precision", "auto")
+    asked = (
+        SHAPE.name,
+        "--prompt-lens",
+        "2048",
+        "--tp-size",
+        "1",
+        "--pp-size",
+        "2",
+        "--db",
+        url,
+        "--precision",
+        "auto",
+    )
     asked += ("--quantize-reports", ",".join(map(str, reports)))
     found = tune_json(*asked)
     assert found["plan"]["precision"] == "w8a8+float32"
