@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from tuner.plan.plan import Plan
 
 WORLD_SIZE = 2
 NEW_TOKENS = 4
+QUIET_CORES = 0.3
+"""Cores at work for others beyond which the demo says that the machine is busy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +51,12 @@ class Baseline:
     arguments: tuple[str, ...]
 
 
+PLAIN = ("--virtual-stages", "1", "--sp-kind", "none")  # one group of layers a stage, no rows shared
 BASELINES = (
     Baseline(plan="tuned", arguments=()),
-    Baseline(plan="pp2-fixed:512", arguments=("--tp-size", "1", "--pp-size", "2", "--policy", "fixed:512")),
-    Baseline(plan="pp2-gpipe", arguments=("--tp-size", "1", "--pp-size", "2", "--policy", "gpipe")),
-    Baseline(plan="tp2", arguments=("--tp-size", "2", "--pp-size", "1")),
+    Baseline(plan="pp2-fixed:512", arguments=(*PLAIN, "--tp-size", "1", "--pp-size", "2", "--policy", "fixed:512")),
+    Baseline(plan="pp2-gpipe", arguments=(*PLAIN, "--tp-size", "1", "--pp-size", "2", "--policy", "gpipe")),
+    Baseline(plan="tp2", arguments=("--sp-kind", "none", "--tp-size", "2", "--pp-size", "1")),
     Baseline(plan="one-rank", arguments=("--world-size", "1")),
 )
 
@@ -85,11 +90,35 @@ def main() -> None:
     if options.model is None and not (model / "config.json").exists():
         step("Writing a Llama checkpoint with random weights")
         write_demo_model(model, SMALL if options.small else DEMO)
+    busy = others_at_work()
     rows = run_demo(model, sizes, options.output)
     report = options.output / "report.json"
     report.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=2) + "\n")
     print_rows(rows)
+    busy = max(busy, others_at_work())
+    if busy > QUIET_CORES:
+        print(
+            f"This machine was busy: {busy:.1f} of its {os.cpu_count()} cores were at work for others. Times above are "
+            "longer than on a quiet one, and predictions as far off as the load changed."
+        )
     print(f"Plans, traces and report.json are in {options.output}")
+
+
+def others_at_work() -> float:
+    """Cores that other processes keep busy, by the counters of /proc/stat over a second; none where it is not."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+
+    def counters() -> tuple[int, int]:
+        ticks = [int(word) for word in stat.read_text().splitlines()[0].split()[1:9]]
+        idle = ticks[3] + ticks[4]
+        return sum(ticks) - idle, sum(ticks)
+
+    before_busy, before_all = counters()
+    time.sleep(1.0)
+    busy, total = counters()
+    return (os.cpu_count() or 1) * (busy - before_busy) / max(1, total - before_all)
 
 
 def run_demo(model: Path, sizes: DemoSizes, folder: Path) -> list[Row]:
@@ -153,8 +182,10 @@ def write_prompts(path: Path, vocab_size: int, num_tokens: int) -> None:
 
 
 def isochunk(*arguments: str) -> None:
-    """Run a command and let it print."""
-    subprocess.run([sys.executable, "-m", "service", *arguments], check=True)
+    """Run a command and let it print; a profile that has nothing new to measure says so with exit code 3."""
+    done = subprocess.run([sys.executable, "-m", "service", *arguments], check=False)
+    if done.returncode not in (0, 3):
+        raise SystemExit(f"isochunk {' '.join(arguments)} failed with exit code {done.returncode}")
 
 
 def isochunk_json(*arguments: str) -> dict[str, Any]:

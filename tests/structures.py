@@ -17,7 +17,7 @@ ROOMS = {
     "profiler": ("hardware", "model", "sequence", "kernels", "layers", "comm", "points", "measure"),
     "tuner": ("plan", "rounds", "online", "policies", "fit", "search", "waterfall"),
     "runtime": ("job", "weights", "stage", "run", "quantize"),
-    "service": ("reasons", "use_cases", "engines", "jobs", "http", "cli"),
+    "service": ("reasons", "use_cases", "reports", "engines", "jobs", "http", "cli"),
 }
 ASKED = {
     "db": "what is kept",

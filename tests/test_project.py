@@ -18,7 +18,7 @@ LAYERS = tuple(ROOMS)
 MOST_FILES = 12
 COMMANDS = (
     [], ["profile"], ["tune"], ["run-plan"], ["quantize"], ["export"], ["serve"], ["token"], ["worker"], ["db"],
-    ["runs"], ["completion"],
+    ["runs"], ["report"], ["completion"],
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "pandas", "scipy", "optuna", "sqlalchemy", "numpy", "rich", "fastapi", "dbos")
 

@@ -19,13 +19,14 @@ COMMANDS = {
     "tune": ("service.cli.commands.tune", "Fit the cost model and choose layout, partition and rounds."),
     "run-plan": ("service.cli.commands.run_plan", "Execute a plan and compare it with its prediction."),
     "runs": ("service.cli.commands.runs", "List, explain, compare and clear runs."),
+    "report": ("service.cli.commands.report", "Write one HTML page of a plan, a run or a hardware."),
     "quantize": ("service.cli.commands.quantize", "Make an 8-bit checkpoint of a model, and say what it costs."),
     "export": ("service.cli.commands.export", "Write a plan as another engine's launch files."),
     "serve": ("service.cli.commands.serve", "Serve plans, what is kept, and jobs: a page and an HTTP API."),
     "token": ("service.cli.commands.token", "Make, list and revoke tokens that open the service."),
     "worker": ("service.cli.commands.worker", "Run the service's jobs on this machine."),
     "db": ("service.cli.commands.db", "Look after the profiling database."),
-    "completion": ("service.cli.commands.completion", "Let the shell complete commands and options."),
+    "completion": ("service.cli.completion", "Let the shell complete commands and options."),
 }
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner, Result
 
+from benchmarks.fuzz_files import PLAN
 from db.store.engine import open_database
 from service.cli.main import cli
 from service.cli.output import show_table
@@ -111,3 +113,27 @@ def test_tables_leave_out_columns_that_a_page_has_no_room_for(capsys: pytest.Cap
     assert "TP1 SP2 ulysses PP2 x2 loop" in printed and "have also" in printed
     show_table(names, [["TP1 SP2 ulysses PP2 x2 loop", *range(9)]])
     assert capsys.readouterr().out.count("column") == 9
+
+
+@pytest.mark.parametrize("what", [("114",), ("--hardware", "1"), ()])
+def test_a_report_is_one_page_that_needs_nothing_beside_it(what: tuple[str, ...], url: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    call("report", *what, "-o", path, "--db", url)
+    text = path.read_text()
+    pictures = [f"<svg{part.split('</svg>')[0]}</svg>" for part in text.split("<svg")[1:]]
+    assert len(pictures) >= 3
+    for picture in pictures:
+        ElementTree.fromstring(picture)
+    assert "<script" not in text and "src=" not in text
+    assert {part.split('"')[0] for part in text.split("http")[1:]} == {"://www.w3.org/2000/svg"}
+    if what == ("114",):
+        assert "6.0% slower" in text and "When rounds ran" in text
+
+
+def test_a_report_of_a_plan_escapes_what_files_say(tmp_path: Path) -> None:
+    plan = PLAN | {"policy": "<script>alert(1)</script>"}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    call("report", tmp_path / "plan.json", "-o", tmp_path / "plan.html")
+    assert "<script" not in (tmp_path / "plan.html").read_text()
+    refused = call("report", tmp_path / "plan.json", "-o", tmp_path / "none" / "x.html", fails=True).exception
+    assert "must be in a folder that exists" in str(refused)
