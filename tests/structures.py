@@ -15,8 +15,8 @@ FOLDERS = ("db", "profiler", "tuner", "runtime", "service", "benchmarks")
 ROOMS = {
     "db": ("files", "store", "rows"),
     "profiler": ("hardware", "model", "sequence", "kernels", "layers", "comm", "points", "measure"),
-    "tuner": ("plan", "rounds", "online", "policies", "fit", "search", "waterfall"),
-    "runtime": ("job", "weights", "stage", "run", "quantize"),
+    "tuner": ("plan", "training", "rounds", "online", "policies", "fit", "search", "waterfall"),
+    "runtime": ("job", "weights", "stage", "run", "quantize", "prune", "train"),
     "service": ("reasons", "use_cases", "reports", "engines", "jobs", "http", "cli"),
 }
 ASKED = {

@@ -17,8 +17,8 @@ from tests.tuner.atom import atom
 LAYERS = tuple(ROOMS)
 MOST_FILES = 12
 COMMANDS = (
-    [], ["profile"], ["tune"], ["run-plan"], ["quantize"], ["export"], ["serve"], ["token"], ["worker"], ["db"],
-    ["runs"], ["report"], ["completion"],
+    [], ["profile"], ["tune"], ["run-plan"], ["quantize"], ["prune"], ["train"], ["export"], ["serve"], ["token"],
+    ["worker"], ["db"], ["runs"], ["report"], ["completion"],
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "pandas", "scipy", "optuna", "sqlalchemy", "numpy", "rich", "fastapi", "dbos")
 

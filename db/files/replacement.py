@@ -41,6 +41,16 @@ def check_writable(field: str, path: Path) -> None:
         _write(temporary, bytes(_PROBE_BYTES))
 
 
+def flush_to_disk(*paths: Path) -> None:
+    """Wait until files, or the names in folders, are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 @contextmanager
 def _beside(field: str, path: Path, size_bytes: int) -> Iterator[Path]:
     """An empty file beside `path`, gone at the end; what the file system refuses becomes a UserError."""

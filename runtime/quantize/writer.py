@@ -70,10 +70,8 @@ class CheckpointWriter:
         """Write the rest, the index and the configuration, copy what stands beside them, and move all into place."""
         assert self.partial is not None
         self._flush()
-        for pattern in _COPIED:
-            for path in self.source.glob(pattern):
-                if path.is_file() and path.name not in _WRITTEN:
-                    self._told(shutil.copyfile, path, self.partial / path.name)
+        for path in config_files(self.source):
+            self._told(shutil.copyfile, path, self.partial / path.name)
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self.weight_map}
         for name, content in ((INDEX, index), ("config.json", config)):
             self._told((self.partial / name).write_text, json.dumps(content, indent=2) + "\n")
@@ -101,6 +99,12 @@ class CheckpointWriter:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError("--output", self.folder, f"cannot be written ({reason})") from None
+
+
+def config_files(source: Path) -> list[Path]:
+    """What stands beside a checkpoint's weights and its configuration, and holds for a changed model too."""
+    found = (path for pattern in _COPIED for path in source.glob(pattern))
+    return [path for path in found if path.is_file() and path.name not in _WRITTEN]
 
 
 def _umask() -> int:

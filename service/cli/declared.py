@@ -16,7 +16,7 @@ _MODULES = {
     JobKind.PROFILE: "service.cli.commands.profile",
     JobKind.TUNE: "service.cli.commands.tune",
     JobKind.RUN_PLAN: "service.cli.commands.run_plan",
-    JobKind.QUANTIZE: "service.cli.commands.quantize",
+    JobKind.QUANTIZE: "service.cli.checkpoints.quantize",
 }
 
 

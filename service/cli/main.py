@@ -20,7 +20,12 @@ COMMANDS = {
     "run-plan": ("service.cli.commands.run_plan", "Execute a plan and compare it with its prediction."),
     "runs": ("service.cli.commands.runs", "List, explain, compare and clear runs."),
     "report": ("service.cli.commands.report", "Write one HTML page of a plan, a run or a hardware."),
-    "quantize": ("service.cli.commands.quantize", "Make an 8-bit checkpoint of a model, and say what it costs."),
+    "quantize": ("service.cli.checkpoints.quantize", "Make an 8-bit checkpoint of a model, and say what it costs."),
+    "prune": (
+        "service.cli.checkpoints.prune",
+        "Make a smaller checkpoint of a model, and say what it gains.",
+    ),
+    "train": ("service.cli.checkpoints.train", "Train or distil a checkpoint as a plan lays it out."),
     "export": ("service.cli.commands.export", "Write a plan as another engine's launch files."),
     "serve": ("service.cli.commands.serve", "Serve plans, what is kept, and jobs: a page and an HTTP API."),
     "token": ("service.cli.commands.token", "Make, list and revoke tokens that open the service."),

@@ -267,6 +267,7 @@ def _report(
         options=chosen(options),
         policies=found.policies,
         replays=found.replays,
+        impossible=found.impossible,
         candidates=[best, *candidates[1:]],
         held_out=held_out,
     )

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from service.reasons.precision import PrecisionStep
 from service.reasons.recommendation import Recommendation
 from tuner.plan.plan import Plan
+from tuner.rounds.deadlines import Impossible
 from tuner.rounds.round_plan import RoundPlan
+from tuner.rounds.schedule import Evaluation
 from tuner.search.replay import Replay
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
@@ -32,6 +34,8 @@ class TuneReport:
     """What the caller chose."""
     policies: list[RoundPlan] = field(default_factory=list)
     replays: list[Replay] = field(default_factory=list)
+    impossible: tuple[Impossible, ...] = ()
+    """Deadlines that no plan meets."""
     candidates: list[Candidate] = field(default_factory=list)
     held_out: list[HeldOutError] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
@@ -71,6 +75,7 @@ class TuneReport:
             "why": self.explanation.to_json() if self.explanation else None,
             "precisions": [asdict(step) for step in self.precisions],
             "policies": [_policy_json(planned) for planned in self.policies],
+            "impossible": [str(one) for one in self.impossible],
             "replays": [replay_json(replay) for replay in self.replays],
             "held_out": [error.to_json() for error in self.held_out],
             "correction": self.costs.correction.to_json() if self.costs else None,
@@ -97,6 +102,7 @@ def replay_json(replay: Replay) -> dict[str, Any]:
         "p90_ttft_s": replay.ttft_s(90),
         "p99_ttft_s": replay.ttft_s(99),
         "tokens_per_s": replay.tokens_per_s,
+        **_deadlines_json(replay.evaluation),
     }
 
 
@@ -138,4 +144,12 @@ def _expected_json(planned: RoundPlan) -> dict[str, Any]:
         "p90_ttft_s": evaluation.p90_ttft_s,
         "bubble_share": evaluation.bubble_share,
         "planning_s": planned.planning_s,
+        **_deadlines_json(evaluation),
     }
+
+
+def _deadlines_json(evaluation: Evaluation) -> dict[str, Any]:
+    """How many deadlines are met and how late the latest is; nothing where there are none."""
+    if not math.isfinite(evaluation.lateness_s):
+        return {}
+    return {"sla_met": evaluation.sla_weight, "lateness_s": evaluation.lateness_s}

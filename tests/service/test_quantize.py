@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from db.errors import UserError
 from profiler.model import load_model_shape
-from service.cli.commands.quantize import command
+from service.cli.checkpoints.quantize import command
 from tests.checkpoints import write_checkpoint, write_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 30

@@ -182,7 +182,7 @@ class LayoutFloor:
 
     def score(self, objective: Objective, *, close: bool) -> tuple[float, ...]:
         """No plan's score by the objective is below it; nothing is known of deadlines."""
-        if objective is Objective.SLA:
+        if objective not in (Objective.MAKESPAN, Objective.MEAN_TTFT):
             return (-math.inf,)
         makespan_s = self.close_s() if close else self.quick_s()
         return (makespan_s,) if objective is Objective.MAKESPAN else (self.mean_ttft_s(), makespan_s)

@@ -112,7 +112,7 @@ class Candidate:
     def is_near(self, best: tuple[float, ...], objective: Objective, factor: float) -> bool:
         """Whether its score is within a factor of the best one; deadlines that are met are not told by factors."""
         score = self.score(objective)
-        return math.isfinite(score[0]) and (objective is Objective.SLA or score[0] <= factor * best[0])
+        return math.isfinite(score[0]) and (objective.needs_deadlines or score[0] <= factor * best[0])
 
 
 def search_layouts(

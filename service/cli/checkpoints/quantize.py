@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from service.cli.options import config_option, json_option, options_of
-from service.use_cases.quantize import QuantizeOptions
+from service.use_cases.checkpoints.quantize import QuantizeOptions
 
 if TYPE_CHECKING:
     from runtime.quantize.report import QuantizeReport
@@ -24,7 +24,7 @@ def command(options: QuantizeOptions, as_json: bool) -> None:
     ranges, --smooth and the errors of outputs come from them. With --held-out the perplexity before and after is told.
     """
     from service.cli.output import print_json
-    from service.use_cases.quantize import quantize
+    from service.use_cases.checkpoints.quantize import quantize
 
     def progress(done: int, total: int) -> None:
         click.echo(f"layer {done} of {total}", err=True)

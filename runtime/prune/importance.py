@@ -1,0 +1,146 @@
+"""What each unit of a model adds: its share of the residual stream's energy on a text, or what baselines say.
+
+One currency for all kinds: a unit's mean square contribution to the residual stream over the stream's own. For whole
+layers that is what block influence (Men et al., ShortGPT, 2024) measures, for channels and heads what pruning by
+activations does (Muralidharan et al., Minitron, 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+
+from profiler.model import ModelShape
+from runtime.prune.layers import Layer, layers_of
+from runtime.quantize.texts import HiddenStates
+from runtime.run.prompts import TokenIds
+from runtime.weights.checkpoint import Checkpoint
+
+
+class Measure(StrEnum):
+    """By what units are compared."""
+
+    ACTIVATION = "activation"
+    MAGNITUDE = "magnitude"  # squares of the weights
+    RANDOM = "random"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerImportance:
+    """Of one layer's units."""
+
+    channels: torch.Tensor  # [F]
+    groups: torch.Tensor  # [KV]: a KV head with its query heads
+    whole: float
+    norm_energies: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[hidden] mean squares of what each norm takes in, up to a factor; none where no text was run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Importance:
+    """Of a model's units, layer by layer; hidden: of the features of the residual stream [hidden]."""
+
+    layers: tuple[LayerImportance, ...]
+    hidden: torch.Tensor
+    final_norm_energies: torch.Tensor | None
+
+
+@torch.inference_mode()
+def find_importance(
+    folder: Path,
+    shape: ModelShape,
+    measure: Measure,
+    sequences: Sequence[TokenIds],
+    device: torch.device,
+    *,
+    seed: int = 0,
+) -> Importance:
+    """One layer in memory at a time. sequences: what the model runs over, for activations."""
+    checkpoint = Checkpoint(folder, device=device, dtype=torch.float32)
+    states = None
+    if measure is Measure.ACTIVATION:
+        states = HiddenStates(sequences, shape, device, torch.float32)
+        states.embed(checkpoint.read(next(iter(shape.embedding.tensors()))))
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    hidden = torch.zeros(shape.hidden_size)
+    for layer in layers_of(checkpoint, shape):
+        if states is not None:
+            one, more = _by_activations(layer, shape, states)
+        elif measure is Measure.MAGNITUDE:
+            one, more = _by_magnitude(layer)
+        else:
+            sizes = layer.spec.mlp.intermediate.count, layer.spec.attention.kv_heads.count
+            channels, groups = (torch.rand(size, generator=generator) for size in sizes)
+            whole = float(torch.rand((), generator=generator))
+            one = LayerImportance(channels=channels, groups=groups, whole=whole)
+            more = torch.rand(shape.hidden_size, generator=generator)
+        found.append(one)
+        hidden += more
+    energies = None
+    if states is not None:
+        energies = torch.stack([_squares(x) for x in states.states]).sum(dim=0) / states.num_tokens
+    return Importance(layers=tuple(found), hidden=hidden, final_norm_energies=energies)
+
+
+def _by_activations(layer: Layer, shape: ModelShape, states: HiddenStates) -> tuple[LayerImportance, torch.Tensor]:
+    spec = layer.spec
+    kv_heads = spec.attention.kv_heads.count
+    sums = {
+        "qkv": torch.zeros(shape.hidden_size),
+        "gate_up": torch.zeros(shape.hidden_size),
+        "down": torch.zeros(spec.mlp.intermediate.count),
+        "o": torch.zeros(kv_heads),
+    }
+    o = layer.weight(spec.attention.o).unflatten(1, (kv_heads, -1))  # [hidden, KV, H / KV * D]
+
+    def see(name: str, x: torch.Tensor) -> None:
+        if name == "o":
+            parts = x.unflatten(1, (kv_heads, -1))
+            energies = [float((parts[:, group] @ o[:, group].T).square().sum()) for group in range(kv_heads)]
+            sums[name] += torch.tensor(energies)
+        else:
+            sums[name] += _squares(x)
+
+    before = [x.clone() for x in states.states]
+    states.run(layer.runner(shape, see), spec)
+    after, tokens = states.states, states.num_tokens
+    stream = sum(float(x.square().sum()) for x in after)
+    added = sum(float((new - old).square().sum()) for new, old in zip(after, before, strict=True))
+    down = layer.weight(spec.mlp.down).square().sum(dim=0).cpu()
+    norms = {}
+    for norm, name in ((spec.before_attention, "qkv"), (spec.before_mlp, "gate_up")):
+        if norm is not None:  # what it took in is what it gave, without its weight
+            weight = layer.norm(norm).cpu()
+            norms[norm.tensor] = sums[name] / weight.square().clamp_min(1e-12) / tokens
+    importance = LayerImportance(
+        channels=sums["down"] * down / stream,
+        groups=sums["o"] / stream,
+        whole=added / stream,
+        norm_energies=norms,
+    )
+    return importance, (sums["qkv"] + sums["gate_up"]) / tokens
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    return x.square().sum(dim=0).cpu()
+
+
+def _by_magnitude(layer: Layer) -> tuple[LayerImportance, torch.Tensor]:
+    spec = layer.spec
+    matrices = {linear.name: layer.weight(linear).square().cpu() for linear in spec.linears}
+    gate, up = matrices["gate_up"].sum(dim=1).chunk(2)
+    kv_heads = spec.attention.kv_heads.count
+    groups = matrices["o"].sum(dim=0).view(kv_heads, -1).sum(dim=1)
+    rows = matrices["qkv"].sum(dim=1)
+    for part in torch.split(rows, [part.rows.size for part in spec.attention.qkv.parts]):
+        groups = groups + part.view(kv_heads, -1).sum(dim=1)
+    hidden = matrices["qkv"].sum(dim=0) + matrices["gate_up"].sum(dim=0)
+    hidden += matrices["o"].sum(dim=1) + matrices["down"].sum(dim=1)
+    whole = sum(float(matrix.sum()) for matrix in matrices.values())
+    channels = gate + up + matrices["down"].sum(dim=0)
+    return LayerImportance(channels=channels, groups=groups, whole=whole), hidden

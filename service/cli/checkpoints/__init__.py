@@ -1,0 +1,1 @@
+"""Commands that make a checkpoint of another: `quantize`, `prune`, `train`."""

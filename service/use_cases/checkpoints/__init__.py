@@ -1,0 +1,1 @@
+"""What the commands do that make a checkpoint of another: quantize, prune, train."""

@@ -1,0 +1,224 @@
+"""How long a training step takes by a cost model, and which chunks, order and recomputation make it shortest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from db.errors import UserError
+from profiler.model import ModelShape
+from tuner.plan.cost_model import CostModel
+from tuner.plan.plan import Chunk, Parallel, Request, Round
+from tuner.training.order import Order, Recompute, Task, stage_tasks
+from tuner.training.work import StepMemory, StepWork, step_memory
+
+# Products of a backward for each of a forward: two for the gradients of both operands; attention has two products
+# forward and five backward, its scores once more among them (Dao, FlashAttention-2, 2023).
+PRODUCTS_BACKWARD, ATTENTION_BACKWARD = 2.0, 2.5
+MOST_CHUNKS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A step by the cost model, without the update after its last backward, which reads the optimizer's state once."""
+
+    work: StepWork
+    seconds: float
+    lower_bound_s: float  # of any order of these rounds with this recomputation
+    bubble_share: float
+    memory: tuple[StepMemory, ...]  # of a rank of each stage
+
+    @property
+    def gap(self) -> float:
+        """How far above the bound."""
+        return self.seconds / self.lower_bound_s - 1.0
+
+    @property
+    def tokens_a_s(self) -> float:
+        """Tokens a second."""
+        return self.work.tokens / self.seconds
+
+    def mfu(self, peak_flops: float) -> float:
+        """6ND and attention, against so many FLOP/s of each rank."""
+        return self.work.flops / self.seconds / self.work.parallel.world_size / peak_flops
+
+
+@dataclass(frozen=True, slots=True)
+class _Seconds:
+    """Of each round in each stage, [round][stage]."""
+
+    forward: list[list[float]]
+    backward: list[list[float]]
+    hop: list[float]
+
+
+def predict_step(work: StepWork, cost: CostModel, *, device_type: str = "cuda") -> Step:
+    """Run the step's tasks by the cost model of its forward rounds."""
+    if cost.pp_size != work.parallel.pp_size:
+        cost = cost.for_pp_size(work.parallel.pp_size)
+    seconds = _seconds(work, cost)
+    makespan, busy = _simulate(work, seconds)
+    return Step(
+        work=work,
+        seconds=makespan,
+        lower_bound_s=_bound(work, seconds),
+        bubble_share=1.0 - sum(busy) / (makespan * len(busy)),
+        memory=step_memory(work, device_type=device_type),
+    )
+
+
+def _seconds(work: StepWork, cost: CostModel) -> _Seconds:
+    plain = cost.without_attention()
+    forward, backward, hop = [], [], []
+    for chunks in work.rounds:
+        pieces = [
+            (chunk.tokens, chunk.start, chunk.end >= work.requests[chunk.request].prompt_tokens) for chunk in chunks
+        ]
+        whole = [cost.stage_seconds(stage, pieces) for stage in range(cost.pp_size)]
+        products = [plain.stage_seconds(stage, pieces) for stage in range(cost.pp_size)]
+        again = {
+            Recompute.NONE: [0.0] * len(whole), Recompute.LINEAR: products, Recompute.LAYER: whole,
+            Recompute.ROUND: whole,
+        }[work.recompute]  # fmt: skip
+        forward.append(whole)
+        backward.append([
+            PRODUCTS_BACKWARD * product + ATTENTION_BACKWARD * (all_of - product) + more
+            for all_of, product, more in zip(whole, products, again, strict=True)
+        ])  # fmt: skip
+        hop.append(float(cost.hop_seconds(sum(chunk.tokens for chunk in chunks))))
+    return _Seconds(forward, backward, hop)
+
+
+def _simulate(work: StepWork, seconds: _Seconds) -> tuple[float, list[float]]:
+    """The end of the last task, and the busy seconds of each stage.
+
+    start(forward i, k)  = max(end of the task before on k, end(forward i, k-1) + hop)
+    start(backward i, k) = max(end of the task before on k, end(backward i, k+1) + hop)
+    """
+    units, count = work.units, work.parallel.pp_size
+    queues = [
+        list(stage_tasks(units, stage=stage, pp_size=count, order=work.order)) for stage in range(count)
+    ]  # fmt: skip
+    ends: dict[tuple[int, bool, int], float] = {}
+    places, free, busy = [0] * count, [0.0] * count, [0.0] * count
+    left = sum(map(len, queues))
+    while left:
+        moved = False
+        for stage in range(count):
+            while places[stage] < len(queues[stage]):
+                task = queues[stage][places[stage]]
+                ready = _ready(task, stage, count, ends, seconds)
+                if ready is None:
+                    break
+                took = (seconds.backward if task.is_backward else seconds.forward)[task.unit.round_index][stage]
+                free[stage] = max(free[stage], ready) + took
+                busy[stage] += took
+                ends[task.unit.index, task.is_backward, stage] = free[stage]
+                places[stage] += 1
+                left -= 1
+                moved = True
+        assert moved, "stages wait for one another"
+    return max(free), busy
+
+
+def _ready(
+    task: Task, stage: int, count: int, ends: dict[tuple[int, bool, int], float], seconds: _Seconds
+) -> float | None:
+    """When what a task takes in has arrived; None where it has not been made."""
+    before = stage + 1 if task.is_backward else stage - 1
+    if not 0 <= before < count:
+        return 0.0
+    made = ends.get((task.unit.index, task.is_backward, before))
+    return None if made is None else made + seconds.hop[task.unit.round_index]
+
+
+def _bound(work: StepWork, seconds: _Seconds) -> float:
+    """No order is shorter: a stage has all its tasks to run after its first round came through the stages before it,
+    and its last backward still has to go through them."""
+    count, rounds = work.parallel.pp_size, range(len(work.rounds))
+    bounds = []
+    for stage in range(count):
+        own = work.accumulate * sum(seconds.forward[index][stage] + seconds.backward[index][stage] for index in rounds)
+        there = min(sum(seconds.forward[index][:stage]) + stage * seconds.hop[index] for index in rounds)
+        back = min(sum(seconds.backward[index][:stage]) + stage * seconds.hop[index] for index in rounds)
+        bounds.append(own + there + back)
+    return max(bounds)
+
+
+def cut_rounds(
+    requests: Sequence[Request], cost: CostModel, num_chunks: int, *, multiple: int = 1
+) -> tuple[Round, ...]:
+    """Each sequence in so many chunks that take about as long; their ends are multiples of `multiple`."""
+    rounds: list[Round] = []
+    stage = cost.stages[0]
+
+    def done_by(end: int) -> float:
+        return float(stage.seconds([(end, 0, False)])) - stage.round_overhead_s
+
+    for index, request in enumerate(requests):
+        length, ends = request.prompt_tokens, [0]
+        total = done_by(length)
+        for number in range(1, num_chunks):
+            low, high = ends[-1], length
+            while high - low > 1:  # the context's time grows with it: the first end by which enough is done
+                middle = (low + high) // 2
+                low, high = (low, middle) if done_by(middle) >= total * number / num_chunks else (middle, high)
+            ends.append(min(length, max(ends[-1], round(high / multiple) * multiple)))
+        ends = sorted({*ends, length})
+        rounds += [(Chunk(index, start, end - start),) for start, end in pairwise(ends)]
+    return tuple(rounds)
+
+
+def best_step(
+    shape: ModelShape,
+    parallels: Sequence[Parallel],
+    requests: tuple[Request, ...],
+    cost_of: dict[Parallel, CostModel],
+    *,
+    precision: str,
+    memory_bytes: int,
+    device_type: str = "cuda",
+    multiple: int = 128,
+    accumulate: int = 1,
+) -> Step:
+    """The step with most tokens a second of all layouts, chunks, orders and recomputations that fit.
+
+    Raises `UserError` where none does.
+    """
+    best: Step | None = None
+    for work in _candidates(shape, parallels, requests, cost_of, precision, multiple, accumulate):
+        cost = cost_of[work.parallel].for_pp_size(work.parallel.pp_size)
+        memory = step_memory(work, device_type=device_type)
+        if max(stage.allocated_bytes for stage in memory) > memory_bytes:
+            continue
+        if best is not None and _bound(work, _seconds(work, cost)) >= best.seconds:
+            continue
+        step = predict_step(work, cost, device_type=device_type)
+        if best is None or step.seconds < best.seconds:
+            best = step
+    if best is None:
+        raise UserError("memory", memory_bytes, "no layout, chunks and recomputation of this step fit")
+    return best
+
+
+def _candidates(
+    shape: ModelShape,
+    parallels: Sequence[Parallel],
+    requests: tuple[Request, ...],
+    cost_of: dict[Parallel, CostModel],
+    precision: str,
+    multiple: int,
+    accumulate: int,
+) -> Iterator[StepWork]:
+    for parallel in parallels:
+        num_chunks = 1
+        while num_chunks <= MOST_CHUNKS:
+            rounds = cut_rounds(requests, cost_of[parallel], num_chunks, multiple=multiple)
+            for recompute in Recompute:
+                for order in reversed(Order):
+                    yield StepWork(
+                        shape=shape, parallel=parallel, requests=requests, rounds=rounds, precision=precision,
+                        recompute=recompute, order=order, accumulate=accumulate, compiled=parallel.tp_size == 1,
+                    )  # fmt: skip
+            num_chunks *= 2
