@@ -16,7 +16,7 @@ from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
-    from tuner.fit.layer_costs import LayerCosts
+    from tuner.fit.whole.costs import Costs
     from tuner.rounds.schedule import Evaluation
     from tuner.search.autotune import Trial
     from tuner.search.layouts import Candidate
@@ -28,6 +28,8 @@ MOST_NAMED = 4
 
 def print_report(report: TuneReport) -> None:
     """Print what is recommended and how sure that is, then the layouts, the policies, and what the fits are like."""
+    for note in report.notes:
+        print(f"{wrapped(note)}\n")
     _print_recommendation(report)
     if report.precisions:
         _print_precisions(report.precisions)
@@ -137,7 +139,7 @@ def _print_fits(report: TuneReport) -> None:
         )
 
 
-def _print_corrections(costs: LayerCosts) -> None:
+def _print_corrections(costs: Costs) -> None:
     """What ranks and earlier runs told beside the rows."""
     factors, correction = costs.rank_skew.factors, costs.correction
     if factors:

@@ -19,6 +19,12 @@ class TuneOptions:
     """Options of `isochunk tune`. Raises UserError for values that are not allowed, alone or together."""
 
     model: str | None = option(None, "Folder with a config.json, or a bundled shape.", flags=("MODEL",))
+    backend: str = option("auto", "What runs its layers.", choices=("auto", "own", "transformers"))
+    precision: str | None = option(
+        None,
+        "Plan as if the weights were converted to this; auto: to the fastest that was measured and loses little.",
+        choices=("bf16", "fp8", "auto"),
+    )
     world_size: int | None = option(None, "Ranks to plan for. [default: what the sizes kept need]", above=0)
     prompt_lens: str | None = option(None, "Prompt lengths of the batch, in tokens.", metavar="N,N,...")
     workload: str | None = option(None, "JSONL: input_length and timestamp (ms) a line.", is_file=True)
@@ -46,11 +52,7 @@ class TuneOptions:
         None, "Settings of the online planner that are tried on a trace.", flags=("--trials",), metavar="N", above=0
     )
     max_new_tokens: int = option(1, "Tokens to decode; counts in memory.", above=0)
-    dtype: str | None = option(
-        None,
-        "float32, bfloat16, w8a8, fp8, ... or auto: the fastest that was measured. [default: the model's]",
-        flags=("--precision", "--dtype"),
-    )
+    dtype: str | None = option(None, "float32, bfloat16, w8a16, w8a8, fp8, ... [default: the model's]")
     max_loss: str | None = option(None, "Rise of perplexity that auto allows. [default: 0.5%]", metavar="P%")
     quantize_reports: str | None = option(
         None, "Reports of quantize --json, which tell what precisions lose.", metavar="FILE,...", is_file=True
@@ -93,7 +95,7 @@ class TuneOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.dtype != "auto":
+        if self.precision != "auto":
             for flag, value in (("--max-loss", self.max_loss), ("--quantize-reports", self.quantize_reports)):
                 if value is not None:
                     raise UserError(flag, value, "goes with --precision auto")
@@ -120,6 +122,8 @@ class TuneOptions:
             raise UserError("--measure", self.measure, "a cost model alone cannot be run; give MODEL")
         if self.cost_model is not None and self.model is not None:
             raise UserError("--cost-model", self.cost_model, "stands instead of a model; give one of the two")
+        if self.precision is not None and self.dtype is not None:
+            raise UserError("--precision", self.precision, "says what --dtype says; give one of the two")
         if self.cost_model is None and self.model is None:
             raise UserError("MODEL", "missing", "give a model, or a cost model with --cost-model FILE --pp-size K")
 

@@ -18,7 +18,7 @@ from tuner.search.replay import Replay
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
     from db.rows.hardware import Hardware
     from tuner.fit.holdout import HeldOutError
-    from tuner.fit.layer_costs import LayerCosts
+    from tuner.fit.whole.costs import Costs
     from tuner.search.autotune import Trial
     from tuner.search.explanation import Explanation
     from tuner.search.layouts import Candidate
@@ -47,6 +47,8 @@ class TuneReport:
     """Those that were compared, the model's own first."""
     output: str | None = None
     plot: str | None = None
+    notes: tuple[str, ...] = ()
+    """What the plan supposes of the model."""
 
     @property
     def num_planned(self) -> int:
@@ -59,7 +61,7 @@ class TuneReport:
         return sum(candidate.is_proven_worse for candidate in self.candidates)
 
     @property
-    def costs(self) -> LayerCosts | None:
+    def costs(self) -> Costs | None:
         """Fitted costs behind the plan; None where it was made from a cost model file."""
         return self.candidates[0].costs if self.candidates else None
 
@@ -85,6 +87,7 @@ class TuneReport:
                  "measured_s": t.measured_s, "error": t.error}
                 for t in self.trials
             ],
+            "notes": list(self.notes),
             "interrupted": self.interrupted,
             "output": self.output,
         }  # fmt: skip

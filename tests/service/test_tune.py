@@ -402,7 +402,7 @@ def test_a_precision_is_chosen_by_what_it_loses(url: str, tmp_path: Path) -> Non
     assert tune_json(*asked, "--max-loss", "3%")["plan"]["precision"] == "fp8+float32"
     for arguments, said in (
         (("--max-loss", "much"), "--max-loss: much; must be a share such as 0.5%"),
-        (("--dtype", "float32"), "--quantize-reports: "),
+        (("--precision", "fp8"), "--quantize-reports: "),
         (("--quantize-reports", str(tmp_path / "no.json")), "--quantize-reports: "),
     ):
         with pytest.raises(UserError) as refused:

@@ -143,7 +143,7 @@ def load_measured_rounds(
     for run in _runs(database, hardware, any_link=work.stage_size == 1):
         try:
             plan = Plan.from_json(get_plan_row(database, run.plan_id))
-            shape = model_from_config(plan.model, name="")
+            shape = model_from_config(plan.model, name="", backend=str(plan.model.get("backend", "auto")))
         except UserError:
             continue
         if shape.fingerprint != work.shape.fingerprint or not _ran(plan, work) or not of(plan):
