@@ -106,7 +106,7 @@ class Study:
         """Distil the unpruned model into it, with a share of the training's tokens."""
         steps = max(1, round(RECOVERY * self.steps))
         recipe = Recipe(
-            steps=steps, learning_rate=2e-3, warmup_steps=max(1, steps // 10), seed=self.seed + 100,
+            steps=steps, learning_rate=2e-3, warmup_steps=steps // 10, seed=self.seed + 100,
             save_every=steps, precision=precision,
         )  # fmt: skip
         output = pruned.with_name(f"{pruned.name}-recovered-{precision}".replace("+", "-"))
