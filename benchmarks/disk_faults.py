@@ -45,6 +45,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "db export gz": ("db", "export", "{disk}/out.json.gz"),
     "db import": ("db", "import", "{good}/profile.json"),
     "tune": ("tune", "llama-3.2-1b", "--hardware", "1", "--prompt-lens", "512", "--dtype", "float32"),
+    "runs": ("runs",),
+    "runs explain": ("runs", "explain"),
+    "report -o": ("report", "--hardware", "1", "-o", "{disk}/report.html"),
     "tune -o": ("tune", "--cost-model", "{good}/cost.json", "--prompt-lens", "4096,900", "-o", "{disk}/plan.json"),
 }
 RUN = ("run-plan", "{good}/plan.json", "--random-weights", "--output", "{disk}/result.json")

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pydantic import TypeAdapter
 
 from benchmarks.bad_files import damaged, from_schema, written, written_lines
 from db.errors import UserError
-from db.rows.archive import Profile, import_hardware
+from db.rows.archive import Profile, import_hardware, read_profile
 from db.rows.hardware import Hardware
 from db.store.engine import open_database
 from profiler.model import load_model_shape
@@ -125,7 +126,7 @@ class Format:
 
     def make(self, source: random.Random) -> bytes:
         """The bytes of a bad file."""
-        schema = TypeAdapter(self.model).json_schema() if self.model else {}
+        schema = _schema(self.model)
         by_schema = self.model is not None and source.random() < 0.3
         if isinstance(self.good, list):
             lines = [from_schema(schema, source) for _ in range(3)] if by_schema else damaged(self.good, source)
@@ -144,6 +145,11 @@ class Outcome:
     read: int = 0
     longest_s: float = 0.0
     failures: list[str] | None = None
+
+
+@cache
+def _schema(model: Any) -> dict[str, Any]:
+    return TypeAdapter(model).json_schema() if model else {}
 
 
 def _read_plan(path: Path) -> None:
@@ -175,6 +181,7 @@ def _read_safetensors(path: Path) -> None:
 
 
 def _read_profile(path: Path) -> None:
+    read_profile(path)  # refused, no database is made for it
     with open_database("sqlite://") as database:
         import_hardware(database, path)
 

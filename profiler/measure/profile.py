@@ -30,7 +30,7 @@ from profiler.kernels.attention_kernel import worth_measuring
 from profiler.kernels.quantized.support import check_precision
 from profiler.measure.session import ProfileJob, profile_rank
 from profiler.measure.summary import ProfileSummary, summarize_ops
-from profiler.model import ModelShape, load_model_shape, precision_of
+from profiler.model import Backend, ModelShape, load_model_shape, precision_of
 from profiler.model.shape import default_dtype
 from profiler.points.grid import Grid
 from profiler.points.point import Point
@@ -49,6 +49,7 @@ class ProfileOptions:
     """
 
     model: str
+    backend: str = "auto"
     world_size: int | None = None
     tp_sizes: str | None = None
     sp_sizes: str | None = None
@@ -120,11 +121,15 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
 
 def make_grid(options: ProfileOptions) -> Grid:
     """The grid that the options ask for, checked against the model and the machine."""
-    shape = load_model_shape(options.model)
+    shape = load_model_shape(options.model, backend=options.backend)
+    if shape.backend is Backend.PLANNING:
+        raise UserError("MODEL", shape.architecture, f"is planned only: {shape.unrun}")
     device_type = options.device_type or default_device_type()
     check_device_type(device_type)
     precision = precision_of(options.dtype or default_dtype(shape, device_type))
     check_precision(precision, device_type)
+    if shape.backend is Backend.TRANSFORMERS and precision.linears is not None:
+        raise UserError("--dtype", precision.name, "must be a plain one in a model that Transformers runs")
     activations = precision.activations.torch_dtype
     world_size = options.world_size or default_world_size(device_type)
     check_world_size(world_size, device_type)

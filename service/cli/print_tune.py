@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
-    from tuner.fit.layer_costs import LayerCosts
+    from tuner.fit.whole.costs import Costs
+    from tuner.rounds.schedule import Evaluation
     from tuner.search.autotune import Trial
     from tuner.search.layouts import Candidate
     from tuner.search.replay import Replay
@@ -25,6 +27,8 @@ MOST_NAMED = 4
 
 def print_report(report: TuneReport) -> None:
     """Print what is recommended and how sure that is, then the layouts, the policies, and what the fits are like."""
+    for note in report.notes:
+        print(f"{wrapped(note)}\n")
     _print_recommendation(report)
     if report.trials:
         show_table(
@@ -44,17 +48,28 @@ def print_report(report: TuneReport) -> None:
     if report.policies:
         window = "" if report.plan.window is None else f", at most {report.plan.window} rounds in flight"
         show_table(
-            ["policy", "rounds", "seconds", "TTFT s", "p90 s", "bubble %", "gap %", "plan ms"],
+            [
+                "policy",
+                "rounds",
+                "seconds",
+                "TTFT s",
+                "p90 s",
+                *_deadline_columns(report),
+                "bubble %",
+                "gap %",
+                "plan ms",
+            ],
             [_policy_row(planned) for planned in report.policies],
             title=f"Policies on {layout_of(parallel)}{window}; TTFT in the mean",
         )
     if report.replays:
+        met = _deadline_columns(report)
         show_table(
-            ["policy", "taken", "rounds", "makespan s", "mean TTFT s", "p99 s", "tokens/s", "p50 s", "p90 s"],
-            [_replay_row(replay) for replay in report.replays],
+            ["policy", "taken", "rounds", "makespan s", "mean TTFT s", "p99 s", *met, "tokens/s", "p50 s", "p90 s"],
+            [_replay_row(replay, has_deadlines=bool(met)) for replay in report.replays],
             title=f"{len(requests)} requests as they arrive, each policy seeing a request when it arrives",
         )
-    print(f"{wrapped(' '.join(filter(None, (_verdict(report), gap_in_words(report.plan)))))}\n")
+    print(f"{wrapped(' '.join(filter(None, (_verdict(report), gap_in_words(report.plan), _impossible(report)))))}\n")
     if report.hardware is not None:
         _print_fits(report)
     if report.costs is not None:
@@ -99,7 +114,7 @@ def _print_fits(report: TuneReport) -> None:
         )
 
 
-def _print_corrections(costs: LayerCosts) -> None:
+def _print_corrections(costs: Costs) -> None:
     """What ranks and earlier runs told beside the rows."""
     factors, correction = costs.rank_skew.factors, costs.correction
     if factors:
@@ -192,18 +207,44 @@ def _candidate_row(report: TuneReport, candidate: Candidate, *, several: bool) -
     ]  # fmt: skip
 
 
-def _replay_row(replay: Replay) -> list[object]:
+def _replay_row(replay: Replay, *, has_deadlines: bool) -> list[object]:
     told = replay_json(replay)
-    names = ("policy", "taken", "num_rounds", "makespan_s", "mean_ttft_s", "p99_ttft_s", "tokens_per_s", "p50_ttft_s")
-    return [told[name] for name in (*names, "p90_ttft_s")]
+    names = ("policy", "taken", "num_rounds", "makespan_s", "mean_ttft_s", "p99_ttft_s")
+    met = _deadlines_met(replay.evaluation) if has_deadlines else []
+    return [
+        *(told[name] for name in names),
+        *met,
+        *(told[name] for name in ("tokens_per_s", "p50_ttft_s", "p90_ttft_s")),
+    ]
 
 
 def _policy_row(planned: RoundPlan) -> list[object]:
     evaluation = planned.evaluation
     return [
         planned.policy, len(planned.rounds), planned.makespan_s, evaluation.mean_ttft_s, evaluation.p90_ttft_s,
-        100 * evaluation.bubble_share, 100 * planned.gap, 1e3 * planned.planning_s,
+        *_deadlines_met(evaluation), 100 * evaluation.bubble_share, 100 * planned.gap, 1e3 * planned.planning_s,
     ]  # fmt: skip
+
+
+def _deadline_columns(report: TuneReport) -> list[str]:
+    """Columns of how many deadlines are met, by weight, and how late the latest is; none without deadlines."""
+    has_deadlines = any(request.sla_ttft_s is not None for request in report.plan.requests)
+    return ["met %", "latest s"] if has_deadlines else []
+
+
+def _deadlines_met(evaluation: Evaluation) -> list[object]:
+    if not math.isfinite(evaluation.lateness_s):
+        return []
+    return [100 * evaluation.sla_weight, evaluation.lateness_s]
+
+
+def _impossible(report: TuneReport) -> str:
+    """Which deadlines no plan meets."""
+    if not report.impossible:
+        return ""
+    first = min(report.impossible, key=lambda one: one.request.new_tokens)
+    others = len(report.impossible) - 1
+    return f"No plan meets the deadline of {first}" + (f" ({others} more are like it)." if others else ".")
 
 
 def _trial_row(trial: Trial) -> list[object]:

@@ -10,8 +10,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from db.errors import UserError
-from service.cli.output import print_json, show_table
+from db.errors import UserError, cut, printable
+from service.cli.output import print_json, show_pairs, show_table, wrapped
 from service.http.client import Client
 from service.use_cases.listing import Kept
 
@@ -72,8 +72,12 @@ def _tune(client: Client, *, as_json: bool, **_all: Any) -> None:
 
 
 def _print(report: Mapping[str, Any]) -> None:
+    told = report["recommendation"]
+    if told["warning"]:
+        click.echo(f"{wrapped(printable(told['warning']))}\n")
+    show_pairs([(str(word), str(words)) for word, words in told["words"].items()], title="Recommended")
     if report["layouts"]:
-        columns = ("layout", "layers", "rounds", "makespan s", "mean TTFT s", "bubble %", "note")
+        columns = ("layout", "makespan s", "mean TTFT s", "rounds", "bubble %", "note", "layers")
         show_table(columns, [_layout_row(one) for one in report["layouts"]], title="Layouts, the best first")
     rivals = report["policies"] or report["replays"]
     rows = [
@@ -84,12 +88,28 @@ def _print(report: Mapping[str, Any]) -> None:
     click.echo(f"The plan, {report['plan']['policy']}: {predicted['makespan_s']:.4g} s")
 
 
+def _layout(one: Mapping[str, Any]) -> str:
+    """The layout by its short name."""
+    from profiler.sequence.kind import SPKind
+    from tuner.plan.layout import Layout
+    from tuner.plan.plan import Weights
+    from tuner.plan.stage_order import StageOrder
+
+    return str(
+        Layout(
+            tp_size=one["tp_size"], pp_size=one["pp_size"], sp_size=one["sp_size"], sp_kind=SPKind(one["sp_kind"]),
+            virtual_stages=one["virtual_stages"], stage_order=StageOrder(one["stage_order"]),
+            weights=Weights(one["weights"]),
+        )
+    )  # fmt: skip
+
+
 def _layout_row(one: Mapping[str, Any]) -> tuple[object, ...]:
     share = one.get("bubble_share")
     return (
-        f"TP{one['tp_size']} PP{one['pp_size']}", "-".join(map(str, one["layer_partition"])) or None,
-        one.get("num_rounds"), one.get("makespan_s"), one.get("mean_ttft_s"), None if share is None else 100 * share,
-        one["refusal"] or "",
+        _layout(one), one.get("makespan_s"), one.get("mean_ttft_s"), one.get("num_rounds"),
+        None if share is None else 100 * share, cut(one["refusal"] or "", 40),
+        "-".join(map(str, one["layer_partition"])) or None,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
+from tuner.rounds.deadlines import Impossible, impossible_deadlines
 from tuner.rounds.problem import arrive_over_time
 from tuner.rounds.round_plan import RoundPlan, best_first
 from tuner.rounds.schedule import Objective
@@ -23,6 +24,8 @@ class Contest:
     """Of a batch."""
     replays: list[Replay] = field(default_factory=list)
     """Of requests that arrive over time."""
+    impossible: tuple[Impossible, ...] = ()
+    """Deadlines that no plan meets."""
 
 
 def contest(
@@ -35,19 +38,23 @@ def contest(
 ) -> Contest:
     """Plan by the rules, unless that is done, and compare: with every policy, or with the best fixed chunk alone."""
 
+    impossible = tuple(impossible_deadlines(cost, requests, **rules.options))
     if arrive_over_time(requests):
         *others, own = rules.replays(cost, requests, everything=compare)
         by_objective = functools.partial(_score, objective=rules.objective)
         if not compare:
             others = [min((one for one in others if one.policy.startswith("fixed:")), key=by_objective)]
-        return Contest(planned=own.planned, replays=sorted([own, *others], key=by_objective))
+        return Contest(planned=own.planned, replays=sorted([own, *others], key=by_objective), impossible=impossible)
     if compare:
         policies = rules.compare(cost, requests)
-        return Contest(planned=next(one for one in policies if one.policy == rules.policy), policies=policies)
+        planned = next(one for one in policies if one.policy == rules.policy)
+        return Contest(planned=planned, policies=policies, impossible=impossible)
     planned = planned or rules.plan(cost, requests)
     fixed = replace(rules.baseline(cost, requests), bound=planned.bound)
+    if rules.policy == "joint" and best_first([planned, fixed], rules.objective)[0] is fixed:
+        planned = replace(planned, rounds=fixed.rounds, evaluation=fixed.evaluation)
     rivals = [planned] if planned.policy == fixed.policy else [fixed, planned]  # of equals the simple one is first
-    return Contest(planned=planned, policies=best_first(rivals, rules.objective))
+    return Contest(planned=planned, policies=best_first(rivals, rules.objective), impossible=impossible)
 
 
 def _score(replay: Replay, objective: Objective) -> tuple[float, ...]:

@@ -62,6 +62,10 @@ def requests_of(options: TuneOptions) -> tuple[Request, ...]:
         lengths = options.prompt_lens.split(",")
         requests = tuple(Request(id=f"r{i}", prompt_tokens=_length(text)) for i, text in enumerate(lengths))
     deadline_s = options.sla_ttft_s
+    has_deadlines = deadline_s or any(request.sla_ttft_s is not None for request in requests)
+    if Objective(options.objective).needs_deadlines and not has_deadlines:
+        allowed = f"the objective {options.objective} needs deadlines: sla_ttft_s in the workload, or this option"
+        raise UserError("--sla-ttft-s", "missing", allowed)
     return tuple(replace(request, sla_ttft_s=deadline_s) for request in requests) if deadline_s else requests
 
 
@@ -73,6 +77,7 @@ def rules_of(options: TuneOptions) -> Rules:
         chunk_multiple=DEFAULT_MULTIPLE if options.chunk_multiple is None else options.chunk_multiple,
         limits=Limits(max_round_tokens=options.max_round_tokens, max_kv_tokens=options.max_kv_tokens),
         objective=Objective(options.objective),
+        num_trials=options.num_trials or 0,
     )
 
 
@@ -109,6 +114,7 @@ def _tune_cost_model(cost: CostModel, requests: tuple[Request, ...], rules: Rule
         options=chosen(options),
         policies=found.policies,
         replays=found.replays,
+        impossible=found.impossible,
     )
 
 

@@ -10,6 +10,7 @@ from db.errors import UserError
 from profiler.sequence.kind import SPKind
 from service.use_cases.options import DB_VARIABLE, check_options, command_line, db_url, option
 
+OBJECTIVES = ("makespan", "mean-ttft", "p99-ttft", "sla", "lateness")
 SP_KINDS = ("auto", *(kind.value for kind in SPKind))
 
 
@@ -18,6 +19,8 @@ class TuneOptions:
     """Options of `isochunk tune`. Raises UserError for values that are not allowed, alone or together."""
 
     model: str | None = option(None, "Folder with a config.json, or a bundled shape.", flags=("MODEL",))
+    backend: str = option("auto", "What runs its layers.", choices=("auto", "own", "transformers"))
+    precision: str | None = option(None, "Plan as if the weights were converted to this.", choices=("bf16", "fp8"))
     world_size: int | None = option(None, "Ranks to plan for. [default: what the sizes kept need]", above=0)
     prompt_lens: str | None = option(None, "Prompt lengths of the batch, in tokens.", metavar="N,N,...")
     workload: str | None = option(None, "JSONL: input_length and timestamp (ms) a line.", is_file=True)
@@ -36,10 +39,13 @@ class TuneOptions:
     chunk_multiple: int | None = option(None, "Chunks end on multiples of this. [default: 64; on CUDA 256]")
     max_round_tokens: int | None = option(None, "Most tokens in a round.")
     max_kv_tokens: int | None = option(None, "Most tokens in the KV cache.")
-    objective: str = option("makespan", "What is made least.", choices=("makespan", "mean-ttft", "sla"))
-    sla_ttft_s: float | None = option(None, "Deadline of every request's TTFT, for the objective sla.", above=0)
+    objective: str = option("makespan", "What is made least.", choices=OBJECTIVES)
+    sla_ttft_s: float | None = option(None, "Deadline of every request's TTFT, for sla and lateness.", above=0)
     memory_gib: float | None = option(
         None, "GiB of a card, or of the host of CPU ranks. [default: the hardware's]", above=0
+    )
+    num_trials: int | None = option(
+        None, "Settings of the online planner that are tried on a trace.", flags=("--trials",), metavar="N", above=0
     )
     max_new_tokens: int = option(1, "Tokens to decode; counts in memory.", above=0)
     dtype: str | None = option(None, "float32, bfloat16, w8a16, w8a8, fp8, ... [default: the model's]")
@@ -77,8 +83,10 @@ class TuneOptions:
             raise UserError("--plot", self.plot, "a cost model alone has one layout; give MODEL")
         if self.cost_model is not None and self.topology is not None:
             raise UserError("--topology", self.topology, "goes with a MODEL; a cost model has its hops")
-        if self.objective == "sla" and self.sla_ttft_s is None:
-            raise UserError("--sla-ttft-s", "missing", "the objective sla needs a deadline in seconds")
+        if self.objective in ("sla", "lateness") and self.sla_ttft_s is None and self.workload is None:
+            raise UserError("--sla-ttft-s", "missing", f"the objective {self.objective} needs a deadline in seconds")
+        if self.num_trials and self.workload is None:
+            raise UserError("--trials", self.num_trials, "tries settings on a trace; give --workload")
         if (self.prompt_lens is None) == (self.workload is None):
             raise UserError("--prompt-lens", self.prompt_lens or "missing", "give either --prompt-lens or --workload")
         if self.study is not None and self.measure is None:
@@ -89,6 +97,8 @@ class TuneOptions:
             raise UserError("--measure", self.measure, "a cost model alone cannot be run; give MODEL")
         if self.cost_model is not None and self.model is not None:
             raise UserError("--cost-model", self.cost_model, "stands instead of a model; give one of the two")
+        if self.precision is not None and self.dtype is not None:
+            raise UserError("--precision", self.precision, "says what --dtype says; give one of the two")
         if self.cost_model is None and self.model is None:
             raise UserError("MODEL", "missing", "give a model, or a cost model with --cost-model FILE --pp-size K")
 

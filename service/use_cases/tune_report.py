@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from service.reasons.recommendation import Recommendation
 from tuner.plan.plan import Plan
+from tuner.rounds.deadlines import Impossible
 from tuner.rounds.round_plan import RoundPlan
+from tuner.rounds.schedule import Evaluation
 from tuner.search.replay import Replay
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
     from db.rows.hardware import Hardware
     from tuner.fit.holdout import HeldOutError
-    from tuner.fit.layer_costs import LayerCosts
+    from tuner.fit.whole.costs import Costs
     from tuner.search.autotune import Trial
     from tuner.search.explanation import Explanation
     from tuner.search.layouts import Candidate
@@ -31,6 +33,8 @@ class TuneReport:
     """What the caller chose."""
     policies: list[RoundPlan] = field(default_factory=list)
     replays: list[Replay] = field(default_factory=list)
+    impossible: tuple[Impossible, ...] = ()
+    """Deadlines that no plan meets."""
     candidates: list[Candidate] = field(default_factory=list)
     held_out: list[HeldOutError] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
@@ -40,6 +44,8 @@ class TuneReport:
     explanation: Explanation | None = None
     output: str | None = None
     plot: str | None = None
+    notes: tuple[str, ...] = ()
+    """What the plan supposes of the model."""
 
     @property
     def num_planned(self) -> int:
@@ -52,7 +58,7 @@ class TuneReport:
         return sum(candidate.is_proven_worse for candidate in self.candidates)
 
     @property
-    def costs(self) -> LayerCosts | None:
+    def costs(self) -> Costs | None:
         """Fitted costs behind the plan; None where it was made from a cost model file."""
         return self.candidates[0].costs if self.candidates else None
 
@@ -67,6 +73,7 @@ class TuneReport:
             "num_proven_worse": self.num_proven_worse,
             "why": self.explanation.to_json() if self.explanation else None,
             "policies": [_policy_json(planned) for planned in self.policies],
+            "impossible": [str(one) for one in self.impossible],
             "replays": [replay_json(replay) for replay in self.replays],
             "held_out": [error.to_json() for error in self.held_out],
             "correction": self.costs.correction.to_json() if self.costs else None,
@@ -76,6 +83,7 @@ class TuneReport:
                  "measured_s": t.measured_s, "error": t.error}
                 for t in self.trials
             ],
+            "notes": list(self.notes),
             "interrupted": self.interrupted,
             "output": self.output,
         }  # fmt: skip
@@ -93,6 +101,7 @@ def replay_json(replay: Replay) -> dict[str, Any]:
         "p90_ttft_s": replay.ttft_s(90),
         "p99_ttft_s": replay.ttft_s(99),
         "tokens_per_s": replay.tokens_per_s,
+        **_deadlines_json(replay.evaluation),
     }
 
 
@@ -134,4 +143,12 @@ def _expected_json(planned: RoundPlan) -> dict[str, Any]:
         "p90_ttft_s": evaluation.p90_ttft_s,
         "bubble_share": evaluation.bubble_share,
         "planning_s": planned.planning_s,
+        **_deadlines_json(evaluation),
     }
+
+
+def _deadlines_json(evaluation: Evaluation) -> dict[str, Any]:
+    """How many deadlines are met and how late the latest is; nothing where there are none."""
+    if not math.isfinite(evaluation.lateness_s):
+        return {}
+    return {"sla_met": evaluation.sla_weight, "lateness_s": evaluation.lateness_s}

@@ -370,3 +370,33 @@ def test_bad_cost_models_are_named(change: dict[str, Any], message: str, tmp_pat
 def test_nothing_measured_says_which_command_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^measurements: none .*; measure them first: isochunk profile"):
         tune(*TEN_TOKENS, "--db", f"sqlite:///{tmp_path / 'empty.db'}")
+
+
+def test_deadlines_of_a_trace_are_met_where_some_policy_meets_them(tmp_path: Path) -> None:
+    cost, workload = tmp_path / "cost.json", tmp_path / "w.jsonl"
+    cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
+    workload.write_text("".join(f'{{"timestamp": {100 * i}, "input_length": 8192}}\n' for i in range(8)))
+    arguments = ("--cost-model", str(cost), "--pp-size", "4", "--workload", str(workload))
+    report = tune_json(*arguments, "--objective", "sla", "--sla-ttft-s", "0.36")
+    joint = next(row for row in report["replays"] if row["policy"] == "joint")
+    assert joint["sla_met"] == 1.0
+    assert joint["lateness_s"] <= 0.0
+    assert report["impossible"] == []
+    late = tune_json(*arguments, "--objective", "lateness", "--sla-ttft-s", "0.1")
+    rows = {row["policy"]: row for row in late["replays"]}
+    assert rows["joint"]["lateness_s"] == min(row["lateness_s"] for row in rows.values())
+    assert len(late["impossible"]) == 8
+    assert "request r0 of 8192 tokens; no plan takes less than 0.2693 s" in late["impossible"][0]
+
+
+def test_settings_tuned_on_a_trace_are_in_its_plan(tmp_path: Path) -> None:
+    cost, workload, out = tmp_path / "cost.json", tmp_path / "w.jsonl", tmp_path / "plan.json"
+    cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
+    workload.write_text("".join(f'{{"timestamp": {250 * i}, "input_length": 16384}}\n' for i in range(12)))
+    arguments = ("--cost-model", str(cost), "--pp-size", "4", "--workload", str(workload))
+    tuned = tune_json(*arguments, "--objective", "p99-ttft", "--trials", "3", "-o", str(out))
+    plan, rows = load_plan(out), {row["policy"]: row for row in tuned["replays"]}
+    assert plan.policy == rows["joint"]["taken"]
+    assert rows["joint"]["p99_ttft_s"] == min(row["p99_ttft_s"] for row in rows.values())
+    again = tune_json(*arguments, "--objective", "p99-ttft", "--policy", plan.policy)
+    assert again["plan"]["rounds"] == tuned["plan"]["rounds"]

@@ -8,11 +8,13 @@ makespan are tried under that limit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from tuner.online.queue import Clock
+from tuner.online.traffic import NONE_TO_COME, Outlook
 from tuner.plan.cost_model import Floats
 from tuner.plan.plan import Request, Round
 from tuner.rounds.packing import Packer, fill_rounds
@@ -23,6 +25,11 @@ ROUNDING = 1e-9
 ROUNDS_SWEPT = 320
 """Rounds over all caps of one sweep: with many rounds, their whole number matters less and fewer caps do."""
 LEAST_CAPS, MOST_CAPS = 8, 24
+SCALES_IN_PASSING = (0.7, 1.0, 1.4)
+SLACKS = (1.0, 1.01, 1.03)
+"""What the caps of even rounds are scaled by: chunks end on a grid, and what is left over should not need a round."""
+FEW_ROUNDS = 8
+"""With more rounds their whole number matters less."""
 WIDTH = 2.5
 """Caps up to so many times longer and shorter are tried; with many rounds only its square root."""
 MOST_PASSES, ROUNDS_VARIED = 6, 40
@@ -35,7 +42,7 @@ FACTORS = (0.7, 0.85, 0.95, 0.98, 1.02, 1.05, 1.15, 1.4)
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """Rounds, when the last ends, and the weighted sum of when each request ends."""
+    """Rounds, when the last ends, and the weighted sum of when each request ends, with the wait of those to come."""
 
     makespan_s: float
     ends_s: float
@@ -62,11 +69,53 @@ class Lookahead:
     """Now; the next round starts no earlier."""
     window: int | None
     objective: Objective
+    outlook: Outlook = NONE_TO_COME
+    clock: Clock
 
     def rounds(self, caps_s: Sequence[float], least_s: float) -> list[Round]:
         """The best rounds under scaled caps (one a span), none below `least_s`."""
         found = self._sweep(caps_s, least_s, self.objective)
         return min(found, key=lambda each: each.score(self.objective)).rounds
+
+    def rounds_in_passing(self, caps_s: Sequence[float], even_s: Mapping[int, float], least_s: float) -> list[Round]:
+        """The best rounds under a few caps: `caps_s` (one a span) at a few scales, and one of `even_s` for all.
+
+        even_s: the cap for each of a few numbers of rounds.
+        """
+        choices = [[scale * cap for cap in caps_s] for scale in SCALES_IN_PASSING]
+        for num_rounds, cap_s in even_s.items():
+            slacks = SLACKS if num_rounds <= FEW_ROUNDS else SLACKS[:1]
+            choices += [[slack * cap_s] * len(caps_s) for slack in slacks]
+        seen: set[tuple[int, ...]] = set()
+        best: _Found | None = None
+        for caps in choices:
+            of_span = {span[0]: max(cap, least_s) for span, cap in zip(self.spans, caps, strict=True)}
+            rounds = fill_rounds(self.packer, self.requests, self.spans, of_span)
+            shape = tuple(chunk.tokens for chunks in rounds for chunk in chunks)
+            if shape in seen:
+                continue
+            seen.add(shape)
+            found = self._found_quickly(rounds)
+            if best is None or found.score(self.objective) < best.score(self.objective):
+                best = found
+        assert best is not None
+        return best.rounds
+
+    def _found_quickly(self, rounds: list[Round]) -> _Found:
+        """As `_found`, round by round: sooner for few rounds."""
+        clock, requests = self.clock.copy(), self.requests
+        ends_s, weights, plain_s = 0.0, 0.0, 0.0
+        for chunks in rounds:
+            end_s = clock.run(chunks, requests, self.start_s) - self.start_s
+            for chunk in chunks:
+                request = requests[chunk.request]
+                if chunk.end == request.prompt_tokens:
+                    ends_s += request.weight * end_s
+                    weights += request.weight
+                    plain_s += end_s
+        busy_s = clock.finish_s[0] - self.start_s
+        to_come_s = self.outlook.cost_s(busy_s)
+        return _Found(end_s, (ends_s if weights else plain_s) + to_come_s, rounds)
 
     def limited_rounds(
         self, fastest_caps_s: Sequence[float], choices: Sequence[Sequence[float]], least_s: float
@@ -160,4 +209,6 @@ class Lookahead:
         finish = simulate(stage_s, hop_s, self.window, cost.return_s, free_s=free_s).finish_s[:, -1]
         weights = np.array([self.requests[index].weight for index in flat.request[final].tolist()])
         ends = finish[flat.round_index[final]]
-        return _Found(float(finish[-1]), float(ends @ weights) if weights.any() else float(ends.sum()), rounds)
+        ends_s = float(ends @ weights) if weights.any() else float(ends.sum())
+        busy_s = float(stage_s.sum(axis=0).max()) + float(free_s[0])
+        return _Found(float(finish[-1]), ends_s + self.outlook.cost_s(busy_s), rounds)

@@ -26,9 +26,13 @@ from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
+
 from db.errors import UserError
 from tuner.online.lookahead import Lookahead
 from tuner.online.queue import Clock
+from tuner.online.settings import AS_IT_COMES, OnlineSettings
+from tuner.online.traffic import Outlook, Traffic
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request, Round, check_window
 from tuner.rounds.packing import OpenRound, Packer
@@ -38,14 +42,15 @@ from tuner.rounds.schedule import Objective
 
 FIRST_TABLE_TOKENS = 131_072
 """Prompt length that the cost tables hold from the start; a longer prompt doubles them."""
-AGING = 0.01
-"""Seconds of remaining work that a second of waiting makes up for in the running order: long prompts do not starve."""
-FEW_WAITING = 32
-"""With no more requests than these, the rounds of all of them are planned whenever the queue has changed."""
-SETTLED_SHARE = 0.5
-"""What waits counts as all there is if it takes at most this share of the mean time between arrivals."""
-GAP_MEMORY = 0.1
-"""How much the last time between two arrivals counts in their running mean."""
+FEW_WAITING, FEW_IN_PASSING = 32, 16
+"""With no more requests than these, the rounds of all of them are planned whenever the queue has changed: where all
+were there at the start, and once they arrive over time."""
+ROUNDS_A_REQUEST = (0.5, 1, 2, 3, 4)
+"""How many rounds each of those that wait is cut into for a trial: its end then need not wait for others."""
+TRIED_IN_PASSING = 4
+"""Numbers of rounds of a plan ahead once requests arrive over time: it is made anew for every one."""
+ROUNDS_TRIED = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0, 1.15)
+"""How many rounds what waits is cut into for a trial, as powers of the number that would be best if nobody came."""
 
 
 @dataclass(slots=True)
@@ -66,7 +71,9 @@ class _Waiting:
 class OnlinePlanner:
     """Decides one round at a time.
 
-    `objective` makespan and mean-ttft differ in how far ahead the cap looks; sla runs the earliest deadline first.
+    `objective` makespan and mean-ttft differ in how far ahead the cap looks; sla and lateness run the earliest deadline
+    first. `more_to_come`: requests will arrive over time, though none has told so yet; until then the first ones are
+    taken for all there are, and their makespan is limited.
     Raises UserError for a window of 0, a repeated id or a request that the limits can never hold.
     """
 
@@ -78,8 +85,8 @@ class OnlinePlanner:
         chunk_multiple: int = 64,
         limits: Limits = NO_LIMITS,
         objective: Objective = Objective.MEAN_TTFT,
-        aging: float = AGING,
-        cap_scale: float = 1.0,
+        settings: OnlineSettings = AS_IT_COMES,
+        more_to_come: bool = False,
     ) -> None:
         check_window(window)
         if chunk_multiple < 1:
@@ -93,8 +100,8 @@ class OnlinePlanner:
         self.chunk_multiple = chunk_multiple
         self.limits = limits
         self.objective = Objective.parse(objective)
-        self.aging = aging
-        self.cap_scale = cap_scale
+        self.settings = settings
+        self.more_to_come = more_to_come
         self.requests: list[Request] = []
         """Every request ever added; a chunk's `request` is an index into it."""
         self._index_of: dict[str, int] = {}
@@ -107,10 +114,13 @@ class OnlinePlanner:
         self._in_flight: deque[float] = deque()  # when each round in flight should leave the last stage
         self._late_s = 0.0  # how much later than the clock the engine is
         self._total_work_s = 0.0
-        self._last_arrival_s = 0.0
-        self._arrival_gap_s = math.inf  # running mean; infinite while all that came was there at the start
+        self._traffic = Traffic()
+        self._tokens = 0
+        self._load = 0.0
         self._makespan_weight: float | None = None  # kept while no request comes
         self._planned: deque[Round] = deque()  # for the queue as it is; a request that comes or goes voids them
+        self._stages_after = cost.pp_size - 1
+        self._hop_share = 0.0  # of a round's seconds that handing it on takes; running mean
         self._overhead_s = round_overhead_s(cost)
         self._context_token_s = context_token_s(cost)
         self._packer = self._make_packer(FIRST_TABLE_TOKENS)
@@ -130,7 +140,7 @@ class OnlinePlanner:
         if request.new_tokens > self._table_tokens:
             self._packer = self._make_packer(2 * request.new_tokens)
         index = len(self.requests)
-        self._note_arrival(now_s)
+        self._note_arrival(request, now_s)
         self._planned.clear()
         self._makespan_weight = None
         self.requests.append(request)
@@ -177,7 +187,7 @@ class OnlinePlanner:
 
     def _greedy_round(self, start_s: float) -> Round:
         """The cap's fill of the queue in running order."""
-        cap_s = max(self._cap_s(), self._lag_s(start_s))
+        cap_s = max(self._cap_s(start_s), self._lag_s(start_s))
         into = self._packer.open_round()
         for _, index in list(self._queue):
             if not self._put(into, self._waiting[index], cap_s):
@@ -226,8 +236,11 @@ class OnlinePlanner:
         return fits or waiting.index in self._started
 
     def _lag_s(self, start_s: float) -> float:
-        """What rounds may take without leaving any later than what is in flight makes them."""
-        return (self._clock.finish_s[-1] - start_s) / max(self.cost.pp_size - 1, 1)
+        """What rounds may take without leaving any later than what is in flight makes them, their hand-offs beside."""
+        if not self._stages_after:
+            return 0.0
+        pass_s = (self._clock.finish_s[-1] - start_s) / self._stages_after - self.cost.hop_latency_s
+        return pass_s / (1.0 + self._hop_share)
 
     def _queue_budgets(self) -> QueueBudgets:
         waiting = [self._waiting[index] for _, index in self._queue]
@@ -240,39 +253,76 @@ class OnlinePlanner:
             stages_after=self.cost.pp_size - 1,
         )
 
-    def _cap_s(self) -> float:
+    def _cap_s(self, start_s: float) -> float:
         """Most seconds that the next round may take on the slowest stage."""
         budgets = self._queue_budgets()
         if self.objective is Objective.MAKESPAN:
             allowed = budgets.for_makespan()
-        elif not self._is_settled():
-            allowed = budgets.shared()
+        elif not self._is_limited:
+            return self._shared_cap_s(budgets, start_s)
         else:
             if self._is_limited and self._makespan_weight is None:
                 self._makespan_weight = budgets.makespan_weight()
             allowed = budgets.for_mean_ttft(self._makespan_weight or 0.0)
-        return budgets.evened(self.cap_scale * allowed[0])
+        return budgets.evened(allowed[0])
 
-    def _note_arrival(self, now_s: float) -> None:
-        since_s = now_s - self._last_arrival_s
-        if since_s > 0.0:
-            known = math.isfinite(self._arrival_gap_s)
-            self._arrival_gap_s = (1.0 - GAP_MEMORY) * self._arrival_gap_s + GAP_MEMORY * since_s if known else since_s
-            self._last_arrival_s = now_s
+    def _shared_cap_s(self, budgets: QueueBudgets, start_s: float) -> float:
+        """The cap for all that wait that delays them and those to come least.
 
-    def _is_settled(self) -> bool:
-        """Whether what waits should be done before much else arrives."""
-        return self._total_work_s <= SETTLED_SHARE * self._arrival_gap_s
+        Under each of a few caps requests end when the round with their last token has passed all stages, behind
+        rounds that are as long at least; what their rounds and overheads then keep busy delays those to come
+        (`online.traffic`).
+        """
+        return self._rounds_judged(budgets, start_s)[0][1]
+
+    def _rounds_judged(self, budgets: QueueBudgets, start_s: float) -> list[tuple[float, float, int]]:
+        """(score, cap, number of rounds) of a few numbers of even rounds, the best first."""
+        if not self._stages_after:
+            return [(0.0, math.inf, 1)]
+        work_s, weights = np.cumsum(budgets.work_s), np.array(budgets.weights)
+        total_s, per_round_s = float(work_s[-1]), budgets.per_round_s
+        least_s = budgets.shared_s() - per_round_s
+        outlook, lag_s = self._outlook(start_s), self._lag_s(start_s)
+        most = max(total_s / max(least_s, 1e-12), 1.0)
+        numbers = {max(round(most**share), 1) for share in ROUNDS_TRIED}
+        whole = {int(share * len(weights)) for share in ROUNDS_A_REQUEST}
+        numbers |= {count for count in whole if 1 <= count <= 2.0 * most + 1.0}
+        tried = sorted(numbers)
+        before = np.ceil(np.outer(np.array(tried) / max(total_s, 1e-12), work_s) - 1e-9) @ weights
+        pass_s = self._stages_after * (1.0 + self._hop_share) * float(weights.sum())
+        judged = []
+        for num_rounds, rounds_before in zip(tried, before.tolist(), strict=True):
+            cap_s = total_s / num_rounds + per_round_s
+            score = rounds_before * cap_s + pass_s * max(cap_s, lag_s) + outlook.cost_s(num_rounds * cap_s)
+            judged.append((score, cap_s if num_rounds > 1 else math.inf, num_rounds))
+        return sorted(judged)
+
+    def _outlook(self, now_s: float) -> Outlook:
+        return Outlook.of(self._traffic, now_s, self._load, self.settings.foresight)
+
+    def _note_arrival(self, request: Request, now_s: float) -> None:
+        work_s = max(
+            table.round_s(request.new_tokens)
+            - table.tokens[0]
+            + table.chunk_s(request.new_tokens, request.cached_tokens)
+            for table in self._packer.tables
+        )
+        self._traffic.note(now_s, work_s)
+        self._tokens += request.new_tokens
+        self._hop_share = (
+            self.cost.hop_token_s * self._tokens / (len(self.requests) + 1) / max(self._traffic.work_s, 1e-12)
+        )
+        if self._traffic.is_known:
+            self._load = self._traffic.load(self._overhead_s, self.cost.pp_size - 1)
 
     @property
     def _is_limited(self) -> bool:
         """Whether all that ever came was there at the start: then the last end is the makespan, and is limited."""
-        return not math.isfinite(self._arrival_gap_s)
+        return not (self.more_to_come or self._traffic.is_known)
 
     def _may_plan_ahead(self) -> bool:
-        """Few requests wait, hardly any will join them, all fit into the KV cache, the caps' scale is not the
-        caller's."""
-        if len(self._queue) > FEW_WAITING or self.cap_scale != 1.0 or not self._is_settled():
+        """Few requests wait, and all fit into the KV cache."""
+        if len(self._queue) > (FEW_WAITING if self._is_limited else FEW_IN_PASSING):
             return False
         most = self.limits.max_kv_tokens
         to_come = sum(self.requests[i].prompt_tokens for i in self._waiting if i not in self._started)
@@ -289,28 +339,36 @@ class OnlinePlanner:
             start_s=start_s,
             window=self.window,
             objective=self.objective,
+            outlook=self._outlook(start_s),
+            clock=self._clock,
         )
 
         if self.objective is Objective.MAKESPAN:
             return ahead.rounds(budgets.for_makespan(), least_s)
         if not self._is_limited:
-            return ahead.rounds(budgets.for_mean_ttft(), least_s)
+            judged = self._rounds_judged(budgets, start_s)[:TRIED_IN_PASSING]
+            total_s, per_round_s = sum(budgets.work_s), budgets.per_round_s
+            even_s = {num_rounds: total_s / num_rounds + per_round_s for _, _, num_rounds in judged}
+            return ahead.rounds_in_passing(budgets.for_mean_ttft(), even_s, least_s)
         return ahead.limited_rounds(budgets.for_makespan(), [*budgets.choices(), budgets.for_makespan()], least_s)
 
     def _enqueue(self, waiting: _Waiting) -> None:
         request = waiting.request
         left = request.prompt_tokens - waiting.done
-        waiting.work_s = max(
-            table.round_s(left) - table.tokens[0] + table.chunk_s(left, waiting.done) for table in self._packer.tables
-        )
+        waiting.work_s = self._work_s(left, waiting.done)
         waiting.context_work = waiting.work_s * (waiting.done + left / 2.0)
-        if self.objective is Objective.SLA:
+        if self.objective.needs_deadlines:
             waiting.rank = request.arrival_s + (math.inf if request.sla_ttft_s is None else request.sla_ttft_s)
         else:
-            waiting.rank = waiting.work_s / max(request.weight, 1e-12) + self.aging * request.arrival_s
+            waiting.rank = waiting.work_s / max(request.weight, 1e-12) + self.settings.aging * request.arrival_s
         self._total_work_s += waiting.work_s
         self._waiting[waiting.index] = waiting
         insort(self._queue, (waiting.rank, waiting.index))
+
+    def _work_s(self, tokens: int, context: int) -> float:
+        """Seconds that these tokens take in one round on the slowest stage, its overhead left out."""
+        tables = self._packer.tables
+        return max(table.round_s(tokens) - table.tokens[0] + table.chunk_s(tokens, context) for table in tables)
 
     def _dequeue(self, index: int) -> _Waiting:
         waiting = self._waiting.pop(index)
@@ -336,7 +394,7 @@ class OnlinePlanner:
         )
 
 
-def online_rounds(problem: Problem, cap_scale: float = 1.0) -> list[Round]:
+def online_rounds(problem: Problem, settings: OnlineSettings = AS_IT_COMES) -> list[Round]:
     """The online planner's rounds: it sees a request when it arrives and is asked whenever stage 0 can take a round."""
     planner = OnlinePlanner(
         problem.cost,
@@ -344,7 +402,8 @@ def online_rounds(problem: Problem, cap_scale: float = 1.0) -> list[Round]:
         chunk_multiple=problem.chunk_multiple,
         limits=problem.limits,
         objective=problem.objective,
-        cap_scale=cap_scale,
+        settings=settings,
+        more_to_come=problem.is_timed,
     )
     clock = Clock(problem.cost.merged(), problem.window)
     order = sorted(range(len(problem.requests)), key=lambda i: problem.requests[i].arrival_s)

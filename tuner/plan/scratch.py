@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from profiler.comm.links.buffers import GATHER_SLOTS
-from profiler.model import LayerSpec, Precision
+from profiler.model import LayerSpec, Precision, WholeLayer
 from profiler.model.precision import FLOAT32
 from profiler.sequence.heads import most_heads
 from profiler.sequence.kind import SPKind
@@ -15,18 +15,40 @@ from tuner.plan.round_sizes import RoundSizes
 _STREAM_ROWS = 4  # the residual before and after a block, its output and its norm
 
 
+def kept_bytes(layer: LayerSpec | WholeLayer, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+    """Bytes that a rank keeps in a layer of all requests: those of each row of its slab, of a window, of a state."""
+    if isinstance(layer, WholeLayer):
+        rows = min(sizes.slab_rows, sizes.num_requests * layer.kept_tokens(sizes.slab_rows))
+        return precision.kv.num_bytes(rows * layer.cached_numbers + sizes.num_requests * layer.state_numbers)
+    return precision.kv_bytes(sizes.slab_rows * kv_elements(layer, parallel), layer.attention.head_dim)
+
+
 def kv_elements(layer: LayerSpec, parallel: Parallel) -> int:
     """Numbers that a rank keeps of a token in its slab: key and value of its KV heads."""
     _, kv_heads = _attending_heads(layer, parallel)
     return 2 * kv_heads * layer.attention.head_dim
 
 
-def scratch_bytes(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+def scratch_bytes(layer: LayerSpec | WholeLayer, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
     """Bytes of the largest round within a layer: the larger block, the residual stream, and what messages need."""
+    if isinstance(layer, WholeLayer):
+        return _whole(layer, sizes, precision)
     scratch = _KINDS[parallel.sp_kind](layer, parallel, sizes, precision)
     if precision.has_kv_scales:  # what a chunk attends to is plain while it does
         scratch += sizes.most_passed * precision.activations.num_bytes(kv_elements(layer, parallel))
     return scratch
+
+
+def _whole(layer: WholeLayer, sizes: RoundSizes, precision: Precision) -> int:
+    """One chunk at a time: its stream, the widest of its products four times, each token as often as it goes to
+    experts, keys and values of all its context once more, and a mask."""
+    rows, per_token = sizes.most_rows, layer.experts.per_token if layer.experts else 1
+    widest = max((size[-2] for _, size in layer.tensors if len(size) > 1), default=0)
+    row = precision.activations.num_bytes(
+        _STREAM_ROWS * layer.hidden_size + 4 * per_token * (widest + layer.hidden_size)
+    )
+    context = layer.kept_tokens(sizes.slab_rows) + rows
+    return rows * row + precision.kv.num_bytes(context * layer.cached_numbers) + 2 * rows * sizes.slab_rows
 
 
 def gathered_bytes(layers: Iterable[LayerSpec], parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:

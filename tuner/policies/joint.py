@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tuner.online.online_planner import online_rounds
+from tuner.online.settings import OnlineSettings
 from tuner.plan.plan import Round
 from tuner.policies.dp import pack_line
 from tuner.policies.exact import exact_rounds, is_small
@@ -47,8 +48,8 @@ FEW_PROMPTS = 3
 where stages differ, which one cap for all rounds does not."""
 MOST_UNEVEN_STAGES, COARSE_LABELS = 16, 48
 """Stages and labels a state of that search."""
-CAP_SCALES = (0.7, 0.85, 1.2, 1.5)
-"""With arrivals, scales of the online planner's caps that are tried beside its own."""
+FORESIGHTS = (0.3, 4.0)
+"""With arrivals, settings of the online planner that are tried beside its own."""
 FEW_REQUESTS = 256
 """With more requests that arrive over time, only its own are tried."""
 
@@ -73,8 +74,8 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
         problem = replace(problem, objective=Objective.MAKESPAN)
     search, objective = _drafted(problem), problem.objective
     if problem.is_timed and len(problem.requests) <= FEW_REQUESTS:
-        for scale in CAP_SCALES:
-            search.keep(online_rounds(problem, scale), objective)
+        for foresight in FORESIGHTS:
+            search.keep(online_rounds(problem, OnlineSettings(foresight=foresight)), objective)
     if objective is not Objective.MAKESPAN and not problem.is_timed:
         for order in request_orders(problem):
             for profile in budget_profiles(problem, order):

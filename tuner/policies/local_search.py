@@ -15,6 +15,9 @@ from tuner.plan.plan import Chunk, Round
 from tuner.rounds.problem import Problem
 from tuner.rounds.schedule import Objective, order_of
 
+TIE = 1e-6
+"""Weight of the mean TTFT beside another figure: it breaks ties."""
+
 MOST_STAGE_ROUNDS = 512
 """Plans with more rounds x stages are left as they are: their rounds' whole number matters little."""
 MOST_STEPS = 16
@@ -189,12 +192,17 @@ def _scores(problem: Problem, rounds: list[Round], moves: list[Move], limit_s: f
     ends = np.einsum("mn,mnr->mr", finish, finals[index]) - arrival
     weights = np.array([r.weight for r in requests])
     weights = weights if weights.any() else np.ones(len(weights))
-    mean: Floats = np.where(makespan > limit_s, np.inf, ends @ weights / weights.sum())
-    if problem.objective is Objective.SLA:
+    score: Floats = ends @ weights / weights.sum()
+    if problem.objective is Objective.P99_TTFT:
+        score = np.percentile(ends, 99, axis=1) + TIE * score
+    if problem.objective.needs_deadlines:
         deadline = np.array([np.inf if r.sla_ttft_s is None else r.sla_ttft_s for r in requests])
-        scale = 10.0 * float(np.abs(ends).max()) + 1.0
-        mean = mean - scale * (ends <= deadline).sum(axis=1)
-    return mean
+        if problem.objective is Objective.LATENESS:
+            score = (ends - deadline).max(axis=1) + TIE * score
+        else:
+            scale = (10.0 * float(np.abs(ends).max()) + 1.0) / max(float(weights.max()), 1e-300)
+            score = score - scale * (ends <= deadline) @ weights
+    return np.where(makespan > limit_s, np.inf, score)
 
 
 def _run_together(stage_s: Floats, hop_s: Floats, ready_s: Floats, problem: Problem) -> Floats:

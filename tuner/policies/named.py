@@ -105,7 +105,7 @@ class Floor:
 
     def score(self, policy: str) -> float:
         """The floor of `policy:N`."""
-        if self._problem.objective is Objective.SLA:
+        if self._problem.objective not in (Objective.MAKESPAN, Objective.MEAN_TTFT):
             return -math.inf
         name, _, argument = policy.partition(":")
         num_tokens = min(max(float(argument), 64.0), self._work.max_round_tokens)

@@ -145,7 +145,7 @@ def shortest_first(problem: Problem) -> list[int]:
 def request_orders(problem: Problem) -> list[list[int]]:
     """Orders worth packing in: shortest first; for deadlines also earliest deadline first and Moore-Hodgson's."""
     orders = [shortest_first(problem)]
-    if problem.objective is Objective.SLA:
+    if problem.objective.needs_deadlines:
         work, requests = work_s(problem), problem.requests
         deadline = [np.inf if r.sla_ttft_s is None else r.arrival_s + r.sla_ttft_s for r in requests]
         by_deadline = sorted(range(len(requests)), key=lambda i: deadline[i])

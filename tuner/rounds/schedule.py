@@ -18,6 +18,7 @@ is on the same stage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -40,7 +41,16 @@ class Objective(StrEnum):
     MEAN_TTFT = "mean-ttft"
     """Mean TTFT, weighted by each request's weight."""
     SLA = "sla"
-    """Number of requests whose TTFT meets their `sla_ttft_s`; the mean TTFT breaks ties."""
+    """Number of requests whose TTFT meets their `sla_ttft_s`, each with its weight; the mean TTFT breaks ties."""
+    LATENESS = "lateness"
+    """How late the latest request is: the largest TTFT less `sla_ttft_s`."""
+    P99_TTFT = "p99-ttft"
+    """99th percentile of the TTFTs."""
+
+    @property
+    def needs_deadlines(self) -> bool:
+        """Whether it says nothing of requests without `sla_ttft_s`."""
+        return self in (Objective.SLA, Objective.LATENESS)
 
     @classmethod
     def parse(cls, name: str) -> Objective:
@@ -74,6 +84,10 @@ class Evaluation:
     """Weighted by the requests' weights."""
     num_sla_met: int
     """Requests whose TTFT meets their deadline (those without one count as met)."""
+    sla_weight: float
+    """Weight of the requests with a deadline that meet it, as a share of all with one; 1 where none has one."""
+    lateness_s: float
+    """The largest TTFT less its deadline; minus infinity where no request has one."""
     bubble_share: float
     """Share of all stages' time up to the makespan in which they wait."""
     timeline: Timeline
@@ -85,13 +99,22 @@ class Evaluation:
         """90th percentile of the TTFTs."""
         return float(np.percentile(self.ttft_s, 90))
 
+    @property
+    def p99_ttft_s(self) -> float:
+        """99th percentile of the TTFTs."""
+        return float(np.percentile(self.ttft_s, 99))
+
     def score(self, objective: Objective) -> tuple[float, ...]:
         """What to minimise, the most important first."""
         if objective is Objective.MAKESPAN:
             return (self.makespan_s, self.mean_ttft_s)
         if objective is Objective.MEAN_TTFT:
             return (self.mean_ttft_s, self.makespan_s)
-        return (-self.num_sla_met, self.mean_ttft_s, self.makespan_s)
+        if objective is Objective.P99_TTFT:
+            return (self.p99_ttft_s, self.mean_ttft_s, self.makespan_s)
+        if objective is Objective.LATENESS:
+            return (self.lateness_s, self.mean_ttft_s, self.makespan_s)
+        return (-self.sla_weight, self.mean_ttft_s, self.makespan_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,12 +276,16 @@ def evaluate(
     ttft -= arrival
     weights = np.array([request.weight for request in requests])
     deadline = np.array([np.inf if request.sla_ttft_s is None else request.sla_ttft_s for request in requests])
+    met, has_deadline = ttft <= deadline, np.isfinite(deadline)
+    counted = np.where(has_deadline, weights if (weights * has_deadline).any() else 1.0, 0.0)
     makespan = timeline.makespan_s
     return Evaluation(
         makespan_s=makespan,
         ttft_s=tuple(ttft.tolist()),
         mean_ttft_s=float(ttft @ weights / weights.sum()) if weights.any() else float(ttft.mean()),
-        num_sla_met=int((ttft <= deadline).sum()),
+        num_sla_met=int(met.sum()),
+        sla_weight=float(met @ counted / counted.sum()) if counted.any() else 1.0,
+        lateness_s=float((ttft - deadline)[has_deadline].max()) if has_deadline.any() else -math.inf,
         bubble_share=max(0.0, 1.0 - float(round_s.sum()) / (makespan * cost.pp_size)) if makespan else 0.0,
         timeline=timeline,
         round_s=round_s,

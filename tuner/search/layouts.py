@@ -11,8 +11,8 @@ from functools import cache
 from db.errors import UserError
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind
 from tuner.fit.holdout import HeldOutError
-from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.uncertainty import makespan_uncertainty
+from tuner.fit.whole.costs import Costs
 from tuner.plan.cost_model import CostModel
 from tuner.plan.layout import Layout
 from tuner.plan.memory import RankMemory, rounds_memory
@@ -37,7 +37,7 @@ NEAR_LIMIT = 0.9  # of the largest round that fits: a plan's largest above it mi
 SKETCHED_ROUNDS, HOPEFUL = 4, 1.05
 """Numbers of rounds that are tried where stages hold several groups; one where the estimate is above the best sketch
 by more than the factor."""
-FitLayout = Callable[[Layout], LayerCosts]  # raises UserError when nothing was measured for the layout
+FitLayout = Callable[[Layout], Costs]  # raises UserError when nothing was measured for the layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Candidate:
     refusal: str | None = None
     floor: tuple[float, ...] | None = None
     """A bound on the score of all its plans: what it was left out for, where it has no rounds and no refusal."""
-    costs: LayerCosts | None = None
+    costs: Costs | None = None
     layer_partition: tuple[int, ...] = ()
     rounds: RoundPlan | None = None
     cuts: tuple[SequenceCut, ...] = ()
@@ -60,7 +60,7 @@ class Candidate:
     """Messages whose times no rows tell."""
 
     @property
-    def layout_costs(self) -> LayerCosts:
+    def layout_costs(self) -> Costs:
         """The costs with the layout's groups of layers; `costs` are shared by layouts of the same work."""
         assert self.costs is not None
         return self.costs.interleaved(self.layout.virtual_stages, self.layout.stage_order)
@@ -112,7 +112,7 @@ class Candidate:
     def is_near(self, best: tuple[float, ...], objective: Objective, factor: float) -> bool:
         """Whether its score is within a factor of the best one; deadlines that are met are not told by factors."""
         score = self.score(objective)
-        return math.isfinite(score[0]) and (objective is Objective.SLA or score[0] <= factor * best[0])
+        return math.isfinite(score[0]) and (objective.needs_deadlines or score[0] <= factor * best[0])
 
 
 def search_layouts(
@@ -191,7 +191,7 @@ def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: 
     return rounds_to_plan(
         candidate.rounds,
         requests=target.requests,
-        model=dict(target.shape.config) | {"name": target.shape.name},
+        model=dict(target.shape.config) | {"name": target.shape.name, "backend": str(target.shape.backend)},
         precision=target.dtype,
         parallel=parallel_of(layout, candidate.layer_partition),
         window=rules.window,

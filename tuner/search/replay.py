@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Unpack
 
 import numpy as np
 
-from db.errors import UserError
 from tuner.online.online_planner import online_rounds
+from tuner.online.settings import OnlineSettings
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round
 from tuner.policies.named import BASED, POLICIES, base_sizes, fixed_sweep, named_rounds
@@ -18,8 +18,28 @@ from tuner.rounds.problem import Problem, RoundOptions
 from tuner.rounds.round_plan import Bound, RoundPlan
 from tuner.rounds.schedule import Evaluation, Objective
 
-CAP_SCALES = (1.0, 1.5, 3.0)
-"""Scales of the online planner's caps that are tried: longer rounds where their overhead would fill the pipeline."""
+TRIED = tuple(
+    OnlineSettings(aging=aging, foresight=foresight)
+    for aging, foresight in (
+        (0.01, 0.3),
+        (0.01, 1.0),
+        (0.1, 0.3),
+        (0.3, 0.3),
+        (1.0, 0.3),
+        (100.0, 0.1),
+        (100.0, 0.3),
+        (100.0, 1.0),
+    )
+)
+"""Settings of the online planner that are tried: from least work first to first come first served."""
+AGINGS, FORESIGHTS = (1e-3, 1e3), (1e-2, 1e1)
+"""Ranges in which a study looks for settings."""
+MEAN_SLACK, P99_SLACK = 1.02, 1.05
+"""How far above the simpler policies' least `joint` may be in one figure to be better in the other."""
+PENALTY = 10.0
+"""What a study counts each share of TTFT above those limits as."""
+SETTINGS_KEPT = 3
+"""Settings of the online planner under which the whole of a long trace is replayed."""
 FEW_REQUESTS = 128
 """Of a longer trace only the beginning is replayed under every policy, unless all are asked for."""
 NEARLY = 1.2
@@ -70,57 +90,141 @@ def compare_replays(
     *,
     least_chunk: int = 1024,
     everything: bool = True,
+    num_trials: int = 0,
     **options: Unpack[RoundOptions],
 ) -> list[Replay]:
     """Replay a trace under every policy, the fixed chunk swept over powers of two from `least_chunk` tokens up.
 
-    The last is `joint`: the online planner, or a simpler policy that is better by the objective.
+    The last is `joint`: the online planner under the settings, or the simpler policy, that is best (`best_of`).
     everything: or else a trace of more than FEW_REQUESTS only under the online planner, the best fixed chunk and what
-    is NEARLY as good on the trace's beginning.
+    is NEARLY as good on the trace's beginning. num_trials: settings of the online planner that are tried beside.
     """
     problem = _problem(cost, requests, options)
+    variants = replay_variants(problem, least_chunk=least_chunk, everything=everything, num_trials=num_trials)
+    return ranked(variants, problem.objective)
+
+
+def replay_variants(
+    problem: Problem, *, least_chunk: int = 1024, everything: bool = True, num_trials: int = 0
+) -> dict[str, list[Replay]]:
+    """The replays of every policy, one for each of its parameters that is tried; `joint` last."""
     bound = Bound(problem)
-    swept = fixed_sweep(requests, problem.chunk_multiple)
+    swept = fixed_sweep(problem.requests, problem.chunk_multiple)
     fixed = [name for name in swept if int(name.removeprefix("fixed:")) >= least_chunk] or swept[-1:]
     policies = {policy: _names(problem, policy) for policy in [*fixed, *POLICIES[1:]]}
-    if not everything and len(requests) > FEW_REQUESTS:
+    if not everything and len(problem.requests) > FEW_REQUESTS:
         policies = _shortlist(problem, policies)
-    replays = [_best(problem, policy, names, bound) for policy, names in policies.items()]
-    best = min(reversed(replays), key=lambda one: one.evaluation.score(problem.objective))
-    return [*replays[:-1], replace(best, policy="joint")]
+    variants = {policy: [_replay(problem, name, bound) for name in names] for policy, names in policies.items()}
+    variants["joint"] += _tuned(problem, variants, num_trials, bound)
+    return variants
+
+
+def ranked(variants: Mapping[str, Sequence[Replay]], objective: Objective) -> list[Replay]:
+    """Each policy under its best parameter; `joint`, last, may be any of them."""
+    simpler = [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
+    best = best_of([*variants["joint"], *simpler], simpler, objective)
+    by_score = [
+        replace(min(replays, key=lambda one: one.evaluation.score(objective)), policy=policy)
+        for policy, replays in variants.items()
+        if policy != "joint"
+    ]
+    return [*by_score, replace(best, policy="joint")]
+
+
+def best_of(replays: Sequence[Replay], simpler: Sequence[Replay], objective: Objective) -> Replay:
+    """The best by the objective; by the mean TTFT, one that keeps the long waits short as well.
+
+    Running least work first makes the mean small and the last percent long. So of those whose mean is at most
+    MEAN_SLACK times the simpler policies' least, the best is one whose 99th percentile is at most P99_SLACK times
+    theirs, or else the one that exceeds that least.
+    """
+    if objective is not Objective.MEAN_TTFT:
+        return min(replays, key=lambda one: one.evaluation.score(objective))
+    most_mean_s = MEAN_SLACK * min(one.evaluation.mean_ttft_s for one in simpler)
+    most_p99_s = P99_SLACK * min(one.ttft_s(99) for one in simpler)
+
+    def score(one: Replay) -> tuple[float, float, float]:
+        mean_s = one.evaluation.mean_ttft_s
+        return max(mean_s / most_mean_s, 1.0), max(one.ttft_s(99) / most_p99_s, 1.0), mean_s
+
+    return min(replays, key=score)
+
+
+def _tuned(problem: Problem, variants: Mapping[str, Sequence[Replay]], num_trials: int, bound: Bound) -> list[Replay]:
+    """Replays of the online planner under settings that an Optuna study chooses, from those tried on."""
+    if not num_trials:
+        return []
+    import optuna
+
+    simpler = [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+    for settings in TRIED:
+        study.enqueue_trial({"aging": settings.aging, "foresight": settings.foresight})
+    found: list[Replay] = []
+
+    def loss(trial: optuna.Trial) -> float:
+        settings = OnlineSettings(
+            aging=trial.suggest_float("aging", *AGINGS, log=True),
+            foresight=trial.suggest_float("foresight", *FORESIGHTS, log=True),
+        )
+        name = f"joint:{settings}"
+        known = [one for one in (*variants["joint"], *found) if one.planned.policy == name]
+        one = known[0] if known else _replay(problem, name, bound)
+        found.append(one)
+        return _loss(one, simpler, problem.objective)
+
+    study.optimize(loss, n_trials=len(TRIED) + num_trials)
+    return found
+
+
+def _loss(one: Replay, simpler: Sequence[Replay], objective: Objective) -> float:
+    """What a study of settings makes least: what `best_of` compares, as one number."""
+    if objective is not Objective.MEAN_TTFT:
+        return one.evaluation.score(objective)[0]
+    least_mean_s = min(each.evaluation.mean_ttft_s for each in simpler)
+    least_p99_s = min(each.ttft_s(99) for each in simpler)
+    mean, p99 = one.evaluation.mean_ttft_s / least_mean_s, one.ttft_s(99) / least_p99_s
+    return mean + PENALTY * (max(mean - MEAN_SLACK, 0.0) + max(p99 - P99_SLACK, 0.0))
 
 
 def _names(problem: Problem, policy: str) -> list[str]:
     """The policy with each of the parameters that it leaves open."""
     if policy == "joint":
-        return ["joint", *(f"joint:{scale}" for scale in CAP_SCALES[1:])]
+        alike = len({(one.new_tokens, one.cached_tokens, one.weight) for one in problem.requests}) == 1
+        kept = {one.foresight if alike else one: one for one in TRIED}  # of prompts alike none is aged before another
+        return [f"joint:{settings}" for settings in kept.values()]
     return [f"{policy}:{base}" for base in base_sizes(problem)] if policy in BASED else [policy]
 
 
 def _shortlist(problem: Problem, policies: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Policies under the parameter that is best on the trace's beginning, those far from the best left out."""
+    """Policies under the parameters that are best on the trace's beginning, those far from the best left out."""
     first = sorted(problem.requests, key=lambda request: request.arrival_s)[:FEW_REQUESTS]
     beginning = replace(problem, requests=tuple(first))
     bound = Bound(beginning)
-    tried = {policy: _best(beginning, policy, names, bound) for policy, names in policies.items()}
+    tried = {policy: [_replay(beginning, name, bound) for name in names] for policy, names in policies.items()}
+    best = {one.policy: one for one in ranked(tried, problem.objective)}
 
     def mean_s(policy: str) -> float:
-        return tried[policy].evaluation.mean_ttft_s
+        return best[policy].evaluation.mean_ttft_s
 
     fixed = min((policy for policy in tried if policy.startswith("fixed:")), key=mean_s)
-    most_s, latest_s = NEARLY * min(map(mean_s, tried)), tried["joint"].evaluation.makespan_s
-    return {
-        policy: [one.planned.policy]
-        for policy, one in tried.items()
+    most_s, latest_s = NEARLY * min(map(mean_s, tried)), best["joint"].evaluation.makespan_s
+    likely = [
+        policy
+        for policy, one in best.items()
         if policy in (fixed, "joint") or mean_s(policy) <= most_s or one.evaluation.makespan_s < latest_s / NEARLY
-    }
+    ]
+    own = sorted(tried["joint"], key=lambda one: one.evaluation.score(problem.objective))
+    joint = [best_of(own, own, problem.objective), *own]
+    names = {policy: [best[policy].planned.policy] for policy in likely if policy != "joint"}
+    return names | {"joint": list(dict.fromkeys(one.planned.policy for one in joint))[:SETTINGS_KEPT]}
 
 
 def _best(problem: Problem, policy: str, names: Sequence[str], bound: Bound) -> Replay:
     """The policy under the parameter that is best by the objective."""
     replays = [_replay(problem, name, bound) for name in names]
-    best = min(replays, key=lambda one: one.evaluation.score(problem.objective))
-    return replace(best, policy=policy)
+    return replace(best_of(replays, replays, problem.objective), policy=policy)
 
 
 def _replay(problem: Problem, policy: str, bound: Bound) -> Replay:
@@ -135,16 +239,10 @@ def _replay(problem: Problem, policy: str, bound: Bound) -> Replay:
 
 
 def _rounds(problem: Problem, policy: str) -> list[Round]:
-    name, _, scale = policy.partition(":")
+    name, _, settings = policy.partition(":")
     if name != "joint":
         return named_rounds(problem, policy)
-    try:
-        cap_scale = float(scale or 1.0)
-    except ValueError:
-        raise UserError("policy", policy, "joint:S with a scale S of the rounds' caps, as joint:1.5") from None
-    if not 0.0 < cap_scale < float("inf"):
-        raise UserError("policy", policy, "joint:S with a scale S above 0")
-    return online_rounds(problem, cap_scale)
+    return online_rounds(problem, OnlineSettings.parse(settings))
 
 
 def _problem(cost: CostModel, requests: Sequence[Request], options: RoundOptions) -> Problem:

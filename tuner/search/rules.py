@@ -25,6 +25,8 @@ class Rules:
     chunk_multiple: int = 64
     limits: Limits = NO_LIMITS
     objective: Objective = Objective.MAKESPAN
+    num_trials: int = 0
+    """Settings of the online planner that a study tries on a trace."""
 
     @property
     def options(self) -> RoundOptions:
@@ -85,7 +87,7 @@ class Rules:
 
     def replays(self, cost: CostModel, requests: Sequence[Request], *, everything: bool) -> list[Replay]:
         """Requests that arrive over time under every policy, or a long trace under the likely ones; this one last."""
-        replays = compare_replays(cost, requests, everything=everything, **self.options)
+        replays = compare_replays(cost, requests, everything=everything, num_trials=self.num_trials, **self.options)
         if self.policy == "joint":
             return replays
         own = replay(cost, requests, policy=self.policy, **self.options)

@@ -1,0 +1,50 @@
+"""What of the online planner can be tuned, as the text that names it: `joint:aging=0.1,foresight=2`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+from db.errors import UserError
+
+MOST = 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnlineSettings:
+    """Settings of `OnlinePlanner`; what it does as it comes is the default."""
+
+    aging: float = 0.01
+    """Seconds of remaining work that a second of waiting makes up for in the running order: long prompts do not starve.
+    From about 1 on, requests run as they come."""
+    foresight: float = 0.3
+    """How much requests to come count beside those that wait: 0 cuts for latency alone, 1000 for throughput."""
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if not 0.0 <= value <= MOST:
+                raise UserError(setting.name, value, f"a number from 0 to {MOST:g}")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Settings from `name=value,...`; what is left out keeps its default. Raises UserError."""
+        settings, names = cls(), [setting.name for setting in fields(cls)]
+        for part in filter(None, text.split(",")):
+            name, _, value = part.partition("=")
+            try:
+                number = float(value)
+            except ValueError:
+                number = math.nan
+            if name not in names or math.isnan(number):
+                raise UserError("policy", f"joint:{text}", f"joint:NAME=VALUE,... with names of {', '.join(names)}")
+            settings = replace(settings, **{name: number})
+        return settings
+
+    def __str__(self) -> str:
+        """The text that `parse` reads."""
+        return ",".join(f"{setting.name}={getattr(self, setting.name):g}" for setting in fields(self))
+
+
+AS_IT_COMES = OnlineSettings()
