@@ -29,7 +29,7 @@ from service.use_cases.contest import contest
 from service.use_cases.options import chosen, flag_of
 from service.use_cases.tune_options import TuneOptions, next_command
 from service.use_cases.tune_report import TuneReport
-from tuner.fit.correction import fit_correction, load_measured_rounds
+from tuner.fit.correction import PlansRun, fit_correction, load_measured_rounds
 from tuner.fit.coverage import coverage
 from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import fit_layer_costs
@@ -189,6 +189,7 @@ def _fitter(
     """Costs of a layout: fitted once for all layouts of the same work, load and messages, corrected by earlier runs."""
 
     fits: dict[object, Costs | UserError] = {}
+    plans = PlansRun(database)
     has_runs = bool(list_runs(database, status=RunStatus.DONE, limit=1))
 
     def fit(layout: Layout) -> Costs:
@@ -208,7 +209,7 @@ def _fitter(
         costs: Costs = fit_costs(links.rows_for(layout), work, busy_ranks=layout.world_size)
         if not (correct and has_runs):
             return costs
-        rounds = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
+        rounds = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model, plans=plans)
         return replace(costs, correction=fit_correction(rounds))
 
     def fit_layout(layout: Layout) -> Costs:
