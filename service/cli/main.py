@@ -28,6 +28,7 @@ COMMANDS = {
     ),
     "train": ("service.cli.checkpoints.train", "Train or distil a checkpoint as a plan lays it out."),
     "export": ("service.cli.commands.export", "Write a plan as another engine's launch files."),
+    "compare": ("service.cli.commands.compare", "Put what an engine measured beside a plan's prediction."),
     "serve": ("service.cli.commands.serve", "Serve plans, what is kept, and jobs: a page and an HTTP API."),
     "token": ("service.cli.commands.token", "Make, list and revoke tokens that open the service."),
     "worker": ("service.cli.commands.worker", "Run the service's jobs on this machine."),

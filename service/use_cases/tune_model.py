@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import click
 
@@ -18,16 +19,17 @@ from db.rows.processes import process_row
 from db.rows.runs import RunStatus, list_runs
 from db.store.engine import Database, open_database
 from profiler.hardware.device import default_device_type, default_num_threads, describe_hardware
-from profiler.model import PRECISIONS, Backend, load_model_shape, precision_of
+from profiler.model import PRECISIONS, Backend, ModelShape, load_model_shape, precision_of
 from profiler.model.flops import fastest_product_flops, prefill_flops
 from profiler.model.shape import default_dtype
 from profiler.sequence.kind import SPKind
+from service.reasons.precision import AUTO, best_precision, compare_precisions, read_losses
 from service.reasons.recommendation import Recommendation
 from service.use_cases.contest import contest
 from service.use_cases.options import chosen, flag_of
 from service.use_cases.tune_options import TuneOptions, next_command
 from service.use_cases.tune_report import TuneReport
-from tuner.fit.correction import fit_correction, load_measured_rounds
+from tuner.fit.correction import PlansRun, fit_correction, load_measured_rounds
 from tuner.fit.coverage import coverage
 from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import fit_layer_costs
@@ -59,6 +61,8 @@ def tune_model(
     """Plan a model's prefill on measured hardware; the fit and the plan are kept in the database."""
     assert options.model is not None
     shape = load_model_shape(options.model, backend=options.backend)
+    if options.precision == AUTO:
+        return _tune_precisions(options, shape, requests, rules, echo)
     dtype, notes = options.dtype, list[str]()
     if dtype is not None:
         precision_of(dtype, field=flag_of(options, "dtype"))
@@ -126,6 +130,32 @@ def tune_model(
         return report
 
 
+def _tune_precisions(
+    options: TuneOptions,
+    shape: ModelShape,
+    requests: tuple[Request, ...],
+    rules: Rules,
+    echo: Callable[[str], None] | None,
+) -> TuneReport:
+    """In each precision that the hardware was measured in."""
+    pins = pins_of(options)
+    with open_database(options.db_url) as database:
+        hardware = _hardware(database, options, options.world_size or pins.num_ranks)
+        measured = sorted({row.dtype for row in load_measurements(database, hardware)} & set(PRECISIONS))
+    own = default_dtype(shape, DEVICE_TYPE[hardware.backend])
+    losses = read_losses([path for path in (options.quantize_reports or "").split(",") if path])
+
+    def planned(dtype: str, **changes: Any) -> TuneReport:
+        chosen = replace(options, dtype=dtype, precision=None, max_loss=None, quantize_reports=None, **changes)
+        return tune_model(chosen, requests, rules, echo)
+
+    trial = {"keep": False, "measure": None, "study": None, "plot": None, "compare": False}
+    steps = tuple(
+        compare_precisions(shape, own, measured, losses, options.most_loss, lambda dtype: planned(dtype, **trial).plan)
+    )
+    return replace(planned(best_precision(steps)), precisions=steps)
+
+
 def pins_of(options: TuneOptions) -> Pins:
     """What the options keep fixed of the layout."""
     return Pins(
@@ -159,6 +189,7 @@ def _fitter(
     """Costs of a layout: fitted once for all layouts of the same work, load and messages, corrected by earlier runs."""
 
     fits: dict[object, Costs | UserError] = {}
+    plans = PlansRun(database)
     has_runs = bool(list_runs(database, status=RunStatus.DONE, limit=1))
 
     def fit(layout: Layout) -> Costs:
@@ -178,7 +209,7 @@ def _fitter(
         costs: Costs = fit_costs(links.rows_for(layout), work, busy_ranks=layout.world_size)
         if not (correct and has_runs):
             return costs
-        rounds = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
+        rounds = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model, plans=plans)
         return replace(costs, correction=fit_correction(rounds))
 
     def fit_layout(layout: Layout) -> Costs:
