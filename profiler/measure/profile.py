@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ from profiler.hardware.device import (
 from profiler.kernels.attention import available_kernels
 from profiler.kernels.attention_kernel import worth_measuring
 from profiler.kernels.quantized.support import check_precision
-from profiler.measure.session import ProfileJob, profile_rank
+from profiler.measure.session import ProfileJob, expected_seconds, profile_rank
 from profiler.measure.summary import ProfileSummary, summarize_ops
 from profiler.model import Backend, ModelShape, load_model_shape, precision_of
 from profiler.model.shape import default_dtype
@@ -97,6 +98,8 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
             except KeyboardInterrupt:
                 interrupted = True
         found = _kept_rows(database, hardware, points)
+        if not interrupted and len(found) == len(rows):
+            _check_begun(grid, Worklist(points, found, usual_kernel=grid.kernels[0]), options)
         location = database.location
     ops = summarize_ops(Worklist(points, found, usual_kernel=grid.kernels[0]), since=since)
     num_missing, num_new = sum(op.num_missing for op in ops), sum(op.num_new for op in ops)
@@ -117,6 +120,17 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
         ops=ops,
         notes=tuple(_notes(interrupted, num_missing, too_large, num_new, options.budget_s)),
     )
+
+
+def _check_begun(grid: Grid, worklist: Worklist, options: ProfileOptions) -> None:
+    """Raise UserError where points are missing and the time did not suffice to begin one."""
+    point = next(worklist.missing(), None)
+    if point is None or options.budget_s <= 0.0:
+        return
+    threads = options.threads_per_rank or default_num_threads(grid.device_type, grid.world_size)
+    point_s = expected_seconds(point, grid.device_type, threads)
+    if 0.5 * point_s > options.budget_s:
+        raise UserError("--budget-s", f"{options.budget_s:.3g}", f"at least {math.ceil(2 * point_s)} for one point")
 
 
 def make_grid(options: ProfileOptions) -> Grid:

@@ -1,4 +1,4 @@
-"""Which points a profile consists of, coarse to fine: stopped at any time, it covers every operation to the far end."""
+"""Which points a profile consists of, and how early each is wanted: stopped at any time, it covers every operation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import PRECISIONS, Backend, LayerSpec, ModelShape, Precision
 from profiler.model.whole.layer import seen_pairs
+from profiler.points.order import by_need
 from profiler.points.point import BESIDE, COLLECTIVES, KEPT, WARM, Op, Point, strided
 from profiler.points.rank_groups import RankGroups
 from profiler.points.whole_layers import whole_layer_points
@@ -54,9 +55,14 @@ class Grid:
         return PRECISIONS[self.dtype]
 
     def points(self) -> list[Point]:
-        """All points, each key once, by level and then the cheap ones first."""
+        """All points, each key once, in the order in which predictions need them."""
         unique = {point.key: point for point in sorted(self._all(), key=lambda p: p.level, reverse=True)}
-        return sorted(unique.values(), key=lambda point: (point.level, point.flops))
+        return by_need(
+            sorted(unique.values(), key=lambda point: (point.level, point.flops)),
+            device_type=self.device_type,
+            hidden_bytes=self._bytes(self.shape.hidden_size),
+            usual_kernel=self.kernels[0],
+        )
 
     @property
     def chunk_levels(self) -> dict[int, int]:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import click
 
@@ -18,10 +19,11 @@ from db.rows.processes import process_row
 from db.rows.runs import RunStatus, list_runs
 from db.store.engine import Database, open_database
 from profiler.hardware.device import default_device_type, default_num_threads, describe_hardware
-from profiler.model import PRECISIONS, Backend, load_model_shape, precision_of
+from profiler.model import PRECISIONS, Backend, ModelShape, load_model_shape, precision_of
 from profiler.model.flops import fastest_product_flops, prefill_flops
 from profiler.model.shape import default_dtype
 from profiler.sequence.kind import SPKind
+from service.reasons.precision import AUTO, best_precision, compare_precisions, read_losses
 from service.reasons.recommendation import Recommendation
 from service.use_cases.contest import contest
 from service.use_cases.options import chosen, flag_of
@@ -59,6 +61,8 @@ def tune_model(
     """Plan a model's prefill on measured hardware; the fit and the plan are kept in the database."""
     assert options.model is not None
     shape = load_model_shape(options.model, backend=options.backend)
+    if options.precision == AUTO:
+        return _tune_precisions(options, shape, requests, rules, echo)
     dtype, notes = options.dtype, list[str]()
     if dtype is not None:
         precision_of(dtype, field=flag_of(options, "dtype"))
@@ -124,6 +128,32 @@ def tune_model(
         if options.keep:
             _keep(database, hardware, target, report)
         return report
+
+
+def _tune_precisions(
+    options: TuneOptions,
+    shape: ModelShape,
+    requests: tuple[Request, ...],
+    rules: Rules,
+    echo: Callable[[str], None] | None,
+) -> TuneReport:
+    """In each precision that the hardware was measured in."""
+    pins = pins_of(options)
+    with open_database(options.db_url) as database:
+        hardware = _hardware(database, options, options.world_size or pins.num_ranks)
+        measured = sorted({row.dtype for row in load_measurements(database, hardware)} & set(PRECISIONS))
+    own = default_dtype(shape, DEVICE_TYPE[hardware.backend])
+    losses = read_losses([path for path in (options.quantize_reports or "").split(",") if path])
+
+    def planned(dtype: str, **changes: Any) -> TuneReport:
+        chosen = replace(options, dtype=dtype, precision=None, max_loss=None, quantize_reports=None, **changes)
+        return tune_model(chosen, requests, rules, echo)
+
+    trial = {"keep": False, "measure": None, "study": None, "plot": None, "compare": False}
+    steps = tuple(
+        compare_precisions(shape, own, measured, losses, options.most_loss, lambda dtype: planned(dtype, **trial).plan)
+    )
+    return replace(planned(best_precision(steps)), precisions=steps)
 
 
 def pins_of(options: TuneOptions) -> Pins:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from service.reasons.precision import PrecisionStep
 from service.reasons.recommendation import Recommendation
 from tuner.plan.plan import Plan
 from tuner.rounds.deadlines import Impossible
@@ -42,6 +43,8 @@ class TuneReport:
     """Before all the runs that were asked for."""
     hardware: Hardware | None = None
     explanation: Explanation | None = None
+    precisions: tuple[PrecisionStep, ...] = ()
+    """Those that were compared, the model's own first."""
     output: str | None = None
     plot: str | None = None
     notes: tuple[str, ...] = ()
@@ -72,6 +75,7 @@ class TuneReport:
             "num_planned": self.num_planned,
             "num_proven_worse": self.num_proven_worse,
             "why": self.explanation.to_json() if self.explanation else None,
+            "precisions": [asdict(step) for step in self.precisions],
             "policies": [_policy_json(planned) for planned in self.policies],
             "impossible": [str(one) for one in self.impossible],
             "replays": [replay_json(replay) for replay in self.replays],

@@ -12,7 +12,10 @@ from profiler.sequence.kind import SPKind
 from tuner.plan.plan import Parallel
 from tuner.plan.round_sizes import RoundSizes
 
-_STREAM_ROWS = 4  # the residual before and after a block, its output and its norm
+_STREAM_ROWS = 5  # the residual before and after a block, its output, its norm, and the hidden states that came in
+RING_KEPT = 0.75  # of what a ring passes in its longest round: two buffers, in rounds of growing context
+_MERGED = 3  # attention of a ring's pieces in float32: that merged so far, the next, and the sum
+_SUMMED_ROWS = 4  # hidden states beside them where ranks sum partial ones: as sent, as received, and in pieces
 
 
 def kept_bytes(layer: LayerSpec | WholeLayer, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
@@ -59,11 +62,22 @@ def gathered_bytes(layers: Iterable[LayerSpec], parallel: Parallel, sizes: Round
     return GATHER_SLOTS * parallel.sp_size * sizes.most_rows * row
 
 
+def ring_bytes(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+    """Bytes that a recorded round keeps of the keys and values that go around the ranks, in the mean over rounds whose
+    context grows from none to the longest."""
+    if parallel.sp_kind is not SPKind.RING:
+        return 0
+    row = precision.kv.num_bytes(layer.attention.kv_elements(parallel.tp_size))
+    return int(RING_KEPT * -(-sizes.most_passed // parallel.sp_size) * row)
+
+
 def _own_rows(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision, messages: int = 0) -> int:
     """A rank runs its rows alone. messages: bytes beside attention."""
     rows = sizes.most_rows
     attention = rows * _attention_row_bytes(layer, precision, *_own_heads(layer, parallel)) + messages
-    return max(attention, rows * _mlp_row_bytes(layer, precision, parallel.tp_size)) + _stream(layer, precision, rows)
+    summed = _SUMMED_ROWS * layer.hidden_size if parallel.tp_size > 1 else 0
+    stream = _stream(layer, precision, rows) + rows * precision.activations.num_bytes(summed)
+    return max(attention, rows * _mlp_row_bytes(layer, precision, parallel.tp_size)) + stream
 
 
 def _gather(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
@@ -81,14 +95,18 @@ def _ulysses(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision:
     repeated = parallel.sp_size * (heads + 2 * kv_heads) * layer.attention.head_dim
     exchange = rows * precision.activations.num_bytes(4 * repeated)
     mlp = rows * _mlp_row_bytes(layer, precision, parallel.tp_size)
-    return max(attention, exchange, mlp) + _stream(layer, precision, rows)
+    # What the exchanges give lies beside what they took.
+    received = all_rows * precision.activations.num_bytes(_SUMMED_ROWS * layer.hidden_size)
+    return max(attention, exchange, mlp) + received + _stream(layer, precision, rows)
 
 
 def _ring(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
     """Beside attention the keys and values that it sees, and those that arrive meanwhile."""
     row = precision.kv.num_bytes(layer.attention.kv_elements(parallel.tp_size))
     passed = -(-sizes.most_passed // parallel.sp_size)
-    return _own_rows(layer, parallel, sizes, precision, 2 * passed * row)
+    heads, _ = _own_heads(layer, parallel)
+    merged = sizes.most_rows * FLOAT32.num_bytes(_MERGED * heads * layer.attention.head_dim)
+    return _own_rows(layer, parallel, sizes, precision, 2 * passed * row + merged)
 
 
 def _megatron(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:

@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
+
 from db.errors import UserError
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind
 from tuner.fit.holdout import HeldOutError
+from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.uncertainty import makespan_uncertainty
 from tuner.fit.whole.costs import Costs
 from tuner.plan.cost_model import CostModel
@@ -99,9 +102,25 @@ class Candidate:
     def uncertainty(self, held_out: Sequence[HeldOutError]) -> float:
         """How far the prediction of the makespan may be off, as a share of it."""
         assert self.costs is not None
-        return makespan_uncertainty(
-            held_out, self.costs.correction, extrapolates=self.extrapolates or bool(self.assumed)
-        )
+        guessed = self.extrapolates or bool(self.assumed) or not self.is_near_layers
+        return makespan_uncertainty(held_out, self.costs.correction, extrapolates=guessed)
+
+    @property
+    def is_near_layers(self) -> bool:
+        """Whether whole layers were measured with about as many tokens as the rounds that take most of the time have.
+
+        Without any measured layer the parts alone tell.
+        """
+        if not isinstance(self.costs, LayerCosts) or self.rounds is None:
+            return True
+        calibration = self.costs.calibration
+        if not calibration.num_layers_measured:
+            return True
+        tokens = np.array([sum(chunk.tokens for chunk in chunks) for chunks in self.rounds.rounds])
+        seconds = self.rounds.evaluation.round_s.sum(axis=1)
+        rows = np.maximum(tokens / self.layout.sp_size, 1.0)
+        near = np.array([calibration.is_near(each) for each in rows.tolist()])
+        return bool(seconds[near].sum() >= 0.5 * seconds.sum())
 
     def score(self, objective: Objective) -> tuple[float, ...]:
         """What to minimise; refused layouts come after all others."""
