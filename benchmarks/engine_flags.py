@@ -5,12 +5,13 @@
     python -m benchmarks.engine_flags unpacked
 
 A flag counts as known where the engine's sources declare it: as a word `--flag`, or as a field of the arguments' class
-(`flag_with_underscores:`), from which both engines make their parsers. Prints a row a flag; exit
-code 1 if one is unknown.
+(`flag_with_underscores:`), from which both engines make their parsers. Where an engine can be imported, its own parser
+takes the flags, too. Prints a row a flag; exit code 1 if one is unknown.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ _SOURCES = {
         "sglang/srt/server_args.py",
         "sglang/srt/arg_groups",
         "sglang/srt/environ.py",
+        "sglang/srt/distributed/utils.py",
         "sglang/srt/plugins",
     ),
     Engine.VLLM: ("vllm/engine/arg_utils.py", "vllm/config", "vllm/envs.py"),
@@ -51,8 +53,47 @@ def main(folder: Path) -> int:
         text = sizer.read_text()
         for word in ("class DynamicChunkSizer", "def predict(self, history_len: int)", "def profile_and_fit(self)"):
             rows.append((Engine.SGLANG.value, word, word in text))
+    for engine, parse in (
+        (Engine.VLLM, _parse_vllm),
+        (Engine.VLLM_ASCEND, _parse_vllm),
+        (Engine.SGLANG, _parse_sglang),
+    ):
+        try:
+            rows.append((engine.value, "its own parser takes all", parse(list(export(_plan(), engine).flags))))
+        except ImportError as error:
+            print(f"{engine.value}: its parser cannot be imported here ({error})", file=sys.stderr)
     print_table(("engine", "flag or name", "known"), rows, title=f"Exported flags in the sources under {folder}")
     return 0 if rows and all(row[2] for row in rows) else 1
+
+
+def _parse_vllm(flags: list[str]) -> bool:
+    from vllm import platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    platforms.current_platform = CpuPlatform()
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return _takes(AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()), flags)
+
+
+def _parse_sglang(flags: list[str]) -> bool:
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return _takes(parser, ["--model-path=any", *flags])
+
+
+def _takes(parser: argparse.ArgumentParser, flags: list[str]) -> bool:
+    try:
+        parser.parse_args(flags)
+    except SystemExit:
+        return False
+    return True
+
+
+_PARSERS = {Engine.VLLM: _parse_vllm, Engine.VLLM_ASCEND: _parse_vllm, Engine.SGLANG: _parse_sglang}
 
 
 def _is_flag(text: str, name: str) -> bool:

@@ -34,7 +34,7 @@ from runtime.run.pipeline import Pipeline
 from runtime.run.rank import run_jobs
 from runtime.run.reference import check_tokens
 from runtime.run.result import RequestResult
-from runtime.stage.stage import Stage
+from runtime.stage.stage import KernelStage
 from service.cli.output import print_table
 from tuner.plan.plan import Chunk, Parallel, Request, Round
 
@@ -50,7 +50,7 @@ SIZES = {
 LAYOUTS = {"one": (1, 1), "PP2": (1, 2), "TP2": (2, 1)}
 
 
-class LogitStage(Stage):
+class LogitStage(KernelStage):
     """Keeps the logits that tokens are chosen by."""
 
     def __init__(self, *args: Any) -> None:

@@ -25,7 +25,7 @@ from runtime.job.place import Place, mesh_of
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
 from runtime.run.run import make_job
-from runtime.stage.stage import Stage
+from runtime.stage.stage import KernelStage
 from service.cli.output import print_table
 from tuner.plan.plan import load_plan
 
@@ -63,7 +63,7 @@ def time_kernels(context: RankContext, jobs: Sequence[Job]) -> list[KernelTimes]
     for job in jobs:
         place = Place.of(context.rank, job.parallel)
         with make_groups(mesh_of(job.parallel), context.rank, context.device) as groups:
-            stage = Stage(job, place, groups, context.device)
+            stage = KernelStage(job, place, groups, context.device)
             clock = make_clock(context.device)
             pipeline = Pipeline(job, place, groups, stage, clock, context.progress)
             pipeline.warm_up()

@@ -133,6 +133,14 @@ def check(candidate: Candidate) -> None:
 
 def machine_from_arguments(description: str, *, context_length: int, argv: Sequence[str] | None = None) -> Machine:
     """Parse the arguments that these benchmarks share, and profile what is missing."""
+    (machine,) = machines_from_arguments(description, context_length=context_length, dtypes=(DTYPE,), argv=argv)
+    return machine
+
+
+def machines_from_arguments(
+    description: str, *, context_length: int, dtypes: Sequence[str], argv: Sequence[str] | None = None
+) -> list[Machine]:
+    """The same in several precisions."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--output", type=Path, default=Path("demo-out"), help="folder with the model and the database")
     parser.add_argument("--budget-s", type=float, default=300.0, help="for profiling what the database does not hold")
@@ -143,4 +151,7 @@ def machine_from_arguments(description: str, *, context_length: int, argv: Seque
     if not (model / "config.json").exists():
         write_demo_model(model)
     url = f"sqlite:///{(folder / 'isochunk.db').resolve()}"
-    return Machine(str(model), database_url=url, context_length=context_length, budget_s=options.budget_s)
+    return [
+        Machine(str(model), database_url=url, context_length=context_length, budget_s=options.budget_s, dtype=dtype)
+        for dtype in dtypes
+    ]

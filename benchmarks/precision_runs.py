@@ -30,7 +30,7 @@ from runtime.job.place import Place, mesh_of
 from runtime.run.clock import Clock, make_clock
 from runtime.run.pipeline import Pipeline
 from runtime.run.run import make_job
-from runtime.stage.stage import Stage
+from runtime.stage.stage import KernelStage
 from tuner.plan.plan import Chunk, Parallel, Plan, Request
 
 UNFUSED = " unfused"  # after the name of a precision: its kernels one by one
@@ -125,7 +125,7 @@ def make_pipeline(arm: str, job: Job, groups: Groups, clock: Clock, context: Ran
     place = Place.of(context.rank, job.parallel)
     make_linear: Callable[..., Product] = unfused_linear if arm.endswith(UNFUSED) else quantized_linear.make_linear
     with patch("runtime.weights.shard.make_linear", make_linear):
-        stage = Stage(job, place, groups, context.device)
+        stage = KernelStage(job, place, groups, context.device)
     pipeline = Pipeline(job, place, groups, stage, clock, context.progress)
     pipeline.warm_up()
     pipeline.record()

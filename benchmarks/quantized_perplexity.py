@@ -9,6 +9,7 @@ wide, and the columns behind them as much smaller; the function is the same.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sysconfig
 import time
 from pathlib import Path
@@ -19,11 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from profiler.model import PRECISIONS, load_model_shape
+from profiler.model.precision import E4M3, INT8
 from runtime.quantize.quantize import quantize_checkpoint
 from runtime.quantize.recipe import Recipe
 from service.cli.output import print_table
 
-FIRST, LAST, SEQUENCE, BATCH, CALIBRATION = 32, 126, 128, 16, 16000
+FIRST, LAST, SEQUENCE, BATCH, CALIBRATION = 32, 126, 128, 16, 8000
 OUTLIERS, FACTOR = (5, 77), 40.0
 # Precision, recipe, characters to calibrate on.
 CASES: tuple[tuple[str, dict[str, Any], int], ...] = (
@@ -36,7 +38,10 @@ CASES: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("w8a8-static", {"smooth": 0.5}, 70),
     ("fp8", {}, CALIBRATION),
     ("fp8-static", {}, CALIBRATION),
+    ("w8a8", {"kv": E4M3}, CALIBRATION),
+    ("w8a8", {"kv": INT8}, CALIBRATION),
 )
+SAMPLES = 5  # of calibration texts, apart from one another
 
 
 def library_text() -> list[int]:
@@ -91,6 +96,26 @@ def pieces(ids: list[int], length: int = 512) -> list[tuple[int, ...]]:
     return [tuple(ids[start : start + length]) for start in range(0, len(ids), length)]
 
 
+def perplexity(
+    source: Path, folder: Path, name: str, recipe: dict[str, Any], calibration: list[int], held_out: list[int]
+) -> tuple[float, float]:
+    """Before and after quantizing in one way."""
+    precision = PRECISIONS[name]
+    assert precision.linears is not None
+    report = quantize_checkpoint(
+        source, folder, load_model_shape(str(source)), precision, Recipe(linears=precision.linears, **recipe),
+        calibration=pieces(calibration), held_out=pieces(held_out), device=torch.device("cpu"),
+    )  # fmt: skip
+    assert report.perplexity_before is not None and report.perplexity_after is not None
+    return report.perplexity_before, report.perplexity_after
+
+
+def _is_calibrated(name: str, recipe: dict[str, Any]) -> bool:
+    """Whether what comes out depends on the calibration texts."""
+    linears = PRECISIONS[name].linears
+    return (linears is not None and linears.is_calibrated) or bool(recipe.keys() & {"smooth", "kv"})
+
+
 def main() -> None:
     """Train, quantize in every way, print perplexities."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -107,18 +132,16 @@ def main() -> None:
         with_outliers(plain, wide)
         for source in (plain, wide):
             for number, (name, recipe, characters) in enumerate(CASES):
-                precision = PRECISIONS[name]
-                assert precision.linears is not None
-                report = quantize_checkpoint(
-                    source, Path(place) / f"{source.name}-{number}", load_model_shape(str(source)), precision,
-                    Recipe(linears=precision.linears, **recipe), calibration=pieces(rest[100_000:][:characters]),
-                    held_out=pieces(held_out), device=torch.device("cpu"),
-                )  # fmt: skip
-                settings = ", ".join(f"{key} {value}" for key, value in recipe.items())
-                loss_percent = 100.0 * (report.perplexity_loss or 0.0)
-                rows.append((source.name, name, settings, characters, report.perplexity_before,
-                             report.perplexity_after, loss_percent))  # fmt: skip
-    columns = ("model", "precision", "recipe", "calibrated on", "before", "after", "loss %")
+                found = [
+                    perplexity(source, Path(place) / f"{source.name}-{number}-{sample}", name, recipe,
+                               rest[100_000 + sample * CALIBRATION :][:characters], held_out)
+                    for sample in range(SAMPLES if _is_calibrated(name, recipe) else 1)
+                ]  # fmt: skip
+                settings = ", ".join(f"{key} {getattr(value, 'name', value)}" for key, value in recipe.items())
+                losses = [100.0 * (after / before - 1.0) for before, after in found]
+                rows.append((source.name, name, settings, characters, len(losses), found[0][0],
+                             statistics.median(losses), min(losses), max(losses)))  # fmt: skip
+    columns = ("model", "precision", "recipe", "calibrated on", "samples", "before", "loss %", "least %", "most %")
     print_table(columns, rows, title=f"perplexity on {len(held_out)} characters; trained to a loss of {loss:.3f}")
 
 

@@ -1,6 +1,6 @@
 """A small model trained, pruned, recovered, quantized, planned and run in one go: what each step costs and gains.
 
-    python -m benchmarks.smaller_model [--steps 600] [--seeds 3] [--profile-seconds 60] [--output FILE]
+    python -m benchmarks.smaller_model [--steps 600] [--seeds 3] [--profile-seconds 240] [--output FILE]
 
 A byte-level Llama learns Python's library, on the project's own training. It is pruned by every kind of unit and by
 every measure of importance, for each seed; what activations chose is recovered with 5 % of the training's tokens, the
@@ -106,7 +106,7 @@ class Study:
         """Distil the unpruned model into it, with a share of the training's tokens."""
         steps = max(1, round(RECOVERY * self.steps))
         recipe = Recipe(
-            steps=steps, learning_rate=2e-3, warmup_steps=max(1, steps // 10), seed=self.seed + 100,
+            steps=steps, learning_rate=2e-3, warmup_steps=steps // 10, seed=self.seed + 100,
             save_every=steps, precision=precision,
         )  # fmt: skip
         output = pruned.with_name(f"{pruned.name}-recovered-{precision}".replace("+", "-"))
@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--profile-seconds", type=float, default=60.0)
+    parser.add_argument("--profile-seconds", type=float, default=240.0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     ids = tuple(library_text())

@@ -14,7 +14,7 @@ FOLDERS = ("db", "profiler", "tuner", "runtime", "service", "benchmarks")
 # Folders and their rooms, from the bottom up: each may import those before it.
 ROOMS = {
     "db": ("files", "store", "rows"),
-    "profiler": ("hardware", "model", "sequence", "kernels", "layers", "comm", "points", "measure"),
+    "profiler": ("hardware", "library", "model", "sequence", "kernels", "layers", "comm", "points", "measure"),
     "tuner": ("plan", "workload", "training", "rounds", "online", "policies", "fit", "search", "waterfall"),
     "runtime": ("job", "weights", "stage", "run", "quantize", "prune", "train"),
     "service": ("pictures", "reasons", "use_cases", "reports", "engines", "jobs", "http", "cli"),

@@ -26,6 +26,8 @@ class RunKind(StrEnum):
     RUN_PLAN = "run-plan"
     TUNE_TRIAL = "tune-trial"
     BENCHMARK = "benchmark"
+    ENGINE = "engine"
+    """By another engine: only its requests' times are known."""
 
 
 class RunStatus(StrEnum):

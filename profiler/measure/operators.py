@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -16,9 +17,10 @@ from profiler.layers.decoder_layer import DecoderLayer, Norms, Stream, projectio
 from profiler.layers.head import Head, embed
 from profiler.layers.layer_inputs import LayerInputs
 from profiler.layers.prefill_inputs import ChooseKernel, RoundInputs, prepare_round
+from profiler.measure.library_layers import LibraryLayers
 from profiler.measure.timing import Prepared, Run
 from profiler.measure.workspace import Slabs, Workspace
-from profiler.model import LayerSpec, ModelShape
+from profiler.model import Backend, LayerSpec, ModelShape
 from profiler.model.tensors import Cut, LinearSpec
 from profiler.points.point import KEPT, WARM, Op, Point
 
@@ -33,7 +35,12 @@ class Operators:
     ) -> None:
         self.shape, self.context_length = shape, context_length
         self.workspace, self.choose_kernel = workspace, choose_kernel
-        self.rotary = Rotary(shape, workspace.device)
+        self.library = LibraryLayers(shape, context_length, workspace)
+
+    @cached_property
+    def rotary(self) -> Rotary:
+        """The rotation of the model's positions."""
+        return Rotary(self.shape, self.workspace.device)
 
     def prepare(self, point: Point) -> Prepared:
         """The work of a point that needs no other rank. A call of `layer` runs one layer, the next call the next."""
@@ -51,7 +58,7 @@ class Operators:
             case Op.ELEMENTWISE:
                 return self._elementwise(point)
             case Op.LAYER:
-                return self._layer(point)
+                return self._layer(point) if self.shape.backend is Backend.OWN else self.library.run(point)
             case Op.EMBEDDING:
                 return self._embedding(point)
             case Op.HEAD:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -28,9 +29,9 @@ from profiler.hardware.device import (
 from profiler.kernels.attention import available_kernels
 from profiler.kernels.attention_kernel import worth_measuring
 from profiler.kernels.quantized.support import check_precision
-from profiler.measure.session import ProfileJob, profile_rank
+from profiler.measure.session import ProfileJob, expected_seconds, profile_rank
 from profiler.measure.summary import ProfileSummary, summarize_ops
-from profiler.model import ModelShape, load_model_shape, precision_of
+from profiler.model import Backend, ModelShape, load_model_shape, precision_of
 from profiler.model.shape import default_dtype
 from profiler.points.grid import Grid
 from profiler.points.point import Point
@@ -49,6 +50,7 @@ class ProfileOptions:
     """
 
     model: str
+    backend: str = "auto"
     world_size: int | None = None
     tp_sizes: str | None = None
     sp_sizes: str | None = None
@@ -96,6 +98,8 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
             except KeyboardInterrupt:
                 interrupted = True
         found = _kept_rows(database, hardware, points)
+        if not interrupted and len(found) == len(rows):
+            _check_begun(grid, Worklist(points, found, usual_kernel=grid.kernels[0]), options)
         location = database.location
     ops = summarize_ops(Worklist(points, found, usual_kernel=grid.kernels[0]), since=since)
     num_missing, num_new = sum(op.num_missing for op in ops), sum(op.num_new for op in ops)
@@ -118,13 +122,28 @@ def profile_model(options: ProfileOptions) -> ProfileSummary:
     )
 
 
+def _check_begun(grid: Grid, worklist: Worklist, options: ProfileOptions) -> None:
+    """Raise UserError where points are missing and the time did not suffice to begin one."""
+    point = next(worklist.missing(), None)
+    if point is None or options.budget_s <= 0.0:
+        return
+    threads = options.threads_per_rank or default_num_threads(grid.device_type, grid.world_size)
+    point_s = expected_seconds(point, grid.device_type, threads)
+    if 0.5 * point_s > options.budget_s:
+        raise UserError("--budget-s", f"{options.budget_s:.3g}", f"at least {math.ceil(2 * point_s)} for one point")
+
+
 def make_grid(options: ProfileOptions) -> Grid:
     """The grid that the options ask for, checked against the model and the machine."""
-    shape = load_model_shape(options.model)
+    shape = load_model_shape(options.model, backend=options.backend)
+    if shape.backend is Backend.PLANNING:
+        raise UserError("MODEL", shape.architecture, f"is planned only: {shape.unrun}")
     device_type = options.device_type or default_device_type()
     check_device_type(device_type)
     precision = precision_of(options.dtype or default_dtype(shape, device_type))
     check_precision(precision, device_type)
+    if shape.backend is Backend.TRANSFORMERS and precision.linears is not None:
+        raise UserError("--dtype", precision.name, "must be a plain one in a model that Transformers runs")
     activations = precision.activations.torch_dtype
     world_size = options.world_size or default_world_size(device_type)
     check_world_size(world_size, device_type)

@@ -43,9 +43,11 @@ from profiler.measure.timing import (
     take_samples,
 )
 from profiler.measure.workspace import Workspace
+from profiler.model import Backend, WholeLayer
 from profiler.points.grid import BESIDE_BYTES, Grid, rank_groups, round_up
 from profiler.points.point import BESIDE, COLLECTIVES, RANK_LAYER, Op, Point
 from profiler.points.rank_groups import RankGroups
+from profiler.points.whole_layers import whole_sizes, whole_variant
 from profiler.points.worklist import Worklist
 
 COMMIT_EVERY_S = 0.5
@@ -108,7 +110,7 @@ class RankSession:
         self.device, self.precision = context.device, job.grid.precision
         self.worklist = Worklist(job.points, job.rows, usual_kernel=job.grid.kernels[0])
         shape = job.grid.shape
-        stage_bytes = sum(layer.weights_bytes(self.precision) for layer in shape.layers) // context.world_size
+        stage_bytes = sum(layer.weights_bytes(self.precision) for layer in shape.every_layer) // context.world_size
         ranks_on_device = context.world_size if self.device.type == "cpu" else 1
         workspace = Workspace(
             self.device,
@@ -117,7 +119,8 @@ class RankSession:
             limit_bytes=int(0.4 * free_bytes(self.device) / ranks_on_device),
         )
         self.operators = Operators(shape, job.grid.context_length, workspace, self.choose_kernel)
-        self.heads = shape.layers[0].attention.sizes(1)
+        is_own = shape.backend is Backend.OWN
+        self.heads = shape.layers[0].attention.sizes(1) if is_own else {}
         self.is_slow = CpuInterference() if self.device.type == "cpu" else None
         self.load = self.make_load() if self.device.type == "cuda" else None
         # Every rank makes every group, in the same order. What ranks agree on travels over gloo, beside NCCL.
@@ -135,9 +138,13 @@ class RankSession:
         """The model's usual work: whole layers over a round of middling size and context."""
         grid = self.job.grid
         chunk = min(_LOAD_CHUNK, grid.context_length)
-        layer = grid.shape.layers[0]
-        shape = {"chunk": chunk, "context": min(_LOAD_CONTEXT, grid.context_length - chunk)} | layer.sizes(1)
-        point = Point(op=Op.LAYER, dtype=grid.dtype, shape=shape, variant=layer.variant)
+        layer = grid.shape.every_layer[0]
+        at = {"chunk": chunk, "context": min(_LOAD_CONTEXT, grid.context_length - chunk)}
+        if isinstance(layer, WholeLayer):
+            sizes, variant = whole_sizes(layer), whole_variant(layer)
+        else:
+            sizes, variant = layer.sizes(1), layer.variant
+        point = Point(op=Op.LAYER, dtype=grid.dtype, shape=at | sizes, variant=variant)
         run = self.operators.prepare(point).run
         call_seconds(run, self.device)
         return BackgroundLoad(run, call_seconds(run, self.device), self.device)

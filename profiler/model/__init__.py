@@ -6,14 +6,17 @@ Configurations come in through `configuration`, and nothing here imports torch b
 from profiler.model.bundled import bundled_names, load_model_shape
 from profiler.model.configuration import model_from_config
 from profiler.model.precision import PRECISIONS, Precision, precision_of
-from profiler.model.shape import ModelShape
+from profiler.model.shape import Backend, ModelShape
 from profiler.model.spec import LayerSpec
+from profiler.model.whole.layer import WholeLayer
 
 __all__ = [
     "PRECISIONS",
+    "Backend",
     "LayerSpec",
     "ModelShape",
     "Precision",
+    "WholeLayer",
     "bundled_names",
     "load_model_shape",
     "model_from_config",

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from db.errors import UserError
-from profiler.model.fields import positive
+from profiler.model.fields import KernelsMissingError, positive
 from profiler.model.rope import rope_type
 from profiler.model.spec import AttentionSpec, DenseMLP, LayerSpec
 from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, Part
@@ -60,7 +60,7 @@ def refuse_window(config: Config) -> None:
     """Raise `UserError` where attention is limited to a sliding window."""
     if config.get("sliding_window") is not None:
         allowed = "sliding-window attention is not supported; must be null"
-        raise UserError("sliding_window", config["sliding_window"], allowed)
+        raise KernelsMissingError("sliding_window", config["sliding_window"], allowed)
 
 
 def _llama(config: Config) -> LayerSpec:
@@ -93,7 +93,7 @@ def _phi3(config: Config) -> LayerSpec:
     """Llama's layer without biases, kept as one tensor for q, k and v and one for gate and up."""
     refuse_window(config)
     if rope_type(config) != "default":
-        raise UserError("rope_scaling", rope_type(config), "only default is supported for Phi3ForCausalLM")
+        raise KernelsMissingError("rope_scaling", rope_type(config), "only default is supported for Phi3ForCausalLM")
     layer = dense_layer(config)
     qkv = layer.attention.qkv.stored_in("self_attn.qkv_proj")
     gate_up = layer.mlp.gate_up.stored_in("mlp.gate_up_proj")
@@ -121,6 +121,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "LlamaForCausalLM": Architecture(layer=_llama),
         "MistralForCausalLM": Architecture(layer=_mistral),
+        "MiMoForCausalLM": Architecture(layer=_qwen2),
         "Qwen2ForCausalLM": Architecture(layer=_qwen2),
         "Qwen3ForCausalLM": Architecture(layer=_qwen3),
         "Phi3ForCausalLM": Architecture(layer=_phi3, norm_eps=1e-5),

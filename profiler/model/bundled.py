@@ -22,15 +22,21 @@ def bundled_names() -> list[str]:
     return sorted(path.name.removesuffix(".json") for path in _SHAPES.iterdir())
 
 
-def load_model_shape(model: str) -> ModelShape:
-    """Read the shape of MODEL: a folder with a `config.json`, or the name of a bundled shape."""
+def load_model_shape(model: str, *, backend: str = "auto") -> ModelShape:
+    """Read the shape of MODEL: a folder with a `config.json`, the name of a bundled shape, or a Hugging Face id that
+    is in the local cache. See `model_from_config` for `backend`."""
     if model in bundled_names():
         data = _SHAPES.joinpath(f"{model}.json").read_bytes()
-        return model_from_config(parse_json(data, "MODEL", model), name=model)
-    folder = Path(model)
+        return model_from_config(parse_json(data, "MODEL", model), name=model, backend=backend)
+    folder = _cached(model) or Path(model)
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError("MODEL", model, "must be a folder with a config.json, or one of " + ", ".join(bundled_names()))
+        raise UserError(
+            "MODEL",
+            model,
+            "must be a folder with a config.json, an id of the Hugging Face cache, or one of "
+            + ", ".join(bundled_names()),
+        )
     content = read_json(path, field="MODEL")
     with located(path):
         config = parse(dict[str, Any], content)
@@ -39,4 +45,17 @@ def load_model_shape(model: str) -> ModelShape:
         with located(folder / SIDECAR):
             config = with_sidecar(config, parse(dict[str, Any], sidecar))
     with located(path):
-        return model_from_config(config, name=folder.resolve().name)
+        return model_from_config(config, name=Path(model).resolve().name, backend=backend)
+
+
+def _cached(model: str) -> Path | None:
+    """The folder of a snapshot in the Hugging Face cache, without any call to the network."""
+    if model.count("/") != 1 or Path(model).exists():
+        return None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(model, "config.json")
+    except (ImportError, ValueError, OSError):
+        return None
+    return Path(found).parent if isinstance(found, str) else None

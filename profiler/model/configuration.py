@@ -7,41 +7,126 @@ from typing import Any
 
 from db.errors import UserError
 from profiler.model.architectures import ARCHITECTURES
-from profiler.model.fields import positive, positive_number
+from profiler.model.fields import KernelsMissingError, positive, positive_number
 from profiler.model.precision import plain_precision
-from profiler.model.quantization import FIELD, Quantization, quantization_of
+from profiler.model.quantization import FIELD, Quantization, UnreadFormatError, quantization_of, weight_format
 from profiler.model.rope import check_rope, longest_prompt
-from profiler.model.shape import ModelShape, layer_prefix
+from profiler.model.shape import Backend, Counted, ModelShape, layer_prefix
 from profiler.model.spec import LayerSpec
 from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, Part
+from profiler.model.whole.blocks import PLANNED
+from profiler.model.whole.described import described
 
 MAX_LAYERS = 10_000
 
 
-def model_from_config(config: Mapping[str, Any], *, name: str) -> ModelShape:
-    """Read a configuration; raises `UserError` that names the field for anything that cannot be run exactly."""
+def model_from_config(config: Mapping[str, Any], *, name: str, backend: str = "auto") -> ModelShape:
+    """Read a configuration; raises `UserError` that names the field for anything that cannot be run or planned.
+
+    backend: `own` or `transformers` to take these kernels or that library; `auto` takes the library where kernels here
+    lack something.
+    """
+    named = _architecture(config)
+    if backend != Backend.TRANSFORMERS and named in ARCHITECTURES:
+        try:
+            return _own(config, named, name)
+        except KernelsMissingError as lacking:
+            if backend == Backend.OWN:
+                raise
+            try:
+                return _whole(config, named, name)
+            except UserError:
+                raise lacking from None
+    if backend == Backend.OWN:
+        raise UserError("architectures", named, "supported are " + ", ".join(ARCHITECTURES))
+    return _whole(config, named, name)
+
+
+def _own(config: Mapping[str, Any], named: str, name: str) -> ModelShape:
+    """A model of layers that kernels here run."""
     _refuse_unsupported(config)
     check_rope(config)
-    quantization = quantization_of(config)
-    named = _architecture(config)
+    quantization, unread = _quantization(config)
     architecture = ARCHITECTURES[named]
     layer = architecture.layer(config)
-    hidden, vocab = Dim(layer.hidden_size), Dim(positive(config, "vocab_size"))
-    embedding = Part("model.embed_tokens", vocab)
-    head = embedding if config.get("tie_word_embeddings", False) else Part("lm_head", vocab)
     return ModelShape(
+        **_ends(config, config, layer.hidden_size),
         name=name,
         architecture=named,
-        embedding=LinearSpec(name="embedding", cut=Cut.REPLICATED, parts=(embedding,), inputs=hidden),
-        layers=_layers(layer, positive(config, "num_hidden_layers", most=MAX_LAYERS), quantization),
-        final_norm=NormSpec("model.norm", hidden),
-        head=LinearSpec(name="head", cut=Cut.COLUMN, parts=(head,), inputs=hidden),
+        every_layer=_layers(layer, positive(config, "num_hidden_layers", most=MAX_LAYERS), quantization),
         norm_eps=positive_number("rms_norm_eps", config.get("rms_norm_eps", architecture.norm_eps)),
-        max_positions=longest_prompt(config),
-        dtype=_dtype(config),
-        config=dict(config),
         quantization=quantization,
+        weight_format=weight_format(config),
+        unread=unread,
     )
+
+
+def _whole(config: Mapping[str, Any], named: str, name: str) -> ModelShape:
+    """A model of layers that are planned as wholes, and run by Transformers where it can."""
+    quantization, unread = _quantization(config)
+    if quantization is not None:
+        unread = f"weights in {weight_format(config)} are read for kernels here alone"
+    format_, dtype = weight_format(config), _text(config)
+    if named in PLANNED:
+        layers = PLANNED[named](config)
+        return ModelShape(
+            **_ends(config, config, layers[0].hidden_size),
+            name=name,
+            architecture=named,
+            every_layer=layers,
+            norm_eps=1e-6,
+            weight_format=format_,
+            unread=unread,
+            backend=Backend.PLANNING,
+            unrun="neither kernels here nor Transformers have its layers",
+        )
+    known = described(config)
+    text = dict(dtype) | {
+        "vocab_size": known.vocab_size,
+        "tie_word_embeddings": known.is_tied,
+        "max_position_embeddings": known.max_positions,
+    }
+    return ModelShape(
+        **_ends(config, text, known.hidden_size),
+        name=name,
+        architecture=named,
+        every_layer=known.layers,
+        norm_eps=1e-6,  # its modules know theirs
+        weight_format=format_,
+        unread=unread,
+        backend=Backend.PLANNING if known.refusal else Backend.TRANSFORMERS,
+        unrun=known.refusal,
+        counted=Counted(all=known.num_parameters, text=known.num_text_parameters),
+    )
+
+
+def _ends(config: Mapping[str, Any], text: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
+    """What stands around the layers, by the fields of the text decoder."""
+    hidden, vocab = Dim(hidden_size), Dim(positive(text, "vocab_size"))
+    embedding = Part("model.embed_tokens", vocab)
+    head = embedding if text.get("tie_word_embeddings", False) else Part("lm_head", vocab)
+    return {
+        "embedding": LinearSpec(name="embedding", cut=Cut.REPLICATED, parts=(embedding,), inputs=hidden),
+        "final_norm": NormSpec("model.norm", hidden),
+        "head": LinearSpec(name="head", cut=Cut.COLUMN, parts=(head,), inputs=hidden),
+        "max_positions": longest_prompt(text),
+        "dtype": _dtype(config, text),
+        "config": dict(config),
+    }
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of the text decoder: those of the wrapper where none are nested."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else config
+
+
+def _quantization(config: Mapping[str, Any]) -> tuple[Quantization | None, str | None]:
+    """How the checkpoint's linears are quantized, or why that cannot be read."""
+    try:
+        return quantization_of(config), None
+    except UnreadFormatError as error:
+        return None, str(error)
 
 
 def _layers(layer: LayerSpec, count: int, quantization: Quantization | None) -> tuple[LayerSpec, ...]:
@@ -67,17 +152,14 @@ def _kept(layer: LayerSpec, index: int, quantization: Quantization) -> frozenset
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     """Anything that would run and be wrong is refused here, by name."""
-    architecture = _architecture(config)
-    if architecture not in ARCHITECTURES:
-        raise UserError("architectures", architecture, "supported are " + ", ".join(ARCHITECTURES))
     layer_types = config.get("layer_types") or []
     if not isinstance(layer_types, list):
         raise UserError("layer_types", layer_types, "must be a list in config.json")
     for kind in layer_types:
         if kind != "full_attention":
-            raise UserError("layer_types", kind, "only full_attention layers are supported")
+            raise KernelsMissingError("layer_types", kind, "only full_attention layers are supported")
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError("hidden_act", config["hidden_act"], "only silu is supported")
+        raise KernelsMissingError("hidden_act", config["hidden_act"], "only silu is supported")
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -85,6 +167,10 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return str(found[0] if isinstance(found, list) and found else found)
 
 
-def _dtype(config: Mapping[str, Any]) -> str:
-    value = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return plain_precision(value).name
+def _dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> str:
+    found = next(
+        (source[key] for source in (config, text) for key in ("dtype", "torch_dtype") if source.get(key)), None
+    )
+    if found is None and config.get(FIELD):
+        found = "bfloat16"  # of what is not quantized, where nothing says it
+    return plain_precision(str(found or "float32").removeprefix("torch.")).name

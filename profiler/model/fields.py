@@ -11,6 +11,10 @@ MAX_SIZE = 2**30
 _MAX_NUMBER = 1e15
 
 
+class KernelsMissingError(UserError):
+    """What kernels here do not compute; Transformers may."""
+
+
 def positive(config: Mapping[str, Any], field: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
     """An integer of at least 1."""
     value = config.get(field)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -14,16 +15,16 @@ if TYPE_CHECKING:  # planning from a cost model file needs no database
 def prefill_flops(shape: ModelShape, chunks: Iterable[tuple[int, int]], num_logits: int) -> float:
     """FLOPs of running `chunks`, each (tokens m, context p), and `num_logits` rows of the head.
 
-    Per layer and token two for each number in its matrices; per layer 4Hd for each (query, key) pair that the causal
-    mask keeps, m*p + m(m+1)/2 for a chunk; 2DV for a logit row. Norms, rotary embedding and softmax are left out, as is
+    Per layer and token two for each number in its matrices, of routed experts those that a token goes to; per layer
+    4Hd for each (query, key) pair that the mask keeps, m*p + m(m+1)/2 for a chunk under the causal mask and fewer with
+    a window; 2DV for a logit row. Norms, rotary embedding and softmax are left out, as is
     the custom (PaLM, appendix B).
     """
-    tokens, pairs = 0, 0
-    for num_tokens, context in chunks:
-        tokens += num_tokens
-        pairs += causal_pairs(num_tokens, context)
+    chunks, kinds = list(chunks), Counter(shape.every_layer)
+    tokens = sum(num_tokens for num_tokens, _ in chunks)
     layers = sum(
-        2 * tokens * layer.product_elements() + 4 * layer.attention.heads.size * pairs for layer in shape.layers
+        count * (2 * tokens * layer.product_elements() + sum(layer.attention_flops(*chunk) for chunk in chunks))
+        for layer, count in kinds.items()
     )
     vocab, hidden = shape.head.sizes()
     return float(layers + 2 * num_logits * hidden * vocab)
@@ -37,8 +38,3 @@ def fastest_product_flops(rows: Iterable[Measurement], dtype: str) -> float | No
         if row.op in ("matmul", "matmul_ceiling") and row.dtype == dtype and row.median_us > 0.0
     )
     return max(rates, default=None)
-
-
-def causal_pairs(chunk: int, context: int) -> int:
-    """(query, key) pairs that the causal mask keeps."""
-    return chunk * context + chunk * (chunk + 1) // 2

@@ -31,6 +31,10 @@ _PRESETS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {
 _FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
 
 
+class UnreadFormatError(UserError):
+    """A format of weights that is not read: a model in it is planned as if it were converted."""
+
+
 class Storage(StrEnum):
     """Under which names and in which order a linear's numbers lie in a checkpoint."""
 
@@ -89,11 +93,11 @@ class Quantization:
 
 def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     """What `quantization_config` says, or None without one; raises `UserError` for what cannot be read."""
-    found = config.get(FIELD)
+    found = _found(config)
     if not found:
         return None
     if not isinstance(found, Mapping):
-        raise UserError(FIELD, found, f"cannot be read; what can: {READABLE}")
+        raise UnreadFormatError(FIELD, found, f"cannot be read; what can: {READABLE}")
     method = str(found.get("quant_method") or ("modelopt" if "quant_algo" in found else "?"))
     match method:
         case "compressed-tensors":
@@ -102,7 +106,40 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
             return _block_fp8(found)
         case "modelopt":
             return _modelopt(found)
-    raise UserError(FIELD, method, f"cannot be read; what can: {READABLE}")
+    raise UnreadFormatError(FIELD, method, f"cannot be read; what can: {READABLE}")
+
+
+def weight_format(config: Mapping[str, Any]) -> str:
+    """What most people call the format of a checkpoint's linears: fp8, nvfp4, mxfp4, int4, ...; "" for plain ones."""
+    found = _found(config)
+    if not isinstance(found, Mapping):
+        return str(found or "")
+    method = str(found.get("quant_method") or "modelopt").lower()
+    if method == "modelopt" or found.get("quant_algo"):
+        algorithm = str(found.get("quant_algo") or "modelopt").lower()
+        return "mixed" if algorithm.startswith("mixed") else algorithm.replace("w4a16_awq", "int4").split("_pb")[0]
+    groups = found.get("config_groups")
+    if method == "compressed-tensors" and isinstance(groups, Mapping):
+        names = {_group_format(group) for group in groups.values()}
+        return names.pop() if len(names) == 1 else "mixed"
+    bits = found.get("bits")
+    return f"int{bits}" if method in ("gptq", "awq") and bits else method
+
+
+def _group_format(group: Any) -> str:
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping):
+        return "int8"
+    bits, kind = weights.get("num_bits"), weights.get("type", "int")
+    if kind == "float" and bits == 4:
+        return "mxfp4" if weights.get("group_size") == 32 else "nvfp4"
+    return f"fp{bits}" if kind == "float" else f"int{bits}"
+
+
+def _found(config: Mapping[str, Any]) -> Any:
+    """What says how linears are quantized; a wrapper may leave it to its text decoder."""
+    text = config.get("text_config")
+    return config.get(FIELD) or (text.get(FIELD) if isinstance(text, Mapping) else None)
 
 
 def with_sidecar(config: Mapping[str, Any], sidecar: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,5 +318,5 @@ def _matches(pattern: str, name: str) -> bool:
     return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
 
 
-def _refused(field: str, value: object) -> UserError:
-    return UserError(f"{FIELD}.{field}", value, f"cannot be read; what can: {READABLE}")
+def _refused(field: str, value: object) -> UnreadFormatError:
+    return UnreadFormatError(f"{FIELD}.{field}", value, f"cannot be read; what can: {READABLE}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from db.errors import UserError
-from profiler.model.fields import positive, positive_number
+from profiler.model.fields import KernelsMissingError, positive, positive_number
 
 # Types whose frequencies do not change with the length of the prompt: a chunk must see the same rotation as the whole.
 SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn")
@@ -40,15 +40,17 @@ def longest_prompt(config: Mapping[str, Any]) -> int:
     if rope_type(config) != "yarn":
         return written
     given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    original = given.get("original_max_position_embeddings") or written
-    return max(written, int(given["factor"] * original))
+    original, factor = given.get("original_max_position_embeddings") or written, given.get("factor") or 1.0
+    if not (isinstance(factor, int | float) and isinstance(original, int | float)):
+        return written
+    return max(written, int(factor * original))
 
 
 def check_rope(config: Mapping[str, Any]) -> None:
     """Raise `UserError` for a rotation that cannot be run exactly, or for a number that it lacks."""
     kind = rope_type(config)
     if kind not in SUPPORTED_TYPES:
-        raise UserError("rope_scaling", kind, "supported types are " + ", ".join(SUPPORTED_TYPES))
+        raise KernelsMissingError("rope_scaling", kind, "supported types are " + ", ".join(SUPPORTED_TYPES))
     if config.get("rope_theta") is not None:
         positive_number("rope_theta", config["rope_theta"])
     given: dict[str, Any] = {}
@@ -66,4 +68,4 @@ def check_rope(config: Mapping[str, Any]) -> None:
     for source in (config, config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
         share = source.get("partial_rotary_factor")
         if share not in (None, 1):
-            raise UserError("partial_rotary_factor", share, "only whole heads are rotated; must be 1 or null")
+            raise KernelsMissingError("partial_rotary_factor", share, "only whole heads are rotated; must be 1 or null")

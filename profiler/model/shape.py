@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from db.errors import UserError
@@ -14,6 +15,25 @@ from profiler.model.quantization import Quantization
 from profiler.model.rope import rope_type
 from profiler.model.spec import LayerSpec
 from profiler.model.tensors import LinearSpec, NormSpec
+from profiler.model.whole.layer import WholeLayer
+
+Layer = LayerSpec | WholeLayer
+
+
+class Backend(StrEnum):
+    """What runs a model's layers."""
+
+    OWN = "own"  # the kernels here
+    TRANSFORMERS = "transformers"  # the library's modules, a chunk of a request at a time
+    PLANNING = "planning only"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """Parameters as Transformers counts them: of all that the configuration describes, and of its text decoder."""
+
+    all: int
+    text: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +46,7 @@ class ModelShape:
     name: str
     architecture: str
     embedding: LinearSpec  # [vocab, hidden], looked up and not multiplied
-    layers: tuple[LayerSpec, ...]
+    every_layer: tuple[Layer, ...]
     final_norm: NormSpec
     head: LinearSpec
     norm_eps: float
@@ -34,11 +54,24 @@ class ModelShape:
     dtype: str  # of the checkpoint, of its plain tensors where others are quantized
     config: Mapping[str, Any]
     quantization: Quantization | None = None  # of the checkpoint
+    weight_format: str = ""  # of the checkpoint's linears; "" where it is `dtype`
+    unread: str | None = None  # why weights in that format are not read
+    backend: Backend = Backend.OWN
+    unrun: str | None = None  # why no backend runs it
+    counted: Counted | None = None
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The layers as kernels here run them; raises `UserError` where they are known as wholes only."""
+        own = tuple(layer for layer in self.every_layer if isinstance(layer, LayerSpec))
+        if len(own) < self.num_layers:
+            raise UserError("MODEL", self.name, f"{self.architecture} has layers without kernels here")
+        return own
 
     @property
     def num_layers(self) -> int:
         """How many decoder layers."""
-        return len(self.layers)
+        return len(self.every_layer)
 
     @property
     def hidden_size(self) -> int:
@@ -64,11 +97,16 @@ class ModelShape:
 
     @property
     def layer_kinds(self) -> tuple[LayerSpec, ...]:
-        """The layers that differ, each once."""
-        first = self.layers[0]
-        if all(layer is first for layer in self.layers):  # as most models are made: nothing to hash
+        """The layers that differ, each once; see `layers`."""
+        return tuple(dict.fromkeys(self.layers)) if len(self.every_kind) > 1 else self.layers[:1]
+
+    @property
+    def every_kind(self) -> tuple[Layer, ...]:
+        """The layers that differ, each once, whoever runs them."""
+        first = self.every_layer[0]
+        if all(layer is first for layer in self.every_layer):  # as most models are made: nothing to hash
             return (first,)
-        return tuple(dict.fromkeys(self.layers))
+        return tuple(dict.fromkeys(self.every_layer))
 
     @property
     def layer(self) -> LayerSpec:
@@ -81,15 +119,25 @@ class ModelShape:
     @property
     def fingerprint(self) -> str:
         """Short hash of what decides a kernel's work; two checkpoints of one shape share measurements."""
-        parts: tuple[object, ...] = (self.architecture, self.embedding, self.layers, self.final_norm, self.head)
-        kept = [linear.name for layer in self.layers for linear in layer.linears if linear.kept]
+        parts: tuple[object, ...] = (self.architecture, self.embedding, self.every_layer, self.final_norm, self.head)
+        own = [layer for layer in self.every_layer if isinstance(layer, LayerSpec)]
+        kept = [linear.name for layer in own for linear in layer.linears if linear.kept]
         parts += (kept,) if kept else ()
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
     @property
     def num_parameters(self) -> int:
         """All parameters, a tied embedding counted once."""
-        return sum(math.prod(size) for size in self.tensors().values())
+        if self.counted is not None:
+            return self.counted.all
+        layers = sum(layer.num_elements() for layer in self.every_layer)
+        ends = self.embedding.tensors() | self.final_norm.tensors() | self.head.tensors()
+        return layers + sum(math.prod(size) for size in ends.values())
+
+    @property
+    def num_text_parameters(self) -> int:
+        """Those of the text decoder: what a plan is about."""
+        return self.counted.text if self.counted else self.num_parameters
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a checkpoint must hold."""
@@ -100,6 +148,10 @@ class ModelShape:
 
     def check_tp_size(self, tp_size: int) -> None:
         """Raise `UserError` unless heads, KV heads and the MLP of all layers can be split over `tp_size` ranks."""
+        if self.backend is not Backend.OWN:
+            if tp_size != 1:
+                raise UserError("tp_size", tp_size, f"must be 1: the layers of {self.name} are run as wholes")
+            return
         for layer in self.layer_kinds:
             heads, kv_heads = layer.attention.heads.count, layer.attention.kv_heads.count
             intermediate = layer.mlp.intermediate.count

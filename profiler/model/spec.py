@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from profiler.model.precision import FLOAT32, Precision
 from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec
+from profiler.model.whole.layer import seen_pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +112,35 @@ class LayerSpec:
     def num_elements(self, tp_size: int = 1) -> int:
         """Numbers that a rank holds: matrices, biases and norms; with one rank, the layer's parameters."""
         return sum(tensor.num_elements(tp_size) for tensor in self._weights)
+
+    @property
+    def kv_numbers(self) -> int:
+        """Numbers that are kept of a token."""
+        return self.attention.kv_elements(1)
+
+    @property
+    def state_numbers(self) -> int:
+        """Numbers that are kept of a prompt, however long."""
+        return 0
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens a query sees at most; None: all before it."""
+        return None
+
+    @property
+    def idle_elements(self) -> int:
+        """Numbers of experts that a token does not go to."""
+        return 0
+
+    @property
+    def kind(self) -> str:
+        """In words, as tables name it."""
+        return "full attention"
+
+    def attention_flops(self, chunk: int, context: int) -> int:
+        """FLOPs of all (query, key) pairs that the causal mask keeps: two for each multiplication."""
+        return 4 * self.attention.heads.size * seen_pairs(chunk, context)
 
     def keeping(self, names: Collection[str], *, group_size: int | None = None) -> LayerSpec:
         """The same layer with these of its linears plain in every precision, and scales for groups of inputs."""

@@ -1,4 +1,4 @@
-"""Which points a profile consists of, coarse to fine: stopped at any time, it covers every operation to the far end."""
+"""Which points a profile consists of, and how early each is wanted: stopped at any time, it covers every operation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from profiler.kernels.attention_kernel import AttentionKernel
-from profiler.model import PRECISIONS, LayerSpec, ModelShape, Precision
-from profiler.model.flops import causal_pairs
+from profiler.model import PRECISIONS, Backend, LayerSpec, ModelShape, Precision
+from profiler.model.whole.layer import seen_pairs
+from profiler.points.order import by_need
 from profiler.points.point import BESIDE, COLLECTIVES, KEPT, WARM, Op, Point, strided
 from profiler.points.rank_groups import RankGroups
+from profiler.points.whole_layers import whole_layer_points
 from profiler.sequence.heads import most_heads
 
 SMALLEST_CHUNK = 16
@@ -53,9 +55,14 @@ class Grid:
         return PRECISIONS[self.dtype]
 
     def points(self) -> list[Point]:
-        """All points, each key once, by level and then the cheap ones first."""
+        """All points, each key once, in the order in which predictions need them."""
         unique = {point.key: point for point in sorted(self._all(), key=lambda p: p.level, reverse=True)}
-        return sorted(unique.values(), key=lambda point: (point.level, point.flops))
+        return by_need(
+            sorted(unique.values(), key=lambda point: (point.level, point.flops)),
+            device_type=self.device_type,
+            hidden_bytes=self._bytes(self.shape.hidden_size),
+            usual_kernel=self.kernels[0],
+        )
 
     @property
     def chunk_levels(self) -> dict[int, int]:
@@ -109,6 +116,28 @@ class Grid:
         return dict(sorted(levels.items()))
 
     def _all(self) -> Iterator[Point]:
+        if self.shape.backend is Backend.OWN:
+            yield from self._parts()
+        else:
+            yield from whole_layer_points(
+                self.shape,
+                self.precision,
+                chunks={chunk: level for chunk, level in self.chunk_levels.items() if level < LAST_LEVEL},
+                context_length=self.context_length,
+                busy_ranks=self.world_size,
+            )
+            yield from self._end_points(1)
+            yield from self._ceiling()
+            if self.world_size > 1:
+                yield from (
+                    point
+                    for groups in rank_groups((1,), (), self.world_size)
+                    for point in self._collectives(groups)
+                    if point.op is Op.SEND_RECV
+                )
+
+    def _parts(self) -> Iterator[Point]:
+        """Parts of layers, whole layers and all that ranks do together, for kernels here."""
         for tp_size in self.tp_sizes:
             for layer in self.shape.layer_kinds:
                 yield from self._layer_points(layer, tp_size)
@@ -180,7 +209,7 @@ class Grid:
                         shape={**heads, "chunk": chunk, "context": context},
                         variant=kernel.value,
                         level=min(chunk_level + context_level, LAST_LEVEL),
-                        flops=4.0 * heads["heads"] * heads["head_dim"] * causal_pairs(chunk, context),
+                        flops=4.0 * heads["heads"] * heads["head_dim"] * seen_pairs(chunk, context),
                         size_bytes=slab + self._bytes(3 * chunk * heads["heads"] * heads["head_dim"]),
                     )
 
@@ -206,7 +235,7 @@ class Grid:
                 yield Point(
                     op=Op.LAYER, dtype=self.dtype, shape={"chunk": chunk, "context": context} | sizes,
                     variant=layer.variant, level=chunk_level + context_level,
-                    flops=2.0 * chunk * weights + attention * causal_pairs(chunk, context),
+                    flops=2.0 * chunk * weights + attention * seen_pairs(chunk, context),
                     size_bytes=fixed_bytes + self._bytes(chunk * width),
                 )  # fmt: skip
 

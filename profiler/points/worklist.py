@@ -10,8 +10,8 @@ from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.points.kernel_choice import FAR, Contests, KernelChoice, KernelTime, kernel_times
 from profiler.points.point import Op, Point
 
-# By the nearest coarse point, where all kernels are measured: the usual kernel is not followed further when it is so
-# much slower than the best, another one only when it is so much faster than the usual.
+# By the nearest point at which several kernels were measured, as all are at the coarsest ones: the usual kernel is not
+# followed further when it is so much slower than the best, another one only when it is so much faster than the usual.
 _HOPELESS, _PROMISING = 1.15, 0.97
 
 
@@ -20,7 +20,6 @@ class Worklist:
 
     def __init__(self, points: Sequence[Point], rows: Iterable[Measurement], *, usual_kernel: AttentionKernel) -> None:
         self.points, self.usual_kernel = tuple(points), usual_kernel
-        self.coarse = {point.key for point in points if point.level == 0}
         self.rows: dict[MeasurementKey, Measurement] = {row.key: row for row in rows}
 
     def missing(self) -> Iterator[Point]:
@@ -40,8 +39,7 @@ class Worklist:
         if point.op is not Op.ATTENTION or point.level == 0:
             return False
         kernel = AttentionKernel(point.variant)
-        coarse = (row for key, row in self.rows.items() if key in self.coarse)
-        contests = Contests(_times(coarse, point.shape, point.busy_ranks))
+        contests = Contests(_times(self.rows.values(), point.shape, point.busy_ranks))
         chunk = point.shape["chunk"]
         nearest = contests.nearest(chunk, point.shape["context"])
         if nearest is None or not chunk / FAR <= nearest[0] <= chunk * FAR:

@@ -19,9 +19,11 @@ from profiler.kernels.elementwise import rms_norm
 from profiler.kernels.entry import Product
 from profiler.kernels.linear import Linear
 from profiler.kernels.quantized.linear import make_linear
+from profiler.kernels.quantized.rounding import LARGEST, LEAST
 from profiler.kernels.quantized.weight import QuantizedWeight, quantize_weight
 from profiler.layers.decoder_layer import DecoderLayer, Norms, projections
 from profiler.model import LayerSpec, ModelShape, Precision
+from profiler.model.precision import quantized_name
 from profiler.model.shape import layer_prefix
 from profiler.model.tensors import LinearSpec, NormSpec
 from runtime.quantize.ranges import InputRanges, Recorder
@@ -108,8 +110,13 @@ def quantize_checkpoint(
     checkpoint = Checkpoint(source, device=device, dtype=torch.float32)
     streams = {"calibration": calibration, "before": held_out, "after": held_out}
     states = {
-        name: HiddenStates(sequences, shape, device, torch.float32) for name, sequences in streams.items() if sequences
-    }
+        name: HiddenStates(
+            sequences, shape, device, torch.float32,
+            kv=recipe.kv.torch_dtype if recipe.kv is not None and name == "after" else None,
+        )
+        for name, sequences in streams.items()
+        if sequences
+    }  # fmt: skip
     reports: list[LinearReport] = []
     kept: list[str] = []
     with CheckpointWriter(output, source) as writer:
@@ -128,13 +135,15 @@ def quantize_checkpoint(
         before, after = (_perplexity(states.get(name), checkpoint, shape) for name in ("before", "after"))
         _end(checkpoint, shape, writer)
         settings: dict[str, Any] = dict(config) | {
-            "quantization_config": recipe.quantization_config(list(dict.fromkeys(kept)))
+            "quantization_config": recipe.quantization_config(
+                list(dict.fromkeys(kept)), has_kv_scales="calibration" in states
+            )
         }
         writer.finish(settings)
     files = set(checkpoint.file_of.values())
     return QuantizeReport(
         model=shape.name,
-        precision=precision.name,
+        precision=quantized_name(recipe.linears, precision.activations, recipe.kv),
         folder=str(output),
         linears=tuple(reports),
         calibration_tokens=states["calibration"].num_tokens if calibration else 0,
@@ -206,12 +215,18 @@ def _quantize_layer(
     plain = dict[str, Product]()
     if states:
         plain |= {linear.name: Linear(layer.weight(linear), layer.bias(linear)) for linear in spec.linears}
+    kv_scales: tuple[float, float] | None = None
     if "calibration" in states:
         recording = {
             name: Recorder(linear, layer.inputs[name]) if isinstance(linear, Linear) else linear
             for name, linear in plain.items()
         }
-        states["calibration"].run(_decoder_layer(layer, shape, recording), spec)
+        ends = states["calibration"].run(_decoder_layer(layer, shape, recording), spec)
+        if recipe.kv is not None:
+            largest = LARGEST[recipe.kv.torch_dtype]
+            kv_scales = max(ends[0], LEAST) / largest, max(ends[1], LEAST) / largest
+            for which, scale in zip("kv", kv_scales, strict=True):
+                writer.add(f"{prefix}self_attn.{which}_scale", torch.tensor([scale]))
     if "before" in states:
         states["before"].run(_decoder_layer(layer, shape, plain), spec)
     plain.clear()
@@ -242,7 +257,7 @@ def _quantize_layer(
         name = layer.name(norm.tensor) + ".weight"
         writer.add(name, layer.tensors[name].to(stored[name]))
     if "after" in states:
-        states["after"].run(_decoder_layer(layer, shape, products), spec)
+        states["after"].run(_decoder_layer(layer, shape, products), spec, kv_scales)
     return reports
 
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from profiler.kernels.quantized.weight import Observer
-from profiler.model.precision import INT8, LinearFormat
+from profiler.model.precision import INT8, Format, LinearFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,7 @@ class Recipe:
     smooth: float | None = None
     asymmetric: bool = False
     keep: tuple[str, ...] = ()
+    kv: Format | None = None  # of keys and values, if not plain
 
     def keeps(self, name: str) -> bool:
         """Whether the linear `name` (model.layers.3.mlp.down_proj) stays plain: a pattern fits its name or its end."""
@@ -35,8 +36,17 @@ class Recipe:
         """Whether weights are written as packed words: what others read where activations stay plain."""
         return self.linears.activations is None
 
-    def quantization_config(self, kept: Sequence[str]) -> dict[str, Any]:
-        """The `quantization_config` of compressed-tensors; kept: names of linears that stay plain."""
+    def quantization_config(self, kept: Sequence[str], *, has_kv_scales: bool = False) -> dict[str, Any]:
+        """The `quantization_config` of compressed-tensors; kept: names of linears that stay plain.
+
+        has_kv_scales: whether each layer has a scale for its keys and one for its values.
+        """
+        cache: dict[str, Any] | None = None
+        if self.kv is not None:
+            cache = {
+                "num_bits": 8, "type": "int" if self.kv == INT8 else "float", "symmetric": True, "strategy": "tensor",
+                "dynamic": not has_kv_scales,
+            }  # fmt: skip
         is_int = self.linears.weights == INT8
         numbers = {"num_bits": 8, "type": "int" if is_int else "float", "symmetric": True}
         weights = numbers | {
@@ -61,6 +71,6 @@ class Recipe:
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
             "ignore": ["lm_head", *kept],
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": cache,
             "global_compression_ratio": None,
         }

@@ -11,6 +11,7 @@ import torch
 from db.errors import UserError, cut
 from db.files.documents import read_json_lines, read_utf8
 from profiler.kernels.attention import available_kernels
+from profiler.kernels.quantized.kv import KV, QuantizedKV, read_rows
 from profiler.kernels.rotary import Rotary
 from profiler.layers.decoder_layer import DecoderLayer, Stream
 from profiler.layers.prefill_inputs import RoundInputs, prepare_round
@@ -21,6 +22,7 @@ SEQUENCE_TOKENS = 512
 BATCH_TOKENS = 2048
 LEAST_TOKENS = 64
 MOST_TEXT_BYTES = 64 << 20
+ALL = slice(None)
 
 
 def read_sequences(path: Path, tokenizer: Tokenizer, shape: ModelShape, *, field: str) -> tuple[TokenIds, ...]:
@@ -63,9 +65,16 @@ class HiddenStates:
     """Hidden states of all sequences before some layer, batch by batch; they go through layer after layer."""
 
     def __init__(
-        self, sequences: Sequence[TokenIds], shape: ModelShape, device: torch.device, dtype: torch.dtype
+        self,
+        sequences: Sequence[TokenIds],
+        shape: ModelShape,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        kv: torch.dtype | None = None,
     ) -> None:
-        self.device, self.dtype = device, dtype
+        """kv: of 8 bits, in which keys and values are kept; None: plain."""
+        self.device, self.dtype, self.kv = device, dtype, kv
         rotary, kernel = Rotary(shape, device), available_kernels(device, dtype)[0]
         self.batches = [
             _Batch(
@@ -88,12 +97,28 @@ class HiddenStates:
         """Begin: embedding [V, hidden]."""
         self.states = [embedding[batch.ids].to(self.dtype) for batch in self.batches]
 
-    def run(self, layer: DecoderLayer, spec: LayerSpec) -> None:
-        """Through a layer: what is held is then what comes before the next."""
+    def run(
+        self, layer: DecoderLayer, spec: LayerSpec, kv_scales: tuple[float, float] | None = None
+    ) -> tuple[float, float]:
+        """Through a layer: what is held is then what comes before the next. Returns where keys and values end.
+
+        kv_scales: of all keys and of all values kept in 8 bits; None finds one for each token and head.
+        """
         kv_heads, head_dim = spec.attention.kv_heads.count, spec.attention.head_dim
+        ends = [0.0, 0.0]
         for index, (batch, hidden) in enumerate(zip(self.batches, self.states, strict=True)):
-            slab = torch.empty(2, kv_heads, hidden.shape[0], head_dim, device=self.device, dtype=self.dtype)
-            self.states[index] = layer(Stream(hidden), batch.inputs, slab[0], slab[1]).added()
+            size = (kv_heads, hidden.shape[0], head_dim)
+            slabs: list[KV]
+            if self.kv is None:
+                slabs = list(torch.empty(2, *size, device=self.device, dtype=self.dtype))
+            else:
+                slabs = [
+                    QuantizedKV.zeros(size, kept=self.kv, dtype=self.dtype, device=self.device, static=scale)
+                    for scale in kv_scales or (None, None)
+                ]
+            self.states[index] = layer(Stream(hidden), batch.inputs, *slabs).added()
+            ends = [max(end, float(read_rows(slab, ALL).abs().max())) for end, slab in zip(ends, slabs, strict=True)]
+        return ends[0], ends[1]
 
     def targets(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """After the last layer: hidden states [P, hidden] of all tokens but each sequence's last, and the next ids."""

@@ -88,6 +88,8 @@ class Pipeline:
 
     def record(self) -> None:
         """Make the plan's rounds and a step of decode replayable, once all that runs only once has run."""
+        if not self.stage.is_recordable:
+            return
         if self.stage.device.type == "cuda":
             torch.cuda.empty_cache()  # recordings keep their scratch memory elsewhere
         scratch = new_scratch(self.stage.device)

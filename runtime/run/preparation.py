@@ -9,7 +9,15 @@ from pathlib import Path
 from db.errors import UserError
 from profiler.comm.ranks.launch import under_torchrun
 from profiler.hardware.device import check_device_type, check_world_size
-from profiler.model import PRECISIONS, ModelShape, bundled_names, load_model_shape, model_from_config, precision_of
+from profiler.model import (
+    PRECISIONS,
+    Backend,
+    ModelShape,
+    bundled_names,
+    load_model_shape,
+    model_from_config,
+    precision_of,
+)
 from profiler.sequence.kind import SPKind
 from runtime.run.prompts import TokenIds, check_prompts
 from tuner.plan.layout import check_precision_fits
@@ -37,16 +45,16 @@ def model_shape(model: Mapping[str, object], weights: Path | None) -> ModelShape
 
     A plan for random weights may name a bundled shape instead of carrying a configuration.
     """
-    name = str(model.get("name") or "model")
+    name, backend = str(model.get("name") or "model"), str(model.get("backend") or "auto")
     if weights is None:
         if "architectures" not in model and name in bundled_names():
-            return load_model_shape(name)
+            return load_model_shape(name, backend=backend)
         if "architectures" not in model:
             raise UserError("model", dict(model), "must be the configuration of a model (its config.json)")
-        return model_from_config(model, name=name)
+        return model_from_config(model, name=name, backend=backend)
     if not (weights / "config.json").is_file():
         raise UserError("weights", weights, "must be a folder with a config.json and safetensors")
-    shape = load_model_shape(str(weights))
+    shape = load_model_shape(str(weights), backend=backend)
     for field in _SIZE_FIELDS:
         planned, found = model.get(field), shape.config.get(field)
         if planned is not None and found is not None and planned != found:
@@ -57,6 +65,10 @@ def model_shape(model: Mapping[str, object], weights: Path | None) -> ModelShape
 def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_type: str) -> None:
     """Raise `UserError` unless the model can be cut as planned, holds the prompts, and the machine has the devices."""
     parallel = plan.parallel
+    if shape.backend is Backend.PLANNING:
+        raise UserError("model", shape.architecture, f"is planned only: {shape.unrun}")
+    if shape.backend is Backend.TRANSFORMERS:
+        _check_whole(plan)
     check_precision_fits(PRECISIONS[plan.precision], parallel.sp_kind, parallel.weights)
     if parallel.sp_kind is SPKind.ULYSSES:
         for layer in shape.layer_kinds:
@@ -83,6 +95,16 @@ def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_t
     check_device_type(device_type)
     if not under_torchrun():
         check_world_size(parallel.world_size, device_type)
+
+
+def _check_whole(plan: Plan) -> None:
+    """Raise `UserError` for what layers that are run as wholes do not take."""
+    parallel, allowed = plan.parallel, "in a model that Transformers runs"
+    if PRECISIONS[plan.precision].linears is not None:
+        raise UserError("precision", plan.precision, f"must be a plain one {allowed}")
+    for name, value in (("sp_size", parallel.sp_size), ("virtual_stages", parallel.virtual_stages)):
+        if value > 1:
+            raise UserError(f"parallel.{name}", value, f"must be 1 {allowed}")
 
 
 def check_counts(*, max_new_tokens: int, repeat: int, num_threads: int) -> None:

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from profiler.comm.links.group import Groups, make_groups
 from profiler.comm.ranks.mark import Doing, Phase
 from profiler.comm.ranks.rank import RankContext
+from profiler.model import Backend
 from runtime.job.job import Job, Pass, RankReport
 from runtime.job.place import Place, mesh_of
 from runtime.run.card_marks import CardMarks
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
-from runtime.stage.stage import Stage
+from runtime.stage.stage import KernelStage, Stage
 
 
 @torch.inference_mode()
@@ -67,7 +68,7 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         torch.cuda.empty_cache()  # peer memory and NCCL allocate beside torch
         torch.cuda.reset_peak_memory_stats()
     begin()
-    stage = Stage(job, place, groups, context.device)
+    stage = _make_stage(job, place, groups, context.device)
     progress.enter(Phase.LINKS)
     pipeline = Pipeline(job, place, groups, stage, clock, progress)
     begin()
@@ -105,6 +106,14 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         memory_bytes=memory_bytes,
         token_ids=tuple(tuple(ids) for ids in new_ids.T.tolist()) if reports_tokens else None,
     )
+
+
+def _make_stage(job: Job, place: Place, groups: Groups, device: torch.device) -> Stage:
+    if job.shape.backend is Backend.OWN:
+        return KernelStage(job, place, groups, device)
+    from runtime.stage.library_stage import LibraryStage  # brings Transformers along: seconds of every start
+
+    return LibraryStage(job, place, groups, device)
 
 
 def _memory_bytes(device: torch.device) -> int | None:

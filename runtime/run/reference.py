@@ -12,6 +12,7 @@ import torch
 from profiler.kernels.quantized.kv import QuantizedKV
 from profiler.kernels.quantized.rounding import quantize_rows, quantize_static, widened
 from profiler.kernels.quantized.weight import quantize_weight
+from profiler.library.found import find
 from profiler.model import ModelShape, Precision, load_model_shape, precision_of
 from profiler.model.precision import LinearFormat
 from profiler.model.quantization import FIELD
@@ -76,7 +77,8 @@ def load_reference(weights: Path, precision: Precision) -> Any:
     logging.disable_progress_bar()
     shape, dtype = load_model_shape(str(weights)), precision.weights.torch_dtype
     if precision.linears is None and shape.quantization is None:
-        return transformers.AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, local_files_only=True)
+        kind = find(shape.config).model_class
+        return kind.from_pretrained(weights, dtype=dtype, local_files_only=True)
     config = {key: value for key, value in shape.config.items() if key != FIELD}
     kind = transformers.AutoConfig.for_model(**config)
     model = transformers.AutoModelForCausalLM.from_config(kind, dtype=dtype)

@@ -24,7 +24,7 @@ from profiler.comm.ranks.stall import LEAST_LIMIT_S
 from profiler.hardware.device import describe_hardware
 from profiler.kernels.attention import available_kernels
 from profiler.kernels.quantized.support import check_precision
-from profiler.model import PRECISIONS, ModelShape, precision_of
+from profiler.model import PRECISIONS, Backend, ModelShape, precision_of
 from profiler.model.flops import fastest_product_flops, prefill_flops
 from profiler.points.kernel_choice import KernelChoice
 from profiler.points.point import Op
@@ -198,7 +198,10 @@ def make_job(
     check_layout(plan, shape, max_new_tokens=max_new_tokens, device_type=device_type)
     check_precision(precision_of(plan.precision), device_type, field="precision")
     if weights is not None:
-        check_checkpoint(weights, shape, precision_of(plan.precision))
+        if shape.unread is not None:
+            raise UserError("weights", shape.weight_format, f"cannot be run as they are: {shape.unread}")
+        if shape.backend is Backend.OWN:  # Transformers checks what it reads
+            check_checkpoint(weights, shape, precision_of(plan.precision))
     token_ids = checked_prompts(
         random_prompts(plan.requests, shape.vocab_size) if prompts is None else prompts, plan, shape.vocab_size
     )
@@ -329,6 +332,8 @@ def _settle_s(plan: Plan, device_type: str) -> float:
 def _kernel_choice(plan: Plan, shape: ModelShape, rows: Iterable[Measurement], device_type: str) -> KernelChoice:
     """By the rows that the plan's prediction was fitted to; rows may name a kernel that this environment lacks."""
     kernels = available_kernels(torch.device(device_type), PRECISIONS[plan.precision].activations.torch_dtype)
+    if shape.backend is not Backend.OWN:
+        return kernel_choice([], kernels)
     mine = Rows([row for row in rows if row.dtype == plan.precision])
     sizes = shape.layers[0].attention.sizes(plan.parallel.tp_size)
     found = mine.select(Op.ATTENTION, sizes, busy_ranks=plan.parallel.world_size, variant=None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from db.files.documents import write_json
+from db.rows.runs import RoundTime
 from runtime.run.prediction import read_prediction
 from runtime.run.result import RunResult
 from tuner.plan.plan import Plan, Round
@@ -18,14 +19,19 @@ MEASURED, PREDICTED = 1, 2  # process ids of the two groups of rows
 
 def write_trace(path: Path, plan: Plan, result: RunResult) -> None:
     """Write the trace of a run, atomically. Format: Trace Event Format, JSON object form, times in microseconds."""
-    write_json(path, {"traceEvents": list(trace_events(plan, result)), "displayTimeUnit": "ms"})
+    write_json(path, trace_of(plan, result.rounds))
 
 
-def trace_events(plan: Plan, result: RunResult) -> Iterator[dict[str, Any]]:
+def trace_of(plan: Plan, rounds: Sequence[RoundTime]) -> dict[str, Any]:
+    """The trace of a plan whose rounds took these times; of one that was not run (none) what it predicts."""
+    return {"traceEvents": list(trace_events(plan, rounds)), "displayTimeUnit": "ms"}
+
+
+def trace_events(plan: Plan, rounds: Sequence[RoundTime]) -> Iterator[dict[str, Any]]:
     """One complete event (`ph` X) for each round in each group (on each stage), and the names of the rows."""
-    measured = ((time.round, time.stage, time.start_s, time.finish_s) for time in result.rounds)
-    yield from _rows(MEASURED, "measured", plan)
-    yield from _bars(MEASURED, plan, measured)
+    if rounds:
+        yield from _rows(MEASURED, "measured", plan)
+        yield from _bars(MEASURED, plan, ((time.round, time.stage, time.start_s, time.finish_s) for time in rounds))
     timeline = read_prediction(plan).timeline
     if timeline is not None:
         yield from _rows(PREDICTED, "predicted", plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
 
@@ -45,10 +46,14 @@ class Scheme:
     def __init__(self, job: Job, groups: Groups, device: torch.device, choose_kernel: ChooseKernel) -> None:
         self.job, self.device, self.choose_kernel = job, device, choose_kernel
         self.dtype = PRECISIONS[job.dtype].activations.torch_dtype
-        self.rotary = Rotary(job.shape, device)
         self.group = self.group_of(groups)
         self.kv_rows = self.assign_rows()
         self.step = self.make_step()
+
+    @cached_property
+    def rotary(self) -> Rotary:
+        """The rotation of the model's positions."""
+        return Rotary(self.job.shape, self.device)
 
     def group_of(self, groups: Groups) -> RankGroup:
         """The ranks that share the rows of a round."""

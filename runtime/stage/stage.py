@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cache
 
@@ -15,7 +16,7 @@ from profiler.layers.layer_inputs import LayerInputs
 from profiler.model import PRECISIONS
 from runtime.job.job import Job
 from runtime.job.place import Place
-from runtime.stage.sequence import SCHEMES
+from runtime.stage.sequence import SCHEMES, Scheme
 from runtime.stage.share import RoundShare
 from runtime.stage.slab import KVSlab
 from runtime.weights.checkpoint import RandomWeights
@@ -25,11 +26,71 @@ from runtime.weights.shard import load_shard
 ALL_LAYERS = slice(None)
 
 
-class Stage:
-    """Weights and KV slab of one rank, and how it shares rounds. It knows its rounds, not its neighbours."""
+class Stage(ABC):
+    """Weights and KV of one rank, and how it shares rounds. It knows its rounds, not its neighbours."""
+
+    scheme: Scheme
+    dtype: torch.dtype  # of hidden states
+    is_recordable: bool
+    """Whether its rounds do the same work on the same memory each time."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.shape, self.requests, self.device = job.shape, job.requests, device
+
+    @abstractmethod
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """On the first stage: token_ids [T] -> [T, hidden]."""
+
+    @abstractmethod
+    def forward(self, share: RoundShare, hidden: torch.Tensor, layers: slice = ALL_LAYERS) -> torch.Tensor:
+        """Run this rank's rows of a round: hidden [P, hidden], packed in order -> [P, hidden]; KV goes to the slab.
+
+        layers: those of one group, where the stage holds several.
+        """
+
+    @abstractmethod
+    def forward_step(self, hidden: torch.Tensor, layers: slice = ALL_LAYERS) -> torch.Tensor:
+        """Run one token of every request, in order, at the positions that the step holds; the stage's last layer moves
+        those on.
+
+        hidden: [R, hidden] -> [R, hidden]; KV goes to the slab.
+        """
+
+    @abstractmethod
+    def next_ids(self, hidden: torch.Tensor) -> torch.Tensor:
+        """On the last stage: hidden [R, hidden] -> token ids [R] int64."""
+
+    @abstractmethod
+    def warm_up(self, rounds: Iterable[RoundShare]) -> None:
+        """Run what rounds of these shapes need for the first time: not on the run's clock.
+
+        Call it before anything is in the slab, which it writes.
+        """
+
+    def final_requests(self, share: RoundShare) -> list[int]:
+        """The requests whose prompt is complete with the round."""
+        return [chunk.request for chunk in share.chunks if chunk.end >= self.requests[chunk.request].prompt_tokens]
+
+    def final_hidden(self, share: RoundShare, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states that give those requests' next tokens: of hidden [P, hidden] and what other ranks ran."""
+        rows = share.last_rows()
+        found = [rows[request] for request in self.final_requests(share)]
+        if len(share.shares) == 1:
+            return torch.cat([hidden[row : row + 1] for row in found if row is not None])
+        final = hidden.new_zeros(len(found), hidden.shape[1])
+        for index, row in enumerate(found):
+            if row is not None:
+                final[index] = hidden[row]
+        return self.scheme.group.sum(final)  # of one rank's rows and zeros
+
+
+class KernelStage(Stage):
+    """A stage of layers that kernels here run, over a KV slab."""
+
+    is_recordable = True
 
     def __init__(self, job: Job, place: Place, groups: Groups, device: torch.device) -> None:
-        self.shape, self.requests, self.device = job.shape, job.requests, device
+        super().__init__(job, device)
         precision = PRECISIONS[job.dtype]
         self.dtype, weights_dtype = precision.activations.torch_dtype, precision.weights.torch_dtype
         weights = (
@@ -51,54 +112,30 @@ class Stage:
         )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """On the first stage: token_ids [T] -> [T, hidden]."""
+        """See `Stage`."""
         assert self.shard.embedding is not None
         return embed(self.shard.embedding, token_ids)
 
     def forward(self, share: RoundShare, hidden: torch.Tensor, layers: slice = ALL_LAYERS) -> torch.Tensor:
-        """Run this rank's rows of a round: hidden [P, hidden], packed in order -> [P, hidden]; KV goes to the slab.
-
-        layers: those of one group, where the stage holds several.
-        """
+        """See `Stage`."""
         return self._run_layers(hidden, self.scheme.round_inputs(share), layers)
 
     def forward_step(self, hidden: torch.Tensor, layers: slice = ALL_LAYERS) -> torch.Tensor:
-        """Run one token of every request, in order, at the positions that the step holds; the stage's last layer moves
-        those on.
-
-        hidden: [R, hidden] -> [R, hidden]; KV goes to the slab.
-        """
+        """See `Stage`."""
         hidden = self._run_layers(hidden, self.scheme.step_inputs(), layers)
         if layers.stop in (None, len(self.shard.layers)):
             self.scheme.step.advance()
         return hidden
 
-    def final_requests(self, share: RoundShare) -> list[int]:
-        """The requests whose prompt is complete with the round."""
-        return [chunk.request for chunk in share.chunks if chunk.end >= self.requests[chunk.request].prompt_tokens]
-
-    def final_hidden(self, share: RoundShare, hidden: torch.Tensor) -> torch.Tensor:
-        """The hidden states that give those requests' next tokens: of hidden [P, hidden] and what other ranks ran."""
-        rows = share.last_rows()
-        found = [rows[request] for request in self.final_requests(share)]
-        if len(share.shares) == 1:
-            return torch.cat([hidden[row : row + 1] for row in found if row is not None])
-        final = hidden.new_zeros(len(found), hidden.shape[1])
-        for index, row in enumerate(found):
-            if row is not None:
-                final[index] = hidden[row]
-        return self.scheme.group.sum(final)  # of one rank's rows and zeros
-
     def next_ids(self, hidden: torch.Tensor) -> torch.Tensor:
-        """On the last stage: hidden [R, hidden] -> token ids [R] int64."""
+        """See `Stage`."""
         assert self.shard.head is not None
         return self.shard.head(hidden)
 
     def warm_up(self, rounds: Iterable[RoundShare]) -> None:
         """Run each distinct shape of round once through one layer and the head.
 
-        Libraries build kernels the first time they see a shape (cuDNN 45 to 110 ms): not on the run's clock. Call it
-        before anything is in the slab, which it writes.
+        Libraries build kernels the first time they see a shape (cuDNN 45 to 110 ms).
         """
         for share in self._distinct(rounds):
             hidden = torch.zeros(share.num_rows, self.shape.hidden_size, device=self.device, dtype=self.dtype)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from service.cli.output import show_pairs, show_table, wrapped
+from service.reasons.precision import PrecisionStep
 from service.reasons.recommendation import gap_in_words
 from service.reasons.words import in_words
 from service.use_cases.tune_report import TuneReport, replay_json
@@ -15,7 +16,7 @@ from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
-    from tuner.fit.layer_costs import LayerCosts
+    from tuner.fit.whole.costs import Costs
     from tuner.rounds.schedule import Evaluation
     from tuner.search.autotune import Trial
     from tuner.search.layouts import Candidate
@@ -28,10 +29,10 @@ MOST_NAMED = 4
 def print_report(report: TuneReport) -> None:
     """Print what is recommended and how sure that is, then the layouts, the policies, and what the fits are like."""
     for note in report.notes:
-        print(wrapped(note))
-    if report.notes:
-        print()
+        print(f"{wrapped(note)}\n")
     _print_recommendation(report)
+    if report.precisions:
+        _print_precisions(report.precisions)
     if report.trials:
         show_table(
             ["layout", "policy", "measured s", "predicted s", "error %", "failed"],
@@ -81,6 +82,28 @@ def print_report(report: TuneReport) -> None:
             print(f"Wrote {written}")
 
 
+def _print_precisions(steps: Sequence[PrecisionStep]) -> None:
+    """What each precision would bring here, and why some were not taken."""
+    own_s = steps[0].makespan_s
+    show_table(
+        ["precision", "loss %", "makespan s", "times as fast", "attention %"],
+        [
+            [
+                step.precision, None if step.loss is None else 100.0 * step.loss, step.makespan_s,
+                own_s / step.makespan_s if own_s and step.makespan_s else None,
+                None if step.attention_share is None else 100.0 * step.attention_share,
+            ]
+            for step in steps
+            if step.refusal is None
+        ],
+        title="Precisions, each with its best layout and rounds; 8-bit linears make attention no faster",
+    )  # fmt: skip
+    for step in steps:
+        if step.refusal is not None:
+            print(wrapped(f"{step.precision} is not taken: {step.refusal}"))
+    print()
+
+
 def _print_recommendation(report: TuneReport) -> None:
     told = report.recommendation
     warning = told.warning()
@@ -116,7 +139,7 @@ def _print_fits(report: TuneReport) -> None:
         )
 
 
-def _print_corrections(costs: LayerCosts) -> None:
+def _print_corrections(costs: Costs) -> None:
     """What ranks and earlier runs told beside the rows."""
     factors, correction = costs.rank_skew.factors, costs.correction
     if factors:

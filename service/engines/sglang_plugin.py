@@ -19,7 +19,7 @@ def register() -> None:
     path = os.environ.get(VARIABLE)
     if not path:
         return
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # type: ignore[import-not-found]
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(f"{SIZER}.predict", predictor(path), HookType.REPLACE)
     HookRegistry.register(f"{SIZER}.profile_and_fit", ready, HookType.REPLACE)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 import uvicorn
 
@@ -30,6 +31,8 @@ from service.jobs.queue import JobQueue
 
 _MOST_CONNECTIONS = 500
 _GRACE_S = 3
+_END_WITHIN_S = 15.0
+"""From the signal to the end: requests have their grace, and the worker its own."""
 _AGAIN_AFTER_S = 2.0
 
 
@@ -44,6 +47,17 @@ class Address:
     def first_visit(self) -> str:
         """What a browser opens: the part after # is never sent, and so stands in no log."""
         return f"{self.url}/#token={self.token}" if self.token else self.url
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which ends in time whatever a thread or a planning process still does."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end, gracefully, and see to it that this has an end."""
+        backstop = threading.Timer(_END_WITHIN_S, os._exit, [0])
+        backstop.daemon = True
+        backstop.start()
+        super().handle_exit(sig, frame)
 
 
 def serve(options: ServeOptions, job_options: Options) -> None:
@@ -81,7 +95,7 @@ def serve(options: ServeOptions, job_options: Options) -> None:
     told = f"isochunk serves {database.location}\nOpen {address.first_visit}"
     log.say("serves", told, database=database.location, url=address.url, first_visit=address.first_visit)
     with _worker(options) if options.worker else _nothing():
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config).run(sockets=[listener])
     log.say("ends", None, url=address.url)
 
 

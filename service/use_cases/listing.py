@@ -115,4 +115,5 @@ def plan_summary(plan: Mapping[str, Any]) -> dict[str, Any]:
         "num_rounds": len(plan.get("rounds") or ()),
         "window": plan.get("window"),
         "predicted_s": (plan.get("predicted") or {}).get("makespan_s"),
+        "uncertainty": (plan.get("predicted") or {}).get("uncertainty"),
     }

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import click
 
@@ -19,22 +20,24 @@ from db.rows.processes import process_row
 from db.rows.runs import RunStatus, list_runs
 from db.store.engine import Database, open_database
 from profiler.hardware.device import default_device_type, default_num_threads, describe_hardware
-from profiler.model import PRECISIONS, load_model_shape, precision_of
+from profiler.model import PRECISIONS, Backend, ModelShape, load_model_shape, precision_of
 from profiler.model.configuration import MAX_LAYERS
 from profiler.model.flops import fastest_product_flops, prefill_flops
 from profiler.model.shape import default_dtype
 from profiler.sequence.kind import SPKind
+from service.reasons.precision import AUTO, best_precision, compare_precisions, read_losses
 from service.reasons.recommendation import Recommendation
 from service.use_cases.contest import contest
 from service.use_cases.options import chosen, flag_of
 from service.use_cases.tune_options import TuneOptions, next_command
 from service.use_cases.tune_report import TuneReport
-from tuner.fit.correction import fit_correction, load_measured_rounds
+from tuner.fit.correction import PlansRun, fit_correction, load_measured_rounds
 from tuner.fit.coverage import coverage
 from tuner.fit.holdout import held_out_errors
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.layer_costs import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
 from tuner.fit.uncertainty import share_missing, widened
+from tuner.fit.whole.costs import Costs, fit_whole_costs, whole_held_out
 from tuner.plan.layout import ANY, Layout, Pins, check_precision_fits, enumerate_layouts, layout_of
 from tuner.plan.plan import Request
 from tuner.plan.stage_order import StageOrder
@@ -50,6 +53,7 @@ from tuner.waterfall.moves import moves
 
 # Rows that a card's products are tiled by: between multiples their rate falls, and so finely they are measured.
 CHUNK_MULTIPLE = {"cpu": 64, "cuda": 256}
+CONVERTED = {"bf16": "bfloat16", "fp8": "fp8"}
 DEVICE_TYPE = {"gloo": "cpu", "nccl": "cuda"}  # of ranks by what joins them
 
 
@@ -58,9 +62,18 @@ def tune_model(
 ) -> TuneReport:
     """Plan a model's prefill on measured hardware; the fit and the plan are kept in the database."""
     assert options.model is not None
-    shape = load_model_shape(options.model)
-    if options.dtype is not None:
-        precision_of(options.dtype, field=flag_of(options, "dtype"))
+    shape = load_model_shape(options.model, backend=options.backend)
+    if options.precision == AUTO:
+        return _tune_precisions(options, shape, requests, rules, echo)
+    dtype, notes = options.dtype, list[str]()
+    if dtype is not None:
+        precision_of(dtype, field=flag_of(options, "dtype"))
+    if options.precision is not None or shape.unread is not None:
+        dtype = CONVERTED[options.precision or "bf16"] if dtype is None else dtype
+        notes.append(f"Planned as if the weights, {shape.weight_format or shape.dtype}, were converted to {dtype}")
+        shape = replace(shape, quantization=None, unread=None)
+    if shape.unrun is not None:
+        notes.append(f"Planned only: {shape.unrun}")
     pins = pins_of(options)
     topology = None if options.topology is None else load_topology(options.topology)
     world_size = options.world_size or (topology.num_cards if topology and pins == ANY else pins.num_ranks)
@@ -74,7 +87,7 @@ def tune_model(
             rules = replace(rules, chunk_multiple=CHUNK_MULTIPLE[device_type])
         target = Target(
             shape=shape,
-            dtype=options.dtype or default_dtype(shape, device_type),
+            dtype=dtype or default_dtype(shape, device_type),
             requests=requests,
             device_type=device_type,
             memory_bytes=options.memory_bytes or hardware.memory_bytes,
@@ -82,12 +95,14 @@ def tune_model(
             threads_per_rank=hardware.num_threads,
             layer_partition=layer_partition_of(options),
         )
-        rows = load_measurements(database, hardware, dtype=target.dtype)
+        timed = target.dtype
+        if shape.backend is not Backend.OWN and PRECISIONS[timed].linears is not None:
+            timed = PRECISIONS[timed].activations.name
+            notes.append(f"Memory is that of {target.dtype}, times are those of {timed}: no others are measured")
+        rows = load_measurements(database, hardware, dtype=timed)
         if not rows:
-            allowed = (
-                f"measure them first: isochunk profile {options.model} --world-size {world_size} --dtype {target.dtype}"
-            )
-            raise UserError("measurements", f"none in {target.dtype} on {hardware.device}", allowed)
+            allowed = f"measure them first: isochunk profile {options.model} --world-size {world_size} --dtype {timed}"
+            raise UserError("measurements", f"none in {timed} on {hardware.device}", allowed)
         links = Links(Rows(rows), topology)
         fit = _fitter(database, hardware, target, links, correct=options.correct)
         candidates = search_layouts(target, layouts, rules, fit)
@@ -95,7 +110,7 @@ def tune_model(
         precisions = _other_precisions(database, hardware, target, candidates[0].layout)
         report = _report(target, candidates, rules, hardware, rows, options, precisions)
         why = explain(target, report.candidates, rules, with_map=options.plot is not None)
-        report = replace(report, explanation=why, plot=options.plot)
+        report = replace(report, explanation=why, plot=options.plot, notes=tuple(notes))
         alone, simple = one_card(target, rules, fit), best_simple(target, candidates, rules)
         if options.measure is not None:
             from service.use_cases.tune_measured import tune_measured  # brings the runtime along
@@ -116,6 +131,32 @@ def tune_model(
         if options.keep:
             _keep(database, hardware, target, report)
         return report
+
+
+def _tune_precisions(
+    options: TuneOptions,
+    shape: ModelShape,
+    requests: tuple[Request, ...],
+    rules: Rules,
+    echo: Callable[[str], None] | None,
+) -> TuneReport:
+    """In each precision that the hardware was measured in."""
+    pins = pins_of(options)
+    with open_database(options.db_url) as database:
+        hardware = _hardware(database, options, options.world_size or pins.num_ranks)
+        measured = sorted({row.dtype for row in load_measurements(database, hardware)} & set(PRECISIONS))
+    own = default_dtype(shape, DEVICE_TYPE[hardware.backend])
+    losses = read_losses([path for path in (options.quantize_reports or "").split(",") if path])
+
+    def planned(dtype: str, **changes: Any) -> TuneReport:
+        chosen = replace(options, dtype=dtype, precision=None, max_loss=None, quantize_reports=None, **changes)
+        return tune_model(chosen, requests, rules, echo)
+
+    trial = {"keep": False, "measure": None, "study": None, "plot": None, "compare": False}
+    steps = tuple(
+        compare_precisions(shape, own, measured, losses, options.most_loss, lambda dtype: planned(dtype, **trial).plan)
+    )
+    return replace(planned(best_precision(steps)), precisions=steps)
 
 
 def pins_of(options: TuneOptions) -> Pins:
@@ -164,13 +205,14 @@ def _hardware(database: Database, options: TuneOptions, world_size: int) -> Hard
 
 def _fitter(
     database: Database, hardware: Hardware, target: Target, links: Links, *, correct: bool
-) -> Callable[[Layout], LayerCosts]:
+) -> Callable[[Layout], Costs]:
     """Costs of a layout: fitted once for all layouts of the same work, load and messages, corrected by earlier runs."""
 
-    fits: dict[object, LayerCosts | UserError] = {}
+    fits: dict[object, Costs | UserError] = {}
+    plans = PlansRun(database)
     has_runs = bool(list_runs(database, status=RunStatus.DONE, limit=1))
 
-    def fit(layout: Layout) -> LayerCosts:
+    def fit(layout: Layout) -> Costs:
         check_precision_fits(precision_of(target.dtype), layout.sp_kind, layout.weights)
         work = RankWork.on(
             hardware,
@@ -183,13 +225,14 @@ def _fitter(
         )
         if links.leaves_host(layout):
             work = replace(work, has_peer_memory=False)
-        costs = fit_layer_costs(links.rows_for(layout), work, busy_ranks=layout.world_size)
+        fit_costs = fit_layer_costs if target.shape.backend is Backend.OWN else fit_whole_costs
+        costs: Costs = fit_costs(links.rows_for(layout), work, busy_ranks=layout.world_size)
         if not (correct and has_runs):
             return costs
-        rounds = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model)
+        rounds = load_measured_rounds(database, hardware, work, cost_model=costs.cost_model, plans=plans)
         return replace(costs, correction=fit_correction(rounds))
 
-    def fit_layout(layout: Layout) -> LayerCosts:
+    def fit_layout(layout: Layout) -> Costs:
         key = (layout.tp_size, layout.sp_size, layout.sp_kind, layout.weights, layout.pp_size > 1, *links.key(layout))
         if key not in fits:
             try:
@@ -204,9 +247,9 @@ def _fitter(
     return fit_layout
 
 
-def _other_precisions(database: Database, hardware: Hardware, target: Target, layout: Layout) -> dict[str, LayerCosts]:
+def _other_precisions(database: Database, hardware: Hardware, target: Target, layout: Layout) -> dict[str, Costs]:
     """Costs of the layout in the other precisions that the model was measured in."""
-    found = dict[str, LayerCosts]()
+    found = dict[str, Costs]()
     for dtype in sorted({row.dtype for row in load_measurements(database, hardware)} - {target.dtype}):
         rows = load_measurements(database, hardware, dtype=dtype)
         other = replace(target, dtype=dtype)
@@ -223,7 +266,7 @@ def _report(
     hardware: Hardware,
     rows: list[Measurement],
     options: TuneOptions,
-    precisions: Mapping[str, LayerCosts],
+    precisions: Mapping[str, Costs],
 ) -> TuneReport:
     """The best candidate's plan with its rivals and its uncertainty. Raises UserError when every layout is refused."""
     best = candidates[0]
@@ -236,7 +279,8 @@ def _report(
         best = best if other.refusal else other
     assert best.rounds is not None
     work, layout = best.layout_costs.work, best.layout
-    held_out = held_out_errors(rows, work, busy_ranks=layout.world_size)
+    errors_of = held_out_errors if target.shape.backend is Backend.OWN else whole_held_out
+    held_out = errors_of(rows, work, busy_ranks=layout.world_size)
     covered = coverage(rows, work, layout, best.rounds.rounds, device_type=target.device_type)
     width = widened(best.uncertainty(held_out), share_missing(covered))
     plan = with_kinds(to_plan(target, best, rules, uncertainty=width), best)

@@ -20,6 +20,12 @@ class TuneOptions:
     """Options of `isochunk tune`. Raises UserError for values that are not allowed, alone or together."""
 
     model: str | None = option(None, "Folder with a config.json, or a bundled shape.", flags=("MODEL",))
+    backend: str = option("auto", "What runs its layers.", choices=("auto", "own", "transformers"))
+    precision: str | None = option(
+        None,
+        "Plan as if the weights were converted to this; auto: to the fastest that was measured and loses little.",
+        choices=("bf16", "fp8", "auto"),
+    )
     world_size: int | None = option(None, "Ranks to plan for. [default: what the sizes kept need]", above=0)
     prompt_lens: str | None = option(
         None, "Tokens of the batch's prompts; 8192*16, 4096@2048 (cached).", metavar="N,N,..."
@@ -55,6 +61,10 @@ class TuneOptions:
     )
     max_new_tokens: int = option(1, "Tokens to decode; counts in memory.", above=0)
     dtype: str | None = option(None, "float32, bfloat16, w8a16, w8a8, fp8, ... [default: the model's]")
+    max_loss: str | None = option(None, "Rise of perplexity that auto allows. [default: 0.5%]", metavar="P%")
+    quantize_reports: str | None = option(
+        None, "Reports of quantize --json, which tell what precisions lose.", metavar="FILE,...", is_file=True
+    )
     device_type: str | None = option(
         None, "[default: cuda where there is one]", flags=("--device",), choices=("cpu", "cuda")
     )
@@ -79,8 +89,25 @@ class TuneOptions:
         """Of `memory_gib`."""
         return None if self.memory_gib is None else int(self.memory_gib * 2**30)
 
+    @property
+    def most_loss(self) -> float:
+        """Of `max_loss`, as a share."""
+        text = (self.max_loss or "0.5%").strip()
+        try:
+            share = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+        except ValueError:
+            share = -1.0
+        if not 0.0 <= share <= 1.0:
+            raise UserError("--max-loss", self.max_loss, "must be a share such as 0.5% or 0.005, at most 100%")
+        return share
+
     def __post_init__(self) -> None:
         check_options(self)
+        if self.precision != "auto":
+            for flag, value in (("--max-loss", self.max_loss), ("--quantize-reports", self.quantize_reports)):
+                if value is not None:
+                    raise UserError(flag, value, "goes with --precision auto")
+        _ = self.most_loss
         if self.cost_model is not None and (self.sp_size or 1) > 1:
             raise UserError("--sp-size", self.sp_size, "a cost model alone has no sequence parallelism; give MODEL")
         if self.plot is not None and not self.plot.endswith(".svg"):
@@ -105,6 +132,8 @@ class TuneOptions:
             raise UserError("--measure", self.measure, "a cost model alone cannot be run; give MODEL")
         if self.cost_model is not None and self.model is not None:
             raise UserError("--cost-model", self.cost_model, "stands instead of a model; give one of the two")
+        if self.precision is not None and self.dtype is not None:
+            raise UserError("--precision", self.precision, "says what --dtype says; give one of the two")
         if self.cost_model is None and self.model is None:
             raise UserError("MODEL", "missing", "give a model, or a cost model with --cost-model FILE --pp-size K")
 

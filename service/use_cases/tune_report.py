@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from service.reasons.precision import PrecisionStep
 from service.reasons.recommendation import Recommendation
 from tuner.plan.plan import Plan
 from tuner.rounds.deadlines import Impossible
@@ -17,7 +18,7 @@ from tuner.search.replay import Replay
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
     from db.rows.hardware import Hardware
     from tuner.fit.holdout import HeldOutError
-    from tuner.fit.layer_costs import LayerCosts
+    from tuner.fit.whole.costs import Costs
     from tuner.search.autotune import Trial
     from tuner.search.explanation import Explanation
     from tuner.search.layouts import Candidate
@@ -31,8 +32,6 @@ class TuneReport:
     recommendation: Recommendation
     options: Mapping[str, Any]
     """What the caller chose."""
-    notes: tuple[str, ...] = ()
-    """How the input was read and what was changed in it, a sentence each."""
     policies: list[RoundPlan] = field(default_factory=list)
     replays: list[Replay] = field(default_factory=list)
     impossible: tuple[Impossible, ...] = ()
@@ -44,8 +43,12 @@ class TuneReport:
     """Before all the runs that were asked for."""
     hardware: Hardware | None = None
     explanation: Explanation | None = None
+    precisions: tuple[PrecisionStep, ...] = ()
+    """Those that were compared, the model's own first."""
     output: str | None = None
     plot: str | None = None
+    notes: tuple[str, ...] = ()
+    """How the input was read, what was changed in it, and what the plan supposes of the model, a sentence each."""
 
     @property
     def num_planned(self) -> int:
@@ -58,7 +61,7 @@ class TuneReport:
         return sum(candidate.is_proven_worse for candidate in self.candidates)
 
     @property
-    def costs(self) -> LayerCosts | None:
+    def costs(self) -> Costs | None:
         """Fitted costs behind the plan; None where it was made from a cost model file."""
         return self.candidates[0].costs if self.candidates else None
 
@@ -66,13 +69,13 @@ class TuneReport:
         """For programs: the plan, the ranking, the policies, the held-out errors and the trials."""
         return {
             "plan": self.plan.to_json(),
-            "notes": list(self.notes),
             "recommendation": self.recommendation.to_json(),
             "options": dict(self.options),
             "layouts": [_candidate_json(candidate) for candidate in self.candidates],
             "num_planned": self.num_planned,
             "num_proven_worse": self.num_proven_worse,
             "why": self.explanation.to_json() if self.explanation else None,
+            "precisions": [asdict(step) for step in self.precisions],
             "policies": [_policy_json(planned) for planned in self.policies],
             "impossible": [str(one) for one in self.impossible],
             "replays": [replay_json(replay) for replay in self.replays],
@@ -84,6 +87,7 @@ class TuneReport:
                  "measured_s": t.measured_s, "error": t.error}
                 for t in self.trials
             ],
+            "notes": list(self.notes),
             "interrupted": self.interrupted,
             "output": self.output,
         }  # fmt: skip

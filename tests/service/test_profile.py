@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,6 +161,15 @@ def test_two_profiles_at_once_on_one_database_both_finish(model: Path, tmp_path:
         missing = {op["op"]: op["num_missing"] for op in json.loads(output)["ops"]}
         assert missing.pop(Op.ATTENTION) <= 6 and not any(missing.values())
     assert len({row.key for row in rows(database)}) == len(rows(database)) > 0
+
+
+def test_a_budget_too_small_for_one_point_says_what_is_needed(model: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(model, tmp_path / "profile.db", "--world-size", "1", "--budget-s", "0.001"),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.search(r"--budget-s: 0\.001; at least \d+ for one point", done.stderr)
 
 
 def test_out_of_budget_it_says_what_is_missing(model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,8 +14,8 @@ from click.testing import CliRunner
 from db.errors import UserError
 from db.rows.archive import import_hardware
 from db.rows.fits import list_fits
-from db.rows.hardware import Hardware
-from db.rows.measurements import save_measurements
+from db.rows.hardware import Hardware, list_hardware
+from db.rows.measurements import load_measurements, save_measurements
 from db.rows.plans import list_plan_rows
 from db.store.engine import open_database
 from service.cli.main import cli
@@ -396,6 +397,46 @@ def test_bad_cost_models_are_named(change: dict[str, Any], message: str, tmp_pat
 def test_nothing_measured_says_which_command_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^measurements: none .*; measure them first: isochunk profile"):
         tune(*TEN_TOKENS, "--db", f"sqlite:///{tmp_path / 'empty.db'}")
+
+
+def test_a_precision_is_chosen_by_what_it_loses(url: str, tmp_path: Path) -> None:
+    with open_database(url) as database:
+        (stored,) = list_hardware(database)
+        rows = load_measurements(database, stored.hardware)
+        for dtype, factor in (("w8a8+float32", 0.5), ("fp8+float32", 0.4), ("w8a16+float32", 0.8)):
+            names = ("min_us", "p10_us", "median_us", "p90_us", "std_us")
+            faster = [
+                replace(row, dtype=dtype, **{name: getattr(row, name) * factor for name in names}) for row in rows
+            ]
+            save_measurements(database, HARDWARE, faster)
+    reports = []
+    for precision, loss in (("w8a8", 0.004), ("fp8", 0.02)):
+        reports.append(tmp_path / f"{precision}.json")
+        reports[-1].write_text(json.dumps({"precision": precision, "perplexity_loss": loss, "linears": []}))
+    asked = (SHAPE.name, "--prompt-lens", "2048", "--tp-size", "1", "--pp-size", "2", "--db", url)
+    asked += ("--precision", "auto")
+    asked += ("--quantize-reports", ",".join(map(str, reports)))
+    found = tune_json(*asked)
+    assert found["plan"]["precision"] == "w8a8+float32"
+    own, *others = found["precisions"]
+    by_name = {step["precision"]: step for step in others}
+    assert own["precision"] == "float32" and own["loss"] == 0.0 and 0.0 < own["attention_share"] < 1.0
+    assert by_name["w8a8+float32"]["makespan_s"] < 0.6 * own["makespan_s"]
+    assert by_name["fp8+float32"]["refusal"] == "loses 2.00% of perplexity, more than 0.50%"
+    assert "its loss is not known" in by_name["w8a16+float32"]["refusal"]
+    assert "fp8+float32 is not taken: loses 2.00% of perplexity, more than 0.50%" in tune(*asked)
+    assert tune_json(*asked, "--max-loss", "3%")["plan"]["precision"] == "fp8+float32"
+    for arguments, said in (
+        (("--max-loss", "much"), "--max-loss: much; must be a share such as 0.5%"),
+        (("--precision", "fp8"), "--quantize-reports: "),
+        (("--quantize-reports", str(tmp_path / "no.json")), "--quantize-reports: "),
+    ):
+        with pytest.raises(UserError) as refused:
+            tune(*asked, *arguments)
+        assert str(refused.value).startswith(said)
+    reports[0].write_text(json.dumps({"precision": "w8a8", "perplexity_loss": None}))
+    with pytest.raises(UserError, match="tells no perplexity: quantize with --held-out"):
+        tune(*asked)
 
 
 def test_deadlines_of_a_trace_are_met_where_some_policy_meets_them(tmp_path: Path) -> None:

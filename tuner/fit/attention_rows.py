@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import takewhile
 
 from db.rows.measurements import Measurement
 from profiler.kernels.attention_kernel import AttentionKernel
@@ -12,6 +11,7 @@ from tuner.fit.attention_fit import AttentionCurve, Waves, fit_attention
 from tuner.fit.kernels import chosen_kernels, kernel_choice
 from tuner.fit.rows import RankWork, Rows, expected_s
 
+MOST_SPLIT = 1024  # chunks beyond it fill a card whatever the kernel
 IN_WAVES = (AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH, AttentionKernel.FLASH3)
 
 
@@ -23,14 +23,16 @@ class AttentionRows:
         choose, longest = kernel_choice(rows), max(row.shape["context"] for row in rows)
         self.kernel_of = {chunk: choose(chunk, longest) for chunk in {row.shape["chunk"] for row in rows}}
         any_in_waves = any(kernel in IN_WAVES for kernel in self.kernel_of.values())
-        others = list(takewhile(lambda chunk: self.kernel_of[chunk] not in IN_WAVES, sorted(self.kernel_of)))
+        others = [chunk for chunk, kernel in self.kernel_of.items() if kernel not in IN_WAVES]
+        if any_in_waves:  # where a small chunk was measured in one kernel alone, larger ones tell what runs it
+            others = [chunk for chunk in others if chunk <= MOST_SPLIT]
         self.waves = Waves(
             num_heads=rows[0].shape["heads"],  # that were measured: rows of more heads may stand for the rank's
             num_multiprocessors=work.num_multiprocessors if any_in_waves else None,
             split_up_to=max(others, default=0),
         )
         # The kernel that splits the context packs the heads of a group around a single row: no measure for several.
-        fewest = 2 if any_in_waves and len(others) > 1 else 1
+        fewest = 2 if any_in_waves and len(self.kernel_of) > 2 else 1
         self.chosen = [row for row in chosen_kernels(rows) if row.shape["chunk"] >= fewest]
 
     def fit(self, rows: Sequence[Measurement]) -> AttentionCurve:

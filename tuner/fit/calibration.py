@@ -17,6 +17,7 @@ LEAST_FACTOR, MOST_FACTOR = 0.5, 2.0  # parts that miss the whole by more are a 
 # Against one measured layer: that nothing is corrected; that work of like size is corrected alike, which holds for
 # token-wise work; and that a chunk's attention to itself is corrected as its attention to the context.
 PULL_TO_ONE, PULL_ALONG, PULL_TOGETHER = 0.05, 0.5, 0.1
+NEAR = 1.5  # times as many tokens, or as few: so far a measured layer tells of others
 FEW_SAMPLES = 3.0  # a row of so many samples counts for half
 
 
@@ -49,20 +50,32 @@ class Calibration:
             num_layers_measured=self.num_layers_measured + other.num_layers_measured,
         )
 
+    def is_near(self, tokens: float) -> bool:
+        """Whether a whole layer of about so many tokens was measured: between others its factors are a guess."""
+        return self.num_layers_measured > 0 and bool((np.abs(np.log(self.tokens / tokens)) < np.log(NEAR)).any())
+
     def tokens_factor(self, tokens: Floats) -> Floats:
         """Factor for rounds of so many tokens, interpolated over the logarithm, constant outside."""
         return self._at(tokens, self.factors)
 
     def base_factor(self, chunk: Floats) -> Floats:
         """Factor for the attention of chunks of so many tokens to themselves, likewise."""
-        return self._at(chunk, self.base_factors)
+        return self._at(chunk, self.base_factors, careful=True)
 
     def context_factor(self, chunk: Floats) -> Floats:
         """Factor for the attention of chunks of so many tokens to their context, likewise."""
-        return self._at(chunk, self.context_factors)
+        return self._at(chunk, self.context_factors, careful=True)
 
-    def _at(self, tokens: Floats, factors: Floats) -> Floats:
-        factor: Floats = np.interp(np.log(np.maximum(tokens, 1.0)), np.log(self.tokens), factors)
+    def _at(self, tokens: Floats, factors: Floats, *, careful: bool = False) -> Floats:
+        """careful: a factor that rises to the next knot has risen NEAR the one before: a short chunk leaves a part of
+        the card idle, whose power lets the rest run faster, and says nothing of chunks that fill it."""
+        knots = self.tokens
+        if careful and len(knots) > 1:
+            rises = np.flatnonzero((factors[1:] > factors[:-1]) & (NEAR * knots[:-1] < knots[1:]))
+            knots = np.concatenate([knots, NEAR * knots[rises]])
+            order = np.argsort(knots)
+            knots, factors = knots[order], np.concatenate([factors, factors[rises + 1]])[order]
+        factor: Floats = np.interp(np.log(np.maximum(tokens, 1.0)), np.log(knots), factors)
         return factor
 
 

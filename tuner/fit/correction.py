@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,32 @@ def fit_correction(rounds: MeasuredRounds) -> Correction:
     )
 
 
+class PlansRun:
+    """Plans of earlier runs, each read once however many layouts learn from it."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._plans: dict[int, tuple[Plan, str] | None] = {}
+        self._fingerprints: dict[str, str] = {}
+
+    def read(self, plan_id: int) -> tuple[Plan, str] | None:
+        """A plan and its model's fingerprint; None for one that cannot be read (any more)."""
+        if plan_id not in self._plans:
+            try:
+                plan = Plan.from_json(get_plan_row(self._database, plan_id))
+                self._plans[plan_id] = plan, self._fingerprint(plan)
+            except UserError:
+                self._plans[plan_id] = None
+        return self._plans[plan_id]
+
+    def _fingerprint(self, plan: Plan) -> str:
+        model = json.dumps(plan.model, sort_keys=True)
+        if model not in self._fingerprints:
+            backend = str(plan.model.get("backend", "auto"))
+            self._fingerprints[model] = model_from_config(plan.model, name="", backend=backend).fingerprint
+        return self._fingerprints[model]
+
+
 def load_measured_rounds(
     database: Database,
     hardware: Hardware,
@@ -127,12 +154,14 @@ def load_measured_rounds(
     *,
     cost_model: Callable[[Sequence[int]], CostModel],
     of: Callable[[Plan], bool] = lambda _plan: True,
+    plans: PlansRun | None = None,
 ) -> MeasuredRounds:
     """Rounds of `work`'s model, dtype and ranks of a stage that were run on `hardware`, predicted anew by `cost_model`,
     which knows rounds in the usual cut.
 
     of: which of them count. Rounds of one rank a stage move nothing between their start and their finish, so that runs
-    over another link between the same devices teach as much.
+    over another link between the same devices teach as much. plans: those of earlier runs, where several calls share
+    them.
     The prediction stored with a run may come from an older fit or carry a correction already, so it is not used.
     """
     tokens: list[float] = []
@@ -140,13 +169,13 @@ def load_measured_rounds(
     measured: list[float] = []
     places: list[tuple[int, int]] = []
     num_runs = 0
+    plans, fingerprint = plans or PlansRun(database), work.shape.fingerprint
     for run in _runs(database, hardware, any_link=work.stage_size == 1):
-        try:
-            plan = Plan.from_json(get_plan_row(database, run.plan_id))
-            shape = model_from_config(plan.model, name="")
-        except UserError:
+        found = plans.read(run.plan_id)
+        if found is None:
             continue
-        if shape.fingerprint != work.shape.fingerprint or not _ran(plan, work) or not of(plan):
+        plan, ran = found
+        if ran != fingerprint or not _ran(plan, work) or not of(plan):
             continue
         model = cost_model(plan.parallel.layer_partition)
         without_s, with_s = (

@@ -198,11 +198,11 @@ class LayerCosts:
         attention_scale = num_layers * skew * stage_scale * self.correction.attention_scale
         return StageCost(
             token_count=(0, *grid.tolist()),
-            token_seconds=_rising([tokens[0], *tokens]),
+            token_seconds=rising([tokens[0], *tokens]),
             attention=TableAttention(
                 count=tuple(grid.tolist()),
-                base_s=_rising(attention_scale * base_s),
-                context_s=_rising(attention_scale * slope_s),
+                base_s=rising(attention_scale * base_s),
+                context_s=rising(attention_scale * slope_s),
             ),
             round_overhead_s=scale * self.round_overhead_s + stage_scale * self.correction.round_s,
             chunk_s=scale * self.chunk_s * (1 if least else costs.calls_a_chunk),
@@ -300,7 +300,7 @@ def fit_layer_costs(measurements: Sequence[Measurement] | Rows, work: RankWork, 
     sends = []
     if busy_ranks > ranks:  # there are stages
         sends = rows.require("send_recv", {}, busy_ranks=busy_ranks, group_size=2, why=f"the links of {why}")
-    hop_latency_s, hop_byte_s = _fit_hop(sends)
+    hop_latency_s, hop_byte_s = fit_hop(sends)
     shape = work.shape
     costs = LayerCosts(
         work=work,
@@ -420,10 +420,11 @@ def _all_reduce(rows: Rows, work: RankWork, busy_ranks: int, why: str) -> Curve 
     return fit_rows(found, "bytes")
 
 
-def _fit_hop(sends: Sequence[Measurement]) -> tuple[float, float]:
+def fit_hop(sends: Sequence[Measurement]) -> tuple[float, float]:
+    """Latency and seconds a byte of messages between stages; nothing where there are none."""
     return fit_line([row.shape["bytes"] for row in sends], [expected_s(row) for row in sends]) if sends else (0.0, 0.0)
 
 
-def _rising(seconds: Floats | Sequence[float]) -> tuple[float, ...]:
+def rising(seconds: Floats | Sequence[float]) -> tuple[float, ...]:
     """Time never falls with more tokens; where two fits cross, the larger value holds."""
     return tuple(np.maximum.accumulate(np.asarray(seconds, dtype=np.float64)).tolist())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from db.errors import UserError
-from profiler.model import ModelShape, Precision
+from profiler.model import Backend, ModelShape, Precision
 from profiler.sequence.kind import SPKind
 from tuner.plan.plan import Parallel, Weights
 from tuner.plan.stage_order import StageOrder
@@ -183,6 +183,10 @@ def _tp_refusal(shape: ModelShape, tp_size: int) -> str | None:
 
 def _of_kinds(shape: ModelShape, plain: Layout, pins: Pins) -> Iterator[Layout]:
     """The layout in every kind of sequence parallelism that its sizes allow; a pinned one with its refusal."""
+    if shape.backend is not Backend.OWN:
+        refusal = f"the layers of {shape.name} are run as wholes: no ranks share their rows"
+        yield replace(plain, refusal=str(UserError("sp_size", plain.sp_size, refusal))) if plain.sp_size > 1 else plain
+        return
     if plain.sp_size == 1:
         for kind in (SPKind.NONE, SPKind.MEGATRON) if plain.tp_size > 1 else (SPKind.NONE,):
             yield replace(plain, sp_kind=kind)
@@ -199,7 +203,7 @@ def _of_kinds(shape: ModelShape, plain: Layout, pins: Pins) -> Iterator[Layout]:
 
 def _interleaved(shape: ModelShape, layout: Layout, pins: Pins) -> Iterator[Layout]:
     """The layout with one group of layers a stage and with several, in both orders."""
-    most = shape.num_layers // layout.pp_size
+    most = shape.num_layers // layout.pp_size if shape.backend is Backend.OWN else 1
     for virtual in VIRTUAL_STAGES if pins.virtual_stages is None else (pins.virtual_stages,):
         if virtual > most:
             if pins.virtual_stages is not None:

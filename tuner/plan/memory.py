@@ -8,16 +8,18 @@ from itertools import pairwise
 
 from db.errors import UserError
 from profiler.comm.links.buffers import BOUNDARY_BUFFERS, SEND_BUFFER_BYTES
-from profiler.model import PRECISIONS, LayerSpec, ModelShape, Precision
+from profiler.model import PRECISIONS, ModelShape, Precision
+from profiler.model.shape import Layer
 from profiler.sequence.kind import SequenceCut
 from tuner.plan.plan import Parallel, Plan, Request, Round, Weights
 from tuner.plan.round_sizes import RoundSizes
-from tuner.plan.scratch import gathered_bytes, kv_elements, scratch_bytes
+from tuner.plan.scratch import gathered_bytes, kept_bytes, ring_bytes, scratch_bytes
 
 USABLE_SHARE = 0.92  # the rest is the allocator's and the driver's
 MOST_RECORDED = 1024  # rounds that a rank on a card keeps recorded
-RECORDED_LAYER_BYTES = 64 << 10  # what a layer of a recorded round holds on a card
-RUNTIME_BYTES = {"cuda": 2 << 30, "cpu": 300 << 20}  # libraries, context and communicators of one rank
+RECORDED_LAYER_BYTES = 128 << 10  # what a layer of a recorded round holds on a card
+COMMUNICATOR_BYTES = 512 << 20  # what NCCL and peer memory take on a card beside others
+RUNTIME_BYTES = {"cuda": 2200 << 20, "cpu": 300 << 20}  # libraries, context and communicators of one rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +50,13 @@ def rank_memory(
     num_recorded = min(sizes.num_rounds, MOST_RECORDED) if device_type == "cuda" else 0
     # Rounds beyond those that are recorded take their scratch memory from elsewhere.
     scratches = 2 if num_recorded and sizes.num_rounds > MOST_RECORDED else 1
+    joined = COMMUNICATOR_BYTES if device_type == "cuda" and parallel.world_size > 1 else 0
     groups = list(_groups(shape, parallel))
-    gathered = gathered_bytes(shape.layer_kinds, parallel, sizes, precision) if device_type == "cuda" else 0
+    shares_rows = device_type == "cuda" and parallel.sp_size > 1
+    gathered = gathered_bytes(shape.layer_kinds, parallel, sizes, precision) if shares_rows else 0
+    passed = 0
+    if shares_rows:  # each recording keeps what it passes on
+        passed = max(ring_bytes(layer, parallel, sizes, precision) for layer in shape.layer_kinds) * num_recorded
     stages = list[RankMemory]()
     for stage in range(parallel.pp_size):
         held = [group for group in groups if group.stage == stage]
@@ -63,12 +70,10 @@ def rank_memory(
         stages.append(
             RankMemory(
                 weights_bytes=_layer_weights(layers, parallel, precision) + precision.weights.num_bytes(weights),
-                kv_bytes=sum(
-                    precision.kv_bytes(sizes.slab_rows * kv_elements(x, parallel), x.attention.head_dim) for x in layers
-                ),
-                activation_bytes=scratches * (scratch + boundaries) + gathered,
+                kv_bytes=sum(kept_bytes(x, parallel, sizes, precision) for x in layers),
+                activation_bytes=scratches * (scratch + boundaries) + gathered + passed,
                 unsent_bytes=unsent if sends else 0,
-                runtime_bytes=RUNTIME_BYTES[device_type] + num_recorded * len(layers) * RECORDED_LAYER_BYTES,
+                runtime_bytes=RUNTIME_BYTES[device_type] + joined + num_recorded * len(layers) * RECORDED_LAYER_BYTES,
             )
         )
     return tuple(stages)
@@ -148,18 +153,18 @@ def _num_boundary_buffers(parallel: Parallel, stage: int, device_type: str) -> i
 @dataclass(frozen=True, slots=True)
 class _Group:
     stage: int
-    layers: tuple[LayerSpec, ...]
+    layers: tuple[Layer, ...]
 
 
 def _groups(shape: ModelShape, parallel: Parallel) -> Iterator[_Group]:
     """The groups of layers in the order in which rounds go through them, each with its stage."""
     first = 0
     for stage, num_layers in zip(parallel.stage_of_group, parallel.layer_partition, strict=True):
-        yield _Group(stage, shape.layers[first : first + num_layers])
+        yield _Group(stage, shape.every_layer[first : first + num_layers])
         first += num_layers
 
 
-def _layer_weights(layers: Sequence[LayerSpec], parallel: Parallel, precision: Precision) -> int:
+def _layer_weights(layers: Sequence[Layer], parallel: Parallel, precision: Precision) -> int:
     """Bytes that a rank holds of its layers' weights: all, or its share, the layer that runs and the next one."""
     sizes = [layer.weights_bytes(precision, parallel.tp_size) for layer in layers]
     if parallel.weights is Weights.WHOLE:

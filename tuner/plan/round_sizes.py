@@ -27,6 +27,7 @@ class RoundSizes:
     most_passed: int
     """Tokens whose KV goes around the ranks in a round, context and new ones, at most."""
     num_rounds: int
+    num_requests: int = 1
 
     @classmethod
     def of(
@@ -54,6 +55,7 @@ class RoundSizes:
             all_rows=sum(rows),
             most_passed=max(sum(chunk.end for chunk in chunks) for chunks in rounds),
             num_rounds=len(rounds),
+            num_requests=len(requests),
         )
 
     @classmethod

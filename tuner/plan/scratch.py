@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from profiler.comm.links.buffers import GATHER_SLOTS
-from profiler.model import LayerSpec, Precision
+from profiler.model import LayerSpec, Precision, WholeLayer
 from profiler.model.precision import FLOAT32
 from profiler.sequence.heads import most_heads
 from profiler.sequence.kind import SPKind
 from tuner.plan.plan import Parallel
 from tuner.plan.round_sizes import RoundSizes
 
-_STREAM_ROWS = 4  # the residual before and after a block, its output and its norm
+_STREAM_ROWS = 5  # the residual before and after a block, its output, its norm, and the hidden states that came in
+RING_KEPT = 0.75  # of what a ring passes in its longest round: two buffers, in rounds of growing context
+_MERGED = 3  # attention of a ring's pieces in float32: that merged so far, the next, and the sum
+_SUMMED_ROWS = 4  # hidden states beside them where ranks sum partial ones: as sent, as received, and in pieces
+
+
+def kept_bytes(layer: LayerSpec | WholeLayer, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+    """Bytes that a rank keeps in a layer of all requests: those of each row of its slab, of a window, of a state."""
+    if isinstance(layer, WholeLayer):
+        rows = min(sizes.slab_rows, sizes.num_requests * layer.kept_tokens(sizes.slab_rows))
+        return precision.kv.num_bytes(rows * layer.cached_numbers + sizes.num_requests * layer.state_numbers)
+    return precision.kv_bytes(sizes.slab_rows * kv_elements(layer, parallel), layer.attention.head_dim)
 
 
 def kv_elements(layer: LayerSpec, parallel: Parallel) -> int:
@@ -21,12 +32,26 @@ def kv_elements(layer: LayerSpec, parallel: Parallel) -> int:
     return 2 * kv_heads * layer.attention.head_dim
 
 
-def scratch_bytes(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+def scratch_bytes(layer: LayerSpec | WholeLayer, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
     """Bytes of the largest round within a layer: the larger block, the residual stream, and what messages need."""
+    if isinstance(layer, WholeLayer):
+        return _whole(layer, sizes, precision)
     scratch = _KINDS[parallel.sp_kind](layer, parallel, sizes, precision)
     if precision.has_kv_scales:  # what a chunk attends to is plain while it does
         scratch += sizes.most_passed * precision.activations.num_bytes(kv_elements(layer, parallel))
     return scratch
+
+
+def _whole(layer: WholeLayer, sizes: RoundSizes, precision: Precision) -> int:
+    """One chunk at a time: its stream, the widest of its products four times, each token as often as it goes to
+    experts, keys and values of all its context once more, and a mask."""
+    rows, per_token = sizes.most_rows, layer.experts.per_token if layer.experts else 1
+    widest = max((size[-2] for _, size in layer.tensors if len(size) > 1), default=0)
+    row = precision.activations.num_bytes(
+        _STREAM_ROWS * layer.hidden_size + 4 * per_token * (widest + layer.hidden_size)
+    )
+    context = layer.kept_tokens(sizes.slab_rows) + rows
+    return rows * row + precision.kv.num_bytes(context * layer.cached_numbers) + 2 * rows * sizes.slab_rows
 
 
 def gathered_bytes(layers: Iterable[LayerSpec], parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
@@ -37,11 +62,22 @@ def gathered_bytes(layers: Iterable[LayerSpec], parallel: Parallel, sizes: Round
     return GATHER_SLOTS * parallel.sp_size * sizes.most_rows * row
 
 
+def ring_bytes(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
+    """Bytes that a recorded round keeps of the keys and values that go around the ranks, in the mean over rounds whose
+    context grows from none to the longest."""
+    if parallel.sp_kind is not SPKind.RING:
+        return 0
+    row = precision.kv.num_bytes(layer.attention.kv_elements(parallel.tp_size))
+    return int(RING_KEPT * -(-sizes.most_passed // parallel.sp_size) * row)
+
+
 def _own_rows(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision, messages: int = 0) -> int:
     """A rank runs its rows alone. messages: bytes beside attention."""
     rows = sizes.most_rows
     attention = rows * _attention_row_bytes(layer, precision, *_own_heads(layer, parallel)) + messages
-    return max(attention, rows * _mlp_row_bytes(layer, precision, parallel.tp_size)) + _stream(layer, precision, rows)
+    summed = _SUMMED_ROWS * layer.hidden_size if parallel.tp_size > 1 else 0
+    stream = _stream(layer, precision, rows) + rows * precision.activations.num_bytes(summed)
+    return max(attention, rows * _mlp_row_bytes(layer, precision, parallel.tp_size)) + stream
 
 
 def _gather(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
@@ -59,14 +95,18 @@ def _ulysses(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision:
     repeated = parallel.sp_size * (heads + 2 * kv_heads) * layer.attention.head_dim
     exchange = rows * precision.activations.num_bytes(4 * repeated)
     mlp = rows * _mlp_row_bytes(layer, precision, parallel.tp_size)
-    return max(attention, exchange, mlp) + _stream(layer, precision, rows)
+    # What the exchanges give lies beside what they took.
+    received = all_rows * precision.activations.num_bytes(_SUMMED_ROWS * layer.hidden_size)
+    return max(attention, exchange, mlp) + received + _stream(layer, precision, rows)
 
 
 def _ring(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
     """Beside attention the keys and values that it sees, and those that arrive meanwhile."""
     row = precision.kv.num_bytes(layer.attention.kv_elements(parallel.tp_size))
     passed = -(-sizes.most_passed // parallel.sp_size)
-    return _own_rows(layer, parallel, sizes, precision, 2 * passed * row)
+    heads, _ = _own_heads(layer, parallel)
+    merged = sizes.most_rows * FLOAT32.num_bytes(_MERGED * heads * layer.attention.head_dim)
+    return _own_rows(layer, parallel, sizes, precision, 2 * passed * row + merged)
 
 
 def _megatron(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:

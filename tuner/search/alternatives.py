@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from db.errors import UserError
 from profiler.sequence.kind import SPKind
-from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.whole.costs import Costs
 from tuner.plan.layout import Layout
 from tuner.rounds.problem import arrive_over_time
 from tuner.rounds.round_plan import Alternative
@@ -19,7 +19,7 @@ from tuner.search.target import Target
 ONE_CARD = Layout(tp_size=1, pp_size=1)
 
 
-def one_card(target: Target, rules: Rules, fit_layout: Callable[[Layout], LayerCosts]) -> Alternative:
+def one_card(target: Target, rules: Rules, fit_layout: Callable[[Layout], Costs]) -> Alternative:
     """One card alone, its rounds by the same rules."""
     try:
         (found,) = search_layouts(target, [ONE_CARD], rules, fit_layout)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from profiler.sequence.kind import CUTS, SequenceCut, usual_cut
-from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.whole.costs import Costs, WholeCosts
 from tuner.plan.cost_model import Floats
 from tuner.plan.plan import Request, Round
 from tuner.rounds.round_plan import RoundPlan
@@ -19,7 +19,7 @@ LEAST_GAIN = 1e-3
 
 
 def choose_cuts(
-    costs: LayerCosts, layer_partition: Sequence[int], requests: Sequence[Request], rounds: Sequence[Round]
+    costs: Costs, layer_partition: Sequence[int], requests: Sequence[Request], rounds: Sequence[Round]
 ) -> tuple[SequenceCut, ...]:
     """The cheapest cut of each round, the usual one unless another is cheaper on every stage.
 
@@ -38,7 +38,7 @@ def choose_cuts(
 
 
 def cut_seconds(
-    costs: LayerCosts,
+    costs: Costs,
     layer_partition: Sequence[int],
     requests: Sequence[Request],
     rounds: Sequence[Round],
@@ -54,7 +54,7 @@ def cut_seconds(
 
 def with_cuts(
     planned: RoundPlan,
-    costs: LayerCosts,
+    costs: Costs,
     layer_partition: Sequence[int],
     requests: Sequence[Request],
     *,
@@ -70,7 +70,7 @@ def with_cuts(
 
 
 def _seconds(
-    costs: LayerCosts,
+    costs: Costs,
     layer_partition: Sequence[int],
     requests: Sequence[Request],
     rounds: Sequence[Round],
@@ -84,6 +84,7 @@ def _seconds(
     seconds = model.round_seconds(*columns)
     if cut is usual:
         return seconds
+    assert not isinstance(costs, WholeCosts)  # its ranks share no rows
     in_layer = costs.cut_costs(cut)
     shares = np.array([in_layer.share_of_sum(*_columns(chunks)) for chunks in rounds])
     attention_s = seconds - model.without_attention().round_seconds(*columns)

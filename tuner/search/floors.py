@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.whole.costs import Costs
 from tuner.plan.cost_model import Floats
 from tuner.plan.layout import Layout
 from tuner.plan.plan import Request
@@ -68,7 +68,7 @@ class Batch:
 class LayerFloor:
     """What a batch costs at least in one layer of these costs, and beside the layers."""
 
-    def __init__(self, costs: LayerCosts, pp_size: int, batch: Batch) -> None:
+    def __init__(self, costs: Costs, pp_size: int, batch: Batch) -> None:
         work = batch.work
         self.batch = batch
         stages = costs.least_layers(pp_size)
@@ -193,9 +193,9 @@ class Floors:
 
     def __init__(self, batch: Batch, num_layers: int) -> None:
         self._batch, self._num_layers = batch, num_layers
-        self._layers: dict[tuple[int, int], tuple[LayerCosts, LayerFloor]] = {}
+        self._layers: dict[tuple[int, int], tuple[Costs, LayerFloor]] = {}
 
-    def of(self, layout: Layout, costs: LayerCosts) -> LayoutFloor:
+    def of(self, layout: Layout, costs: Costs) -> LayoutFloor:
         """The floor of a layout with these costs."""
         key = (id(costs), layout.pp_size)
         if key not in self._layers:  # with the costs, so that their id stays theirs

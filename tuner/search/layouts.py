@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
+
 from db.errors import UserError
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind
 from tuner.fit.holdout import HeldOutError
 from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.uncertainty import makespan_uncertainty
+from tuner.fit.whole.costs import Costs
 from tuner.plan.cost_model import CostModel
 from tuner.plan.layout import Layout
 from tuner.plan.memory import RankMemory, rounds_memory
@@ -37,7 +40,7 @@ NEAR_LIMIT = 0.9  # of the largest round that fits: a plan's largest above it mi
 SKETCHED_ROUNDS, HOPEFUL = 4, 1.05
 """Numbers of rounds that are tried where stages hold several groups; one where the estimate is above the best sketch
 by more than the factor."""
-FitLayout = Callable[[Layout], LayerCosts]  # raises UserError when nothing was measured for the layout
+FitLayout = Callable[[Layout], Costs]  # raises UserError when nothing was measured for the layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +51,7 @@ class Candidate:
     refusal: str | None = None
     floor: tuple[float, ...] | None = None
     """A bound on the score of all its plans: what it was left out for, where it has no rounds and no refusal."""
-    costs: LayerCosts | None = None
+    costs: Costs | None = None
     layer_partition: tuple[int, ...] = ()
     rounds: RoundPlan | None = None
     cuts: tuple[SequenceCut, ...] = ()
@@ -60,7 +63,7 @@ class Candidate:
     """Messages whose times no rows tell."""
 
     @property
-    def layout_costs(self) -> LayerCosts:
+    def layout_costs(self) -> Costs:
         """The costs with the layout's groups of layers; `costs` are shared by layouts of the same work."""
         assert self.costs is not None
         return self.costs.interleaved(self.layout.virtual_stages, self.layout.stage_order)
@@ -99,9 +102,25 @@ class Candidate:
     def uncertainty(self, held_out: Sequence[HeldOutError]) -> float:
         """How far the prediction of the makespan may be off, as a share of it."""
         assert self.costs is not None
-        return makespan_uncertainty(
-            held_out, self.costs.correction, extrapolates=self.extrapolates or bool(self.assumed)
-        )
+        guessed = self.extrapolates or bool(self.assumed) or not self.is_near_layers
+        return makespan_uncertainty(held_out, self.costs.correction, extrapolates=guessed)
+
+    @property
+    def is_near_layers(self) -> bool:
+        """Whether whole layers were measured with about as many tokens as the rounds that take most of the time have.
+
+        Without any measured layer the parts alone tell.
+        """
+        if not isinstance(self.costs, LayerCosts) or self.rounds is None:
+            return True
+        calibration = self.costs.calibration
+        if not calibration.num_layers_measured:
+            return True
+        tokens = np.array([sum(chunk.tokens for chunk in chunks) for chunks in self.rounds.rounds])
+        seconds = self.rounds.evaluation.round_s.sum(axis=1)
+        rows = np.maximum(tokens / self.layout.sp_size, 1.0)
+        near = np.array([calibration.is_near(each) for each in rows.tolist()])
+        return bool(seconds[near].sum() >= 0.5 * seconds.sum())
 
     def score(self, objective: Objective) -> tuple[float, ...]:
         """What to minimise; refused layouts come after all others."""
@@ -191,7 +210,7 @@ def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: 
     return rounds_to_plan(
         candidate.rounds,
         requests=target.requests,
-        model=dict(target.shape.config) | {"name": target.shape.name},
+        model=dict(target.shape.config) | {"name": target.shape.name, "backend": str(target.shape.backend)},
         precision=target.dtype,
         parallel=parallel_of(layout, candidate.layer_partition),
         window=rules.window,

@@ -132,20 +132,20 @@ def ranked(variants: Mapping[str, Sequence[Replay]], objective: Objective) -> li
 
 
 def best_of(replays: Sequence[Replay], simpler: Sequence[Replay], objective: Objective) -> Replay:
-    """The best by the objective; by the mean TTFT, first of those that keep the long waits short.
+    """The best by the objective; by the mean TTFT, one that keeps the long waits short as well.
 
-    Running least work first makes the mean small and the last percent long. So a mean counts beside a 99th percentile
-    of at most P99_SLACK times the least of the simpler policies, where its own is within MEAN_SLACK of theirs; where no
-    replay keeps both, the one that exceeds them least.
+    Running least work first makes the mean small and the last percent long. So of those whose mean is at most
+    MEAN_SLACK times the simpler policies' least, the best is one whose 99th percentile is at most P99_SLACK times
+    theirs, or else the one that exceeds that least.
     """
     if objective is not Objective.MEAN_TTFT:
         return min(replays, key=lambda one: one.evaluation.score(objective))
     most_mean_s = MEAN_SLACK * min(one.evaluation.mean_ttft_s for one in simpler)
     most_p99_s = P99_SLACK * min(one.ttft_s(99) for one in simpler)
 
-    def score(one: Replay) -> tuple[float, float]:
+    def score(one: Replay) -> tuple[float, float, float]:
         mean_s = one.evaluation.mean_ttft_s
-        return max(mean_s / most_mean_s, one.ttft_s(99) / most_p99_s, 1.0), mean_s
+        return max(mean_s / most_mean_s, 1.0), max(one.ttft_s(99) / most_p99_s, 1.0), mean_s
 
     return min(replays, key=score)
 

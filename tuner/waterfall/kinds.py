@@ -12,6 +12,7 @@ import numpy as np
 from profiler.sequence.kind import SequenceCut
 from tuner.fit.curve import Curve
 from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.whole.costs import WholeCosts
 from tuner.plan.cost_model import CostModel, Floats, PairAttention
 from tuner.plan.plan import Plan, Request, Round
 from tuner.rounds.schedule import evaluate
@@ -56,6 +57,8 @@ def round_kinds(
 def with_kinds(plan: Plan, candidate: Candidate) -> Plan:
     """The candidate's plan that also says what its rounds consist of."""
     assert plan.predicted is not None
+    if isinstance(candidate.layout_costs, WholeCosts):  # its layers' parts were not measured
+        return plan
     kinds = round_kinds(
         candidate.layout_costs, candidate.layer_partition, plan.requests, plan.rounds, candidate.cuts
     )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from tuner.fit.curve import Curve
-from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.whole.costs import Costs, WholeCosts
 from tuner.plan.plan import Move
 from tuner.rounds.problem import NO_LIMITS, arrive_over_time
 from tuner.rounds.schedule import evaluate
@@ -25,7 +25,7 @@ def moves(
     rules: Rules,
     *,
     rivals: list[Candidate] | None = None,
-    precisions: Mapping[str, LayerCosts] | None = None,
+    precisions: Mapping[str, Costs] | None = None,
 ) -> tuple[Move, ...]:
     """What would make the plan's makespan least, the largest gain first; of requests that arrive over time nothing.
 
@@ -48,19 +48,18 @@ def moves(
     return tuple(sorted(gains, key=lambda move: move.makespan_s))
 
 
-def _changes(
-    candidate: Candidate, rules: Rules, precisions: Mapping[str, LayerCosts]
-) -> Iterator[tuple[str, LayerCosts, Rules]]:
+def _changes(candidate: Candidate, rules: Rules, precisions: Mapping[str, Costs]) -> Iterator[tuple[str, Costs, Rules]]:
     costs, layout = candidate.layout_costs, candidate.layout
     own = candidate.rules(rules)
     percent = f"{100 * QUICKER:.0f} %"
-    correction = costs.correction
-    quick_attention = replace(correction, attention_scale=(1.0 - QUICKER) * correction.attention_scale)
-    yield f"attention {percent} quicker", replace(costs, correction=quick_attention), own
-    products = tuple(map(_quicker, costs.projections))
-    yield f"products {percent} quicker", replace(costs, projections=products), own
-    yield f"element-wise work {percent} quicker", replace(costs, elementwise=_quicker(costs.elementwise)), own
-    yield "launches of no time", replace(costs, round_overhead_s=0.0, chunk_s=0.0), own
+    if not isinstance(costs, WholeCosts):  # parts of layers were measured
+        correction = costs.correction
+        quick_attention = replace(correction, attention_scale=(1.0 - QUICKER) * correction.attention_scale)
+        yield f"attention {percent} quicker", replace(costs, correction=quick_attention), own
+        products = tuple(map(_quicker, costs.projections))
+        yield f"products {percent} quicker", replace(costs, projections=products), own
+        yield f"element-wise work {percent} quicker", replace(costs, elementwise=_quicker(costs.elementwise)), own
+        yield "launches of no time", replace(costs, round_overhead_s=0.0, chunk_s=0.0), own
     if layout.world_size > 1:
         yield f"links {LINKS_FACTOR:g} times as fast", costs.with_links(LINKS_FACTOR), own
     if own.window is not None:
@@ -71,7 +70,7 @@ def _changes(
         yield f"--dtype {name}", others.interleaved(layout.virtual_stages, layout.stage_order), own
 
 
-def _planned_s(target: Target, candidate: Candidate, costs: LayerCosts, rules: Rules) -> float:
+def _planned_s(target: Target, candidate: Candidate, costs: Costs, rules: Rules) -> float:
     """The better of the plan's rounds and of a new draft, under other costs."""
     assert candidate.rounds is not None
     model = costs.cost_model(candidate.layer_partition)

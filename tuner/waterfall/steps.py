@@ -14,6 +14,7 @@ makespan exactly:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,7 +25,6 @@ import numpy as np
 
 from db.errors import UserError
 from profiler.model import ModelShape
-from profiler.model.flops import causal_pairs
 from tuner.plan.cost_model import MAX_SECONDS, CostModel, Floats, Ints
 from tuner.plan.plan import Plan
 from tuner.plan.task_order import task_order
@@ -110,13 +110,17 @@ def waterfall(
 def flops_of_rounds(shape: ModelShape, plan: Plan) -> dict[Kind, Floats]:
     """FLOPs of each round, [num_rounds], as `profiler.model.flops` counts those of a prefill."""
     vocab, hidden = shape.head.sizes()
-    products = sum(2 * layer.product_elements() for layer in shape.layers)
-    per_pair = sum(4 * layer.attention.heads.size for layer in shape.layers)
+    kinds = Counter(shape.every_layer)
+    products = sum(2 * count * layer.product_elements() for layer, count in kinds.items())
     found: dict[Kind, list[float]] = {Kind.PRODUCTS: [], Kind.ATTENTION: [], Kind.ENDS: []}
     for chunks in plan.rounds:
         ends = sum(chunk.end == plan.requests[chunk.request].prompt_tokens for chunk in chunks)
         found[Kind.PRODUCTS].append(float(products * sum(chunk.tokens for chunk in chunks)))
-        found[Kind.ATTENTION].append(float(per_pair * sum(causal_pairs(chunk.tokens, chunk.start) for chunk in chunks)))
+        attended = sum(
+            count * sum(layer.attention_flops(chunk.tokens, chunk.start) for chunk in chunks)
+            for layer, count in kinds.items()
+        )
+        found[Kind.ATTENTION].append(float(attended))
         found[Kind.ENDS].append(2.0 * hidden * vocab * ends)
     return {kind: np.array(values) for kind, values in found.items()}
 

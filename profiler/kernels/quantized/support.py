@@ -18,7 +18,7 @@ def check_precision(precision: Precision, device_type: str, *, field: str = "dty
         return
     capability = torch.cuda.get_device_capability()
     if not _has(precision, capability):
-        having = ", ".join(name for name, each in PRECISIONS.items() if _has(each, capability))
+        having = ", ".join(name for name, each in PRECISIONS.items() if "+" not in name and _has(each, capability))
         raise UserError(field, precision.name, f"{torch.cuda.get_device_name()} has kernels for {having}")
 
 

@@ -20,6 +20,13 @@ NOTHING_NEW = 3
 
 @click.command(name="profile")
 @click.argument("model", metavar="MODEL")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "own", "transformers"]),
+    default="auto",
+    show_default=True,
+    help="What runs its layers: kernels here, or Transformers where these lack something.",
+)
 @click.option("--world-size", type=click.IntRange(min=1), help="Ranks to start. [default: one a card; 2 on a CPU]")
 @click.option(
     "--tp-sizes", metavar="N,...", help="Tensor-parallel degrees to measure. [default: those that split WORLD_SIZE]"
@@ -47,6 +54,7 @@ NOTHING_NEW = 3
 @json_option
 def command(
     model: str,
+    backend: str,
     world_size: int | None,
     tp_sizes: str | None,
     sp_sizes: str | None,
@@ -73,6 +81,7 @@ def command(
 
     options = ProfileOptions(
         model=model,
+        backend=backend,
         world_size=world_size,
         tp_sizes=tp_sizes,
         sp_sizes=sp_sizes,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
@@ -121,6 +123,21 @@ def download(plan_id: Id, service: Shared) -> Response:
 def read_export(plan_id: Id, engine: Engine, service: Shared) -> Export:
     """The plan as an engine's launch files, with what the engine cannot express and what that costs."""
     return export(Plan.from_json(_found(service, plan_id)), engine)
+
+
+@router.get("/plans/{plan_id}/export/{engine}/files", response_class=Response)
+@open_to(Scope.READ)
+def read_export_files(plan_id: Id, engine: Engine, service: Shared) -> Response:
+    """The engine's launch files in one archive (ZIP)."""
+    made = export(Plan.from_json(_found(service, plan_id)), engine)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in made.files.items():
+            entry = zipfile.ZipInfo(f"plan-{plan_id}-{engine}/{name}")
+            entry.external_attr = (0o755 if name.endswith(".sh") else 0o644) << 16
+            archive.writestr(entry, text)
+    headers = {"content-disposition": f'attachment; filename="plan-{plan_id}-{engine}.zip"'}
+    return Response(packed.getvalue(), media_type="application/zip", headers=headers)
 
 
 def _found(service: Shared, plan_id: int) -> dict[str, Any]:

@@ -6,7 +6,8 @@ const W = 460, H = 270, L = 56, R = 12, T = 12, B = 38;
 
 function scale(values, log, from, to) {
   const low = Math.min(...values), high = Math.max(...values);
-  const [a, b] = log ? [Math.log10(low), Math.log10(high)] : [Math.min(0, low), high];
+  let [a, b] = log ? [Math.log10(low), Math.log10(high)] : [Math.min(0, low), Math.max(0, high)];
+  if (log && b - a < 0.1) { a -= 0.1; b += 0.1; }
   const span = b - a || 1;
   const at = (value) => from + (((log ? Math.log10(value) : value) - a) / span) * (to - from);
   let marks;
@@ -16,7 +17,8 @@ function scale(values, log, from, to) {
     if (marks.filter((mark) => Math.log10(mark) >= a && Math.log10(mark) <= b).length < 2) marks = [low, Math.sqrt(low * high), high];
   } else {
     const step = 10 ** Math.floor(Math.log10(span / 3)) * (span / 3 / 10 ** Math.floor(Math.log10(span / 3)) > 5 ? 5 : span / 3 / 10 ** Math.floor(Math.log10(span / 3)) > 2 ? 2 : 1);
-    marks = Array.from({ length: Math.floor(span / step) + 1 }, (_, index) => a + index * step);
+    const first = Math.ceil(a / step - 1e-9);
+    marks = Array.from({ length: Math.floor(b / step + 1e-9) - first + 1 }, (_, index) => (first + index) * step);
   }
   return { at, marks: marks.filter((mark) => { const x = log ? Math.log10(mark) : mark; return x >= a - 1e-9 && x <= b + 1e-9; }) };
 }
@@ -27,8 +29,9 @@ const short = (value) => {
 };
 const binary = (value) => (value >= 2 ** 20 ? `${value / 2 ** 20}M` : value >= 1024 ? `${value / 1024}K` : String(value));
 
-// points: {x, y, text, fill?}; options: x, y (labels), logX, logY, diagonal (the line y = x and a band beside it)
-export function scatter(title, points, { x: xLabel, y: yLabel, logX = false, logY = false, diagonal = null, format = short }) {
+// points: {x, y, text, fill?, width?}; width: relative, drawn as a whisker around y = x, where the prediction says that y is.
+// options: x, y (labels), logX, logY, diagonal (the line y = x), roof ({peak, slope}: y is at most either)
+export function scatter(title, points, { x: xLabel, y: yLabel, logX = false, logY = false, diagonal = null, roof = null, format = short }) {
   const shared = diagonal === null ? [] : points.map((point) => point.x).concat(points.map((point) => point.y));
   const X = scale(diagonal === null ? points.map((point) => point.x) : shared, logX, L, W - R);
   const Y = scale(diagonal === null ? points.map((point) => point.y) : shared, logY, H - B, T);
@@ -39,8 +42,15 @@ export function scatter(title, points, { x: xLabel, y: yLabel, logX = false, log
     const low = Math.min(...shared), high = Math.max(...shared);
     children.push(h("svg:path", { class: "guide", d: `M${X.at(low)},${Y.at(low)} L${X.at(high)},${Y.at(high)}` }));
   }
+  if (roof) {
+    const at = [...new Set([...points.map((point) => point.x), roof.peak / roof.slope])].sort((a, b) => a - b);
+    const low = Math.min(...points.map((point) => point.y));
+    const line = at.map((x) => [x, Math.min(roof.peak, roof.slope * x)]).filter(([, y]) => y >= low);
+    children.push(h("svg:path", { class: "guide", d: line.map(([x, y], index) => `${index ? "L" : "M"}${X.at(x)},${Math.max(T, Y.at(y))}`).join(" ") }));
+  }
   for (const point of points) {
-    children.push(h("svg:circle", { class: "dot", cx: X.at(point.x), cy: Y.at(point.y), r: 3.5, fill: point.fill,
+    if (point.width) children.push(h("svg:line", { class: "whisker", x1: X.at(point.x), x2: X.at(point.x), y1: Y.at(point.x * (1 + point.width)), y2: Y.at(point.x * Math.max(0.01, 1 - point.width)) }));
+    children.push(h("svg:circle", { class: "dot", cx: X.at(point.x), cy: Y.at(point.y), r: 3.5, style: point.fill && { fill: point.fill },
       onpointermove: (event) => hint(event, point.text), onpointerleave: (event) => hint(event, null) }));
   }
   children.push(h("svg:text", { x: (L + W) / 2, y: H - 5, "text-anchor": "middle" }, xLabel),

@@ -9,7 +9,7 @@ export function h(tag, attributes = {}, ...children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === undefined || value === false) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (name === "style") Object.assign(element.style, value);
+    else if (name === "style") value && Object.assign(element.style, value);
     else element.setAttribute(name, value === true ? "" : value);
   }
   element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
@@ -23,9 +23,9 @@ export function show(element, ...children) {
 export function seconds(value) {
   if (value === null || value === undefined) return "–";
   if (value === 0) return "0";
-  if (value >= 100) return `${value.toFixed(0)} s`;
-  if (value >= 1) return `${value.toPrecision(3)} s`;
-  if (value >= 1e-3) return `${(1e3 * value).toPrecision(3)} ms`;
+  if (value >= 99.95) return `${value.toFixed(0)} s`;
+  if (value >= 0.9995) return `${value.toPrecision(3)} s`;
+  if (value >= 0.9995e-3) return `${(1e3 * value).toPrecision(3)} ms`;
   return `${(1e6 * value).toPrecision(3)} µs`;
 }
 

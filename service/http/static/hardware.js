@@ -1,6 +1,6 @@
 // What was measured: rates, attention over (chunk, context), links by size, and how well the fits tell what they have not seen.
 
-import { all, get } from "./api.js";
+import { all, get, post } from "./api.js";
 import { heatMap, scatter } from "./charts.js";
 import { $, h, percent, show, table, when, whole } from "./dom.js";
 
@@ -27,9 +27,32 @@ async function open(one) {
   const rows = points.map((point) => point.measurement);
   const charts = [roofline(rows), attention(rows), links(rows)].filter(Boolean);
   const fit = fits.items[0], heldOut = fit?.report?.held_out ?? [];
-  show($("hardware-detail"), h("div", { class: "results" }, h("div", { class: "split even" }, charts), noise(rows), heldOut.length > 0 && h("div", { class: "card" },
+  show($("hardware-detail"), h("div", { class: "results" }, h("div", { class: "split even" }, charts), missing(one, fit?.model_name), noise(rows), heldOut.length > 0 && h("div", { class: "card" },
     h("h2", {}, `Fit for ${fit.model_name} in ${fit.dtype}: errors on points it had not seen`),
     table([["what", (row) => row.op], ["points left out", (row) => row.num_points, true], ["median", (row) => percent(row.median), true], ["p90", (row) => percent(row.p90), true], ["worst", (row) => percent(row.worst), true]], heldOut))));
+}
+
+function missing(one, model) {
+  const told = h("div", {}), error = h("p", { class: "error", role: "alert" });
+  const choice = h("select", { "aria-label": "Model", onchange: () => look() });
+  async function look() {
+    error.textContent = "";
+    try {
+      const rows = await get(`/hardware/${one.id}/coverage?model=${encodeURIComponent(choice.value)}`);
+      const left = rows.reduce((sum, row) => sum + row.num_points - row.num_kept, 0), coarse = rows.reduce((sum, row) => sum + row.num_coarse_missing, 0);
+      show(told, h("p", { class: coarse ? "" : "quiet" }, coarse ? `${whole(coarse)} coarse points are missing: plans for it cannot be trusted yet.` : left ? `All coarse points are there; ${whole(left)} finer ones are not.` : "Everything is there."),
+        table([["operation", (row) => row.op], ["kept", (row) => whole(row.num_kept), true], ["of", (row) => whole(row.num_points), true], ["coarse missing", (row) => whole(row.num_coarse_missing), true]], rows));
+    } catch (problem) { error.textContent = problem.message; }
+  }
+  async function measure() {
+    error.textContent = "";
+    try {
+      await post("/jobs", { kind: "profile", model: choice.value, hardware: `${one.hardware.device} x${one.hardware.device_count}`, options: {} });
+      location.hash = "#jobs";
+    } catch (problem) { error.textContent = problem.message; }
+  }
+  get("/models").then((models) => { show(choice, models.map((each) => h("option", { value: each.name, selected: each.name === model }, each.name))); look(); }).catch((problem) => { error.textContent = problem.message; });
+  return h("div", { class: "card" }, h("h2", {}, "What is missing"), h("div", { class: "filters" }, choice, h("button", { type: "button", onclick: measure }, "Measure it")), told, error);
 }
 
 function roofline(rows) {
@@ -40,7 +63,11 @@ function roofline(rows) {
     const flops = 2 * m * n * k, bytes = (width[dtype] ?? 2) * (m * k + k * n + m * n);
     return { x: flops / bytes, y: flops / us / 1e6, text: `${m} × ${n} × ${k} ${dtype}, ${busy} busy\n${(flops / us / 1e6).toPrecision(3)} TFLOP/s, ${(bytes / us / 1e3).toPrecision(3)} GB/s` };
   });
-  return scatter("Matrix products: rate by intensity", points, { x: "FLOPs a byte", y: "TFLOP/s", logX: true, logY: true });
+  // The roof is what was reached here: the fastest product, and the most bytes a second of any of them.
+  const roof = { peak: Math.max(...points.map((point) => point.y)), slope: Math.max(...points.map((point) => point.y / point.x)) };
+  const card = scatter("Matrix products: rate by intensity", points, { x: "FLOPs a byte", y: "TFLOP/s", logX: true, logY: true, roof });
+  card.append(h("p", { class: "quiet" }, `The roof is the best measured here: ${roof.peak.toPrecision(3)} TFLOP/s, and ${whole(1e3 * roof.slope)} GB/s.`));
+  return card;
 }
 
 function attention(rows) {

@@ -67,8 +67,8 @@ function jobCard(job) {
       seen += 1;
       const { lines } = JSON.parse(event.data), stick = log.scrollTop + log.clientHeight >= log.scrollHeight - 30;
       log.append(lines.join("\n") + "\n");
-      const steps = [...lines.join("\n").matchAll(/(\d+) of (\d+) points/g)].at(-1);
-      if (steps) { bar.hidden = false; bar.max = Number(steps[2]); bar.value = Number(steps[1]); }
+      const steps = [...lines.join("\n").matchAll(/(\d+) of (\d+) points|layer (\d+) of (\d+)/g)].at(-1);
+      if (steps) { bar.hidden = false; bar.max = Number(steps[2] ?? steps[4]); bar.value = Number(steps[1] ?? steps[3]); }
       if (stick) log.scrollTop = log.scrollHeight;
     });
     source.addEventListener("job", (event) => {

@@ -96,7 +96,22 @@ function headline(card, file, id, base = null) {
     id !== null && id !== undefined && h("div", { class: "actions" },
       h("a", { class: "button", href: `/api/v1/plans/${id}/file`, download: `plan-${id}.json` }, "Download the plan"),
       h("button", { type: "button", onclick: (event) => runPlan(event.target, id) }, "Run it"),
-      parallel.virtual_stages > 1 ? h("span", { class: "quiet" }, "Other engines hold one group of layers a stage.") : ["sglang", "vllm", "vllm-ascend", "trtllm", "dynamo"].map((engine) => h("a", { class: "button", href: `/api/v1/plans/${id}/export/${engine}`, download: `plan-${id}-${engine}.json` }, `for ${engine}`))));
+      parallel.virtual_stages > 1 ? h("span", { class: "quiet" }, "Other engines hold one group of layers a stage.")
+        : h("select", { "aria-label": "Files for an engine", onchange: (event) => exported(card, id, event.target.value) },
+          h("option", { value: "" }, "For an engine …"), ["sglang", "vllm", "vllm-ascend", "trtllm", "dynamo"].map((engine) => h("option", {}, engine)))),
+    h("div", { class: "exported" }));
+}
+
+async function exported(card, id, engine) {
+  const place = card.querySelector(".exported");
+  if (!engine) { show(place); return; }
+  try {
+    const made = await get(`/plans/${id}/export/${engine}`);
+    show(place, h("h2", {}, `${engine} ${made.release}`), h("pre", { tabindex: "0", "aria-label": "flags" }, [...Object.entries(made.environment).map(([name, value]) => `${name}=${value}`), ...made.flags].join("\n")),
+      table([["rounds by", (one) => one.rule], ["chunk", (one) => one.chunk && whole(one.chunk), true], ["predicted", (one) => seconds(one.makespan_s), true], ["longer than the plan", (one) => percent(one.makespan_s / made.plan_makespan_s - 1), true]], made.ruled),
+      h("ul", { class: "quiet" }, made.cannot.map((sentence) => h("li", {}, sentence))),
+      h("a", { class: "button", href: `/api/v1/plans/${id}/export/${engine}/files`, download: `plan-${id}-${engine}.zip` }, `Download the files for ${engine}`));
+  } catch (error) { show(place, h("p", { class: "error", role: "alert" }, error.message)); }
 }
 
 export const layoutOf = (parallel) => [["TP", parallel.tp_size], ["PP", parallel.pp_size], ["SP", parallel.sp_size]]

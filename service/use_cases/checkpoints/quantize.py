@@ -29,6 +29,7 @@ class QuantizeOptions:
     observer: str = option("minmax", "How ranges end.", choices=("minmax", "percentile", "mse"))
     group_size: int | None = option(None, "Inputs that share a scale, for w8a16. [default: all]", above=0)
     asymmetric: bool = option(False, "Static int8 ranges with an offset. [default: symmetric]")
+    kv: str | None = option(None, "Keys and values in 8 bits too. [default: plain]", choices=("int8", "fp8"))
     keep: str | None = option(None, "Linears that stay plain: names with wildcards.", metavar="PATTERN,...")
     device_type: str | None = option(
         None, "[default: cuda where there is one]", flags=("--device",), choices=("cpu", "cuda")
@@ -54,6 +55,7 @@ def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | No
     from profiler.kernels.quantized.support import check_precision
     from profiler.kernels.quantized.weight import Observer
     from profiler.model import load_model_shape, precision_of
+    from profiler.model.precision import KV_FORMATS
     from runtime.quantize.quantize import check_recipe, quantize_checkpoint
     from runtime.quantize.recipe import Recipe
     from runtime.quantize.texts import read_sequences
@@ -75,6 +77,7 @@ def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | No
         group_size=options.group_size,
         smooth=options.smooth,
         asymmetric=options.asymmetric,
+        kv=None if options.kv is None else KV_FORMATS[f"kv-{options.kv}"],
         keep=tuple((options.keep or "").split(",")) if options.keep else (),
     )
     tokenizer = Tokenizer(source)

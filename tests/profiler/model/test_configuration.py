@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from db.errors import UserError
-from profiler.model import bundled_names, load_model_shape, model_from_config
+from profiler.model import Backend, bundled_names, load_model_shape, model_from_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -34,7 +34,7 @@ def test_every_bundled_shape_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "architectures: MixtralForCausalLM; supported are"),
+        ({"architectures": ["NoSuchForCausalLM"]}, "architectures: NoSuchForCausalLM; is no decoder of Transformers"),
         ({"architectures": []}, "architectures: "),
         (
             {"layer_types": ["full_attention", "sliding_attention"]},
@@ -52,7 +52,6 @@ def test_every_bundled_shape_is_read() -> None:
         ),
         ({"partial_rotary_factor": 0.75}, "partial_rotary_factor: 0.75; "),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5; "),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: gptq; "),
         ({"hidden_act": "gelu"}, "hidden_act: gelu; only silu"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling: dynamic; supported types are"),
         ({"num_key_value_heads": 4}, "num_key_value_heads: 4; must divide num_attention_heads = 6"),
@@ -74,13 +73,27 @@ def test_every_bundled_shape_is_read() -> None:
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: missing; rotary scaling of type linear"),
         ({"layer_types": 5}, "layer_types: 5; must be a list"),
         ({"head_dim": 15}, "head_dim: 15; must be even"),
-        ({"quantization_config": "gptq"}, "quantization_config: gptq; "),
     ],
 )
 def test_what_cannot_be_run_exactly_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    backend = "auto" if message.startswith("architectures") else "own"
     with pytest.raises(UserError) as refused:
-        model_from_config(LLAMA | change, name="m")
+        model_from_config(LLAMA | change, name="m", backend=backend)
     assert str(refused.value).startswith(message)
+
+
+def test_what_kernels_here_lack_transformers_runs() -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    mistral = LLAMA | heads | {"architectures": ["MistralForCausalLM"], "sliding_window": 96}
+    shape = model_from_config(mistral, name="m")
+    assert shape.backend is Backend.TRANSFORMERS
+    assert {layer.window for layer in shape.every_layer} == {96}
+    with pytest.raises(UserError, match=r"^MODEL: m; MistralForCausalLM has layers without kernels here"):
+        _ = shape.layers
+    turning = LLAMA | heads | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    planned = model_from_config(turning, name="m")
+    assert planned.backend is Backend.PLANNING
+    assert "rotation changes with the prompt's length" in str(planned.unrun)
 
 
 @pytest.mark.parametrize("tp_size", [0, 4, 5])

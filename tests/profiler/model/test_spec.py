@@ -46,7 +46,7 @@ def uneven() -> ModelShape:
     )  # fmt: skip
     gate_up = replace(first.mlp.gate_up, parts=tuple(replace(part, rows=half) for part in first.mlp.gate_up.parts))
     mlp = replace(first.mlp, gate_up=gate_up, down=replace(first.mlp.down, inputs=half))
-    return replace(shape, layers=(replace(first, attention=attention, mlp=mlp), *shape.layers[1:]))
+    return replace(shape, every_layer=(replace(first, attention=attention, mlp=mlp), *shape.layers[1:]))
 
 
 def test_layers_that_differ_are_counted_one_by_one() -> None:

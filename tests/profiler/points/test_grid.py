@@ -1,5 +1,6 @@
 """Which points a profile has, and in which order."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -8,6 +9,7 @@ from profiler.comm.links.mesh import Mesh
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import load_model_shape
 from profiler.points.grid import Grid, bisection_levels, rank_groups
+from profiler.points.order import ENOUGH
 from profiler.points.point import BESIDE, COLLECTIVES, Op, Point, stride_of, strided
 from profiler.points.rank_groups import RankGroups
 
@@ -25,6 +27,9 @@ def make_grid(**changes: object) -> Grid:
     return Grid(**(asked | changes))  # type: ignore[arg-type]  # fields of several types
 
 
+SIZES = ("m", "chunk", "tokens", "bytes", "rows", "chunks", "context")
+
+
 def of(points: Sequence[Point], op: Op) -> list[Point]:
     return [point for point in points if point.op is op]
 
@@ -36,13 +41,32 @@ def test_levels_bisect() -> None:
 
 @pytest.mark.parametrize("context_length", [1, 10, 16, 100, 4096, 131072])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_operation_is_covered_coarsely_first(context_length: int, world_size: int) -> None:
+def test_every_operation_is_covered_first(context_length: int, world_size: int) -> None:
     tp_sizes = tuple(size for size in (1, 2, 4) if size <= world_size)
     points = make_grid(context_length=context_length, world_size=world_size, tp_sizes=tp_sizes).points()
-    assert [point.level for point in points] == sorted(point.level for point in points)
+    curves = Counter[object]()
+    for point in points:
+        work = {name: size for name, size in point.shape.items() if name not in SIZES}
+        curves[point.op, point.group_size, point.busy_ranks, point.variant, *sorted(work.items())] += 1
+    begun = {point.op for point in points[: 2 * ENOUGH * len(curves)]}
+    assert begun == {point.op for point in points}
     assert len({point.key for point in points}) == len(points)
     expected = [op for op in Op if world_size > 1 or op not in COLLECTIVES]
     assert {point.op for point in points if point.level == 0} == set(expected)
+
+
+def test_sizes_that_rounds_have_come_first() -> None:
+    """Of every curve the ends of the usual rounds, then each size the farthest from those before."""
+    points = make_grid(context_length=131072, device_type="cuda").points()
+    sizes = {(p.shape["n"], p.shape["k"]): list[int]() for p in of(points, Op.MATMUL)}
+    for point in of(points, Op.MATMUL):
+        sizes[point.shape["n"], point.shape["k"]].append(point.shape["m"])
+    for measured in sizes.values():
+        order = list(dict.fromkeys(measured))
+        assert {256, 8192} <= set(order[:5])
+    chunks = [(p.shape["chunk"], p.shape["context"]) for p in of(points, Op.ATTENTION) if p.shape["heads"] == 32]
+    pairs = [at for at in chunks if at[0] == 2048]
+    assert pairs[:2] == [(2048, 0), (2048, 131072 - 2048)]  # a line needs both
 
 
 def test_the_far_end_is_reached_at_the_coarsest_level() -> None:

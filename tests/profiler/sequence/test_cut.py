@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.model.flops import causal_pairs
+from profiler.model.whole.layer import seen_pairs
 from profiler.sequence.cut import cut_round, rows_per_rank, share_tokens
 from profiler.sequence.kind import SequenceCut
 
@@ -53,7 +53,7 @@ def test_zigzag_shares_have_as_many_pairs(size: int, context: int) -> None:
 
     def pairs(cut: SequenceCut) -> list[int]:
         shares = cut_round([tokens], cut, size)
-        return [sum(causal_pairs(piece.tokens, context + piece.start) for piece in share) for share in shares]
+        return [sum(seen_pairs(piece.tokens, context + piece.start) for piece in share) for share in shares]
 
     assert len(set(pairs(SequenceCut.ZIGZAG))) == 1
     assert max(pairs(SequenceCut.CONTIGUOUS)) > min(pairs(SequenceCut.CONTIGUOUS))

@@ -9,18 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from db.errors import UserError
 from profiler.kernels.quantized.weight import Observer
 from profiler.model import PRECISIONS, load_model_shape
+from profiler.model.precision import E4M3
 from runtime.quantize.quantize import packed, quantize_checkpoint
 from runtime.quantize.ranges import InputRanges
 from runtime.quantize.recipe import Recipe
 from runtime.quantize.report import QuantizeReport
 from runtime.quantize.texts import read_sequences
 from runtime.run.prompts import Tokenizer
-from runtime.run.reference import load_reference
+from runtime.run.reference import load_reference, rounding_cache
+from runtime.weights.checkpoint import INDEX
 from runtime.weights.quantized import check_checkpoint
 from tests.runtime.cases import prompts
 
@@ -85,11 +87,33 @@ def test_perplexity_is_that_of_transformers(quantize: Make, checkpoint: Callable
         assert found == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-3)
 
 
+def test_keys_and_values_in_8_bits_are_calibrated_and_judged(quantize: Make, tmp_path: Path) -> None:
+    report = quantize("llama", "w8a8-static", kv=E4M3)
+    folder, name = tmp_path / "made", "w8a8-static+float32+kv-fp8"
+    shape = load_model_shape(str(folder))
+    assert shape.quantization is not None
+    assert report.precision == shape.quantization.precision() == "w8a8-static+kv-fp8"
+    check_checkpoint(folder, shape, PRECISIONS[name])
+    model, losses = load_reference(folder, PRECISIONS[name]), []
+    with torch.inference_mode():
+        for ids in HELD_OUT:
+            cache = rounding_cache(folder, PRECISIONS[name])
+            logits = model(torch.tensor([ids]), past_key_values=cache).logits[0, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none"))
+    assert report.perplexity_after == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-3)
+    index = json.loads((folder / INDEX).read_text())
+    del index["weight_map"]["model.layers.1.self_attn.v_scale"]
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.v_scale: missing"):
+        check_checkpoint(folder, shape, PRECISIONS[name])
+    with pytest.raises(UserError, match="its keys and values have scales for float8_e4m3fn"):
+        check_checkpoint(folder, shape, PRECISIONS["w8a8-static+float32+kv-int8"])
+
+
 def test_smoothing_gets_back_what_an_outlier_channel_costs(
     checkpoint: Callable[[str], Path], tmp_path: Path, quantize: Make
 ) -> None:
     """One channel of a norm is made 60 times as wide, and the columns that it meets as much smaller."""
-    from safetensors.torch import save_file
 
     source = tmp_path / "outliers"
     source.mkdir()

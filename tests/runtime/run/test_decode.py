@@ -17,7 +17,7 @@ from runtime.job.place import Place
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
 from runtime.stage.share import RoundShare
-from runtime.stage.stage import Stage
+from runtime.stage.stage import KernelStage
 from tests.runtime.cases import make_job, prompts, requests
 from tests.runtime.conftest import Generate
 from tuner.plan.plan import Chunk, Round
@@ -48,8 +48,8 @@ def job(checkpoint: Callable[[str], Path]) -> Job:
     )  # fmt: skip
 
 
-def _stage(job: Job) -> Stage:
-    return Stage(job, Place.of(0, job.parallel), ALONE, CPU)
+def _stage(job: Job) -> KernelStage:
+    return KernelStage(job, Place.of(0, job.parallel), ALONE, CPU)
 
 
 @pytest.fixture

@@ -200,3 +200,12 @@ def test_plain_weights_have_no_ranges(checkpoint: Callable[[str], Path]) -> None
     with pytest.raises(UserError, match=r"precision: w8a8-static; needs ranges of activations: calibrate"):
         check_checkpoint(checkpoint("llama"), shape, PRECISIONS["w8a8-static"])
     check_checkpoint(checkpoint("llama"), shape, PRECISIONS["w8a8"])
+
+
+def test_a_checkpoint_half_written_is_one_line(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = publish(checkpoint("llama"), tmp_path / "published", "int8 W8A8")
+    shape, path = load_model_shape(str(folder)), folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"^weights: .*must be a safetensors file") as refused:
+        check_checkpoint(folder, shape, PRECISIONS["w8a8"])
+    assert "\n" not in str(refused.value)

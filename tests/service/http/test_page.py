@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,6 +133,11 @@ def test_a_first_visit_plans_asks_what_if_and_takes_the_plan_away(
     page.keyboard.press("0")
     canvas.hover(position={"x": 90, "y": 36})
     expect(page.locator("#tip")).to_contain_text("tokens after")
+    page.select_option("[aria-label='Files for an engine']", "vllm")
+    with page.expect_download() as download:
+        page.click("text=Download the files for vllm")
+    with zipfile.ZipFile(download.value.path()) as files:
+        assert {Path(name).name for name in files.namelist()} == {"launch.sh", "plan.json"}
     with page.expect_download() as download:
         page.click("text=Download the plan")
     download.value.save_as(tmp_path / "plan.json")

@@ -63,7 +63,7 @@ def test_activations_shrink_with_the_rows_of_a_rank() -> None:
     mlp, attention = 2 * 3 * 14336, 2 * (2 * (4096 + 2048) + 4096) + 4 * 3 * 4096
     rows = max(8000 // 4 + 4000 // 4, 4000 // 4)
     gathered = max(rows * mlp, rows * attention + 5 * rows * KV_ROW)
-    stream = (4 + 4) * rows * 2 * HIDDEN  # four of its own, two received and two sent
+    stream = (5 + 4) * rows * 2 * HIDDEN  # five of its own, two received and two sent
     shared = 2 * 4 * rows * KV_ROW  # of two layers, all ranks' in memory that they write into
     assert of(replace(ONE, sp_size=4, sp_kind=SPKind.GATHER)).activation_bytes == gathered + stream + shared
 
@@ -79,7 +79,8 @@ def test_megatron_cuts_the_stream_and_keeps_the_rest() -> None:
     tensor = Parallel(tp_size=4, pp_size=1, layer_partition=(LAYERS,))
     cut = replace(tensor, sp_kind=SPKind.MEGATRON)
     assert (of(cut).kv_bytes, of(cut).weights_bytes) == (of(tensor).kv_bytes, of(tensor).weights_bytes)
-    saved = (8 * 12000 - 8 * 3000 - 2 * 12000) * 2 * HIDDEN  # of eight hidden states two are whole for a moment
+    # Of nine hidden states two are whole for a moment, and four beside them are summed.
+    saved = ((9 + 4) * 12000 - 9 * 3000 - 2 * 12000) * 2 * HIDDEN
     assert of(tensor).activation_bytes - of(cut).activation_bytes == saved
 
 

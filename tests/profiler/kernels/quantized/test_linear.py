@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from db.errors import UserError
 from profiler.kernels.entry import Product
 from profiler.kernels.quantized.entry import QuantizingEntry
+from profiler.kernels.quantized.kv import QuantizedKV
 from profiler.kernels.quantized.linear import DequantizingLinear, QuantizedLinear, make_linear
 from profiler.kernels.quantized.rounding import quantize_rows, quantize_static, widened
 from profiler.kernels.quantized.rows import QuantizedRows
+from profiler.kernels.quantized.support import check_precision
 from profiler.kernels.quantized.weight import Observer, QuantizedWeight, quantize_weight
 from profiler.model import PRECISIONS
 
@@ -188,3 +191,34 @@ def test_a_product_splits_by_outputs(precision: str) -> None:
         return
     assert torch.equal(torch.cat([part(x) for part in parts], dim=1), linear(x))
     assert parts[0](x).shape == (12, 16)
+
+
+def test_a_card_without_such_products_says_which_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    for name in ("fp8", "fp8-static", "bfloat16+kv-fp8"):
+        with pytest.raises(UserError) as refused:
+            check_precision(PRECISIONS[name], "cuda")
+        having = "float32, bfloat16, float16, w8a16, w8a8, w8a8-static"
+        assert str(refused.value) == f"dtype: {name}; NVIDIA A100 has kernels for {having}"
+    for name in ("w8a8", "w8a16", "bfloat16", "w8a8+kv-int8"):
+        check_precision(PRECISIONS[name], "cuda")
+        check_precision(PRECISIONS[name], "cpu")
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("static", [None, 0.03])
+def test_keys_in_8_bits_are_off_by_half_a_step(dtype: torch.dtype, static: float | None) -> None:
+    plain = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(3))
+    slab = QuantizedKV.zeros((2, 20, 16), kept=dtype, dtype=torch.float32, device=torch.device("cpu"), static=static)
+    slab.write(slice(4, 9), plain[:, :5])
+    slab.write(torch.tensor([12, 11, 0, 19]), plain[:, 5:])
+    read = slab.read(slice(0, 20))
+    found = torch.cat([read[:, 4:9], read[:, [12, 11, 0, 19]]], dim=1)
+    ends = plain.abs().amax(dim=-1, keepdim=True)
+    step = (static or 0.0) or (ends / 127.5)
+    bound = 0.51 * step if dtype == torch.int8 else plain.abs() * 2.0**-4 + (static or 0.0) * 2.0**-9 + ends * 1e-5
+    assert ((found - plain).abs() <= bound + 1e-6).all()
+    assert not torch.equal(found, plain)
+    assert read[:, 1:4].abs().max() == 0.0
+    assert torch.equal(slab[1:].read(slice(4, 9)), read[1:, 4:9])

@@ -1,0 +1,185 @@
+"""Models through Transformers on one card: plans never run before, predicted and measured, and their layers' time.
+
+    python -m benchmarks.gpu_library CONFIG.json [--budget-s S] [--context-length N] [--layers N] [--own] [--device cpu]
+
+CONFIG.json is a published configuration; weights are random, in bfloat16. It is profiled as whole layers, planned for
+prompts of several lengths by several policies, and each plan is run once. `--layers` keeps the first layers alone,
+where all of them do not fit. `--own` profiles the model with kernels here as well, and prints both ways side by side.
+With experts, the rate of their grouped products is printed beside that of one large product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+
+from db.rows.measurements import load_measurements
+from db.store.engine import open_database
+from profiler.hardware.device import describe_hardware
+from profiler.measure.profile import ProfileOptions, profile_model
+from profiler.model import ModelShape, WholeLayer, load_model_shape
+from profiler.points.point import BEFORE_LAYERS, Op
+from runtime.run.run import run_plan
+from service.cli.output import print_table
+from service.use_cases.tune import tune
+from service.use_cases.tune_options import TuneOptions
+
+LENGTHS = {"cuda": ("4096", "12000", "30000", "8192,8192", "3000,20000"), "cpu": ("300", "200,100")}
+POLICIES = {"cuda": ("fixed:1024", "fixed:4096", "joint"), "cpu": ("fixed:64", "joint")}
+DTYPES = {"cuda": "bfloat16", "cpu": "float32"}
+_TOKENS = (256, 1024, 4096, 16384)
+_REPEATS = 20
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Profile, plan, run, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--budget-s", type=float, default=200.0)
+    parser.add_argument("--context-length", type=int, default=32768)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--own", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    options = parser.parse_args(arguments)
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / options.config.name.removesuffix(".config.json")
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(plain(json.loads(options.config.read_text()), options.layers)))
+        db_url = f"sqlite:///{scratch}/rows.db"
+        shape = load_model_shape(str(folder), backend="transformers")
+        print(f"{shape.name}: {shape.num_layers} layers, {shape.num_text_parameters / 1e9:.1f} billion parameters")
+        experts_rate(shape, options.device)
+        for backend in ("transformers", "own") if options.own else ("transformers",):
+            profile(folder, db_url, options, backend)
+        layer_table(db_url, options.device)
+        plan_table(folder, db_url, options, shape)
+
+
+def plain(config: dict[str, object], layers: int | None) -> dict[str, object]:
+    """The configuration without its quantization, cut to so many layers."""
+    config.pop("quantization_config", None)
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+        if isinstance(config.get("layer_types"), list):
+            config["layer_types"] = config["layer_types"][:layers]  # type: ignore[index]
+    return config | {"dtype": "bfloat16"}
+
+
+def profile(folder: Path, db_url: str, options: argparse.Namespace, backend: str) -> None:
+    """Measure what the budget holds."""
+    summary = profile_model(
+        ProfileOptions(
+            model=str(folder), backend=backend, world_size=1, context_length=options.context_length,
+            dtype=DTYPES[options.device], device_type=options.device, budget_s=options.budget_s,
+            db_url=db_url,
+        )
+    )  # fmt: skip
+    print(f"{backend}: {summary.num_new} points in {summary.elapsed_s:.0f} s, {summary.num_missing} missing")
+
+
+def layer_table(db_url: str, device_type: str) -> None:
+    """Microseconds of whole layers, by kind, chunk and context."""
+    with open_database(db_url) as database:
+        found = load_measurements(database, describe_hardware(device_type, num_threads=1))
+    rows = [
+        (row.variant or "own", row.shape["chunk"], row.shape["context"], row.median_us)
+        for row in found
+        if row.op == Op.LAYER and row.shape["chunk"] >= _TOKENS[0]
+    ]
+    rows.sort(key=lambda row: (row[0] != BEFORE_LAYERS, *row))
+    print_table(("layer", "chunk", "context", "us"), rows, title="Whole layers")
+
+
+def plan_table(folder: Path, db_url: str, options: argparse.Namespace, shape: ModelShape) -> None:
+    """Plans of every length and policy, predicted and measured."""
+    rows, errors = list[tuple[object, ...]](), list[float]()
+    for lengths in LENGTHS[options.device]:
+        measured: dict[str, float] = {}
+        for policy in POLICIES[options.device]:
+            report = tune(
+                TuneOptions(
+                    model=str(folder), backend="transformers", world_size=1, prompt_lens=lengths, policy=policy,
+                    dtype=DTYPES[options.device], device_type=options.device, db_url=db_url, keep=False, correct=False,
+                )
+            )  # fmt: skip
+            result = run_plan(
+                report.plan, random_weights=True, device_type=options.device, db_url=db_url, num_threads=1, repeat=1
+            )
+            assert report.plan.predicted is not None
+            predicted_s = report.plan.predicted.makespan_s
+            errors.append(predicted_s / result.makespan_s - 1.0)
+            measured[policy] = result.makespan_s
+            utilisation = None if result.mfu is None else 100 * result.mfu
+            rows.append(
+                (
+                    lengths,
+                    policy,
+                    len(report.plan.rounds),
+                    predicted_s,
+                    result.makespan_s,
+                    100 * errors[-1],
+                    utilisation,
+                )
+            )
+            print(f"{lengths} {policy}: predicted {predicted_s:.4f} s, measured {result.makespan_s:.4f} s", flush=True)
+        chosen, best = measured["joint"], min(measured.values())
+        rows.append((lengths, "joint against the best", None, None, None, 100 * (chosen / best - 1.0), None))
+    columns = ("prompts", "policy", "rounds", "predicted s", "measured s", "error %", "MFU %")
+    print_table(columns, rows, title=f"{shape.name} on one rank")
+    sizes = sorted(map(abs, errors))
+    print(
+        f"Median error {100 * median(sizes):.1f} %, worst {100 * sizes[-1]:.1f} %, {len(sizes)} plans never run before"
+    )
+
+
+def experts_rate(shape: ModelShape, device_type: str) -> None:
+    """TFLOP/s of grouped products over the experts of a layer, each with as many tokens, and of one product."""
+    layer = next((one for one in shape.every_kind if isinstance(one, WholeLayer) and one.experts), None)
+    if layer is None or layer.experts is None or device_type != "cuda":
+        return
+    experts = layer.experts
+    sizes = [size for name, size in layer.tensors if len(size) == 3 and name.endswith("gate_up_proj")]
+    if not sizes:
+        return
+    count, first, second = sizes[0]
+    n, k = (second, first) if first == shape.hidden_size else (first, second)
+    weight = torch.randn(count, n, k, device=device_type, dtype=torch.bfloat16)
+    rows = []
+    for tokens in _TOKENS:
+        routed = tokens * experts.per_token // count * count
+        if not routed:
+            continue
+        x = torch.randn(routed, k, device=device_type, dtype=torch.bfloat16)
+        ends = torch.arange(1, count + 1, device=device_type, dtype=torch.int32) * (routed // count)
+        one = torch.randn(n, k, device=device_type, dtype=torch.bfloat16)
+        grouped_s = seconds(lambda: torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends))  # noqa: B023
+        single_s = seconds(lambda: x @ one.T)  # noqa: B023
+        flops = 2.0 * routed * n * k
+        rows.append((tokens, routed // count, flops / grouped_s / 1e12, flops / single_s / 1e12, single_s / grouped_s))
+    columns = ("tokens", "tokens an expert", "grouped TFLOP/s", "one product TFLOP/s", "ratio")
+    print_table(columns, rows, title=f"{count} experts of [{n}, {k}], {experts.per_token} a token")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """The median of a few calls on a card."""
+    for _ in range(3):
+        work()
+    times = list[float]()
+    for _ in range(_REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return median(times)
+
+
+if __name__ == "__main__":
+    main()

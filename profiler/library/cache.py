@@ -1,0 +1,144 @@
+"""What one request keeps in the layers of a stage: a slab of keys and values, windows, and states that do not grow."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+
+
+class SlabLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values [1, KV heads, rows, D], allocated once; the library's own layer copies all of them each chunk."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.length = rows, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate by the first keys and values. Zeros: on a CPU this touches the pages before the clock starts."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_zeros(*key_states.shape[:-2], self.rows, key_states.shape[-1])
+        self.values = value_states.new_zeros(*value_states.shape[:-2], self.rows, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new rows -> all rows so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        places = slice(self.length, self.length + key_states.shape[-2])
+        self.keys[..., places, :] = key_states
+        self.values[..., places, :] = value_states
+        self.length = places.stop
+        return self.keys[..., : places.stop, :], self.values[..., : places.stop, :]
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        return self.length
+
+    def reset(self) -> None:
+        """Forget the tokens, keep the memory."""
+        self.length = 0
+
+
+class RequestCache:
+    """One request's cache over a stage's layers.
+
+    rows: tokens that it may hold. `cached_tokens` of the prompt are there before the plan's rounds: what windows and
+    states were then is kept, for passes that begin again.
+    """
+
+    def __init__(self, text_config: Any, layers: Collection[int], *, rows: int, cached_tokens: int = 0) -> None:
+        self.layers, self.rows, self.cached_tokens, self.length = frozenset(layers), rows, cached_tokens, 0
+        made = []
+        for index, (kind, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(text_config), strict=True)):
+            layer = DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
+            if index not in self.layers:
+                self._stand_in(layer)
+            elif type(layer) is DynamicLayer:
+                layer = SlabLayer(rows)
+            made.append(layer)
+        self.cache = Cache(layers=made)
+        self._kept: dict[int, Any] = {}
+        self._pretended: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+
+    def begin(self, context: int) -> None:
+        """Make ready for tokens after `context` ones: a pass over a prompt may begin again."""
+        if context == self.length:
+            return
+        if context and context != self.cached_tokens:
+            raise RuntimeError(f"a chunk begins at {context} after {self.length} tokens")
+        if context:
+            for index, layer in self._kept.items():
+                self.cache.layers[index] = copy.deepcopy(layer)
+            for layer in self.cache.layers:
+                if isinstance(layer, SlabLayer):
+                    layer.length = context
+        else:
+            for index in self.layers:
+                self.cache.layers[index].reset()
+        self._set_length(context)
+
+    def pretend(self, context: int) -> None:
+        """Stand behind `context` tokens that never ran, to time what comes after them: zeros in their place.
+
+        A token must have run before, so that sizes are known.
+        """
+        for index in self.layers:
+            layer = self.cache.layers[index]
+            if isinstance(layer, SlabLayer):
+                layer.length = context
+            elif isinstance(layer, DynamicSlidingWindowLayer):
+                layer.keys, layer.values = self._zeros(index, min(context, layer.sliding_window - 1))
+                layer.cumulative_length = context
+            elif isinstance(layer, DynamicIndexedLayer):
+                layer.keys, layer.values = self._zeros(index, context)
+                (layer.indexer_keys,) = self._zeros(-1 - index, context)
+        self._set_length(context)
+
+    def _zeros(self, index: int, tokens: int) -> tuple[torch.Tensor, ...]:
+        """Of the sizes of a layer's keys and values (below zero: of its selector's keys), made once."""
+        if (index, tokens) not in self._pretended:
+            layer = self.cache.layers[index if index >= 0 else -1 - index]
+            alike = (layer.keys, layer.values) if index >= 0 else (layer.indexer_keys,)
+            self._pretended[index, tokens] = tuple(
+                one.new_zeros(*one.shape[:-2], tokens, one.shape[-1]) for one in alike
+            )
+        return self._pretended[index, tokens]
+
+    def advance(self, tokens: int) -> None:
+        """So many tokens ran through the stage's layers."""
+        self._set_length(self.length + tokens)
+        if self.length == self.cached_tokens:
+            self._kept = {
+                index: copy.deepcopy(layer)
+                for index, layer in enumerate(self.cache.layers)
+                if index in self.layers and not isinstance(layer, SlabLayer)
+            }
+
+    def _stand_in(self, layer: Any) -> None:
+        """Let a layer of another stage say how many tokens there were, which masks ask of it; it keeps none."""
+        if isinstance(layer, DynamicLayer):
+            layer.get_seq_length = lambda: self.length
+
+    def _set_length(self, length: int) -> None:
+        self.length = length
+        for index, layer in enumerate(self.cache.layers):
+            if index in self.layers:
+                continue
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = length
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                layer.has_previous_state = dict.fromkeys(layer.has_previous_state, length > 0)

@@ -1,0 +1,53 @@
+"""Layers that Transformers runs, as points: of each kind the first one of the model, with random weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from profiler.library.found import find
+from profiler.measure.timing import Run
+from profiler.measure.workspace import Workspace
+from profiler.model import ModelShape, WholeLayer
+from profiler.points.point import BEFORE_LAYERS, Point
+from profiler.points.whole_layers import whole_sizes, whole_variant
+
+if TYPE_CHECKING:
+    from profiler.library.timed import TimedLayer
+
+
+class LibraryLayers:
+    """One layer at a time: what a kind holds may be half a card's memory."""
+
+    def __init__(self, shape: ModelShape, context_length: int, workspace: Workspace) -> None:
+        self.shape, self.context_length, self.workspace = shape, context_length, workspace
+
+    def run(self, point: Point) -> Run:
+        """The work of a `layer` point."""
+        chunk, context = point.shape["chunk"], point.shape["context"]
+        if point.variant == BEFORE_LAYERS:
+            return self._timed(0).before(chunk, context)
+        return self._timed(self._index_of(point)).run(chunk, context)
+
+    def _timed(self, index: int) -> TimedLayer:
+        layer, precision = self.shape.every_layer[index], self.workspace.precision
+        size = layer.weights_bytes(precision)
+        from profiler.library.timed import TimedLayer  # brings Transformers along: seconds of every start
+
+        return self.workspace.keep(
+            ("library layer", index),
+            size,
+            lambda: TimedLayer(
+                find(self.shape.config),
+                index,
+                rows=self.context_length,
+                device=self.workspace.device,
+                dtype=precision.activations.torch_dtype,
+            ),
+        )
+
+    def _index_of(self, point: Point) -> int:
+        for index, layer in enumerate(self.shape.every_layer):
+            assert isinstance(layer, WholeLayer)
+            if whole_variant(layer) == point.variant and whole_sizes(layer).items() <= point.shape.items():
+                return index
+        raise ValueError(f"{self.shape.name} has no layer of {point.shape} {point.variant}")

@@ -1,0 +1,58 @@
+"""Plans of models that Transformers runs, on real ranks: stages, requests in turn, cached tokens, passes, decode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from db.errors import UserError
+from profiler.hardware.device import describe_hardware
+from profiler.model import Backend, load_model_shape
+from runtime.run.reference import check_tokens
+from runtime.run.run import make_job, run_plan
+from tests.library_models import write_model
+from tests.runtime.cases import INTERLEAVED, LENGTHS, prompts
+from tuner.plan.plan import Chunk, Parallel, Plan, Request
+
+NEW_TOKENS = 4
+
+
+def library_plan(folder: Path, **parallel: int) -> Plan:
+    """The second request has tokens in its cache before the plan's rounds."""
+    cached = (0, 30)
+    rounds = (INTERLEAVED[0], (Chunk(1, 30, 30), Chunk(0, 100, 1)), *INTERLEAVED[2:])
+    fields = {"tp_size": 1, "pp_size": 3, "layer_partition": (1, 1, 2)} | parallel
+    return Plan(
+        model=dict(load_model_shape(str(folder)).config),
+        precision="float32",
+        parallel=Parallel(**fields),  # type: ignore[arg-type]
+        requests=tuple(
+            Request(id=f"r{index}", prompt_tokens=length, cached_tokens=cached[index])
+            for index, length in enumerate(LENGTHS)
+        ),
+        rounds=rounds,
+    )
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("architecture", ["GptOssForCausalLM", "NemotronHForCausalLM"])
+def test_three_stages_give_the_librarys_tokens(architecture: str, tmp_path: Path, db_url: str) -> None:
+    folder = write_model(tmp_path / "model", architecture)
+    assert load_model_shape(str(folder)).backend is Backend.TRANSFORMERS
+    asked = prompts(*LENGTHS)
+    result = run_plan(
+        library_plan(folder), weights=folder, prompts=asked, max_new_tokens=NEW_TOKENS, repeat=2, db_url=db_url
+    )
+    checks = check_tokens(
+        result.requests, asked, folder, dtype="float32", max_new_tokens=NEW_TOKENS, end_ids=frozenset()
+    )
+    assert [check.equal for check in checks] == [True, True]
+
+
+def test_what_whole_layers_do_not_take_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "MixtralForCausalLM")
+    hardware = describe_hardware("cpu", num_threads=1)
+    plan = library_plan(folder, tp_size=2)
+    with pytest.raises(UserError, match=r"^tp_size: 2; must be 1: the layers of model are run as wholes"):
+        make_job(plan, hardware, [], device_type="cpu", weights=folder)

@@ -1,0 +1,54 @@
+"""What operators read: health, figures and a line a request."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.jobs.log import Log
+from tests.service.http.conftest import Served
+
+
+def test_figures_count_requests_by_route_and_say_what_waits(served: Served) -> None:
+    assert served.nobody.get("/metrics").status_code == 401
+    assert served.client.get("/readyz").json() == {"status": "ok"}
+    for _ in range(3):
+        assert served.client.get("/api/v1/runs/123456").status_code == 404
+    text = served.client.get("/metrics").text
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    counted = {
+        (sample.labels["route"], sample.labels["status"]): sample.value
+        for sample in found["isochunk_http_requests"].samples
+        if sample.name.endswith("_total")
+    }
+    assert counted["/api/v1/runs/{run_id}", "404"] >= 3
+    assert not any("123456" in route for route, _ in counted)
+    assert found["isochunk_workers"].samples[0].value == 1
+    assert {sample.labels["status"] for sample in found["isochunk_jobs"].samples} == {"queued", "running"}
+    assert "process_resident_memory_bytes" in found
+
+
+def test_events_are_words_for_people_or_json_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    Log().say("request", None, ms=1.0)
+    Log().say("ends", "it ends")
+    Log(as_json=True).say("request", None, route="/x", ms=1.0)
+    plain, told = capsys.readouterr().err.splitlines()
+    assert plain == "it ends"
+    assert {"event": "request", "route": "/x", "ms": 1.0}.items() <= json.loads(told).items()
+
+
+def test_traces_files_for_engines_and_coverage_are_told(served: Served) -> None:
+    body = {"model": "llama-3.2-1b", "tp_size": 2, "pp_size": 1, "prompt_lens": "3000"}
+    plan_id = served.client.post("/api/v1/plans", json=body).json()["plan_id"]
+    files = served.client.get(f"/api/v1/plans/{plan_id}/export/trtllm/files")
+    assert files.headers["content-type"] == "application/zip"
+    assert files.content.startswith(b"PK")
+    rows = served.client.get("/api/v1/hardware/1/coverage", params={"model": "llama-3.2-1b"}).json()
+    assert {row["op"] for row in rows} >= {"matmul", "attention"}
+    assert all(0 <= row["num_kept"] <= row["num_points"] for row in rows)
+    assert any(row["num_kept"] for row in rows)
+    assert served.client.get("/api/v1/hardware/1/coverage", params={"model": "../etc"}).status_code == 422
+    assert served.client.get("/api/v1/hardware/99/coverage", params={"model": "llama-3.2-1b"}).status_code == 422
+    assert served.client.get("/api/v1/runs/99/trace").status_code == 404

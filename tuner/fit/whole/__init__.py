@@ -1,0 +1,1 @@
+"""Layers that are run as wholes: their costs from rows of whole layers, a curve for each kind."""
