@@ -27,8 +27,16 @@ from tuner.policies.exact import exact_rounds, is_small
 from tuner.policies.local_search import fits_kv, local_search
 from tuner.policies.named import simpler_rounds
 from tuner.policies.ramp import ramps
-from tuner.policies.shared import pack_shared, short_chunks, sloping_rounds
-from tuner.policies.sweep import Pack, Search, budget_profiles, request_orders, shortest_first
+from tuner.policies.sweep import (
+    Pack,
+    Search,
+    budget_profiles,
+    pack_shared,
+    request_orders,
+    short_chunks,
+    shortest_first,
+    sloping_rounds,
+)
 from tuner.rounds.packing import pack_in_order, pack_tails
 from tuner.rounds.problem import Problem
 from tuner.rounds.round_plan import Bound

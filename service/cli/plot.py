@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from service.cli.options import json_option, options_of
-from service.use_cases.plot import PlotOptions
+from service.reports.plot import PlotOptions
 
 
 @click.command(name="plot")
@@ -19,7 +19,7 @@ def command(options: PlotOptions, as_json: bool) -> None:
     each policy, and throughput against TTFT over the --rates.
     """
     from service.cli.output import print_json
-    from service.use_cases.plot import plot
+    from service.reports.plot import plot
 
     written = plot(options)
     if as_json:
