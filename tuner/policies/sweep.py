@@ -215,7 +215,8 @@ def short_chunks(problem: Problem, packer: Packer, cap_s: float) -> list[int]:
     stage, multiple = slowest_stage(problem), problem.chunk_multiple
     prompts = np.array([request.prompt_tokens for request in problem.requests], dtype=np.float64)
     context = float((prompts**2).sum() / prompts.sum() / 2.0)
-    usual = max(packer.longest(packer.open_round(), int(context), int(prompts.max()), cap_s), multiple)
+    longest = max(request.new_tokens for request in problem.requests)
+    usual = max(packer.longest(packer.open_round(), int(context), longest, cap_s), multiple)
     chunks = np.unique([*(np.arange(1, MOST_SHARED_UNITS + 1) * multiple), usual])
     rate = stage.chunk_seconds(chunks, context) / chunks
     at = {int(chunk): float(each) for chunk, each in zip(chunks, rate, strict=True)}
