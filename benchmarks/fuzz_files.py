@@ -40,8 +40,9 @@ from tuner.plan.layout import Layout
 from tuner.plan.memory import check_memory
 from tuner.plan.plan import Plan, Request, load_plan
 from tuner.plan.topology import Topology, load_topology
-from tuner.plan.workload import WorkloadLine, load_workload
 from tuner.search.planner import plan_rounds
+from tuner.workload.trace import WorkloadLine
+from tuner.workload.workload import load_workload
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,

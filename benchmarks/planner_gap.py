@@ -1,11 +1,22 @@
-"""How tight the bound is on stages that differ and on measured tables: `python -m benchmarks.planner_gap`."""
+"""How tight the bound is: uneven stages, tables, and measured ones: `python -m benchmarks.planner_gap [PROFILE...]`."""
 
 from __future__ import annotations
 
+import argparse
 import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from benchmarks.planner_records import prompts
+from db.rows.archive import import_hardware
+from db.rows.hardware import get_hardware
+from db.rows.measurements import load_measurements
+from db.store.engine import open_database
+from profiler.model import load_model_shape
+from tuner.fit.layer_costs import fit_layer_costs
+from tuner.fit.rows import RankWork
 from tuner.plan.cost_model import Attention, CostModel, PairAttention, StageCost, TableAttention
+from tuner.search.partition import even_partition
 from tuner.search.planner import plan_rounds
 
 COUNTS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -55,15 +66,54 @@ def pipelines() -> dict[str, CostModel]:
     }
 
 
+WORKLOADS = {
+    "1 x 49152": [49152],
+    "1 x 131072": [131072],
+    "12 of 900-90001": [*(int(900 * 100 ** (i / 11)) for i in range(11)), 90001],
+    "40 x 3000": [3000] * 40,
+}
+
+
+def measured(profile: Path, model: str) -> dict[str, CostModel]:
+    """Pipelines of even layers over all cards of a profile, by their sizes."""
+    shape, found = load_model_shape(model), {}
+    with TemporaryDirectory() as folder, open_database(f"sqlite:///{folder}/rows.db") as database:
+        hardware = get_hardware(database, import_hardware(database, profile).hardware_id)
+        rows = load_measurements(database, hardware, dtype="bfloat16")
+    cards = hardware.device_count
+    for tp_size in (size for size in (1, 2, 4, 8) if cards % size == 0):
+        work = RankWork.on(hardware, shape=shape, dtype="bfloat16", tp_size=tp_size)
+        costs = fit_layer_costs(rows, work, busy_ranks=cards)
+        partition = even_partition(shape.num_layers, cards // tp_size)
+        found[f"TP{tp_size} PP{cards // tp_size}"] = costs.cost_model(partition)
+    return found
+
+
 def main() -> None:
-    """Print the gap of each pipeline's plan for one short prompt, one long prompt and a mix."""
+    """Print the gap of each pipeline's plan for one short prompt, one long prompt and a mix; with PROFILEs, of the
+    measured pipelines' plans for four workloads and random mixes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("profiles", nargs="*", type=Path, metavar="PROFILE")
+    parser.add_argument("--model", default="llama-3-8b")
+    parser.add_argument("--num-mixes", type=int, default=0)
+    options = parser.parse_args()
     rng = random.Random(0)
     mix = [int(1024 * 2 ** (6 * rng.random())) for _ in range(12)]
-    batches = {"1 x 8K": [8192], "1 x 64K": [65536], "12 of 1K-64K": mix}
-    print(f"{'pipeline':>28} " + " ".join(f"{name:>13}" for name in batches))
-    for name, cost in pipelines().items():
-        gaps = [plan_rounds(cost, prompts(lengths)).gap for lengths in batches.values()]
-        print(f"{name:>28} " + " ".join(f"{gap:13.2%}" for gap in gaps), flush=True)
+    costs, batches, multiple = pipelines(), {"1 x 8K": [8192], "1 x 64K": [65536], "12 of 1K-64K": mix}, 64
+    if options.profiles:
+        batches, multiple = dict(WORKLOADS), 256
+        for number in range(options.num_mixes):
+            count = rng.choice([1, 2, 3, 5, 8, 16, 30])
+            batches[f"mix {number}, {count}"] = [int(512 * 2 ** (8 * rng.random())) for _ in range(count)]
+        costs = {
+            f"{profile.name.partition('.')[0]} {layout}": cost
+            for profile in options.profiles
+            for layout, cost in measured(profile, options.model).items()
+        }
+    print(f"{'pipeline':>28} " + " ".join(f"{name:>15}" for name in batches))
+    for name, cost in costs.items():
+        gaps = [plan_rounds(cost, prompts(lengths), chunk_multiple=multiple).gap for lengths in batches.values()]
+        print(f"{name:>28} " + " ".join(f"{gap:15.2%}" for gap in gaps), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from tests.tuner.atom import atom
-from tuner.plan.workload import load_workload
 from tuner.search.replay import Replay, compare_replays
+from tuner.workload.workload import load_workload
 
 TRACE = Path(__file__).parent / "data" / "mooncake_conversation_2000.jsonl"
 LOADS = {"light": 0.5, "near saturation": 1.1, "over it": 2.0}
@@ -23,7 +23,7 @@ def main(num_requests: int = 2000) -> None:
     """Print the table; a column of ours that the best swept fixed chunk beats is marked."""
     for pp_size in (4, 8):
         for load, rate in LOADS.items():
-            requests = load_workload(TRACE, rate=rate, limit=num_requests)
+            requests = load_workload(TRACE, rate=rate, limit=num_requests).requests
             started = time.perf_counter()
             replays = compare_replays(atom(pp_size), requests, window=pp_size + 1, least_chunk=2048)
             took_s = time.perf_counter() - started

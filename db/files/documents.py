@@ -63,7 +63,7 @@ def read_json(path: str | Path, *, field: str = "file", max_bytes: int = MAX_BYT
     field: the option or argument that named the file, for the errors.
     """
     path = Path(path)
-    with _opened(path, field) as file:
+    with opened(path, field) as file:
         data = file.read(max_bytes + 1)
         if data.startswith(_GZIP_MAGIC) and len(data) <= max_bytes:
             data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(max_bytes + 1)
@@ -75,7 +75,7 @@ def read_json(path: str | Path, *, field: str = "file", max_bytes: int = MAX_BYT
 def read_utf8(path: str | Path, *, field: str = "file", max_bytes: int = MAX_BYTES) -> str:
     """The content of a text file in UTF-8."""
     path = Path(path)
-    with _opened(path, field) as file:
+    with opened(path, field) as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise UserError(field, path, f"must be at most {max_bytes // _MIB} MiB")
@@ -101,13 +101,21 @@ def read_toml(path: str | Path, *, field: str = "file") -> dict[str, Any]:
 
 
 def read_json_lines(
-    path: str | Path, model: type[T], *, field: str = "file", max_bytes: int = MAX_LINES_BYTES
+    path: str | Path,
+    model: type[T],
+    *,
+    field: str = "file",
+    most_lines: int | None = None,
+    max_bytes: int = MAX_LINES_BYTES,
 ) -> list[Line[T]]:
-    """The lines of a file of JSON lines that are not blank."""
+    """The lines of a file of JSON lines that are not blank.
+
+    most_lines: read only so many.
+    """
     path = Path(path)
     found: list[Line[T]] = []
     left = max_bytes
-    with _opened(path, field) as file:
+    with opened(path, field) as file:
         for number in count(1):
             line = file.readline(left + 1)
             left -= len(line)
@@ -117,6 +125,8 @@ def read_json_lines(
                 raise UserError(field, path, f"must be at most {max_bytes // _MIB} MiB")
             if not line.strip():
                 continue
+            if len(found) == most_lines:
+                break
             if len(found) == MAX_LINES:
                 raise UserError(field, path, f"must have at most {MAX_LINES} lines")
             place = f"{cut(path)}: line {number}"
@@ -174,7 +184,8 @@ def located(place: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path, field: str) -> Iterator[BinaryIO]:
+def opened(path: Path, field: str) -> Iterator[BinaryIO]:
+    """A file for reading; whatever fails in this block because of it is a UserError that names it."""
     try:
         with path.open("rb") as file:
             yield file

@@ -191,7 +191,7 @@ def _context_length(asked: int | None, shape: ModelShape, device_type: str) -> i
     if asked is None:
         return min(shape.max_positions, MAX_DEFAULT_CONTEXT[device_type])
     if not 1 <= asked <= shape.max_positions:
-        allowed = f"must be at least 1 and at most max_position_embeddings = {shape.max_positions} of {shape.name}"
+        allowed = f"must be at least 1 and at most {shape.max_positions}: {shape.positions_words}"
         raise UserError("context_length", asked, allowed)
     return asked
 

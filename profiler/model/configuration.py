@@ -10,7 +10,7 @@ from profiler.model.architectures import ARCHITECTURES
 from profiler.model.fields import KernelsMissingError, positive, positive_number
 from profiler.model.precision import plain_precision
 from profiler.model.quantization import FIELD, Quantization, UnreadFormatError, quantization_of, weight_format
-from profiler.model.rope import check_rope
+from profiler.model.rope import check_rope, longest_prompt
 from profiler.model.shape import Backend, Counted, ModelShape, layer_prefix
 from profiler.model.spec import LayerSpec
 from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, Part
@@ -109,7 +109,7 @@ def _ends(config: Mapping[str, Any], text: Mapping[str, Any], hidden_size: int) 
         "embedding": LinearSpec(name="embedding", cut=Cut.REPLICATED, parts=(embedding,), inputs=hidden),
         "final_norm": NormSpec("model.norm", hidden),
         "head": LinearSpec(name="head", cut=Cut.COLUMN, parts=(head,), inputs=hidden),
-        "max_positions": positive(text, "max_position_embeddings"),
+        "max_positions": longest_prompt(text),
         "dtype": _dtype(config, text),
         "config": dict(config),
     }

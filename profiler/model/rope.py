@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from db.errors import UserError
-from profiler.model.fields import KernelsMissingError, positive_number
+from profiler.model.fields import KernelsMissingError, positive, positive_number
 
 # Types whose frequencies do not change with the length of the prompt: a chunk must see the same rotation as the whole.
 SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn")
@@ -28,6 +28,22 @@ def rope_type(config: Mapping[str, Any]) -> str:
             raise UserError(field, config[field], "must be an object or null in config.json")
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
+def longest_prompt(config: Mapping[str, Any]) -> int:
+    """Positions that the rotation is made for: `max_position_embeddings`, or what YaRN stretches them to.
+
+    Configurations differ in what the first counts: with scaling (DeepSeek) or without (Qwen). The scaled length is
+    `factor` times `original_max_position_embeddings`, which Transformers takes from the first where it is missing.
+    """
+    written = positive(config, "max_position_embeddings")
+    if rope_type(config) != "yarn":
+        return written
+    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    original, factor = given.get("original_max_position_embeddings") or written, given.get("factor") or 1.0
+    if not (isinstance(factor, int | float) and isinstance(original, int | float)):
+        return written
+    return max(written, int(factor * original))
 
 
 def check_rope(config: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from db.errors import UserError
 from profiler.model.precision import PRECISIONS
 from profiler.model.quantization import Quantization
+from profiler.model.rope import rope_type
 from profiler.model.spec import LayerSpec
 from profiler.model.tensors import LinearSpec, NormSpec
 from profiler.model.whole.layer import WholeLayer
@@ -81,6 +82,18 @@ class ModelShape:
     def vocab_size(self) -> int:
         """How many different tokens."""
         return self.embedding.sizes()[0]
+
+    @property
+    def positions_words(self) -> str:
+        """How many positions there are, and what makes them more."""
+        if rope_type(self.config) == "yarn":
+            more = "a larger rope_scaling.factor makes them more"
+        else:
+            scaling = f'{{"rope_type": "yarn", "factor": F, "original_max_position_embeddings": {self.max_positions}}}'
+            more = (
+                f'"rope_scaling": {scaling} in its config.json makes them F times as many, where it was made for that'
+            )
+        return f"{self.name} has {self.max_positions} positions; {more}"
 
     @property
     def layer_kinds(self) -> tuple[LayerSpec, ...]:

@@ -83,13 +83,11 @@ def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_t
         allowed = f"must add up to {shape.num_layers}, the model's layers"
         raise UserError("parallel.layer_partition", list(parallel.layer_partition), allowed)
     if max_new_tokens > shape.max_positions:
-        raise UserError("--max-new-tokens", max_new_tokens, f"at most {shape.max_positions}, {shape.name}'s positions")
+        raise UserError("--max-new-tokens", max_new_tokens, f"at most {shape.max_positions}: {shape.positions_words}")
     for index, request in enumerate(plan.requests):
         most = shape.max_positions - max_new_tokens + 1
         if request.prompt_tokens > most:
-            allowed = (
-                f"at most {most} with {max_new_tokens} new tokens: {shape.name} has {shape.max_positions} positions"
-            )
+            allowed = f"at most {most} with {max_new_tokens} new tokens: {shape.positions_words}"
             raise UserError(f"requests[{index}].prompt_tokens", request.prompt_tokens, allowed)
     tokens = sum(request.prompt_tokens for request in plan.requests)
     if tokens > MOST_PROMPT_TOKENS:

@@ -18,6 +18,7 @@ COMMANDS = {
     "profile": ("service.cli.commands.profile", "Measure a model's kernels and collectives on this machine."),
     "tune": ("service.cli.commands.tune", "Fit the cost model and choose layout, partition and rounds."),
     "run-plan": ("service.cli.commands.run_plan", "Execute a plan and compare it with its prediction."),
+    "plot": ("service.cli.plot", "Draw a plan, a run, or a trace under every policy."),
     "models": ("service.cli.commands.models", "Say which models are run and how, or what one consists of."),
     "runs": ("service.cli.commands.runs", "List, explain, compare and clear runs."),
     "report": ("service.cli.commands.report", "Write one HTML page of a plan, a run or a hardware."),

@@ -15,6 +15,7 @@ from service.cli.output import print_json, show_pairs, show_table, wrapped
 from service.http.client import Client
 from service.use_cases.listing import Kept
 
+WORKLOAD_OPTIONS = ("workload", "workload_format", "time_unit", "num_requests", "prefix_cache", "rate")
 _MOST_TEXT_BYTES = 8 << 20
 COMMANDS = ("profile", "tune", "run-plan", "quantize", "db")
 _PATHS = {
@@ -48,16 +49,22 @@ def _tune(client: Client, *, as_json: bool, **_all: Any) -> None:
     if given.get("measure") is not None:
         _job("tune", client, as_json=as_json)
         return
-    from db.files.documents import read_json, read_json_lines, write_json
-    from tuner.plan.workload import WorkloadLine
+    from db.files.documents import read_json, write_json
 
     if "cost_model" in given:
         given["cost_model"] = read_json(given["cost_model"], field="cost model")
     if "workload" in given:
         from dataclasses import asdict
 
-        lines = read_json_lines(given.pop("workload"), WorkloadLine, field="workload")
-        given["requests"] = [asdict(line.content) for line in lines]
+        from service.use_cases.tune import workload_of
+        from service.use_cases.tune_options import TuneOptions
+        from tuner.workload.workload import as_lines
+
+        told = {name: given.pop(name) for name in WORKLOAD_OPTIONS if name in given}
+        workload = workload_of(TuneOptions(model="read here", **told))
+        for note in workload.notes:
+            click.echo(note, err=True)
+        given["requests"] = [asdict(line) for line in as_lines(workload.requests)]
     made = client.post("plans", given)
     report = made["report"]
     if output is not None:

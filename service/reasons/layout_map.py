@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
-from service.reasons.svg import STYLE, box, text
+from service.pictures.svg import COLOURS, STYLE, WIDTH, box, text
 from tuner.search.explanation import Explanation, Winner
 
-# The eight colours of Okabe and Ito (2008), which colour-blind people tell apart, then paler ones.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999",
-           "#7fb8d9", "#f3cf80", "#80cfb9", "#e6bcd3")  # fmt: skip
 PARTS = (("compute_s", "compute", "#0072B2"), ("attention_s", "attention", "#56B4E9"),
          ("messages_s", "communication", "#D55E00"), ("bubble_s", "bubble", "#BBBBBB"))  # fmt: skip
-WIDTH, LEFT, ROW, CELL_HEIGHT, MOST_BARS = 860, 210, 24, 36, 8
+LEFT, ROW, CELL_HEIGHT, MOST_BARS = 210, 24, 36, 8
 
 
 def drawing(why: Explanation) -> str:

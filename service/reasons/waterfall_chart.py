@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.reasons.svg import STYLE, box, text
+from service.pictures.svg import STYLE, box, text
 from tuner.waterfall.steps import PEAK, Waterfall, to_rows
 
 TOLD, MEASURED, IDEAL, SAVED = "#56B4E9", "#0072B2", "#009E73", "#BBBBBB"

@@ -14,14 +14,17 @@ from service.use_cases.contest import contest
 from service.use_cases.options import chosen
 from service.use_cases.tune_options import TuneOptions, next_command
 from service.use_cases.tune_report import TuneReport
-from tuner.plan.cost_model import MAX_TOKENS, CostModel, load_cost_model
+from tuner.plan.cost_model import MAX_TOKENS, CostModel
 from tuner.plan.layout import layout_of
 from tuner.plan.plan import MAX_WINDOW, Parallel, Request, save_plan
-from tuner.plan.workload import load_workload
+from tuner.plan.smoothing import load_measured_model
 from tuner.rounds.problem import Limits
 from tuner.rounds.round_plan import Alternative, rounds_to_plan
 from tuner.rounds.schedule import Objective
 from tuner.search.rules import Rules
+from tuner.workload.prompt_lens import parse_prompt_lens
+from tuner.workload.trace_format import TimeUnit, TraceFormat
+from tuner.workload.workload import NO_CACHE, Workload, load_workload
 
 DEFAULT_MULTIPLE = 64
 
@@ -33,40 +36,59 @@ def tune(options: TuneOptions, *, echo: Echo = None) -> TuneReport:
 
     echo: told of each measured run.
     """
-    requests, rules = requests_of(options), rules_of(options)
+    workload, rules = workload_of(options), rules_of(options)
+    requests, notes = workload.requests, workload.notes
     if options.output is not None:
         check_writable("-o", Path(options.output))
     if options.plot is not None:
         check_writable("--plot", Path(options.plot))
     if options.cost_model is not None:
-        report = _tune_cost_model(load_cost_model(options.cost_model), requests, rules, options)
+        cost, smoothed = load_measured_model(options.cost_model)
+        report, notes = _tune_cost_model(cost, requests, rules, options), notes + smoothed
     else:
         from service.use_cases.tune_model import tune_model  # brings the fit along: SciPy and the database
 
         report = tune_model(options, requests, rules, echo)
+        notes += report.notes
     if options.output is not None:
         save_plan(options.output, report.plan)
     if options.plot is not None and report.explanation is not None:
         from service.reasons.layout_map import drawing
 
         replace_file(Path(options.plot), drawing(report.explanation).encode())
-    return replace(report, output=options.output)
+    return replace(report, output=options.output, notes=notes)
 
 
-def requests_of(options: TuneOptions) -> tuple[Request, ...]:
+def workload_of(options: TuneOptions) -> Workload:
     """The batch or the trace that is planned."""
     if options.workload is not None:
-        requests = tuple(load_workload(options.workload, rate=options.rate))
+        workload = load_workload(
+            options.workload,
+            rate=options.rate,
+            limit=options.num_requests,
+            format=None if options.workload_format == "auto" else TraceFormat(options.workload_format),
+            unit=None if options.time_unit == "auto" else TimeUnit(options.time_unit),
+            cache_tokens=_cache_tokens(options.prefix_cache),
+        )
     else:
         assert options.prompt_lens is not None
-        lengths = options.prompt_lens.split(",")
-        requests = tuple(Request(id=f"r{i}", prompt_tokens=_length(text)) for i, text in enumerate(lengths))
+        requests = parse_prompt_lens(options.prompt_lens)
+        workload = Workload(requests=requests, output_tokens=(None,) * len(requests), notes=())
     deadline_s = options.sla_ttft_s
-    has_deadlines = deadline_s or any(request.sla_ttft_s is not None for request in requests)
+    has_deadlines = deadline_s or any(request.sla_ttft_s is not None for request in workload.requests)
     if Objective(options.objective).needs_deadlines and not has_deadlines:
         allowed = f"the objective {options.objective} needs deadlines: sla_ttft_s in the workload, or this option"
         raise UserError("--sla-ttft-s", "missing", allowed)
-    return tuple(replace(request, sla_ttft_s=deadline_s) for request in requests) if deadline_s else requests
+    if deadline_s is None:
+        return workload
+    return replace(workload, requests=tuple(replace(each, sla_ttft_s=deadline_s) for each in workload.requests))
+
+
+def _cache_tokens(text: str) -> int | None:
+    """Tokens of the prefix cache, None where it has no limit."""
+    words = {"infinite": None, "off": NO_CACHE}
+    name = text.strip().lower()
+    return words[name] if name in words else whole_number("--prefix-cache", text, most=MAX_TOKENS)
 
 
 def rules_of(options: TuneOptions) -> Rules:
@@ -116,10 +138,6 @@ def _tune_cost_model(cost: CostModel, requests: tuple[Request, ...], rules: Rule
         replays=found.replays,
         impossible=found.impossible,
     )
-
-
-def _length(text: str) -> int:
-    return whole_number("--prompt-lens", text, most=MAX_TOKENS)
 
 
 def _window(text: str) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from db.errors import UserError
+from db.files.numbers import whole_number
 from db.rows.fits import save_fit
 from db.rows.hardware import Hardware, get_hardware, list_hardware, save_hardware
 from db.rows.measurements import Measurement, load_measurements
@@ -20,6 +21,7 @@ from db.rows.runs import RunStatus, list_runs
 from db.store.engine import Database, open_database
 from profiler.hardware.device import default_device_type, default_num_threads, describe_hardware
 from profiler.model import PRECISIONS, Backend, ModelShape, load_model_shape, precision_of
+from profiler.model.configuration import MAX_LAYERS
 from profiler.model.flops import fastest_product_flops, prefill_flops
 from profiler.model.shape import default_dtype
 from profiler.sequence.kind import SPKind
@@ -91,6 +93,7 @@ def tune_model(
             memory_bytes=options.memory_bytes or hardware.memory_bytes,
             max_new_tokens=options.max_new_tokens,
             threads_per_rank=hardware.num_threads,
+            layer_partition=layer_partition_of(options),
         )
         timed = target.dtype
         if shape.backend is not Backend.OWN and PRECISIONS[timed].linears is not None:
@@ -157,14 +160,30 @@ def _tune_precisions(
 
 
 def pins_of(options: TuneOptions) -> Pins:
-    """What the options keep fixed of the layout."""
+    """What the options keep fixed of the layout; layers of each group say how many groups there are."""
+    partition, pp_size, virtual_stages = layer_partition_of(options), options.pp_size, options.virtual_stages
+    if partition is not None:
+        per_stage = virtual_stages or (max(1, len(partition) // pp_size) if pp_size else 1)
+        pp_size, virtual_stages = pp_size or max(1, len(partition) // per_stage), per_stage
+        if pp_size * virtual_stages != len(partition):
+            allowed = f"{pp_size * virtual_stages} numbers: one a stage (--pp-size) or group (--virtual-stages)"
+            raise UserError("--layer-partition", options.layer_partition, allowed)
     return Pins(
         tp_size=options.tp_size,
-        pp_size=options.pp_size,
+        pp_size=pp_size,
         sp_size=options.sp_size,
         sp_kind=None if options.sp_kind == "auto" else SPKind(options.sp_kind),
-        virtual_stages=options.virtual_stages,
+        virtual_stages=virtual_stages,
         stage_order=None if options.stage_order == "auto" else StageOrder(options.stage_order),
+    )
+
+
+def layer_partition_of(options: TuneOptions) -> tuple[int, ...] | None:
+    """The layers of each group that the user keeps."""
+    if options.layer_partition is None:
+        return None
+    return tuple(
+        whole_number("--layer-partition", text, most=MAX_LAYERS) for text in options.layer_partition.split(",")
     )
 
 
@@ -173,12 +192,13 @@ def _hardware(database: Database, options: TuneOptions, world_size: int) -> Hard
     if options.hardware_id is not None:
         return get_hardware(database, options.hardware_id)
     known = [stored.hardware for stored in list_hardware(database) if stored.num_measurements]
-    if options.device_type:
-        known = [one for one in known if DEVICE_TYPE[one.backend] == options.device_type]
-    if len(known) == 1:
-        click.echo(f"Planning for {known[0].device}, the only hardware measured", err=True)
-        return known[0]
-    device_type = options.device_type or default_device_type()
+    asked = options.device_type
+    if asked is None or (asked == "cuda" and default_device_type() != "cuda"):  # no device here is meant
+        known = [one for one in known if asked in (None, DEVICE_TYPE[one.backend])]
+        if len(known) == 1:
+            click.echo(f"Planning for {known[0].device}, the only hardware measured", err=True)
+            return known[0]
+    device_type = asked or default_device_type()
     num_threads = options.threads_per_rank or default_num_threads(device_type, world_size)
     return describe_hardware(device_type, num_threads=num_threads)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from db.errors import UserError
 from profiler.sequence.kind import SPKind
 from service.use_cases.options import DB_VARIABLE, check_options, command_line, db_url, option
+from tuner.workload.trace_format import TimeUnit, TraceFormat
 
 OBJECTIVES = ("makespan", "mean-ttft", "p99-ttft", "sla", "lateness")
 SP_KINDS = ("auto", *(kind.value for kind in SPKind))
@@ -26,8 +27,14 @@ class TuneOptions:
         choices=("bf16", "fp8", "auto"),
     )
     world_size: int | None = option(None, "Ranks to plan for. [default: what the sizes kept need]", above=0)
-    prompt_lens: str | None = option(None, "Prompt lengths of the batch, in tokens.", metavar="N,N,...")
-    workload: str | None = option(None, "JSONL: input_length and timestamp (ms) a line.", is_file=True)
+    prompt_lens: str | None = option(
+        None, "Tokens of the batch's prompts; 8192*16, 4096@2048 (cached).", metavar="N,N,..."
+    )
+    workload: str | None = option(None, "A trace: requests with their lengths and times.", is_file=True)
+    workload_format: str = option("auto", "How it is written.", choices=("auto", *TraceFormat))
+    time_unit: str = option("auto", "What its times count.", choices=("auto", *TimeUnit))
+    num_requests: int | None = option(None, "Read only so many of its lines.", metavar="N", above=0)
+    prefix_cache: str = option("infinite", "Tokens that its hash_ids find cached.", metavar="N|infinite|off")
     rate: float = option(1.0, "Speed the workload's arrivals up by this.")
     cost_model: str | None = option(None, "Plan with this cost model file instead.", is_file=True)
     tp_size: int | None = option(None, "Keep the tensor-parallel size at this.", above=0)
@@ -35,6 +42,7 @@ class TuneOptions:
     sp_size: int | None = option(None, "Keep the ranks that share the tokens of a stage at this.", above=0)
     sp_kind: str = option("auto", "How they share them.", choices=SP_KINDS)
     virtual_stages: int | None = option(None, "Keep the groups of layers a stage at this.", metavar="V", above=0)
+    layer_partition: str | None = option(None, "Keep the layers of each stage (or group) at these.", metavar="N,N,...")
     stage_order: str = option("auto", "Where they stand.", choices=("auto", "loop", "v"))
     topology: str | None = option(None, "JSON: hosts, cards a host, and the links between them.", is_file=True)
     policy: str = option("joint", "fixed:N, gpipe, sglang, ascend, terapipe, dp, joint.")
@@ -106,6 +114,8 @@ class TuneOptions:
             raise UserError("--plot", self.plot, "must end in .svg")
         if self.cost_model is not None and self.plot is not None:
             raise UserError("--plot", self.plot, "a cost model alone has one layout; give MODEL")
+        if self.cost_model is not None and self.layer_partition is not None:
+            raise UserError("--layer-partition", self.layer_partition, "goes with a MODEL; a cost model has its stages")
         if self.cost_model is not None and self.topology is not None:
             raise UserError("--topology", self.topology, "goes with a MODEL; a cost model has its hops")
         if self.objective in ("sla", "lateness") and self.sla_ttft_s is None and self.workload is None:

@@ -48,7 +48,7 @@ class TuneReport:
     output: str | None = None
     plot: str | None = None
     notes: tuple[str, ...] = ()
-    """What the plan supposes of the model."""
+    """How the input was read, what was changed in it, and what the plan supposes of the model, a sentence each."""
 
     @property
     def num_planned(self) -> int:

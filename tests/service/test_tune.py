@@ -88,6 +88,15 @@ def test_the_best_layout_is_written_as_a_plan_and_kept_as_a_row(url: str, tmp_pa
         assert list_fits(database)[0].model_name == SHAPE.name
 
 
+def test_a_layer_partition_can_be_kept_and_a_device_is_this_machines(url: str) -> None:
+    arguments = (SHAPE.name, "--prompt-lens", "3000@1000,800*2", "--dtype", "float32", "--db", url)
+    plan = tune_json(*arguments, "--layer-partition", "7,9")["plan"]
+    assert plan["parallel"]["layer_partition"] == [7, 9]
+    assert [request["cached_tokens"] for request in plan["requests"]] == [1000, 0, 0]
+    with pytest.raises(UserError, match=r"^measurements: none in float32 on (?!imaginary)"):
+        tune(*arguments, "--device", "cpu")
+
+
 def test_the_tables_name_layouts_policies_and_errors(url: str) -> None:
     arguments = (SHAPE.name, "--world-size", "2", "--prompt-lens", "3000", "--dtype", "float32", "--db", url)
     text = tune(*arguments)
@@ -225,6 +234,21 @@ def test_a_cost_model_file_is_planned_without_model_or_database(tmp_path: Path) 
     assert plan.predicted.gap < 0.01
 
 
+def test_noise_in_a_measured_table_is_smoothed_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "cost.json"
+    stage = COST_MODEL["stages"][0]  # type: ignore[index]
+    for seconds, words in (([0.0, 0.0153, 0.0151], "Smoothed stages[0].tokens.seconds: 2 of 3"), ([0, 1, 0.5], "")):
+        tokens = {"count": [0, 512, 1024], "seconds": seconds}
+        path.write_text(json.dumps(COST_MODEL | {"stages": [stage | {"tokens": tokens}]}))
+        arguments = ("--cost-model", str(path), "--pp-size", "2", "--prompt-lens", "2048")
+        if words:
+            assert tune_json(*arguments)["notes"][0].startswith(words)
+            assert words in tune(*arguments)
+        else:
+            with pytest.raises(UserError, match=r"seconds\[1\]: 1; time may not fall with more tokens; up to 10%"):
+                tune(*arguments)
+
+
 def test_a_workload_brings_lengths_and_arrivals(tmp_path: Path) -> None:
     cost, workload = tmp_path / "cost.json", tmp_path / "w.jsonl"
     cost.write_text(json.dumps(COST_MODEL))
@@ -339,6 +363,8 @@ def test_one_card_is_planned_as_well_as_by_terapipe(tmp_path: Path) -> None:
         ((*TEN_TOKENS, "--tp-size", "3"), "layouts: none can run: TP3 PP1: tp_size: 3; must"),
         ((*TEN_TOKENS, "--pp-size", "99"), "layouts: none can run: TP1 PP99: pp_size 99 is"),
         ((*TEN_TOKENS, "--dtype", "bfloat16"), "measurements: none in bfloat16 on imaginary; "),
+        ((*TEN_TOKENS, "--layer-partition", "8,9"), "--layer-partition: 8,9; at least one layer each, 16 in all"),
+        ((*TEN_TOKENS, "--layer-partition", "8,8", "--pp-size", "4"), "--layer-partition: 8,8; 4 numbers: one a stage"),
         ((*TEN_TOKENS, "--dtype", "float32", "--memory-gib", "0.3"), "layouts: none can run: TP1 PP1: needs 5.88 GiB"),
         ((*TEN_TOKENS, "--hardware", "7"), "hardware: 7; must be one of 1"),
         (("llama-9", "--prompt-lens", "10"), "MODEL: llama-9; must be a folder with a config.json, or one of"),

@@ -1,4 +1,4 @@
-"""What is planned and written down: plan and cost model files, layouts, workloads, and the memory that a plan takes.
+"""What is planned and written down: plan and cost model files, layouts, and the memory that a plan takes.
 
 May import nothing else of `tuner`.
 """

@@ -17,6 +17,7 @@ Every candidate is judged by the exact recurrence: uneven stages, hand-offs, the
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from tuner.online.online_planner import online_rounds
 from tuner.online.settings import OnlineSettings
@@ -26,7 +27,16 @@ from tuner.policies.exact import exact_rounds, is_small
 from tuner.policies.local_search import fits_kv, local_search
 from tuner.policies.named import simpler_rounds
 from tuner.policies.ramp import ramps
-from tuner.policies.sweep import Pack, Search, budget_profiles, request_orders, shortest_first
+from tuner.policies.sweep import (
+    Pack,
+    Search,
+    budget_profiles,
+    pack_shared,
+    request_orders,
+    short_chunks,
+    shortest_first,
+    sloping_rounds,
+)
 from tuner.rounds.packing import pack_in_order, pack_tails
 from tuner.rounds.problem import Problem
 from tuner.rounds.round_plan import Bound
@@ -121,8 +131,14 @@ def _drafted(problem: Problem, effort: float = 1.0) -> Search:
         search.keep(online_rounds(problem), objective)
         return search
     flat = [1.0] * len(problem.requests)
-    for pack in _packs(problem):
+    packs = _packs(problem)
+    for pack in packs:
         search.sweep(pack, shortest_first(problem), flat, Objective.MAKESPAN)
+    if pack_line in packs:
+        for tokens in short_chunks(problem, search.packer, search.cap_s):
+            search.sweep(partial(pack_shared, tokens), shortest_first(problem), flat, Objective.MAKESPAN)
+        for rounds in sloping_rounds(problem, search.packer, search.cap_s):
+            search.keep(rounds, Objective.MAKESPAN)
     if objective is not Objective.MAKESPAN:
         search.limit(MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s, objective)
         search.keep(online_rounds(problem), objective)

@@ -41,9 +41,20 @@ import itertools
 import numpy as np
 
 from tuner.plan.cost_model import CostModel, Floats
+from tuner.rounds.grid_bound import grid_bound_s
+from tuner.rounds.grid_relaxation import is_curved
 from tuner.rounds.passes_bound import passes_bound_s
 from tuner.rounds.problem import Problem
-from tuner.rounds.relaxation import Envelope, Work, envelopes, least_sum, least_sums, likely_cap_s, smooth_curve
+from tuner.rounds.relaxation import (
+    Envelope,
+    Work,
+    envelopes,
+    least_sum,
+    least_sums,
+    likely_cap_s,
+    likely_least_s,
+    smooth_curve,
+)
 from tuner.rounds.uneven import uneven_bound_s
 
 MOST_CAPS = 48
@@ -69,34 +80,42 @@ def makespan_bound_s(problem: Problem) -> float:
     for arrival in chosen:
         later = [request for request in problem.requests if request.arrival_s >= arrival]
         work = Work.of(later, problem.limits.max_round_tokens)
-        bounds.append(arrival + batch_bound_s(problem.cost, work, problem.window))
+        bounds.append(arrival + batch_bound_s(problem.cost, work, problem.window, problem.chunk_multiple))
     return float(max(bounds)) * (1.0 - ROUNDING)
 
 
-def batch_bound_s(cost: CostModel, work: Work, window: int | None) -> float:
-    """The bound for requests that are all there at the start."""
+def batch_bound_s(cost: CostModel, work: Work, window: int | None, multiple: int | None = None) -> float:
+    """The bound for requests that are all there at the start.
+
+    multiple: chunks end on multiples of so many tokens; None where they may end anywhere.
+    """
     pp_size, stages = cost.pp_size, cost.stage_of_group
     num_hops = sum(one != other for one, other in itertools.pairwise(stages))
     hops = num_hops * (cost.hop_latency_s + cost.hop_token_s)
-    best = passes_bound_s(cost, work) if cost.virtual_stages > 1 else _one_pass_s(cost, work, hops)
+    best = passes_bound_s(cost, work) if cost.virtual_stages > 1 else _one_pass_s(cost, work, hops, multiple)
     if window is not None and window < pp_size:
         in_turn = sum(max(least_sum(envelope, work) for envelope in envelopes([stage], work)) for stage in cost.stages)
         best = max(best, (in_turn + hops) / window)
     return best
 
 
-def _one_pass_s(cost: CostModel, work: Work, hops: float) -> float:
+def _one_pass_s(cost: CostModel, work: Work, hops: float, multiple: int | None) -> float:
     """The bound of one group a stage without a window."""
+    curved = multiple is not None and is_curved(cost.kinds)
     one_token = np.array([kind.round_overhead_s + float(kind.tokens_s(1)) for kind in cost.kinds])[cost.kind_of_stage]
     best = 0.0
     for first, last in _stage_ranges(cost, work):
         outside = one_token[:first].sum() + one_token[last + 1 :].sum() + hops
         stages = {cost.stages[k] for k in range(first, last + 1)}
-        for envelope in envelopes(stages, work):
+        lines = envelopes(stages, work)
+        if curved:  # the grid tells more: one line will do for a start
+            lines = [max(lines, key=lambda line: likely_least_s(line, work, last - first))]
+        for envelope in lines:
             best = max(best, outside + _least_makespan(envelope, work, last - first))
-    if len(cost.kinds) > 1:
-        best = max(best, uneven_bound_s(cost, work, best))
-    return best
+    on_grid = grid_bound_s(cost, work, multiple, best) if multiple is not None and curved else None
+    if on_grid is not None:
+        return max(best, on_grid)
+    return max(best, uneven_bound_s(cost, work, best)) if len(cost.kinds) > 1 else best
 
 
 def _cap_grid(envelope: Envelope, work: Work, num_more: int, tolerance: float) -> Floats:

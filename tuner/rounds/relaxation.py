@@ -58,7 +58,7 @@ class Work:
 def envelopes(stages: Iterable[StageCost], work: Work) -> list[Envelope]:
     """Envelopes of these stages, one for each supporting line that is worth a try under their tokens tables."""
     stages = list(stages)
-    pairs = [_pair_floor(stage) for stage in stages]
+    pairs = [pair_floor(stage) for stage in stages]
     pair_s, context_token_s, chunk_s = (min(column) for column in zip(*pairs, strict=True))
     round_s = min(stage.round_overhead_s for stage in stages)
     final_s = min(stage.final_s for stage in stages)
@@ -158,6 +158,12 @@ def likely_cap_s(envelope: Envelope, work: Work, num_more: float) -> float:
     return float(fine[np.argmin(smooth_sums(envelope, work, fine) + num_more * fine)])
 
 
+def likely_least_s(envelope: Envelope, work: Work, num_more: float) -> float:
+    """The least of the smooth S(m) + num_more * m. Not a bound; it tells which line is worth a closer look."""
+    caps, sums = smooth_curve(envelope, work)
+    return float((sums + num_more * caps).min())
+
+
 def smooth_curve(envelope: Envelope, work: Work) -> tuple[Floats, Floats]:
     """Caps over the whole range and the smooth S(m) at them."""
     highest = least_sum(envelope, work)
@@ -165,7 +171,7 @@ def smooth_curve(envelope: Envelope, work: Work) -> tuple[Floats, Floats]:
     return caps, smooth_sums(envelope, work, caps)
 
 
-def _pair_floor(stage: StageCost) -> tuple[float, float, float]:
+def pair_floor(stage: StageCost) -> tuple[float, float, float]:
     """(pair_s, context_token_s, chunk_s) whose PairAttention cost is nowhere above the stage's attention plus
     chunk_s.
 

@@ -43,10 +43,14 @@ def uneven_bound_s(cost: CostModel, work: Work, known_s: float) -> float:
     """Seconds that no makespan is below, where `known_s` is proven already."""
     if known_s <= 0.0:  # nothing to scale the grid by
         return known_s
+    return max(known_s, _bound_through_s(cost, work, busiest_stage(cost, work), known_s))
+
+
+def busiest_stage(cost: CostModel, work: Work) -> int:
+    """The stage on which the batch takes longest, ending prompts left out."""
     tokens, context = work.prompt - work.cached, work.cached
     busy = [float(kind.tokens_s(tokens.sum()) + kind.chunk_seconds(tokens, context).sum()) for kind in cost.kinds]
-    stage = max(range(cost.pp_size), key=lambda stage: busy[cost.kind_of_stage[stage]])
-    return max(known_s, _bound_through_s(cost, work, stage, known_s))
+    return max(range(cost.pp_size), key=lambda stage: busy[cost.kind_of_stage[stage]])
 
 
 def least_ratio(stage: StageCost, other: StageCost, most_tokens: float) -> float:
@@ -81,14 +85,7 @@ def least_ratio(stage: StageCost, other: StageCost, most_tokens: float) -> float
 def _bound_through_s(cost: CostModel, work: Work, stage: int, known_s: float) -> float:
     """The bound whose paths pass this stage."""
     reference = replace(cost.stages[stage], final_s=0.0)
-    ratio_of_kind = [least_ratio(kind, reference, work.new_tokens) for kind in cost.kinds]
-    token_of_kind = [kind.round_overhead_s + float(kind.tokens_s(1)) for kind in cost.kinds]
-    kinds = cost.kind_of_stage.tolist()
-    ratio, token = [ratio_of_kind[kind] for kind in kinds], [token_of_kind[kind] for kind in kinds]
-    sides = [
-        _Side(ratio[:stage], token[:stage]),
-        _Side(ratio[:stage:-1], token[:stage:-1]),
-    ]
+    sides = sides_of(cost, work, stage)
     num_closer = FEWER_CLOSER if cost.pp_size > MANY_STAGES else NUM_CLOSER
     hops = (cost.pp_size - 1) * (cost.hop_latency_s + cost.hop_token_s)
     best = 0.0
@@ -97,7 +94,17 @@ def _bound_through_s(cost: CostModel, work: Work, stage: int, known_s: float) ->
     return min(best, MOST_GAIN * known_s)
 
 
-class _Side:
+def sides_of(cost: CostModel, work: Work, stage: int) -> list[Side]:
+    """The stages before and after one, compared with it."""
+    reference = replace(cost.stages[stage], final_s=0.0)
+    ratio_of_kind = [least_ratio(kind, reference, work.new_tokens) for kind in cost.kinds]
+    token_of_kind = [kind.round_overhead_s + float(kind.tokens_s(1)) for kind in cost.kinds]
+    kinds = cost.kind_of_stage.tolist()
+    ratio, token = [ratio_of_kind[kind] for kind in kinds], [token_of_kind[kind] for kind in kinds]
+    return [Side(ratio[:stage], token[:stage]), Side(ratio[:stage:-1], token[:stage:-1])]
+
+
+class Side:
     """The stages before (or, mirrored, after) the one that the paths stay on, the outermost first."""
 
     def __init__(self, ratio: list[float], token_s: list[float]) -> None:
@@ -131,7 +138,7 @@ class _Side:
         return done
 
 
-def _least_s(envelope: Envelope, work: Work, sides: list[_Side], most_s: float, num_closer: int) -> float:
+def _least_s(envelope: Envelope, work: Work, sides: list[Side], most_s: float, num_closer: int) -> float:
     """The least of S + E + D over a grid that is made closer around the least."""
     lowest = max(envelope.round_s, 1e-4 * most_s)
     caps_s = np.geomspace(lowest, max(most_s, lowest) * (1.0 + 1e-9), NUM_CAPS)
@@ -160,7 +167,7 @@ def _least_s(envelope: Envelope, work: Work, sides: list[_Side], most_s: float, 
 
 def _sums(
     envelope: Envelope,
-    sides: list[_Side],
+    sides: list[Side],
     edges: list[Floats],
     most_s: float,
     caps_s: Floats,

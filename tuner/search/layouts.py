@@ -250,9 +250,11 @@ def _sketched(target: Target, candidate: Candidate, rules: Rules, best: tuple[fl
     """
     build_cost, layout = _build_cost(candidate), candidate.layout
     if layout.virtual_stages == 1:
-        partition = balanced_partition(build_cost, target.shape.num_layers, layout.pp_size, target.requests)
+        partition = target.layer_partition or balanced_partition(
+            build_cost, target.shape.num_layers, layout.pp_size, target.requests
+        )
     else:
-        partition = even_partition(target.shape.num_layers, layout.num_groups)
+        partition = target.layer_partition or even_partition(target.shape.num_layers, layout.num_groups)
     cost = build_cost(partition)
     assert candidate.costs is not None
     room = Room(
@@ -291,7 +293,8 @@ def _drafted(target: Target, candidate: Candidate, rules: Rules) -> Candidate:
     """Drafted for partitions around the best, chosen along with the rounds; as it is where none is better."""
     build_cost, layout, sketch = _build_cost(candidate), candidate.layout, candidate.rounds
     assert sketch is not None
-    if layout.virtual_stages > 1:  # equal groups of few layers: moving one would cost more than it brings
+    # Equal groups of few layers: moving one would cost more than it brings.
+    if layout.virtual_stages > 1 or target.layer_partition is not None:
         return candidate
     known = (candidate.layer_partition, sketch)
     partition, rounds = choose_partition(

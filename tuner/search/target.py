@@ -31,12 +31,18 @@ class Target:
     memory_bytes: int
     max_new_tokens: int = 1
     threads_per_rank: int | None = None
+    layer_partition: tuple[int, ...] | None = None
+    """Layers of each group, where the user keeps them; None leaves them to the search."""
 
     def __post_init__(self) -> None:
+        kept = self.layer_partition
+        if kept is not None and (sum(kept) != self.shape.num_layers or min(kept) < 1):
+            allowed = f"at least one layer each, {self.shape.num_layers} in all"
+            raise UserError("--layer-partition", ",".join(map(str, kept)), allowed)
         for request in self.requests:
             most = self.shape.max_positions - self.max_new_tokens + 1
             if request.prompt_tokens > most:
-                allowed = f"at most {most} with {self.max_new_tokens} new tokens, by the positions of {self.shape.name}"
+                allowed = f"at most {most} with {self.max_new_tokens} new tokens: {self.shape.positions_words}"
                 raise UserError(f"prompt_tokens of request {request.id}", request.prompt_tokens, allowed)
 
     def refusal(self, layout: Layout, stages: Sequence[RankMemory]) -> str | None:

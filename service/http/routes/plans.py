@@ -29,7 +29,7 @@ from service.use_cases.listing import plan_summary
 from service.use_cases.models import model_path
 from service.use_cases.tune_options import TuneOptions
 from tuner.plan.plan import Plan
-from tuner.plan.workload import WorkloadLine
+from tuner.workload.trace import WorkloadLine
 
 router = api_router("plans")
 MOST_REQUESTS = 10_000

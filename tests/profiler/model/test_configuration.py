@@ -122,3 +122,18 @@ def test_older_and_newer_names_of_one_thing(tmp_path: Path) -> None:
     newer = model_from_config(LLAMA | {"dtype": "bfloat16"}, name="other")
     assert older.dtype == newer.dtype == "bfloat16"
     assert older.fingerprint == newer.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "positions"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}}, 2048),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 2048),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 10}}, 512),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 512),
+    ],
+)
+def test_the_longest_prompt_is_what_the_rotation_is_stretched_to(change: dict[str, Any], positions: int) -> None:
+    shape = model_from_config(LLAMA | change, name="test")
+    assert shape.max_positions == positions
+    assert "rope_scaling" in shape.positions_words

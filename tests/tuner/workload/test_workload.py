@@ -6,11 +6,11 @@ import pytest
 from db.errors import UserError
 from tests.tuner.atom import atom
 from tuner.plan.plan import check_rounds
-from tuner.plan.workload import load_workload
 from tuner.rounds.problem import Problem
 from tuner.rounds.schedule import Objective
 from tuner.search.planner import make_rounds
 from tuner.search.replay import FEW_REQUESTS, compare_replays
+from tuner.workload.workload import load_workload
 
 TRACE = Path(__file__).parents[3] / "benchmarks" / "data" / "mooncake_conversation_2000.jsonl"
 
@@ -27,11 +27,11 @@ def test_a_trace_is_read_and_sped_up(tmp_path: Path) -> None:
         "",
         {"timestamp": 1000, "input_length": 10, "id": "first", "sla_ttft_s": 2.0, "cached_tokens": 4, "weight": 3},
     )
-    first, second = load_workload(path, rate=4.0)
+    first, second = load_workload(path, rate=4.0).requests
     assert (first.id, first.prompt_tokens, first.arrival_s) == ("first", 10, 0.0)
     assert (first.sla_ttft_s, first.cached_tokens, first.weight) == (2.0, 4, 3.0)
     assert (second.id, second.prompt_tokens, second.arrival_s) == ("r0", 20, 0.5)
-    assert len(load_workload(path, limit=1)) == 1
+    assert len(load_workload(path, limit=1).requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,8 @@ def test_a_trace_is_read_and_sped_up(tmp_path: Path) -> None:
         ("not json", "line 1:"),
         ("[1]", "line 1: content: [1]; an object"),
         ({"timestamp": 0}, "line 1: input_length: missing; a value"),
-        ({"input_length": 0}, "line 1: input_length: 0; at least 1"),
+        ({"input_length": -1}, "line 1: input_length: -1; at least 0"),
+        ({"input_length": 5, "delay": -1}, "line 1: delay: -1.0; at least 0"),
         ({"input_length": 5, "timestamp": "x"}, "line 1: timestamp: x"),
         ("[" * 100_000, "line 1: must be JSON nested at most 64 deep"),
         (
@@ -64,7 +65,7 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     name = "a\u2028b\u2029c\u0085d"
     path = tmp_path / "trace.jsonl"
     path.write_text(json.dumps({"input_length": 5, "id": name}, ensure_ascii=False) + "\r\n", encoding="utf-8")
-    (request,) = load_workload(path)
+    (request,) = load_workload(path).requests
     assert request.id == name
 
 
@@ -79,7 +80,7 @@ def test_bad_files_and_rates_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rate", [0.5, 1.0, 2.0])
 def test_on_the_trace_joint_is_never_worse_than_the_best_swept_fixed_chunk(rate: float) -> None:
-    requests = load_workload(TRACE, rate=rate, limit=150)
+    requests = load_workload(TRACE, rate=rate, limit=150).requests
     replays = compare_replays(atom(4), requests, window=5, least_chunk=2048)
     joint = replays[-1]
     assert joint.policy == "joint"
@@ -90,7 +91,7 @@ def test_on_the_trace_joint_is_never_worse_than_the_best_swept_fixed_chunk(rate:
 
 
 def test_a_long_trace_is_replayed_under_the_likely_policies_alone() -> None:
-    requests = load_workload(TRACE, limit=FEW_REQUESTS + 20)
+    requests = load_workload(TRACE, limit=FEW_REQUESTS + 20).requests
     every, likely = (compare_replays(atom(4), requests, window=5, everything=each) for each in (True, False))
     assert len(every) > len(likely) >= 2
     assert any(one.policy.startswith("fixed:") for one in likely)
@@ -100,7 +101,7 @@ def test_a_long_trace_is_replayed_under_the_likely_policies_alone() -> None:
 
 @pytest.mark.parametrize("policy", ["gpipe", "dp", "terapipe", "ascend", "sglang:8192", "joint"])
 def test_no_policy_runs_a_request_before_it_arrives(policy: str) -> None:
-    requests = load_workload(TRACE, limit=40)
+    requests = load_workload(TRACE, limit=40).requests
     problem = Problem(cost=atom(4), requests=tuple(requests), window=5, objective=Objective.MEAN_TTFT)
     rounds = make_rounds(problem, policy)
     check_rounds(requests, rounds)

@@ -1,0 +1,73 @@
+"""CSV files that users hand over, read line by line within limits: the same door as for JSON lines."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+from db.errors import UserError, cut
+from db.files.documents import MAX_LINES, MAX_LINES_BYTES, Line, opened
+
+_MIB = 1 << 20
+
+
+def first_line(path: str | Path, *, field: str = "file", max_bytes: int = 1 << 16) -> str:
+    """The first line that is not blank, for telling a file's format; only so many bytes of it."""
+    with opened(Path(path), field) as file:
+        while line := file.readline(max_bytes):
+            if line.strip():
+                return line.decode("utf-8-sig", errors="replace").strip()
+    return ""
+
+
+def read_csv(
+    path: str | Path, *, field: str = "file", most_lines: int | None = None, max_bytes: int = MAX_LINES_BYTES
+) -> list[Line[dict[str, str]]]:
+    """The rows of a CSV file as {column: text}, by its first line's names; blank lines are left out.
+
+    most_lines: read only so many rows. Raises UserError naming the file, or the line that has another number of fields.
+    """
+    path = Path(path)
+    found: list[Line[dict[str, str]]] = []
+    names: list[str] = []
+    for number, text in _lines(path, field, max_bytes):
+        place = f"{cut(path)}: line {number}"
+        cells = [cell.strip() for cell in _cells(text, place)]
+        if not names:
+            names = cells
+            continue
+        if len(cells) != len(names):
+            raise UserError(place, f"{len(cells)} fields", f"{len(names)} are needed, as the first line names")
+        if len(found) == (most_lines or MAX_LINES):
+            if most_lines is not None:
+                break
+            raise UserError(field, path, f"must have at most {MAX_LINES} lines")
+        found.append(Line(number, place, dict(zip(names, cells, strict=True))))
+    return found
+
+
+def _cells(text: str, place: str) -> list[str]:
+    try:
+        return next(csv.reader([text], strict=True))
+    except (csv.Error, StopIteration) as error:
+        raise UserError(place, text, f"must be a line of CSV ({error})") from None
+
+
+def _lines(path: Path, field: str, max_bytes: int) -> Iterator[tuple[int, str]]:
+    left = max_bytes
+    with opened(path, field) as file:
+        for number in count(1):
+            line = file.readline(left + 1)
+            left -= len(line)
+            if not line:
+                return
+            if left < 0:
+                raise UserError(field, path, f"must be at most {max_bytes // _MIB} MiB")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
+            except UnicodeDecodeError:
+                raise UserError(f"{cut(path)}: line {number}", "bytes", "must be UTF-8 text") from None
+            if text.strip():
+                yield number, text

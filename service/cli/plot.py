@@ -1,0 +1,28 @@
+"""`isochunk plot`: pictures of plans, runs and traces."""
+
+from __future__ import annotations
+
+import click
+
+from service.cli.options import json_option, options_of
+from service.reports.plot import PlotOptions
+
+
+@click.command(name="plot")
+@options_of(PlotOptions)
+@json_option
+def command(options: PlotOptions, as_json: bool) -> None:
+    """Draw FILE: a plan, what `run-plan --output` wrote, or a trace.
+
+    A plan: when each stage runs what, and what a token costs by its position. A run, with --plan: the same as measured
+    and predicted, and how far off each round was. A trace, with --cost-model or --plan: how TTFT is distributed under
+    each policy, and throughput against TTFT over the --rates.
+    """
+    from service.cli.output import print_json
+    from service.reports.plot import plot
+
+    written = plot(options)
+    if as_json:
+        print_json({"output": str(written)})
+    else:
+        click.echo(f"Wrote {written}")

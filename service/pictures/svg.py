@@ -1,0 +1,129 @@
+"""What pictures are made of: texts, boxes, lines, and axes with round numbers, as SVG that follows a dark theme."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+# The eight colours of Okabe and Ito (2008), which colour-blind people tell apart, then paler ones.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999",
+           "#7fb8d9", "#f3cf80", "#80cfb9", "#e6bcd3")  # fmt: skip
+STYLE = (
+    "<style>text{fill:#222}.soft{fill:#667}.light{fill:#fff}.axis{stroke:#889;fill:none}.bubble{fill:#e3e6ea}"
+    ".line{fill:none;stroke-width:1.8}"
+    "@media(prefers-color-scheme:dark){text{fill:#e6e8ec}.soft{fill:#9aa3b0}.light{fill:#fff}.bubble{fill:#30363d}}"
+    "</style>"
+)
+FONTS = "Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
+WIDTH = 860
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Part of a picture: elements from 0 to its height."""
+
+    height: float
+    elements: tuple[str, ...]
+
+
+def document(panels: Sequence[Panel]) -> str:
+    """The panels below each other as one SVG."""
+    top, parts = 0.0, []
+    for panel in panels:
+        parts.append(f'<g transform="translate(0 {top:.0f})">')
+        parts += [*panel.elements, "</g>"]
+        top += panel.height
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top:.0f}" font-family="{FONTS}" font-size="13">'
+    )
+    return "\n".join([head, STYLE, *parts, "</svg>"]) + "\n"
+
+
+def text(x: float, y: float, words: str, *, anchor: str = "start", kind: str = "", bold: bool = False) -> str:
+    """A line of text."""
+    weight = ' font-weight="bold"' if bold else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}"{weight}>{escape(words)}</text>'
+
+
+def box(x: float, y: float, width: float, height: float, colour: str, title: str = "") -> str:
+    """A filled rectangle; the title is shown when it is pointed at."""
+    words = f"<title>{escape(title)}</title>" if title else ""
+    return (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0.0):.1f}" height="{height:.1f}" fill="{colour}">'
+        f"{words}</rect>"
+    )
+
+
+def legend(names: Sequence[str], colours: Sequence[str], y: float, *, left: float = 70.0) -> tuple[list[str], float]:
+    """Names with their colours, as many a row as fit, and the height that they take."""
+    out, x, top = [], left, y
+    for name, colour in zip(names, colours, strict=True):
+        width = 30 + 7.5 * len(name)
+        if x + width > WIDTH - 10:
+            x, y = left, y + 20
+        out += [box(x, y, 12, 12, colour), text(x + 17, y + 11, name, kind="soft")]
+        x += width
+    return out, y + 24 - top
+
+
+def ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Round numbers from `low` to `high`, about so many."""
+    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12) / count))
+    step = next(step * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= count)
+    first = math.ceil(low / step - 1e-9)
+    return [step * place for place in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axes:
+    """A plot's frame from data to points: x from `x_range` to `left`..`right`, y from `y_range` upwards."""
+
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    top: float
+    height: float
+    left: float = 70.0
+    right: float = WIDTH - 20.0
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point of the data is drawn."""
+        return (
+            self.left + (x - self.x_range[0]) / _width(self.x_range) * (self.right - self.left),
+            self.top + self.height * (1.0 - (y - self.y_range[0]) / _width(self.y_range)),
+        )
+
+    def frame(self, x_name: str, y_name: str, *, with_y: bool = True) -> list[str]:
+        """The axes with their numbers and names."""
+        bottom = self.top + self.height
+        out = [f'<path class="axis" d="M{self.left:.1f} {self.top:.1f}V{bottom:.1f}H{self.right:.1f}"/>']
+        for value in ticks(*self.x_range, count=8):
+            x, _ = self.at(value, self.y_range[0])
+            out += [
+                f'<path class="axis" d="M{x:.1f} {bottom:.1f}v4"/>',
+                text(x, bottom + 18, f"{value:g}", anchor="middle"),
+            ]
+        for value in ticks(*self.y_range) if with_y else ():
+            _, y = self.at(self.x_range[0], value)
+            out += [
+                f'<path class="axis" d="M{self.left:.1f} {y:.1f}h-4"/>',
+                text(self.left - 8, y + 4, f"{value:g}", anchor="end"),
+            ]
+        middle = (self.left + self.right) / 2
+        return [
+            *out,
+            text(middle, bottom + 36, x_name, anchor="middle", kind="soft"),
+            text(12, self.top - 8, y_name, kind="soft"),
+        ]
+
+    def line(self, points: Iterable[tuple[float, float]], colour: str, title: str = "", *, dots: bool = False) -> str:
+        """A line through points of the data."""
+        placed = [self.at(x, y) for x, y in points]
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
+        marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in placed) if dots else ""
+        return f'<path class="line" stroke="{colour}" d="{path}"><title>{escape(title)}</title></path>{marks}'
+
+
+def _width(span: tuple[float, float]) -> float:
+    return max(span[1] - span[0], 1e-12)

@@ -1,0 +1,77 @@
+"""The pipeline's timeline: a row a stage, a bar a round (in each group of layers), its chunks coloured by request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.pictures.svg import COLOURS, WIDTH, Axes, Panel, box, legend, text
+from tuner.plan.plan import Plan, Round
+
+ROW, GAP, TOP = 26.0, 6.0, 44.0
+MOST_BARS = 6000
+"""Bars that are drawn; beyond, rounds are drawn as one bar each and the last are left out."""
+MOST_NAMED = 12
+"""Requests with a colour of their own in the legend."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """When rounds run: (round, group of layers, start_s, finish_s) each."""
+
+    title: str
+    bars: Sequence[tuple[int, int, float, float]]
+    end_s: float = 0.0
+    """Where the axis ends at least, so that timelines below each other compare."""
+
+
+def timeline_panel(plan: Plan, told: Bars) -> Panel:
+    """Rows of stages over time; grey is idle."""
+    parallel = plan.parallel
+    num_rows, stages = parallel.pp_size, parallel.stage_of_group
+    end_s = max([told.end_s, *(finish for _, _, _, finish in told.bars)])
+    height = num_rows * (ROW + GAP)
+    axes = Axes(x_range=(0.0, end_s), y_range=(0.0, 1.0), top=TOP, height=height, left=90.0)
+    busy_s = sum(finish - start for _, _, start, finish in told.bars)
+    idle = 1.0 - busy_s / (end_s * num_rows) if end_s else 0.0
+    out = [text(12, 20, f"{told.title}: {end_s:.4g} s, {idle:.1%} of it bubbles (grey)", bold=True)]
+    for row in range(num_rows):
+        y = TOP + row * (ROW + GAP)
+        out += [
+            text(82, y + ROW / 2 + 4, f"stage {row}", anchor="end"),
+            f'<rect class="bubble" x="90" y="{y:.1f}" width="{WIDTH - 110}" height="{ROW}"/>',
+        ]
+    whole = sum(len(plan.rounds[index]) for index, *_ in told.bars) > MOST_BARS
+    for index, group, start, finish in told.bars[:MOST_BARS]:
+        x, _ = axes.at(start, 0.0)
+        width = axes.at(finish, 0.0)[0] - x
+        out += _bar(plan, index, x, TOP + stages[group] * (ROW + GAP), width, 1e3 * (finish - start), whole=whole)
+    out += axes.frame("seconds", "", with_y=False)
+    named = plan.requests[:MOST_NAMED]
+    names = [f"{request.id} ({request.prompt_tokens})" for request in named]
+    if len(plan.requests) > MOST_NAMED:
+        names[-1] = f"and {len(plan.requests) - MOST_NAMED + 1} more, the colours again"
+    entries, used = legend(names, [colour_of(i) for i in range(len(names))], TOP + height + 50, left=90.0)
+    return Panel(TOP + height + 50 + used + 10, (*out, *entries))
+
+
+def colour_of(request: int) -> str:
+    """Of a request's chunks."""
+    return COLOURS[request % len(COLOURS)]
+
+
+def _bar(plan: Plan, index: int, x: float, y: float, width: float, ms: float, *, whole: bool) -> list[str]:
+    """A round: its chunks on top of each other, as high as their shares of its tokens."""
+    chunks: Round = plan.rounds[index]
+    total = sum(chunk.tokens for chunk in chunks)
+    shown = (max(chunks, key=lambda chunk: chunk.tokens),) if whole else chunks
+    scale, out = ROW / sum(chunk.tokens for chunk in shown), []
+    width = max(width - min(0.6, 0.2 * width), 0.3)  # a hair between rounds
+    for chunk in shown:
+        title = (
+            f"round {index}, {total} tokens, {ms:.3g} ms: {plan.requests[chunk.request].id} "
+            f"{chunk.start} to {chunk.end}"
+        )
+        out.append(box(x, y, width, scale * chunk.tokens, colour_of(chunk.request), title))
+        y += scale * chunk.tokens
+    return out

@@ -1,0 +1,185 @@
+"""What `isochunk plot` does: pictures of a plan, of a run of it, or of a trace under every policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from db.errors import UserError
+from db.files.documents import located, parse, read_json
+from db.files.replacement import check_writable, replace_file
+from service.use_cases.options import check_options, option
+
+SUFFIXES = (".svg", ".png")
+PNG_WIDTH = 1720
+"""Pixels: twice the picture's units, for dense screens."""
+MOST_RATES = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlotOptions:
+    """Options of `isochunk plot`. Raises UserError for values that are not allowed, alone or together."""
+
+    file: str | None = option(None, "A plan, a run's --output, or a trace.", flags=("FILE",))
+    output: str | None = option(None, "Write the picture here: .svg or .png.", flags=("-o", "--output"), is_file=True)
+    plan: str | None = option(None, "Of a run: its plan. Of a trace: a plan whose costs to take.", is_file=True)
+    cost_model: str | None = option(None, "Of a trace: the cost model.", is_file=True)
+    pp_size: int | None = option(None, "Number of stages, for a cost model of one.", above=0)
+    window: int | None = option(None, "Rounds that may be in flight.", above=0)
+    rates: str = option("0.5,1,1.5", "Speeds at which a trace is replayed.", metavar="X,X,...")
+    num_requests: int | None = option(200, "Read only so many lines of a trace.", metavar="N", above=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.file is None:
+            raise UserError("FILE", "missing", "give a plan, a run's --output, or a trace")
+        if self.output is None or Path(self.output).suffix not in SUFFIXES:
+            raise UserError("-o", self.output or "missing", "a file that ends in .svg or .png is needed")
+
+
+def plot(options: PlotOptions) -> Path:
+    """Draw what the file holds and write the picture. Raises UserError for a file that is none of them."""
+    assert options.file is not None and options.output is not None
+    output = Path(options.output)
+    check_writable("-o", output)
+    content = _content(options.file)
+    if str(content.get("schema", "")).startswith("isochunk.plan/"):
+        picture = _plan_picture(options.file)
+    elif "makespans_s" in content:
+        picture = _run_picture(options.file, content, options.plan)
+    else:
+        picture = _trace_picture(options)
+    replace_file(output, _png(picture) if output.suffix == ".png" else picture.encode())
+    return output
+
+
+def _content(path: str) -> dict[str, Any]:
+    """The file's object; empty where it is a trace, which holds several or none."""
+    if not Path(path).is_file():
+        raise UserError("FILE", path, "must be a readable file (No such file)")
+    try:
+        content = read_json(path, field="FILE")
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _plan_picture(path: str) -> str:
+    from runtime.run.prediction import read_prediction
+    from service.pictures.svg import document
+    from service.pictures.timeline import Bars, timeline_panel
+    from service.pictures.token_cost import token_cost_panel
+    from tuner.plan.cost_model import CostModel
+    from tuner.plan.plan import load_plan
+
+    plan = load_plan(path)
+    timeline = read_prediction(plan).timeline
+    if timeline is None:
+        raise UserError("FILE", path, "predicts nothing: it has neither round_s nor a cost_model to draw")
+    rows, columns = timeline.start_s.shape
+    bars = [
+        (i, k, float(timeline.start_s[i, k]), float(timeline.finish_s[i, k]))
+        for i in range(rows)
+        for k in range(columns)
+    ]
+    panels = [timeline_panel(plan, Bars(f"{plan.policy or 'The plan'}, predicted", bars))]
+    if plan.cost_model is not None:
+        panels.append(token_cost_panel(plan, CostModel.from_json(plan.cost_model)))
+    return document(panels)
+
+
+def _run_picture(path: str, content: dict[str, Any], plan_path: str | None) -> str:
+    from db.rows.runs import RoundTime
+    from runtime.run.prediction import read_prediction
+    from service.pictures.accuracy import accuracy_panel
+    from service.pictures.svg import document
+    from service.pictures.timeline import Bars, timeline_panel
+    from tuner.plan.plan import load_plan
+
+    if plan_path is None:
+        raise UserError("--plan", "missing", "a run's output does not say what its rounds hold; give its plan")
+    plan = load_plan(plan_path)
+    with located(path):
+        rounds = parse(tuple[RoundTime, ...], content.get("rounds"))
+    if any(one.round >= len(plan.rounds) or one.stage >= plan.parallel.num_groups for one in rounds):
+        raise UserError("--plan", plan_path, f"has other rounds or stages than {path}")
+    measured = [(one.round, one.stage, one.start_s, one.finish_s) for one in rounds]
+    timeline = read_prediction(plan).timeline
+    end_s = max([one.finish_s for one in rounds] + ([] if timeline is None else [timeline.makespan_s]))
+    panels = [timeline_panel(plan, Bars("Measured", measured, end_s))]
+    if timeline is not None:
+        predicted = [
+            (i, k, float(timeline.start_s[i, k]), float(timeline.finish_s[i, k]))
+            for i in range(len(plan.rounds))
+            for k in range(plan.parallel.num_groups)
+        ]
+        panels.append(timeline_panel(plan, Bars("Predicted", predicted, end_s)))
+    accuracy = accuracy_panel(rounds)
+    return document([*panels, accuracy] if accuracy else panels)
+
+
+def _trace_picture(options: PlotOptions) -> str:
+    from service.pictures.latency import load_panel, ttft_panel
+    from service.pictures.svg import document
+    from tuner.search.replay import compare_replays
+    from tuner.workload.workload import load_workload
+
+    assert options.file is not None
+    cost = _cost_of(options)
+    by_rate = {}
+    for rate in _rates(options.rates):
+        workload = load_workload(options.file, rate=rate, limit=options.num_requests)
+        replays = compare_replays(cost, workload.requests, everything=False, window=options.window)
+        fixed = [one for one in replays if one.policy.startswith("fixed:")]
+        best = min(fixed, key=lambda one: one.evaluation.mean_ttft_s)
+        by_rate[rate] = [
+            replace(one, policy="fixed, best") if one is best else one
+            for one in replays
+            if one not in fixed or one is best
+        ]
+    shown = 1.0 if 1.0 in by_rate else next(iter(by_rate))
+    title = f"{Path(options.file).name} at {shown:g} times its rate"
+    return document([ttft_panel(by_rate[shown], title), load_panel(by_rate)])
+
+
+def _cost_of(options: PlotOptions) -> Any:
+    from tuner.plan.cost_model import CostModel
+    from tuner.plan.plan import load_plan
+    from tuner.plan.smoothing import load_measured_model
+
+    if options.cost_model is not None:
+        cost, _ = load_measured_model(options.cost_model)
+        return cost.for_pp_size(options.pp_size or cost.pp_size)
+    if options.plan is None:
+        raise UserError("--cost-model", "missing", f"{options.file} is drawn as a trace; give --cost-model or --plan")
+    plan = load_plan(options.plan)
+    if plan.cost_model is None:
+        raise UserError("--plan", options.plan, "has no cost_model")
+    return CostModel.from_json(plan.cost_model).for_pp_size(plan.parallel.pp_size)
+
+
+def _rates(texts: str) -> list[float]:
+    parts = texts.split(",")
+    if len(parts) > MOST_RATES:
+        raise UserError("--rates", texts, f"at most {MOST_RATES} rates")
+    rates = []
+    for part in parts:
+        try:
+            rate = float(part)
+        except ValueError:
+            rate = 0.0
+        if not 0.0 < rate < 1e6:
+            raise UserError("--rates", part, "numbers above 0 between commas")
+        rates.append(rate)
+    return rates
+
+
+def _png(picture: str) -> bytes:
+    try:
+        import resvg_py
+    except ImportError:
+        raise UserError(
+            "-o", ".png", "needs the package resvg-py (pip install isochunk[png]); .svg needs none"
+        ) from None
+    return bytes(resvg_py.svg_to_bytes(svg_string=picture, width=PNG_WIDTH, background="white"))

@@ -1,0 +1,190 @@
+"""A proven lower bound on the chunk grid, for cost tables as they are: stairs, floors and several kernels.
+
+With equal stages it is that of `rounds.bound`, S(m) + (pp_size - 1) m least over all caps m, S being the sum of
+`rounds.grid_relaxation`.
+
+Where stages differ it goes by `rounds.uneven`: paths through the stage k on which the batch takes longest show that
+makespan >= S + E + D + hops, and E and D cap each round by what ran before it (X) and by what runs after it (Y). Under
+them S is bounded from below in three ways, of which the largest counts:
+
+1. by the longest round that they let through anywhere: S is at least the sum under that cap;
+2. by what rounds can do: up to any time before the end of the last round as the fill's caps allow, from there on as
+   the drain's do (`grid_relaxation.Efficiency`), until all is done;
+3. for one request, whose chunks run in order, by its shortest path under the cap at each place: a chunk from a to b has
+   at most H - rest(a) before it and H - least(b) after it, least and rest being shortest paths under the longest cap
+   of all, if the rounds sum to at most H. H is the bound that is hoped for: where a path needs more, all that is proven
+   is H.
+
+S falls as E and D rise, so on a cell of (E, D) the bound is S at its upper corner plus its lower corner. Cells with the
+least bounds are divided, best first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tuner.plan.cost_model import CostModel, Floats, StageCost
+from tuner.rounds.grid_relaxation import MOST_STEPS, Efficiency, GridRelaxation, is_curved
+from tuner.rounds.relaxation import Work, envelopes, least_sum, likely_cap_s
+from tuner.rounds.uneven import Side, busiest_stage, sides_of
+
+LEAST_CAP, MOST_CAP = 0.3, 6.0
+"""Caps that are tried, by the likely best one."""
+NUM_CAPS, NUM_REFINEMENTS = 20, 2
+NUM_SPANS, NUM_BORDERS = 72, 12
+"""Spans of time in which caps are taken to be what they are at the inner end, and times between fill and drain."""
+NUM_EDGES, NUM_DIVISIONS, NUM_DIVIDED = 10, 8, 24
+"""Cells at the start, how often some are divided, and how many."""
+MOST_GAINS = (1.12, 1.03)
+"""H by the bound that is known, in turn."""
+
+
+def grid_bound_s(cost: CostModel, work: Work, multiple: int, known_s: float) -> float | None:
+    """Seconds that no makespan is below where chunks end on multiples of so many tokens after the cached ones; None
+    where straight lines tell as much, or where it would take too long."""
+    hops, num_more = (cost.pp_size - 1) * (cost.hop_latency_s + cost.hop_token_s), cost.pp_size - 1
+    stage = busiest_stage(cost, work)
+    reference = cost.stages[stage] if len(cost.kinds) == 1 else replace(cost.stages[stage], final_s=0.0)
+    found = _grid(reference, work, multiple, num_more)
+    if found is None or known_s <= 0.0:
+        return None
+    relaxation, caps = found
+    if len(cost.kinds) == 1:
+        return hops + _least_s(relaxation, reference, work, caps, num_more)
+    best = int(np.argmin(relaxation.sums(caps) + num_more * caps))
+    efficiency = relaxation.efficiency(np.sort(np.append(caps, _between(caps, best))), float(caps[best]))
+    if efficiency is None:
+        return None
+    sides, bound_s = sides_of(cost, work, stage), known_s
+    for gain in MOST_GAINS:
+        most_s = gain * bound_s
+        bound_s = max(bound_s, min(most_s, hops + _Cells(sides, most_s, relaxation, efficiency).least_s()))
+    return bound_s
+
+
+def _grid(stage: StageCost, work: Work, multiple: int, num_more: int) -> tuple[GridRelaxation, Floats] | None:
+    """The relaxation and caps around the likely best one."""
+    if not is_curved([stage]):
+        return None
+    caps = np.array([np.inf])
+    if num_more:
+        centre = max(likely_cap_s(envelope, work, num_more) for envelope in envelopes([stage], work))
+        caps = centre * np.geomspace(LEAST_CAP, MOST_CAP, NUM_CAPS)
+    relaxation = GridRelaxation([stage], work, multiple, float(caps[-1]))
+    return (relaxation, caps) if relaxation.num_steps <= MOST_STEPS else None
+
+
+def _least_s(relaxation: GridRelaxation, stage: StageCost, work: Work, caps: Floats, num_more: int) -> float:
+    """The least of S(m) + num_more * m."""
+    sums = relaxation.sums(caps)
+    if num_more == 0:
+        return float(sums[0])
+    for _ in range(NUM_REFINEMENTS):
+        inner = _between(caps, int(np.argmin(sums + num_more * caps)))
+        caps, sums = np.append(caps, inner), np.append(sums, relaxation.sums(inner))
+        order = np.argsort(caps)
+        caps, sums = caps[order], sums[order]
+    beyond = caps[-1] * num_more + max(least_sum(envelope, work) for envelope in envelopes([stage], work))
+    return float(min(sums[0], (sums[1:] + num_more * caps[:-1]).min(), beyond))
+
+
+def _between(caps: Floats, best: int) -> Floats:
+    """Caps around one of them."""
+    inner: Floats = np.geomspace(caps[max(best - 2, 0)], caps[min(best + 2, len(caps) - 1)], NUM_CAPS)[1:-1]
+    return inner
+
+
+@dataclass(slots=True)
+class _Cells:
+    """The least of S + E + D over all that fill and drain may add."""
+
+    sides: list[Side]
+    most_s: float
+    relaxation: GridRelaxation
+    efficiency: Efficiency
+
+    def least_s(self) -> float:
+        """Best first: the cells with the least bounds are divided."""
+        axes = []
+        for side in self.sides:
+            first = np.array([side.least_s])
+            inner = np.geomspace(max(side.least_s, 1e-3 * self.most_s), self.most_s, NUM_EDGES)
+            axes.append(np.unique(np.concatenate([first, inner])) if len(side.ratio) else np.zeros(2))
+        (low_e, low_d), (high_e, high_d) = (
+            [grid.ravel() for grid in np.meshgrid(axes[0][part], axes[1][part])] for part in (slice(-1), slice(1, None))
+        )
+        cells = np.stack([low_e, high_e, low_d, high_d], axis=1)
+        bounds = self._bounds(cells)
+        for _ in range(NUM_DIVISIONS):
+            chosen = np.argsort(bounds)[:NUM_DIVIDED]
+            if bounds[chosen[0]] >= self.most_s:
+                break
+            chosen = chosen[bounds[chosen] < self.most_s]
+            parts = self._divided(cells[chosen])
+            kept = np.setdiff1d(np.arange(len(cells)), chosen)
+            cells = np.concatenate([cells[kept], parts])
+            bounds = np.concatenate([bounds[kept], self._bounds(parts)])
+        return float(bounds.min())
+
+    def _divided(self, cells: Floats) -> Floats:
+        """Each cell in four, or in two where one side has no stages."""
+        for axis, side in enumerate(self.sides):
+            if len(side.ratio):
+                low, high = cells[:, 2 * axis], cells[:, 2 * axis + 1]
+                middle = 0.5 * (low + high)
+                lower, upper = cells.copy(), cells.copy()
+                lower[:, 2 * axis + 1] = upper[:, 2 * axis] = middle
+                cells = np.concatenate([lower, upper])
+        return cells
+
+    def _bounds(self, cells: Floats) -> Floats:
+        """S at the upper corners plus the lower corners."""
+        fill, drain = cells[:, 1], cells[:, 3]
+        longest = self._longest(fill, drain)
+        sums = np.maximum(self.efficiency.least_sums(longest), self._by_work(fill, drain))
+        bounds: Floats = sums + cells[:, 0] + cells[:, 2]
+        open_ = np.flatnonzero((longest <= self.relaxation.longest_cap_s) & (bounds < self.most_s))
+        if self.relaxation.is_single and open_.size:
+            by_place = self._by_place(fill[open_], drain[open_]) + cells[open_, 0] + cells[open_, 2]
+            bounds[open_] = np.maximum(bounds[open_], by_place)
+        return bounds
+
+    def _longest(self, fill_s: Floats, drain_s: Floats) -> Floats:
+        places = np.linspace(0.0, self.most_s, NUM_SPANS + 1)
+        before = self.sides[0].caps_s(fill_s[:, None], places[1:])
+        after = self.sides[1].caps_s(drain_s[:, None], self.most_s - places[:-1])
+        found: Floats = np.minimum(before, after).max(axis=1)
+        return found
+
+    def _by_work(self, fill_s: Floats, drain_s: Floats) -> Floats:
+        places = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, NUM_SPANS) * self.most_s])
+        done, per_s = [], []
+        for side, excess in zip(self.sides, (fill_s, drain_s), strict=True):
+            rate = self.efficiency.under(side.caps_s(excess[:, None], places[1:]))  # [cells, spans]
+            per_s.append(rate)
+            done.append(np.concatenate([np.zeros((len(excess), 1)), np.cumsum(rate * np.diff(places), axis=1)], axis=1))
+        work_s = np.full(len(fill_s), self.efficiency.work_s)
+        times = _reached(work_s, done[1], per_s[1], places)  # all of it as the drain allows
+        for border in np.linspace(0, NUM_SPANS, NUM_BORDERS).astype(int):
+            left = np.maximum(work_s - done[1][:, border], 0.0)
+            filled = _reached(left, done[0], per_s[0], places)
+            times = np.maximum(times, np.where(left > 0.0, places[border] + filled, 0.0))
+        return times
+
+    def _by_place(self, fill_s: Floats, drain_s: Floats) -> Floats:
+        least, rest = self.relaxation.free_paths
+        before = self.sides[0].caps_s(fill_s[:, None], np.maximum(self.most_s - rest, 0.0))
+        after = self.sides[1].caps_s(drain_s[:, None], np.maximum(self.most_s - least, 0.0))
+        return np.minimum(self.relaxation.path_under(before, after), self.most_s)
+
+
+def _reached(work_s: Floats, done: Floats, per_s: Floats, places: Floats) -> Floats:
+    """When so much work is done at the earliest, at most the last place; [cells]."""
+    at = np.minimum((done <= work_s[:, None]).sum(axis=1) - 1, len(places) - 2)
+    rows = np.arange(len(work_s))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        more = (work_s - done[rows, at]) / per_s[rows, at]
+    found: Floats = np.minimum(places[at] + np.where(work_s > done[rows, at], more, 0.0), places[-1])
+    return found

@@ -1,0 +1,365 @@
+"""The relaxation of a batch on the chunk grid, with the cost tables as they are: stairs, floors and several kernels.
+
+`rounds.relaxation` puts one straight line under a table, so that every round costs a token what the best one does. Here
+each chunk is charged what it costs itself. For a cap m on every round of a plan whose chunks end on the grid:
+
+    sum over rounds of e(i)  >=  sum over requests of D(request, m)
+
+D is the least over all cuts of a request of the sum over its chunks (c tokens after p) of A(c, p) + share, A being
+what the chunk adds beside token-wise work. The share is its part, by tokens, of its round's overhead and token-wise
+work w(T): c w(T) / T for a round of T >= c tokens. The chunk leaves the round m - A for w, and w never falls, so that
+T is at most some t(m - A), and the share is at least c times the least w(T) / T for T from c to there. Where there is
+one request a round is a chunk, T = c. Both only fall with a higher cap.
+
+All functions are least over the stages of a set. w is linear between the points of all their tables, or above the
+chord there, and w(T) / T of a chord is least at an end: points and both ends of the range are enough. D is a
+shortest path over the grid, D(b) = min over a < b of D(a) + cost(a, b), for all caps and all requests with the same
+cached tokens at once: only a prompt's last chunk may be off the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from tuner.plan.cost_model import Floats, Ints, StageCost, TableAttention
+from tuner.rounds.relaxation import Work, pair_floor
+
+NUM_PRICES, NUM_NUMBERS = 8, 160
+"""Of a chunk, and of rounds, at which sums by their number are taken."""
+MOST_STEPS = 3_000_000
+"""(position, chunk) pairs, all cached lengths together, up to which the cuts are searched: about 0.1 s."""
+SLACK = 1e-9
+
+
+def is_curved(stages: Iterable[StageCost]) -> bool:
+    """Whether straight lines lie well below these stages' tables."""
+    return any(isinstance(stage.attention, TableAttention) or len(stage.token_count) > 2 for stage in stages)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """w: overhead and token-wise work of a round, by its tokens."""
+
+    count: Floats  # points, [n]
+    seconds: Floats  # at them, [n]
+    least_rate: Floats  # [n, n]: the least seconds a token at points i..k
+
+    @classmethod
+    def of(cls, stages: list[StageCost], most: float, grid: Floats) -> _Tokens:
+        inner = {float(n) for stage in stages for n in stage.token_count if 1 <= n < most}
+        count = np.array(sorted({1.0, most} | inner | set(grid.tolist())))
+        seconds = np.min([stage.round_overhead_s + stage.tokens_s(count) for stage in stages], axis=0)
+        rate = seconds / count
+        table = np.full((len(count), len(count)), np.inf)
+        for first in range(len(count)):
+            table[first, first:] = np.minimum.accumulate(rate[first:])
+        return cls(count, seconds, table)
+
+    def shares(self, tokens: Floats, at: Ints, spare_s: Floats, own_s: Floats) -> Floats:
+        """Least seconds of chunks' shares of w when their rounds may spend so much on it; inf where not even the chunk
+        alone fits.
+
+        at: index of the first point from each chunk's tokens on. own_s: w of each chunk alone.
+        """
+        last = np.searchsorted(self.seconds, spare_s, side="right") - 1
+        inside = np.clip(last, 0, len(self.count) - 2)
+        low_s, high_s = self.seconds[inside], self.seconds[inside + 1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            part = np.where(high_s > low_s, (spare_s - low_s) / (high_s - low_s), 1.0)
+            reach = self.count[inside] + np.clip(part, 0.0, 1.0) * (self.count[inside + 1] - self.count[inside])
+            rate = np.minimum(own_s / tokens, np.minimum(spare_s, self.seconds[-1]) / np.maximum(reach, tokens))
+        rate = np.where(last >= at, np.minimum(rate, self.least_rate[at, np.maximum(last, at)]), rate)
+        return np.where(own_s <= spare_s, tokens * rate, np.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """How much of a batch's work a second of rounds can do, by the cap on these rounds.
+
+    A chunk's worth is how far it carries its request's shortest path under one reference cap. Rounds that run for x
+    seconds under a cap do work of at most x times the efficiency of that cap.
+    """
+
+    work_s: float  # the worth of all chunks
+    caps_s: Floats  # rising
+    sums_s: Floats  # the least that all rounds can sum to under each cap
+    per_s: Floats  # the efficiency of each cap
+    beyond: float  # and of all higher ones
+
+    def least_sums(self, caps_s: Floats) -> Floats:
+        """The least sums under any caps, those of the next higher one known; 0 above all."""
+        found: Floats = np.append(self.sums_s, 0.0)[np.searchsorted(self.caps_s, caps_s)]
+        return found
+
+    def under(self, caps_s: Floats) -> Floats:
+        """The efficiency of any caps, that of the next higher one known."""
+        found: Floats = np.append(self.per_s, self.beyond)[np.searchsorted(self.caps_s, caps_s)]
+        return found
+
+
+def _least_between(places: Floats, values: Floats) -> Floats:
+    """What a function that is convex and not negative is at least between its values at neighbouring places, given as
+    [rows, places]: it lies above the chords on either side, carried on. Values are infinite up to some place."""
+    step = np.diff(places)
+    with np.errstate(invalid="ignore"):
+        slope = np.diff(values, axis=1) / step  # nan and inf where a value is infinite
+    from_left = values[:, 1:-1] + np.minimum(slope[:, :-1], 0.0) * step[1:]
+    from_right = values[:, 1:-1] - np.maximum(slope[:, 1:], 0.0) * step[:-1]
+    none = np.zeros((len(values), 1))
+    sides = [np.concatenate([none, from_left], axis=1), np.concatenate([from_right, none], axis=1)]
+    known = [np.where(np.isfinite(side), side, 0.0) for side in sides]
+    return np.where(np.isinf(values[:, 1:]), np.inf, np.maximum(np.maximum(*known), 0.0))
+
+
+class GridRelaxation:
+    """The least sums and the efficiency of rounds under caps, for a set of stages and a batch.
+
+    longest_cap_s: of the caps that are asked for.
+    """
+
+    def __init__(self, stages: Iterable[StageCost], work: Work, multiple: int, longest_cap_s: float) -> None:
+        self._stages, self._work, self._multiple = list(stages), work, multiple
+        self.longest_cap_s = longest_cap_s
+        self._most = min(work.new_tokens, work.max_round_tokens)
+        self._final_s = min(stage.final_s for stage in self._stages)
+        units = np.arange(1, int(self._most // multiple) + 2, dtype=np.float64) * multiple
+        alone = self._own_s(units) + self._added_s(units, np.zeros_like(units))
+        most_units = max(int(np.searchsorted(alone, longest_cap_s * (1.0 + SLACK), side="right")), 1)
+        self._chunk = units[:most_units]  # [most_units]: tokens of the chunks that the caps may let through
+        self._own = np.where(self._chunk <= self._most, self._own_s(self._chunk), np.inf)
+        self._base = self._added_s(self._chunk, np.zeros_like(self._chunk))
+        self._slope = self._added_s(self._chunk, np.ones_like(self._chunk)) - self._base
+        self._cached, self._group = np.unique(work.cached, return_inverse=True)
+        self._table: _Tokens | None = None
+        if len(work.prompt) > 1 and self.num_steps <= MOST_STEPS:
+            self._table = _Tokens.of(self._stages, max(self._most, 1.0), self._chunk)
+            self._at = np.searchsorted(self._table.count, self._chunk)
+
+    @property
+    def num_steps(self) -> float:
+        """Pairs of a position and a chunk that are looked at for each cap."""
+        longest = [self._work.prompt[self._group == i].max() - cached for i, cached in enumerate(self._cached)]
+        return float(sum(longest)) / self._multiple * len(self._chunk) + len(self._work.prompt) * len(self._chunk)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one request: its chunks are the rounds, in order."""
+        return len(self._work.prompt) == 1
+
+    @cached_property
+    def free_paths(self) -> tuple[Floats, Floats]:
+        """Of one request, under the longest cap: the least seconds up to each grid point and to its end, and from each
+        to the end."""
+        ((cached, prompts),) = self._groups()
+        num_units, free = self._units(cached, prompts[-1]), np.array([np.inf])
+        least = self._paths(cached, num_units, free)[0]
+        starts, _, last = self._last(cached, prompts[-1], free)
+        rest = np.full(num_units + 1, np.inf)
+        rest[starts] = last[0]
+        for end in range(num_units, 0, -1):
+            width, cost = self._cost(cached, end, free)
+            before = slice(end - width, end)
+            rest[before] = np.minimum(rest[before], cost[0][::-1] + rest[end])
+        return np.append(least, rest[0]), rest
+
+    def path_under(self, from_s: Floats, to_s: Floats) -> Floats:
+        """Of one request: the least its rounds sum to, [num_rows], when each is capped by where it starts and ends.
+
+        from_s: caps by the grid point of the start, [num_rows, points]. to_s: by that of the end, the prompt's end
+        being the last, [num_rows, points + 1].
+        """
+        from_s, to_s = from_s * (1.0 + SLACK), to_s * (1.0 + SLACK)
+        ((cached, prompts),) = self._groups()
+        num_units, free = self._units(cached, prompts[-1]), np.array([np.inf])
+        least = np.full((len(from_s), num_units + 1), np.inf)
+        least[:, 0] = 0.0
+        for end in range(1, num_units + 1):
+            width, cost = self._cost(cached, end, free)
+            before, cost = slice(end - width, end), cost[:, ::-1]
+            allowed = (cost <= from_s[:, before]) & (cost <= to_s[:, end : end + 1])
+            least[:, end] = np.where(allowed, least[:, before] + cost, np.inf).min(axis=1)
+        starts, _, cost = self._last(cached, prompts[-1], free)
+        allowed = (cost <= from_s[:, starts]) & (cost <= to_s[:, -1:])
+        found: Floats = np.where(allowed, least[:, starts] + cost, np.inf).min(axis=1) * (1.0 - SLACK)
+        return found
+
+    def sums(self, caps_s: Floats) -> Floats:
+        """The least that all rounds can sum to when none exceeds the cap, inf where no plan is possible; [num_caps]."""
+        caps_s = caps_s * (1.0 + SLACK)
+        total = np.zeros(len(caps_s))
+        for count, seconds in self._least_of_each(caps_s):
+            total += count * seconds
+        if not self.is_single:
+            total = np.maximum(total, self._by_number(caps_s))
+        return total * (1.0 - SLACK)
+
+    def _least_of_each(self, caps_s: Floats, chunk_s: Floats | None = None) -> Iterator[tuple[int, Floats]]:
+        """How many requests are alike, and D of each of them under every cap, [num_caps].
+
+        chunk_s: what every chunk costs instead of its share of w, by cap.
+        """
+        for cached, prompts in self._groups():
+            least = self._paths(cached, self._units(cached, prompts[-1]), caps_s, chunk_s)
+            for length, count in zip(*np.unique(prompts, return_counts=True), strict=True):
+                starts, _, cost = self._last(cached, length, caps_s, chunk_s)
+                yield int(count), (least[:, starts] + cost).min(axis=1) + self._final_s
+
+    def _by_number(self, caps_s: Floats) -> Floats:
+        """The least sums by the number N of rounds: w of all of them is at least N times that of the mean round on the
+        convex hull of w, and no request has more than N chunks; [num_caps].
+
+        The least that a request's chunks add with at most N of them is at least D(p) - p N, D(p) being the least where
+        each costs p more, for any p. The first part is convex in N, the second falls.
+        """
+        assert self._table is not None
+        usual_s = float(np.median(self._base)) / max(len(self._chunk), 1) + float(self._own[0])
+        prices = np.concatenate([[0.0], usual_s * np.geomspace(1e-3, 0.5, NUM_PRICES - 1)])
+        rows, price_of = np.repeat(caps_s, len(prices)), np.tile(prices, len(caps_s))
+        most = max(self._work.new_tokens, 1.0)
+        number = np.unique(np.geomspace(1.0, most, NUM_NUMBERS).round())
+        added = np.zeros((len(caps_s), len(number)))
+        for count, least in self._least_of_each(rows, price_of):
+            by_price = least.reshape(len(caps_s), len(prices))
+            with np.errstate(invalid="ignore"):
+                bounds = by_price[:, :, None] - prices[:, None] * number
+            added += count * np.maximum(bounds.max(axis=1), 0.0)
+        own = number * self._hull_s(caps_s, most / number)  # [num_caps, numbers]
+        inner = _least_between(number, own) + added[:, 1:]
+        found: Floats = np.minimum(inner.min(axis=1), own[:, -1])  # at most one round a token
+        return found
+
+    def _hull_s(self, caps_s: Floats, tokens: Floats) -> Floats:
+        """The convex hull of w over the rounds that each cap allows, inf above them: [num_caps, len(tokens)]."""
+        table = self._table
+        assert table is not None
+        found = np.full((len(caps_s), len(tokens)), np.inf)
+        for row, cap_s in enumerate(caps_s):
+            last = int(np.searchsorted(table.seconds, cap_s, side="right"))
+            count, seconds = table.count[: last + 1], table.seconds[: last + 1]  # one point beyond: the hull only falls
+            keep: list[int] = []
+            for i in range(len(count)):
+                while len(keep) > 1 and (seconds[keep[-1]] - seconds[keep[-2]]) * (count[i] - count[keep[-1]]) >= (
+                    seconds[i] - seconds[keep[-1]]
+                ) * (count[keep[-1]] - count[keep[-2]]):
+                    keep.pop()
+                keep.append(i)
+            found[row] = np.where(tokens <= count[-1], np.interp(tokens, count[keep], seconds[keep]), np.inf)
+        return found
+
+    def efficiency(self, caps_s: Floats, reference_s: float) -> Efficiency | None:
+        """The efficiency of these caps, rising; None where the reference cap allows no plan."""
+        wide, total, beyond = np.append(caps_s * (1.0 + SLACK), np.inf), 0.0, 0.0
+        per_s = np.zeros(len(wide))
+        for cached, prompts in self._groups():
+            num_units = self._units(cached, prompts[-1])
+            worth = self._paths(cached, num_units, np.array([reference_s * (1.0 + SLACK)]))[0]
+            if not np.isfinite(worth).all():
+                return None
+            for end in range(1, num_units + 1):
+                width, cost = self._cost(cached, end, wide)
+                per_s = np.maximum(per_s, ((worth[end] - worth[end - width : end][::-1]) / cost).max(axis=1))
+            for length, count in zip(*np.unique(prompts, return_counts=True), strict=True):
+                starts, _, cost = self._last(cached, length, wide)
+                ends = self._last(cached, length, np.array([reference_s * (1.0 + SLACK)]))[2]
+                done = float((worth[starts] + ends[0]).min())
+                if not np.isfinite(done):
+                    return None
+                total += count * done
+                per_s = np.maximum(per_s, ((done - worth[starts]) / cost).max(axis=1))
+                up_to_end = np.append(worth[: int(starts[0]) + 1], done)
+                beyond = max(beyond, self._beyond(cached, up_to_end, float(length)))
+        per_s = np.maximum.accumulate(per_s) * (1.0 + SLACK)
+        return Efficiency(
+            work_s=total * (1.0 - SLACK),
+            caps_s=caps_s,
+            sums_s=self.sums(caps_s),
+            per_s=per_s[:-1],
+            beyond=max(beyond * (1.0 + SLACK), float(per_s[-1])),
+        )
+
+    def _beyond(self, cached: float, worth: Floats, length: float) -> float:
+        """Most worth a second of chunks longer than those known.
+
+        They cost at least a line in their tokens and the pairs of tokens in them, and can be divided into stretches
+        of half the longest known chunk to all of it, of which none is worth more a second than the best.
+        """
+        places = np.append(cached + np.arange(len(worth) - 1) * self._multiple, length)
+        token_s, pair_s = self._least_rates()
+        floor = token_s * places + pair_s * places * (places + 1.0) / 2.0
+        half, best = max(len(self._chunk) // 2, 1), 0.0
+        for units in range(half, min(2 * half + 1, len(worth))):
+            best = max(best, float(((worth[units:] - worth[:-units]) / (floor[units:] - floor[:-units])).max()))
+        return best
+
+    def _least_rates(self) -> tuple[float, float]:
+        """Seconds a token and a pair of tokens that no round and no chunk undercuts."""
+        most, found = self._work.new_tokens, []
+        for stage in self._stages:
+            count = np.array([1.0, most, *(float(n) for n in stage.token_count if 1 <= n < most)])
+            pair_s, _, _ = pair_floor(stage)
+            found.append((float(((stage.round_overhead_s + stage.tokens_s(count)) / count).min()), pair_s))
+        return min(token_s for token_s, _ in found), min(pair_s for _, pair_s in found)
+
+    def _groups(self) -> Iterator[tuple[float, Floats]]:
+        """Cached tokens and the prompts, the longest last, that have so many."""
+        for index, cached in enumerate(self._cached):
+            yield float(cached), np.sort(self._work.prompt[self._group == index])
+
+    def _units(self, cached: float, length: float) -> int:
+        """Grid points after the cached tokens and before a prompt's end."""
+        return int((length - cached - 1) // self._multiple)
+
+    def _own_s(self, tokens: Floats) -> Floats:
+        """w of a round of these tokens."""
+        found: Floats = np.min([stage.round_overhead_s + stage.tokens_s(tokens) for stage in self._stages], axis=0)
+        return found
+
+    def _added_s(self, tokens: Floats, context: Floats) -> Floats:
+        """A of chunks of these tokens after so much context."""
+        base = np.min([stage.attention.base(tokens) for stage in self._stages], axis=0)
+        slope = np.min([stage.attention.slope(tokens) for stage in self._stages], axis=0)
+        added: Floats = min(stage.chunk_s for stage in self._stages) + base + slope * context
+        return added
+
+    def _cost(self, cached: float, end: int, caps_s: Floats, chunk_s: Floats | None = None) -> tuple[int, Floats]:
+        """How many chunks end at a grid point, and their costs, the shortest first: [caps, chunks]."""
+        width = min(end, len(self._chunk))
+        added = self._base[:width] + self._slope[:width] * (cached + end * self._multiple - self._chunk[:width])
+        own, spare = self._own[:width], caps_s[:, None] - added
+        if chunk_s is not None:
+            return width, np.where(own <= spare, added + chunk_s[:, None], np.inf)
+        if self._table is None:
+            return width, np.where(own <= spare, own + added, np.inf)
+        return width, added + self._table.shares(self._chunk[:width], self._at[:width], spare, own)
+
+    def _paths(self, cached: float, num_units: int, caps_s: Floats, chunk_s: Floats | None = None) -> Floats:
+        """D up to each grid point, [caps, num_units + 1]."""
+        least = np.full((len(caps_s), num_units + 1), np.inf)
+        least[:, 0] = 0.0
+        for end in range(1, num_units + 1):
+            width, cost = self._cost(cached, end, caps_s, chunk_s)
+            least[:, end] = (least[:, end - width : end][:, ::-1] + cost).min(axis=1)
+        return least
+
+    def _last(
+        self, cached: float, length: float, caps_s: Floats, chunk_s: Floats | None = None
+    ) -> tuple[Ints, Floats, Floats]:
+        """Grid points from which a prompt's last chunk may go, its tokens and its costs, [caps, points]; what ending
+        the prompt costs leaves the round less, but is not counted."""
+        last = self._units(cached, length)
+        starts: Ints = np.arange(last, max(last - len(self._chunk), -1), -1, dtype=np.int64)
+        before: Floats = starts.astype(np.float64) * self._multiple
+        chunk: Floats = length - cached - before
+        added = self._added_s(chunk, cached + before)
+        own = np.where(chunk <= self._most, self._own_s(chunk), np.inf)
+        spare = caps_s[:, None] - added - self._final_s
+        if chunk_s is not None:
+            return starts, chunk, np.where(own <= spare, added + chunk_s[:, None], np.inf)
+        if self._table is None:
+            return starts, chunk, np.where(own <= spare, own + added, np.inf)
+        at = np.minimum(np.searchsorted(self._table.count, chunk), len(self._table.count) - 1)
+        return starts, chunk, added + self._table.shares(chunk, at, spare, own)

@@ -1,0 +1,166 @@
+"""Workloads: a trace's requests in order of arrival, what of them is cached, and how the file was read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from db.errors import UserError
+from db.files.documents import Line, located
+from tuner.plan.plan import MAX_REQUESTS, Request
+from tuner.workload.prefix_cache import PrefixCache
+from tuner.workload.trace import FIELD, Trace, WorkloadLine, read_trace
+from tuner.workload.trace_format import TimeUnit, TraceFormat
+
+NO_CACHE = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Requests ordered by arrival, the first of them at 0."""
+
+    requests: tuple[Request, ...]
+    output_tokens: tuple[int | None, ...]
+    """Tokens of each request's answer, None where the trace does not say."""
+    notes: tuple[str, ...]
+    """How the trace was read, a sentence a line."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of all prompts' tokens that are cached."""
+        return sum(r.cached_tokens for r in self.requests) / sum(r.prompt_tokens for r in self.requests)
+
+
+def load_workload(
+    path: str | Path,
+    *,
+    rate: float = 1.0,
+    limit: int | None = None,
+    format: TraceFormat | None = None,
+    unit: TimeUnit | None = None,
+    cache_tokens: int | None = None,
+) -> Workload:
+    """Read a trace in any of the formats of `tuner.workload.trace`.
+
+    rate: requests arrive that many times faster. limit: only so many lines are read. format, unit: told from the file
+    where they are None. cache_tokens: size of the prefix cache that `hash_ids` are looked up in, None for no limit,
+    `NO_CACHE` for none. Raises UserError naming the line and field, or the option that settles what cannot be told.
+    """
+    if not (math.isfinite(rate) and rate > 0.0):
+        raise UserError("rate", rate, "a finite number above 0 (2 makes requests arrive twice as fast)")
+    trace = read_trace(path, format=format, unit=unit, most_lines=limit)
+    arrival_s, notes = _arrivals_s(trace)
+    empty = [line for line in trace.lines if not line.content.input_length]
+    placed = [(at, line) for at, line in zip(arrival_s, trace.lines, strict=True) if line.content.input_length]
+    if not placed:
+        raise UserError(FIELD, path, "must have at least one request with an input_length above 0")
+    if len(placed) > MAX_REQUESTS:
+        allowed = f"at most {MAX_REQUESTS} can be planned; --num-requests N takes the first N"
+        raise UserError(FIELD, f"{path} with {len(placed)} requests", allowed)
+    placed.sort(key=lambda pair: pair[0])
+    if empty:
+        notes.append(
+            f"Skipped {len(empty)} of {len(trace.lines)} lines whose prompt has no tokens, "
+            f"the first in line {empty[0].number}."
+        )
+    first_s, last_s = placed[0][0], placed[-1][0]
+    cache = None if cache_tokens == NO_CACHE else PrefixCache(cache_tokens, trace.format.block_tokens)
+    requests = [_request(line, (at - first_s) / rate, cache) for at, line in placed]
+    workload = Workload(
+        requests=tuple(requests),
+        output_tokens=tuple(line.content.output_length for _, line in placed),
+        notes=(_summary(path, trace, len(placed), (last_s - first_s) / rate, rate), *notes),
+    )
+    hashed = any(line.content.hash_ids and line.content.cached_tokens is None for _, line in placed)
+    if not hashed:
+        return workload
+    note = _cache_note(workload, cache_tokens, trace.format.block_tokens)
+    return Workload(requests=workload.requests, output_tokens=workload.output_tokens, notes=(*workload.notes, note))
+
+
+def _arrivals_s(trace: Trace) -> tuple[list[float], list[str]]:
+    """When each line's request arrives, before any speeding up; a turn without a time comes `delay` after the one
+    before it in its session."""
+    step, thinking, nameless = trace.unit.seconds, 0, 0
+    turn_s: dict[str | int | None, float] = {}
+    arrivals = []
+    for _, _, line in trace.lines:
+        if line.timestamp is not None:
+            at = line.timestamp * step
+        else:
+            at = turn_s.get(line.session_id, 0.0) + (line.delay or 0.0) * step
+            thinking += line.delay is not None
+            nameless += line.delay is not None and line.session_id is None
+        if line.session_id is not None or line.delay is not None:
+            turn_s[line.session_id] = at
+        arrivals.append(at)
+    notes = []
+    if thinking:
+        of = "one session, for lines name none" if nameless == thinking else f"{len(turn_s)} sessions"
+        notes.append(
+            f"{thinking} turns of {of} arrive their delay after the turn before arrived; "
+            "how long that turn takes is not known here."
+        )
+    return arrivals, notes
+
+
+def _summary(path: str | Path, trace: Trace, count: int, span_s: float, rate: float) -> str:
+    pace = f", {count / span_s:.3g} a second" if span_s > 0.0 else ", all at once"
+    sped = f", sped up {rate:g} times" if rate != 1.0 else ""
+    told = f"{count} requests over {span_s:.4g} s{pace}{sped} (times {trace.unit_told})"
+    return f"Read {Path(path).name} as {trace.format}: {told}."
+
+
+def _cache_note(workload: Workload, cache_tokens: int | None, block_tokens: int) -> str:
+    if cache_tokens == NO_CACHE:
+        return "No prefix cache: hash_ids are not looked up."
+    size = "without limit" if cache_tokens is None else f"of {cache_tokens} tokens"
+    return f"Prefix cache {size}, blocks of {block_tokens}: {workload.hit_rate:.1%} of all prompt tokens are hits."
+
+
+def _request(line: Line[WorkloadLine], arrival_s: float, cache: PrefixCache | None) -> Request:
+    entry = line.content
+    cached = entry.cached_tokens or 0
+    if cache is not None and entry.hash_ids:
+        hits = cache.hit_tokens(entry.hash_ids, entry.input_length)
+        cached = hits if entry.cached_tokens is None else cached
+    try:
+        with located(line.place):
+            return Request(
+                id=_name(line),
+                prompt_tokens=entry.input_length,
+                cached_tokens=cached,
+                arrival_s=arrival_s,
+                weight=entry.weight,
+                sla_ttft_s=entry.sla_ttft_s,
+            )
+    except UserError as error:
+        names = {"prompt_tokens": "input_length", "arrival_s": "timestamp"}
+        field = error.field
+        for ours, theirs in names.items():
+            field = field.replace(ours, theirs)
+        raise UserError(field, error.value, error.allowed) from None
+
+
+def _name(line: Line[WorkloadLine]) -> str:
+    for name in (line.content.id, line.content.chat_id):
+        if name is not None:
+            return str(name)
+    return f"r{line.number - 1}"
+
+
+def as_lines(requests: Sequence[Request]) -> list[WorkloadLine]:
+    """Requests as lines of a trace that say the same."""
+    return [
+        WorkloadLine(
+            id=request.id,
+            input_length=request.prompt_tokens,
+            timestamp=request.arrival_s * 1e3,
+            cached_tokens=request.cached_tokens,
+            weight=request.weight,
+            sla_ttft_s=request.sla_ttft_s,
+        )
+        for request in requests
+    ]
