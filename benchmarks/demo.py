@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.demo_model import DEMO, SMALL, write_demo_model
 from profiler.model import load_model_shape
+from service.http.serve_options import DEFAULT_PORT
 from tuner.plan.layout import Pins, enumerate_layouts, layout_of
 from tuner.plan.plan import Plan
 
@@ -102,6 +103,15 @@ def main() -> None:
             "longer than on a quiet one, and predictions as far off as the load changed."
         )
     print(f"Plans, traces and report.json are in {options.output}")
+    print(
+        f"On a page: .venv/bin/isochunk serve --db {database_of(options.output)}, then the address that it prints "
+        f"(http://127.0.0.1:{DEFAULT_PORT}/...)"
+    )
+
+
+def database_of(folder: Path) -> str:
+    """The demo's database in its folder."""
+    return f"sqlite:///{(folder / 'isochunk.db').resolve()}"
 
 
 def others_at_work() -> float:
@@ -123,7 +133,7 @@ def others_at_work() -> float:
 
 def run_demo(model: Path, sizes: DemoSizes, folder: Path) -> list[Row]:
     """Profile, then tune and run each plan of the table."""
-    database = f"sqlite:///{(folder / 'isochunk.db').resolve()}"
+    database = database_of(folder)
     shape = load_model_shape(str(model))
     longest = min(sizes.longest_prompt, shape.max_positions - NEW_TOKENS)
     can_split = not any(layout.refusal for layout in enumerate_layouts(shape, WORLD_SIZE, Pins(tp_size=WORLD_SIZE)))

@@ -17,6 +17,12 @@ from tuner.search.target import Target
 QUICKER = 0.1
 LINKS_FACTOR = 2.0
 LEAST_GAIN = 2e-3  # shares of a makespan below it are no move
+ATTENTION, PRODUCTS, ELEMENTWISE = (
+    f"{kind} {100 * QUICKER:.0f} % quicker" for kind in ("attention", "products", "element-wise work")
+)
+LAUNCHES = "launches of no time"
+KERNELS = frozenset({ATTENTION, PRODUCTS, ELEMENTWISE, LAUNCHES})
+"""What only other kernels change."""
 
 
 def moves(
@@ -27,8 +33,9 @@ def moves(
     rivals: list[Candidate] | None = None,
     precisions: Mapping[str, Costs] | None = None,
 ) -> tuple[Move, ...]:
-    """What would make the plan's makespan least, the largest gain first; of requests that arrive over time nothing.
+    """What would make the plan's makespan least; of requests that arrive over time nothing.
 
+    First what the one who runs it can change, then what faster kernels would bring, each by its gain.
     rivals: other layouts that were planned; precisions: costs of the same layout in other precisions that were
     measured.
     """
@@ -45,21 +52,20 @@ def moves(
         assert best.rounds is not None
         found.append(Move(change=f"the layout {best.layout}", makespan_s=best.rounds.makespan_s))
     gains = [move for move in found if move.makespan_s < (1.0 - LEAST_GAIN) * base_s]
-    return tuple(sorted(gains, key=lambda move: move.makespan_s))
+    return tuple(sorted(gains, key=lambda move: (move.change in KERNELS, move.makespan_s)))
 
 
 def _changes(candidate: Candidate, rules: Rules, precisions: Mapping[str, Costs]) -> Iterator[tuple[str, Costs, Rules]]:
     costs, layout = candidate.layout_costs, candidate.layout
     own = candidate.rules(rules)
-    percent = f"{100 * QUICKER:.0f} %"
     if not isinstance(costs, WholeCosts):  # parts of layers were measured
         correction = costs.correction
         quick_attention = replace(correction, attention_scale=(1.0 - QUICKER) * correction.attention_scale)
-        yield f"attention {percent} quicker", replace(costs, correction=quick_attention), own
+        yield ATTENTION, replace(costs, correction=quick_attention), own
         products = tuple(map(_quicker, costs.projections))
-        yield f"products {percent} quicker", replace(costs, projections=products), own
-        yield f"element-wise work {percent} quicker", replace(costs, elementwise=_quicker(costs.elementwise)), own
-        yield "launches of no time", replace(costs, round_overhead_s=0.0, chunk_s=0.0), own
+        yield PRODUCTS, replace(costs, projections=products), own
+        yield ELEMENTWISE, replace(costs, elementwise=_quicker(costs.elementwise)), own
+        yield LAUNCHES, replace(costs, round_overhead_s=0.0, chunk_s=0.0), own
     if layout.world_size > 1:
         yield f"links {LINKS_FACTOR:g} times as fast", costs.with_links(LINKS_FACTOR), own
     if own.window is not None:
