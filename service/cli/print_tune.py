@@ -161,7 +161,7 @@ def _verdict(report: TuneReport) -> str:
         return ""
     return (
         f"The plan, {plan.policy}: {predicted.makespan_s:.4g} s, at most {predicted.gap:.2%} above the best possible "
-        f"(no plan takes less than {predicted.lower_bound_s:.4g} s)."
+        f"(with chunks on the same multiples no plan takes less than {predicted.lower_bound_s:.4g} s)."
     )
 
 
