@@ -72,6 +72,22 @@ def run(command: str, folder: Path) -> str:
     return "\n".join(line.rstrip() for line in done.stdout.splitlines())
 
 
+def is_told(shown: str, printed: str) -> bool:
+    """Whether the same words are printed, and numbers within 2 %: the last digit depends on the processor."""
+    words, others = shown.split(), printed.split()
+    return len(words) == len(others) and all(map(_is_like, words, others))
+
+
+def _is_like(word: str, other: str) -> bool:
+    if word == other:
+        return True
+    try:
+        number, another = (float(text.strip("(),;:%s").replace(",", "")) for text in (word, other))
+    except ValueError:
+        return False
+    return abs(number - another) <= 0.02 * abs(number)
+
+
 def main() -> None:
     """Write the README's transcripts anew, each cut after as many lines as it has now."""
     before, *parts = README.read_text().split(FENCE)
