@@ -62,7 +62,7 @@ COST = {
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[tune]\nfly = 3", "--config: tune.fly: unknown; must be one of chunk-multiple,"),
+        ("[tune]\nfly = 3", "--config: tune.fly: unknown; must be one of backend,"),
         ("[tune]\ncompare = 3", "--config: tune.compare: 3; must be true or false"),
         ("[tune]\npp-size = true", "--config: tune.pp-size: True; must be a value"),
         ("[tune]\npp-size = 'x'", "'x' is not a valid integer"),

@@ -106,7 +106,7 @@ def _one_pass_s(cost: CostModel, work: Work, hops: float, multiple: int | None) 
     best = 0.0
     for first, last in _stage_ranges(cost, work):
         outside = one_token[:first].sum() + one_token[last + 1 :].sum() + hops
-        stages = {cost.stages[k] for k in range(first, last + 1)}
+        stages = dict.fromkeys(cost.stages[first : last + 1])  # each once, in order
         lines = envelopes(stages, work)
         if curved:  # the grid tells more: one line will do for a start
             lines = [max(lines, key=lambda line: likely_least_s(line, work, last - first))]

@@ -37,8 +37,8 @@ NUM_SPANS, NUM_BORDERS = 72, 12
 """Spans of time in which caps are taken to be what they are at the inner end, and times between fill and drain."""
 NUM_EDGES, NUM_DIVISIONS, NUM_DIVIDED = 10, 8, 24
 """Cells at the start, how often some are divided, and how many."""
-MOST_GAINS = (1.12, 1.03)
-"""H by the bound that is known, in turn."""
+MOST_GAINS, MOST_REPEATS = (1.12, 1.03), 8
+"""H by the bound that is known, in turn; each again while H is reached: more may be provable then."""
 
 
 def grid_bound_s(cost: CostModel, work: Work, multiple: int, known_s: float) -> float | None:
@@ -59,8 +59,12 @@ def grid_bound_s(cost: CostModel, work: Work, multiple: int, known_s: float) -> 
         return None
     sides, bound_s = sides_of(cost, work, stage), known_s
     for gain in MOST_GAINS:
-        most_s = gain * bound_s
-        bound_s = max(bound_s, min(most_s, hops + _Cells(sides, most_s, relaxation, efficiency).least_s()))
+        for _ in range(MOST_REPEATS):
+            most_s = gain * bound_s
+            proven_s = hops + _Cells(sides, most_s, relaxation, efficiency).least_s()
+            bound_s = max(bound_s, min(most_s, proven_s))
+            if proven_s < most_s:
+                break
     return bound_s
 
 
