@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -107,7 +108,9 @@ def _processes(folder: RunFolder, world_size: int, module: str) -> Iterator[list
         for rank in range(world_size)
     ]
     try:
-        # Blocked signals stay blocked in the ranks: an interrupt is the launcher's to handle.
+        # Blocked signals stay blocked in the server and its ranks: an interrupt is the launcher's to handle. The tracker
+        # unblocks them when it starts, so it is there before.
+        resource_tracker.ensure_running()
         with _blocked(signal.SIGINT, signal.SIGTERM):
             for process in processes:
                 process.start()

@@ -66,7 +66,13 @@ class EndedBySignalError(RuntimeError):
 
 def run_child(path: Path, rank: int) -> None:
     """Run the task in the folder; the exit code tells the launcher how it went."""
-    folder = RunFolder(path)
+    try:
+        _run_task(RunFolder(path), rank)
+    except EndedBySignalError:  # while another error was being noted: the launcher has one already
+        os._exit(1)
+
+
+def _run_task(folder: RunFolder, rank: int) -> None:
     progress = Progress(folder.progress(rank), pid=os.getpid())
     stacks = folder.stacks(rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
@@ -91,11 +97,12 @@ def run_child(path: Path, rank: int) -> None:
             result = task.function(context, *task.args)
         write_whole(folder.result(rank), result)
     except BaseException as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which has noticed meanwhile
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the launcher's waits until the error is written
         lost = is_lost_connection(error)
         raised = RaisedError(error=error_line(error), at_s=time.monotonic(), is_lost_connection=lost)
         write_whole(folder.error(rank), raised)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if lost:
             time.sleep(BLAME_OTHERS_S)
         # Not raised: the group's teardown may block on ranks that are gone.
