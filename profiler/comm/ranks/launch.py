@@ -108,8 +108,8 @@ def _processes(folder: RunFolder, world_size: int, module: str) -> Iterator[list
         for rank in range(world_size)
     ]
     try:
-        # Blocked signals stay blocked in the server and its ranks: an interrupt is the launcher's to handle. The tracker
-        # unblocks them when it starts, so it is there before.
+        # Blocked signals stay blocked in the server and its ranks: an interrupt is the launcher's to handle.
+        # Starting the resource tracker unblocks them: it is started before.
         resource_tracker.ensure_running()
         with _blocked(signal.SIGINT, signal.SIGTERM):
             for process in processes:
