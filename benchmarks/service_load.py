@@ -31,6 +31,7 @@ from service.cli.output import print_table
 READS = ("hardware", "measurements", "measurements?hardware=1&op=matmul", "plans", "runs", "fits", "models", "workers",
          "jobs", "session")  # fmt: skip
 _PLAN_EVERY = 20
+_PATIENCE_S = 240.0
 
 
 def main(clients: int, seconds: float) -> None:
@@ -80,21 +81,21 @@ def _call(base: str, token: str, clients: int, seconds: float) -> dict[str, list
             began = time.perf_counter()
             try:
                 with urllib.request.urlopen(
-                    urllib.request.Request(f"{base}/api/v1/{path}", body, headers), timeout=120
+                    urllib.request.Request(f"{base}/api/v1/{path}", body, headers), timeout=_PATIENCE_S
                 ) as answer:
                     answer.read()
                 kind = "plan" if body else "read"
             except urllib.error.HTTPError as error:
                 kind = f"{'plan' if body else 'read'} {error.code}"
             except OSError as error:
-                kind = f"error {type(error).__name__}"
+                kind = f"error {error}"
             calls[kind].append(time.perf_counter() - began)
 
     threads = [threading.Thread(target=client, args=(seed,), daemon=True) for seed in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(seconds + 130)
+        thread.join(seconds + _PATIENCE_S + 10)
     return calls
 
 

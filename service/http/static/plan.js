@@ -1,9 +1,10 @@
 // Planning: the form, what was found, and what would be if links, prompts or ranks were others.
 
-import { get, post } from "./api.js";
+import { get, lastOf, post } from "./api.js";
 import { $, debounced, figure, h, percent, seconds, show, table, when, whole } from "./dom.js";
 import { timeline } from "./timeline.js";
 
+const search = lastOf((signal, what) => post("/plans", what, signal));
 let trace = null, costModel = null, shown = null, asked = 0, ready = false;
 
 export async function start() {
@@ -62,14 +63,16 @@ export async function plan(changes = {}) {
   $("plan-button").disabled = true;
   $("results").classList.add("busy");
   try {
-    const made = await post("/plans", { ...body(changes), compare: !trace || trace.length <= 200 });
+    const made = await search({ ...body(changes), compare: !trace || trace.length <= 200 });
     if (mine !== asked) return;
     if (changes.world_size) $("world-size").value = changes.world_size;
     display(made);
     listPlans();
   } catch (error) { if (mine === asked) told(error.message); } finally {
-    $("plan-button").disabled = false;
-    $("results").classList.remove("busy");
+    if (mine === asked) {
+      $("plan-button").disabled = false;
+      $("results").classList.remove("busy");
+    }
   }
 }
 
@@ -166,6 +169,7 @@ function whatIf(file, head, picture) {
   const base = file.predicted.makespan_s;
   const settings = { link: 0, prompt: 0 };
   const error = h("p", { class: "error", role: "alert" });
+  const again = lastOf((signal, what) => post("/plans", what, signal));
   let turn = 0;
   const replan = debounced(120, async () => {
     const mine = ++turn, link = 2 ** settings.link, prompt = 2 ** settings.prompt;
@@ -177,13 +181,13 @@ function whatIf(file, head, picture) {
     error.textContent = "";
     picture.classList.add("busy");
     try {
-      const made = await post("/plans", { cost_model: cost, pp_size: file.parallel.pp_size, requests, keep: false, objective: $("objective").value });
+      const made = await again({ cost_model: cost, pp_size: file.parallel.pp_size, requests, keep: false, objective: $("objective").value });
       if (mine !== turn) return;
       const changed = settings.link !== 0 || settings.prompt !== 0;
       const mixed = { ...made.report.plan, parallel: file.parallel };
       headline(head, mixed, changed ? null : shown.id, changed ? base : null);
       show(picture, timeline(made.report.plan, made.timeline, changed ? "What if" : "The pipeline over time"));
-    } catch (problem) { if (mine === turn) error.textContent = problem.message; } finally { picture.classList.remove("busy"); }
+    } catch (problem) { if (mine === turn) error.textContent = problem.message; } finally { if (mine === turn) picture.classList.remove("busy"); }
   });
   const slider = (name, label, low, high, format, change) => {
     const out = h("output", { for: name }, format(0));
@@ -194,13 +198,13 @@ function whatIf(file, head, picture) {
   const ranks = Number($("world-size").value), choices = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
   const at = choices.findIndex((one) => one >= ranks);
   const out = h("output", { for: "if-ranks" }, `${ranks}`);
-  const again = debounced(500, (count) => plan({ world_size: count }));
+  const onRanks = debounced(500, (count) => plan({ world_size: count }));
   return h("div", { class: "card" }, h("h2", {}, "What if"), h("div", { class: "sliders" },
     slider("if-prompt", "Prompts were longer", -3, 3, times, (value) => { settings.prompt = value; replan(); }),
     file.parallel.pp_size > 1 && slider("if-link", "Links between stages were faster", -6, 6, times, (value) => { settings.link = value; replan(); }),
     h("div", { class: "slider" }, h("label", { for: "if-ranks" }, "Ranks were", out),
       h("input", { id: "if-ranks", type: "range", min: 0, max: choices.length - 1, step: 1, value: at < 0 ? choices.length - 1 : at,
-        oninput: (event) => { const count = choices[Number(event.target.value)]; out.textContent = `${count}`; again(count); } }))),
+        oninput: (event) => { const count = choices[Number(event.target.value)]; out.textContent = `${count}`; onRanks(count); } }))),
     h("p", { class: "quiet" }, "Prompts and links replan this layout as you move them; ranks search all layouts anew. Nothing of it is kept but what ranks bring."), error);
 }
 

@@ -31,9 +31,6 @@ def server(served: Served) -> Iterator[str]:
     running = uvicorn.Server(uvicorn.Config(served.app, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
-    while not running.started and time.monotonic() < deadline:
-        time.sleep(0.05)
     token = served.client.headers["authorization"].removeprefix("Bearer ")
     yield f"http://localhost:{listener.getsockname()[1]}/#token={token}"
     running.should_exit = True
