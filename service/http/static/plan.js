@@ -12,14 +12,16 @@ export async function start() {
   const [models, hardware] = await Promise.all([get("/models"), get("/hardware")]);
   show($("model"), models.map((model) => h("option", { value: model.name, selected: model.name === "llama-3-8b" }, `${model.name} · ${model.num_layers} layers`)));
   const measured = hardware.filter((one) => one.num_measurements);
-  show($("hardware-id"), measured.map((one) => h("option", { value: one.id }, nameOf(one))));
+  const names = measured.map(shortName);
+  show($("hardware-id"), measured.map((one, index) => h("option", { value: one.id }, names.filter((name) => name === names[index]).length > 1 ? nameOf(one) : names[index])));
   if (!measured.length) show($("hardware-id"), h("option", { value: "" }, "nothing measured yet: see Jobs"));
   drawEmpty();
   ready = true;
   await listPlans();
 }
 
-export const nameOf = (one) => `${one.hardware.device} × ${one.hardware.device_count} · ${one.hardware.link}`;
+const shortName = (one) => `${one.hardware.device_count} × ${one.hardware.device}`;
+const nameOf = (one) => `${shortName(one)} · ${one.hardware.link}`;
 
 $("plan-form").addEventListener("submit", (event) => { event.preventDefault(); plan(); });
 $("trace").addEventListener("change", () => $("trace").files[0] && readTrace($("trace").files[0]));
@@ -138,7 +140,7 @@ function tables(report) {
     ["", (one) => one.makespan_s && bar(one.makespan_s / slowest)], ["mean TTFT", (one) => one.makespan_s && seconds(one.mean_ttft_s), true],
     ["bubbles", (one) => one.makespan_s && percent(one.bubble_share), true], ["GiB a rank", (one) => one.memory_bytes ? (one.memory_bytes / 2 ** 30).toFixed(1) : null, true],
     ["why not", (one) => one.refusal ?? (one.proven_worse ? `no plan takes less than ${seconds(one.floor_s)}` : one.assumed?.length ? `assumes links: ${one.assumed.join(", ")}` : one.extrapolates ? "beyond the measured range" : "")],
-  ], report.layouts.slice(0, 40), (one) => (one.refusal ? "refused" : one === report.layouts[0] ? "best" : null))));
+  ], report.layouts.slice(0, 40), (one) => (one.makespan_s && !one.refusal ? (one === report.layouts[0] ? "best" : null) : "refused"))));
   if (report.why) parts.push(why(report.why));
   const policies = report.policies.length ? report.policies : report.replays;
   const worst = Math.max(...policies.map((one) => one.makespan_s));
@@ -153,13 +155,16 @@ function tables(report) {
   return parts;
 }
 
+// A layout in words of the command line, as `layoutOf` writes it.
+const shortLayout = (name) => name?.replace(/^TP1 (?=.)/, "").replace(/ PP1$/, "").replace(/ x(\d)/, " × $1");
+
 function why(told) {
   const names = Object.keys(told.families[0]?.seconds ?? {});
   const wins = (label, winners, value) => winners?.length > 1 && h("div", {}, h("h3", {}, label), table([
-    ["if", value, true], ["best", (one) => one.layout ?? "none has room"], ["ahead of others by", (one) => (one.lead ? percent(one.lead) : null), true],
+    ["if", value, true], ["best", (one) => shortLayout(one.layout) ?? "none has room"], ["ahead of others by", (one) => (one.lead ? percent(one.lead) : null), true],
   ], winners));
   return h("div", { class: "card" }, h("h2", {}, "Why, and where else another would win"),
-    names.length > 0 && table([["the best of its kind", (one) => one.layout], ...names.map((name) => [name.replace(/_s$/, "").replaceAll("_", " "), (one) => (typeof one.seconds[name] === "number" ? seconds(one.seconds[name]) : null), true])], told.families),
+    names.length > 0 && table([["the best of its kind", (one) => shortLayout(one.layout)], ...names.map((name) => [name.replace(/_s$/, "").replaceAll("_", " "), (one) => (typeof one.seconds[name] === "number" ? seconds(one.seconds[name]) : null), true])], told.families),
     h("div", { class: "split even" }, wins("Links faster or slower", told.by_link, (one) => `× ${+one.link_factor.toPrecision(2)}`),
       wins("Longer or shorter prompts", told.by_length, (one) => `${whole(one.prompt_tokens)} tokens`), wins("More or fewer requests", told.by_batch, (one) => `${whole(one.num_requests)} requests`)));
 }
