@@ -52,6 +52,8 @@ class Planning:
     def __init__(self, limits: PlanningLimits) -> None:
         self.limits, self.num_asked = limits, 0
         """Plans that are being made or wait are `num_asked`."""
+        self._free = asyncio.Semaphore(limits.processes)
+        """Who waits for a process waits here: a task in the pool's own queue cannot be taken back."""
         self._pool = ProcessPool(
             max_workers=limits.processes,
             max_tasks=_PLANS_A_PROCESS,
@@ -74,17 +76,13 @@ class Planning:
             raise _full(self.num_asked, f"at most {self.limits.waiting} at once")
         self.num_asked += 1
         try:
-            given = [request, self.limits.cpu_s]
-            future: Future[Any] = self._pool.schedule(_make, args=given, timeout=self.limits.wall_s)
-            waiting = asyncio.wrap_future(future)
-            while not (await asyncio.wait([waiting], timeout=_LOOK_EVERY_S))[0]:
-                if is_gone is not None and not future.running() and await is_gone():
-                    future.cancel()
-            made = waiting.result()
-        except asyncio.CancelledError:
-            if not future.cancelled():
-                raise
-            raise _full("nobody waits", "a caller who waits") from None
+            await self._turn(is_gone)
+            try:
+                given = [request, self.limits.cpu_s]
+                future: Future[Any] = self._pool.schedule(_make, args=given, timeout=self.limits.wall_s)
+                made = await asyncio.wrap_future(future)
+            finally:
+                self._free.release()
         except TimeoutError:
             raise _full("too busy", f"the machine to have a processor within {self.limits.wall_s:g} s") from None
         except (MemoryError, ProcessExpired):
@@ -99,6 +97,18 @@ class Planning:
             raise UserError(made.field, made.value, made.allowed)
         assert isinstance(made, MadePlan)
         return made
+
+    async def _turn(self, is_gone: Callable[[], Awaitable[bool]] | None) -> None:
+        """Wait until a process is free, first come, first served."""
+        turn = asyncio.ensure_future(self._free.acquire())
+        try:
+            while not (await asyncio.wait([turn], timeout=_LOOK_EVERY_S))[0]:
+                if is_gone is not None and await is_gone():
+                    raise _full("nobody waits", "a caller who waits")
+        except BaseException:
+            if not turn.cancel():
+                self._free.release()
+            raise
 
     def close(self) -> None:
         """End the processes."""
