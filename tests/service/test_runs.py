@@ -128,6 +128,7 @@ def test_a_report_is_one_page_that_needs_nothing_beside_it(what: tuple[str, ...]
     assert {part.split('"')[0] for part in text.split("http")[1:]} == {"://www.w3.org/2000/svg"}
     if what == ("114",):
         assert "6.0% slower" in text and "When rounds ran" in text
+        assert "Where the seconds went" in text and "fill and drain" in text
 
 
 def test_a_report_of_a_plan_escapes_what_files_say(tmp_path: Path) -> None:
