@@ -228,7 +228,7 @@ def print_regret() -> None:
             judged = [one for one in judge(database, hardware, TAUGHT) if one.model == MODEL]
             for choice in choices(judged):
                 name = part if part == "as it is" else f"without {part}"
-                table.append([name, choice.best.workload, choice.now.short_name, 100 * choice.regret(choice.now)])
+                table.append([name, choice.best.workload, choice.refit.short_name, 100 * choice.regret(choice.refit)])
     print_table(["fit", "prompts", "chosen", "regret %"], table, title=f"Regret of choices in {KEPT[-1].name}")
 
 
