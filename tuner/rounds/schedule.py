@@ -13,11 +13,14 @@ with a window (round i waits for round i-W only, so W rounds are independent of 
 Where a stage holds several groups of layers the same holds for each group k, with K the number of groups, but for two
 things: a stage runs its tasks in the order of `tuner.plan.task_order`, so that instead of finish(i-1,k) it waits for
 the task before in that order (KV is there: in a group rounds run in order); and there is no hop where the group before
-is on the same stage.
+is on the same stage. Where requests arrive over time, that order would hold a round up inside the pipeline until
+requests have come that are not there yet. A stage then takes, of the tasks that are there when it is free, the first in
+that order.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,15 +149,17 @@ def simulate(
     ready_s: Floats | None = None,
     free_s: Floats | None = None,
     order: TaskOrder | None = None,
+    in_order: bool = True,
 ) -> Timeline:
     """Run the recurrence.
 
     `stage_s` is [num_rounds, num_groups], `hop_s` and `ready_s` (the earliest start on stage 0) are [num_rounds],
     `free_s` (when each stage ends what ran before the first round) is [pp_size]. `order` is that of stages with several
-    groups; without it each group is a stage.
+    groups; without it each group is a stage. `in_order`: a stage waits for the next task of that order, as ranks do.
     """
     if order is not None:
-        return _run_tasks(stage_s, hop_s, window, return_s, ready_s, order)
+        run = _run_tasks if in_order else _run_tasks_as_they_come
+        return run(stage_s, hop_s, window, return_s, ready_s, order)
     num_rounds, pp_size = stage_s.shape
     hop = np.zeros(num_rounds) if hop_s is None else hop_s
     if (ready_s is None or not ready_s.any()) and (free_s is None or not free_s.any()):
@@ -229,6 +234,59 @@ def _run_tasks(
     return Timeline(start_s, start_s + stage_s)
 
 
+def _run_tasks_as_they_come(
+    stage_s: Floats,
+    hop_s: Floats | None,
+    window: int | None,
+    return_s: float,
+    ready_s: Floats | None,
+    order: TaskOrder,
+) -> Timeline:
+    """Tasks in time: a free stage takes the first of those that are there, by their places in the order."""
+    num_rounds, num_groups = stage_s.shape
+    seconds: list[list[float]] = stage_s.tolist()
+    hop = [0.0] * num_rounds if hop_s is None else hop_s.tolist()
+    ready = [0.0] * num_rounds if ready_s is None else np.maximum.accumulate(ready_s).tolist()
+    stages, last = order.stages, num_groups - 1
+    place = np.empty((num_rounds, num_groups), dtype=np.int64)
+    place[order.rounds, order.groups] = np.arange(len(order.rounds))
+    places = place.tolist()
+    starts = [[0.0] * num_groups for _ in range(num_rounds)]
+    left = [0.0] * num_rounds
+    there = [0.0] * num_groups  # when the last round reached each group: rounds overtake none on a link
+    free = [0.0] * (max(stages) + 1)
+    waiting: list[list[tuple[int, int, int]]] = [[] for _ in free]
+    events = [(ready[i], i, 0) for i in range(num_rounds if window is None else min(window, num_rounds))]
+    heapq.heapify(events)
+    while events:
+        now = events[0][0]
+        changed = set()
+        while events and events[0][0] == now:
+            _, i, group = heapq.heappop(events)
+            if group >= 0:
+                heapq.heappush(waiting[stages[group]], (places[i][group], i, group))
+                changed.add(stages[group])
+            else:
+                changed.add(-1 - group)  # a stage that is free again
+        for stage in changed:
+            if not waiting[stage] or free[stage] > now:
+                continue
+            _, i, group = heapq.heappop(waiting[stage])
+            starts[i][group] = now
+            end_s = free[stage] = now + seconds[i][group]
+            heapq.heappush(events, (end_s, i, -1 - stage))
+            if group < last:
+                hop_here = hop[i] if stages[group + 1] != stage else 0.0
+                there[group + 1] = max(end_s + hop_here, there[group + 1])
+                heapq.heappush(events, (there[group + 1], i, group + 1))
+            else:
+                left[i] = end_s
+                if window is not None and i + window < num_rounds:
+                    heapq.heappush(events, (max(end_s + return_s, ready[i + window]), i + window, 0))
+    start_s = np.array(starts)
+    return Timeline(start_s, start_s + stage_s)
+
+
 def _equal_stages(stage_s: Floats, hop_s: Floats) -> Floats | None:
     """Finishes where every round takes the same time on all stages and nothing else holds it up; None where not.
 
@@ -270,7 +328,7 @@ def evaluate(
     np.maximum.at(ready, flat.round_index, arrival[flat.request])
     hop = cost.hop_seconds(np.bincount(flat.round_index, weights=flat.tokens))
     order = order_of(cost, len(round_s), window)
-    timeline = simulate(round_s, hop, window, cost.return_s, ready, order=order)
+    timeline = simulate(round_s, hop, window, cost.return_s, ready, order=order, in_order=not ready.any())
     ttft = np.full(len(requests), np.inf)
     ttft[flat.request[final]] = timeline.finish_s[flat.round_index[final], -1]
     ttft -= arrival
