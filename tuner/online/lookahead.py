@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.online.queue import Clock
 from tuner.online.traffic import NONE_TO_COME, Outlook
 from tuner.plan.cost_model import Floats
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.rounds.packing import Packer, fill_rounds
 from tuner.rounds.schedule import MAKESPAN_SLACK, FlatRounds, Objective, simulate
+from tuner.serving.clock import Clock
 
 ROUNDING = 1e-9
 """A round's own time as its cap lets it in again."""

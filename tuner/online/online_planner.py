@@ -32,7 +32,7 @@ import numpy as np
 from db.errors import UserError
 from tuner.online.lookahead import Lookahead
 from tuner.online.patience import running_order
-from tuner.online.queue import Clock
+from tuner.online.queue import drive
 from tuner.online.settings import AS_IT_COMES, OnlineSettings
 from tuner.online.traffic import Outlook, Traffic
 from tuner.plan.cost_model import CostModel
@@ -41,6 +41,8 @@ from tuner.rounds.packing import OpenRound, Packer
 from tuner.rounds.problem import NO_LIMITS, Limits, Problem
 from tuner.rounds.round_budgets import QueueBudgets, RoundExcess, context_token_s, round_overhead_s
 from tuner.rounds.schedule import Objective
+from tuner.serving.answers import NOTHING_BESIDE, Beside
+from tuner.serving.clock import Clock
 
 FIRST_TABLE_TOKENS = 131_072
 """Prompt length that the cost tables hold from the start; a longer prompt doubles them."""
@@ -53,6 +55,9 @@ SIZES_IN_PASSING, WIDE = 2, (0.6, 1.0, 1.3)
 """How many of those numbers rounds of equal tokens are made for too, and what their sizes are scaled by."""
 ENDS_WITHIN = 1.08
 """How much longer a round may be so that a prompt ends in it: what is left of one would take a chunk of its own."""
+IN_TIME, LATE_SHARE = 0.9, 0.5
+"""Shares of the time until a decoded token is due that rounds may take before it is back, and of its TPOT limit that
+they may take at least: prompts go on however late the tokens beside them are."""
 STRETCH_SHARE = 0.125
 """Share of the latest round in the mean of what rounds take over their work."""
 TRIED_IN_PASSING = 4
@@ -176,24 +181,60 @@ class OnlinePlanner:
         if now_s is not None:
             self._late_s = now_s - expected_s
 
-    def next_round(self, now_s: float = 0.0) -> Round | None:
-        """The round to run next on stage 0; None while the window is full or nothing waits."""
-        if not self._waiting or (self.window is not None and len(self._in_flight) >= self.window):
+    def next_round(self, now_s: float = 0.0, beside: Beside = NOTHING_BESIDE) -> Round | None:
+        """The round to run next on stage 0; None while the window is full or there is nothing to run.
+
+        beside: decoded tokens that ride in it; a round may have nothing else. Their TPOT limits shorten it: a token is
+        back after about pp_size rounds, so each may take that share of the time in which the first of them is due.
+        """
+        is_full = self.window is not None and len(self._in_flight) >= self.window
+        if is_full or not (self._waiting or beside.tokens):
             return None
         start_s = max(now_s - self._late_s, self._clock.ready_s())
+        chunks = self._next_chunks(start_s, beside) if self._waiting else ()
+        self._in_flight.append(self._clock.run(chunks, self.requests, start_s, beside))
+        return chunks
+
+    @property
+    def expected_s(self) -> float:
+        """When the oldest round in flight should leave the last stage; infinity without one."""
+        return self._in_flight[0] if self._in_flight else math.inf
+
+    def _next_chunks(self, start_s: float, beside: Beside) -> Round:
+        most_s = self._most_s(start_s, beside)
+        if self._planned and self._seconds_beside(self._planned[0], beside) > most_s:
+            self._planned.clear()
         if not self._planned:
             self._order = self._running_order(start_s)
-        if not self._planned and self._may_plan_ahead():
+        if not self._planned and not math.isfinite(most_s) and self._may_plan_ahead():
             self._planned.extend(self._plan_ahead(start_s))
         work_s = self._total_work_s
-        chunks = self._planned_round() if self._planned else self._greedy_round(start_s)
+        chunks = self._planned_round() if self._planned else self._greedy_round(start_s, beside, most_s)
         if self.settings.patience:
             done_s = max(work_s - self._total_work_s, 1e-12)
             self._stretch += STRETCH_SHARE * (self._packer.seconds(chunks, self.requests) / done_s - self._stretch)
         while self._ending:  # their KV room is free for the round after this one
             self._release(self._ending.pop())
-        self._in_flight.append(self._clock.run(chunks, self.requests, start_s))
         return chunks
+
+    def _most_s(self, start_s: float, beside: Beside) -> float:
+        """Most seconds that the next round may take for the TPOT of those that decode beside it."""
+        if not math.isfinite(beside.limit_s):
+            return math.inf
+        hops_s = self._stages_after * self.cost.hop_latency_s + self.cost.return_s
+        rounds = self.cost.pp_size + (hops_s > 0.0)  # handed on and told back it misses the next round
+        return max(IN_TIME * (beside.due_s - start_s - hops_s), LATE_SHARE * beside.limit_s) / rounds
+
+    def _seconds_beside(self, chunks: Round, beside: Beside) -> float:
+        """Seconds of a round on the slowest stage with what is decoded beside."""
+        return self._packer.seconds(chunks, self.requests, self._open_round(beside)) if beside.tokens else 0.0
+
+    def _open_round(self, beside: Beside) -> OpenRound:
+        """A round that holds decoded tokens."""
+        into = self._packer.open_round()
+        into.num_tokens = beside.tokens
+        into.added_s = [beside.seconds(table.stage) for table in self._packer.tables]
+        return into
 
     def _running_order(self, start_s: float) -> list[int]:
         """All that wait, those that run first at the start."""
@@ -215,10 +256,11 @@ class OnlinePlanner:
             self._run(self._waiting[chunk.request], chunk.tokens)
         return chunks
 
-    def _greedy_round(self, start_s: float) -> Round:
+    def _greedy_round(self, start_s: float, beside: Beside, most_s: float) -> Round:
         """The cap's fill of the queue in running order."""
-        cap_s = max(self._cap_s(start_s), self._lag_s(start_s))
-        into = self._packer.open_round()
+        into = self._open_round(beside)
+        cap_s = max(self._cap_s(start_s), self._lag_s(start_s)) + max(into.added_s)
+        cap_s = min(cap_s, most_s)
         for index in self._order:
             if not self._put(into, self._waiting[index], cap_s):
                 break
@@ -234,7 +276,7 @@ class OnlinePlanner:
         left = waiting.request.prompt_tokens - waiting.done
         if not self._admissible(waiting):
             return False
-        ends_s = cap_s if self._is_limited else ENDS_WITHIN * cap_s
+        ends_s = cap_s if self._is_limited or into.num_tokens else ENDS_WITHIN * cap_s
         tokens = self._packer.longest(into, waiting.done, left, cap_s)
         if tokens < left and self._packer.fits(into, left, waiting.done, True, ends_s):
             tokens = min(left, self._packer.max_round_tokens - into.num_tokens)
@@ -442,33 +484,41 @@ class OnlinePlanner:
         )
 
 
+class _Driven:
+    """The online planner as a scheduler: rounds are back when its own clock says so."""
+
+    def __init__(self, problem: Problem, settings: OnlineSettings) -> None:
+        self._problem = problem
+        self._planner = OnlinePlanner(
+            problem.cost,
+            window=problem.window,
+            chunk_multiple=problem.chunk_multiple,
+            limits=problem.limits,
+            objective=problem.objective,
+            settings=settings,
+            more_to_come=problem.is_timed,
+        )
+        self._index: list[int] = []  # of the problem's requests, by the planner's
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request that came has tokens to run."""
+        return self._planner.num_waiting > 0
+
+    def add(self, index: int, now_s: float) -> None:
+        """A request has arrived."""
+        self._planner.add(self._problem.requests[index], now_s)
+        self._index.append(index)
+
+    def next_round(self, now_s: float, beside: Beside) -> Round:
+        """The next round, with what is decoded beside it."""
+        while self._planner.expected_s + self._problem.cost.return_s <= now_s:
+            self._planner.finish_round()
+        chunks = self._planner.next_round(now_s, beside)
+        assert chunks is not None
+        return tuple(Chunk(self._index[chunk.request], chunk.start, chunk.tokens) for chunk in chunks)
+
+
 def online_rounds(problem: Problem, settings: OnlineSettings = AS_IT_COMES) -> list[Round]:
     """The online planner's rounds: it sees a request when it arrives and is asked whenever stage 0 can take a round."""
-    planner = OnlinePlanner(
-        problem.cost,
-        window=problem.window,
-        chunk_multiple=problem.chunk_multiple,
-        limits=problem.limits,
-        objective=problem.objective,
-        settings=settings,
-        more_to_come=problem.is_timed,
-    )
-    clock = Clock(problem.cost.merged(), problem.window)
-    order = sorted(range(len(problem.requests)), key=lambda i: problem.requests[i].arrival_s)
-    rounds: list[Round] = []
-    in_flight: list[float] = []
-    arrived, now = 0, 0.0
-    while arrived < len(order) or planner.num_waiting:
-        if not planner.num_waiting:
-            now = max(now, problem.requests[order[arrived]].arrival_s)
-        while arrived < len(order) and problem.requests[order[arrived]].arrival_s <= now:
-            planner.add(problem.requests[order[arrived]], now)
-            arrived += 1
-        while in_flight and in_flight[0] + problem.cost.return_s <= now:
-            planner.finish_round(in_flight.pop(0))
-        chunks = planner.next_round(now)
-        assert chunks is not None
-        rounds.append(tuple(Chunk(order[chunk.request], chunk.start, chunk.tokens) for chunk in chunks))
-        in_flight.append(clock.run(rounds[-1], problem.requests, now))
-        now = max(now, clock.ready_s())
-    return rounds
+    return drive(problem, _Driven(problem, settings), is_timed=True)

@@ -32,6 +32,8 @@ from db.errors import UserError
 from tuner.plan.cost_model import CostModel, Floats, Ints
 from tuner.plan.plan import Request, Round
 from tuner.plan.task_order import TaskOrder, task_order
+from tuner.serving.answers import Answers
+from tuner.serving.clock import Clock
 
 MAKESPAN_SLACK = 1.0075
 """A plan for mean TTFT or deadlines has at most this much times the best makespan found."""
@@ -44,7 +46,8 @@ class Objective(StrEnum):
     MEAN_TTFT = "mean-ttft"
     """Mean TTFT, weighted by each request's weight."""
     SLA = "sla"
-    """Number of requests whose TTFT meets their `sla_ttft_s`, each with its weight; the mean TTFT breaks ties."""
+    """Number of requests that meet their `sla_ttft_s` and `sla_tpot_s`, each with its weight; the mean TTFT breaks
+    ties."""
     LATENESS = "lateness"
     """How late the latest request is: the largest TTFT less `sla_ttft_s`."""
     P99_TTFT = "p99-ttft"
@@ -86,9 +89,10 @@ class Evaluation:
     mean_ttft_s: float
     """Weighted by the requests' weights."""
     num_sla_met: int
-    """Requests whose TTFT meets their deadline (those without one count as met)."""
+    """Requests whose TTFT and TPOT meet their limits (those without one count as met)."""
     sla_weight: float
-    """Weight of the requests with a deadline that meet it, as a share of all with one; 1 where none has one."""
+    """Weight of the requests with a limit on TTFT or TPOT that meet it, as a share of all with one; 1 where none has
+    one."""
     lateness_s: float
     """The largest TTFT less its deadline; minus infinity where no request has one."""
     bubble_share: float
@@ -96,6 +100,10 @@ class Evaluation:
     timeline: Timeline
     round_s: Floats
     """Seconds of each round in each group, [num_rounds, num_groups]."""
+    tpot_s: tuple[float, ...] = ()
+    """Of each request, 0 with an answer of one token; empty where nothing is decoded."""
+    has_limits: bool = False
+    """Whether some request has a limit of TTFT or TPOT."""
 
     @property
     def p90_ttft_s(self) -> float:
@@ -316,8 +324,13 @@ def evaluate(
 ) -> Evaluation:
     """Makespan, TTFTs and bubbles of rounds; a round starts on stage 0 not before all its requests have arrived.
 
-    round_s: seconds of each round on each stage, where they are known better than by the cost model.
+    round_s: seconds of each round on each stage, where they are known better than by the cost model. Where answers are
+    decoded beside (`Request.output_tokens`), the timeline is that of the given rounds with what they carry; between
+    them run rounds of decoded tokens alone, whenever no round has all its requests. Stages of several groups then count
+    as one each.
     """
+    if round_s is None and any(request.output_tokens > 1 for request in requests):
+        return _evaluate_beside(cost.merged(), requests, rounds, window)
     flat = FlatRounds.of(rounds)
     prompt = np.array([request.prompt_tokens for request in requests], dtype=np.int64)
     arrival = np.array([request.arrival_s for request in requests])
@@ -329,22 +342,86 @@ def evaluate(
     hop = cost.hop_seconds(np.bincount(flat.round_index, weights=flat.tokens))
     order = order_of(cost, len(round_s), window)
     timeline = simulate(round_s, hop, window, cost.return_s, ready, order=order, in_order=not ready.any())
-    ttft = np.full(len(requests), np.inf)
-    ttft[flat.request[final]] = timeline.finish_s[flat.round_index[final], -1]
-    ttft -= arrival
+    end = np.full(len(requests), np.inf)
+    end[flat.request[final]] = timeline.finish_s[flat.round_index[final], -1]
+    return _evaluation(requests, end, timeline, round_s, cost.pp_size)
+
+
+def _evaluate_beside(
+    cost: CostModel, requests: Sequence[Request], rounds: Sequence[Round], window: int | None
+) -> Evaluation:
+    """Rounds one by one, with the tokens of answers that ride in them and between them."""
+    clock, answers = Clock(cost, window), Answers(cost.return_s)
+    ready_s = [max(requests[chunk.request].arrival_s for chunk in chunks) for chunks in rounds]
+    kinds = cost.kind_of_stage
+    seconds, finish = np.empty((len(rounds), cost.pp_size)), np.empty((len(rounds), cost.pp_size))
+    end, busy_s, i = np.full(len(requests), np.inf), 0.0, 0
+    while i < len(rounds) or answers.ready or math.isfinite(answers.next_return_s):
+        now = clock.ready_s()
+        next_s = ready_s[i] if i < len(rounds) else math.inf
+        answers.take_back(now, requests)
+        if next_s > now and not answers.ready:
+            now = min(next_s, answers.next_return_s)
+            answers.take_back(now, requests)
+        beside = answers.beside(requests)
+        chunks: Round = rounds[i] if i < len(rounds) and next_s <= now else ()
+        if not chunks and not beside.tokens:
+            continue
+        end_s = clock.run(chunks, requests, now, beside)
+        answers.depart(chunks, end_s, requests)
+        own = np.array(clock.round_seconds)[kinds]
+        busy_s += float(own.sum())
+        if chunks:
+            seconds[i], finish[i] = own, clock.finish_s
+            for chunk in chunks:
+                if chunk.end == requests[chunk.request].prompt_tokens:
+                    end[chunk.request] = end_s
+            i += 1
+    tpot = [
+        (answers.last_s[index] - answers.first_s[index]) / (request.output_tokens - 1)
+        if request.output_tokens > 1
+        else 0.0
+        for index, request in enumerate(requests)
+    ]
+    busy_share = busy_s / (clock.finish_s[-1] * cost.pp_size) if clock.finish_s[-1] else 1.0
+    return _evaluation(
+        requests, end, Timeline(finish - seconds, finish), seconds, cost.pp_size, tuple(tpot), busy_share
+    )
+
+
+def _evaluation(
+    requests: Sequence[Request],
+    end: Floats,
+    timeline: Timeline,
+    round_s: Floats,
+    num_stages: int,
+    tpot_s: tuple[float, ...] = (),
+    busy_share: float | None = None,
+) -> Evaluation:
+    """From when each request has its first token."""
+    arrival = np.array([request.arrival_s for request in requests])
+    ttft = end - arrival
     weights = np.array([request.weight for request in requests])
     deadline = np.array([np.inf if request.sla_ttft_s is None else request.sla_ttft_s for request in requests])
     met, has_deadline = ttft <= deadline, np.isfinite(deadline)
+    if tpot_s:
+        most = np.array([np.inf if request.sla_tpot_s is None else request.sla_tpot_s for request in requests])
+        met &= np.array(tpot_s) <= most
+        has_deadline |= np.isfinite(most)
     counted = np.where(has_deadline, weights if (weights * has_deadline).any() else 1.0, 0.0)
     makespan = timeline.makespan_s
+    if busy_share is None:
+        busy_share = float(round_s.sum()) / (makespan * num_stages) if makespan else 1.0
     return Evaluation(
         makespan_s=makespan,
         ttft_s=tuple(ttft.tolist()),
         mean_ttft_s=float(ttft @ weights / weights.sum()) if weights.any() else float(ttft.mean()),
         num_sla_met=int(met.sum()),
         sla_weight=float(met @ counted / counted.sum()) if counted.any() else 1.0,
-        lateness_s=float((ttft - deadline)[has_deadline].max()) if has_deadline.any() else -math.inf,
-        bubble_share=max(0.0, 1.0 - float(round_s.sum()) / (makespan * cost.pp_size)) if makespan else 0.0,
+        lateness_s=float((ttft - deadline).max()),
+        bubble_share=max(0.0, 1.0 - busy_share),
+        tpot_s=tpot_s,
+        has_limits=bool(has_deadline.any()),
         timeline=timeline,
         round_s=round_s,
     )

@@ -53,6 +53,8 @@ class Replay:
     """Its policy with the parameter that was best: `sglang:4096`, `joint:1.5`; of `joint` maybe a simpler policy."""
     tokens_per_s: float
     """New prompt tokens a second from the first arrival to the last TTFT."""
+    goodput: float
+    """Requests a second of the same time that meet their limits of TTFT and TPOT; all do that have none."""
 
     @property
     def evaluation(self) -> Evaluation:
@@ -257,7 +259,9 @@ def _replay(problem: Problem, policy: str, bound: Bound) -> Replay:
     first = min(request.arrival_s for request in problem.requests)
     tokens = sum(request.new_tokens for request in problem.requests)
     planned = RoundPlan(policy=policy, rounds=tuple(rounds), evaluation=evaluation, bound=bound, planning_s=planning_s)
-    return Replay(policy=policy, planned=planned, tokens_per_s=tokens / (evaluation.makespan_s - first))
+    span_s = evaluation.makespan_s - first
+    goodput = evaluation.num_sla_met / span_s
+    return Replay(policy=policy, planned=planned, tokens_per_s=tokens / span_s, goodput=goodput)
 
 
 def _rounds(problem: Problem, policy: str) -> list[Round]:

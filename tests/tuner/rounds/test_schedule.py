@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from tests.tuner.atom import atom
 from tests.tuner.online.arrivals import stream
 from tests.tuner.strategies import batches, cost_models, windows
-from tuner.online.queue import Clock
 from tuner.plan.cost_model import CostModel, StageCost, scaled_stage
 from tuner.plan.plan import Chunk, Request
 from tuner.plan.stage_order import StageOrder
@@ -14,6 +13,7 @@ from tuner.plan.task_order import task_order
 from tuner.policies.fixed import fixed_rounds
 from tuner.rounds.problem import Problem
 from tuner.rounds.schedule import Objective, evaluate, simulate
+from tuner.serving.clock import Clock
 
 
 def recurrence(
