@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tuner.plan.cost_model import CostModel, Floats, PairAttention, StageCost
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import Floats, PairAttention, StageCost
 from tuner.rounds.schedule import MAKESPAN_SLACK
 
 MAKESPAN_SHARE, ENDS_INSIDE = 1.1, 0.5

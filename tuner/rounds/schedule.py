@@ -29,8 +29,9 @@ from enum import StrEnum
 import numpy as np
 
 from db.errors import UserError
-from tuner.plan.cost_model import CostModel, Floats, Ints
+from tuner.plan.cost_model import CostModel, Ints
 from tuner.plan.plan import Request, Round
+from tuner.plan.stage_cost import Floats
 from tuner.plan.task_order import TaskOrder, task_order
 from tuner.serving.answers import Answers
 from tuner.serving.clock import Clock

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from tuner.plan.cost_model import StageCost
 from tuner.plan.plan import Request, Round
+from tuner.plan.stage_cost import StageCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from tests.tuner.atom import atom
 from tests.tuner.online.arrivals import stream
 from tests.tuner.strategies import batches, cost_models, windows
-from tuner.plan.cost_model import CostModel, StageCost, scaled_stage
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request
+from tuner.plan.stage_cost import StageCost, scaled_stage
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.task_order import task_order
 from tuner.policies.fixed import fixed_rounds

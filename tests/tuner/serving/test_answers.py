@@ -14,8 +14,9 @@ from tests.tuner.strategies import batches, cost_models, windows
 from tuner.online.online_planner import _Driven
 from tuner.online.queue import FirstComeQueue, Scheduler, drive
 from tuner.online.settings import AS_IT_COMES, OnlineSettings
-from tuner.plan.cost_model import CostModel, PairAttention, StageCost
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request, Round, check_rounds
+from tuner.plan.stage_cost import PairAttention, StageCost
 from tuner.policies.arrivals import BatchByBatch
 from tuner.policies.fixed import gpipe_rounds
 from tuner.rounds.problem import Problem
@@ -117,7 +118,7 @@ def test_the_online_planner_leaves_room_for_the_tokens_beside() -> None:
     )
     cost = CostModel(stages=(stage,)).for_pp_size(4)
     requests = [
-        Request(id=str(i), prompt_tokens=8192, arrival_s=0.15 * i, output_tokens=40, sla_tpot_s=0.06) for i in range(16)
+        Request(id=str(i), prompt_tokens=8192, arrival_s=0.15 * i, output_tokens=40, sla_tpot_s=0.04) for i in range(24)
     ]
     whole = replay(cost, requests, policy="gpipe", objective=Objective.SLA).evaluation
     ours = replay(cost, requests, policy="joint", objective=Objective.SLA).evaluation
