@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from db.errors import UserError
 from profiler.sequence.kind import SPKind
 from service.use_cases.options import DB_VARIABLE, check_options, command_line, db_url, option
-from tuner.workload.classes import parse_weights
 from tuner.workload.trace_format import TimeUnit, TraceFormat
 
 OBJECTIVES = ("makespan", "mean-ttft", "p99-ttft", "sla", "lateness")
@@ -126,10 +125,8 @@ class TuneOptions:
             raise UserError("--sla-tpot-s", self.sla_tpot_s, "goes with --decode beside")
         if self.decode == "beside" and self.workload is None:
             raise UserError("--decode", self.decode, "goes with --workload")
-        if self.priority is not None:
-            parse_weights(self.priority)
-            if self.workload is None:
-                raise UserError("--priority", self.priority, "goes with --workload")
+        if self.priority is not None and self.workload is None:
+            raise UserError("--priority", self.priority, "goes with --workload")
         if self.objective in ("sla", "lateness") and self.sla_ttft_s is None and self.workload is None:
             raise UserError("--sla-ttft-s", "missing", f"the objective {self.objective} needs a deadline in seconds")
         if self.num_trials and self.workload is None:
