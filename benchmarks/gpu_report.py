@@ -30,7 +30,8 @@ from profiler.model import ModelShape, model_from_config
 from service.cli.output import print_table
 from tuner.fit.correction import fit_correction, load_measured_rounds
 from tuner.fit.holdout import HeldOutError, held_out_errors
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
 from tuner.fit.uncertainty import makespan_uncertainty
 from tuner.plan.plan import Plan

@@ -11,8 +11,9 @@ import itertools
 import random
 from dataclasses import dataclass
 
-from tuner.plan.cost_model import CostModel, PairAttention, StageCost, TableAttention
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
+from tuner.plan.stage_cost import PairAttention, StageCost, TableAttention
 
 UNIT = 128
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from db.errors import UserError
 from tests.tuner.strategies import cost_models
-from tuner.plan.cost_model import CostModel, PairAttention, StageCost, TableAttention, load_cost_model, save_cost_model
+from tuner.plan.cost_model import CostModel, load_cost_model, save_cost_model
+from tuner.plan.stage_cost import PairAttention, StageCost, TableAttention
 from tuner.plan.stage_order import StageOrder
 
 DESIGN: dict[str, Any] = {

@@ -17,9 +17,9 @@ from profiler.layers.decoder_layer import DecoderLayer, Norms, Stream, projectio
 from profiler.layers.head import Head, embed
 from profiler.layers.layer_inputs import LayerInputs
 from profiler.layers.prefill_inputs import ChooseKernel, RoundInputs, prepare_round
-from profiler.measure.library_layers import LibraryLayers
 from profiler.measure.timing import Prepared, Run
-from profiler.measure.workspace import Slabs, Workspace
+from profiler.measure.work.library_layers import LibraryLayers
+from profiler.measure.work.workspace import Slabs, Workspace
 from profiler.model import Backend, LayerSpec, ModelShape
 from profiler.model.tensors import Cut, LinearSpec
 from profiler.points.point import KEPT, WARM, Op, Point
