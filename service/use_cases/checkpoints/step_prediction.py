@@ -31,7 +31,7 @@ def predict(
     from db.store.engine import default_url, open_database
     from profiler.hardware.device import describe_hardware
     from profiler.model.flops import fastest_product_flops
-    from tuner.fit.layer_costs import fit_layer_costs
+    from tuner.fit.layer_fit import fit_layer_costs
     from tuner.fit.rows import RankWork
     from tuner.fit.step_ends import step_ends
     from tuner.training.step import predict_step
