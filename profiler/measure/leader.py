@@ -29,7 +29,7 @@ def profile_rank(context: RankContext, job: ProfileJob) -> int:
 
 
 class Leader:
-    """The first rank's part: what is next, when to stop, and the rows."""
+    """The first rank's part: chooses the next point, decides when to stop, and commits rows."""
 
     def __init__(self, session: RankSession, job: ProfileJob) -> None:
         self.session, self.job = session, job
@@ -73,11 +73,11 @@ class Leader:
         yield from self.in_time(self.session.worklist.missing())
 
     def in_time(self, points: Iterable[Point]) -> Iterator[Point]:
-        """The points up to the first that the time left does not hold."""
+        """The points up to the first one that does not fit into the remaining time."""
         return takewhile(lambda point: not self.is_late(point), points)
 
     def is_late(self, point: Point) -> bool:
-        """Whether the time that is left does not hold the point."""
+        """Whether the point does not fit into the remaining time."""
         return time.monotonic() + 0.5 * self.expected_seconds(point) > self.deadline
 
     def expected_seconds(self, point: Point) -> float:

@@ -12,7 +12,7 @@ from profiler.points.point import RANK_LAYER, Point
 
 
 def rows_of(point: Point, samples: Sequence[Samples], timing: Timing, *, own_load: bool) -> list[Measurement]:
-    """A point's row and, of work under its own load on several ranks, which have a card each, those of every rank."""
+    """A point's row; for work under its own load on several ranks (one card each) also a row for each rank."""
     rows = [row_of(point, timing)]
     if own_load and len(samples) > 1:
         rows += [rank_row(point, rank, summarize(mine)) for rank, mine in enumerate(samples)]
@@ -41,5 +41,5 @@ def row_of(point: Point, timing: Timing) -> Measurement:
 
 
 def rank_row(point: Point, rank: int, timing: Timing) -> Measurement:
-    """One rank's own row of a layer: the point's row is that of the slowest."""
+    """The row of one rank of a layer point, whose own row is that of the slowest rank."""
     return replace(row_of(point, timing), op=RANK_LAYER, shape={**point.shape, "rank": rank})

@@ -45,7 +45,7 @@ _MEMORY_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileOptions:
-    """A user's wishes; None takes what suits the model and the machine.
+    """Options of a profile; None means a default that suits the model and the machine.
 
     tp_sizes, sp_sizes: numbers with commas between. budget_s: seconds of measuring after which no point is begun.
     remeasure: "noisy", "all" or None. stall_timeout_s: the profile fails when no rank moved for so long.

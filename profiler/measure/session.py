@@ -61,7 +61,7 @@ _CACHES = 2  # weights lie so many caches apart, or a stage of the model if that
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileJob:
-    """What the ranks are given.
+    """A profile's input for its ranks.
 
     points: those of the grid that fit into memory, in order. rows: what the database had of them.
     budget_s: seconds from the first point on after which none is begun.
@@ -123,7 +123,7 @@ class RankSession:
         return BackgroundLoad(run, call_seconds(run, self.device), self.device)
 
     def make_messages(self) -> PeerMessages | None:
-        """What a pair's messages go through where cards reach each other's memory, as in a pipeline."""
+        """The shared memory for a pair's messages where cards reach each other's memory, as in a pipeline."""
         sizes = [point.shape["bytes"] for point in self.job.points if point.op is Op.SEND_RECV]
         everyone = self.control[self.context.world_size]
         shared = find_hosts(everyone, self.device).groups()
@@ -152,7 +152,7 @@ class RankSession:
         return measured
 
     def agree_on_index(self, index: int) -> int:
-        """The first rank's index, on all ranks. Waiting here takes no processor time."""
+        """The first rank's index, on all ranks. Waiting for it uses no processor time."""
         message = torch.tensor([index])
         dist.broadcast(message, 0, group=self.control[self.context.world_size])
         return int(message.item())

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from db.errors import UserError
-from db.files.documents import located, of_schema, parse, read_json, write_json
+from db.files.documents import located, of_schema, parse, read_json
 from tuner.plan.stage_cost import (
     Floats,
     PairAttention,
@@ -168,11 +168,6 @@ def load_cost_model(path: str | Path) -> CostModel:
     content = read_json(path, field="cost model")
     with located(path):
         return CostModel.from_json(content)
-
-
-def save_cost_model(path: str | Path, model: CostModel) -> None:
-    """Write an isochunk.cost-model/1 file, atomically."""
-    write_json(path, model.to_json())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

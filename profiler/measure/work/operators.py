@@ -1,4 +1,4 @@
-"""Makes each point's work ready to be called: the very code that the runtime runs, over random operands."""
+"""Prepares the work of each point: the runtime's own kernels over random operands."""
 
 from __future__ import annotations
 
@@ -221,12 +221,12 @@ class Operators:
         )  # fmt: skip
 
     def _reduce(self, linear: LinearSpec) -> Reduction:
-        """No other rank to sum with; the row-parallel bias is still added."""
+        """A reduction over one rank: only adds the row-parallel bias."""
         return RankGroup().reduce(self.workspace.random(linear.sizes()[0]) if linear.has_bias else None)
 
 
 class ElementwiseLayer(DecoderLayer):
-    """A layer whose attention is there already, as its projections are: what remains is the element-wise work."""
+    """A layer's element-wise work alone: results of attention and projections are given."""
 
     mixed: torch.Tensor  # [T, H D]
 
