@@ -78,7 +78,7 @@ def test_list_tables(url: str) -> None:
     table = run("list", "--db", url)
     assert "Example CPU" in table and "2026-03-01 12:01:00" in table
     assert "k=256,m=64,n=512" in run("list", "measurements", "--db", url)
-    plan = dict(line.split(maxsplit=1) for line in run("list", "plans", "--db", url).splitlines()[1:] if line)
+    plan = dict(line.split(maxsplit=1) for line in run("list", "plans", "--db", url).splitlines() if line[:2] == "  ")
     assert (plan["model"], plan["tp_size"], plan["sp_size"]) == ("tiny", "1", "-")
     assert "1.25" in run("list", "runs", "--db", url)
     assert all(len(line) <= 80 for line in table.splitlines())
