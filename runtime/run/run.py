@@ -36,7 +36,7 @@ from runtime.run.rank import run_jobs
 from runtime.run.result import RunResult, make_result
 from runtime.weights.generation import end_ids
 from runtime.weights.quantized import check_checkpoint
-from tuner.fit.kernels import kernel_choice
+from tuner.fit.attention.kernels import kernel_choice
 from tuner.fit.rows import Rows
 from tuner.plan.memory import check_memory
 from tuner.plan.plan import Plan

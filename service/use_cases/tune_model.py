@@ -34,7 +34,7 @@ from service.use_cases.tune_report import TuneReport
 from tuner.fit.correction import PlansRun, fit_correction, load_measured_rounds
 from tuner.fit.coverage import coverage
 from tuner.fit.holdout import held_out_errors
-from tuner.fit.layer_costs import fit_layer_costs
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
 from tuner.fit.uncertainty import share_missing, widened
 from tuner.fit.whole.costs import Costs, fit_whole_costs, whole_held_out

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import lsq_linear
 
 from db.rows.measurements import Measurement
-from tuner.fit.attention_fit import AttentionCurve
+from tuner.fit.attention.curve import AttentionCurve
 from tuner.fit.curve import Floats
 from tuner.fit.rows import expected_s
 

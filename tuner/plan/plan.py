@@ -11,7 +11,7 @@ from typing import Any
 from db.errors import UserError
 from db.files.documents import located, of_schema, parse, read_json, write_json
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind, round_cuts
-from tuner.plan.cost_model import MAX_SECONDS, MAX_TOKENS
+from tuner.plan.stage_cost import MAX_SECONDS, MAX_TOKENS
 from tuner.plan.stage_order import StageOrder, stages_of_groups
 
 SCHEMA = "isochunk.plan/2"

@@ -25,8 +25,9 @@ import numpy as np
 
 from db.errors import UserError
 from profiler.model import ModelShape
-from tuner.plan.cost_model import MAX_SECONDS, CostModel, Floats, Ints
+from tuner.plan.cost_model import CostModel, Ints
 from tuner.plan.plan import Plan
+from tuner.plan.stage_cost import MAX_SECONDS, Floats
 from tuner.plan.task_order import task_order
 from tuner.rounds.schedule import simulate
 

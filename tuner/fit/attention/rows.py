@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from db.rows.measurements import Measurement
 from profiler.kernels.attention_kernel import AttentionKernel
-from tuner.fit.attention_fit import AttentionCurve, Waves, fit_attention
-from tuner.fit.kernels import chosen_kernels, kernel_choice
+from tuner.fit.attention.curve import AttentionCurve, Waves, fit_attention
+from tuner.fit.attention.kernels import chosen_kernels, kernel_choice
 from tuner.fit.rows import RankWork, Rows, expected_s
 
 MOST_SPLIT = 1024  # chunks beyond it fill a card whatever the kernel
