@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,16 +43,18 @@ class Probe:
         )
         linear = Linear(weight)
         del weight
-        calls = max(1, round(_LEAST_S / self.profiled_s))
-        seconds = []
-        for sample in range(1 + _SAMPLES):
+
+        def seconds(calls: int) -> float:
             _wait(device)
             started = time.perf_counter()
-            for _ in range(calls if sample else 1):  # the first call is not timed: it makes what a product needs
+            for _ in range(calls):
                 linear(x)
             _wait(device)
-            seconds.append((time.perf_counter() - started) / calls)
-        return median(seconds[1:]) / self.profiled_s
+            return (time.perf_counter() - started) / calls
+
+        seconds(1)  # makes what a product needs
+        calls = math.ceil(_LEAST_S / seconds(1))
+        return median(seconds(calls) for _ in range(_SAMPLES)) / self.profiled_s
 
 
 def find_probe(rows: Iterable[Measurement], *, dtype: str, world_size: int) -> Probe | None:

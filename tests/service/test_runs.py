@@ -49,13 +49,13 @@ def test_runs_are_listed_compared_and_explained(url: str) -> None:
     assert str(call("runs", "explain", 5000, "--db", url, fails=True).exception).startswith("run: 5000; must be")
 
 
-def test_a_machine_that_was_slower_than_in_its_profile_is_said_to_be(url: str) -> None:
+def test_a_machine_that_was_faster_than_in_its_profile_is_said_to_be(url: str) -> None:
     with open_database(url) as database:
-        told = told_run(database, 114)
-    words = dict(in_words(replace(told, run=replace(told.run, slowdown=1.055)), "profile", "run"))
-    assert words["machine"].startswith("The machine, by one product beside the run: 5.5% slower than in its profile")
-    assert words["machine"].endswith("the prediction is off by -0.4%")
-    assert words["so"].startswith("the machine itself was slower") and words["next"] == "profile"
+        told = told_run(database, 24)
+    words = dict(in_words(replace(told, run=replace(told.run, slowdown=0.96)), "profile", "run"))
+    assert words["machine"].startswith("The machine, by one product beside the run: 4.0% faster than in its profile")
+    assert words["machine"].endswith("the prediction is off by +0.3%")
+    assert words["so"].startswith("the machine itself was faster") and words["next"] == "profile"
     words = dict(in_words(replace(told, run=replace(told.run, slowdown=0.999)), "profile", "run"))
     assert "as fast as in its profile" in words["machine"] and "the machine itself" not in words["so"]
 

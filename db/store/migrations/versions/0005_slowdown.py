@@ -10,4 +10,4 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    op.add_column("runs", sa.Column("slowdown", sa.Float(), nullable=True))
+    op.add_column("runs", sa.Column("slowdown", sa.Double(), nullable=True))
