@@ -30,7 +30,7 @@ from profiler.model import load_model_shape
 from service.cli.output import print_table
 from tests.tuner.atom import ATOM, atom
 from tests.tuner.oracle import random_instance
-from tuner.fit.attention_fit import AttentionCurve, Waves
+from tuner.fit.attention.full import AttentionCurve, Waves
 from tuner.fit.calibration import Calibration
 from tuner.fit.correction import fit_correction, load_measured_rounds
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
@@ -87,7 +87,7 @@ def _one_factor(
 
 FIT: dict[str, Off] = {
     "as it is": nullcontext,
-    "waves": lambda: patch("tuner.fit.attention_rows.Waves", _in_proportion),
+    "waves": lambda: patch("tuner.fit.attention.rows.Waves", _in_proportion),
     "calibration": lambda: patch("tuner.fit.layer_costs.fit_calibration", lambda *_, **__: Calibration.none()),
     "calibration but one factor by chunk": lambda: patch(
         "tuner.fit.layer_costs.fit_calibration", partial(_one_factor, constant=False)

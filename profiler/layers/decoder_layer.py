@@ -8,13 +8,15 @@ from typing import TypedDict
 
 import torch
 
-from profiler.kernels.elementwise import TokenPlaces, norm_all_heads, rms_norm, rotate_into_slab
+from profiler.kernels.attention_kernel import CAUSAL, Masking
+from profiler.kernels.elementwise import TokenPlaces, gelu_product, norm_all_heads, rms_norm, rotate_into_slab
 from profiler.kernels.entry import PLAIN, Entries, Entry, Operand, Product
 from profiler.kernels.linear import Linear
 from profiler.kernels.quantized.kv import KV
 from profiler.kernels.quantized.linear import DequantizingLinear, QuantizedLinear
 from profiler.layers.layer_inputs import LayerInputs, Reduce
 from profiler.model import LayerSpec
+from profiler.model.spec import Activation
 from profiler.model.tensors import NormSpec
 
 Project = Callable[[Operand], torch.Tensor]
@@ -33,6 +35,7 @@ class Norms:
     after_mlp: torch.Tensor | None
     query: torch.Tensor | None
     key: torch.Tensor | None
+    sinks: torch.Tensor | None  # [H], of attention
     all_heads: bool
     eps: float
 
@@ -50,6 +53,7 @@ class Norms:
             after_mlp=weight(spec.after_mlp),
             query=weight(spec.attention.q_norm),
             key=weight(spec.attention.k_norm),
+            sinks=weight(spec.attention.sinks),
             all_heads=spec.attention.norms_all_heads,
             eps=eps,
         )
@@ -129,6 +133,10 @@ class DecoderLayer:
     ) -> None:
         self.num_heads, self.tp_size = spec.attention.heads.per_rank(tp_size), tp_size
         self.head_dim = spec.attention.head_dim
+        self.rotation, self.gate = spec.attention.rotation, spec.mlp.activation
+        self.masking = CAUSAL
+        if spec.attention.masking:
+            self.masking = Masking(window=spec.attention.window, softcap=spec.attention.softcap, sinks=norms.sinks)
         self.norms, self.entries = norms, entries or Entries()
         self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
         self.reduce_o, self.reduce_down, self.sum_ranks = reduce_o, reduce_down, sum_ranks
@@ -142,8 +150,13 @@ class DecoderLayer:
         attended = norms.after(attended, norms.after_attention)
         hidden, normed = Stream(hidden, attended).add_and_norm(norms.before_mlp, norms.eps, self.entries.gate_up)
         del attended
-        output = inputs.join(self.reduce_down, self.down(self.entries.down.silu(self.gate_up(inputs.spread(normed)))))
+        output = inputs.join(self.reduce_down, self.down(self.gated(self.gate_up(inputs.spread(normed)))))
         return Stream(hidden, norms.after(output, norms.after_mlp))
+
+    def gated(self, gate_up: torch.Tensor) -> Operand:
+        """gate|up [T, 2F] -> what down takes [T, F]."""
+        entry = self.entries.down
+        return entry.silu(gate_up) if self.gate is Activation.SILU else entry.take(gelu_product(gate_up))
 
     def project(self, normed: Operand) -> torch.Tensor:
         """normed: [T, hidden] -> q|k|v [T, (H + 2 KV) D], normed where the norm spans all heads."""
@@ -176,8 +189,10 @@ class DecoderLayer:
         num_heads: query heads in qkv, if not all of this rank's.
         """
         heads = self.num_heads if num_heads is None else num_heads
-        return rotate_into_slab(qkv, places, self.norms, keys, values, num_heads=heads)
+        return rotate_into_slab(
+            qkv, places, self.norms, keys, values, num_heads=heads, rotation=self.rotation
+        )  # fmt: skip
 
     def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: KV, values: KV) -> torch.Tensor:
         """Attend each token of q [T, H, D] over its request's rows of the slab -> [T, H D]."""
-        return inputs.attend(q, keys, values)
+        return inputs.attend(q, keys, values, self.masking)

@@ -9,7 +9,7 @@ import torch
 
 from profiler.comm.links.group import RankGroup, Reduction
 from profiler.kernels.attention import attend
-from profiler.kernels.attention_kernel import AttentionKernel
+from profiler.kernels.attention_kernel import AttentionKernel, Masking
 from profiler.kernels.entry import Entries, Operand
 from profiler.kernels.quantized.kv import KV, read_rows
 from profiler.kernels.rotary import Rotary
@@ -22,8 +22,9 @@ from profiler.measure.timing import Prepared, Run
 from profiler.measure.workspace import Slabs, Workspace
 from profiler.model import Backend, LayerSpec, ModelShape
 from profiler.model.tensors import Cut, LinearSpec
-from profiler.points.point import KEPT, WARM, Op, Point
+from profiler.points.point import KEPT, MASKS, WARM, Op, Point
 
+_SOFTCAP = 50.0
 _MANY_ROWS = 384  # a card's FLOPs for each byte it reads, with two bytes a weight
 
 
@@ -92,15 +93,14 @@ class Operators:
 
     def _attention(self, point: Point) -> Run:
         chunk, context = point.shape["chunk"], point.shape["context"]
-        kernel = AttentionKernel(point.variant)
-        slabs = self._slabs(point)
+        kernel, slabs, masking = AttentionKernel(point.variant), self._slabs(point), self._masking(point)
         # As the layer gives it: [c, H, D] seen as [H, c, D].
         q = self.workspace.random(chunk, point.shape["heads"], point.shape["head_dim"]).transpose(0, 1)
-        seen = slice(0, context + chunk)
+        seen = slice(masking.first_seen(context + chunk, chunk), context + chunk)
 
         def run(call: int) -> torch.Tensor:
             copy = call % slabs.num_copies
-            return attend(kernel, q, read_rows(slabs.keys[copy], seen), read_rows(slabs.values[copy], seen))
+            return attend(kernel, q, read_rows(slabs.keys[copy], seen), read_rows(slabs.values[copy], seen), masking)
 
         return run
 
@@ -176,6 +176,12 @@ class Operators:
         heads = [Head(norm, self.shape.norm_eps, linear, first_id=0, gather=None) for linear in logits]
         return lambda call: heads[call % len(heads)](x)
 
+    def _masking(self, point: Point) -> Masking:
+        """The mask of an `attention` point: of a softcap any finite one takes as long."""
+        sinks = self.workspace.random(point.shape["heads"]) if point.shape.get("sinks") else None
+        softcap = _SOFTCAP if point.shape.get("softcap") else None
+        return Masking(window=point.shape.get("window"), softcap=softcap, sinks=sinks)
+
     def _slabs(self, point: Point) -> Slabs:
         return self.workspace.slabs(point.shape["kv_heads"], self.context_length, point.shape["head_dim"])
 
@@ -194,7 +200,9 @@ class Operators:
         """Which layer of the model an `elementwise` or `layer` point is, and the tp_size that gives it such sizes."""
         for spec in self.shape.layer_kinds:
             tp_size = spec.attention.heads.count // point.shape["heads"]
-            if spec.variant == point.variant and spec.sizes(tp_size).items() <= point.shape.items():
+            alike = spec.variant == point.variant and spec.sizes(tp_size).items() <= point.shape.items()
+            masked = {name: point.shape[name] for name in MASKS if name in point.shape}
+            if alike and (point.op is Op.ELEMENTWISE or masked == spec.attention.masking):
                 return spec, tp_size
         raise ValueError(f"{self.shape.name} has no layer of {point.shape} {point.variant}")
 

@@ -135,11 +135,11 @@ def _check_begun(grid: Grid, worklist: Worklist, options: ProfileOptions) -> Non
 
 def make_grid(options: ProfileOptions) -> Grid:
     """The grid that the options ask for, checked against the model and the machine."""
-    shape = load_model_shape(options.model, backend=options.backend)
-    if shape.backend is Backend.PLANNING:
-        raise UserError("MODEL", shape.architecture, f"is planned only: {shape.unrun}")
     device_type = options.device_type or default_device_type()
     check_device_type(device_type)
+    shape = load_model_shape(options.model, backend=options.backend, device_type=device_type)
+    if shape.backend is Backend.PLANNING:
+        raise UserError("MODEL", shape.architecture, f"is planned only: {shape.unrun}")
     precision = precision_of(options.dtype or default_dtype(shape, device_type))
     check_precision(precision, device_type)
     if shape.backend is Backend.TRANSFORMERS and precision.linears is not None:

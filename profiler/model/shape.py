@@ -10,11 +10,12 @@ from enum import StrEnum
 from typing import Any
 
 from db.errors import UserError
+from profiler.model.fields import KernelsMissingError
 from profiler.model.precision import PRECISIONS
 from profiler.model.quantization import Quantization
 from profiler.model.rope import rope_type
 from profiler.model.spec import LayerSpec
-from profiler.model.tensors import LinearSpec, NormSpec
+from profiler.model.tensors import AS_STORED, LinearSpec, NormSpec
 from profiler.model.whole.layer import WholeLayer
 
 Layer = LayerSpec | WholeLayer
@@ -123,6 +124,8 @@ class ModelShape:
         own = [layer for layer in self.every_layer if isinstance(layer, LayerSpec)]
         kept = [linear.name for layer in own for linear in layer.linears if linear.kept]
         parts += (kept,) if kept else ()
+        masked = [(index, layer.attention.masking) for index, layer in enumerate(own) if layer.attention.masking]
+        parts += (masked,) if masked else ()
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
     @property
@@ -138,6 +141,25 @@ class ModelShape:
     def num_text_parameters(self) -> int:
         """Those of the text decoder: what a plan is about."""
         return self.counted.text if self.counted else self.num_parameters
+
+    def check_device(self, device_type: str) -> None:
+        """Raise `KernelsMissingError` where kernels here have what layers need on other devices alone."""
+        if device_type == "cpu":
+            return
+        for layer in self.layer_kinds:
+            if layer.lacks_on_cards:
+                allowed = f"kernels here run {layer.lacks_on_cards} on CPUs alone; take --backend transformers"
+                raise KernelsMissingError("MODEL", self.architecture, allowed)
+
+    def check_as_stored(self, field: str, purpose: str) -> None:
+        """Raise `UserError` where layers run otherwise than with their checkpoint's very numbers."""
+        for layer in self.layer_kinds:
+            if not layer.is_as_stored:
+                allowed = f"a model of plain dense layers: {layer.kind} of {self.architecture} is run, not {purpose}"
+                raise UserError(field, self.name, allowed)
+        if self.embedding.is_folded or self.head.is_folded or self.final_norm.folding != AS_STORED:
+            allowed = f"a model whose ends are as in its checkpoint: {self.architecture} is run, not {purpose}"
+            raise UserError(field, self.name, allowed)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a checkpoint must hold."""

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from profiler.model.precision import FLOAT32, Precision
-from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec
+from profiler.model.rope import WHOLE_HEADS, Rotation
+from profiler.model.tensors import AS_STORED, Cut, Dim, LinearSpec, NormSpec
 from profiler.model.whole.layer import seen_pairs
+
+
+class Activation(StrEnum):
+    """What the gate of an MLP goes through."""
+
+    SILU = "silu"
+    GELU_TANH = "gelu_pytorch_tanh"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,11 +29,21 @@ class AttentionSpec:
     o: LinearSpec
     q_norm: NormSpec | None = None  # of each head, or over all heads where it is cut by column
     k_norm: NormSpec | None = None
+    window: int | None = field(default=None, repr=False)  # tokens that a query sees at most, its own included
+    softcap: float | None = field(default=None, repr=False)  # scores are bent to stay below it
+    sinks: NormSpec | None = field(default=None, repr=False)  # a score of each head that goes to nothing
+    rotation: Rotation = field(default=WHOLE_HEADS, repr=False)
 
     @property
     def head_dim(self) -> int:
         """Features of a head."""
         return self.heads.width
+
+    @property
+    def masking(self) -> dict[str, int]:
+        """What besides the causal mask decides which keys count and how much, as the rows of attention name it."""
+        traits = {"window": self.window or 0, "softcap": self.softcap is not None, "sinks": self.sinks is not None}
+        return {name: int(value) for name, value in traits.items() if value}
 
     @property
     def norms_all_heads(self) -> bool:
@@ -46,10 +65,11 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseMLP:
-    """SwiGLU: down(silu(gate x) * up x)."""
+    """A gated MLP: down(f(gate x) * up x)."""
 
     gate_up: LinearSpec
     down: LinearSpec
+    activation: Activation = field(default=Activation.SILU, repr=False)
 
     @property
     def intermediate(self) -> Dim:
@@ -81,8 +101,11 @@ class LayerSpec:
     @property
     def norms(self) -> tuple[NormSpec, ...]:
         """Those of its norms that it has."""
-        q_norm, k_norm = self.attention.q_norm, self.attention.k_norm
-        all_norms = (self.before_attention, q_norm, k_norm, self.after_attention, self.before_mlp, self.after_mlp)
+        attention = self.attention
+        all_norms = (
+            self.before_attention, attention.q_norm, attention.k_norm, attention.sinks, self.after_attention,
+            self.before_mlp, self.after_mlp,
+        )  # fmt: skip
         return tuple(norm for norm in all_norms if norm is not None)
 
     @property
@@ -92,6 +115,7 @@ class LayerSpec:
             "post-norm": self.after_attention is not None or self.after_mlp is not None,
             "qk-norm": self.attention.q_norm is not None and not self.attention.norms_all_heads,
             "qk-norm-all-heads": self.attention.norms_all_heads,
+            "gelu": self.mlp.activation is Activation.GELU_TANH,
         }
         traits |= {f"kept-{linear.name}": linear.kept for linear in self.linears}
         return "+".join(name for name, present in traits.items() if present)
@@ -126,7 +150,7 @@ class LayerSpec:
     @property
     def window(self) -> int | None:
         """How many tokens a query sees at most; None: all before it."""
-        return None
+        return self.attention.window
 
     @property
     def idle_elements(self) -> int:
@@ -136,11 +160,31 @@ class LayerSpec:
     @property
     def kind(self) -> str:
         """In words, as tables name it."""
-        return "full attention"
+        attention = self.attention
+        words = [f"sliding window {attention.window}" if attention.window else "full attention"]
+        words += ["sinks"] if attention.sinks else []
+        words += [f"softcap {attention.softcap:g}"] if attention.softcap else []
+        words += ["no rotation"] if attention.rotation.is_off else []
+        return ", ".join(words)
+
+    @property
+    def lacks_on_cards(self) -> str | None:
+        """What kernels here do of it on a CPU alone, or None."""
+        named = {"window": "sliding windows", "softcap": "softcaps", "sinks": "attention sinks"}
+        found = [named[name] for name in self.attention.masking]
+        return " and ".join(found) or None
+
+    @property
+    def is_as_stored(self) -> bool:
+        """Whether it runs with the very numbers of its checkpoint, under no mask but the causal one: what training,
+        pruning and quantizing take."""
+        folded = [*(linear.is_folded for linear in self.linears), *(norm.folding != AS_STORED for norm in self.norms)]
+        turned = self.attention.rotation == WHOLE_HEADS and self.mlp.activation is Activation.SILU
+        return turned and not self.attention.masking and not any(folded)
 
     def attention_flops(self, chunk: int, context: int) -> int:
         """FLOPs of all (query, key) pairs that the causal mask keeps: two for each multiplication."""
-        return 4 * self.attention.heads.size * seen_pairs(chunk, context)
+        return 4 * self.attention.heads.size * seen_pairs(chunk, context, self.attention.window)
 
     def keeping(self, names: Collection[str], *, group_size: int | None = None) -> LayerSpec:
         """The same layer with these of its linears plain in every precision, and scales for groups of inputs."""

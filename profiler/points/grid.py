@@ -109,9 +109,12 @@ class Grid:
                 levels[size] = min(level, levels.get(size, level))
         return dict(sorted(levels.items()))
 
-    def context_levels(self, chunk: int) -> dict[int, int]:
-        """Contexts before a chunk: at a fixed chunk attention is linear in them, so that few do."""
+    def context_levels(self, chunk: int, window: int | None = None) -> dict[int, int]:
+        """Contexts before a chunk: at a fixed chunk attention is linear in them, so that few do; constant behind a
+        window."""
         rest = self.context_length - chunk
+        if window is not None and window < rest:
+            return {0: 0, window: 0, rest: 2}
         levels = {rest * 1 // 4: 2, rest // 2: 1, 0: 0, rest: 0}
         return dict(sorted(levels.items()))
 
@@ -163,11 +166,12 @@ class Grid:
         ]
         yield from (replace(point, busy_ranks=self.world_size) for point in parts)
         # A plan for one rank leaves the others idle.
+        usual = ("", KEPT, *self.kernels[:1], AttentionKernel.CPU_MASKED, layer.variant)
         if tp_size == 1 and self.world_size > 1 and self.device_type == "cpu":
             yield from (
                 replace(point, busy_ranks=1, level=point.level + 1)
                 for point in parts
-                if point.level <= 1 and point.variant in ("", KEPT, *self.kernels[:1], layer.variant)
+                if point.level <= 1 and point.variant in usual
             )
 
     def _matmuls(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
@@ -186,30 +190,30 @@ class Grid:
 
     def _attention(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
         own = layer.attention.sizes(tp_size)
-        yield from self._attention_of(own)
+        yield from self._attention_of(own, layer)
         for sp_size in self.sp_sizes:
             if sp_size * tp_size > self.world_size or sp_size > own["heads"]:
                 continue
             heads, kv_heads = most_heads(own["heads"], own["kv_heads"], sp_size)
             if heads % kv_heads == 0:  # others run as several calls
-                yield from self._attention_of(own | {"heads": heads, "kv_heads": kv_heads})
+                yield from self._attention_of(own | {"heads": heads, "kv_heads": kv_heads}, layer)
 
-    def _attention_of(self, heads: Mapping[str, int]) -> Iterator[Point]:
+    def _attention_of(self, heads: Mapping[str, int], layer: LayerSpec) -> Iterator[Point]:
         slab = self.precision.kv_bytes(
             2 * heads["kv_heads"] * heads["head_dim"] * self.context_length, heads["head_dim"]
         )
         for chunk, chunk_level in self.attention_levels.items():
-            for context, context_level in self.context_levels(chunk).items():
-                for kernel in self.kernels:
+            for context, context_level in self.context_levels(chunk, layer.window).items():
+                for kernel in (AttentionKernel.CPU_MASKED,) if layer.attention.masking else self.kernels:
                     if self._dense_mask(kernel, chunk, context):
                         continue
                     yield Point(
                         op=Op.ATTENTION,
                         dtype=self.dtype,
-                        shape={**heads, "chunk": chunk, "context": context},
+                        shape={**heads, **layer.attention.masking, "chunk": chunk, "context": context},
                         variant=kernel.value,
                         level=min(chunk_level + context_level, LAST_LEVEL),
-                        flops=4.0 * heads["heads"] * heads["head_dim"] * seen_pairs(chunk, context),
+                        flops=4.0 * heads["heads"] * heads["head_dim"] * seen_pairs(chunk, context, layer.window),
                         size_bytes=slab + self._bytes(3 * chunk * heads["heads"] * heads["head_dim"]),
                     )
 
@@ -229,13 +233,14 @@ class Grid:
         width = 4 * sizes["hidden"] + 5 * sizes["intermediate"] + 4 * sizes["heads"] * sizes["head_dim"]
         fixed_bytes = 3 * layer.weights_bytes(self.precision, tp_size) + 2 * self._slab(layer, tp_size)
         for chunk, chunk_level in self.layer_levels.items():
-            for context, context_level in self.context_levels(chunk).items():
+            for context, context_level in self.context_levels(chunk, layer.window).items():
                 if context_level > 1 or (chunk_level and context_level):
                     continue
                 yield Point(
-                    op=Op.LAYER, dtype=self.dtype, shape={"chunk": chunk, "context": context} | sizes,
+                    op=Op.LAYER, dtype=self.dtype,
+                    shape={"chunk": chunk, "context": context} | sizes | layer.attention.masking,
                     variant=layer.variant, level=chunk_level + context_level,
-                    flops=2.0 * chunk * weights + attention * seen_pairs(chunk, context),
+                    flops=2.0 * chunk * weights + attention * seen_pairs(chunk, context, layer.window),
                     size_bytes=fixed_bytes + self._bytes(chunk * width),
                 )  # fmt: skip
 

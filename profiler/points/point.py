@@ -30,6 +30,7 @@ class Op(StrEnum):
 
 COLLECTIVES = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, Op.SEND_RECV)
 _STRIDE = "stride-"
+MASKS = ("window", "softcap", "sinks")  # sizes that attention has where more than the causal mask counts
 KEPT = "kept"  # variant of a product that a model keeps plain among quantized ones
 WARM = "warm"  # variant of a product whose weights are still in the cache
 BESIDE = "beside"  # variant of a collective while products run, and of a product (its group_size tells of whose) while

@@ -163,6 +163,7 @@ def check_wanted(
     if measure is Measure.ACTIVATION and not calibration:
         raise UserError("--calibration", "missing", "importance by activation needs a text to run over")
     spec = shape.layer  # refuses models whose layers differ
+    shape.check_as_stored("MODEL", "pruned")
     changes_heads = wanted.heads > 0.0
     if changes_heads and spec.attention.norms_all_heads:
         raise UserError("--heads", wanted.heads, f"{shape.name} norms all heads together: none can go")

@@ -158,6 +158,7 @@ def quantize_checkpoint(
 
 def check_recipe(shape: ModelShape, recipe: Recipe, calibration: Sequence[TokenIds]) -> None:
     """Raise `UserError` for a recipe that this model does not allow."""
+    shape.check_as_stored("MODEL", "quantized")
     if shape.quantization is not None:
         raise UserError("MODEL", shape.name, "is quantized already: quantize the checkpoint that it was made from")
     if not calibration and (recipe.linears.is_calibrated or recipe.smooth is not None):

@@ -20,7 +20,7 @@ from profiler.model import (
 )
 from profiler.sequence.kind import SPKind
 from runtime.run.prompts import TokenIds, check_prompts
-from tuner.plan.layout import check_precision_fits
+from tuner.plan.layout import check_precision_fits, check_sequence_fits
 from tuner.plan.plan import MAX_THREADS, Plan
 
 MOST_PROMPT_TOKENS = 2**24  # their ids, as Python holds them, take some 0.7 GB; any KV cache takes far more
@@ -69,6 +69,9 @@ def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_t
         raise UserError("model", shape.architecture, f"is planned only: {shape.unrun}")
     if shape.backend is Backend.TRANSFORMERS:
         _check_whole(plan)
+    else:
+        shape.check_device(device_type)
+        check_sequence_fits(shape, parallel.sp_kind)
     check_precision_fits(PRECISIONS[plan.precision], parallel.sp_kind, parallel.weights)
     if parallel.sp_kind is SPKind.ULYSSES:
         for layer in shape.layer_kinds:

@@ -17,7 +17,7 @@ from profiler.layers.head import Head
 from profiler.model import ModelShape, Precision
 from profiler.model.precision import LinearFormat
 from profiler.model.shape import layer_prefix
-from profiler.model.tensors import Cut, LinearSpec, NormSpec, Slice
+from profiler.model.tensors import Cut, Folding, LinearSpec, NormSpec, Slice
 from runtime.job.place import Place
 from runtime.weights.checkpoint import Weights
 from runtime.weights.gathered import GatheredWeights
@@ -47,6 +47,16 @@ def load_shard(shape: ModelShape, place: Place, weights: Weights, groups: Groups
     )
 
 
+def folded(numbers: torch.Tensor, folding: Folding) -> torch.Tensor:
+    """Numbers of a checkpoint, [rows, ...] in whole blocks, as kernels take them."""
+    if folding.order is not None:
+        order = torch.tensor(folding.order, device=numbers.device)
+        numbers = numbers.view(-1, len(order), *numbers.shape[1:])[:, order].flatten(0, 1)
+    if folding.offset:
+        numbers = numbers + folding.offset
+    return numbers if folding.scale == 1.0 else numbers * folding.scale
+
+
 @dataclass(frozen=True, slots=True)
 class _Reader:
     """Reads a rank's part of what specs describe; `prefix` stands before the names of a layer's tensors."""
@@ -59,14 +69,18 @@ class _Reader:
     def matrix(self, spec: LinearSpec) -> torch.Tensor:
         """The rank's weight [n, k]."""
         return torch.cat([
-            self.weights.read(f"{self.prefix}{part.tensor}.weight", part.rows, part.columns)
+            folded(self.weights.read(f"{self.prefix}{part.tensor}.weight", part.rows, part.columns), part.folding)
             for part in self.slices(spec)
         ])  # fmt: skip
 
     def bias(self, spec: LinearSpec) -> torch.Tensor | None:
         """The rank's bias [n], whole where the inputs are cut."""
-        names = [(f"{self.prefix}{part.tensor}.bias", part.rows) for part in self.slices(spec)]
-        return torch.cat([self.weights.read(*name) for name in names]) if spec.has_bias else None
+        if not spec.has_bias:
+            return None
+        return torch.cat([
+            folded(self.weights.read(f"{self.prefix}{part.tensor}.bias", part.rows), part.folding)
+            for part in self.slices(spec)
+        ])  # fmt: skip
 
     def linear(self, spec: LinearSpec) -> Product:
         """The product; where the inputs are cut, its bias is added to the sum of the ranks and not here."""
@@ -97,7 +111,8 @@ class _Reader:
             if stored is None:
                 whole = quantize_weight(self.weights.read(f"{name}.weight", part.rows), linears.weights.torch_dtype)
                 stored = QuantizedWeight(whole.values[:, part.columns].contiguous(), whole.scales)
-            parts.append(stored)
+            values = folded(stored.values, replace(part.folding, scale=1.0))
+            parts.append(QuantizedWeight(values, folded(stored.scales, part.folding)))
         return QuantizedWeight(torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
 
     def own_bias(self, spec: LinearSpec) -> torch.Tensor | None:
@@ -107,7 +122,7 @@ class _Reader:
     def norm(self, spec: NormSpec) -> torch.Tensor:
         """The rank's part of a norm's weight."""
         rows = spec.rows(self.place.tp_rank, self.place.parallel.tp_size)
-        return self.weights.read(f"{self.prefix}{spec.tensor}.weight", rows)
+        return folded(self.weights.read(f"{self.prefix}{spec.name}", rows), spec.folding)
 
     def slices(self, spec: LinearSpec) -> Iterator[Slice]:
         """Where the rank's part lies in the checkpoint."""

@@ -21,7 +21,7 @@ from db.rows.runs import RunStatus, list_runs
 from db.store.engine import Database, open_database
 from profiler.hardware.device import default_device_type, default_num_threads, describe_hardware
 from profiler.model import PRECISIONS, Backend, ModelShape, load_model_shape, precision_of
-from profiler.model.configuration import MAX_LAYERS
+from profiler.model.architectures.architecture import MAX_LAYERS
 from profiler.model.flops import fastest_product_flops, prefill_flops
 from profiler.model.shape import default_dtype
 from profiler.sequence.kind import SPKind
@@ -85,6 +85,9 @@ def tune_model(
         device_type = DEVICE_TYPE[hardware.backend]
         if options.chunk_multiple is None:
             rules = replace(rules, chunk_multiple=CHUNK_MULTIPLE[device_type])
+        if shape.backend is Backend.OWN and options.backend == "auto":
+            on_device = load_model_shape(options.model, backend=options.backend, device_type=device_type)
+            shape = on_device if on_device.backend is not Backend.OWN else shape
         target = Target(
             shape=shape,
             dtype=dtype or default_dtype(shape, device_type),
@@ -222,6 +225,7 @@ def _fitter(
             sp_size=layout.sp_size,
             sp_kind=layout.sp_kind,
             weights=layout.weights,
+            longest_prompt=max(request.prompt_tokens for request in target.requests),
         )
         if links.leaves_host(layout):
             work = replace(work, has_peer_memory=False)

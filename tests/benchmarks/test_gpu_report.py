@@ -33,9 +33,9 @@ from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import load_model_shape
 from profiler.points.kernel_choice import CLEARLY_FASTER
 from profiler.sequence.kind import SPKind
-from tuner.fit.attention_fit import AttentionCurve
-from tuner.fit.attention_rows import AttentionRows, attention_rows
-from tuner.fit.kernels import kernel_choice
+from tuner.fit.attention.full import AttentionCurve
+from tuner.fit.attention.kernels import kernel_choice
+from tuner.fit.attention.rows import AttentionRows, attention_rows
 from tuner.fit.layer_costs import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
 from tuner.plan.layout import Pins, enumerate_layouts

@@ -10,7 +10,7 @@ import numpy as np
 from db.rows.measurements import Measurement
 from profiler.points.point import Op
 from profiler.sequence.kind import SPKind
-from tuner.fit.attention_rows import AttentionRows, attention_rows
+from tuner.fit.attention.rows import AttentionRows, attention_rows
 from tuner.fit.curve import fit_rows
 from tuner.fit.rows import RankWork, Rows, expected_s
 from tuner.fit.sequence.messages import LayerMessage, layer_messages, message_rows
@@ -61,7 +61,15 @@ class LeftOutPoints:
 
 def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[HeldOutError]:
     """Leave-one-out errors of the fits behind `tuner.fit.layer_costs.fit_layer_costs`, by operation."""
-    return [_summary(tested) for tested in leave_out(measurements, work, busy_ranks=busy_ranks)]
+    kinds = [leave_out(measurements, kind, busy_ranks=busy_ranks) for kind in work.kinds]
+    if len(kinds) == 1:
+        return [_summary(tested) for tested in kinds[0]]
+    merged: dict[str, LeftOutPoints] = {}
+    for tested in (one for kind in kinds for one in kind):
+        known = merged.setdefault(tested.op, LeftOutPoints(op=tested.op, points=[], shares=[]))
+        known.points.extend(tested.points)
+        known.shares.extend(tested.shares)
+    return [_summary(tested) for tested in merged.values()]
 
 
 def leave_out(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[LeftOutPoints]:

@@ -86,6 +86,18 @@ def check_precision_fits(precision: Precision, sp_kind: SPKind, weights: Weights
         raise UserError("parallel.sp_kind", sp_kind, allowed)
 
 
+def check_sequence_fits(shape: ModelShape, sp_kind: SPKind) -> None:
+    """Raise `UserError` where this kind's attention does not know the masks of the model's layers."""
+    heads = {(layer.attention.heads, layer.attention.kv_heads) for layer in shape.layer_kinds}
+    if sp_kind is SPKind.ULYSSES and len(heads) > 1:
+        raise UserError("sp_kind", sp_kind, f"none, gather, ring or megatron: heads of {shape.name}'s layers differ")
+    for layer in shape.layer_kinds:
+        masked = layer.attention.masking
+        if masked and (sp_kind is SPKind.RING or (sp_kind is SPKind.ULYSSES and "sinks" in masked)):
+            others = "none, gather, megatron" if "sinks" in masked else "none, gather, ulysses, megatron"
+            raise UserError("sp_kind", sp_kind, f"one of {others}: it runs no {layer.kind}")
+
+
 def layout_of(parallel: Parallel) -> Layout:
     """The layout of a plan, without the layers of its groups."""
     names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights")
@@ -192,6 +204,12 @@ def _of_kinds(shape: ModelShape, plain: Layout, pins: Pins) -> Iterator[Layout]:
             yield replace(plain, sp_kind=kind)
         return
     for kind in OWN_RANKS if pins.sp_kind not in OWN_RANKS else (pins.sp_kind,):
+        try:
+            check_sequence_fits(shape, kind)
+        except UserError as error:
+            if pins.sp_kind is kind:
+                yield replace(plain, sp_kind=kind, refusal=str(error))
+            continue
         heads = min(layer.attention.heads.count for layer in shape.layer_kinds) // plain.tp_size
         if kind is SPKind.ULYSSES and plain.sp_size > heads:
             if pins.sp_kind is kind:

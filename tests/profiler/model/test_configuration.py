@@ -40,8 +40,7 @@ def test_every_bundled_shape_is_read() -> None:
             {"layer_types": ["full_attention", "sliding_attention"]},
             "layer_types: sliding_attention; only full_attention",
         ),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window: 4096; "),
-        ({"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047}, "sliding_window: 2047; "),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window: -1; must be a positive"),
         (
             {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope"}},
             "rope_scaling: longrope; supported types are",

@@ -13,7 +13,7 @@ from db.rows.measurements import Measurement
 from profiler.points.point import BESIDE, Op
 from profiler.sequence.kind import CUTS, SPKind
 from tests.tuner.measured import SHAPE, Machine, measure, relative, with_ranks
-from tuner.fit.attention_rows import attention_rows
+from tuner.fit.attention.rows import attention_rows
 from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
 from tuner.fit.rows import RankWork, Rows

@@ -7,7 +7,7 @@ from db.errors import UserError
 from tests.tuner.atom import ATOM, atom
 from tests.tuner.oracle import best_makespan_s, random_instance
 from tests.tuner.strategies import batches, cost_models, windows
-from tuner.fit.attention_fit import Waves
+from tuner.fit.attention.full import Waves
 from tuner.plan.cost_model import CostModel, StageCost, TableAttention
 from tuner.plan.plan import Request, check_rounds
 from tuner.policies.exact import exact_rounds

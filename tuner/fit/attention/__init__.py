@@ -1,0 +1,1 @@
+"""Attention: the rows of one mask, the kernel that each runs in, and the curve through them."""
