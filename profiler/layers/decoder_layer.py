@@ -16,7 +16,7 @@ from profiler.kernels.quantized.kv import KV
 from profiler.kernels.quantized.linear import DequantizingLinear, QuantizedLinear
 from profiler.layers.layer_inputs import LayerInputs, Reduce
 from profiler.model import LayerSpec
-from profiler.model.spec import Activation
+from profiler.model.spec import Activation, DenseMLP
 from profiler.model.tensors import NormSpec
 
 Project = Callable[[Operand], torch.Tensor]
@@ -110,7 +110,8 @@ def projections(products: Mapping[str, Product]) -> Projections:
 class DecoderLayer:
     """A layer of any `LayerSpec`, as one rank of a tensor-parallel group holds it.
 
-    The projections are given from outside (fused q|k|v and gate|up, sharded by the caller); `reduce_o` and
+    The projections are given from outside (fused q|k|v and gate|up, sharded by the caller), or experts in the place of
+    the last two; `reduce_o` and
     `reduce_down` sum the partial results of the group and add a row-parallel bias once, `sum_ranks` adds no bias.
     `entries` say in which formats the projections take their operands.
     One layer knows nothing of pipelines.
@@ -124,8 +125,9 @@ class DecoderLayer:
         norms: Norms,
         qkv: Project,
         o: Project,
-        gate_up: Project,
-        down: Project,
+        gate_up: Project | None = None,
+        down: Project | None = None,
+        experts: Callable[[torch.Tensor], torch.Tensor] | None = None,
         reduce_o: Reduce,
         reduce_down: Reduce,
         sum_ranks: Callable[[torch.Tensor], torch.Tensor],
@@ -133,12 +135,13 @@ class DecoderLayer:
     ) -> None:
         self.num_heads, self.tp_size = spec.attention.heads.per_rank(tp_size), tp_size
         self.head_dim = spec.attention.head_dim
-        self.rotation, self.gate = spec.attention.rotation, spec.mlp.activation
+        self.rotation = spec.attention.rotation
+        self.gate = spec.mlp.activation if isinstance(spec.mlp, DenseMLP) else Activation.SILU
         self.masking = CAUSAL
         if spec.attention.masking:
             self.masking = Masking(window=spec.attention.window, softcap=spec.attention.softcap, sinks=norms.sinks)
         self.norms, self.entries = norms, entries or Entries()
-        self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
+        self.qkv, self.o, self.gate_up, self.down, self.experts = qkv, o, gate_up, down, experts
         self.reduce_o, self.reduce_down, self.sum_ranks = reduce_o, reduce_down, sum_ranks
 
     def __call__(self, stream: Stream, inputs: LayerInputs, keys: KV, values: KV) -> Stream:
@@ -150,8 +153,16 @@ class DecoderLayer:
         attended = norms.after(attended, norms.after_attention)
         hidden, normed = Stream(hidden, attended).add_and_norm(norms.before_mlp, norms.eps, self.entries.gate_up)
         del attended
-        output = inputs.join(self.reduce_down, self.down(self.gated(self.gate_up(inputs.spread(normed)))))
+        output = inputs.join(self.reduce_down, self.feed(inputs.spread(normed)))
         return Stream(hidden, norms.after(output, norms.after_mlp))
+
+    def feed(self, normed: Operand) -> torch.Tensor:
+        """normed: [T, hidden] through the MLP or the experts -> this rank's part of the sum [T, hidden]."""
+        if self.experts is not None:
+            assert isinstance(normed, torch.Tensor)  # experts are plain
+            return self.experts(normed)
+        assert self.gate_up is not None and self.down is not None
+        return self.down(self.gated(self.gate_up(normed)))
 
     def gated(self, gate_up: torch.Tensor) -> Operand:
         """gate|up [T, 2F] -> what down takes [T, F]."""

@@ -274,7 +274,7 @@ def _layer_tensors(
 ) -> list[tuple[str, torch.Tensor]]:
     """A layer's tensors without what goes, in the format in which they lie."""
     spec, prefix = shape.layers[index], layer_prefix(index)
-    attention, mlp = spec.attention, spec.mlp
+    attention, mlp = spec.attention, spec.dense
     group = attention.heads.count // attention.kv_heads.count
     channels, groups = kept.channels[index], kept.groups[index]
     kv_rows = _features(groups, attention.head_dim)

@@ -236,7 +236,7 @@ def _quantize_layer(
     if recipe.smooth is not None:
         for norm, linear in (
             (spec.before_attention, spec.attention.qkv),
-            (spec.before_mlp, spec.mlp.gate_up),
+            (spec.before_mlp, spec.dense.gate_up),
         ):
             if norm is not None and linear.name not in kept:
                 _smooth(layer, norm, linear, recipe.smooth, stored[layer.name(norm.tensor) + ".weight"])

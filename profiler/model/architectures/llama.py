@@ -45,7 +45,7 @@ def _qwen3(config: Config, kind: str) -> LayerSpec:
     return windowed(head_norms(dense_layer(config, qkv_bias=bias, o_bias=bias)), config, kind)
 
 
-def _qwen_types(config: Config, count: int) -> Sequence[str]:
+def qwen_types(config: Config, count: int) -> Sequence[str]:
     """Those from `max_window_layers` on are within the window, where it is used at all."""
     if not config.get("use_sliding_window", False) or config.get("sliding_window") is None:
         return (FULL,) * count
@@ -64,11 +64,15 @@ def _olmo2(config: Config, kind: str) -> LayerSpec:
     """Norms of what attention and MLP give, not of what they take, and of q and k over all their heads."""
     bias = bool(config.get("attention_bias", False))
     layer = dense_layer(config, qkv_bias=bias, o_bias=bias)
-    heads, kv_heads = layer.attention.heads, layer.attention.kv_heads
-    q_norm = NormSpec("self_attn.q_norm", heads, Cut.COLUMN)
-    k_norm = NormSpec("self_attn.k_norm", kv_heads, Cut.COLUMN)
-    layer = replace(layer, attention=replace(layer.attention, q_norm=q_norm, k_norm=k_norm))
-    return windowed(norms_after(layer), config, kind)
+    return windowed(norms_after(norms_of_all_heads(layer)), config, kind)
+
+
+def norms_of_all_heads(layer: LayerSpec) -> LayerSpec:
+    """With norms of q and of k over all their heads."""
+    attention = layer.attention
+    q_norm = NormSpec("self_attn.q_norm", attention.heads, Cut.COLUMN)
+    k_norm = NormSpec("self_attn.k_norm", attention.kv_heads, Cut.COLUMN)
+    return replace(layer, attention=replace(attention, q_norm=q_norm, k_norm=k_norm))
 
 
 def _olmo3(config: Config, kind: str) -> LayerSpec:
@@ -128,12 +132,12 @@ LLAMA = {
     "MinistralForCausalLM": Architecture(
         layer=_mistral, layer_types=all_sliding, example=_GROUPED | _MIXED | {"head_dim": 24}
     ),
-    "MiMoForCausalLM": Architecture(layer=_qwen2, layer_types=_qwen_types),
+    "MiMoForCausalLM": Architecture(layer=_qwen2, layer_types=qwen_types),
     "Qwen2ForCausalLM": Architecture(
-        layer=_qwen2, layer_types=_qwen_types,
+        layer=_qwen2, layer_types=qwen_types,
         example=_GROUPED | {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 2},
     ),
-    "Qwen3ForCausalLM": Architecture(layer=_qwen3, layer_types=_qwen_types),
+    "Qwen3ForCausalLM": Architecture(layer=_qwen3, layer_types=qwen_types),
     "Phi3ForCausalLM": Architecture(
         layer=_phi3, layer_types=all_sliding, norm_eps=1e-5,
         example=_UNPADDED | {"sliding_window": 300, "partial_rotary_factor": 0.75},

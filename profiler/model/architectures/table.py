@@ -9,5 +9,6 @@ from profiler.model.architectures.architecture import Architecture
 from profiler.model.architectures.gemma import GEMMA
 from profiler.model.architectures.glm import GLM
 from profiler.model.architectures.llama import LLAMA
+from profiler.model.architectures.mixture import MIXTURES
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({**LLAMA, **GEMMA, **GLM})
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({**LLAMA, **GEMMA, **GLM, **MIXTURES})
