@@ -24,9 +24,9 @@ from benchmarks.quantized_perplexity import FIRST, LAST, library_text, pieces
 from db.files.documents import write_json
 from profiler.model import PRECISIONS, load_model_shape
 from runtime.prune.importance import Measure
-from runtime.prune.layers import perplexity
 from runtime.prune.prices import Work
 from runtime.prune.prune import Wanted, prune_checkpoint
+from runtime.quantize.layers import perplexity
 from runtime.quantize.quantize import quantize_checkpoint
 from runtime.quantize.recipe import Recipe as QuantizeRecipe
 from runtime.train.recipe import Recipe

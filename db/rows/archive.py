@@ -32,7 +32,7 @@ _MOST_FLOPS = 1e17  # one device; the fastest of 2026 have 2e16 in their narrowe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What the file holds."""
+    """The file's content: one hardware and its measurements."""
 
     hardware: Hardware
     measurements: list[Measurement]
@@ -102,7 +102,7 @@ def read_profile(path: Path) -> Profile:
 
 
 def _check_time(where: str, row: Measurement) -> None:
-    """Raise UserError for a time that no device can reach: a plan made from it would be believed."""
+    """Raise UserError for a time shorter than any device can reach."""
     if row.median_us < _LEAST_US:
         raise UserError(f"{where}.median_us", row.median_us, f"no operation ends within {_LEAST_US:g} us")
     if {"m", "n", "k"} <= row.shape.keys():
@@ -138,5 +138,5 @@ def _check_limits(where: str, row: Hardware | Measurement) -> None:
 
 def _portable(row: Measurement) -> dict[str, Any]:
     values = asdict(row) | {"measured_at": row.measured_at.isoformat()}
-    del values["source"]  # whoever imports it knows that it was imported
+    del values["source"]  # set to "import" on import
     return values

@@ -1,4 +1,4 @@
-"""Which revision of the tables a database has, and bringing it to ours."""
+"""The revision of a database's tables, and its upgrade to the current one."""
 
 from __future__ import annotations
 

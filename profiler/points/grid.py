@@ -1,4 +1,4 @@
-"""Which points a profile consists of, and how early each is wanted: stopped at any time, it covers every operation."""
+"""The points of a profile and their levels; stopped at any time, a profile covers every operation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import PRECISIONS, Backend, LayerSpec, ModelShape, Precision
 from profiler.model.whole.layer import seen_pairs
 from profiler.points.order import by_need
-from profiler.points.point import BESIDE, COLLECTIVES, KEPT, WARM, Op, Point, strided
+from profiler.points.point import BESIDE, COLLECTIVES, EVEN, KEPT, SKEWED, WARM, Op, Point, strided
 from profiler.points.rank_groups import RankGroups
 from profiler.points.whole_layers import whole_layer_points
 from profiler.sequence.heads import most_heads
@@ -36,7 +36,7 @@ _MAX_DENSE_PAIRS = 2**24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """What a profile is asked to cover."""
+    """What a profile covers: model, context length, parallel sizes and kernels."""
 
     shape: ModelShape
     dtype: str
@@ -142,8 +142,9 @@ class Grid:
     def _parts(self) -> Iterator[Point]:
         """Parts of layers, whole layers and all that ranks do together, for kernels here."""
         for tp_size in self.tp_sizes:
-            for layer in self.shape.layer_kinds:
-                yield from self._layer_points(layer, tp_size)
+            for shape in self._spread(tp_size):
+                for layer in shape.layer_kinds:
+                    yield from self._layer_points(layer, tp_size)
             yield from self._end_points(tp_size)
         yield from self._round_overhead()
         yield from self._ceiling()
@@ -153,6 +154,12 @@ class Grid:
             for sp_size in self.sp_sizes:
                 yield from self._side_by_side(RankGroups(sp_size))
 
+    def _spread(self, tp_size: int) -> list[ModelShape]:
+        """The model with its experts cut over the ranks of a group, and spread over them."""
+        if not self.shape.has_experts or tp_size == 1:
+            return [self.shape]
+        return [self.shape, self.shape.spread(tp_size)] if can_spread(self.shape, tp_size) else [self.shape]
+
     def _layer_points(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
         """The parts of a layer and whole layers: with all ranks at work, and on a CPU coarsely with one.
 
@@ -160,13 +167,14 @@ class Grid:
         """
         parts = [
             *self._matmuls(layer, tp_size),
+            *self._experts(layer, tp_size),
             *self._attention(layer, tp_size),
             *self._elementwise(layer, tp_size),
             *self._layers(layer, tp_size),
         ]
         yield from (replace(point, busy_ranks=self.world_size) for point in parts)
         # A plan for one rank leaves the others idle.
-        usual = ("", KEPT, *self.kernels[:1], AttentionKernel.CPU_MASKED, layer.variant)
+        usual = ("", KEPT, EVEN, *self.kernels[:1], AttentionKernel.CPU_MASKED, layer.variant)
         if tp_size == 1 and self.world_size > 1 and self.device_type == "cpu":
             yield from (
                 replace(point, busy_ranks=1, level=point.level + 1)
@@ -187,6 +195,20 @@ class Grid:
                 yield point
                 if self.device_type == "cuda" and level <= 1 and not linear.kept:
                     yield replace(point, variant=WARM, level=LAST_LEVEL)
+
+    def _experts(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
+        if layer.experts is None:
+            return
+        sizes, weights = layer.experts.sizes(tp_size), layer.experts.matrix_elements(tp_size)
+        width = sizes["per_token"] * (2 * layer.hidden_size + 3 * sizes["features"])
+        for tokens, level in self.product_levels.items():
+            for variant in (EVEN, SKEWED):
+                yield Point(
+                    op=Op.EXPERTS, dtype=self.dtype, shape={"tokens": tokens, "hidden": layer.hidden_size} | sizes,
+                    variant=variant, level=min(level + (variant == SKEWED), LAST_LEVEL),
+                    flops=2.0 * tokens * layer.experts.active_elements(tp_size),
+                    size_bytes=2 * self._weights(weights) + self._bytes(tokens * width),
+                )  # fmt: skip
 
     def _attention(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
         own = layer.attention.sizes(tp_size)
@@ -238,7 +260,7 @@ class Grid:
                     continue
                 yield Point(
                     op=Op.LAYER, dtype=self.dtype,
-                    shape={"chunk": chunk, "context": context} | sizes | layer.attention.masking,
+                    shape={"chunk": chunk, "context": context} | sizes | layer.traits(tp_size),
                     variant=layer.variant, level=chunk_level + context_level,
                     flops=2.0 * chunk * weights + attention * seen_pairs(chunk, context, layer.window),
                     size_bytes=fixed_bytes + self._bytes(chunk * width),
@@ -330,6 +352,11 @@ class Grid:
     def _dense_mask(self, kernel: AttentionKernel, chunk: int, context: int) -> bool:
         dense = self.device_type == "cpu" and kernel is AttentionKernel.SDPA and context > 0
         return dense and chunk * (chunk + context) > _MAX_DENSE_PAIRS
+
+
+def can_spread(shape: ModelShape, ep_size: int) -> bool:
+    """Whether every layer with experts has one for each of so many ranks at least."""
+    return all(layer.experts is None or layer.experts.experts.count >= ep_size for layer in shape.layer_kinds)
 
 
 def rank_groups(tp_sizes: Iterable[int], sp_sizes: Iterable[int], world_size: int) -> list[RankGroups]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-import numpy as np
 import torch
 
 from db.errors import UserError
@@ -40,7 +39,7 @@ from tuner.fit.attention.kernels import kernel_choice
 from tuner.fit.rows import Rows
 from tuner.plan.memory import check_memory
 from tuner.plan.plan import Plan
-from tuner.waterfall.steps import waterfall
+from tuner.waterfall.steps import waterfalls
 
 # A card that rested starts at a clock that it cannot hold: a round took up to a fifth longer 0.2 s later, and some
 # 0.8 s after the start the card corrects itself by a quarter of a second at its lowest clock.
@@ -308,18 +307,10 @@ def with_waterfalls(result: RunResult, plan: Plan, shape: ModelShape, peak_flops
     moves = plan.predicted.moves if plan.predicted else ()
     if not peak_flops:
         return replace(result, moves=moves)
-    size = (len(plan.rounds), plan.parallel.num_groups)
-    measured, told = np.zeros(size), np.zeros(size)
-    for time in result.rounds:
-        measured[time.round, time.stage] = time.finish_s - time.start_s
-        told[time.round, time.stage] = time.predicted_s or 0.0
-    predicted_s = result.predicted_makespan_s
-    return replace(
-        result,
-        moves=moves,
-        waterfall=waterfall(plan, shape, measured, result.makespan_s, peak_flops=peak_flops),
-        told=waterfall(plan, shape, told, predicted_s, peak_flops=peak_flops) if predicted_s and told.any() else None,
+    told, measured = waterfalls(
+        plan, shape, result.rounds, result.makespan_s, result.predicted_makespan_s, peak_flops=peak_flops
     )
+    return replace(result, moves=moves, told=told, waterfall=measured)
 
 
 def _settle_s(plan: Plan, device_type: str) -> float:

@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from db.errors import UserError
 from db.rows.hardware import Hardware, get_hardware
 from db.rows.measurements import Measurement, load_measurements
 from db.rows.plans import list_plan_rows
 from db.rows.runs import RunStatus, list_runs
 from db.store.engine import Database
 from profiler.hardware.datasheet import published_peak_flops
+from profiler.model import PRECISIONS
 from runtime.run.prediction import read_prediction
+from runtime.run.preparation import model_shape
 from service.reasons.recommendation import gap_in_words, layout_in_words
 from service.reasons.run_words import RunTold, in_words
+from service.reasons.waterfall_chart import drawing
 from service.reports.charts import Bar, bars, curves, points, timeline, triangle
 from service.reports.page import Section
 from service.use_cases.runs import profile_command
 from tuner.plan.layout import layout_of
 from tuner.plan.plan import Plan
+from tuner.waterfall.steps import waterfalls
 
 MOST_CURVES = 8
 LEAST_POINTS = 3
@@ -45,8 +50,8 @@ def plan_sections(plan: Plan) -> list[Section]:
     return [*found, _attention(plan)]
 
 
-def run_sections(told: RunTold) -> list[Section]:
-    """What the run took and why, its rounds beside those predicted, and the plan's own sections."""
+def run_sections(database: Database, told: RunTold) -> list[Section]:
+    """What the run took and why, where its seconds went, its rounds beside those predicted, and the plan's sections."""
     words = in_words(told, profile_command(told), "isochunk run-plan")
     stages: dict[int, list[Bar]] = defaultdict(list)
     for each in told.rounds:
@@ -58,7 +63,7 @@ def run_sections(told: RunTold) -> list[Section]:
         for each in told.rounds
         if each.predicted_s is not None
     ]
-    found = [Section(title=f"Run {told.run.id}", rows=words)]
+    found = [Section(title=f"Run {told.run.id}", rows=words), *_waterfall(database, told)]
     if rows:
         found.append(Section(title="When rounds ran, below the prediction in grey", picture=timeline(rows)))
     if pairs:
@@ -66,6 +71,24 @@ def run_sections(told: RunTold) -> list[Section]:
             Section(title="Rounds, predicted and measured", picture=points(pairs, "predicted s", "measured s"))
         )
     return [*found, *plan_sections(told.plan)]
+
+
+def _waterfall(database: Database, told: RunTold) -> list[Section]:
+    """From the published peak of the ranks' devices to the makespan; nothing where no peak is published."""
+    hardware = get_hardware(database, told.run.hardware_id)
+    precision = PRECISIONS.get(told.plan.precision)
+    peak_flops = precision.peak_flops(hardware.device) if precision else None
+    if not peak_flops or not told.rounds or told.run.makespan_s is None:
+        return []
+    try:
+        shape = model_shape(told.plan.model, None)
+    except UserError:  # its configuration is not on this machine
+        return []
+    predicted, measured = waterfalls(
+        told.plan, shape, told.rounds, told.run.makespan_s, told.run.predicted_makespan_s, peak_flops=peak_flops
+    )
+    picture = drawing(predicted, measured, f"{told.name}: {told.run.makespan_s:.4g} s")
+    return [Section(title="Where the seconds went", picture=picture)]
 
 
 def hardware_sections(database: Database, hardware_id: int) -> list[Section]:

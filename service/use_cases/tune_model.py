@@ -34,11 +34,11 @@ from service.use_cases.tune_report import TuneReport
 from tuner.fit.correction import PlansRun, fit_correction, load_measured_rounds
 from tuner.fit.coverage import coverage
 from tuner.fit.holdout import held_out_errors
-from tuner.fit.layer_costs import fit_layer_costs
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
 from tuner.fit.uncertainty import share_missing, widened
 from tuner.fit.whole.costs import Costs, fit_whole_costs, whole_held_out
-from tuner.plan.layout import ANY, Layout, Pins, check_precision_fits, enumerate_layouts, layout_of
+from tuner.plan.layout import ANY, Layout, Pins, check_experts_fit, check_precision_fits, enumerate_layouts, layout_of
 from tuner.plan.plan import Request
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.topology import load_topology
@@ -217,9 +217,10 @@ def _fitter(
 
     def fit(layout: Layout) -> Costs:
         check_precision_fits(precision_of(target.dtype), layout.sp_kind, layout.weights)
+        check_experts_fit(target.shape, precision_of(target.dtype), layout.weights)
         work = RankWork.on(
             hardware,
-            shape=target.shape,
+            shape=target.shape.spread(layout.ep_size),
             dtype=target.dtype,
             tp_size=layout.tp_size,
             sp_size=layout.sp_size,
@@ -237,7 +238,15 @@ def _fitter(
         return replace(costs, correction=fit_correction(rounds))
 
     def fit_layout(layout: Layout) -> Costs:
-        key = (layout.tp_size, layout.sp_size, layout.sp_kind, layout.weights, layout.pp_size > 1, *links.key(layout))
+        key = (
+            layout.tp_size,
+            layout.sp_size,
+            layout.sp_kind,
+            layout.weights,
+            layout.ep_size,
+            layout.pp_size > 1,
+            *links.key(layout),
+        )
         if key not in fits:
             try:
                 fits[key] = fit(layout)

@@ -135,7 +135,13 @@ class RankWork:
     @property
     def whole_layer_sizes(self) -> dict[str, int]:
         """Sizes that `layer` rows name beside chunk and context."""
-        return self.layer_sizes | dict.fromkeys(MASKS, 0) | self.layer.attention.masking
+        return self.layer_sizes | dict.fromkeys(MASKS, 0) | self.layer.traits(self.tp_size)
+
+    @property
+    def expert_sizes(self) -> dict[str, int]:
+        """Sizes that `experts` rows name beside their tokens."""
+        assert self.layer.experts is not None
+        return {"hidden": self.layer.hidden_size} | self.layer.experts.sizes(self.tp_size)
 
     @property
     def layer_variant(self) -> str:
@@ -144,7 +150,7 @@ class RankWork:
 
     @property
     def projections(self) -> list[tuple[int, int]]:
-        """(out, in) features of a layer's four matmuls: q|k|v, o, gate|up, down."""
+        """(out, in) features of a layer's matmuls: q|k|v, o, gate|up, down; with experts those of all tokens."""
         return list(self.layer.products(self.tp_size).values())
 
     @property

@@ -15,8 +15,8 @@ import numpy as np
 
 from tuner.online.queue import Clock
 from tuner.online.traffic import NONE_TO_COME, Outlook
-from tuner.plan.cost_model import Floats
 from tuner.plan.plan import Request, Round
+from tuner.plan.stage_cost import Floats
 from tuner.rounds.packing import Packer, fill_rounds
 from tuner.rounds.schedule import MAKESPAN_SLACK, FlatRounds, Objective, simulate
 

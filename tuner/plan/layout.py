@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from db.errors import UserError
@@ -35,6 +36,7 @@ class Layout:
     virtual_stages: int = 1
     stage_order: StageOrder = StageOrder.LOOP
     weights: Weights = Weights.WHOLE
+    ep_size: int = 1
     refusal: str | None = None
 
     @property
@@ -57,7 +59,8 @@ class Layout:
         """The schemes that it is made of, whatever their sizes."""
         schemes = []
         if self.tp_size > 1:
-            schemes.append("TP+SP" if self.sp_kind is SPKind.MEGATRON else "TP")
+            spread = " x EP" if self.ep_size > 1 else ""
+            schemes.append(("TP+SP" if self.sp_kind is SPKind.MEGATRON else "TP") + spread)
         if self.sp_size > 1:
             schemes.append(f"SP {self.sp_kind}")
         if self.pp_size > 1:
@@ -65,7 +68,7 @@ class Layout:
         return " x ".join(schemes) or "one rank"
 
     def __str__(self) -> str:
-        words = [f"TP{self.tp_size}"]
+        words = [f"TP{self.tp_size}", *([f"EP{self.ep_size}"] if self.ep_size > 1 else [])]
         if self.sp_kind is not SPKind.NONE:
             words.append(f"SP{self.sp_size} {self.sp_kind}" if self.sp_size > 1 else str(self.sp_kind))
         words.append(f"PP{self.pp_size}")
@@ -98,9 +101,19 @@ def check_sequence_fits(shape: ModelShape, sp_kind: SPKind) -> None:
             raise UserError("sp_kind", sp_kind, f"one of {others}: it runs no {layer.kind}")
 
 
+def check_experts_fit(shape: ModelShape, precision: Precision, weights: Weights) -> None:
+    """Raise `UserError` where experts would have to be what kernels here do not run."""
+    if not shape.has_experts:
+        return
+    if precision.linears is not None:
+        raise UserError("precision", precision.name, f"a plain one: experts of {shape.name} are not run in 8 bits")
+    if weights is Weights.GATHERED:
+        raise UserError("parallel.weights", weights, f"whole: experts of {shape.name} are not gathered")
+
+
 def layout_of(parallel: Parallel) -> Layout:
     """The layout of a plan, without the layers of its groups."""
-    names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights")
+    names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights", "ep_size")
     return Layout(**{name: getattr(parallel, name) for name in names})
 
 
@@ -181,7 +194,8 @@ def _layouts(shape: ModelShape, world_size: int, pins: Pins) -> Iterator[Layout]
                         if sp_size == 1 or pins.sp_size or pins.sp_kind:
                             yield replace(layout, refusal=reason)
                         break
-                    yield from _interleaved(shape, layout, pins)
+                    for spread in _spread(shape, layout):
+                        yield from _interleaved(shape, spread, pins)
                 refusal = _tp_refusal(shape, tp_size)
 
 
@@ -217,6 +231,15 @@ def _of_kinds(shape: ModelShape, plain: Layout, pins: Pins) -> Iterator[Layout]:
                 yield replace(plain, sp_kind=kind, refusal=str(UserError("sp_size", plain.sp_size, allowed)))
             continue
         yield replace(plain, sp_kind=kind)
+
+
+def _spread(shape: ModelShape, layout: Layout) -> Iterator[Layout]:
+    """The layout with each expert cut over the tensor-parallel ranks, and with experts spread over them."""
+    yield layout
+    if layout.tp_size > 1 and shape.has_experts:
+        with suppress(UserError):
+            shape.spread(layout.tp_size).check_tp_size(layout.tp_size)
+            yield replace(layout, ep_size=layout.tp_size)
 
 
 def _interleaved(shape: ModelShape, layout: Layout, pins: Pins) -> Iterator[Layout]:

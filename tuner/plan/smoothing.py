@@ -15,7 +15,8 @@ import numpy as np
 
 from db.errors import UserError
 from db.files.documents import located, read_json
-from tuner.plan.cost_model import MAX_SECONDS, CostModel
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import MAX_SECONDS
 
 MOST_NOISE = 0.10
 """A value that would change by more is not noise: the table is refused."""

@@ -9,8 +9,8 @@ import numpy as np
 
 from db.errors import UserError
 from db.files.numbers import whole_number
-from tuner.plan.cost_model import MAX_TOKENS, Floats
 from tuner.plan.plan import Request, Round
+from tuner.plan.stage_cost import MAX_TOKENS, Floats
 from tuner.policies.arrivals import batch_by_batch
 from tuner.policies.ascend import ascend_rounds
 from tuner.policies.dp import dp_rounds

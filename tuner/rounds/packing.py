@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tuner.plan.cost_model import CostModel, Floats, StageCost
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request, Round
+from tuner.plan.stage_cost import Floats, StageCost
 from tuner.rounds.problem import NO_LIMITS, Limits, Problem
 
 EPSILON_S = 1e-12

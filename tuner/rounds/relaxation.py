@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.plan.cost_model import Floats, PairAttention, StageCost
 from tuner.plan.plan import Request
+from tuner.plan.stage_cost import Floats, PairAttention, StageCost
 
 NUM_CAPS = 64
 """Points of the smooth curve that places the grid of caps."""

@@ -18,7 +18,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tuner.plan.cost_model import CostModel, PairAttention
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import PairAttention
 from tuner.rounds.schedule import MAKESPAN_SLACK
 
 MAKESPAN_SHARE, ENDS_INSIDE = 1.1, 0.5

@@ -26,8 +26,9 @@ from enum import StrEnum
 import numpy as np
 
 from db.errors import UserError
-from tuner.plan.cost_model import CostModel, Floats, Ints
+from tuner.plan.cost_model import CostModel, Ints
 from tuner.plan.plan import Request, Round
+from tuner.plan.stage_cost import Floats
 from tuner.plan.task_order import TaskOrder, task_order
 
 MAKESPAN_SLACK = 1.0075

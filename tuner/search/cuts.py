@@ -9,8 +9,8 @@ import numpy as np
 
 from profiler.sequence.kind import CUTS, SequenceCut, usual_cut
 from tuner.fit.whole.costs import Costs, WholeCosts
-from tuner.plan.cost_model import Floats
 from tuner.plan.plan import Request, Round
+from tuner.plan.stage_cost import Floats
 from tuner.rounds.round_plan import RoundPlan
 from tuner.rounds.schedule import FlatRounds, evaluate
 

@@ -34,9 +34,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tuner.fit.whole.costs import Costs
-from tuner.plan.cost_model import Floats
 from tuner.plan.layout import Layout
 from tuner.plan.plan import Request
+from tuner.plan.stage_cost import Floats
 from tuner.plan.stage_order import StageOrder
 from tuner.rounds.relaxation import Envelope, Work, envelopes
 from tuner.rounds.schedule import Objective

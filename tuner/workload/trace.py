@@ -24,7 +24,7 @@ from db.errors import UserError
 from db.files.documents import Line, located, read_json_lines
 from db.files.numbers import whole_number
 from db.files.tables import first_line, read_csv
-from tuner.plan.cost_model import MAX_TOKENS
+from tuner.plan.stage_cost import MAX_TOKENS
 from tuner.workload.trace_format import UNITS, TimeUnit, TraceFormat
 
 FIELD = "--workload"

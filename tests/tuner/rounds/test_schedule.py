@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 
 from tests.tuner.strategies import batches, cost_models, windows
 from tuner.online.queue import Clock
-from tuner.plan.cost_model import CostModel, StageCost
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request
+from tuner.plan.stage_cost import StageCost
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.task_order import task_order
 from tuner.policies.fixed import fixed_rounds

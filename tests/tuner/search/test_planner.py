@@ -7,9 +7,10 @@ from db.errors import UserError
 from tests.tuner.atom import ATOM, atom
 from tests.tuner.oracle import best_makespan_s, random_instance
 from tests.tuner.strategies import batches, cost_models, windows
-from tuner.fit.attention.full import Waves
-from tuner.plan.cost_model import CostModel, StageCost, TableAttention
+from tuner.fit.attention.curve import Waves
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, check_rounds
+from tuner.plan.stage_cost import StageCost, TableAttention
 from tuner.policies.exact import exact_rounds
 from tuner.policies.fixed import fixed_rounds
 from tuner.policies.joint import NEAR_BOUND

@@ -1,1 +1,1 @@
-"""Attention: the rows of one mask, the kernel that each runs in, and the curve through them."""
+"""Seconds of attention: its fitted curve, the measured rows behind it, and which kernel a plan takes at each size."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from db.rows.measurements import Measurement
 from profiler.kernels.attention_kernel import AttentionKernel
-from tuner.fit.attention.full import AttentionCurve, Waves, fit_attention
+from tuner.fit.attention.curve import AttentionCurve, Waves, fit_attention
 from tuner.fit.attention.kernels import chosen_kernels, kernel_choice
 from tuner.fit.attention.window import WindowCurve, fit_window
 from tuner.fit.rows import RankWork, Rows, expected_s
