@@ -15,7 +15,8 @@ from profiler.points.grid import Grid
 from profiler.points.point import Op, Point
 from tests.tuner.measured import relative, row
 from tuner.fit.holdout import held_out_errors
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
 
 WINDOW, LONGEST = 1024, 32768
