@@ -16,7 +16,7 @@ from profiler.kernels.quantized.kv import KV
 from profiler.kernels.quantized.linear import DequantizingLinear, QuantizedLinear
 from profiler.layers.layer_inputs import LayerInputs, Reduce
 from profiler.model import LayerSpec
-from profiler.model.spec import Activation, DenseMLP
+from profiler.model.mlp import Activation, DenseMLP
 from profiler.model.tensors import NormSpec
 
 Project = Callable[[Operand], torch.Tensor]

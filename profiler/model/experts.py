@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
+from profiler.model.mlp import DenseMLP
 from profiler.model.tensors import Dim, LinearSpec, NormSpec
-
-if TYPE_CHECKING:
-    from profiler.model.spec import DenseMLP
 
 
 class Scoring(StrEnum):

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 
 from profiler.model.experts import ExpertsMLP
+from profiler.model.mlp import Activation, DenseMLP
 from profiler.model.precision import FLOAT32, Precision
 from profiler.model.rope import WHOLE_HEADS, Rotation
 from profiler.model.tensors import AS_STORED, Cut, Dim, LinearSpec, NormSpec
 from profiler.model.whole.layer import seen_pairs
 
 ROUTER = "router"  # the product that chooses experts: plain in every precision
-
-
-class Activation(StrEnum):
-    """What the gate of an MLP goes through."""
-
-    SILU = "silu"
-    GELU_TANH = "gelu_pytorch_tanh"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,20 +57,6 @@ class AttentionSpec:
     def kv_elements(self, tp_size: int) -> int:
         """Numbers that a rank keeps of one token: its key and its value."""
         return 2 * self.kv_heads.per_rank(tp_size) * self.kv_heads.width
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenseMLP:
-    """A gated MLP: down(f(gate x) * up x)."""
-
-    gate_up: LinearSpec
-    down: LinearSpec
-    activation: Activation = field(default=Activation.SILU, repr=False)
-
-    @property
-    def intermediate(self) -> Dim:
-        """Features between gate|up and down."""
-        return self.down.inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

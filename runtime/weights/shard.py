@@ -17,9 +17,9 @@ from profiler.layers.experts import Experts, ExpertWeights
 from profiler.layers.head import Head
 from profiler.model import LayerSpec, ModelShape, Precision
 from profiler.model.experts import ExpertsMLP
+from profiler.model.mlp import DenseMLP
 from profiler.model.precision import LinearFormat
 from profiler.model.shape import layer_prefix
-from profiler.model.spec import DenseMLP
 from profiler.model.tensors import Cut, Folding, LinearSpec, NormSpec, Slice
 from runtime.job.place import Place
 from runtime.weights.checkpoint import ALL, Weights

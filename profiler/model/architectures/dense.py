@@ -9,8 +9,9 @@ from dataclasses import replace
 from db.errors import UserError
 from profiler.model.architectures.architecture import FULL, SLIDING, Config
 from profiler.model.fields import KernelsMissingError, positive, positive_number
+from profiler.model.mlp import Activation, DenseMLP
 from profiler.model.rope import Rotation, head_order, turned_share
-from profiler.model.spec import Activation, AttentionSpec, DenseMLP, LayerSpec
+from profiler.model.spec import AttentionSpec, LayerSpec
 from profiler.model.tensors import AS_STORED, Cut, Dim, Folding, LinearSpec, NormSpec, Part
 
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 from profiler.model.architectures.architecture import FULL, SLIDING, Architecture, Config
 from profiler.model.architectures.dense import dense_layer, head_norms, number, scaled_scores, windowed, with_activation
 from profiler.model.fields import KernelsMissingError, positive
+from profiler.model.mlp import Activation
 from profiler.model.rope import Rotation
-from profiler.model.spec import Activation, LayerSpec
+from profiler.model.spec import LayerSpec
 from profiler.model.tensors import Dim, Folding, NormSpec
 
 _ONE_MORE = Folding(offset=1.0)

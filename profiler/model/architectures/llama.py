@@ -19,7 +19,7 @@ from profiler.model.architectures.dense import (
     windowed,
 )
 from profiler.model.fields import KernelsMissingError
-from profiler.model.rope import Rotation, rope_type
+from profiler.model.rope import SUPPORTED_TYPES, Rotation, rope_type
 from profiler.model.spec import LayerSpec
 from profiler.model.tensors import Cut, Dim, NormSpec
 
@@ -55,7 +55,7 @@ def qwen_types(config: Config, count: int) -> Sequence[str]:
 
 def _phi3(config: Config, kind: str) -> LayerSpec:
     """Llama's layer without biases, kept as one tensor for q, k and v and one for gate and up."""
-    if rope_type(config) != "default":
+    if rope_type(config) in SUPPORTED_TYPES[1:]:
         raise KernelsMissingError("rope_scaling", rope_type(config), "only default is supported for Phi3ForCausalLM")
     return windowed(partly_turned(fused(dense_layer(config)), config), config, kind)
 

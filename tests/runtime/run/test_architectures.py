@@ -10,22 +10,30 @@ import pytest
 from profiler.comm.ranks.launch import run_ranks
 from profiler.model.architectures.table import ARCHITECTURES
 from runtime.run.rank import run_jobs
-from tests.runtime.cases import make_job
+from tests.runtime.cases import PARTITIONS, make_job
 from tests.runtime.conftest import Generate
+from tuner.plan.plan import Parallel
 
 NEW_TOKENS = 4
 EXAMPLES = [name for name, architecture in ARCHITECTURES.items() if architecture.example]
-# (tp_size, pp_size) by the number of ranks.
-LAYOUTS = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 3: [(1, 3)]}
+MIXTURES = [name for name in EXAMPLES if "Moe" in name or name in ("MixtralForCausalLM", "GptOssForCausalLM")]
+# (tp_size, pp_size, ep_size) by the number of ranks; experts are spread where there are any, unevenly in most examples.
+LAYOUTS = {1: [(1, 1, 1)], 2: [(1, 2, 1), (2, 1, 1), (2, 1, 2)], 3: [(1, 3, 1)], 4: [(4, 1, 4), (4, 1, 2), (2, 2, 2)]}
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_tokens_equal(world_size: int, checkpoint: Callable[[str], Path], generate: Generate) -> None:
-    cases = [(name, layout) for name in EXAMPLES for layout in LAYOUTS[world_size]]
+    cases = [
+        (name, layout) for layout in LAYOUTS[world_size] for name in (EXAMPLES if layout[2] == 1 else MIXTURES)
+    ]  # fmt: skip
     jobs = [
-        make_job(checkpoint(name), tp_size=tp_size, pp_size=pp_size, max_new_tokens=NEW_TOKENS)
-        for name, (tp_size, pp_size) in cases
+        make_job(
+            checkpoint(name),
+            parallel=Parallel(tp_size=tp, pp_size=pp, ep_size=ep, layer_partition=PARTITIONS[pp]),
+            max_new_tokens=NEW_TOKENS,
+        )
+        for name, (tp, pp, ep) in cases
     ]
     reports = run_ranks(run_jobs, jobs, world_size=world_size, device_type="cpu", num_threads=1)
     for case, job, *ranks in zip(cases, jobs, *reports, strict=True):
