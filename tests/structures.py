@@ -20,11 +20,11 @@ ROOMS = {
     "service": ("pictures", "reasons", "use_cases", "reports", "engines", "jobs", "http", "cli"),
 }
 ASKED = {
-    "db": "what is kept",
-    "profiler": "what is measured",
-    "tuner": "what is decided",
-    "runtime": "what is executed",
-    "service": "the doors",
+    "db": "storage",
+    "profiler": "measurement",
+    "tuner": "planning",
+    "runtime": "execution",
+    "service": "interfaces",
 }
 LIST = "## Every module\n"
 _ROOM_WIDTH, _ROOM_HEIGHT, _GAP, _LEFT = 104, 34, 12, 190

@@ -1,4 +1,4 @@
-"""What every rank of a run is told, and what it reports."""
+"""The job that every rank of a run receives, and the report that it returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A plan made concrete: checked, with its prompts and where its weights are."""
+    """A checked plan with its prompts and the location of its weights."""
 
     shape: ModelShape
     parallel: Parallel

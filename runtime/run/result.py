@@ -1,4 +1,4 @@
-"""What a run measured: seconds of each round, request and pass, tokens, and how far the prediction was off."""
+"""The result of a run: seconds of each round, request and pass, tokens, and the error of the prediction."""
 
 from __future__ import annotations
 

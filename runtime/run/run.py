@@ -1,4 +1,4 @@
-"""Runs a plan: checks everything, starts the ranks, and leaves rows of what was planned, predicted and measured."""
+"""Runs a plan: checks it, starts the ranks, and stores the plan, its prediction and the measured times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run measured, as tables for people."""
+"""Prints the result of a run as tables."""
 
 from __future__ import annotations
 

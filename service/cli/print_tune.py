@@ -1,4 +1,4 @@
-"""What `isochunk tune` found, as tables for people."""
+"""Prints the result of `isochunk tune` as tables."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _print_fits(report: TuneReport) -> None:
         rows,
         title=f"Held-out errors on {report.hardware.device}",
     )
-    from tuner.fit.holdout import UNTESTED  # brings SciPy along
+    from tuner.fit.holdout import UNTESTED  # imports SciPy
 
     untested = [error.op for error in report.held_out if not error.num_points]
     if untested:

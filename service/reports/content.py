@@ -1,4 +1,4 @@
-"""What a report shows of a plan, of a run, and of a hardware."""
+"""The content of reports: of a plan, of a run, and of a hardware."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well the fits predict points that they have not seen: each measured point left out once, the rest fitted."""
+"""Leave-one-out errors of the fits: each measured point is left out once and predicted from the others."""
 
 from __future__ import annotations
 

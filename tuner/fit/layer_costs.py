@@ -1,4 +1,4 @@
-"""From measured rows to the cost of a layer, and from layers to the cost model of a pipeline."""
+"""The fitted costs of one layer, and the cost model of a pipeline made from them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LayerCosts:
     messages: Mapping[Op, Curve]
     """Collectives between the ranks that share the rows of a round, by a message's bytes."""
     overlap: Overlap
-    """What these and products lose side by side."""
+    """The slowdown of collectives and products that run at the same time."""
     embedding: Curve
     head_s: float
     round_overhead_s: float
@@ -72,10 +72,10 @@ class LayerCosts:
     _tables: dict[tuple[float, SequenceCut | None, bool], tuple[Floats, Floats, Floats]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """What `_layer_tables` found."""
+    """Cache of `_layer_tables`."""
 
     def interleaved(self, virtual_stages: int, stage_order: StageOrder) -> LayerCosts:
-        """The same costs where each stage holds so many groups of layers."""
+        """The same costs with several groups of layers a stage."""
         return replace(self, virtual_stages=virtual_stages, stage_order=stage_order)
 
     @property
@@ -88,7 +88,7 @@ class LayerCosts:
         return replace(change(self), others={layer: change(costs) for layer, costs in self.others.items()})
 
     def with_links(self, factor: float) -> LayerCosts:
-        """The same where all that is sent takes the `factor`-th part of its time; infinity: none."""
+        """The same costs with all communication `factor` times as fast; infinity makes it free."""
 
         def shorter(curve: Curve) -> Curve:
             return replace(curve, seconds=curve.seconds / factor)
@@ -132,7 +132,7 @@ class LayerCosts:
         return self._model(layer_partition, cut or usual_cut(self.work.sp_kind), least=False)
 
     def floor_model(self, layer_partition: Sequence[int]) -> CostModel:
-        """A cost model that rounds are not below in any cut: what a lower bound is proven on when cuts may be chosen.
+        """A cost model below that of every cut: lower bounds are proven on it where cuts may be chosen.
 
         Of every table the least of all cuts at each point.
         """
@@ -187,7 +187,7 @@ class LayerCosts:
             yield tuple(held.items())
 
     def least_layers(self, pp_size: int) -> tuple[StageCost, ...]:
-        """A layer and the head on each of `pp_size` stages, in no cut cheaper; stages that are alike share one."""
+        """The least cost over all cuts of a layer and the head on each of `pp_size` stages; equal stages share one."""
 
         def least(skew: float, scale: float) -> StageCost:
             return _least_stage([
@@ -245,11 +245,11 @@ class LayerCosts:
         return self._tables[key]
 
     def _own_rows(self, tokens: Floats, cut: SequenceCut | None) -> Floats:
-        """Rows that a rank holds the residual stream of."""
+        """Rows of the residual stream that a rank holds."""
         return tokens if cut is SequenceCut.WHOLE else np.ceil(tokens / self.work.sequence_size)
 
     def _final_rows_s(self) -> float:
-        """A prompt's last row goes from the rank that ran it to all that share the rows."""
+        """Seconds to send a prompt's last row from the rank that ran it to the ranks that share the rows."""
         small = self.messages.get(Op.ALL_REDUCE)
         return float(small(self.work.hidden_bytes)) if small else 0.0
 

@@ -97,7 +97,7 @@ def _calibration(rows: Rows, costs: LayerCosts, busy_ranks: int) -> Calibration:
 
 
 def _refitted(rows: Rows, costs: LayerCosts, work: RankWork, busy_ranks: int) -> LayerCosts:
-    """The costs with the parts of a layer of other work."""
+    """The costs with the parts of a layer refitted for other work."""
     projections, elementwise = _token_wise(rows, work, busy_ranks)
     attention = AttentionRows(require_attention(rows, work, busy_ranks=busy_ranks, why=str(work)), work)
     return replace(

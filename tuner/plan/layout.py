@@ -56,7 +56,7 @@ class Layout:
 
     @property
     def family(self) -> str:
-        """The schemes that it is made of, whatever their sizes."""
+        """The parallel schemes of the layout, without their sizes."""
         schemes = []
         if self.tp_size > 1:
             spread = " x EP" if self.ep_size > 1 else ""
@@ -119,7 +119,7 @@ def layout_of(parallel: Parallel) -> Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pins:
-    """What a user keeps fixed of a layout; None leaves it to the search."""
+    """The parts of a layout that a user fixes; None leaves a part to the search."""
 
     tp_size: int | None = None
     pp_size: int | None = None

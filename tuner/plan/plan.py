@@ -1,4 +1,4 @@
-"""What a plan is: requests, chunks, rounds, the parallel layout, and the isochunk.plan/2 file."""
+"""The plan: requests, chunks, rounds, the parallel layout, and its file, isochunk.plan/2."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class Parallel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """What a plan would take if one thing was better."""
+    """The predicted makespan if one kind of work was faster."""
 
     change: str
     makespan_s: float
@@ -182,7 +182,7 @@ class Predicted:
     round_kinds: Mapping[str, tuple[float, ...]] | None = None
     """Of each round by kind of work (`tuner.waterfall.steps.Kind`), seconds in the mean over the stages."""
     moves: tuple[Move, ...] = ()
-    """What would make the makespan less, the largest gain first."""
+    """Changes that would shorten the makespan, the largest gain first."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.makespan_s <= MAX_SECONDS:

@@ -1,4 +1,4 @@
-"""How each round of a plan is cut among the ranks that share its rows: the cheapest cut by the costs of its layers."""
+"""Chooses the cheapest cut of each round among the ranks of a sequence-parallel group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replaying an arrival trace: every policy sees a request only once it has arrived; TTFT percentiles and throughput."""
+"""Replays an arrival trace under each policy, which sees a request only once it has arrived; TTFT and throughput."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NEARLY = 1.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What a policy makes of a trace. The policy is the plan: its rounds are what it is expected to do."""
+    """A trace under one policy, with the rounds that the policy is predicted to run."""
 
     policy: str
     planned: RoundPlan
@@ -179,7 +179,7 @@ def _tuned(problem: Problem, variants: Mapping[str, Sequence[Replay]], num_trial
 
 
 def _loss(one: Replay, simpler: Sequence[Replay], objective: Objective) -> float:
-    """What a study of settings makes least: what `best_of` compares, as one number."""
+    """The objective of a study of settings: the comparison of `best_of` as one number."""
     if objective is not Objective.MEAN_TTFT:
         return one.evaluation.score(objective)[0]
     least_mean_s = min(each.evaluation.mean_ttft_s for each in simpler)

@@ -1,1 +1,1 @@
-"""Seconds of attention: its fitted curve, the measured rows behind it, and which kernel a plan takes at each size."""
+"""Attention times: the fitted curve, the measured rows it is fitted to, and the kernel chosen for each chunk."""

@@ -1,4 +1,4 @@
-"""Attention rows of one rank's heads: which kernel each point runs in, and the curve through those that are run."""
+"""Attention rows of one rank's heads: the kernel chosen at each point, and the curve through the chosen rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class AttentionRows:
         self.chosen = [row for row in chosen_kernels(rows) if row.shape["chunk"] >= fewest]
 
     def fit(self, rows: Sequence[Measurement]) -> AttentionCurve | WindowCurve:
-        """The curve through some of the chosen rows."""
+        """Fit a curve to some of the chosen rows."""
         window = self.work.layer.window
         if window is not None:
             longest = self.work.longest_prompt or max(row.shape["context"] + row.shape["chunk"] for row in rows)
