@@ -11,7 +11,7 @@ from db.rows.measurements import Measurement
 from profiler.points.point import Op
 from profiler.sequence.kind import SPKind
 from tuner.fit.attention.rows import AttentionRows, attention_rows
-from tuner.fit.curve import fit_rows
+from tuner.fit.curve import fit_means, fit_rows
 from tuner.fit.rows import RankWork, Rows, expected_s
 from tuner.fit.sequence.messages import LayerMessage, layer_messages, message_rows
 
@@ -122,7 +122,7 @@ def _spread_of_routers(
     """How far each spread of tokens over experts is from what plans are made with, the mean of all measured."""
     if not rows:
         return LeftOutPoints(op="experts", points=[], shares=[])
-    curve = fit_rows(rows, "tokens", ranks=ranks)
+    curve = fit_means(rows, "tokens", ranks=ranks)
     points = [
         LeftOut(
             row=row,

@@ -11,7 +11,7 @@ from profiler.points.point import RANK_LAYER
 from tuner.fit.attention.rows import AttentionRows, require_attention
 from tuner.fit.calibration import Calibration, fit_calibration
 from tuner.fit.correction import Correction
-from tuner.fit.curve import Curve, fit_line, fit_rows
+from tuner.fit.curve import Curve, fit_line, fit_means, fit_rows
 from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.rank_skew import RankSkew, fit_rank_skew
 from tuner.fit.rows import RankWork, Rows, expected_s
@@ -122,7 +122,7 @@ def _token_wise(rows: Rows, work: RankWork, busy_ranks: int) -> tuple[tuple[Curv
     curves = [fit_rows(found, "m", ranks=ranks) for found in products]
     if work.layer.experts is not None:
         routed = rows.require("experts", work.expert_sizes, busy_ranks=busy_ranks, variant=None, why=str(work))
-        curves.append(fit_rows(routed, "tokens", ranks=ranks))  # through the mean of all spreads that were measured
+        curves.append(fit_means(routed, "tokens", ranks=ranks))  # of the spreads over experts that were measured
     return tuple(curves), fit_rows(elementwise, "tokens", ranks=ranks)
 
 
