@@ -28,6 +28,7 @@ from profiler.model.flops import fastest_product_flops, prefill_flops
 from profiler.points.kernel_choice import KernelChoice
 from profiler.points.point import MASKS, Op
 from runtime.job.job import Job, RankReport
+from runtime.job.probe import find_probe
 from runtime.run.prediction import Prediction, read_prediction
 from runtime.run.preparation import check_counts, check_layout, checked_prompts, model_shape, with_dtype
 from runtime.run.prompts import random_prompts
@@ -220,6 +221,7 @@ def make_job(
         max_new_tokens=max_new_tokens,
         repeat=repeat,
         kernels=_kernel_choice(plan, shape, rows, device_type),
+        probe=find_probe(rows, dtype=PRECISIONS[plan.precision].activations.name, world_size=plan.parallel.world_size),
         settle_s=_settle_s(plan, device_type),
     )
 
@@ -264,6 +266,7 @@ class Record:
         outcome = RunOutcome(
             makespan_s=result.makespan_s,
             predicted_makespan_s=result.predicted_makespan_s,
+            slowdown=result.slowdown,
             mfu=result.mfu if result.mfu is not None else result.mfu_of_ceiling,
             ttft_s=[request.ttft_s for request in result.requests],
             rounds=result.rounds,
@@ -308,7 +311,13 @@ def with_waterfalls(result: RunResult, plan: Plan, shape: ModelShape, peak_flops
     if not peak_flops:
         return replace(result, moves=moves)
     told, measured = waterfalls(
-        plan, shape, result.rounds, result.makespan_s, result.predicted_makespan_s, peak_flops=peak_flops
+        plan,
+        shape,
+        result.rounds,
+        result.makespan_s,
+        result.predicted_makespan_s,
+        peak_flops=peak_flops,
+        slowdown=result.slowdown or 1.0,
     )
     return replace(result, moves=moves, told=told, waterfall=measured)
 

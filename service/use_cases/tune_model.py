@@ -315,6 +315,8 @@ def _report(
         policies=found.policies,
         replays=found.replays,
         impossible=found.impossible,
+        # Other cuts of shared rounds may cost less than the bound knows.
+        mean_ttft_bound_s=found.mean_ttft_bound_s if layout.sp_kind is SPKind.NONE else None,
         candidates=[best, *candidates[1:]],
         held_out=held_out,
     )

@@ -16,6 +16,8 @@ Config = Mapping[str, Any]
 LayerOf = Callable[[Config, str], LayerSpec]
 FULL, SLIDING = "full_attention", "sliding_attention"
 MAX_LAYERS = 10_000
+OF_LAYERS = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+"""Sizes that may differ from layer to layer: a list in the configuration, which Transformers does not read."""
 
 
 def every_full(_config: Config, count: int) -> Sequence[str]:
@@ -50,5 +52,19 @@ class Architecture:
             types = self.layer_types(config, count)
         if not isinstance(types, Sequence) or isinstance(types, str) or len(types) < count:
             raise UserError("layer_types", types, f"must be a list of {count} in config.json, one a layer")
-        made = cache(lambda kind: self.layer(config, kind))
-        return tuple(made(kind) for kind in self.refined(config, [str(kind) for kind in types[:count]]))
+        made = cache(lambda kind, sizes: self.layer(dict(config) | dict(sizes), kind))
+        kinds = self.refined(config, [str(kind) for kind in types[:count]])
+        return tuple(made(kind, sizes) for kind, sizes in zip(kinds, _own_sizes(config, count), strict=True))
+
+
+def _own_sizes(config: Config, count: int) -> list[tuple[tuple[str, Any], ...]]:
+    """Of each layer the fields of `OF_LAYERS` that are lists, with its number."""
+    lists = {name: config[name] for name in OF_LAYERS if isinstance(config.get(name), list)}
+    if not lists:
+        return [()] * count
+    for name, values in lists.items():
+        if len(values) != count:
+            raise UserError(name, f"{len(values)} numbers", f"must be one, or one for each of {count} layers")
+    if config.get("head_dim") is None:
+        raise UserError("head_dim", None, "must be given where layers differ")
+    return [tuple(zip(lists, sizes, strict=True)) for sizes in zip(*lists.values(), strict=True)]
