@@ -27,7 +27,7 @@ class Sizes:
         spec = shape.layer
         return cls(
             layers=shape.num_layers,
-            channels=spec.mlp.intermediate.count,
+            channels=spec.dense.intermediate.count,
             kv_heads=spec.attention.kv_heads.count,
             hidden=shape.hidden_size,
         )

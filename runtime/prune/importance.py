@@ -89,7 +89,7 @@ def find_importance(
         elif measure is Measure.MAGNITUDE:
             one, more = _by_magnitude(layer)
         else:
-            sizes = layer.spec.mlp.intermediate.count, layer.spec.attention.kv_heads.count
+            sizes = layer.spec.dense.intermediate.count, layer.spec.attention.kv_heads.count
             channels, groups = (torch.rand(size, generator=generator) for size in sizes)
             whole = float(torch.rand((), generator=generator))
             one = LayerImportance(channels=channels, groups=groups, whole=whole)
@@ -154,7 +154,7 @@ def _by_activations(layer: Layer, shape: ModelShape, states: HiddenStates) -> tu
     sums = {
         "qkv": torch.zeros(shape.hidden_size),
         "gate_up": torch.zeros(shape.hidden_size),
-        "down": torch.zeros(spec.mlp.intermediate.count),
+        "down": torch.zeros(spec.dense.intermediate.count),
         "o": torch.zeros(kv_heads),
     }
     o = layer.weight(spec.attention.o).unflatten(1, (kv_heads, -1))  # [hidden, KV, H / KV * D]
@@ -173,7 +173,7 @@ def _by_activations(layer: Layer, shape: ModelShape, states: HiddenStates) -> tu
     after, tokens = states.states, states.num_tokens
     stream = sum(float(x.square().sum()) for x in after)
     added = sum(float((new - old).square().sum()) for new, old in zip(after, before, strict=True))
-    down = layer.weight(spec.mlp.down).square().sum(dim=0).cpu()
+    down = layer.weight(spec.dense.down).square().sum(dim=0).cpu()
     norms = {}
     for norm, name in ((spec.before_attention, "qkv"), (spec.before_mlp, "gate_up")):
         if norm is not None:  # what it took in is what it gave, without its weight

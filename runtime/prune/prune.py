@@ -166,6 +166,7 @@ def check_wanted(
     if measure is Measure.ACTIVATION and not calibration:
         raise UserError("--calibration", "missing", "importance by activation needs a text to run over")
     spec = shape.layer  # refuses models whose layers differ
+    shape.check_as_stored("MODEL", "pruned")
     changes_heads = wanted.heads > 0.0
     if changes_heads and spec.attention.norms_all_heads:
         raise UserError("--heads", wanted.heads, f"{shape.name} norms all heads together: none can go")
@@ -276,7 +277,7 @@ def _layer_tensors(
 ) -> list[tuple[str, torch.Tensor]]:
     """A layer's tensors without what goes, in the format in which they lie."""
     spec, prefix = shape.layers[index], layer_prefix(index)
-    attention, mlp = spec.attention, spec.mlp
+    attention, mlp = spec.attention, spec.dense
     group = attention.heads.count // attention.kv_heads.count
     channels, groups = kept.channels[index], kept.groups[index]
     kv_rows = _features(groups, attention.head_dim)
