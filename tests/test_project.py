@@ -20,7 +20,7 @@ COMMANDS = (
     [], ["profile"], ["tune"], ["run-plan"], ["quantize"], ["prune"], ["train"], ["export"], ["serve"], ["token"],
     ["worker"], ["db"], ["runs"], ["report"], ["completion"],
 )  # fmt: skip
-HEAVY = ("torch", "transformers", "scipy", "optuna", "sqlalchemy", "numpy", "rich", "fastapi", "dbos")
+HEAVY = ("torch", "transformers", "pandas", "scipy", "optuna", "sqlalchemy", "numpy", "rich", "fastapi", "dbos")
 
 
 READS = {"open", "read_text", "read_bytes", "safe_open"}
@@ -118,7 +118,9 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_running_a_plan_needs_no_fit() -> None:
-    program = "import sys, runtime.run.run, runtime.run.rank; print(sorted({'scipy', 'optuna'} & set(sys.modules)))"
+    program = (
+        "import sys, runtime.run.run, runtime.run.rank; print(sorted({'pandas', 'scipy', 'optuna'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -126,7 +128,7 @@ def test_running_a_plan_needs_no_fit() -> None:
 @pytest.mark.parametrize(
     ("module", "unneeded"),
     [
-        ("service.use_cases.tune", {"torch", "scipy", "sqlalchemy", "optuna"}),
+        ("service.use_cases.tune", {"torch", "pandas", "scipy", "sqlalchemy", "optuna"}),
         ("service.use_cases.tune_model", {"torch"}),
     ],
 )

@@ -61,10 +61,27 @@ def export_hardware(database: Database, hardware_id: int, path: Path | str) -> i
         f' "hardware": {json.dumps(asdict(hardware))},\n'
         f' "measurements": [\n  {rows}\n ]}}\n'
     )
-    data = text.encode()
-    path = Path(path)
-    replace_file(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    _write(Path(path), text)
     return len(measurements)
+
+
+def export_table(database: Database, hardware_id: int, path: Path | str) -> int:
+    """Write the measurements as CSV, gzipped if the name ends in .gz; return how many there are.
+
+    A row for each point, a column for each name of its shape (empty where the point has no such name) and each field.
+    """
+    import pandas
+
+    measurements = load_measurements(database, get_hardware(database, hardware_id))
+    rows = [asdict(row) for row in measurements]
+    table = pandas.DataFrame([row.pop("shape") | row for row in rows]).convert_dtypes()
+    _write(Path(path), table.to_csv(index=False))
+    return len(measurements)
+
+
+def _write(path: Path, text: str) -> None:
+    data = text.encode()
+    replace_file(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def import_hardware(database: Database, path: Path | str) -> Imported:

@@ -39,6 +39,7 @@ class RunOutcome:
 
     makespan_s: float
     predicted_makespan_s: float | None = None
+    slowdown: float | None = None  # of the machine since its profile: 1.2 is a fifth slower
     mfu: float | None = None
     ttft_s: Sequence[float] = ()  # of each request, in the plan's order
     rounds: Sequence[RoundTime] = ()
@@ -60,6 +61,7 @@ class StoredRun:
     finished_at: datetime | None
     makespan_s: float | None
     predicted_makespan_s: float | None
+    slowdown: float | None
     mfu: float | None
     ttft_s: list[float] | None
     error: str | None
@@ -111,6 +113,7 @@ def finish_run(database: Database, run_id: int, outcome: RunOutcome) -> None:
             status=RunStatus.DONE,
             makespan_s=outcome.makespan_s,
             predicted_makespan_s=outcome.predicted_makespan_s,
+            slowdown=outcome.slowdown,
             mfu=outcome.mfu,
             ttft_s=list(outcome.ttft_s),
         )

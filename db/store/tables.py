@@ -187,6 +187,7 @@ class RunRow(Base):
     finished_at: Mapped[datetime | None]
     makespan_s: Mapped[float | None]
     predicted_makespan_s: Mapped[float | None]
+    slowdown: Mapped[float | None]
     mfu: Mapped[float | None]
     ttft_s: Mapped[list[float] | None]
     error: Mapped[str | None]

@@ -8,6 +8,7 @@ from pathlib import Path
 from profiler.model import ModelShape
 from profiler.points.kernel_choice import KernelChoice
 from profiler.sequence.kind import SequenceCut, round_cuts
+from runtime.job.probe import Probe
 from tuner.plan.plan import Chunk, Parallel, Request, Round
 
 Interval = tuple[float, float]
@@ -31,6 +32,7 @@ class Job:
     kernels: KernelChoice
     cuts: tuple[SequenceCut, ...] = ()  # of each round; none: as usual for the kind
     overlaps: bool = True  # whether exchanges run beside compute where they can; off to measure what that gives
+    probe: Probe | None = None  # tells how fast the machine is; None: its profile has none
     settle_s: float = 0.0  # passes before the measured ones take at least so long together: clocks fall under load
 
     @property
@@ -76,5 +78,6 @@ class RankReport:
     first: Pass | None  # from rest, where passes that do not count came before the others
     passes: tuple[Pass, ...]
     decode: Pass
+    slowdown: float | None = None  # of the machine since its profile, beside the run
     memory_bytes: int | None = None  # of the card in use at most, by whatever holds it; None on a CPU
     token_ids: tuple[tuple[int, ...], ...] | None  # the new ones of each request

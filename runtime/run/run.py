@@ -26,8 +26,9 @@ from profiler.kernels.quantized.support import check_precision
 from profiler.model import PRECISIONS, Backend, ModelShape, precision_of
 from profiler.model.flops import fastest_product_flops, prefill_flops
 from profiler.points.kernel_choice import KernelChoice
-from profiler.points.point import Op
+from profiler.points.point import MASKS, Op
 from runtime.job.job import Job, RankReport
+from runtime.job.probe import find_probe
 from runtime.run.prediction import Prediction, read_prediction
 from runtime.run.preparation import check_counts, check_layout, checked_prompts, model_shape, with_dtype
 from runtime.run.prompts import random_prompts
@@ -220,6 +221,7 @@ def make_job(
         max_new_tokens=max_new_tokens,
         repeat=repeat,
         kernels=_kernel_choice(plan, shape, rows, device_type),
+        probe=find_probe(rows, dtype=PRECISIONS[plan.precision].activations.name, world_size=plan.parallel.world_size),
         settle_s=_settle_s(plan, device_type),
     )
 
@@ -264,6 +266,7 @@ class Record:
         outcome = RunOutcome(
             makespan_s=result.makespan_s,
             predicted_makespan_s=result.predicted_makespan_s,
+            slowdown=result.slowdown,
             mfu=result.mfu if result.mfu is not None else result.mfu_of_ceiling,
             ttft_s=[request.ttft_s for request in result.requests],
             rounds=result.rounds,
@@ -308,7 +311,13 @@ def with_waterfalls(result: RunResult, plan: Plan, shape: ModelShape, peak_flops
     if not peak_flops:
         return replace(result, moves=moves)
     told, measured = waterfalls(
-        plan, shape, result.rounds, result.makespan_s, result.predicted_makespan_s, peak_flops=peak_flops
+        plan,
+        shape,
+        result.rounds,
+        result.makespan_s,
+        result.predicted_makespan_s,
+        peak_flops=peak_flops,
+        slowdown=result.slowdown or 1.0,
     )
     return replace(result, moves=moves, told=told, waterfall=measured)
 
@@ -326,6 +335,6 @@ def _kernel_choice(plan: Plan, shape: ModelShape, rows: Iterable[Measurement], d
     if shape.backend is not Backend.OWN:
         return kernel_choice([], kernels)
     mine = Rows([row for row in rows if row.dtype == plan.precision])
-    sizes = shape.layers[0].attention.sizes(plan.parallel.tp_size)
+    sizes = shape.layers[0].attention.sizes(plan.parallel.tp_size) | dict.fromkeys(MASKS, 0)
     found = mine.select(Op.ATTENTION, sizes, busy_ranks=plan.parallel.world_size, variant=None)
     return kernel_choice(found, kernels)

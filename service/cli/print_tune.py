@@ -83,7 +83,8 @@ def print_report(report: TuneReport) -> None:
                 [list(row.values()) for row in classes],
                 title=f"Classes under {report.plan.policy}",
             )
-    print(f"{wrapped(' '.join(filter(None, (_verdict(report), gap_in_words(report.plan), _impossible(report)))))}\n")
+    told = (_verdict(report), gap_in_words(report.plan), _ttft_gap(report), _impossible(report))
+    print(f"{wrapped(' '.join(filter(None, told)))}\n")
     if report.hardware is not None:
         _print_fits(report)
     if report.costs is not None:
@@ -173,6 +174,19 @@ def _verdict(report: TuneReport) -> str:
     return (
         f"The plan, {plan.policy}: {predicted.makespan_s:.4g} s, at most {predicted.gap:.2%} above the best possible "
         f"(with chunks on the same multiples no plan takes less than {predicted.lower_bound_s:.4g} s)."
+    )
+
+
+def _ttft_gap(report: TuneReport) -> str:
+    """How far the mean TTFT of a trace is above the best possible at most."""
+    bound_s = report.mean_ttft_bound_s
+    chosen = next((one for one in report.replays if one.planned.policy == report.plan.policy), None)
+    if not bound_s or chosen is None:
+        return ""
+    mean_s = chosen.evaluation.mean_ttft_s
+    return (
+        f"Its mean TTFT of {mean_s:.4g} s is at most {mean_s / bound_s - 1.0:.1%} above the best possible "
+        f"(no plan has less than {bound_s:.4g} s)."
     )
 
 

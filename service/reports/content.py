@@ -73,7 +73,13 @@ def _waterfall(database: Database, told: RunTold) -> list[Section]:
     except UserError:  # its configuration is not on this machine
         return []
     predicted, measured = waterfalls(
-        told.plan, shape, told.rounds, told.run.makespan_s, told.run.predicted_makespan_s, peak_flops=peak_flops
+        told.plan,
+        shape,
+        told.rounds,
+        told.run.makespan_s,
+        told.run.predicted_makespan_s,
+        peak_flops=peak_flops,
+        slowdown=told.run.slowdown or 1.0,
     )
     picture = drawing(predicted, measured, f"{told.name}: {told.run.makespan_s:.4g} s")
     return [Section(title="Where the seconds went", picture=picture)]

@@ -166,6 +166,7 @@ def _tune_cost_model(cost: CostModel, requests: tuple[Request, ...], rules: Rule
         policies=found.policies,
         replays=found.replays,
         impossible=found.impossible,
+        mean_ttft_bound_s=found.mean_ttft_bound_s,
     )
 
 

@@ -38,6 +38,8 @@ class TuneReport:
     replays: list[Replay] = field(default_factory=list)
     impossible: tuple[Impossible, ...] = ()
     """Deadlines that no plan meets."""
+    mean_ttft_bound_s: float | None = None
+    """No plan for requests that arrive over time has a smaller mean TTFT."""
     candidates: list[Candidate] = field(default_factory=list)
     held_out: list[HeldOutError] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
@@ -82,6 +84,7 @@ class TuneReport:
             "impossible": [str(one) for one in self.impossible],
             "replays": [replay_json(replay) for replay in self.replays],
             "classes": classes_json(self),
+            "mean_ttft_bound_s": self.mean_ttft_bound_s,
             "held_out": [error.to_json() for error in self.held_out],
             "correction": self.costs.correction.to_json() if self.costs else None,
             "rank_factors": list(self.costs.rank_skew.factors) if self.costs else [],
@@ -150,7 +153,17 @@ def classes_json(report: TuneReport) -> list[dict[str, Any]]:
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:
     layout = candidate.layout
-    names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights", "family")
+    names = (
+        "tp_size",
+        "pp_size",
+        "sp_size",
+        "sp_kind",
+        "virtual_stages",
+        "stage_order",
+        "weights",
+        "ep_size",
+        "family",
+    )
     found: dict[str, Any] = {name: getattr(layout, name) for name in names} | {
         "layer_partition": list(candidate.layer_partition),
         "refusal": candidate.refusal,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +15,8 @@ from benchmarks.fuzz_files import PLAN
 from db.store.engine import open_database
 from service.cli.main import cli
 from service.cli.output import show_table
+from service.reasons.run_words import in_words
+from service.use_cases.runs import told_run
 from tests.structures import ROOT
 
 
@@ -44,6 +47,17 @@ def test_runs_are_listed_compared_and_explained(url: str) -> None:
     assert "4.3% faster" in words["took"] and "stage 1 -4.4%" in words["work"]
     assert "nothing to explain" in call("runs", "explain", 7, "--db", url).stdout.replace("\n           ", " ")
     assert str(call("runs", "explain", 5000, "--db", url, fails=True).exception).startswith("run: 5000; must be")
+
+
+def test_a_machine_that_was_faster_than_in_its_profile_is_said_to_be(url: str) -> None:
+    with open_database(url) as database:
+        told = told_run(database, 24)
+    words = dict(in_words(replace(told, run=replace(told.run, slowdown=0.96)), "profile", "run"))
+    assert words["machine"].startswith("The machine, by one product beside the run: 4.0% faster than in its profile")
+    assert words["machine"].endswith("the prediction is off by +0.3%")
+    assert words["so"].startswith("the machine itself was faster") and words["next"] == "profile"
+    words = dict(in_words(replace(told, run=replace(told.run, slowdown=0.999)), "profile", "run"))
+    assert "as fast as in its profile" in words["machine"] and "the machine itself" not in words["so"]
 
 
 def test_runs_are_cleared_when_one_says_yes(url: str) -> None:

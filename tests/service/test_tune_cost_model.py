@@ -146,3 +146,36 @@ def test_settings_tuned_on_a_trace_are_in_its_plan(tmp_path: Path) -> None:
     assert rows["joint"]["p99_ttft_s"] == min(row["p99_ttft_s"] for row in rows.values())
     again = tune_json(*arguments, "--objective", "p99-ttft", "--policy", plan.policy)
     assert again["plan"]["rounds"] == tuned["plan"]["rounds"]
+
+
+def test_a_trace_with_answers_and_classes(tmp_path: Path) -> None:
+    cost, workload, out = tmp_path / "cost.json", tmp_path / "w.jsonl", tmp_path / "plan.json"
+    cost.write_text(json.dumps(COST_MODEL))
+    lines = [
+        {"timestamp": 1500 * i, "input_length": 8192, "output_length": 3 + i, "priority": ("chat", "batch")[i % 2]}
+        for i in range(8)
+    ]
+    workload.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    arguments = ("--cost-model", str(cost), "--pp-size", "2", "--workload", str(workload))
+    limits = ("--objective", "sla", "--sla-ttft-s", "2", "--sla-tpot-s", "0.3", "--decode", "beside")
+    report = tune_json(*arguments, *limits, "--priority", "chat=4", "-o", str(out))
+    plan, rows = load_plan(out), {row["policy"]: row for row in report["replays"]}
+    assert [request.output_tokens for request in plan.requests] == list(range(3, 11))
+    assert [request.weight for request in plan.requests] == [4.0, 1.0] * 4
+    assert rows["joint"]["sla_met"] == max(row["sla_met"] for row in rows.values())
+    assert all(0.0 < row["mean_tpot_s"] <= row["p99_tpot_s"] and row["goodput_per_s"] >= 0.0 for row in rows.values())
+    assert [row["priority"] for row in report["classes"]] == ["batch", "chat"]
+    assert 0.0 < report["mean_ttft_bound_s"] <= rows["joint"]["mean_ttft_s"]
+    elsewhere = tune_json(*arguments)
+    assert "mean_tpot_s" not in elsewhere["replays"][0]
+    for wrong, message in (
+        (("--sla-tpot-s", "0.3"), "--sla-tpot-s: 0.3; goes with --decode beside"),
+        (("--priority", "gold=2"), "--priority: gold; one of the workload's: batch, chat"),
+        (("--priority", "chat=-1"), "--priority: chat=-1; NAME=WEIGHT"),
+    ):
+        with pytest.raises(UserError) as refused:
+            tune(*arguments, *wrong)
+        assert message in str(refused.value)
+    workload.write_text('{"timestamp": 0, "input_length": 8192}\n')
+    with pytest.raises(UserError, match="--decode: beside; the workload must say output_length"):
+        tune(*arguments, "--decode", "beside")

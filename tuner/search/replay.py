@@ -20,20 +20,31 @@ from tuner.rounds.schedule import Evaluation, Objective
 
 TRIED = tuple(
     OnlineSettings(aging=aging, foresight=foresight)
-    for aging, foresight in ((0.01, 0.3), (0.1, 0.3), (0.3, 0.3), (100.0, 0.1), (100.0, 0.3), (100.0, 1.0))
+    for aging, foresight in (
+        (0.01, 0.3),
+        (0.1, 0.3),
+        (0.3, 0.3),
+        (100.0, 0.1),
+        (100.0, 0.3),
+        (100.0, 1.0),
+        (100.0, 3.0),
+    )
 )
 """Settings of the online planner that are tried: from least work first to first come first served."""
 PATIENCES = (1.0, 0.97, 0.94, 0.9)
 """Shares of the most that the 99th percentile may be under which least work first is tried: what takes longest ends
 somewhat after its limit, for rounds are longer than the running order knows."""
-FORESIGHTS_TRIED = (0.1, 1.0)
-"""What is tried beside 0.3, under the best of those limits."""
+FORESIGHTS_TRIED, NEARBY = (0.1, 1.0), (0.985, 1.01)
+"""What is tried beside 0.3, under the best of those limits; and what that limit is scaled by where the 99th percentile
+is above it all the same."""
 AGINGS, FORESIGHTS, MOST_PATIENCE = (1e-3, 1e3), (1e-2, 1e1), 1.5
 """Ranges in which a study looks for settings, the last as a share of the most that the 99th percentile may be."""
 LEAST_PATIENCE = 0.5
 """A study's shares below it are no limit."""
 MEAN_SLACK, P99_SLACK = 1.02, 1.05
 """How far above the simpler policies' least `joint` may be in one figure to be better in the other."""
+HOPELESS = 3.0
+"""Base chunks are made shorter until their figures are so many times the best."""
 PENALTY = 10.0
 """What a study counts each share of TTFT above those limits as."""
 SETTINGS_KEPT = 3
@@ -114,10 +125,24 @@ def replay_variants(
     policies = {policy: _names(problem, policy) for policy in [*fixed, *POLICIES[1:]]}
     if not everything and len(problem.requests) > FEW_REQUESTS:
         policies = _shortlist(problem, policies)
-    variants = {policy: [_replay(problem, name, bound) for name in names] for policy, names in policies.items()}
+    variants = {policy: _sweep(problem, names, bound) for policy, names in policies.items()}
     variants["joint"] += _patient(problem, variants, bound)
     variants["joint"] += _tuned(problem, variants, num_trials, bound)
     return variants
+
+
+def _sweep(problem: Problem, names: Sequence[str], bound: Bound) -> list[Replay]:
+    """Replays under each of a policy's parameters; of base chunks the longest first, until one is hopeless."""
+    if names[0].partition(":")[0] not in BASED:
+        return [_replay(problem, name, bound) for name in names]
+    found: list[Replay] = []
+    for name in reversed(names):
+        found.append(_replay(problem, name, bound))
+        figures = np.array([(one.evaluation.mean_ttft_s, one.ttft_s(99)) for one in found])
+        longest_s = max(one.evaluation.makespan_s for one in found)
+        if (figures[-1] > HOPELESS * figures.min(axis=0)).all() and found[-1].evaluation.makespan_s >= longest_s:
+            break
+    return found
 
 
 def _patient(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: Bound) -> list[Replay]:
@@ -126,12 +151,17 @@ def _patient(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: 
         return []
     simpler = [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
     most_s = P99_SLACK * min(one.ttft_s(99) for one in simpler)
-    found = []
-    settings = [OnlineSettings(patience=share * most_s) for share in PATIENCES]
-    for _ in range(2):
-        found += [_replay(problem, f"joint:{each}", bound) for each in settings]
-        best = OnlineSettings.parse(best_of(found, simpler, problem.objective).policy.partition(":")[2])
-        settings = [replace(best, foresight=foresight) for foresight in FORESIGHTS_TRIED]
+    found: list[Replay] = []
+    tried = [OnlineSettings(patience=share * most_s) for share in PATIENCES]
+    for step in range(3):
+        found += [_replay(problem, f"joint:{each}", bound) for each in tried]
+        closest = best_of(found, simpler, problem.objective)
+        best = OnlineSettings.parse(closest.policy.partition(":")[2])
+        tried = [replace(best, foresight=foresight) for foresight in FORESIGHTS_TRIED]
+        if step == 1:
+            if closest.ttft_s(99) <= most_s:
+                break
+            tried = [replace(best, patience=share * best.patience) for share in NEARBY]
     return found
 
 

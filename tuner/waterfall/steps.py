@@ -140,8 +140,12 @@ def waterfalls(
     predicted_s: float | None,
     *,
     peak_flops: float,
+    slowdown: float = 1.0,
 ) -> tuple[Waterfall | None, Waterfall]:
-    """The waterfalls of a run, (as predicted, as measured); the first is None where its plan predicts nothing."""
+    """The waterfalls of a run, (as predicted, as measured); the first is None where its plan predicts nothing.
+
+    slowdown: of the machine while it ran, since its profile.
+    """
     size = (len(plan.rounds), plan.parallel.num_groups)
     measured, predicted = np.zeros(size), np.zeros(size)
     for time in rounds:
@@ -150,7 +154,7 @@ def waterfalls(
     told = None
     if predicted_s and predicted.any():
         told = waterfall(plan, shape, predicted, predicted_s, peak_flops=peak_flops)
-    return told, waterfall(plan, shape, measured, makespan_s, peak_flops=peak_flops)
+    return told, waterfall(plan, shape, measured, makespan_s, peak_flops=peak_flops, slowdown=slowdown)
 
 
 def flops_of_rounds(shape: ModelShape, plan: Plan) -> dict[Kind, Floats]:

@@ -231,6 +231,7 @@ class TestRuns:
     OUTCOME = RunOutcome(
         makespan_s=1.5,
         predicted_makespan_s=1.4,
+        slowdown=1.02,
         mfu=0.31,
         ttft_s=[0.5, 1.5],
         rounds=[
