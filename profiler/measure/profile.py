@@ -29,7 +29,9 @@ from profiler.hardware.device import (
 from profiler.kernels.attention import available_kernels
 from profiler.kernels.attention_kernel import worth_measuring
 from profiler.kernels.quantized.support import check_precision
-from profiler.measure.session import ProfileJob, expected_seconds, profile_rank
+from profiler.measure.expected_time import expected_seconds
+from profiler.measure.leader import profile_rank
+from profiler.measure.session import ProfileJob
 from profiler.measure.summary import ProfileSummary, summarize_ops
 from profiler.model import Backend, ModelShape, load_model_shape, precision_of
 from profiler.model.shape import default_dtype
@@ -43,7 +45,7 @@ _MEMORY_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileOptions:
-    """A user's wishes; None takes what suits the model and the machine.
+    """Options of a profile; None means a default that suits the model and the machine.
 
     tp_sizes, sp_sizes: numbers with commas between. budget_s: seconds of measuring after which no point is begun.
     remeasure: "noisy", "all" or None. stall_timeout_s: the profile fails when no rank moved for so long.
@@ -135,15 +137,19 @@ def _check_begun(grid: Grid, worklist: Worklist, options: ProfileOptions) -> Non
 
 def make_grid(options: ProfileOptions) -> Grid:
     """The grid that the options ask for, checked against the model and the machine."""
-    shape = load_model_shape(options.model, backend=options.backend)
-    if shape.backend is Backend.PLANNING:
-        raise UserError("MODEL", shape.architecture, f"is planned only: {shape.unrun}")
     device_type = options.device_type or default_device_type()
     check_device_type(device_type)
+    shape = load_model_shape(options.model, backend=options.backend, device_type=device_type)
+    if shape.backend is Backend.PLANNING:
+        raise UserError("MODEL", shape.architecture, f"is planned only: {shape.unrun}")
     precision = precision_of(options.dtype or default_dtype(shape, device_type))
     check_precision(precision, device_type)
     if shape.backend is Backend.TRANSFORMERS and precision.linears is not None:
         raise UserError("--dtype", precision.name, "must be a plain one in a model that Transformers runs")
+    if shape.has_experts and precision.linears is not None:
+        raise UserError(
+            "--dtype", precision.name, f"must be a plain one: experts of {shape.name} are not run in 8 bits"
+        )
     activations = precision.activations.torch_dtype
     world_size = options.world_size or default_world_size(device_type)
     check_world_size(world_size, device_type)

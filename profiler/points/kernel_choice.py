@@ -72,7 +72,7 @@ class KernelChoice:
 
 
 class Contests:
-    """Points at which more than one kernel ran: microseconds of each."""
+    """Points at which more than one kernel was measured, with the time of each in microseconds."""
 
     def __init__(self, times: Iterable[KernelTime]) -> None:
         at: dict[tuple[int, int], dict[AttentionKernel, float]] = {}
@@ -92,7 +92,7 @@ def kernel_times(rows: Iterable[Measurement], heads: Mapping[str, int], *, busy_
         for row in rows
         if row.op == Op.ATTENTION
         and row.busy_ranks == busy_ranks
-        and all(row.shape[name] == size for name, size in heads.items())
+        and all(row.shape.get(name, 0) == size for name, size in heads.items())
     ]
 
 

@@ -1,4 +1,4 @@
-"""A point to be measured: an operation, its shape, and how early it is wanted."""
+"""A point to be measured: an operation, its shape, and its level."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from profiler.points.rank_groups import RankGroups
 
 
 class Op(StrEnum):
-    """What is measured, as rows name it."""
+    """The measured operations, as rows name them."""
 
     MATMUL = "matmul"
     ATTENTION = "attention"
@@ -20,6 +20,7 @@ class Op(StrEnum):
     EMBEDDING = "embedding"
     HEAD = "head"
     ROUND_OVERHEAD = "round_overhead"
+    EXPERTS = "experts"
     MATMUL_CEILING = "matmul_ceiling"
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
@@ -30,6 +31,9 @@ class Op(StrEnum):
 
 COLLECTIVES = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, Op.SEND_RECV)
 _STRIDE = "stride-"
+EVEN, SKEWED = "even", "skewed"  # how tokens spread over experts: logits of routers are normal of standard deviation 1,
+# to which each expert adds nothing, or a number of its own of the same deviation
+MASKS = ("window", "softcap", "sinks")  # sizes that attention has where more than the causal mask counts
 KEPT = "kept"  # variant of a product that a model keeps plain among quantized ones
 WARM = "warm"  # variant of a product whose weights are still in the cache
 BESIDE = "beside"  # variant of a collective while products run, and of a product (its group_size tells of whose) while
@@ -71,7 +75,7 @@ class Point:
 
     @property
     def ranks(self) -> RankGroups:
-        """The groups of ranks that do it together."""
+        """The groups of ranks that run it together."""
         return RankGroups(self.group_size, stride_of(self.variant))
 
     @property

@@ -27,7 +27,7 @@ ALL_LAYERS = slice(None)
 
 
 class Stage(ABC):
-    """Weights and KV of one rank, and how it shares rounds. It knows its rounds, not its neighbours."""
+    """Weights and KV of one rank. It runs rounds, and does not depend on other stages."""
 
     scheme: Scheme
     dtype: torch.dtype  # of hidden states
@@ -62,7 +62,7 @@ class Stage(ABC):
 
     @abstractmethod
     def warm_up(self, rounds: Iterable[RoundShare]) -> None:
-        """Run what rounds of these shapes need for the first time: not on the run's clock.
+        """Trigger one-time work for rounds of these shapes (kernel builds), before the clock starts.
 
         Call it before anything is in the slab, which it writes.
         """
@@ -85,12 +85,13 @@ class Stage(ABC):
 
 
 class KernelStage(Stage):
-    """A stage of layers that kernels here run, over a KV slab."""
+    """A stage whose layers run through this project's kernels, over a KV slab."""
 
     is_recordable = True
 
     def __init__(self, job: Job, place: Place, groups: Groups, device: torch.device) -> None:
         super().__init__(job, device)
+        self.shape = job.shape.spread(job.parallel.ep_size)
         precision = PRECISIONS[job.dtype]
         self.dtype, weights_dtype = precision.activations.torch_dtype, precision.weights.torch_dtype
         weights = (
@@ -98,7 +99,7 @@ class KernelStage(Stage):
             if job.weights is None
             else open_checkpoint(job.weights, job.shape, device=device, dtype=weights_dtype)
         )
-        self.shard = load_shard(job.shape, place, weights, groups, precision)
+        self.shard = load_shard(self.shape, place, weights, groups, precision)
         self.kernels = cache(job.kernels)  # a search among the measured points, for each chunk of each round
         self.scheme = SCHEMES[job.parallel.sp_kind](job, groups, device, self._choose_kernel)
         layers = [job.shape.layers[index] for index in place.layers]

@@ -36,10 +36,10 @@ class WeightIndex:
 
 
 class Weights(Protocol):
-    """Where a rank's weights come from."""
+    """A source of a rank's weights."""
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
-        """A slice of a tensor, on the device and in the dtype of the run; `columns` only for matrices."""
+        """A slice of a tensor, on the device and in the dtype of the run; `columns` only where there are any."""
 
     def stored(self, name: str, rows: slice = ALL, columns: slice = ALL) -> QuantizedWeight | None:
         """A slice of the weight of the linear `name` in 8 bits; None where it is kept plain."""
@@ -101,7 +101,7 @@ class Checkpoint:
         return str(self._slice(name).get_dtype())
 
     def close(self) -> None:
-        """Give back the files that are mapped, and the memory of their pages; they are opened again as needed."""
+        """Unmap the files and free the memory of their pages; they are opened again as needed."""
         self._open.clear()
 
     def _slice(self, name: str) -> Any:
@@ -117,15 +117,16 @@ class Checkpoint:
 
 
 class RandomWeights:
-    """Weights made on the spot: norms are one, the rest is normal; the same slice is the same on every rank."""
+    """Random weights: norms are one, the rest is normal; a slice is the same on every rank."""
 
     def __init__(self, shape: ModelShape, *, device: torch.device, dtype: torch.dtype) -> None:
         self.shapes, self.device, self.dtype = shape.tensors(), device, dtype
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
         """See `Weights`."""
-        parts = zip((rows, columns), self.shapes[name], strict=False)
-        size = tuple(len(range(*part.indices(length))) for part, length in parts)
+        sizes = self.shapes[name]
+        cuts = (rows, columns, *(ALL for _ in sizes[2:]))
+        size = tuple(len(range(*part.indices(length))) for part, length in zip(cuts, sizes, strict=False))
         if name.endswith("norm.weight"):
             return torch.ones(size, device=self.device, dtype=self.dtype)
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{name} {rows} {columns}".encode()))

@@ -13,8 +13,9 @@ from profiler.sequence.kind import SequenceCut
 from tuner.fit.curve import Curve
 from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.whole.costs import WholeCosts
-from tuner.plan.cost_model import CostModel, Floats, PairAttention
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Plan, Request, Round
+from tuner.plan.stage_cost import Floats, PairAttention
 from tuner.rounds.schedule import evaluate
 from tuner.search.cuts import cut_seconds
 from tuner.search.layouts import Candidate
@@ -33,8 +34,10 @@ def round_kinds(
     A kind is what the round takes longer than without it, one after another: messages first, since work hides them.
     """
     no_links = costs.with_links(math.inf)
-    no_elementwise = replace(no_links, elementwise=_nothing(costs.elementwise))
-    no_products = replace(no_elementwise, projections=tuple(map(_nothing, costs.projections)))
+    no_elementwise = no_links.changed(lambda kind: replace(kind, elementwise=_nothing(kind.elementwise)))
+    no_products = no_elementwise.changed(
+        lambda kind: replace(kind, projections=tuple(map(_nothing, kind.projections)))
+    )  # fmt: skip
     models = [
         costs.cost_model(layer_partition),
         no_links.cost_model(layer_partition),
