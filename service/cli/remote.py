@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,11 @@ def remote(name: str, command: click.Command, server: str) -> click.Command:
         group = click.Group(name, help=command.help)
         group.add_command(_copy(command.commands["list"], functools.partial(_list, client)), "list")
         return group
-    calls = {"tune": _tune, "export": functools.partial(_export, command), "models": _models}
+    calls: dict[str, Callable[..., None]] = {
+        "tune": _tune,
+        "export": functools.partial(_export, command),
+        "models": _models,
+    }
     return _copy(command, functools.partial(calls.get(name, functools.partial(_job, name)), client))
 
 
