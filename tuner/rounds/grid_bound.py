@@ -54,14 +54,14 @@ def grid_bound_s(cost: CostModel, work: Work, multiple: int, known_s: float) -> 
     if len(cost.kinds) == 1:
         return hops + _least_s(relaxation, reference, work, caps, num_more)
     best = int(np.argmin(relaxation.sums(caps) + num_more * caps))
-    efficiency = relaxation.efficiency(np.sort(np.append(caps, _between(caps, best))), float(caps[best]))
-    if efficiency is None:
+    efficiencies = relaxation.efficiencies(np.sort(np.append(caps, _between(caps, best))))
+    if not efficiencies:
         return None
     sides, bound_s = sides_of(cost, work, stage), known_s
     for gain in MOST_GAINS:
         for _ in range(MOST_REPEATS):
             most_s = gain * bound_s
-            proven_s = hops + _Cells(sides, most_s, relaxation, efficiency).least_s()
+            proven_s = hops + _Cells(sides, most_s, relaxation, efficiencies).least_s()
             bound_s = max(bound_s, min(most_s, proven_s))
             if proven_s < most_s:
                 break
@@ -107,7 +107,7 @@ class _Cells:
     sides: list[Side]
     most_s: float
     relaxation: GridRelaxation
-    efficiency: Efficiency
+    efficiencies: list[Efficiency]
 
     def least_s(self) -> float:
         """Best first: the cells with the least bounds are divided."""
@@ -147,7 +147,7 @@ class _Cells:
         """S at the upper corners plus the lower corners."""
         fill, drain = cells[:, 1], cells[:, 3]
         longest = self._longest(fill, drain)
-        sums = np.maximum(self.efficiency.least_sums(longest), self._by_work(fill, drain))
+        sums = np.maximum(self.efficiencies[0].least_sums(longest), self._by_work(fill, drain))
         bounds: Floats = sums + cells[:, 0] + cells[:, 2]
         open_ = np.flatnonzero((longest <= self.relaxation.longest_cap_s) & (bounds < self.most_s))
         if self.relaxation.is_single and open_.size:
@@ -164,17 +164,18 @@ class _Cells:
 
     def _by_work(self, fill_s: Floats, drain_s: Floats) -> Floats:
         places = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, NUM_SPANS) * self.most_s])
-        done, per_s = [], []
-        for side, excess in zip(self.sides, (fill_s, drain_s), strict=True):
-            rate = self.efficiency.under(side.caps_s(excess[:, None], places[1:]))  # [cells, spans]
-            per_s.append(rate)
-            done.append(np.concatenate([np.zeros((len(excess), 1)), np.cumsum(rate * np.diff(places), axis=1)], axis=1))
-        work_s = np.full(len(fill_s), self.efficiency.work_s)
-        times = _reached(work_s, done[1], per_s[1], places)  # all of it as the drain allows
-        for border in np.linspace(0, NUM_SPANS, NUM_BORDERS).astype(int):
-            left = np.maximum(work_s - done[1][:, border], 0.0)
-            filled = _reached(left, done[0], per_s[0], places)
-            times = np.maximum(times, np.where(left > 0.0, places[border] + filled, 0.0))
+        caps = [side.caps_s(x[:, None], places[1:]) for side, x in zip(self.sides, (fill_s, drain_s), strict=True)]
+        times = np.zeros(len(fill_s))
+        for efficiency in self.efficiencies:
+            rates = [efficiency.under(each) for each in caps]  # [cells, spans]
+            start = np.zeros((len(fill_s), 1))
+            done = [np.concatenate([start, np.cumsum(rate * np.diff(places), axis=1)], axis=1) for rate in rates]
+            work_s = np.full(len(fill_s), efficiency.work_s)
+            times = np.maximum(times, _reached(work_s, done[1], rates[1], places))  # all of it as the drain allows
+            for border in np.linspace(0, NUM_SPANS, NUM_BORDERS).astype(int):
+                left = np.maximum(work_s - done[1][:, border], 0.0)
+                filled = _reached(left, done[0], rates[0], places)
+                times = np.maximum(times, np.where(left > 0.0, places[border] + filled, 0.0))
         return times
 
     def _by_place(self, fill_s: Floats, drain_s: Floats) -> Floats:

@@ -32,6 +32,7 @@ NUM_PRICES, NUM_NUMBERS = 8, 160
 """Of a chunk, and of rounds, at which sums by their number are taken."""
 MOST_STEPS = 3_000_000
 """(position, chunk) pairs, all cached lengths together, up to which the cuts are searched: about 0.1 s."""
+NUM_FIRST, PRICE_POWERS = 12, (1.0, 2.0)
 SLACK = 1e-9
 
 
@@ -80,11 +81,11 @@ class _Tokens:
 class Efficiency:
     """How much of a batch's work a second of rounds can do, by the cap on these rounds.
 
-    A chunk's worth is how far it carries its request's shortest path under one reference cap. Rounds that run for x
+    Every chunk has a worth, and a batch's work is the worth of all chunks of any cut, at least. Rounds that run for x
     seconds under a cap do work of at most x times the efficiency of that cap.
     """
 
-    work_s: float  # the worth of all chunks
+    work_s: float  # the least worth of all chunks of a cut
     caps_s: Floats  # rising
     sums_s: Floats  # the least that all rounds can sum to under each cap
     per_s: Floats  # the efficiency of each cap
@@ -99,6 +100,18 @@ class Efficiency:
         """The efficiency of any caps, that of the next higher one known."""
         found: Floats = np.append(self.per_s, self.beyond)[np.searchsorted(self.caps_s, caps_s)]
         return found
+
+
+def _cheapest(prices: Floats, cost: Floats) -> Floats:
+    """Each chunk's price under the cap where it is least: [powers, caps] and [caps, chunks] -> [powers, chunks]."""
+    found: Floats = (prices[:, :, None] * cost).min(axis=1)
+    return found
+
+
+def _most_a_second(done: Floats, before: Floats, cost: Floats) -> Floats:
+    """Most worth a second under each cap: [powers], [powers, chunks] and [caps, chunks] -> [powers, caps]."""
+    found: Floats = ((done[:, None] - before)[:, None, :] / cost).max(axis=2)
+    return found
 
 
 def _least_between(places: Floats, values: Floats) -> Floats:
@@ -250,36 +263,53 @@ class GridRelaxation:
             found[row] = np.where(tokens <= count[-1], np.interp(tokens, count[keep], seconds[keep]), np.inf)
         return found
 
-    def efficiency(self, caps_s: Floats, reference_s: float) -> Efficiency | None:
-        """The efficiency of these caps, rising; None where the reference cap allows no plan."""
-        wide, total, beyond = np.append(caps_s * (1.0 + SLACK), np.inf), 0.0, 0.0
-        per_s = np.zeros(len(wide))
+    def efficiencies(self, caps_s: Floats) -> list[Efficiency]:
+        """Efficiencies of these caps, rising, for several prices of a second of rounds by their length.
+
+        Longer rounds do more a second, and there is little time in which rounds may be long: the price of a second
+        under a cap is a power of what the least sum under it is below that under the lowest cap. A chunk's worth is
+        how far it carries its request's cheapest path.
+        """
+        wide, sums = np.append(caps_s * (1.0 + SLACK), np.inf), self.sums(caps_s)
+        falling = np.minimum.accumulate(np.append(sums, sums[-1:]))
+        usable = np.flatnonzero(np.isfinite(falling))
+        if not usable.size:
+            return []
+        first = usable[np.linspace(0, usable.size - 1, NUM_FIRST + 1).astype(int)[:-1]]
+        base = np.maximum(falling[first][:, None] / np.maximum(falling, 1e-300), 1.0)
+        prices = np.concatenate([base**power for power in PRICE_POWERS])  # [prices, caps + 1]
+        total, beyond = np.zeros(len(prices)), np.zeros(len(prices))
+        per_s = np.zeros((len(prices), len(wide)))
         for cached, prompts in self._groups():
             num_units = self._units(cached, prompts[-1])
-            worth = self._paths(cached, num_units, np.array([reference_s * (1.0 + SLACK)]))[0]
-            if not np.isfinite(worth).all():
-                return None
+            worth = np.full((len(prices), num_units + 1), np.inf)
+            worth[:, 0] = 0.0
             for end in range(1, num_units + 1):
                 width, cost = self._cost(cached, end, wide)
-                per_s = np.maximum(per_s, ((worth[end] - worth[end - width : end][::-1]) / cost).max(axis=1))
+                before = worth[:, end - width : end][:, ::-1]
+                worth[:, end] = (before + _cheapest(prices, cost)).min(axis=1)
+                per_s = np.maximum(per_s, _most_a_second(worth[:, end], before, cost))
             for length, count in zip(*np.unique(prompts, return_counts=True), strict=True):
                 starts, _, cost = self._last(cached, length, wide)
-                ends = self._last(cached, length, np.array([reference_s * (1.0 + SLACK)]))[2]
-                done = float((worth[starts] + ends[0]).min())
-                if not np.isfinite(done):
-                    return None
+                done = (worth[:, starts] + _cheapest(prices, cost)).min(axis=1)
                 total += count * done
-                per_s = np.maximum(per_s, ((done - worth[starts]) / cost).max(axis=1))
-                up_to_end = np.append(worth[: int(starts[0]) + 1], done)
-                beyond = max(beyond, self._beyond(cached, up_to_end, float(length)))
-        per_s = np.maximum.accumulate(per_s) * (1.0 + SLACK)
-        return Efficiency(
-            work_s=total * (1.0 - SLACK),
-            caps_s=caps_s,
-            sums_s=self.sums(caps_s),
-            per_s=per_s[:-1],
-            beyond=max(beyond * (1.0 + SLACK), float(per_s[-1])),
-        )
+                per_s = np.maximum(per_s, _most_a_second(done, worth[:, starts], cost))
+                for row, one in enumerate(worth):
+                    up_to_end = np.append(one[: int(starts[0]) + 1], done[row])
+                    beyond[row] = max(beyond[row], self._beyond(cached, up_to_end, float(length)))
+        if not np.isfinite(total).all():
+            return []
+        per_s = np.maximum.accumulate(per_s, axis=1) * (1.0 + SLACK)
+        return [
+            Efficiency(
+                work_s=float(total[row]) * (1.0 - SLACK),
+                caps_s=caps_s,
+                sums_s=sums,
+                per_s=per_s[row, :-1],
+                beyond=max(float(beyond[row]) * (1.0 + SLACK), float(per_s[row, -1])),
+            )
+            for row in range(len(prices))
+        ]
 
     def _beyond(self, cached: float, worth: Floats, length: float) -> float:
         """Most worth a second of chunks longer than those known.
