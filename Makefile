@@ -19,7 +19,7 @@ serve: install
 	.venv/bin/isochunk serve
 
 test: install
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	.venv/bin/ruff check .

@@ -17,16 +17,21 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.demo_model import DEMO, SMALL, write_demo_model
-from profiler.model import load_model_shape
+from profiler.kernels.linear import Linear
+from profiler.model import ModelShape, load_model_shape
+from profiler.model.flops import prefill_flops
 from service.http.serve_options import DEFAULT_PORT
 from tuner.plan.layout import Pins, enumerate_layouts, layout_of
 from tuner.plan.plan import Plan
 
 WORLD_SIZE = 2
 NEW_TOKENS = 4
+ONE_RANK_S = 5.0
+"""What the prompt may take on one rank at the rate of its products: the whole demo takes some forty times as long."""
 QUIET_CORES = 0.3
 """Cores at work for others beyond which the demo says that the machine is busy."""
 
@@ -135,12 +140,12 @@ def run_demo(model: Path, sizes: DemoSizes, folder: Path) -> list[Row]:
     """Profile, then tune and run each plan of the table."""
     database = database_of(folder)
     shape = load_model_shape(str(model))
-    longest = min(sizes.longest_prompt, shape.max_positions - NEW_TOKENS)
+    longest = affordable_tokens(shape, min(sizes.longest_prompt, shape.max_positions - NEW_TOKENS))
     can_split = not any(layout.refusal for layout in enumerate_layouts(shape, WORLD_SIZE, Pins(tp_size=WORLD_SIZE)))
     tp_sizes = f"1,{WORLD_SIZE}" if can_split else "1"
     baselines = [one for one in BASELINES if can_split or one.plan != "tp2"]
     common = ["--db", database, "--threads-per-rank", "1", "--device", "cpu"]
-    step(f"Profiling this machine with {WORLD_SIZE} ranks, about {sizes.budget_s} s")
+    step(f"Profiling this machine with {WORLD_SIZE} ranks for prompts of {longest} tokens, about {sizes.budget_s} s")
     isochunk(
         "profile", str(model), "--world-size", str(WORLD_SIZE), "--tp-sizes", tp_sizes,
         "--context-length", str(longest), "--budget-s", str(sizes.budget_s), *common,
@@ -165,6 +170,31 @@ def run_demo(model: Path, sizes: DemoSizes, folder: Path) -> list[Row]:
         rows.append(make_row(baseline.plan, tuned, ran))
         print(f"  predicted {rows[-1].predicted_s:.3f} s, measured {rows[-1].measured_s:.3f} s", flush=True)
     return rows
+
+
+def affordable_tokens(shape: ModelShape, most: int) -> int:
+    """Tokens of the prompt, `most` or the first of its quarters that one rank runs in ONE_RANK_S at its products' rate.
+
+    The smallest quarter where none is: a slow machine takes longer.
+    """
+    rate = product_flops()
+    lengths = [most * quarters // 4 for quarters in (4, 3, 2, 1)]
+    return next((one for one in lengths if prefill_flops(shape, [(one, 0)], 1) / rate <= ONE_RANK_S), lengths[-1])
+
+
+def product_flops(size: int = 1024, samples: int = 5) -> float:
+    """FLOP/s of one thread in a large product of this machine."""
+    import torch
+
+    torch.set_num_threads(1)
+    x = torch.randn(size, size)
+    linear = Linear(torch.randn(size, size))
+    seconds = []
+    for _ in range(1 + samples):
+        started = time.perf_counter()
+        linear(x)
+        seconds.append(time.perf_counter() - started)
+    return 2.0 * size**3 / median(seconds[1:])
 
 
 def make_row(name: str, plan: dict[str, Any], ran: dict[str, Any]) -> Row:

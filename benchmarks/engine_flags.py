@@ -19,8 +19,9 @@ from pathlib import Path
 from service.cli.output import print_table
 from service.engines.export import Engine, export
 from service.engines.sglang_plugin import SIZER
-from tuner.plan.cost_model import CostModel, StageCost
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Parallel, Plan, Request
+from tuner.plan.stage_cost import StageCost
 from tuner.rounds.round_plan import rounds_to_plan
 from tuner.search.planner import plan_rounds
 

@@ -20,8 +20,9 @@ from typing import Any
 
 from benchmarks.demo_model import write_demo_model
 from service.cli.output import print_table
-from tuner.plan.cost_model import CostModel, PairAttention, StageCost
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Parallel, Plan, Request, save_plan
+from tuner.plan.stage_cost import PairAttention, StageCost
 from tuner.rounds.round_plan import rounds_to_plan
 from tuner.search.planner import plan_rounds
 

@@ -22,12 +22,14 @@ from profiler.comm.ranks.launch import run_ranks
 from profiler.hardware.device import describe_hardware
 from profiler.kernels.attention import available_kernels
 from profiler.kernels.attention_kernel import worth_measuring
-from profiler.measure.session import ProfileJob, profile_rank
+from profiler.measure.leader import profile_rank
+from profiler.measure.session import ProfileJob
 from profiler.model import load_model_shape, precision_of
 from profiler.points.grid import Grid
 from profiler.points.point import Op, Point
 from service.cli.output import print_table
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork, expected_s
 
 TILE, LEAST_CHUNK, MOST_CHUNK, MOST_CONTEXT = 128, 256, 8192, 65536

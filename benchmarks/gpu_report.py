@@ -1,11 +1,10 @@
-"""What databases of plans run on cards say: how far predictions were off, and the regret of choices.
+"""Prediction errors of the plans in a database that were run on cards, and the regret of the tuner's choices.
 
     python -m benchmarks.gpu_report [DATABASE ...] [--teach LENGTH]
 
-DATABASE is a SQLite file, gzipped or not, as `benchmarks.gpu_plans --db` leaves it; by default those kept here, in the
-order in which they were measured, each on another pair of cards.
-"told" is what was predicted when the plan was made, before it ran. "now" is predicted anew from the measurements alone,
-by the model as it is. "corrected" also knows the runs of one prompt of --teach tokens, and is judged on all others.
+DATABASE is a SQLite file, gzipped or not, as `benchmarks.gpu_plans --db` leaves it; by default the one kept here.
+"before" is what was predicted before the plan ran. "refit" is predicted from the same measurements by the present cost
+model. "corrected" is also fitted to the runs of one prompt of --teach tokens, and is judged on all other runs.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from statistics import fmean, pstdev
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -26,28 +24,28 @@ import numpy as np
 from db.rows.hardware import Hardware, list_hardware
 from db.rows.measurements import load_measurements
 from db.rows.plans import get_plan_row
-from db.rows.runs import RunStatus, StoredRun, list_runs, load_round_times
+from db.rows.runs import RunStatus, StoredRun, list_runs
 from db.store.engine import Database, open_database
 from profiler.model import ModelShape, model_from_config
 from service.cli.output import print_table
 from tuner.fit.correction import fit_correction, load_measured_rounds
-from tuner.fit.holdout import HeldOutError, LeftOut, held_out_errors, leave_out
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
-from tuner.fit.rows import RankWork, Rows, expected_s
+from tuner.fit.holdout import HeldOutError, held_out_errors
+from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.layer_fit import fit_layer_costs
+from tuner.fit.rows import RankWork
 from tuner.fit.uncertainty import makespan_uncertainty
 from tuner.plan.plan import Plan
 from tuner.rounds.schedule import evaluate
 
-LONG_CHUNK = 512
 MOST_ERROR = 0.08  # what a prediction should stay within
 
 ERROR_COLUMNS = ("median error %", "p90 %", "worst %", f"above {MOST_ERROR:.0%}", "within stated")
 
-KEPT = tuple(sorted((Path(__file__).parent / "results").glob("h100x2-?.db.gz")))
+KEPT = (Path(__file__).parent / "results" / "h100x2.db.gz",)
 
 
 @dataclass(frozen=True, slots=True)
-class Foretold:
+class Prediction:
     """A predicted makespan and its stated relative uncertainty."""
 
     seconds: float
@@ -71,9 +69,9 @@ class Judged:
     taught: bool
     measured_s: float
     mfu: float | None
-    told: Foretold
-    now: Foretold
-    corrected: Foretold
+    before: Prediction
+    refit: Prediction
+    corrected: Prediction
 
     @property
     def layout(self) -> str:
@@ -96,8 +94,8 @@ class Judged:
 class Choice:
     """One workload's plans: the tuner's before any ran, those of all that predict least now, and the best measured."""
 
-    told: Judged
-    now: Judged
+    before: Judged
+    refit: Judged
     corrected: Judged
     best: Judged
     num_plans: int
@@ -115,14 +113,14 @@ class Fits:
     corrected: LayerCosts
     held_out: list[HeldOutError]
 
-    def foretell(self, plan: Plan, costs: LayerCosts) -> Foretold:
+    def predict(self, plan: Plan, costs: LayerCosts) -> Prediction:
         """The plan's makespan by `costs`."""
         model = costs.cost_model(plan.parallel.layer_partition)
         makespan_s = evaluate(model, plan.requests, plan.rounds, plan.window).makespan_s
         largest = max(sum(chunk.tokens for chunk in chunks) for chunks in plan.rounds)
         longest = max(request.prompt_tokens for request in plan.requests)
         beyond = largest > costs.max_chunk or longest > costs.max_context
-        return Foretold(makespan_s, makespan_uncertainty(self.held_out, costs.correction, extrapolates=beyond))
+        return Prediction(makespan_s, makespan_uncertainty(self.held_out, costs.correction, extrapolates=beyond))
 
 
 @contextmanager
@@ -162,8 +160,8 @@ def judge(database: Database, hardware: Hardware, teach: int) -> list[Judged]:
         found.append(
             Judged(
                 plan=plan, model=shape.name, taught=is_taught(plan, teach, busy_ranks), measured_s=run.makespan_s,
-                mfu=run.mfu, told=Foretold(run.predicted_makespan_s, plan.predicted.uncertainty or 0.0),
-                now=fits.foretell(plan, fits.costs), corrected=fits.foretell(plan, fits.corrected),
+                mfu=run.mfu, before=Prediction(run.predicted_makespan_s, plan.predicted.uncertainty or 0.0),
+                refit=fits.predict(plan, fits.costs), corrected=fits.predict(plan, fits.corrected),
             )
         )  # fmt: skip
     return found
@@ -191,41 +189,31 @@ def print_predictions(judged: Sequence[Judged]) -> None:
             one.model, f"{one.layout} {one.plan.policy} {one.workload}", len(one.plan.rounds), one.measured_s,
             None if one.mfu is None else 100 * one.mfu,
         ]  # fmt: skip
-        for foretold in (one.told, one.now, one.corrected):
-            row += [100 * foretold.error(one.measured_s), 100 * foretold.uncertainty]
+        for prediction in (one.before, one.refit, one.corrected):
+            row += [100 * prediction.error(one.measured_s), 100 * prediction.uncertainty]
         table.append([*row, "taught" if one.taught else ""])
     print_table(
-        ["model", "plan", "rounds", "measured s", "MFU %", "told %", "± %", "now %", "± %", "corrected %", "± %", ""],
+        [
+            "model",
+            "plan",
+            "rounds",
+            "measured s",
+            "MFU %",
+            "before %",
+            "± %",
+            "refit %",
+            "± %",
+            "corrected %",
+            "± %",
+            "",
+        ],
         table,
         title="Errors of the predicted makespan",
     )
 
 
-def print_summary(judged: Sequence[Judged], where: str) -> None:
-    """How far off predictions were over all plans, and how often the stated uncertainty held."""
-    table: list[list[object]] = []
-    unseen = [one for one in judged if not one.taught]
-    for name, mine, which in (
-        ("told before the run", judged, [one.told for one in judged]),
-        ("now, from the profile alone", judged, [one.now for one in judged]),
-        ("corrected, runs not taught from", unseen, [one.corrected for one in unseen]),
-    ):
-        if not mine:
-            continue
-        table.append([name, *_errors(mine, which)])
-    print_table(
-        [
-            "prediction",
-            "runs",
-            *ERROR_COLUMNS,
-        ],
-        table,
-        title=f"All runs of {where}",
-    )
-
-
 def print_groups(judged: Mapping[str, Sequence[Judged]], where: str) -> None:
-    """What was told before each plan's first run by link, model and layout, and how far off that its last run was."""
+    """Errors of predictions made before first runs, by link, model and layout, and how far repeated runs differ."""
     groups: dict[str, dict[str, list[Judged]]] = {}
     for link, mine in judged.items():
         for one in mine:
@@ -236,13 +224,13 @@ def print_groups(judged: Mapping[str, Sequence[Judged]], where: str) -> None:
     for group, plans in (groups | {"all": everything}).items():
         first = [runs[0] for runs in plans.values()]
         again = [abs(runs[-1].measured_s / runs[0].measured_s - 1.0) for runs in plans.values() if len(runs) > 1]
-        row = _errors(first, [one.told for one in first])
+        row = _errors(first, [one.before for one in first])
         table.append([group, *row, len(again), 100 * max(again) if again else None])
     columns = ["plans", "number", *ERROR_COLUMNS, "run again", "at most % off"]
-    print_table(columns, table, title=f"Told before first runs of {where}")
+    print_table(columns, table, title=f"Predicted before first runs of {where}")
 
 
-def _errors(mine: Sequence[Judged], which: Sequence[Foretold]) -> list[object]:
+def _errors(mine: Sequence[Judged], which: Sequence[Prediction]) -> list[object]:
     """How many, quantiles of the errors, how many are large, and how often the stated uncertainty held."""
     errors = [each.error(one.measured_s) for one, each in zip(mine, which, strict=True)]
     held = sum(each.held(one.measured_s) for one, each in zip(mine, which, strict=True))
@@ -257,98 +245,17 @@ def choices(judged: Sequence[Judged]) -> Iterator[Choice]:
         ours = [one for one in mine if one.plan.policy == "joint"]
         if len(mine) >= 4 and ours:
             yield Choice(
-                told=min(ours, key=lambda one: one.told.seconds),
-                now=min(mine, key=lambda one: one.now.seconds),
+                before=min(ours, key=lambda one: one.before.seconds),
+                refit=min(mine, key=lambda one: one.refit.seconds),
                 corrected=min(mine, key=lambda one: one.corrected.seconds),
                 best=min(mine, key=lambda one: one.measured_s),
                 num_plans=len(mine),
             )
 
 
-def print_held_out(database: Database, hardware: Hardware) -> None:
-    """How far off kernels are that were left out of the fit, for every model that was run.
-
-    A context between two others is left out alone, and once more with all of its chunk.
-    """
-    table: list[list[object]] = []
-    rows = load_measurements(database, hardware)
-    for shape in {shape.fingerprint: shape for _, _, shape in runs_of(database, hardware)}.values():
-        everything = []
-        for tp_size in (1, 2):
-            work = RankWork.on(hardware, shape=shape, dtype="bfloat16", tp_size=tp_size)
-            of = f"{shape.name}, TP{tp_size}"
-            for tested in leave_out(rows, work, busy_ranks=2):
-                errors = [point.error for point in tested.points]
-                table.append([of, tested.op, len(errors), *_quantiles(errors)])
-                everything += errors
-                if tested.op == "attention":
-                    errors = [point.error for point in tested.points if is_long(point)]
-                    name = f"attention, {LONG_CHUNK}+ tokens after a context"
-                    table.append([of, name, len(errors), *_quantiles(errors)])
-        table.append([shape.name, "all", len(everything), *_quantiles(everything)])
-    print_table(["of", "kernel", "tests", "median error %", "p90 %", "worst %"], table, title="Held-out kernels")
-
-
 def _quantiles(errors: Sequence[float]) -> list[float | None]:
     """Median, p90 and worst, in percent, if there are any."""
     return [100 * float(np.quantile(np.abs(errors), share)) if errors else None for share in (0.5, 0.9, 1.0)]
-
-
-def is_long(tested: LeftOut) -> bool:
-    """Whether the point is attention of a chunk that plans are made of, after a context."""
-    return tested.row.shape["chunk"] >= LONG_CHUNK and tested.row.shape["context"] > 0
-
-
-def print_layers(database: Database, hardware: Hardware) -> None:
-    """How long whole layers took beside the sum of their parts, which are sampled under a usual load."""
-    table: list[list[object]] = []
-    skews: list[list[object]] = []
-    rows = load_measurements(database, hardware)
-    for shape in {shape.fingerprint: shape for _, _, shape in runs_of(database, hardware)}.values():
-        for tp_size in (1, 2):
-            work = RankWork.on(hardware, shape=shape, dtype="bfloat16", tp_size=tp_size)
-            costs = fit_layer_costs(rows, work, busy_ranks=2)
-            layers = Rows(rows).select("layer", work.layer_sizes, busy_ranks=2)
-            for row in sorted(layers, key=lambda row: (row.shape["chunk"], row.shape["context"])):
-                chunk, context = np.array([row.shape["chunk"]]), np.array([row.shape["context"]])
-                parts_s = float((costs.compute_s(chunk) + costs.attention(chunk, context))[0])
-                whole_s = expected_s(row, ranks=tp_size)
-                table.append([
-                    f"{shape.name}, TP{tp_size}", int(chunk[0]), int(context[0]), 1e6 * whole_s, 1e6 * parts_s,
-                    whole_s / parts_s,
-                ])  # fmt: skip
-            if costs.rank_skew.factors:
-                skews.append([f"{shape.name}, TP{tp_size}", *costs.rank_skew.factors])
-    print_table(["of", "chunk", "context", "layer us", "parts us", "ratio"], table, title="Layers and their parts")
-    if skews:
-        ranks = [f"rank {rank}" for rank in range(max(map(len, skews)) - 1)]
-        print_table(["of", *ranks], skews, title="Skew of each rank")
-
-
-def print_stages(database: Database, hardware: Hardware) -> None:
-    """What two stages' rounds took over what is predicted of them, a plan each: cards that differ show as stages do."""
-    table: list[list[object]] = []
-    rows, costs = load_measurements(database, hardware), dict[str, LayerCosts]()
-    ratios: dict[str, list[tuple[float, float]]] = {}
-    for run, plan, shape in runs_of(database, hardware):
-        if (plan.parallel.tp_size, plan.parallel.pp_size) != (1, 2):
-            continue
-        if shape.name not in costs:
-            work = RankWork.on(hardware, shape=shape, dtype=plan.precision, tp_size=1)
-            costs[shape.name] = fit_layer_costs(rows, work, busy_ranks=2)
-        model = costs[shape.name].cost_model(plan.parallel.layer_partition)
-        predicted_s = evaluate(model, plan.requests, plan.rounds).round_s.sum(axis=0)
-        measured_s = np.zeros(2)
-        for time in load_round_times(database, run.id):
-            measured_s[time.stage] += time.finish_s - time.start_s
-        first, second = measured_s / predicted_s
-        ratios.setdefault(shape.name, []).append((float(first), float(second)))
-    for name, found in ratios.items():
-        between = [first / second for first, second in found]
-        firsts, seconds = zip(*found, strict=True)
-        table.append([name, len(found), fmean(firsts), fmean(seconds), fmean(between), pstdev(between)])
-    columns = ["model", "runs", "stage 0", "stage 1", "stage 0 over stage 1", "spread"]
-    print_table(columns, table, title="Rounds measured over predicted, means over plans of two stages")
 
 
 def print_regret(judged: Sequence[Judged]) -> None:
@@ -357,13 +264,13 @@ def print_regret(judged: Sequence[Judged]) -> None:
     for choice in choices(judged):
         row: list[object] = [choice.best.model, choice.best.workload, choice.num_plans]
         row += [choice.best.short_name, choice.best.measured_s]
-        for chosen in (choice.told, choice.now, choice.corrected):
+        for chosen in (choice.before, choice.refit, choice.corrected):
             row += [chosen.short_name, 100 * choice.regret(chosen)]
         table.append(row)
     print_table(
         [
-            "model", "workload", "plans", "best measured", "seconds", "chosen", "regret %", "least now", "regret %",
-            "least corrected", "regret %",
+            "model", "workload", "plans", "best measured", "seconds", "chosen", "regret %", "best by refit", "regret %",
+            "best by corrected", "regret %",
         ],
         table,
         title="Regret: how much slower than the best measured plan",
@@ -386,13 +293,8 @@ def main() -> None:
                 judged = judge(database, hardware, options.teach)
                 print_predictions(judged)
                 print_regret(judged)
-                if hardware.link == "nvlink":  # the kernels are the same over any link
-                    print_held_out(database, hardware)
-                    print_layers(database, hardware)
-                    print_stages(database, hardware)
                 by_link[hardware.link] = judged
         print_groups(by_link, path.name)
-        print_summary([one for judged in by_link.values() for one in judged], path.name)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from runtime.run.result import RunResult
 from runtime.run.run import run_plans
 from tuner.fit.correction import fit_correction, load_measured_rounds
 from tuner.fit.holdout import HeldOutError, held_out_errors
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
 from tuner.fit.uncertainty import makespan_uncertainty
 from tuner.plan.layout import Layout

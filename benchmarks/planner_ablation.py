@@ -30,10 +30,11 @@ from profiler.model import load_model_shape
 from service.cli.output import print_table
 from tests.tuner.atom import ATOM, atom
 from tests.tuner.oracle import random_instance
-from tuner.fit.attention_fit import AttentionCurve, Waves
+from tuner.fit.attention.curve import AttentionCurve, Waves
 from tuner.fit.calibration import Calibration
 from tuner.fit.correction import fit_correction, load_measured_rounds
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rank_skew import RankSkew
 from tuner.fit.rows import RankWork, expected_s
 from tuner.online.online_planner import online_rounds
@@ -87,15 +88,15 @@ def _one_factor(
 
 FIT: dict[str, Off] = {
     "as it is": nullcontext,
-    "waves": lambda: patch("tuner.fit.attention_rows.Waves", _in_proportion),
-    "calibration": lambda: patch("tuner.fit.layer_costs.fit_calibration", lambda *_, **__: Calibration.none()),
+    "waves": lambda: patch("tuner.fit.attention.rows.Waves", _in_proportion),
+    "calibration": lambda: patch("tuner.fit.layer_fit.fit_calibration", lambda *_, **__: Calibration.none()),
     "calibration but one factor by chunk": lambda: patch(
-        "tuner.fit.layer_costs.fit_calibration", partial(_one_factor, constant=False)
+        "tuner.fit.layer_fit.fit_calibration", partial(_one_factor, constant=False)
     ),
     "calibration but one constant": lambda: patch(
-        "tuner.fit.layer_costs.fit_calibration", partial(_one_factor, constant=True)
+        "tuner.fit.layer_fit.fit_calibration", partial(_one_factor, constant=True)
     ),
-    "rank skew": lambda: patch("tuner.fit.layer_costs.fit_rank_skew", lambda rows: RankSkew()),
+    "rank skew": lambda: patch("tuner.fit.layer_fit.fit_rank_skew", lambda rows: RankSkew()),
 }
 
 
@@ -228,7 +229,7 @@ def print_regret() -> None:
             judged = [one for one in judge(database, hardware, TAUGHT) if one.model == MODEL]
             for choice in choices(judged):
                 name = part if part == "as it is" else f"without {part}"
-                table.append([name, choice.best.workload, choice.now.short_name, 100 * choice.regret(choice.now)])
+                table.append([name, choice.best.workload, choice.refit.short_name, 100 * choice.regret(choice.refit)])
     print_table(["fit", "prompts", "chosen", "regret %"], table, title=f"Regret of choices in {KEPT[-1].name}")
 
 

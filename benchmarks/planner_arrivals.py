@@ -1,6 +1,6 @@
 """Every policy on streams of requests, from light load to overload: is `joint` ever behind?
 
-    python -m benchmarks.planner_arrivals [--small] [--results FILE] [--seed N] [--minutes N]
+    python -m benchmarks.planner_arrivals [--small] [--part I/N] [--results FILE] [--seed N] [--minutes N]
 
 Streams: lengths (equal, mixed, two classes) x rates (shares of capacity) x arrivals (regular, Poisson, bursty) x stages
 x cost models. Capacity is the rate at which the best fixed chunk up to the longest prompt, or whole prompts, just keep
@@ -222,19 +222,28 @@ def print_summary(rows: Mapping[Stream, Mapping[str, Any]]) -> None:
             print(f"behind: {stream.key}: {row['joint']}, mean {excess.mean:.3f}, p99 {excess.p99:.3f}")
 
 
+def _part(text: str) -> tuple[int, int]:
+    part, _, of = text.partition("/")
+    if not (part.isdigit() and of.isdigit() and 1 <= int(part) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text}: I/N with I from 1 to N is needed")
+    return int(part), int(of)
+
+
 def main() -> None:
     """Make the rows that are missing, then print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a sample of the streams")
     parser.add_argument("--results", type=Path, default=RESULTS / "arrivals.jsonl", help="where rows are kept")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every Nth stream, from the Ith on")
     parser.add_argument("--num-requests", type=int, default=NUM_REQUESTS)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop making rows after so long")
     options = parser.parse_args()
+    first, step = options.part
     wanted = list(streams(small=options.small, seed=options.seed))
     kept, started = kept_rows(options.results), time.perf_counter()
     with options.results.open("a") as file:
-        for stream in wanted:
+        for stream in wanted[first - 1 :: step]:
             if time.perf_counter() - started > 60.0 * options.minutes:
                 break
             if stream.key not in kept:

@@ -13,9 +13,10 @@ from db.rows.hardware import get_hardware
 from db.rows.measurements import load_measurements
 from db.store.engine import open_database
 from profiler.model import load_model_shape
-from tuner.fit.layer_costs import fit_layer_costs
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
-from tuner.plan.cost_model import Attention, CostModel, PairAttention, StageCost, TableAttention
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import Attention, PairAttention, StageCost, TableAttention
 from tuner.search.partition import even_partition
 from tuner.search.planner import plan_rounds
 

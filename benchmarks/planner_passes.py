@@ -18,7 +18,8 @@ from db.rows.measurements import load_measurements
 from db.store.engine import open_database
 from profiler.model import load_model_shape
 from service.cli.output import print_table
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
 from tuner.plan.plan import Request
 from tuner.plan.stage_order import StageOrder

@@ -26,12 +26,13 @@ from db.rows.hardware import Hardware, get_hardware
 from db.rows.measurements import Measurement, load_measurements
 from db.store.engine import open_database
 from profiler.kernels.attention_kernel import PREFERENCE, AttentionKernel
-from profiler.measure.session import expected_seconds
+from profiler.measure.expected_time import expected_seconds
 from profiler.model import ModelShape, load_model_shape
 from profiler.points.grid import Grid
 from profiler.points.point import Op, Point
 from service.cli.output import print_table
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
 from tuner.plan.layout import Layout
 from tuner.plan.plan import Request, Round

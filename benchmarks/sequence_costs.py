@@ -20,7 +20,8 @@ from db.rows.archive import Profile, read_profile
 from profiler.model import ModelShape, load_model_shape
 from profiler.sequence.kind import SPKind
 from service.cli.output import print_table
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
 from tuner.plan.layout import Layout
 from tuner.plan.plan import Request, Weights

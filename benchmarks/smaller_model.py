@@ -1,221 +1,200 @@
 """A small model trained, pruned, recovered, quantized, planned and run in one go: what each step costs and gains.
 
-    python -m benchmarks.smaller_model [--steps 600] [--seeds 3] [--profile-seconds 240] [--output FILE]
+    python -m benchmarks.smaller_model [--steps 400] [--seed 0] [--profile-seconds 40] [--folder DIR] [--output FILE]
 
-A byte-level Llama learns Python's library, on the project's own training. It is pruned by every kind of unit and by
-every measure of importance, for each seed; what activations chose is recovered with 5 % of the training's tokens, the
-unpruned model as its teacher. One of them is then quantized, profiled, planned and run.
+Calls what the commands call. The last table says by the cost model, at several prompt lengths, which of the smaller
+models is fastest that loses at most 3 % of perplexity: where pruning, quantizing or both win on this machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.measured_plans import Case, Machine
-from benchmarks.quantized_perplexity import FIRST, LAST, library_text, pieces
+from benchmarks.pruning_study import FOLDER, Study
+from benchmarks.trained_model import HELD_OUT, LAYERS, judge, texts, trained, write_texts
 from db.files.documents import write_json
-from profiler.model import PRECISIONS, load_model_shape
-from runtime.prune.importance import Measure
-from runtime.prune.layers import perplexity
-from runtime.prune.prices import Work
-from runtime.prune.prune import Wanted, prune_checkpoint
-from runtime.quantize.quantize import quantize_checkpoint
-from runtime.quantize.recipe import Recipe as QuantizeRecipe
-from runtime.train.recipe import Recipe
-from runtime.train.train import train
+from profiler.measure.profile import ProfileOptions, profile_model
+from profiler.model import load_model_shape
+from profiler.model.shape import default_dtype
 from service.cli.output import print_table
-from tuner.plan.plan import Chunk, Parallel, Plan, Request
+from service.use_cases.checkpoints.quantize import QuantizeOptions, quantize
+from service.use_cases.run_plan import RunRequest, execute
+from service.use_cases.tune import tune
+from service.use_cases.tune_options import TuneOptions
+from tuner.plan.layout import layout_of
+from tuner.plan.plan import Plan
 
-SEQUENCE, BATCH, HELD_OUT, CALIBRATION = 128, 16, 20_000, 8_000
-RECOVERY = 0.05
-CPU = torch.device("cpu")
-# What goes: name -> shares.
-CUTS: dict[str, dict[str, Any]] = {
-    "FFN 25 %": {"channels": 0.25},
-    "FFN 50 %": {"channels": 0.5},
-    "1 of 4 layers": {"layers": 0.25},
-}
-TokenIds = tuple[int, ...]
+PROMPT, LENGTHS = 2048, (256, 1024, 2048, 4096)
+MOST_LOSS = 0.03
+REPEAT = 5
 
 
-def begin(folder: Path, seed: int) -> Path:
-    """A model as Transformers initialises it."""
-    import transformers
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A checkpoint that was made on the way."""
 
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=LAST - FIRST + 1, max_position_embeddings=4096, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    name: str
+    folder: Path
+    perplexity: float
+    is_pruned: bool = False
+    is_quantized: bool = False
 
-
-def plan_of(folder: Path) -> Plan:
-    """A step of `BATCH` sequences in one round, on one rank."""
-    shape = load_model_shape(str(folder))
-    return Plan(
-        model=dict(shape.config), precision="float32",
-        parallel=Parallel(tp_size=1, pp_size=1, layer_partition=(shape.num_layers,)),
-        requests=tuple(Request(id=f"r{index}", prompt_tokens=SEQUENCE) for index in range(BATCH)),
-        rounds=(tuple(Chunk(index, 0, SEQUENCE) for index in range(BATCH)),),
-    )  # fmt: skip
+    @property
+    def mib(self) -> float:
+        """Of its tensors' files."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors")) / 2**20
 
 
-def learn(source: Path, output: Path, texts: Sequence[TokenIds], recipe: Recipe, teacher: Path | None = None) -> Path:
-    """Train a checkpoint."""
-    train(plan_of(source), recipe, weights=source, sequences=texts, output=output, teacher=teacher, num_threads=1)
-    return output
+class Bench:
+    """Profiles, plans and runs of variants on this machine: two ranks of one thread."""
+
+    def __init__(self, place: Path, profile_s: float) -> None:
+        self.place, self.profile_s = place, profile_s
+        self.url = f"sqlite:///{place / 'isochunk.db'}"
+
+    def profile(self, variant: Variant) -> None:
+        """Measure what the database lacks."""
+        shape = load_model_shape(str(variant.folder))
+        profile_model(ProfileOptions(
+            model=str(variant.folder), world_size=2, tp_sizes="1,2", context_length=max(LENGTHS), device_type="cpu",
+            dtype=default_dtype(shape, "cpu"), threads_per_rank=1, budget_s=self.profile_s, db_url=self.url,
+        ))  # fmt: skip
+
+    def plan(self, variant: Variant, prompt: int) -> Plan:
+        """The best layout and rounds for a prompt."""
+        return tune(TuneOptions(
+            model=str(variant.folder), world_size=2, prompt_lens=str(prompt), device_type="cpu", threads_per_rank=1,
+            dtype=default_dtype(load_model_shape(str(variant.folder)), "cpu"), correct=False, keep=False,
+            output=str(self.file(variant, prompt)), db_url=self.url,
+        )).plan  # fmt: skip
+
+    def run(self, variant: Variant, prompt: int) -> float:
+        """Median seconds to the first token of a prompt as it was planned."""
+        run = execute(RunRequest(
+            plan=self.file(variant, prompt), weights=variant.folder, random_weights=False, prompts=None,
+            max_new_tokens=1, check=False, trace=None, output=None, plot=None, repeat=REPEAT, device_type="cpu",
+            threads_per_rank=1, dtype=None, db_url=self.url,
+        ))  # fmt: skip
+        return run.result.makespan_s
+
+    def file(self, variant: Variant, prompt: int) -> Path:
+        """Where a plan lies."""
+        return self.place / f"{variant.folder.name}-{prompt}.json"
 
 
-class Study:
-    """All of it for one seed."""
+def made(study: Study) -> list[Variant]:
+    """The model, and the smaller ones: pruned, recovered, quantized."""
+    calibration = write_texts(study.folder / "calibration.jsonl", texts().calibration)
+    held_out = write_texts(study.folder / "held-out.jsonl", texts().held_out)
 
-    def __init__(self, folder: Path, seed: int, steps: int, ids: TokenIds) -> None:
-        self.folder, self.seed, self.steps = folder, seed, steps
-        self.held_out = pieces(list(ids[-HELD_OUT:]))
-        self.texts = [tuple(ids[:-HELD_OUT])]
-        self.calibration = pieces(list(ids[100_000:][:CALIBRATION]))
-        recipe = Recipe(steps=steps, learning_rate=3e-3, warmup_steps=steps // 12, seed=seed, save_every=steps)
-        self.trained = learn(begin(folder / "begun", seed), folder / "trained", self.texts, recipe)
-        self.before = self.judge(self.trained)
+    def quantized(name: str, source: Path, *, is_pruned: bool = False) -> Variant:
+        output = study.folder / f"{source.name}-w8a8"
+        report = quantize(QuantizeOptions(
+            model=str(source), output=str(output), calibration=str(calibration), held_out=str(held_out),
+            device_type="cpu",
+        ))  # fmt: skip
+        assert report.perplexity_after is not None
+        return Variant(
+            name=name, folder=output, perplexity=report.perplexity_after, is_pruned=is_pruned, is_quantized=True
+        )
 
-    def judge(self, folder: Path) -> float:
-        """Perplexity on the held-out text."""
-        return perplexity(folder, load_model_shape(str(folder)), self.held_out, CPU)
+    def plain(name: str, folder: Path) -> Variant:
+        return Variant(name=name, folder=folder, perplexity=judge(folder), is_pruned=folder != study.model)
 
-    def cut(self, name: str, measure: Measure) -> Path:
-        """Prune by a measure."""
-        output = self.folder / f"{name}-{measure}".replace(" ", "").replace("%", "")
-        prune_checkpoint(
-            self.trained, output, load_model_shape(str(self.trained)), Wanted(**CUTS[name]), measure=measure,
-            calibration=self.calibration, work=Work(chunk=512, context=0, dtype=torch.float32, device=CPU),
-            seed=self.seed, measures_speed=False,
-        )  # fmt: skip
-        return output
-
-    def recover(self, pruned: Path, *, precision: str = "float32") -> Path:
-        """Distil the unpruned model into it, with a share of the training's tokens."""
-        steps = max(1, round(RECOVERY * self.steps))
-        recipe = Recipe(
-            steps=steps, learning_rate=2e-3, warmup_steps=steps // 10, seed=self.seed + 100,
-            save_every=steps, precision=precision,
-        )  # fmt: skip
-        output = pruned.with_name(f"{pruned.name}-recovered-{precision}".replace("+", "-"))
-        return learn(pruned, output, self.texts, recipe, teacher=self.trained)
-
-
-def study_rows(studies: Sequence[Study]) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
-    """Medians over seeds of each cut: perplexity by each measure, and after recovery."""
-    rows, found = [], dict[str, Any]()
-    for name in CUTS:
-        of_measure: dict[str, list[float]] = {}
-        recovered = []
-        for study in studies:
-            for measure in Measure:
-                pruned = study.cut(name, measure)
-                of_measure.setdefault(measure, []).append(study.judge(pruned))
-                if measure is Measure.ACTIVATION:
-                    recovered.append(study.judge(study.recover(pruned)))
-        befores = [study.before for study in studies]
-        losses = [100.0 * (after / before - 1.0) for after, before in zip(recovered, befores, strict=True)]
-        found[name] = {"before": befores, "recovered": recovered, "loss_percent": losses, **of_measure}
-        beaten = sum(
-            one < min(rest)
-            for one, *rest in zip(*(of_measure[measure] for measure in Measure), strict=True)
-        )  # fmt: skip
-        medians = [statistics.median(of_measure[measure]) for measure in Measure]
-        rows.append((name, statistics.median(befores), *medians, f"{beaten} of {len(studies)}",
-                     statistics.median(recovered), statistics.median(losses), max(losses)))  # fmt: skip
-    return rows, found
-
-
-def chain_rows(study: Study, profile_s: float) -> list[tuple[Any, ...]]:
-    """Each step's model: perplexity, size, and a prompt's time predicted and measured on one rank."""
-    pruned = study.cut("FFN 50 %", Measure.ACTIVATION) if not (study.folder / "FFN50-activation").exists() else (
-        study.folder / "FFN50-activation")  # fmt: skip
-    recovered = study.recover(pruned) if not (found := recovered_of(pruned)).exists() else found
+    found = [plain("trained", study.model), quantized("trained, W8A8", study.model)]
+    for name in ("25 % of FFN", "50 % of FFN"):
+        pruned = study.cut(name)
+        recovered = study.recover(pruned)
+        found += [
+            plain(f"{name}: pruned", pruned),
+            plain(f"{name}: recovered", recovered),
+            quantized(f"{name}: recovered, W8A8", recovered, is_pruned=True),
+        ]
     aware = study.recover(pruned, precision="w8a8+float32")
-    steps: list[tuple[str, Path, str]] = [
-        ("trained", study.trained, "float32"), ("pruned", pruned, "float32"), ("recovered", recovered, "float32"),
-    ]  # fmt: skip
-    precision = PRECISIONS["w8a8+float32"]
-    assert precision.linears is not None
-    rows = []
-    for name, source in (("quantized", recovered), ("recovered for W8A8, quantized", aware)):
-        output = study.folder / name.replace(" ", "-").replace(",", "")
-        quantize_checkpoint(
-            source, output, load_model_shape(str(source)), precision, QuantizeRecipe(linears=precision.linears),
-            calibration=study.calibration, device=CPU,
-        )  # fmt: skip
-        steps.append((name, output, "w8a8+float32"))
-    for name, folder, dtype in steps:
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**20
-        ppl = study.judge(folder) if dtype == "float32" else quantized_perplexity(folder, study.held_out)
-        machine = Machine(
-            str(folder), database_url=f"sqlite:///{study.folder / 'profile.db'}", context_length=2048,
-            budget_s=profile_s, dtype=dtype,
-        )  # fmt: skip
-        plan = machine.plan(Case(tp_size=1, pp_size=2, prompt_lens=(2048,)))
-        result = machine.run(plan, repeat=3)
-        predicted = plan.predicted.makespan_s if plan.predicted else None
-        rows.append((name, ppl, size, 1e3 * predicted if predicted else None, 1e3 * result.makespan_s,
-                     2048 / result.makespan_s))  # fmt: skip
+    found.append(quantized(f"{name}: recovered for W8A8, W8A8", aware, is_pruned=True))
+    layers = study.recover(study.cut(f"1 of {LAYERS} layers"))
+    found.append(plain(f"1 of {LAYERS} layers: recovered", layers))
+    return found
+
+
+def chain_rows(bench: Bench, variants: Sequence[Variant]) -> list[tuple[Any, ...]]:
+    """Each variant: perplexity, size, and a prompt's time predicted and measured."""
+    rows, first = [], variants[0].perplexity
+    for variant in variants:
+        plan = bench.plan(variant, PROMPT)
+        assert plan.predicted is not None
+        predicted, measured = plan.predicted.makespan_s, bench.run(variant, PROMPT)
+        rows.append((
+            variant.name, variant.perplexity, 100.0 * (variant.perplexity / first - 1.0), variant.mib,
+            str(layout_of(plan.parallel)), 1e3 * predicted, 1e3 * measured, 100.0 * (predicted / measured - 1.0),
+            PROMPT / measured,
+        ))  # fmt: skip
     return rows
 
 
-def recovered_of(pruned: Path) -> Path:
-    """Where a recovered model lies."""
-    return pruned.with_name(f"{pruned.name}-recovered-float32")
-
-
-def quantized_perplexity(folder: Path, sequences: Sequence[TokenIds]) -> float:
-    """Of a quantized checkpoint, in Transformers, which dequantizes its weights and not its activations."""
-    from runtime.run.reference import load_reference
-
-    model = load_reference(folder, PRECISIONS["w8a8+float32"])
-    losses = []
-    with torch.inference_mode():
-        for ids in sequences:
-            logits = model(torch.tensor([ids])).logits[0, :-1]
-            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none"))
-    return float(torch.cat(losses).mean().exp())
+def contest_rows(bench: Bench, variants: Sequence[Variant]) -> list[tuple[Any, ...]]:
+    """At each prompt length the fastest by the cost model of those that lose little: of each kind, and of all."""
+    good = [one for one in variants if one.perplexity <= variants[0].perplexity * (1.0 + MOST_LOSS)]
+    kinds = {
+        "pruned": [one for one in good if one.is_pruned and not one.is_quantized],
+        "quantized": [one for one in good if one.is_quantized and not one.is_pruned],
+        "both": [one for one in good if one.is_pruned and one.is_quantized],
+    }
+    rows = []
+    for prompt in LENGTHS:
+        seconds: dict[str, float] = {}
+        for one in good:
+            predicted = bench.plan(one, prompt).predicted
+            assert predicted is not None
+            seconds[one.name] = predicted.makespan_s
+        least = [min((seconds[one.name] for one in of_kind), default=float("nan")) for of_kind in kinds.values()]
+        rows.append((prompt, *(1e3 * each for each in (seconds[variants[0].name], *least)),
+                     min(seconds, key=seconds.__getitem__)))  # fmt: skip
+    return rows
 
 
 def main() -> None:
-    """Run the study and the chain, print both tables."""
+    """Make the models, profile, plan and run them, print both tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--profile-seconds", type=float, default=240.0)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile-seconds", type=float, default=40.0, help="for each shape and format")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the trained model is kept")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    ids = tuple(library_text())
+    options.folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+
+    def tell(what: str) -> None:
+        print(f"{time.monotonic() - started:5.0f} s: {what}", flush=True)
+
     with tempfile.TemporaryDirectory() as place:
-        studies = []
-        for seed in range(options.seeds):
-            folder = Path(place) / f"seed-{seed}"
-            folder.mkdir()
-            studies.append(Study(folder, seed, options.steps, ids))
-            print(f"seed {seed}: trained to {studies[-1].before:.4f} in {time.monotonic() - started:.0f} s", flush=True)
-        rows, found = study_rows(studies)
-        columns = ("removed", "unpruned", *Measure, "activation best", "recovered", "loss %", "worst loss %")
-        tokens = options.steps * SEQUENCE * BATCH
-        print_table(columns, rows, title=f"perplexity on {HELD_OUT} characters, {tokens} tokens, {options.seeds} seeds")
-        if options.output:
-            write_json(options.output, found)
-        chain = chain_rows(studies[0], options.profile_seconds)
-        columns = ("step", "perplexity", "MiB", "predicted TTFT ms", "measured ms", "tokens/s")
-        print_table(columns, chain, title="the chain, FFN 50 %: a prompt of 2048 on two ranks of one thread")
+        model = trained(options.folder, options.seed, options.steps)
+        tell("trained")
+        variants = made(Study(folder=Path(place), model=model, seed=options.seed, steps=options.steps))
+        tell("pruned, recovered, quantized")
+        bench = Bench(Path(place), options.profile_seconds)
+        for variant in variants:
+            bench.profile(variant)
+        tell("profiled")
+        rows = chain_rows(bench, variants)
+        tell("planned and run")
+        columns = ("model", "perplexity", "loss %", "MiB", "layout", "predicted TTFT ms", "measured ms", "off %",
+                   "tokens/s")  # fmt: skip
+        title = f"a prompt of {PROMPT} tokens on two ranks of one thread; perplexity on {HELD_OUT} characters"
+        print_table(columns, rows, title=title)
+        contest = contest_rows(bench, variants)
+        tell("compared")
+    names = ("prompt", "trained ms", "pruned ms", "quantized ms", "both ms", "fastest")
+    print_table(names, contest, title=f"fastest by the cost model, at most {MOST_LOSS:.0%} more perplexity")
+    if options.output:
+        write_json(options.output, {"columns": columns, "rows": rows, "names": names, "contest": contest})
 
 
 if __name__ == "__main__":

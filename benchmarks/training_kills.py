@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.smaller_model import begin
+from benchmarks.trained_model import begin
 from db.files.documents import write_json
 from profiler.model import load_model_shape
 from runtime.run.prompts import random_prompts
@@ -68,7 +68,7 @@ def prepared(folder: Path, steps: int) -> list[str]:
     weights = begin(folder / "begun", 0)
     shape = load_model_shape(str(weights))
     plan = Plan(
-        model=dict(shape.config), precision="float32", parallel=Parallel(tp_size=1, pp_size=2, layer_partition=(2, 2)),
+        model=dict(shape.config), precision="float32", parallel=Parallel(tp_size=1, pp_size=2, layer_partition=(3, 3)),
         requests=(Request(id="r0", prompt_tokens=LENGTH), Request(id="r1", prompt_tokens=LENGTH)),
         rounds=tuple((Chunk(0, at, CHUNK), Chunk(1, at, CHUNK)) for at in range(0, LENGTH, CHUNK)),
     )  # fmt: skip

@@ -8,7 +8,7 @@ _MAX_ALLOWED = 2000
 
 
 class UserError(ValueError):
-    """Bad input, told in one printable line: the field, the value found there, and what is allowed.
+    """Bad input, as one printable line: the field, the value found there, and what is allowed.
 
     The command line prints it without a traceback and exits with code 2. It is a ValueError, so that pydantic, which
     calls the checks of our dataclasses, says where in a file it was raised.

@@ -1,1 +1,1 @@
-"""The doors: the command line, the HTTP API and its page, jobs, and launch files of other engines."""
+"""The interfaces: the command line, the HTTP API and its page, jobs, and launch files of other engines."""

@@ -15,16 +15,16 @@ FOLDERS = ("db", "profiler", "tuner", "runtime", "service", "benchmarks")
 ROOMS = {
     "db": ("files", "store", "rows"),
     "profiler": ("hardware", "library", "model", "sequence", "kernels", "layers", "comm", "points", "measure"),
-    "tuner": ("plan", "workload", "training", "rounds", "online", "policies", "fit", "search", "waterfall"),
+    "tuner": ("plan", "workload", "training", "serving", "rounds", "online", "policies", "fit", "search", "waterfall"),
     "runtime": ("job", "weights", "stage", "run", "quantize", "prune", "train"),
     "service": ("pictures", "reasons", "use_cases", "reports", "engines", "jobs", "http", "cli"),
 }
 ASKED = {
-    "db": "what is kept",
-    "profiler": "what is measured",
-    "tuner": "what is decided",
-    "runtime": "what is executed",
-    "service": "the doors",
+    "db": "storage",
+    "profiler": "measurement",
+    "tuner": "planning",
+    "runtime": "execution",
+    "service": "interfaces",
 }
 LIST = "## Every module\n"
 _ROOM_WIDTH, _ROOM_HEIGHT, _GAP, _LEFT = 104, 34, 12, 190

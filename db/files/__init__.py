@@ -1,4 +1,4 @@
-"""Files that users hand over or take away: the one door for JSON, whole replacements, and numbers in options.
+"""Files of users: JSON, CSV and text read within limits, files replaced atomically, and numbers in options.
 
 May import `db.errors`.
 """

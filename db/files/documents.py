@@ -1,4 +1,4 @@
-"""The one door for files that users hand over: JSON, JSON lines and text, within limits.
+"""Reads files of users (JSON, JSON lines, TOML, text) within limits; every module reads such files through this one.
 
 A file is read up to its limit, must be UTF-8 and JSON without repeated keys, and holds only what can be written again:
 finite numbers, texts without lone surrogates, nesting that every later step can follow. `parse` then gives its content
@@ -152,7 +152,7 @@ def of_schema(content: object, *schemas: str) -> dict[str, Any]:
 
 
 def parse(model: type[T], content: object) -> T:
-    """The content of a file as a `model`: a dataclass or any type that pydantic knows.
+    """Convert a file's content to `model`: a dataclass or any type that pydantic supports.
 
     Strict: a number is no text and true is no number. Fields that the model does not have are ignored.
     """
@@ -176,7 +176,7 @@ def parse(model: type[T], content: object) -> T:
 
 @contextmanager
 def located(place: str | Path) -> Iterator[None]:
-    """Put the file, or a line of it, before the field that a UserError in this block names."""
+    """Prefix the field of a UserError raised in this block with the file, or with a line of it."""
     try:
         yield
     except UserError as error:
@@ -185,7 +185,7 @@ def located(place: str | Path) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path, field: str) -> Iterator[BinaryIO]:
-    """A file for reading; whatever fails in this block because of it is a UserError that names it."""
+    """Open a file for reading; errors of the file in this block become a UserError that names it."""
     try:
         with path.open("rb") as file:
             yield file

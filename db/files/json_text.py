@@ -1,4 +1,4 @@
-"""Reads JSON text that strangers wrote: what JSON allows and nobody can use is refused in one line."""
+"""Parses untrusted JSON text: valid JSON that cannot be used (infinite numbers, deep nesting) is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_KEYS = 300_000
 
 
 def parse_json(data: bytes, field: str, path: str | Path) -> Any:
-    """What the bytes of a file or a line hold, checked for what JSON allows and nobody can use."""
+    """Parse the bytes of a file or a line; refuses repeated keys, infinite numbers, deep nesting, lone surrogates."""
     if data.count(b"[") + data.count(b"{") > MAX_PARTS:
         raise UserError(field, path, f"must be JSON of at most {MAX_PARTS} objects and lists")
     try:
@@ -50,7 +50,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _UnusableError(Exception):
-    """A value that is refused whatever the file is for, and the keys that lead to it, the last one first."""
+    """A value that no file may hold, and the keys that lead to it, the last one first."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -89,5 +89,5 @@ def _check_text(text: str) -> None:
 
 
 def key_path(keys: Iterable[int | str]) -> str:
-    """Where in a document something is: `rounds[3][0].start`."""
+    """A path of keys as text: `rounds[3][0].start`."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{cut(key, 40)}" for key in keys).removeprefix(".")

@@ -1,4 +1,4 @@
-"""Whole numbers in options' texts."""
+"""Parses whole numbers given as text in options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from db.errors import UserError
 
 
 def whole_number(field: str, text: str, *, least: int = 1, most: int) -> int:
-    """The number that a text of plain digits means. Raises UserError unless it is from `least` to `most`."""
+    """Parse a text of plain digits. Raises UserError unless the number is from `least` to `most`."""
     digits = text.strip()
     if not (digits.isascii() and digits.isdecimal()):
         raise UserError(field, text, f"must be a whole number from {least} to {most}")

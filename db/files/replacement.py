@@ -1,4 +1,4 @@
-"""Replaces a file whole or not at all, and says beforehand where that cannot work."""
+"""Replaces files atomically, and checks beforehand whether a file can be written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CSV files that users hand over, read line by line within limits: the same door as for JSON lines."""
+"""Reads CSV files of users line by line, within the same limits as JSON lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MIB = 1 << 20
 
 
 def first_line(path: str | Path, *, field: str = "file", max_bytes: int = 1 << 16) -> str:
-    """The first line that is not blank, for telling a file's format; only so many bytes of it."""
+    """The first line that is not blank, to detect a file's format; cut after a fixed number of bytes."""
     with opened(Path(path), field) as file:
         while line := file.readline(max_bytes):
             if line.strip():

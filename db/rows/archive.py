@@ -32,7 +32,7 @@ _MOST_FLOPS = 1e17  # one device; the fastest of 2026 have 2e16 in their narrowe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What the file holds."""
+    """The file's content: one hardware and its measurements."""
 
     hardware: Hardware
     measurements: list[Measurement]
@@ -61,10 +61,27 @@ def export_hardware(database: Database, hardware_id: int, path: Path | str) -> i
         f' "hardware": {json.dumps(asdict(hardware))},\n'
         f' "measurements": [\n  {rows}\n ]}}\n'
     )
-    data = text.encode()
-    path = Path(path)
-    replace_file(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    _write(Path(path), text)
     return len(measurements)
+
+
+def export_table(database: Database, hardware_id: int, path: Path | str) -> int:
+    """Write the measurements as CSV, gzipped if the name ends in .gz; return how many there are.
+
+    A row for each point, a column for each name of its shape (empty where the point has no such name) and each field.
+    """
+    import pandas
+
+    measurements = load_measurements(database, get_hardware(database, hardware_id))
+    rows = [asdict(row) for row in measurements]
+    table = pandas.DataFrame([row.pop("shape") | row for row in rows]).convert_dtypes()
+    _write(Path(path), table.to_csv(index=False))
+    return len(measurements)
+
+
+def _write(path: Path, text: str) -> None:
+    data = text.encode()
+    replace_file(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def import_hardware(database: Database, path: Path | str) -> Imported:
@@ -102,7 +119,7 @@ def read_profile(path: Path) -> Profile:
 
 
 def _check_time(where: str, row: Measurement) -> None:
-    """Raise UserError for a time that no device can reach: a plan made from it would be believed."""
+    """Raise UserError for a time shorter than any device can reach."""
     if row.median_us < _LEAST_US:
         raise UserError(f"{where}.median_us", row.median_us, f"no operation ends within {_LEAST_US:g} us")
     if {"m", "n", "k"} <= row.shape.keys():
@@ -138,5 +155,5 @@ def _check_limits(where: str, row: Hardware | Measurement) -> None:
 
 def _portable(row: Measurement) -> dict[str, Any]:
     values = asdict(row) | {"measured_at": row.measured_at.isoformat()}
-    del values["source"]  # whoever imports it knows that it was imported
+    del values["source"]  # set to "import" on import
     return values

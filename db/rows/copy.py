@@ -1,4 +1,4 @@
-"""Everything that a database keeps, copied into an empty one: to another engine, or as a backup that can be opened."""
+"""Copies all rows of a database into an empty one: to move to another engine, or as a backup."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _LEFT = {"status": RunStatus.LOST, "error": "it was at work when the database wa
 def copy_database(source: Database, target: Database, progress: Callable[[str, int], None]) -> dict[str, int]:
     """Copy all rows, all or none -> how many of each table.
 
-    The source is read as it is at one moment, and may be written meanwhile. What is at work there counts as lost in
-    the copy. progress: told a table's name and how many of its rows are copied, now and then.
+    The source is read as it is at one moment, and may be written meanwhile. Running commands and runs count as lost in
+    the copy. progress: called now and then with a table's name and how many of its rows are copied.
 
     Raises UserError for a target that holds rows already, and for one that is the source.
     """

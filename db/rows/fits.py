@@ -75,9 +75,3 @@ def list_fits(
     with database.reading() as session:
         rows = session.scalars(query).all()
     return [StoredFit(**{name: getattr(row, name) for name in StoredFit.__dataclass_fields__}) for row in rows]
-
-
-def latest_fit(database: Database, hardware: Hardware, model_name: str, dtype: str) -> StoredFit | None:
-    """The newest fit of a model on a hardware, None when there is none."""
-    fits = list_fits(database, hardware=hardware, model_name=model_name, dtype=dtype, limit=1)
-    return fits[0] if fits else None

@@ -1,4 +1,4 @@
-"""The hardware a measurement belongs to: what the device is, and all that changes how fast it runs."""
+"""The hardware a measurement belongs to: the device and everything else that changes its speed."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ class Hardware:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal hardware. Memory counts in whole GiB: what a kernel reserves changes from boot to boot."""
+        """Equal for equal hardware. Memory counts in whole GiB, because reserved memory changes from boot to boot."""
         fields = asdict(self) | {"memory_bytes": round(self.memory_bytes / _GIB) * _GIB}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def computes_like(self, other: Hardware) -> bool:
-        """Whether the two differ at most in the link: what one rank does alone takes as long on both."""
+        """Whether the two differ at most in the link, so that work of a single rank takes equally long on both."""
         return replace(self, link=other.link).fingerprint == other.fingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredHardware:
-    """A row of the list: one hardware and what is kept of it."""
+    """A stored hardware with the number of its measurements and their dates."""
 
     id: int
     hardware: Hardware
@@ -61,12 +61,6 @@ def save_hardware(database: Database, hardware: Hardware) -> int:
     """Keep the hardware, once however often it is saved; return its id."""
     with database.session() as session:
         return hardware_id(session, hardware)
-
-
-def find_hardware(database: Database, hardware: Hardware) -> int | None:
-    """The id of the hardware, None when nothing is kept of it."""
-    with database.reading() as session:
-        return session.scalar(select(id_of(hardware)))
 
 
 def get_hardware(database: Database, hardware_id: int) -> Hardware:
@@ -86,7 +80,7 @@ def list_hardware(database: Database) -> list[StoredHardware]:
 
 
 class HardwareList:
-    """All hardware, listed often: of each the measurements that came since the last look are counted, not all."""
+    """Lists all hardware repeatedly; each call counts only the measurements added since the previous one."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

@@ -1,4 +1,4 @@
-"""Measured points: how long one operation of one shape takes on one hardware, its spread and where it comes from."""
+"""Measured points: the time of one operation of one shape on one hardware, its spread and its origin."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -18,10 +18,7 @@ from db.store.engine import Database
 from db.store.tables import MeasurementRow, Source
 from db.store.upsert import insert_or_replace
 
-if TYPE_CHECKING:
-    import pandas
-
-__all__ = ["Measurement", "MeasurementKey", "Source", "load_measurements", "measured_keys", "measurement_frame",
+__all__ = ["Measurement", "MeasurementKey", "Source", "load_measurements",
            "measurement_key", "page_measurements", "save_measurements"]  # fmt: skip
 
 
@@ -47,7 +44,7 @@ def measurement_key(
 class Measurement:
     """One point: times in microseconds over `num_samples` repetitions.
 
-    Raises ValueError for times that are no times or contradict each other.
+    Raises ValueError for negative or infinite times, and for quantiles that are out of order.
     """
 
     op: str
@@ -128,7 +125,7 @@ def load_measurements(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredMeasurement:
-    """A row of a list: one point and whose it is."""
+    """A stored point with its id and its hardware's id."""
 
     id: int
     hardware_id: int
@@ -154,21 +151,6 @@ def page_measurements(
     with database.reading() as session:
         rows = session.scalars(query).all()
     return [StoredMeasurement(id=row.id, hardware_id=row.hardware_id, measurement=from_row(row)) for row in rows]
-
-
-def measured_keys(database: Database, hardware: Hardware) -> set[MeasurementKey]:
-    """What is measured already on a hardware, noisy points included."""
-    return {row.key for row in load_measurements(database, hardware)}
-
-
-def measurement_frame(
-    database: Database, hardware: Hardware, *, op: str | None = None, dtype: str | None = None
-) -> pandas.DataFrame:
-    """The rows as a table: each shape name is a column (missing where a row has no such name), beside the fields."""
-    import pandas
-
-    rows = load_measurements(database, hardware, op=op, dtype=dtype)
-    return pandas.DataFrame([{**row.shape, **_values(row)} for row in rows]).drop(columns="shape", errors="ignore")
 
 
 def _order(row: Measurement) -> tuple[object, ...]:

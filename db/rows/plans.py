@@ -1,4 +1,4 @@
-"""Plans that were made or run, each kept once."""
+"""Plan files, each stored once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that work on the database for long, and which of them are gone without having said so."""
+"""Long-running commands that use the database, and detection of those that died."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["StoredProcess", "is_running", "list_processes", "process_row"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredProcess:
-    """One command that worked, or works, on the database."""
+    """One command that uses, or used, the database."""
 
     id: int
     command: str
@@ -36,7 +36,7 @@ class StoredProcess:
 
 @contextmanager
 def process_row(database: Database, command: str) -> Iterator[int]:
-    """A row that says that this process runs `command`, for as long as the block lasts -> its id.
+    """Record that this process runs `command` for the duration of the block -> the row's id.
 
     The process holds a lease meanwhile: when it dies, whoever opens the database next marks the row, and the runs that
     belong to it, as lost.
@@ -65,7 +65,7 @@ def process_row(database: Database, command: str) -> Iterator[int]:
 
 
 def is_running(database: Database, process_id: int) -> bool:
-    """Whether the process of an id says so, and holds its lease."""
+    """Whether the process of an id is marked as running and holds its lease."""
     with database.reading() as session:
         row = session.get(ProcessRow, process_id)
     return row is not None and row.status is RunStatus.RUNNING and is_held(database.engine, database.url, process_id)

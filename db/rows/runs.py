@@ -1,4 +1,4 @@
-"""Runs of plans: when each round really ran on each stage, beside what was predicted."""
+"""Runs of plans: the measured times of each round on each stage, and the predicted ones."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ class RoundTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOutcome:
-    """What a run measured."""
+    """The measurements of a finished run."""
 
     makespan_s: float
     predicted_makespan_s: float | None = None
+    slowdown: float | None = None  # of the machine since its profile: 1.2 is a fifth slower
     mfu: float | None = None
     ttft_s: Sequence[float] = ()  # of each request, in the plan's order
     rounds: Sequence[RoundTime] = ()
@@ -46,7 +47,7 @@ class RunOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRun:
-    """A row of the list: one run, its outcome once it is done, its error if it failed."""
+    """A stored run, with its outcome once it is done and its error if it failed."""
 
     id: int
     plan_id: int
@@ -60,6 +61,7 @@ class StoredRun:
     finished_at: datetime | None
     makespan_s: float | None
     predicted_makespan_s: float | None
+    slowdown: float | None
     mfu: float | None
     ttft_s: list[float] | None
     error: str | None
@@ -79,7 +81,7 @@ def start_run(
     details: Mapping[str, Any] | None = None,
     process_id: int | None = None,
 ) -> int:
-    """Note that a run of a plan begins and return its id.
+    """Record the start of a run of a plan and return its id.
 
     study: the name of the auto-tuning study or benchmark the run belongs to.
     process_id: of `db.rows.processes.process_row`; when that process dies, the run counts as lost.
@@ -103,7 +105,7 @@ def start_run(
 
 
 def finish_run(database: Database, run_id: int, outcome: RunOutcome) -> None:
-    """Note what the run measured, rounds and all at once. Raises ValueError when it is not running (any more)."""
+    """Store the measurements of a run, its rounds included. Raises ValueError when the run is not running."""
     with database.session() as session:
         ended = _end_run(
             session,
@@ -111,6 +113,7 @@ def finish_run(database: Database, run_id: int, outcome: RunOutcome) -> None:
             status=RunStatus.DONE,
             makespan_s=outcome.makespan_s,
             predicted_makespan_s=outcome.predicted_makespan_s,
+            slowdown=outcome.slowdown,
             mfu=outcome.mfu,
             ttft_s=list(outcome.ttft_s),
         )
@@ -129,7 +132,7 @@ def fail_run(
     stage: int | None = None,
     round_index: int | None = None,
 ) -> bool:
-    """Note that the run failed, and where. The first ending stands: False when the run had ended before."""
+    """Record that the run failed, and where. False, and nothing changes, when the run had already ended."""
     with database.session() as session:
         return _end_run(
             session,

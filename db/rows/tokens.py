@@ -1,4 +1,4 @@
-"""Tokens that open the service: kept as hashes, with what each allows, until they are revoked."""
+"""Access tokens of the service: stored as hashes, with their scopes, until they are revoked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from db.store.tables import TokenRow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredToken:
-    """A row of the list; the token itself is known to nobody but who was shown it."""
+    """A stored token: its hash only, since the token itself is shown once and not stored."""
 
     id: int
     name: str
@@ -48,7 +48,7 @@ def list_tokens(database: Database) -> list[StoredToken]:
 
 
 def revoke_token(database: Database, token_id: int) -> None:
-    """Let a token open nothing any more. Raises UserError for an id that no valid token has."""
+    """Revoke a token. Raises UserError for an id that no valid token has."""
     with database.session() as session:
         found = session.execute(
             update(TokenRow)

@@ -1,4 +1,4 @@
-"""Processes that take jobs, and the hardware that each of them has."""
+"""Workers: processes that take jobs, and the hardware of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["StoredWorker", "WorkerHardware", "list_workers", "lost_processes", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerHardware:
-    """What a worker says it has."""
+    """The hardware that a worker reports."""
 
     machine: str
     """Its name: one worker a machine."""
@@ -32,7 +32,7 @@ class WorkerHardware:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredWorker:
-    """A worker that lives, or lived."""
+    """A stored worker, running or not."""
 
     id: int
     """Of its process."""
@@ -42,13 +42,13 @@ class StoredWorker:
 
 
 def save_worker(database: Database, process_id: int, hardware: WorkerHardware) -> None:
-    """Keep what the worker of a process has."""
+    """Store the hardware of a process's worker."""
     with database.session() as session:
         session.execute(insert(WorkerRow).values(process_id=process_id, **asdict(hardware)))
 
 
 def list_workers(database: Database, *, alive: bool | None = None) -> list[StoredWorker]:
-    """Workers, newest first; only those that live, or that do not, if that is given."""
+    """Workers, newest first; only running ones, or only ended ones, if that is given."""
     lost = set(lost_processes(database))
     query = (
         select(WorkerRow, ProcessRow)

@@ -23,7 +23,7 @@ class UtcDateTime(TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Refuse a naive time: what zone it meant could only be guessed."""
+        """Refuse a time without a zone."""
         if value is None:
             return None
         if value.tzinfo is None:
@@ -70,7 +70,7 @@ def parse_shape(text: str) -> dict[str, int]:
 
 
 def word_column(vocabulary: type[StrEnum]) -> Enum:
-    """A closed vocabulary kept as its plain words; a new word needs no migration."""
+    """A column for a string enumeration, stored as text; a new member needs no migration."""
 
     def words(enum: type[Any]) -> list[str]:
         return [member.value for member in enum]

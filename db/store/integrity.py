@@ -1,4 +1,4 @@
-"""Whether a database's pages and rows are whole: a quick look when it is opened, a full check on request."""
+"""Integrity checks of a database: a quick one when it is opened, a full one on request."""
 
 from __future__ import annotations
 

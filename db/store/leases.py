@@ -1,4 +1,4 @@
-"""Leases that end with the process that holds them, however it ends, and that every other process can look at.
+"""Leases that end with the process that holds them, and that other processes can query.
 
 On PostgreSQL an advisory lock of a connection, beside a SQLite file a lock on one byte of a second file. A database in
 memory has no other process, and so no leases; nor has SQLite where the system lacks locks of open files (Linux has

@@ -1,4 +1,4 @@
-"""Which code wrote a row, and when."""
+"""The time and the code version that are stored with each row."""
 
 from __future__ import annotations
 

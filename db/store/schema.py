@@ -1,4 +1,4 @@
-"""Which revision of the tables a database has, and bringing it to ours."""
+"""The revision of a database's tables, and its upgrade to the current one."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ REVISIONS = (
     "0002",
     "0003",
     "0004",
+    "0005",
 )  # oldest first; known here so that opening a current database need not import alembic
 HEAD = REVISIONS[-1]
 MIGRATIONS = Path(__file__).parent / "migrations"

@@ -31,12 +31,12 @@ class RunKind(StrEnum):
 
 
 class RunStatus(StrEnum):
-    """How far a run, or a process, came."""
+    """State of a run or a process."""
 
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
-    LOST = "lost"  # its process ended without a word
+    LOST = "lost"  # its process died
 
 
 class Base(DeclarativeBase):
@@ -127,7 +127,7 @@ class PlanRow(Base):
 
 
 class ProcessRow(Base):
-    """One command that works on the database for long: it holds the lease of its id meanwhile."""
+    """One long-running command that uses the database; it holds the lease of its id meanwhile."""
 
     __tablename__ = "processes"
     __table_args__ = (Index(None, "status"),)
@@ -144,7 +144,7 @@ class ProcessRow(Base):
 
 
 class WorkerRow(Base):
-    """What a process that takes jobs has; it lives as long as its process."""
+    """The hardware of a process that takes jobs."""
 
     __tablename__ = "workers"
 
@@ -157,7 +157,7 @@ class WorkerRow(Base):
 
 
 class TokenRow(Base):
-    """A token that opens the service: its hash alone, and what it allows."""
+    """An access token of the service: its hash and its scopes."""
 
     __tablename__ = "tokens"
 
@@ -170,7 +170,7 @@ class TokenRow(Base):
 
 
 class RunRow(Base):
-    """One execution of a plan: what came of it beside what was predicted."""
+    """One execution of a plan: measured and predicted results."""
 
     __tablename__ = "runs"
     __table_args__ = (Index(None, "plan_id"), Index(None, "study"), Index(None, "hardware_id", "id"))
@@ -187,6 +187,7 @@ class RunRow(Base):
     finished_at: Mapped[datetime | None]
     makespan_s: Mapped[float | None]
     predicted_makespan_s: Mapped[float | None]
+    slowdown: Mapped[float | None]
     mfu: Mapped[float | None]
     ttft_s: Mapped[list[float] | None]
     error: Mapped[str | None]

@@ -1,4 +1,4 @@
-"""Inserts that give way to rows already there: what lets several processes write one table at once."""
+"""Inserts that skip or replace existing rows, so that several processes can write one table at once."""
 
 from __future__ import annotations
 

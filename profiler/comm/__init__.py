@@ -1,4 +1,4 @@
 """How ranks are started, watched and ended, where each stands, and how they exchange data.
 
-May import `db` and the rest of `profiler`; nothing in it knows a model, a plan or a measurement.
+May import `db` and the rest of `profiler`; nothing in it depends on models, plans or measurements.
 """

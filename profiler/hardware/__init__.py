@@ -1,4 +1,4 @@
-"""What machine this is, and what its vendor publishes of it.
+"""The devices of this machine, and their published figures.
 
 May import nothing else of `profiler`.
 """

@@ -1,4 +1,4 @@
-"""What vendors publish of devices: the peak that MFU is measured against, and how many blocks run at once."""
+"""Published figures of devices: peak FLOP/s (for MFU) and number of multiprocessors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the device at hand is: the provenance of every row, its memory and its caches.
+"""The local device: its description as stored with every row, its memory and its caches.
 
-torch is imported by the functions that ask it: planning for a device of the database needs none.
+torch is imported inside the functions that need it, so that planning for a stored hardware does not import it.
 """
 
 from __future__ import annotations

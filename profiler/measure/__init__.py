@@ -1,4 +1,4 @@
-"""What is measured, in which order and how: points of a grid, their sampling on all ranks, the whole profile.
+"""Measures the points of a grid: sampling on all ranks, and the whole profile.
 
 May import all of `profiler`.
 """

@@ -1,4 +1,4 @@
-"""A card's usual work: keeps its clocks where they are in the middle of a run, and tells where they are.
+"""Background load for a card: keeps its clocks at their level of a running model, and measures that level.
 
 A card under load is held at its power limit by its clocks: an H100 swings between 1.3 and 1.9 GHz within tenths of
 a second, and products measured one after another differ by ten percent. Work of a model's own mix between the samples
@@ -36,7 +36,7 @@ class BackgroundLoad:
         self.usual_us = self._listen()
 
     def clock_factor(self, load_us: list[float]) -> float:
-        """What a kernel's time is multiplied by to stand for the usual clock, by the load's time beside it."""
+        """The factor that scales a kernel's time to the usual clock, from the load's time measured beside it."""
         factor = self.usual_us / (sum(load_us) / len(load_us))
         return min(max(factor, 1.0 - _MOST_SHIFT), 1.0 + _MOST_SHIFT)
 

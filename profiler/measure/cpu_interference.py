@@ -1,4 +1,4 @@
-"""Tells whether a core is as fast as usual: a small fixed product, timed between the samples of what is measured."""
+"""Detects interference on a CPU core by timing a small fixed product between the samples of a measurement."""
 
 from __future__ import annotations
 

@@ -29,7 +29,9 @@ from profiler.hardware.device import (
 from profiler.kernels.attention import available_kernels
 from profiler.kernels.attention_kernel import worth_measuring
 from profiler.kernels.quantized.support import check_precision
-from profiler.measure.session import ProfileJob, expected_seconds, profile_rank
+from profiler.measure.expected_time import expected_seconds
+from profiler.measure.leader import profile_rank
+from profiler.measure.session import ProfileJob
 from profiler.measure.summary import ProfileSummary, summarize_ops
 from profiler.model import Backend, ModelShape, load_model_shape, precision_of
 from profiler.model.shape import default_dtype
@@ -43,7 +45,7 @@ _MEMORY_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileOptions:
-    """A user's wishes; None takes what suits the model and the machine.
+    """Options of a profile; None means a default that suits the model and the machine.
 
     tp_sizes, sp_sizes: numbers with commas between. budget_s: seconds of measuring after which no point is begun.
     remeasure: "noisy", "all" or None. stall_timeout_s: the profile fails when no rank moved for so long.

@@ -1,4 +1,4 @@
-"""Shows how far a profile is: a bar on a terminal, a line now and then elsewhere; drawn only between points."""
+"""Progress of a profile: a bar on a terminal, an occasional line elsewhere; drawn only between points."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ProfileProgress:
         return max(0.0, self.deadline - time.monotonic())
 
     def extend(self, num_points: int, expected_s: float) -> None:
-        """More points are to be measured than was thought."""
+        """Add points to be measured."""
         self.num_points += num_points
         self.expected_s += expected_s
         self.bar.update(self.task, total=self.num_points)

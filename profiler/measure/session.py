@@ -1,37 +1,26 @@
-"""One profile on its ranks: the first decides what is next and commits rows, all measure the same point together."""
+"""A rank's part of a profile: measures each point together with the other ranks, when the first rank names it."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 import torch
 import torch.distributed as dist
 
 from db.rows.hardware import Hardware
-from db.rows.measurements import Measurement, save_measurements
-from db.store.engine import open_database
-from db.store.provenance import code_version, now
+from db.rows.measurements import Measurement
 from profiler.comm.links.group import HostGroup, find_hosts
 from profiler.comm.ranks.mark import Doing, Phase
 from profiler.comm.ranks.rank import RankContext
 from profiler.hardware.device import cache_bytes, free_bytes
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.measure.background_load import BackgroundLoad
-from profiler.measure.collectives import (
-    PeerMessages,
-    make_groups,
-    prepare_collective,
-    prepare_message,
-    prepare_round_overhead,
-)
 from profiler.measure.cpu_interference import CpuInterference
-from profiler.measure.operators import Operators, has_own_load
-from profiler.measure.progress import ProfileProgress
-from profiler.measure.side_by_side import beside_collectives, beside_products, num_calls
+from profiler.measure.expected_time import POINT_S, ROUGH_FLOPS, expected_seconds
+from profiler.measure.point_rows import rows_of
 from profiler.measure.timing import (
     Prepared,
     Samples,
@@ -42,18 +31,25 @@ from profiler.measure.timing import (
     summarize,
     take_samples,
 )
-from profiler.measure.workspace import Workspace
+from profiler.measure.work.collectives import (
+    PeerMessages,
+    make_groups,
+    prepare_collective,
+    prepare_message,
+    prepare_round_overhead,
+)
+from profiler.measure.work.operators import Operators
+from profiler.measure.work.side_by_side import beside_collectives, beside_products, num_calls
+from profiler.measure.work.workspace import Workspace
 from profiler.model import Backend, WholeLayer
 from profiler.points.grid import BESIDE_BYTES, Grid, rank_groups, round_up
-from profiler.points.point import BESIDE, COLLECTIVES, RANK_LAYER, Op, Point
+from profiler.points.point import BESIDE, COLLECTIVES, Op, Point
 from profiler.points.rank_groups import RankGroups
 from profiler.points.whole_layers import whole_sizes, whole_variant
 from profiler.points.worklist import Worklist
 
-COMMIT_EVERY_S = 0.5
-POINT_S = {"cpu": 0.25, "cuda": 0.2}  # what sampling a point may take, unless three samples take longer
 ATTEMPTS = 2  # at once; a point that stays noisy is tried once more at the end
-_STOP = -1
+STOP = -1
 _TRIAL_CALLS = 2  # one alone may have met another process
 STALL_FACTOR = 20.0  # a point may take so many times what is expected before it counts as stalled
 _LONG_CALL_S = 2.5  # too long for a second try
@@ -61,13 +57,11 @@ _LOAD_CHUNK, _LOAD_CONTEXT = 2048, 8192
 _ROUGH_BYTES = 2e11  # a second, of a message between cards
 _PAIR = RankGroups(2)
 _CACHES = 2  # weights lie so many caches apart, or a stage of the model if that is less
-_ROUGH_FLOPS = {"cpu": 5e10, "cuda": 3e14}
-_POINT_OVERHEAD_S = {"cpu": 0.03, "cuda": 0.18}  # on a card mostly load before and between the samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileJob:
-    """What the ranks are given.
+    """A profile's input for its ranks.
 
     points: those of the grid that fit into memory, in order. rows: what the database had of them.
     budget_s: seconds from the first point on after which none is begun.
@@ -79,27 +73,6 @@ class ProfileJob:
     hardware: Hardware
     database_url: str
     budget_s: float
-
-
-@torch.inference_mode()
-def profile_rank(context: RankContext, job: ProfileJob) -> int:
-    """Measure what is missing until it is done or time is up; returns how many points this rank measured."""
-    session = RankSession(context, job)
-    if context.rank == 0:
-        return Leader(session, job).run()
-    return session.follow()
-
-
-def expected_seconds(point: Point, device_type: str, num_threads: int) -> float:
-    """Roughly how long a point takes, to tell how much time is left."""
-    rate = _ROUGH_FLOPS[device_type] * (num_threads if device_type == "cpu" else 1)
-    call_s = point.flops / rate
-    if has_own_load(point, device_type):
-        sampling = plan_own_load(call_s)
-    else:
-        sampling = plan_sampling(call_s, device_type=device_type, budget_s=POINT_S[device_type])
-    settle_s = max(sampling.settle_s, call_s) if sampling.settle_s else 0.0
-    return _POINT_OVERHEAD_S[device_type] + settle_s + (sampling.num_calls + 2) * call_s
 
 
 class RankSession:
@@ -150,7 +123,7 @@ class RankSession:
         return BackgroundLoad(run, call_seconds(run, self.device), self.device)
 
     def make_messages(self) -> PeerMessages | None:
-        """What a pair's messages go through where cards reach each other's memory, as in a pipeline."""
+        """The shared memory for a pair's messages where cards reach each other's memory, as in a pipeline."""
         sizes = [point.shape["bytes"] for point in self.job.points if point.op is Op.SEND_RECV]
         everyone = self.control[self.context.world_size]
         shared = find_hosts(everyone, self.device).groups()
@@ -173,13 +146,13 @@ class RankSession:
     def follow(self) -> int:
         """Measure until the first rank says stop."""
         measured = 0
-        while (index := self.agree_on_index(_STOP)) != _STOP:
+        while (index := self.agree_on_index(STOP)) != STOP:
             measured += bool(self.measure(self.job.points[index]))
             self.context.progress.wait(Doing.MEET)
         return measured
 
     def agree_on_index(self, index: int) -> int:
-        """The first rank's index, on all ranks. Waiting here takes no processor time."""
+        """The first rank's index, on all ranks. Waiting for it uses no processor time."""
         message = torch.tensor([index])
         dist.broadcast(message, 0, group=self.control[self.context.world_size])
         return int(message.item())
@@ -282,7 +255,7 @@ class RankSession:
             and rest.items() <= row.shape.items()
         ]
         if not alike:
-            return size / _ROUGH_BYTES if at == "bytes" else point.flops / _ROUGH_FLOPS[self.device.type]
+            return size / _ROUGH_BYTES if at == "bytes" else point.flops / ROUGH_FLOPS[self.device.type]
         nearest = min(alike, key=lambda row: (abs(math.log(row.shape[at] / size)), row.busy_ranks))
         return nearest.median_us * 1e-6 * size / nearest.shape[at]
 
@@ -345,107 +318,3 @@ def of_the_last(us: torch.Tensor, groups: Iterable[Sequence[int]]) -> torch.Tens
     for ranks in groups:
         least[list(ranks)] = us[list(ranks)].amin(dim=0)
     return least
-
-
-def rows_of(point: Point, samples: Sequence[Samples], timing: Timing, *, own_load: bool) -> list[Measurement]:
-    """A point's row and, of work under its own load on several ranks, which have a card each, those of every rank."""
-    rows = [row_of(point, timing)]
-    if own_load and len(samples) > 1:
-        rows += [rank_row(point, rank, summarize(mine)) for rank, mine in enumerate(samples)]
-    return rows
-
-
-def row_of(point: Point, timing: Timing) -> Measurement:
-    """The row of a point that was just measured."""
-    return Measurement(
-        op=point.op,
-        dtype=point.dtype,
-        shape=point.shape,
-        group_size=point.group_size,
-        busy_ranks=point.busy_ranks,
-        variant=point.variant,
-        num_samples=timing.num_samples,
-        median_us=timing.median_us,
-        p10_us=timing.p10_us,
-        p90_us=timing.p90_us,
-        min_us=timing.min_us,
-        std_us=timing.std_us,
-        noisy=timing.noisy,
-        measured_at=now(),
-        code_version=code_version(),
-    )
-
-
-def rank_row(point: Point, rank: int, timing: Timing) -> Measurement:
-    """One rank's own row of a layer: the point's row is that of the slowest."""
-    return replace(row_of(point, timing), op=RANK_LAYER, shape={**point.shape, "rank": rank})
-
-
-class Leader:
-    """The first rank's part: what is next, when to stop, and the rows."""
-
-    def __init__(self, session: RankSession, job: ProfileJob) -> None:
-        self.session, self.job = session, job
-        self.database = open_database(job.database_url)
-        self.unsaved: list[Measurement] = []
-        self.last_commit = time.monotonic()
-        missing = list(session.worklist.missing())
-        self.deadline = time.monotonic() + job.budget_s
-        self.progress = ProfileProgress(
-            num_points=len(missing), expected_s=sum(map(self.expected_seconds, missing)), deadline=self.deadline
-        )
-
-    def run(self) -> int:
-        """Measure until nothing is missing or time is up. Rows are kept whatever ends it."""
-        measured = 0
-        index_of = {point.key: index for index, point in enumerate(self.job.points)}
-        try:
-            with self.progress:
-                for point in self.upcoming():
-                    self.session.agree_on_index(index_of[point.key])
-                    self.keep(self.session.measure(point))
-                    measured += 1
-                    self.progress.advance(str(point), self.expected_seconds(point))
-            self.session.agree_on_index(_STOP)
-        finally:
-            self.commit()
-            self.database.close()
-        return measured
-
-    def upcoming(self) -> Iterator[Point]:
-        """Missing points in order, then once more those that came out noisy, while there is time."""
-        done = []
-        for point in self.in_time(self.session.worklist.missing()):
-            yield point
-            done.append(point)
-        rows = self.session.worklist.rows
-        noisy = [point for point in done if point.key in rows and rows[point.key].noisy]
-        self.progress.extend(len(noisy), sum(map(self.expected_seconds, noisy)))
-        yield from self.in_time(noisy)
-        # Measured again, another attention kernel may be the best.
-        yield from self.in_time(self.session.worklist.missing())
-
-    def in_time(self, points: Iterable[Point]) -> Iterator[Point]:
-        """The points up to the first that the time left does not hold."""
-        return takewhile(lambda point: not self.is_late(point), points)
-
-    def is_late(self, point: Point) -> bool:
-        """Whether the time that is left does not hold the point."""
-        return time.monotonic() + 0.5 * self.expected_seconds(point) > self.deadline
-
-    def expected_seconds(self, point: Point) -> float:
-        """Roughly how long the point takes here."""
-        return expected_seconds(point, self.session.device.type, self.job.hardware.num_threads)
-
-    def keep(self, rows: Iterable[Measurement]) -> None:
-        """Commit the rows with those since the last commit, twice a second at most."""
-        self.unsaved += rows
-        if time.monotonic() - self.last_commit >= COMMIT_EVERY_S:
-            self.commit()
-
-    def commit(self) -> None:
-        """Write what is not written yet."""
-        if self.unsaved:
-            save_measurements(self.database, self.job.hardware, self.unsaved)
-        self.unsaved = []
-        self.last_commit = time.monotonic()

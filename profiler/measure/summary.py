@@ -1,4 +1,4 @@
-"""What a profile brought: points by operation, new, noisy and missing, and where they are kept."""
+"""Summary of a profile: points by operation, new, noisy and missing, and where they are stored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OpSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileSummary:
-    """A profile as its command ends; `notes` are for people."""
+    """A finished profile; `notes` are for people."""
 
     model: str
     dtype: str

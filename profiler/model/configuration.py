@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from db.errors import UserError
-from profiler.model.architectures import ARCHITECTURES
+from profiler.model.architectures import ARCHITECTURES, Architecture
 from profiler.model.fields import KernelsMissingError, positive, positive_number
 from profiler.model.precision import plain_precision
 from profiler.model.quantization import FIELD, Quantization, UnreadFormatError, quantization_of, weight_format
@@ -18,6 +18,8 @@ from profiler.model.whole.blocks import PLANNED
 from profiler.model.whole.described import described
 
 MAX_LAYERS = 10_000
+OF_LAYERS = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+"""Sizes that may differ from layer to layer: a list in the configuration, which Transformers does not read."""
 
 
 def model_from_config(config: Mapping[str, Any], *, name: str, backend: str = "auto") -> ModelShape:
@@ -48,12 +50,14 @@ def _own(config: Mapping[str, Any], named: str, name: str) -> ModelShape:
     check_rope(config)
     quantization, unread = _quantization(config)
     architecture = ARCHITECTURES[named]
-    layer = architecture.layer(config)
+    layers = _layers(config, architecture)
+    if quantization is not None:
+        layers = _with_plain_linears(layers, quantization)
     return ModelShape(
-        **_ends(config, config, layer.hidden_size),
+        **_ends(config, config, layers[0].hidden_size),
         name=name,
         architecture=named,
-        every_layer=_layers(layer, positive(config, "num_hidden_layers", most=MAX_LAYERS), quantization),
+        every_layer=layers,
         norm_eps=positive_number("rms_norm_eps", config.get("rms_norm_eps", architecture.norm_eps)),
         quantization=quantization,
         weight_format=weight_format(config),
@@ -129,12 +133,28 @@ def _quantization(config: Mapping[str, Any]) -> tuple[Quantization | None, str |
         return None, str(error)
 
 
-def _layers(layer: LayerSpec, count: int, quantization: Quantization | None) -> tuple[LayerSpec, ...]:
-    """The layers, each with the linears that the checkpoint keeps plain."""
-    if quantization is None:
-        return (layer,) * count
+def _layers(config: Mapping[str, Any], architecture: Architecture) -> tuple[LayerSpec, ...]:
+    """The layers; fields of `OF_LAYERS` may be lists with a number for each: those that are alike are one object."""
+    count = positive(config, "num_hidden_layers", most=MAX_LAYERS)
+    lists = {field: config[field] for field in OF_LAYERS if isinstance(config.get(field), list)}
+    if not lists:
+        return (architecture.layer(config),) * count
+    for field, values in lists.items():
+        if len(values) != count:
+            raise UserError(field, f"{len(values)} numbers", f"must be one, or one for each of {count} layers")
+    if config.get("head_dim") is None:
+        raise UserError("head_dim", None, "must be given where layers differ")
+    sizes = list(zip(*lists.values(), strict=True))
+    kinds = {size: architecture.layer(dict(config) | dict(zip(lists, size, strict=True))) for size in set(sizes)}
+    return tuple(kinds[size] for size in sizes)
+
+
+def _with_plain_linears(layers: tuple[LayerSpec, ...], quantization: Quantization) -> tuple[LayerSpec, ...]:
+    """The layers of a quantized checkpoint, each with the linears that it keeps plain."""
     group_size = quantization.scale_columns
-    return tuple(layer.keeping(_kept(layer, index, quantization), group_size=group_size) for index in range(count))
+    return tuple(
+        layer.keeping(_kept(layer, index, quantization), group_size=group_size) for index, layer in enumerate(layers)
+    )
 
 
 def _kept(layer: LayerSpec, index: int, quantization: Quantization) -> frozenset[str]:

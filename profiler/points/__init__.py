@@ -1,4 +1,4 @@
-"""Which points are measured and in which order, and what their rows say about kernels.
+"""The points to measure, their order, and the choice of kernels from their rows.
 
 May import `profiler.model` and `profiler.kernels`.
 """

@@ -1,4 +1,4 @@
-"""Which points a profile consists of, and how early each is wanted: stopped at any time, it covers every operation."""
+"""The points of a profile and their levels; stopped at any time, a profile covers every operation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MAX_DENSE_PAIRS = 2**24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """What a profile is asked to cover."""
+    """What a profile covers: model, context length, parallel sizes and kernels."""
 
     shape: ModelShape
     dtype: str

@@ -72,7 +72,7 @@ class KernelChoice:
 
 
 class Contests:
-    """Points at which more than one kernel ran: microseconds of each."""
+    """Points at which more than one kernel was measured, with the time of each in microseconds."""
 
     def __init__(self, times: Iterable[KernelTime]) -> None:
         at: dict[tuple[int, int], dict[AttentionKernel, float]] = {}

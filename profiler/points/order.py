@@ -1,4 +1,4 @@
-"""The order in which points are measured: first what every prediction needs, then where plans would miss most.
+"""The order in which points are measured: first what every prediction needs, then what reduces errors most.
 
 Points of the same work at other sizes make a curve. Of each curve the points are taken one by one, each the farthest
 from those taken before, in octaves of tokens; sizes that rounds seldom have count for less. Over all curves the point

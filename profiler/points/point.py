@@ -1,4 +1,4 @@
-"""A point to be measured: an operation, its shape, and how early it is wanted."""
+"""A point to be measured: an operation, its shape, and its level."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from profiler.points.rank_groups import RankGroups
 
 
 class Op(StrEnum):
-    """What is measured, as rows name it."""
+    """The measured operations, as rows name them."""
 
     MATMUL = "matmul"
     ATTENTION = "attention"
@@ -71,7 +71,7 @@ class Point:
 
     @property
     def ranks(self) -> RankGroups:
-        """The groups of ranks that do it together."""
+        """The groups of ranks that run it together."""
         return RankGroups(self.group_size, stride_of(self.variant))
 
     @property

@@ -1,4 +1,4 @@
-"""What is still to be measured, in order: points that are missing, less those that measurements have made needless."""
+"""The points still to be measured, in order, without those that measurements have shown to be needless."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Worklist:
         self.rows: dict[MeasurementKey, Measurement] = {row.key: row for row in rows}
 
     def missing(self) -> Iterator[Point]:
-        """Points without a row that are worth one; rows that are added meanwhile count."""
+        """Points without a row that are worth measuring; considers rows added meanwhile."""
         for point in self.points:
             if point.key not in self.rows and not self.is_needless(point):
                 yield point
 
     def add(self, row: Measurement) -> None:
-        """Note a row; of two with one key the less spread one stays."""
+        """Add a row; of two rows with one key the one with less spread is kept."""
         before = self.rows.get(row.key)
         if before is None or relative_spread(row) <= relative_spread(before):
             self.rows[row.key] = row

@@ -1,4 +1,4 @@
-"""How the tokens of a round are shared out among the ranks of a sequence-parallel group.
+"""Sequence parallelism: how a round's tokens and heads are divided among the ranks of a group.
 
 May import nothing else of `profiler`.
 """

@@ -1,4 +1,4 @@
-"""Cuts the rows of a round among the ranks of a group, alike on every rank and in the planner.
+"""Divides the rows of a round among the ranks of a group; used by every rank and by the planner.
 
 Zigzag: Megatron-LM and SGLang cut so. Rank r of g takes blocks r and 2g - 1 - r of each chunk.
 """

@@ -1,4 +1,4 @@
-"""What every rank of a run is told, where it stands, and what it reports.
+"""The job that every rank of a run receives, the rank's place in the layout, and its report.
 
 May import nothing else of `runtime`.
 """

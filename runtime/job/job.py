@@ -1,4 +1,4 @@
-"""What every rank of a run is told, and what it reports."""
+"""The job that every rank of a run receives, and the report that it returns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from profiler.model import ModelShape
 from profiler.points.kernel_choice import KernelChoice
 from profiler.sequence.kind import SequenceCut, round_cuts
+from runtime.job.probe import Probe
 from tuner.plan.plan import Chunk, Parallel, Request, Round
 
 Interval = tuple[float, float]
@@ -16,7 +17,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A plan made concrete: checked, with its prompts and where its weights are."""
+    """A checked plan with its prompts and the location of its weights."""
 
     shape: ModelShape
     parallel: Parallel
@@ -31,6 +32,7 @@ class Job:
     kernels: KernelChoice
     cuts: tuple[SequenceCut, ...] = ()  # of each round; none: as usual for the kind
     overlaps: bool = True  # whether exchanges run beside compute where they can; off to measure what that gives
+    probe: Probe | None = None  # tells how fast the machine is; None: its profile has none
     settle_s: float = 0.0  # passes before the measured ones take at least so long together: clocks fall under load
 
     @property
@@ -76,5 +78,6 @@ class RankReport:
     first: Pass | None  # from rest, where passes that do not count came before the others
     passes: tuple[Pass, ...]
     decode: Pass
+    slowdown: float | None = None  # of the machine since its profile, beside the run
     memory_bytes: int | None = None  # of the card in use at most, by whatever holds it; None on a CPU
     token_ids: tuple[tuple[int, ...], ...] | None  # the new ones of each request

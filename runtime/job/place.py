@@ -1,4 +1,4 @@
-"""Where a rank stands: its stage, its place among the stage's ranks, and the layers it holds."""
+"""A rank's place in the layout: its stage, its index among the stage's ranks, and the layers it holds."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Place:
         return tuple(start + index for start, count in zip(starts, counts, strict=True) for index in range(count))
 
     def layers_of(self, group: int) -> slice:
-        """Where a group's layers stand among those of the stage."""
+        """The slice of a group's layers among those of the stage."""
         partition = self.parallel.layer_partition
         first = sum(partition[other] for other in self.groups if other < group)
         return slice(first, first + partition[group])
 
 
 def mesh_of(parallel: Parallel) -> Mesh:
-    """Where the ranks of a layout stand."""
+    """The rank mesh of a layout."""
     return Mesh(
         pp_size=parallel.pp_size,
         sp_size=parallel.sp_size,

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from profiler.model import ModelShape
-from runtime.prune.layers import Layer, layers_of
+from runtime.quantize.layers import Layer, Watched, layers_of
 from runtime.quantize.texts import HiddenStates
 from runtime.run.prompts import TokenIds
 from runtime.weights.checkpoint import Checkpoint
@@ -107,7 +108,8 @@ def _by_activations(layer: Layer, shape: ModelShape, states: HiddenStates) -> tu
             sums[name] += _squares(x)
 
     before = [x.clone() for x in states.states]
-    states.run(layer.runner(shape, see), spec)
+    watched = {name: Watched(product, partial(see, name)) for name, product in layer.products().items()}
+    states.run(layer.runner(shape, watched), spec)
     after, tokens = states.states, states.num_tokens
     stream = sum(float(x.square().sum()) for x in after)
     added = sum(float((new - old).square().sum()) for new, old in zip(after, before, strict=True))

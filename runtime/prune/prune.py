@@ -18,8 +18,8 @@ from profiler.model.shape import layer_prefix
 from profiler.model.tensors import LinearSpec
 from runtime.prune.budget import Losses, Sizes, cut_by_cost, cut_by_shares, layer_order
 from runtime.prune.importance import Importance, Measure, find_importance
-from runtime.prune.layers import perplexity
 from runtime.prune.prices import Prices, Work, config_of, find_prices, measured_speedup
+from runtime.quantize.layers import perplexity
 from runtime.quantize.writer import CheckpointWriter
 from runtime.run.prompts import TokenIds
 from runtime.weights.checkpoint import Checkpoint

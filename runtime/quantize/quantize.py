@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,17 @@ import torch.nn.functional as F
 
 from db.errors import UserError
 from db.files.documents import read_json
-from profiler.comm.links.group import RankGroup
-from profiler.kernels.elementwise import rms_norm
 from profiler.kernels.entry import Product
 from profiler.kernels.linear import Linear
 from profiler.kernels.quantized.linear import make_linear
 from profiler.kernels.quantized.rounding import LARGEST, LEAST
 from profiler.kernels.quantized.weight import QuantizedWeight, quantize_weight
-from profiler.layers.decoder_layer import DecoderLayer, Norms, projections
 from profiler.model import LayerSpec, ModelShape, Precision
 from profiler.model.precision import quantized_name
 from profiler.model.shape import layer_prefix
 from profiler.model.tensors import LinearSpec, NormSpec
-from runtime.quantize.ranges import InputRanges, Recorder
+from runtime.quantize.layers import Layer, Watched, perplexity_of
+from runtime.quantize.ranges import InputRanges
 from runtime.quantize.recipe import Recipe
 from runtime.quantize.report import LinearReport, QuantizeReport
 from runtime.quantize.texts import HiddenStates
@@ -35,53 +32,15 @@ from runtime.run.prompts import TokenIds
 from runtime.weights.checkpoint import Checkpoint
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_LOGIT_ROWS = 256
 _LEAST_FACTOR, _MOST_FACTOR = 1e-4, 1e4
 
 
-class _Tensors(dict[str, torch.Tensor]):
-    """A layer's tensors in float32, by their names in the checkpoint: each read when it is first asked for."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__()
-        self.checkpoint = checkpoint
-
-    def __missing__(self, name: str) -> torch.Tensor:
-        self[name] = self.checkpoint.read(name)
-        return self[name]
-
-
-@dataclass(slots=True)
-class _Layer:
+class _Layer(Layer):
     """A layer being quantized, and what its inputs showed."""
 
-    index: int
-    spec: LayerSpec
-    tensors: _Tensors
-    inputs: dict[str, InputRanges]
-
-    def name(self, tensor: str) -> str:
-        return layer_prefix(self.index) + tensor
-
-    def weight(self, linear: LinearSpec) -> torch.Tensor:
-        return torch.cat([self.part(linear, number) for number in range(len(linear.parts))])
-
-    def part(self, linear: LinearSpec, number: int) -> torch.Tensor:
-        part = linear.parts[number]
-        whole = self.tensors[self.name(part.tensor) + ".weight"]
-        return whole[part.first_row : part.first_row + part.rows.size]
-
-    def bias(self, linear: LinearSpec) -> torch.Tensor | None:
-        if not linear.has_bias:
-            return None
-        parts = [
-            self.tensors[self.name(part.tensor) + ".bias"][part.first_row : part.first_row + part.rows.size]
-            for part in linear.parts
-        ]
-        return torch.cat(parts)
-
-    def norm(self, norm: NormSpec) -> torch.Tensor:
-        return self.tensors[self.name(norm.tensor) + ".weight"]
+    def __init__(self, index: int, spec: LayerSpec, checkpoint: Checkpoint) -> None:
+        super().__init__(index, spec, checkpoint)
+        self.inputs = {linear.name: InputRanges() for linear in spec.linears}
 
 
 @torch.inference_mode()
@@ -132,7 +91,9 @@ def quantize_checkpoint(
             ]
             checkpoint.close()
             progress(index)
-        before, after = (_perplexity(states.get(name), checkpoint, shape) for name in ("before", "after"))
+        before, after = (
+            perplexity_of(states[name], checkpoint, shape) if name in states else None for name in ("before", "after")
+        )
         _end(checkpoint, shape, writer)
         settings: dict[str, Any] = dict(config) | {
             "quantization_config": recipe.quantization_config(
@@ -209,26 +170,20 @@ def _quantize_layer(
     writer: CheckpointWriter,
 ) -> list[LinearReport]:
     prefix = layer_prefix(index)
-    tensors = _Tensors(checkpoint)
-    layer = _Layer(index, spec, tensors, {linear.name: InputRanges() for linear in spec.linears})
+    layer = _Layer(index, spec, checkpoint)
     kept = {linear.name for linear in spec.linears if _is_kept(layer, linear, recipe)}
-    plain = dict[str, Product]()
-    if states:
-        plain |= {linear.name: Linear(layer.weight(linear), layer.bias(linear)) for linear in spec.linears}
+    plain = layer.products() if states else {}
     kv_scales: tuple[float, float] | None = None
     if "calibration" in states:
-        recording = {
-            name: Recorder(linear, layer.inputs[name]) if isinstance(linear, Linear) else linear
-            for name, linear in plain.items()
-        }
-        ends = states["calibration"].run(_decoder_layer(layer, shape, recording), spec)
+        recording = {name: Watched(product, layer.inputs[name].see) for name, product in plain.items()}
+        ends = states["calibration"].run(layer.runner(shape, recording), spec)
         if recipe.kv is not None:
             largest = LARGEST[recipe.kv.torch_dtype]
             kv_scales = max(ends[0], LEAST) / largest, max(ends[1], LEAST) / largest
             for which, scale in zip("kv", kv_scales, strict=True):
                 writer.add(f"{prefix}self_attn.{which}_scale", torch.tensor([scale]))
     if "before" in states:
-        states["before"].run(_decoder_layer(layer, shape, plain), spec)
+        states["before"].run(layer.runner(shape, plain), spec)
     plain.clear()
     ratios = {name: _outlier_ratio(ranges) for name, ranges in layer.inputs.items()}
     stored = {prefix + name: _DTYPES[checkpoint.format_of(prefix + name)] for name in spec.tensors()}
@@ -252,12 +207,12 @@ def _quantize_layer(
         if "after" in states and product is not None:
             products[linear.name] = product
         for name in linear.tensors():
-            tensors.pop(prefix + name, None)
+            layer.tensors.pop(prefix + name, None)
     for norm in spec.norms:
         name = layer.name(norm.tensor) + ".weight"
         writer.add(name, layer.tensors[name].to(stored[name]))
     if "after" in states:
-        states["after"].run(_decoder_layer(layer, shape, products), spec, kv_scales)
+        states["after"].run(layer.runner(shape, products), spec, kv_scales)
     return reports
 
 
@@ -361,32 +316,3 @@ def _outlier_ratio(ranges: InputRanges) -> float | None:
         return None
     ends = ranges.channel_ends
     return float(ends.max() / ends.median().clamp_min(1e-12))
-
-
-def _decoder_layer(layer: _Layer, shape: ModelShape, products: dict[str, Product]) -> DecoderLayer:
-    alone = RankGroup()
-    return DecoderLayer(
-        layer.spec,
-        1,
-        norms=Norms.of(layer.spec, layer.norm, eps=shape.norm_eps),
-        **projections(products),
-        reduce_o=alone.reduce(None),
-        reduce_down=alone.reduce(None),
-        sum_ranks=alone.sum,
-    )
-
-
-def _perplexity(states: HiddenStates | None, checkpoint: Checkpoint, shape: ModelShape) -> float | None:
-    """exp of the mean negative log-likelihood of each token after the first of its sequence."""
-    if states is None:
-        return None
-    norm = checkpoint.read(next(iter(shape.final_norm.tensors())))
-    head = Linear(checkpoint.read(next(iter(shape.head.tensors()))))
-    total, count = 0.0, 0
-    for hidden, ids in states.targets():
-        for first in range(0, hidden.shape[0], _LOGIT_ROWS):
-            rows = slice(first, first + _LOGIT_ROWS)
-            logits = head(rms_norm(hidden[rows], norm, shape.norm_eps)).float()
-            total += float(F.cross_entropy(logits, ids[rows], reduction="sum"))
-        count += hidden.shape[0]
-    return math.exp(total / count)

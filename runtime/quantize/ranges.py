@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from profiler.kernels.entry import PLAIN, Operand, PlainEntry
-from profiler.kernels.linear import Linear
 from profiler.kernels.quantized.rounding import LARGEST
 from profiler.kernels.quantized.weight import Observer, ends_of
 
@@ -62,18 +60,3 @@ class InputRanges:
         high = torch.minimum(self.highest.max(), end).clamp_min(0.0)
         scale = ((high - low) / 255.0).clamp_min(1e-12)
         return scale.reshape(1), float((-128.0 - low / scale).round().clamp(-128.0, 127.0))
-
-
-class Recorder:
-    """A plain product that notes the ranges of its input."""
-
-    entry: PlainEntry = PLAIN
-
-    def __init__(self, linear: Linear, ranges: InputRanges) -> None:
-        self.linear, self.ranges = linear, ranges
-
-    def __call__(self, x: Operand) -> torch.Tensor:
-        """x: [T, K] -> [T, N]."""
-        assert isinstance(x, torch.Tensor)
-        self.ranges.see(x)
-        return self.linear(x)

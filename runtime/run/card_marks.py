@@ -1,4 +1,4 @@
-"""Marks where a card is: the host queues rounds ahead, so its own place says nothing."""
+"""Marks the round that a card is running: the host queues rounds ahead, so its own position does not tell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOOK_EVERY_S = 0.5
 
 
 class CardMarks(threading.Thread):
-    """Looks at the events between the rounds now and then, and marks what has changed; does nothing on a CPU."""
+    """Polls the events between rounds and updates the rank's mark; does nothing on a CPU."""
 
     def __init__(self, clock: EventClock | None, pipeline: Pipeline, progress: Progress) -> None:
         super().__init__(daemon=True, name="card marks")
@@ -43,12 +43,12 @@ class CardMarks(threading.Thread):
             self.join()
 
     def run(self) -> None:
-        """Look until the end."""
+        """Poll until the end."""
         while not self._ended.wait(_LOOK_EVERY_S):
             self.look()
 
     def look(self) -> None:
-        """Mark the card's place if it is another than before."""
+        """Update the mark if the card has moved on."""
         assert self.clock is not None
         place = self.clock.place()
         if place == self._seen or place is None:

@@ -11,7 +11,7 @@ from runtime.job.job import Interval
 
 
 class Clock(Protocol):
-    """Notes rounds in order. Nothing is synchronised between `begin` and `intervals`."""
+    """Records the times of rounds in order. Nothing is synchronised between `begin` and `intervals`."""
 
     origin_s: float  # of the host's clock, when the pass began
 

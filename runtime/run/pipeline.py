@@ -1,4 +1,4 @@
-"""A rank's part in the pipeline: takes its tasks in order from the stages before, runs them, hands them on."""
+"""A rank's part of the pipeline: receives hidden states, runs its tasks in order, and sends the results on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tuner.plan.plan import Round
 
 
 class Pipeline:
-    """Prefills and decodes on one rank. No rank waits for another but for the data it needs."""
+    """Prefills and decodes on one rank. A rank waits for others only for the data it needs."""
 
     def __init__(self, job: Job, place: Place, groups: Groups, stage: Stage, clock: Clock, progress: Progress) -> None:
         self.job, self.place, self.stage, self.clock, self.progress = job, place, stage, clock, progress
@@ -63,7 +63,7 @@ class Pipeline:
         self.recorded_steps: dict[int, Callable[[], torch.Tensor]] = {}  # of decode, by group
 
     def warm_up(self) -> None:
-        """Build what is built lazily: kernels for the rounds' shapes, connections between the stages."""
+        """Trigger lazy initialisation: kernels for the rounds' shapes, connections between the stages."""
         self.stage.warm_up(self.rounds)
         if self.job.max_new_tokens > 1:
             for task in self.step_tasks.tasks:
@@ -87,7 +87,7 @@ class Pipeline:
         self.links.drain()
 
     def record(self) -> None:
-        """Make the plan's rounds and a step of decode replayable, once all that runs only once has run."""
+        """Record the plan's rounds and a decode step as graphs, after all one-time work is done."""
         if not self.stage.is_recordable:
             return
         if self.stage.device.type == "cuda":
@@ -111,7 +111,7 @@ class Pipeline:
                     run_step()  # a graph's first launch also brings it to the card
 
     def close(self) -> None:
-        """Give up the recordings: NCCL's groups are not left while a graph holds their work."""
+        """Drop the recordings: a NCCL group cannot be left while a graph holds its work."""
         self.recorded.clear()
         self.recorded_steps.clear()
 
@@ -234,13 +234,13 @@ class Pipeline:
         return task.group == self.job.parallel.num_groups - 1
 
     def _received(self, task: Task, rows: int) -> torch.Tensor | None:
-        """Where a task finds its hidden states, [rows, hidden]; None in the first group."""
+        """The buffer with a task's input hidden states, [rows, hidden]; None in the first group."""
         if task.source is not None:
             return self.inbound[task.source].buffer(task.received, rows)
         return self.fold[:rows] if task.group else None
 
     def _lay_out(self, task: Task, hidden: torch.Tensor) -> torch.Tensor:
-        """Put a task's hidden states where the next stage expects them to be sent from, or where the next group is."""
+        """Copy a task's hidden states to the send buffer, or to the input of the next group on this rank."""
         if self._is_last(task):
             return self.next_ids  # nothing leaves: a recording would hold on to the hidden states
         if task.target is None:

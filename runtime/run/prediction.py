@@ -1,4 +1,4 @@
-"""What a plan predicts of its own run: makespan, seconds of each round in each group, and when each should run."""
+"""A plan's prediction of its run: makespan, seconds of each round in each group, and when each should run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tuner.waterfall.steps import check_kinds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """As much as the plan file tells; a hand-written plan may predict nothing."""
+    """The plan file's prediction; a hand-written plan may have none."""
 
     makespan_s: float | None
     timeline: Timeline | None

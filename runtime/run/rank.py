@@ -68,6 +68,8 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         torch.cuda.empty_cache()  # peer memory and NCCL allocate beside torch
         torch.cuda.reset_peak_memory_stats()
     begin()
+    before = None if context.device.type == "cuda" else _slowdown(job, context.device)  # a card at rest is faster
+    begin()
     stage = _make_stage(job, place, groups, context.device)
     progress.enter(Phase.LINKS)
     pipeline = Pipeline(job, place, groups, stage, clock, progress)
@@ -92,6 +94,8 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         new_ids = pipeline.decode(job.max_new_tokens - 1)
         decode = note()
     memory_bytes = _memory_bytes(context.device)
+    begin()
+    slowdowns = [each for each in (before, _slowdown(job, context.device)) if each is not None]
     pipeline.close()
     gc.unfreeze()
     reports_tokens = place.is_last and place.tp_rank == place.sp_rank == 0
@@ -103,6 +107,7 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
         first=first,
         passes=passes,
         decode=decode,
+        slowdown=sum(slowdowns) / len(slowdowns) if slowdowns else None,
         memory_bytes=memory_bytes,
         token_ids=tuple(tuple(ids) for ids in new_ids.T.tolist()) if reports_tokens else None,
     )
@@ -114,6 +119,16 @@ def _make_stage(job: Job, place: Place, groups: Groups, device: torch.device) ->
     from runtime.stage.library_stage import LibraryStage  # brings Transformers along: seconds of every start
 
     return LibraryStage(job, place, groups, device)
+
+
+def _slowdown(job: Job, device: torch.device) -> float | None:
+    """Of the machine since its profile; all ranks ask at once, as they did there."""
+    if job.probe is None:
+        return None
+    try:
+        return job.probe.slowdown(device)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _memory_bytes(device: torch.device) -> int | None:

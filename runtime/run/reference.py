@@ -1,4 +1,4 @@
-"""What Transformers' `generate` makes of the same prompts and weights: the reference that tokens must equal."""
+"""The reference: tokens of Transformers' `generate` for the same prompts and weights."""
 
 from __future__ import annotations
 

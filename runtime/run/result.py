@@ -1,4 +1,4 @@
-"""What a run measured: seconds of each round, request and pass, tokens, and how far the prediction was off."""
+"""The result of a run: seconds of each round, request and pass, tokens, and the error of the prediction."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class RunResult:
     memory_bytes: int | None = None  # in use on the fullest card at most
     warm_up_s: float = 0.0  # on the slowest rank, before the first pass
     predicted_makespan_s: float | None = None
+    slowdown: float | None = None  # of the machine since its profile: 1.2 is a fifth slower; None: not known
     mfu: float | None = None  # of the published peak of all devices
     mfu_of_ceiling: float | None = None  # of the fastest matmul measured on this hardware
     told: Waterfall | None = None  # from the chip's peak to the makespan, as predicted
@@ -52,6 +53,13 @@ class RunResult:
         return self.predicted_makespan_s / self.makespan_s - 1.0
 
     @property
+    def error_at_profiled_speed(self) -> float | None:
+        """Relative error of the prediction, had the machine been as fast as in its profile."""
+        if self.predicted_makespan_s is None or self.slowdown is None:
+            return None
+        return self.predicted_makespan_s * self.slowdown / self.makespan_s - 1.0
+
+    @property
     def tpot_s(self) -> float | None:
         """Mean seconds a token after the first."""
         return sum(self.decode_s) / len(self.decode_s) if self.decode_s else None
@@ -65,6 +73,8 @@ class RunResult:
             "rested_makespan_s": self.rested_makespan_s,
             "predicted_makespan_s": self.predicted_makespan_s,
             "error": self.error,
+            "slowdown": self.slowdown,
+            "error_at_profiled_speed": self.error_at_profiled_speed,
             "mfu": self.mfu,
             "mfu_of_ceiling": self.mfu_of_ceiling,
             "decode_s": self.decode_s,
@@ -154,6 +164,7 @@ def make_result(
         warm_up_s=max(report.warm_up_s for report in reports),
         memory_bytes=max((report.memory_bytes for report in reports if report.memory_bytes is not None), default=None),
         predicted_makespan_s=prediction.makespan_s,
+        slowdown=_mean([report.slowdown for report in reports if report.slowdown is not None]),
     )
 
 
@@ -161,6 +172,10 @@ def _parts(report: RankReport, one: Pass) -> Iterator[tuple[int, str, Pass]]:
     """A rank's pass, by group."""
     for place, group in enumerate(report.groups):
         yield group, report.host, Pass(origin_s=one.origin_s, rounds=one.rounds[place :: len(report.groups)])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def cut_at_end(token_ids: Sequence[int], end_ids: frozenset[int]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Runs a plan: checks everything, starts the ranks, and leaves rows of what was planned, predicted and measured."""
+"""Runs a plan: checks it, starts the ranks, and stores the plan, its prediction and the measured times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-import numpy as np
 import torch
 
 from db.errors import UserError
@@ -29,6 +28,7 @@ from profiler.model.flops import fastest_product_flops, prefill_flops
 from profiler.points.kernel_choice import KernelChoice
 from profiler.points.point import Op
 from runtime.job.job import Job, RankReport
+from runtime.job.probe import find_probe
 from runtime.run.prediction import Prediction, read_prediction
 from runtime.run.preparation import check_counts, check_layout, checked_prompts, model_shape, with_dtype
 from runtime.run.prompts import random_prompts
@@ -36,11 +36,11 @@ from runtime.run.rank import run_jobs
 from runtime.run.result import RunResult, make_result
 from runtime.weights.generation import end_ids
 from runtime.weights.quantized import check_checkpoint
-from tuner.fit.kernels import kernel_choice
+from tuner.fit.attention.kernels import kernel_choice
 from tuner.fit.rows import Rows
 from tuner.plan.memory import check_memory
 from tuner.plan.plan import Plan
-from tuner.waterfall.steps import waterfall
+from tuner.waterfall.steps import waterfalls
 
 # A card that rested starts at a clock that it cannot hold: a round took up to a fifth longer 0.2 s later, and some
 # 0.8 s after the start the card corrects itself by a quarter of a second at its lowest clock.
@@ -221,6 +221,7 @@ def make_job(
         max_new_tokens=max_new_tokens,
         repeat=repeat,
         kernels=_kernel_choice(plan, shape, rows, device_type),
+        probe=find_probe(rows, dtype=PRECISIONS[plan.precision].activations.name, world_size=plan.parallel.world_size),
         settle_s=_settle_s(plan, device_type),
     )
 
@@ -265,6 +266,7 @@ class Record:
         outcome = RunOutcome(
             makespan_s=result.makespan_s,
             predicted_makespan_s=result.predicted_makespan_s,
+            slowdown=result.slowdown,
             mfu=result.mfu if result.mfu is not None else result.mfu_of_ceiling,
             ttft_s=[request.ttft_s for request in result.requests],
             rounds=result.rounds,
@@ -308,18 +310,16 @@ def with_waterfalls(result: RunResult, plan: Plan, shape: ModelShape, peak_flops
     moves = plan.predicted.moves if plan.predicted else ()
     if not peak_flops:
         return replace(result, moves=moves)
-    size = (len(plan.rounds), plan.parallel.num_groups)
-    measured, told = np.zeros(size), np.zeros(size)
-    for time in result.rounds:
-        measured[time.round, time.stage] = time.finish_s - time.start_s
-        told[time.round, time.stage] = time.predicted_s or 0.0
-    predicted_s = result.predicted_makespan_s
-    return replace(
-        result,
-        moves=moves,
-        waterfall=waterfall(plan, shape, measured, result.makespan_s, peak_flops=peak_flops),
-        told=waterfall(plan, shape, told, predicted_s, peak_flops=peak_flops) if predicted_s and told.any() else None,
+    told, measured = waterfalls(
+        plan,
+        shape,
+        result.rounds,
+        result.makespan_s,
+        result.predicted_makespan_s,
+        peak_flops=peak_flops,
+        slowdown=result.slowdown or 1.0,
     )
+    return replace(result, moves=moves, told=told, waterfall=measured)
 
 
 def _settle_s(plan: Plan, device_type: str) -> float:

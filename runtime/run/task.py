@@ -23,7 +23,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """A message that a link will bring: of which round, and how many of this rank's tasks its sender may wait for."""
+    """An expected message of a link: its round, and how many of this rank's tasks its sender may wait for."""
 
     round_index: int
     after: int
@@ -31,7 +31,7 @@ class Announced:
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """What a stage runs in a pass, in order, and what its links bring."""
+    """The tasks of a stage in a pass, in order, and the messages that its links receive."""
 
     tasks: tuple[Task, ...]
     announced: dict[int, list[Announced]]

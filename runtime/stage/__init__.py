@@ -1,4 +1,4 @@
-"""One stage on one rank: where it stands, its KV slab, and a round through its layers.
+"""One stage on one rank: its KV slab, and running a round through its layers.
 
 May import `runtime.weights`.
 """

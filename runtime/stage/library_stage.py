@@ -1,4 +1,4 @@
-"""A stage of layers that Transformers runs: a chunk of one request at a time, over our slab as its cache."""
+"""A stage whose layers run through Transformers: one request's chunk at a time, with the KV slab as its cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tuner.plan.plan import Request
 class LibraryStage(Stage):
     """Its layers are the library's own, unmodified; each request has a cache of its own."""
 
-    is_recordable = False  # caches grow by what Python keeps of them
+    is_recordable = False  # the size of a cache is kept in Python
 
     def __init__(self, job: Job, place: Place, groups: Groups, device: torch.device) -> None:
         super().__init__(job, device)

@@ -1,4 +1,4 @@
-"""How a rank's rounds and steps are made ready, and which KV it keeps, by the kind of sequence parallelism."""
+"""Inputs of a rank's rounds and decode steps, and the KV it keeps, for each kind of sequence parallelism."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tuner.plan.plan import Round
 
 
 class StepState(Protocol):
-    """Where the requests stand between two decode steps."""
+    """Positions of the requests between two decode steps."""
 
     def restart(self) -> None:
         """The next step is the first after the prompts."""
@@ -41,7 +41,7 @@ class StepState(Protocol):
 
 
 class Scheme:
-    """Rows are not shared: every rank of a stage runs all of them. The base of the kinds of sequence parallelism."""
+    """No sequence parallelism: every rank of a stage runs all rows. Base class of the kinds."""
 
     def __init__(self, job: Job, groups: Groups, device: torch.device, choose_kernel: ChooseKernel) -> None:
         self.job, self.device, self.choose_kernel = job, device, choose_kernel
@@ -60,14 +60,14 @@ class Scheme:
         return RankGroup()
 
     def use(self, sequence: RankGroup) -> None:
-        """Exchange through these links from now on."""
+        """Use these links for exchanges."""
 
     def gathered_numbers(self, num_rows: int) -> int:
         """Numbers that this rank gathers at most of a layer, in a round of which it has so many rows."""
         return 0
 
     def share(self, chunks: Round, cut: SequenceCut) -> RoundShare:
-        """What this rank runs of a round."""
+        """This rank's share of a round."""
         size = sharing_size(self.job.parallel, cut)
         return RoundShare.of(chunks, cut, size=size, rank=self.group.rank if size > 1 else 0)
 
@@ -80,21 +80,21 @@ class Scheme:
         return assign_rows(self.job.requests, self.job.rounds, max_new_tokens=self.job.max_new_tokens)
 
     def make_step(self) -> StepState:
-        """Where the requests stand between two decode steps."""
+        """Positions of the requests between two decode steps."""
         prompt_tokens = [request.prompt_tokens for request in self.job.requests]
         return Step(starts=self.kv_rows.start, prompt_tokens=prompt_tokens, device=self.device)
 
     def step_inputs(self) -> LayerInputs:
-        """A decode step made ready, at the positions as they are when the device comes to it."""
+        """Decode inputs; positions are read on the device at execution time."""
         assert isinstance(self.step, Step)
         return self.step.inputs(self.rotary, self.dtype)
 
     def round_inputs(self, share: RoundShare) -> LayerInputs:
-        """This rank's part of a round made ready."""
+        """Inputs of this rank's share of a round."""
         return self.whole_round(share)
 
     def whole_round(self, share: RoundShare, *, padding: int = 0) -> RoundInputs:
-        """All rows of a round made ready."""
+        """Inputs of all rows of a round."""
         return prepare_round(
             [(self.kv_rows.start[chunk.request], chunk.start, chunk.tokens) for chunk in share.chunks],
             rotary=self.rotary,

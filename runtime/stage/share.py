@@ -1,4 +1,4 @@
-"""What one rank runs of a round: its pieces of the chunks, and those of the ranks that share the round with it."""
+"""The share of a round that one rank runs: its pieces of the chunks, and those of the other ranks."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ ALL_LAYERS = slice(None)
 
 
 class Stage(ABC):
-    """Weights and KV of one rank, and how it shares rounds. It knows its rounds, not its neighbours."""
+    """Weights and KV of one rank. It runs rounds, and does not depend on other stages."""
 
     scheme: Scheme
     dtype: torch.dtype  # of hidden states
@@ -62,7 +62,7 @@ class Stage(ABC):
 
     @abstractmethod
     def warm_up(self, rounds: Iterable[RoundShare]) -> None:
-        """Run what rounds of these shapes need for the first time: not on the run's clock.
+        """Trigger one-time work for rounds of these shapes (kernel builds), before the clock starts.
 
         Call it before anything is in the slab, which it writes.
         """
@@ -85,7 +85,7 @@ class Stage(ABC):
 
 
 class KernelStage(Stage):
-    """A stage of layers that kernels here run, over a KV slab."""
+    """A stage whose layers run through this project's kernels, over a KV slab."""
 
     is_recordable = True
 

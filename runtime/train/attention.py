@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -78,9 +78,9 @@ class LayerCache:
         keys, values = like.new_empty(2, num_rows, kv_heads, head_dim)
         return cls(keys, values)
 
-    def heads_first(self, span: Span, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, KV, tokens, D] of a span's rows."""
-        return _heads_first(self.keys, span, rows), _heads_first(self.values, span, rows)
+    def operands(self, q: torch.Tensor, span: Span, rows: slice) -> Operands:
+        """Queries [B, H, c, D] with the keys and values [B, KV, tokens, D] of a span's rows."""
+        return Operands(q, _heads_first(self.keys, span, rows), _heads_first(self.values, span, rows))
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums over the chunks so far, in float32 where the numbers are shorter."""
@@ -92,53 +92,39 @@ class LayerCache:
 
 
 Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Partial = tuple[torch.Tensor, torch.Tensor]  # an output and the log-sum-exp of its scores
+Partial = tuple[torch.Tensor, torch.Tensor]  # an output [B, H, c, D] and the log-sum-exp of its scores [B, H, c]
+
+
+class Operands(NamedTuple):
+    """q [B, H, c, D], and k and v [B, KV, n, D]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
 
 
 class Kernel(Protocol):
-    """Attention of q [B, H, c, D] over k and v [B, KV, n, D], all or under the causal mask of equal lengths."""
+    """Attention of q over k and v: all of them, or under the causal mask of equal lengths."""
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output [B, H, c, D] and the log-sum-exp of its scores [B, H, c]."""
+    def forward(self, x: Operands, causal: bool) -> Partial:
+        """The output and the log-sum-exp of its scores."""
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        causal: bool,
-    ) -> Grads:
-        """Gradients of q, k and v, where out and lse may span more keys than k holds."""
+    def backward(self, grad: torch.Tensor, x: Operands, joint: Partial, causal: bool) -> Grads:
+        """Gradients of q, k and v; `joint` may span more keys than k holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Cpu:
     """Torch's flash attention on a CPU."""
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    def forward(self, x: Operands, causal: bool) -> Partial:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*x, 0.0, causal)
         return out, lse
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        causal: bool,
-    ) -> Grads:
-        grads: Grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse.contiguous(), 0.0, causal
-        )
+    def backward(self, grad: torch.Tensor, x: Operands, joint: Partial, causal: bool) -> Grads:
+        out, lse = joint
+        run = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads: Grads = run(grad, *x, out, lse.contiguous(), 0.0, causal)
         return grads
 
 
@@ -146,24 +132,15 @@ class _Cpu:
 class _Exact:
     """All scores at once: for formats that no fused kernel takes."""
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = _scores(q, k, causal)
+    def forward(self, x: Operands, causal: bool) -> Partial:
+        scores = _scores(x, causal)
         lse = scores.logsumexp(dim=-1)
-        return ((scores - lse[..., None]).exp() @ _repeated(v, q)).to(q.dtype), lse
+        return ((scores - lse[..., None]).exp() @ _repeated(x.v, x.q)).to(x.q.dtype), lse
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        causal: bool,
-    ) -> Grads:
-        shares = (_scores(q, k, causal) - lse[..., None]).exp()
+    def backward(self, grad: torch.Tensor, x: Operands, joint: Partial, causal: bool) -> Grads:
+        q, k, v = x
+        out, lse = joint
+        shares = (_scores(x, causal) - lse[..., None]).exp()
         delta = (grad * out).sum(dim=-1, keepdim=True)
         inner = shares * (grad @ _repeated(v, q).transpose(-1, -2) - delta) * q.shape[-1] ** -0.5
         return inner @ _repeated(k, q), _summed(inner.transpose(-1, -2) @ q, k), _summed(shares.mT @ grad, v)
@@ -173,37 +150,16 @@ class _Exact:
 class _Flash:
     """Flash attention 2 on a card."""
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+    def forward(self, x: Operands, causal: bool) -> Partial:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(*x, 0.0, causal)
         return out, lse
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        causal: bool,
-    ) -> Grads:
+    def backward(self, grad: torch.Tensor, x: Operands, joint: Partial, causal: bool) -> Grads:
+        out, lse = joint
         grads: Grads = aten._scaled_dot_product_flash_attention_backward(
-            grad,
-            q,
-            k,
-            v,
-            out,
-            lse.contiguous(),
-            None,
-            None,
-            q.shape[2],
-            k.shape[2],
-            0.0,
-            causal,
-            *_no_dropout(q.device),
-        )
+            grad, *x, out, lse.contiguous(), None, None, x.q.shape[2], x.k.shape[2], 0.0, causal,
+            *_no_dropout(x.q.device),
+        )  # fmt: skip
         return grads
 
 
@@ -213,22 +169,13 @@ class _Cudnn:
 
     expands: bool = False
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)
+    def forward(self, x: Operands, causal: bool) -> Partial:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*x, None, True, 0.0, causal)
         return out, lse.view(*lse.shape[:3])
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        causal: bool,
-    ) -> Grads:
+    def backward(self, grad: torch.Tensor, x: Operands, joint: Partial, causal: bool) -> Grads:
+        q, k, v = x
+        out, lse = joint
         wide_k, wide_v = (_repeated(k, q), _repeated(v, q)) if self.expands else (k, v)
         seed, offset = _no_dropout(q.device)
         dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
@@ -244,7 +191,8 @@ def _no_dropout(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return zero, zero
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
+def _scores(x: Operands, causal: bool) -> torch.Tensor:
+    q, k, _ = x
     scores: torch.Tensor = q @ _repeated(k, q).transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         after = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
@@ -285,22 +233,23 @@ def _is_right(
         made = torch.randn(num_tokens, count, head_dim, device=device, generator=generator)
         return made.to(dtype).transpose(0, 1).unsqueeze(0)
 
-    q, k, v, grad = random(heads, 128), random(kv_heads, 384), random(kv_heads, 384), random(heads, 128)
+    x, grad = Operands(random(heads, 128), random(kv_heads, 384), random(kv_heads, 384)), random(heads, 128)
     try:
-        found = _both(kernel, q, k, v, grad)
+        found = _both(kernel, x, grad)
     except RuntimeError:
         return False
-    exact = _both(_Exact(), *(x.float() for x in (q, k, v, grad)))
+    exact = _both(_Exact(), Operands(*(one.float() for one in x)), grad.float())
     return all(float((a.float() - b).norm() / b.norm()) < _TOLERANCE for a, b in zip(found, exact, strict=True))
 
 
-def _both(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
-    context = k.shape[2] - q.shape[2]
-    before, own = ((k[:, :, part], v[:, :, part]) for part in (slice(context), slice(context, None)))
-    out, lse = _merged(kernel.forward(q, *before, False), kernel.forward(q, *own, True))
-    dq, dk, dv = kernel.backward(grad, q, before[0], before[1], out, lse, False)
-    dq_own, dk_own, dv_own = kernel.backward(grad, q, own[0], own[1], out, lse, True)
-    return [out, dq + dq_own, torch.cat([dk, dk_own], 2), torch.cat([dv, dv_own], 2)]
+def _both(kernel: Kernel, x: Operands, grad: torch.Tensor) -> list[torch.Tensor]:
+    """The output and its gradients over a context and a chunk: the last keys are the chunk's own."""
+    context = x.k.shape[2] - x.q.shape[2]
+    before, own = (Operands(x.q, x.k[:, :, part], x.v[:, :, part]) for part in (slice(context), slice(context, None)))
+    joint = _merged(kernel.forward(before, False), kernel.forward(own, True))
+    dq, dk, dv = kernel.backward(grad, before, joint, False)
+    dq_own, dk_own, dv_own = kernel.backward(grad, own, joint, True)
+    return [joint[0], dq + dq_own, torch.cat([dk, dk_own], 2), torch.cat([dv, dv_own], 2)]
 
 
 def _merged(before: Partial, own: Partial) -> Partial:
@@ -341,9 +290,9 @@ class _Attend(torch.autograd.Function):
         for span in view.spans:
             cache.keys[span.own], cache.values[span.own] = k[span.rows], v[span.rows]
             mine = _heads_first(q, span, span.rows)
-            out, lse = view.kernel.forward(mine, *cache.heads_first(span, span.own), True)
+            out, lse = view.kernel.forward(cache.operands(mine, span, span.own), True)
             if span.context:
-                before = view.kernel.forward(mine, *cache.heads_first(span, span.before), False)
+                before = view.kernel.forward(cache.operands(mine, span, span.before), False)
                 out, lse = _merged(before, (out, lse))
             outs.append(_rows_first(out))
             lses.append(lse)
@@ -362,13 +311,13 @@ class _Attend(torch.autograd.Function):
         dk, dv = (x.new_empty(q.shape[0], *x.shape[1:]) for x in (cache.keys, cache.values))
         for span, lse in zip(view.spans, lses, strict=True):
             mine, out, outer = (_heads_first(x, span, span.rows) for x in (q, mixed, grad))
-            k, v = cache.heads_first(span, span.own)
-            q_grad, k_grad, v_grad = view.kernel.backward(outer, mine, k, v, out, lse, True)
+            own = cache.operands(mine, span, span.own)
+            q_grad, k_grad, v_grad = view.kernel.backward(outer, own, (out, lse), True)
             dk[span.rows] = (_rows_first(k_grad) + key_sums[span.own]).to(dk.dtype)
             dv[span.rows] = (_rows_first(v_grad) + value_sums[span.own]).to(dv.dtype)
             if span.context:
-                k, v = cache.heads_first(span, span.before)
-                more, k_grad, v_grad = view.kernel.backward(outer, mine, k, v, out, lse, False)
+                before = cache.operands(mine, span, span.before)
+                more, k_grad, v_grad = view.kernel.backward(outer, before, (out, lse), False)
                 key_sums[span.before] += _rows_first(k_grad)
                 value_sums[span.before] += _rows_first(v_grad)
                 q_grad = q_grad + more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,8 +33,10 @@ class TrainResult:
 
     records: tuple[StepRecord, ...]
     tokens_a_step: int
-    tokens_a_s: float  # of this run, its first step left out where there are more
-    mfu: float | None  # 6ND and attention, forward and backward, against the card's published peak
+    seconds_a_step: float  # median of this run, its first step left out where there are more
+    tokens_a_s: float
+    rank_flops: float  # FLOP/s of a rank: 6ND and attention, forward and backward
+    mfu: float | None  # that against the card's published peak
     skipped_steps: int
     resumed_at: int
     reserved_bytes: int | None
@@ -42,7 +45,16 @@ class TrainResult:
 
     def to_json(self) -> dict[str, Any]:
         """All but the steps, for programs."""
-        names = ("tokens_a_step", "tokens_a_s", "mfu", "skipped_steps", "resumed_at", "reserved_bytes")
+        names = (
+            "tokens_a_step",
+            "seconds_a_step",
+            "tokens_a_s",
+            "rank_flops",
+            "mfu",
+            "skipped_steps",
+            "resumed_at",
+            "reserved_bytes",
+        )
         found = {name: getattr(self, name) for name in names}
         last = self.records[-1]
         return found | {
@@ -182,7 +194,9 @@ def _result(
     return TrainResult(
         records=tuple(records),
         tokens_a_step=tokens,
+        seconds_a_step=statistics.median(record.seconds for record in timed),
         tokens_a_s=tokens_a_s,
+        rank_flops=rate,
         mfu=rate / peak if peak else None,
         skipped_steps=sum(record.is_skipped for record in records),
         resumed_at=resumed_at,

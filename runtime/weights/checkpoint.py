@@ -36,7 +36,7 @@ class WeightIndex:
 
 
 class Weights(Protocol):
-    """Where a rank's weights come from."""
+    """A source of a rank's weights."""
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
         """A slice of a tensor, on the device and in the dtype of the run; `columns` only for matrices."""
@@ -101,7 +101,7 @@ class Checkpoint:
         return str(self._slice(name).get_dtype())
 
     def close(self) -> None:
-        """Give back the files that are mapped, and the memory of their pages; they are opened again as needed."""
+        """Unmap the files and free the memory of their pages; they are opened again as needed."""
         self._open.clear()
 
     def _slice(self, name: str) -> Any:
@@ -117,7 +117,7 @@ class Checkpoint:
 
 
 class RandomWeights:
-    """Weights made on the spot: norms are one, the rest is normal; the same slice is the same on every rank."""
+    """Random weights: norms are one, the rest is normal; a slice is the same on every rank."""
 
     def __init__(self, shape: ModelShape, *, device: torch.device, dtype: torch.dtype) -> None:
         self.shapes, self.device, self.dtype = shape.tensors(), device, dtype

@@ -16,7 +16,7 @@ BUFFERS = 2  # the layer that runs, and the next one
 
 
 class GatheredWeights:
-    """The matrices of a rank's layers, laid out in whole in two buffers that layers take in turn."""
+    """The gathered matrices of a rank's layers, in two buffers used in turn."""
 
     def __init__(self, group: RankGroup) -> None:
         self.group = group

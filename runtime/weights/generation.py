@@ -1,4 +1,4 @@
-"""What a checkpoint says of generation: the token ids that end a text."""
+"""Reads a checkpoint's generation settings: the token ids that end a text."""
 
 from __future__ import annotations
 

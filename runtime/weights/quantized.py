@@ -1,4 +1,4 @@
-"""Checkpoints whose linears are kept in 8 bits: their values and scales, cut for a rank, and whether all are there."""
+"""Reads checkpoints with 8-bit linears: values and scales, sliced for a rank, and a check that all are present."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one rank holds of a model: its stage's layers cut for tensor parallelism, and the ends of the model."""
+"""A rank's shard of a model: its stage's layers, sliced for tensor parallelism, with embedding and head."""
 
 from __future__ import annotations
 

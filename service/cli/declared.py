@@ -1,4 +1,4 @@
-"""What commands say of their options, for doors that cannot call click: the service's jobs."""
+"""The options of commands as data, for the service's jobs, which do not call click."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from service.jobs.command import CommandOption
 from service.jobs.job import JobKind
 
-# Said by the service or left to the worker: no file is named by a caller, and what is kept goes to the one database.
+# Set by the service or the worker: callers name no files, and results are stored in the service's database.
 _LEFT_OUT = frozenset({"as_json", "db_url", "model", "plan", "weights", "output", "calibration", "held_out"})
 _MODULES = {
     JobKind.PROFILE: "service.cli.commands.profile",
@@ -26,7 +26,7 @@ def job_options() -> dict[JobKind, tuple[CommandOption, ...]]:
 
 
 def declared(command: click.Command) -> tuple[CommandOption, ...]:
-    """What a command says of its options."""
+    """The options of a command."""
     found = []
     for parameter in command.params:
         if not isinstance(parameter, click.Option) or parameter.name in _LEFT_OUT:

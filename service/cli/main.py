@@ -46,11 +46,11 @@ DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO,
     errno.EMFILE, errno.EPIPE,
 }  # fmt: skip
-"""What a place where files are can be at fault for."""
+"""Errors that a disk or a folder can cause."""
 
 
 class LazyGroup(click.Group):
-    """Knows its commands' names and help lines without importing them."""
+    """A click group that lists its commands' names and help lines without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order in which they are used."""
@@ -89,7 +89,7 @@ def cli(server: str | None) -> None:
 
 
 class Ended(BaseException):
-    """The process was told to end by a signal."""
+    """The process received a signal to end."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -132,7 +132,7 @@ def _disk_failed(error: OSError) -> int:
 
 
 def _end(number: int, frame: Any) -> None:
-    """Raise what ends the command, and see to it that it ends: code that is being imported may catch anything."""
+    """Raise what ends the command, and exit in any case, because code that is being imported may catch everything."""
     backstop = threading.Timer(END_WITHIN_S[number], _leave, [number])
     backstop.daemon = True
     backstop.start()

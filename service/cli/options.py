@@ -1,4 +1,4 @@
-"""click's options, made of the fields of an options class, and those that commands share."""
+"""Makes click options from the fields of an options class; options shared by commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON f
 
 
 def read_config(context: click.Context, _parameter: click.Parameter, path: Path | None) -> None:
-    """Take what a TOML file says in the table of the command's name as defaults, and say so."""
+    """Use the table of the command's name in a TOML file as defaults, and print that it is used."""
     if path is None:
         return
     from db.files.documents import read_toml
@@ -58,7 +58,7 @@ config_option = click.option(
 
 
 def _word(parameter: click.Parameter) -> str:
-    """How an option is called in a file: as on the command line, without dashes."""
+    """The name of an option in a file: as on the command line, without dashes."""
     if isinstance(parameter, click.Argument):
         return str(parameter.name)
     return max(parameter.opts, key=len).removeprefix("--")

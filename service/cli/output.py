@@ -1,4 +1,4 @@
-"""How commands print: an aligned table for people, JSON for programs."""
+"""Output of commands: aligned tables for people, JSON for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `isochunk models` found, as tables for people."""
+"""Prints the result of `isochunk models` as tables."""
 
 from __future__ import annotations
 

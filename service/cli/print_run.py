@@ -1,10 +1,11 @@
-"""What a run measured, as tables for people."""
+"""Prints the result of a run as tables."""
 
 from __future__ import annotations
 
 from db.errors import printable
 from runtime.run.result import RunResult
 from service.cli.output import show_table
+from service.reasons.run_words import in_profile_words
 from service.use_cases.run_plan import Run
 from tuner.plan.layout import layout_of
 from tuner.waterfall.steps import to_rows
@@ -35,6 +36,8 @@ def print_run(run: Run) -> None:
         result.run_id,
     ]
     show_table(columns, [row])
+    if result.slowdown is not None:
+        print(in_profile_words(result.slowdown, result.error_at_profiled_speed))
     _print_waterfall(result)
     for check in run.checks or ():
         if not check.equal:

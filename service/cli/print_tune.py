@@ -1,4 +1,4 @@
-"""What `isochunk tune` found, as tables for people."""
+"""Prints the result of `isochunk tune` as tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.cli.output import show_pairs, show_table, wrapped
 from service.reasons.precision import PrecisionStep
 from service.reasons.recommendation import gap_in_words
 from service.reasons.words import in_words
-from service.use_cases.tune_report import TuneReport, replay_json
+from service.use_cases.tune_report import TuneReport, classes_json, replay_json
 from tuner.fit.uncertainty import widened
 from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # planning from a cost model file needs neither the database 
     from tuner.search.layouts import Candidate
     from tuner.search.replay import Replay
 
+DECODE_COLUMNS = ("TPOT s", "p99 TPOT s", "goodput/s")
 MOST_NAMED = 4
 """Layouts and reasons that are named one by one."""
 
@@ -66,13 +67,24 @@ def print_report(report: TuneReport) -> None:
             title=f"Policies on {layout_of(parallel)}{window}; TTFT in the mean",
         )
     if report.replays:
-        met = _deadline_columns(report)
+        met, decodes = _deadline_columns(report), any(request.output_tokens > 1 for request in requests)
         show_table(
-            ["policy", "taken", "rounds", "makespan s", "mean TTFT s", "p99 s", *met, "tokens/s", "p50 s", "p90 s"],
-            [_replay_row(replay, has_deadlines=bool(met)) for replay in report.replays],
+            [
+                "policy", "taken", "rounds", "makespan s", "mean TTFT s", "p99 s", *met,
+                *(DECODE_COLUMNS if decodes else ()), "tokens/s", "p50 s", "p90 s",
+            ],
+            [_replay_row(replay, has_deadlines=bool(met), decodes=decodes) for replay in report.replays],
             title=f"{len(requests)} requests as they arrive, each policy seeing a request when it arrives",
-        )
-    print(f"{wrapped(' '.join(filter(None, (_verdict(report), gap_in_words(report.plan), _impossible(report)))))}\n")
+        )  # fmt: skip
+        classes = classes_json(report)
+        if classes:
+            show_table(
+                ["class", "requests", "weight", "mean TTFT s", "p99 s"],
+                [list(row.values()) for row in classes],
+                title=f"Classes under {report.plan.policy}",
+            )
+    told = (_verdict(report), gap_in_words(report.plan), _ttft_gap(report), _impossible(report))
+    print(f"{wrapped(' '.join(filter(None, told)))}\n")
     if report.hardware is not None:
         _print_fits(report)
     if report.costs is not None:
@@ -126,7 +138,7 @@ def _print_fits(report: TuneReport) -> None:
         rows,
         title=f"Held-out errors on {report.hardware.device}",
     )
-    from tuner.fit.holdout import UNTESTED  # brings SciPy along
+    from tuner.fit.holdout import UNTESTED  # imports SciPy
 
     untested = [error.op for error in report.held_out if not error.num_points]
     if untested:
@@ -162,6 +174,19 @@ def _verdict(report: TuneReport) -> str:
     return (
         f"The plan, {plan.policy}: {predicted.makespan_s:.4g} s, at most {predicted.gap:.2%} above the best possible "
         f"(with chunks on the same multiples no plan takes less than {predicted.lower_bound_s:.4g} s)."
+    )
+
+
+def _ttft_gap(report: TuneReport) -> str:
+    """How far the mean TTFT of a trace is above the best possible at most."""
+    bound_s = report.mean_ttft_bound_s
+    chosen = next((one for one in report.replays if one.planned.policy == report.plan.policy), None)
+    if not bound_s or chosen is None:
+        return ""
+    mean_s = chosen.evaluation.mean_ttft_s
+    return (
+        f"Its mean TTFT of {mean_s:.4g} s is at most {mean_s / bound_s - 1.0:.1%} above the best possible "
+        f"(no plan has less than {bound_s:.4g} s)."
     )
 
 
@@ -232,13 +257,14 @@ def _candidate_row(report: TuneReport, candidate: Candidate, *, several: bool) -
     ]  # fmt: skip
 
 
-def _replay_row(replay: Replay, *, has_deadlines: bool) -> list[object]:
+def _replay_row(replay: Replay, *, has_deadlines: bool, decodes: bool) -> list[object]:
     told = replay_json(replay)
     names = ("policy", "taken", "num_rounds", "makespan_s", "mean_ttft_s", "p99_ttft_s")
     met = _deadlines_met(replay.evaluation) if has_deadlines else []
     return [
         *(told[name] for name in names),
         *met,
+        *(told[name] for name in ("mean_tpot_s", "p99_tpot_s", "goodput_per_s") if decodes),
         *(told[name] for name in ("tokens_per_s", "p50_ttft_s", "p90_ttft_s")),
     ]
 
@@ -253,14 +279,16 @@ def _policy_row(planned: RoundPlan) -> list[object]:
 
 def _deadline_columns(report: TuneReport) -> list[str]:
     """Columns of how many deadlines are met, by weight, and how late the latest is; none without deadlines."""
-    has_deadlines = any(request.sla_ttft_s is not None for request in report.plan.requests)
+    requests = report.plan.requests
+    has_deadlines = any((request.sla_ttft_s or request.sla_tpot_s) is not None for request in requests)
     return ["met %", "latest s"] if has_deadlines else []
 
 
 def _deadlines_met(evaluation: Evaluation) -> list[object]:
-    if not math.isfinite(evaluation.lateness_s):
+    if not evaluation.has_limits:
         return []
-    return [100 * evaluation.sla_weight, evaluation.lateness_s]
+    late_s = evaluation.lateness_s
+    return [100 * evaluation.sla_weight, late_s if math.isfinite(late_s) else None]
 
 
 def _impossible(report: TuneReport) -> str:

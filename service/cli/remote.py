@@ -1,4 +1,4 @@
-"""`isochunk --server URL COMMAND`: the same commands with the same options, carried out by a service."""
+"""`isochunk --server URL COMMAND`: the same commands and options, run by a service."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PATHS = {
 
 
 def remote(name: str, command: click.Command, server: str) -> click.Command:
-    """A command as the service carries it out. Raises UserError for one that it cannot."""
+    """Run a command through the service. Raises UserError for one that it does not support."""
     if name not in COMMANDS:
         raise UserError("--server", name, f"carries out {', '.join(COMMANDS)}")
     client = Client.at(server)
@@ -121,7 +121,7 @@ def _layout_row(one: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _job(kind: str, client: Client, *, as_json: bool, **_all: Any) -> None:
-    """Queue a job, say what it says, and end as it ends."""
+    """Queue a job, print its output, and exit with its exit code."""
     given = _given()
     body: dict[str, Any] = {"kind": kind}
     if "plan" in given:

@@ -1,4 +1,4 @@
-"""What an engine measured of a plan's batch, from its own benchmark's file or its metrics, beside the prediction.
+"""Reads an engine's measurements of a plan's batch, from its benchmark's file or its metrics.
 
 Read are JSON lines of SGLang's `bench_serving --output-file F --output-details`, JSON of `vllm bench serve
 --save-result --save-detailed`, and Prometheus's text with `time_to_first_token_seconds` of either.
@@ -59,7 +59,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What an engine measured."""
+    """Measurements of an engine."""
 
     source: str
     """The engine, as the file says, and the kind of file."""

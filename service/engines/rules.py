@@ -1,4 +1,4 @@
-"""What engines make of a batch by their own rules, judged by the recurrence of the plan's own cost model."""
+"""Predicts the rounds that engines form from a batch by their own scheduling rules, with the plan's cost model."""
 
 from __future__ import annotations
 

@@ -1,33 +1,41 @@
-"""Predicted against measured seconds of a run's rounds: a dot each, on the diagonal where the prediction was right."""
+"""Predicted against measured seconds: a dot each, on the diagonal where the prediction was right."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from db.rows.runs import RoundTime
 from service.pictures.svg import COLOURS, Axes, Panel, legend, text
 
 TOP, HEIGHT = 60.0, 320.0
+MOST_DOTS = 20_000
 
 
-def accuracy_panel(rounds: Sequence[RoundTime]) -> Panel | None:
-    """Milliseconds of each round on each stage, a colour a stage; None where nothing was predicted."""
-    known = [(one, one.predicted_s) for one in rounds if one.predicted_s is not None]
-    if not known:
-        return None
-    most = 1.05e3 * max(max(told, one.finish_s - one.start_s) for one, told in known)
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prediction with its measurement; pairs of one group have one colour."""
+
+    group: str
+    predicted_s: float
+    measured_s: float
+    name: str
+
+
+def accuracy_panel(pairs: Sequence[Pair], what: str) -> list[Panel]:
+    """One panel in milliseconds, none without pairs. what: the noun for the pairs, in the title."""
+    if not pairs:
+        return []
+    most = 1.05e3 * max(max(one.predicted_s, one.measured_s) for one in pairs)
     axes = Axes(x_range=(0.0, most), y_range=(0.0, most), top=TOP, height=HEIGHT, right=70.0 + 1.6 * HEIGHT)
-    ratios = sorted(told / max(one.finish_s - one.start_s, 1e-12) - 1.0 for one, told in known)
+    ratios = sorted(one.predicted_s / max(one.measured_s, 1e-12) - 1.0 for one in pairs)
     middle = ratios[len(ratios) // 2]
-    out = [text(12, 20, f"Predicted against measured: {len(known)} rounds, {middle:+.1%} in the median", bold=True)]
+    out = [text(12, 20, f"Predicted against measured: {len(pairs)} {what}, {middle:+.1%} in the median", bold=True)]
     out.append(axes.line([(0.0, 0.0), (most, most)], "#889", "as predicted"))
-    stages = sorted({one.stage for one, _ in known})
-    for one, told in known:
-        x, y = axes.at(1e3 * (one.finish_s - one.start_s), 1e3 * told)
-        colour = COLOURS[stages.index(one.stage) % len(COLOURS)]
-        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}" fill-opacity="0.7"/>')
+    groups = sorted({one.group for one in pairs})
+    colours = {group: COLOURS[index % len(COLOURS)] for index, group in enumerate(groups)}
+    for one in pairs[:MOST_DOTS]:
+        at = (1e3 * one.measured_s, 1e3 * one.predicted_s)
+        out.append(axes.dot(*at, colours[one.group], f"{one.name} on {one.group}"))
     out += axes.frame("measured ms", "predicted ms")
-    names = [f"stage {stage}" for stage in stages]
-    colours = [COLOURS[index % len(COLOURS)] for index in range(len(stages))]
-    entries, used = legend(names, colours, TOP + HEIGHT + 50)
-    return Panel(TOP + HEIGHT + 50 + used + 10, (*out, *entries))
+    entries, used = legend(groups, list(colours.values()), TOP + HEIGHT + 50)
+    return [Panel(TOP + HEIGHT + 50 + used + 10, (*out, *entries))]

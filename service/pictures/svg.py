@@ -121,8 +121,17 @@ class Axes:
         """A line through points of the data."""
         placed = [self.at(x, y) for x, y in points]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
-        marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in placed) if dots else ""
+        marks = "".join(_dot(x, y, colour, title) for x, y in placed) if dots else ""
         return f'<path class="line" stroke="{colour}" d="{path}"><title>{escape(title)}</title></path>{marks}'
+
+    def dot(self, x: float, y: float, colour: str, title: str) -> str:
+        """A dot at a point of the data; the title is shown when it is pointed at."""
+        return _dot(*self.at(x, y), colour, title)
+
+
+def _dot(x: float, y: float, colour: str, title: str) -> str:
+    circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}" fill-opacity="0.7">'
+    return f"{circle}<title>{escape(title)}</title></circle>"
 
 
 def _width(span: tuple[float, float]) -> float:

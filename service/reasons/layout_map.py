@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
-from service.pictures.svg import COLOURS, STYLE, WIDTH, box, text
+from service.pictures.svg import COLOURS, WIDTH, Panel, box, document, text
 from tuner.search.explanation import Explanation, Winner
 
 PARTS = (("compute_s", "compute", "#0072B2"), ("attention_s", "attention", "#56B4E9"),
@@ -17,16 +17,7 @@ def drawing(why: Explanation) -> str:
     """The picture as SVG."""
     bars, bars_end = _bars(why)
     cells, end = _map(why, bars_end + 40)
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {end}" font-family="sans-serif" '
-            'font-size="13">',
-            STYLE,
-            *bars,
-            *cells,
-            "</svg>",
-        ]
-    ) + "\n"  # fmt: skip
+    return document([Panel(end, (*bars, *cells))])
 
 
 def _bars(why: Explanation) -> tuple[list[str], int]:

@@ -1,4 +1,4 @@
-"""Which precisions may be taken by what they lose, and what each of them would bring."""
+"""Compares precisions: which are allowed by their loss, and how fast each would be."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _FLAG = "--quantize-reports"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionStep:
-    """What a precision would bring: its best plan, or why it is not taken."""
+    """A precision's best plan, or why it is not taken."""
 
     precision: str
     loss: float | None
-    """By what share perplexity rises; None where nobody told."""
+    """Relative rise of perplexity; None where unknown."""
     makespan_s: float | None = None
     attention_share: float | None = None
     """Of the seconds of the rounds: what no format of the linears makes less."""

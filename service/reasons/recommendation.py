@@ -1,4 +1,4 @@
-"""What to run, how fast that is, what it gains and costs, how sure that is, and what to type next."""
+"""The recommendation of `tune`: what to run, its speed, gain, cost and uncertainty, and the next command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_NAMED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendation:
-    """The plan beside what it is compared with, and what was measured of what it leans on."""
+    """The plan, the plans it is compared with, and the coverage of the measurements it depends on."""
 
     plan: Plan
     hardware: Hardware | None = None
@@ -36,7 +36,7 @@ class Recommendation:
     simple: Alternative | None = None
     coverage: tuple[Coverage, ...] = ()
     close: tuple[str, ...] = ()
-    """Layouts that the prediction cannot tell from the plan's."""
+    """Layouts within the prediction's uncertainty of the plan's."""
     explanation: Explanation | None = None
     profile_command: str | None = None
     """Measures what is missing."""
@@ -46,17 +46,17 @@ class Recommendation:
 
     @property
     def num_points(self) -> int:
-        """Points that the plan leans on."""
+        """Points that the plan depends on."""
         return sum(one.num_points for one in self.coverage)
 
     @property
     def num_missing(self) -> int:
-        """Those of them that were not measured."""
+        """Points among them that were not measured."""
         return sum(one.num_missing for one in self.coverage)
 
     @property
     def share_missing(self) -> float:
-        """Of the points that the plan leans on."""
+        """Share of them that was not measured."""
         return share_missing(self.coverage)
 
     @property

@@ -15,6 +15,8 @@ DRIFT = 0.02
 """Shares up to this are what a machine drifts from run to run."""
 HELD_UP = 0.5
 """Of the whole difference: a single round that has more of it was held up."""
+EXPLAINED = 0.5
+"""The machine's own speed explains a difference when less than this share of it remains without it."""
 ALIKE = 0.35
 """Rounds are slower alike when early and late ones differ by less than this share of the difference."""
 
@@ -88,6 +90,8 @@ def in_words(told: RunTold, profile_command: str, run_command: str) -> list[tupl
                 f"{_longer(run.makespan_s / usual_s - 1.0)}",
             )
         )
+    if run.slowdown is not None:
+        pairs.append(("machine", in_profile_words(run.slowdown, _at_profiled_speed(run))))
     if measured is None or predicted is None:
         return pairs
     work_s, waiting_s = measured.work_s - predicted.work_s, measured.waiting_s - predicted.waiting_s
@@ -107,6 +111,10 @@ def _conclusion(
     if abs(told.error) <= DRIFT:
         return f"within {DRIFT:.0%}, which a machine drifts from run to run: nothing to explain.", None
     usual_s = median(told.others_s) if told.others_s else None
+    without = _at_profiled_speed(told.run)
+    if without is not None and abs(without) < EXPLAINED * abs(told.error):
+        words = "slower" if told.error > 0.0 else "faster"
+        return f"the machine itself was {words} than in its profile, a product beside the run too.", profile_command
     difference_s = work_s + waiting_s
     if difference_s > 0.0 and _excess_s(worst) > HELD_UP * difference_s:
         return "one round was held up, not the plan: run it again.", run_command
@@ -120,6 +128,21 @@ def _conclusion(
         return f"most of it lies in {where}.", profile_command
     words = "slower" if told.error > 0.0 else "faster"
     return f"all rounds were {words} alike: the machine is not as it was when it was profiled.", profile_command
+
+
+def in_profile_words(slowdown: float, error: float | None) -> str:
+    """How fast the machine was beside a run, and how far the prediction is off without that."""
+    share = slowdown - 1.0
+    words = "as fast as in its profile" if abs(share) < 0.005 else f"{_longer(share)} than in its profile"
+    off = "" if error is None else f"; without that the prediction is off by {error:+.1%}"
+    return f"The machine, by one product beside the run: {words}{off}"
+
+
+def _at_profiled_speed(run: StoredRun) -> float | None:
+    """Relative error of the prediction, had the machine been as fast as in its profile."""
+    if run.slowdown is None or not run.makespan_s or not run.predicted_makespan_s:
+        return None
+    return run.predicted_makespan_s * run.slowdown / run.makespan_s - 1.0
 
 
 def _early_and_late(rounds: Sequence[RoundTime]) -> tuple[float, float]:

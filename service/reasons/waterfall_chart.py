@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from service.pictures.svg import STYLE, box, text
+from service.pictures.svg import WIDTH, Panel, box, document, text
 from tuner.waterfall.steps import PEAK, Waterfall, to_rows
 
 TOLD, MEASURED, IDEAL, SAVED = "#56B4E9", "#0072B2", "#009E73", "#BBBBBB"
-WIDTH, LEFT, RIGHT, ROW, BAR = 860, 290, 110, 34, 12
+LEFT, RIGHT, ROW, BAR = 290, 110, 34, 12
 
 
 def drawing(told: Waterfall | None, measured: Waterfall | None, title: str) -> str:
@@ -38,5 +38,4 @@ def drawing(told: Waterfall | None, measured: Waterfall | None, title: str) -> s
             out.append(box(LEFT, top, scale * each.makespan_s, BAR, (TOLD, MEASURED)[index]))
             out.append(text(LEFT + scale * each.makespan_s + 5, top + 10, f"{each.makespan_s:.4g} s"))
     out.append(text(LEFT - 8, y + 16, "makespan", anchor="end", bold=True))
-    size = f'viewBox="0 0 {WIDTH} {y + ROW + 8}" font-family="sans-serif" font-size="13"'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', STYLE, *out, "</svg>"]) + "\n"
+    return document([Panel(y + ROW + 8, tuple(out))])

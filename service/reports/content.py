@@ -1,24 +1,31 @@
-"""What a report shows of a plan, of a run, and of a hardware."""
+"""The content of reports: of a plan, of a run, and of a hardware."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 
+from db.errors import UserError
 from db.rows.hardware import Hardware, get_hardware
 from db.rows.measurements import Measurement, load_measurements
 from db.rows.plans import list_plan_rows
 from db.rows.runs import RunStatus, list_runs
 from db.store.engine import Database
 from profiler.hardware.datasheet import published_peak_flops
-from runtime.run.prediction import read_prediction
+from profiler.model import PRECISIONS
+from runtime.run.preparation import model_shape
+from service.pictures.accuracy import Pair, accuracy_panel
+from service.pictures.rounds import predicted_panels, run_panels
+from service.pictures.svg import document
 from service.reasons.recommendation import gap_in_words, layout_in_words
 from service.reasons.run_words import RunTold, in_words
-from service.reports.charts import Bar, bars, curves, points, timeline, triangle
+from service.reasons.waterfall_chart import drawing
+from service.reports.charts import curves, triangle
 from service.reports.page import Section
 from service.use_cases.runs import profile_command
 from tuner.plan.layout import layout_of
 from tuner.plan.plan import Plan
+from tuner.waterfall.steps import waterfalls
 
 MOST_CURVES = 8
 LEAST_POINTS = 3
@@ -39,33 +46,43 @@ def plan_sections(plan: Plan) -> list[Section]:
         width = None if predicted.uncertainty is None else f"{predicted.uncertainty:.1%}"
         facts += [("predicted", f"{predicted.makespan_s:.4g} s"), ("give or take", width)]
     found = [Section(title="The plan", rows=facts, words=gap_in_words(plan) or "")]
-    told = _told_bars(plan)
-    if told:
-        found.append(Section(title="When rounds run, as predicted", picture=timeline([(n, b, []) for n, b in told])))
+    panels = predicted_panels(plan)
+    if panels:
+        found.append(Section(title="When rounds run, as predicted", picture=document(panels)))
     return [*found, _attention(plan)]
 
 
-def run_sections(told: RunTold) -> list[Section]:
-    """What the run took and why, its rounds beside those predicted, and the plan's own sections."""
+def run_sections(database: Database, told: RunTold) -> list[Section]:
+    """What the run took and why, where its seconds went, its rounds beside those predicted, and the plan's sections."""
     words = in_words(told, profile_command(told), "isochunk run-plan")
-    stages: dict[int, list[Bar]] = defaultdict(list)
-    for each in told.rounds:
-        stages[each.stage].append((each.start_s, each.finish_s))
-    predicted = dict(_told_bars(told.plan))
-    rows = [(name, predicted.get(name, []), stages[stage]) for stage in sorted(stages) if (name := _name(stage))]
-    pairs = [
-        (each.predicted_s, each.finish_s - each.start_s, f"round {each.round} on {_name(each.stage)}")
-        for each in told.rounds
-        if each.predicted_s is not None
-    ]
-    found = [Section(title=f"Run {told.run.id}", rows=words)]
-    if rows:
-        found.append(Section(title="When rounds ran, below the prediction in grey", picture=timeline(rows)))
-    if pairs:
-        found.append(
-            Section(title="Rounds, predicted and measured", picture=points(pairs, "predicted s", "measured s"))
-        )
+    found = [Section(title=f"Run {told.run.id}", rows=words), *_waterfall(database, told)]
+    if told.rounds:
+        found.append(Section(title="When rounds ran", picture=document(run_panels(told.plan, told.rounds))))
     return [*found, *plan_sections(told.plan)]
+
+
+def _waterfall(database: Database, told: RunTold) -> list[Section]:
+    """From the published peak of the ranks' devices to the makespan; nothing where no peak is published."""
+    hardware = get_hardware(database, told.run.hardware_id)
+    precision = PRECISIONS.get(told.plan.precision)
+    peak_flops = precision.peak_flops(hardware.device) if precision else None
+    if not peak_flops or not told.rounds or told.run.makespan_s is None:
+        return []
+    try:
+        shape = model_shape(told.plan.model, None)
+    except UserError:  # its configuration is not on this machine
+        return []
+    predicted, measured = waterfalls(
+        told.plan,
+        shape,
+        told.rounds,
+        told.run.makespan_s,
+        told.run.predicted_makespan_s,
+        peak_flops=peak_flops,
+        slowdown=told.run.slowdown or 1.0,
+    )
+    picture = drawing(predicted, measured, f"{told.name}: {told.run.makespan_s:.4g} s")
+    return [Section(title="Where the seconds went", picture=picture)]
 
 
 def hardware_sections(database: Database, hardware_id: int) -> list[Section]:
@@ -116,7 +133,7 @@ def _reached(hardware: Hardware, rows: Sequence[Measurement], dtype: str) -> lis
 def _plans_and_runs(database: Database, hardware: Hardware) -> list[Section]:
     runs = [run for run in list_runs(database, hardware=hardware, status=RunStatus.DONE) if run.predicted_makespan_s]
     pairs = [
-        (run.predicted_makespan_s, run.makespan_s, f"run {run.id}")
+        Pair("this hardware", run.predicted_makespan_s, run.makespan_s, f"run {run.id}")
         for run in runs
         if run.predicted_makespan_s is not None and run.makespan_s is not None
     ]
@@ -125,27 +142,13 @@ def _plans_and_runs(database: Database, hardware: Hardware) -> list[Section]:
         plan = Plan.from_json(row.plan)
         if plan.predicted is not None:
             name = f"{row.id}: {plan.model.get('name')} {layout_of(plan.parallel)} {plan.policy or ''}"
-            plans.append((name[:44], plan.predicted.makespan_s))
+            plans.append((name, f"{plan.predicted.makespan_s:.4g} s"))
     found = []
     if pairs:
-        found.append(Section(title="Runs, predicted and measured", picture=points(pairs, "predicted s", "measured s")))
+        found.append(Section(title="Runs, predicted and measured", picture=document(accuracy_panel(pairs, "runs"))))
     if plans:
-        found.append(Section(title="Plans, as predicted", picture=bars(plans, "s")))
+        found.append(Section(title="Plans, as predicted", columns=("plan", "makespan"), rows=plans))
     return found
-
-
-def _told_bars(plan: Plan) -> list[tuple[str, list[Bar]]]:
-    """(start, finish) of each round on each stage, as the plan predicts."""
-    predicted = read_prediction(plan).timeline
-    if predicted is None:
-        return []
-    return [
-        (
-            _name(stage),
-            list(zip(predicted.start_s[:, stage].tolist(), predicted.finish_s[:, stage].tolist(), strict=True)),
-        )
-        for stage in range(predicted.start_s.shape[1])
-    ]
 
 
 def _attention(plan: Plan) -> Section:
@@ -154,7 +157,3 @@ def _attention(plan: Plan) -> Section:
     chunks_of = [[(each.start, each.end) for each in chunks if each.request == longest] for chunks in plan.rounds]
     title = f"Which tokens of prompt {plan.requests[longest].id} each round runs over which keys"
     return Section(title=title, picture=triangle(chunks_of, lengths[longest]))
-
-
-def _name(stage: int) -> str:
-    return f"stage {stage}"

@@ -66,24 +66,16 @@ def _content(path: str) -> dict[str, Any]:
 
 
 def _plan_picture(path: str) -> str:
-    from runtime.run.prediction import read_prediction
+    from service.pictures.rounds import predicted_panels
     from service.pictures.svg import document
-    from service.pictures.timeline import Bars, timeline_panel
     from service.pictures.token_cost import token_cost_panel
     from tuner.plan.cost_model import CostModel
     from tuner.plan.plan import load_plan
 
     plan = load_plan(path)
-    timeline = read_prediction(plan).timeline
-    if timeline is None:
+    panels = predicted_panels(plan, title=f"{plan.policy or 'The plan'}, predicted")
+    if not panels:
         raise UserError("FILE", path, "predicts nothing: it has neither round_s nor a cost_model to draw")
-    rows, columns = timeline.start_s.shape
-    bars = [
-        (i, k, float(timeline.start_s[i, k]), float(timeline.finish_s[i, k]))
-        for i in range(rows)
-        for k in range(columns)
-    ]
-    panels = [timeline_panel(plan, Bars(f"{plan.policy or 'The plan'}, predicted", bars))]
     if plan.cost_model is not None:
         panels.append(token_cost_panel(plan, CostModel.from_json(plan.cost_model)))
     return document(panels)
@@ -91,10 +83,8 @@ def _plan_picture(path: str) -> str:
 
 def _run_picture(path: str, content: dict[str, Any], plan_path: str | None) -> str:
     from db.rows.runs import RoundTime
-    from runtime.run.prediction import read_prediction
-    from service.pictures.accuracy import accuracy_panel
+    from service.pictures.rounds import run_panels
     from service.pictures.svg import document
-    from service.pictures.timeline import Bars, timeline_panel
     from tuner.plan.plan import load_plan
 
     if plan_path is None:
@@ -104,19 +94,7 @@ def _run_picture(path: str, content: dict[str, Any], plan_path: str | None) -> s
         rounds = parse(tuple[RoundTime, ...], content.get("rounds"))
     if any(one.round >= len(plan.rounds) or one.stage >= plan.parallel.num_groups for one in rounds):
         raise UserError("--plan", plan_path, f"has other rounds or stages than {path}")
-    measured = [(one.round, one.stage, one.start_s, one.finish_s) for one in rounds]
-    timeline = read_prediction(plan).timeline
-    end_s = max([one.finish_s for one in rounds] + ([] if timeline is None else [timeline.makespan_s]))
-    panels = [timeline_panel(plan, Bars("Measured", measured, end_s))]
-    if timeline is not None:
-        predicted = [
-            (i, k, float(timeline.start_s[i, k]), float(timeline.finish_s[i, k]))
-            for i in range(len(plan.rounds))
-            for k in range(plan.parallel.num_groups)
-        ]
-        panels.append(timeline_panel(plan, Bars("Predicted", predicted, end_s)))
-    accuracy = accuracy_panel(rounds)
-    return document([*panels, accuracy] if accuracy else panels)
+    return document(run_panels(plan, rounds))
 
 
 def _trace_picture(options: PlotOptions) -> str:

@@ -1,4 +1,4 @@
-"""What every door calls: tune, run a plan, list what is kept.
+"""Use cases called by the command line and the HTTP API: tune, run a plan, list stored rows.
 
-May import all but the doors.
+May import all of `service` but `jobs`, `http` and `cli`.
 """

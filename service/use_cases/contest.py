@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field, replace
 
+from tuner.online.ttft_bound import mean_ttft_bound_s
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
 from tuner.rounds.deadlines import Impossible, impossible_deadlines
-from tuner.rounds.problem import arrive_over_time
+from tuner.rounds.problem import Problem, arrive_over_time
 from tuner.rounds.round_plan import RoundPlan, best_first
 from tuner.rounds.schedule import Objective
 from tuner.search.replay import Replay
@@ -26,6 +27,8 @@ class Contest:
     """Of requests that arrive over time."""
     impossible: tuple[Impossible, ...] = ()
     """Deadlines that no plan meets."""
+    mean_ttft_bound_s: float | None = None
+    """No plan for requests that arrive over time has a smaller mean TTFT."""
 
 
 def contest(
@@ -44,7 +47,12 @@ def contest(
         by_objective = functools.partial(_score, objective=rules.objective)
         if not compare:
             others = [min((one for one in others if one.policy.startswith("fixed:")), key=by_objective)]
-        return Contest(planned=own.planned, replays=sorted([own, *others], key=by_objective), impossible=impossible)
+        return Contest(
+            planned=own.planned,
+            replays=sorted([own, *others], key=by_objective),
+            impossible=impossible,
+            mean_ttft_bound_s=mean_ttft_bound_s(Problem.of(cost, requests, **rules.options)),
+        )
     if compare:
         policies = rules.compare(cost, requests)
         planned = next(one for one in policies if one.policy == rules.policy)

@@ -14,14 +14,16 @@ from service.use_cases.contest import contest
 from service.use_cases.options import chosen
 from service.use_cases.tune_options import TuneOptions, next_command
 from service.use_cases.tune_report import TuneReport
-from tuner.plan.cost_model import MAX_TOKENS, CostModel
+from tuner.plan.cost_model import CostModel
 from tuner.plan.layout import layout_of
 from tuner.plan.plan import MAX_WINDOW, Parallel, Request, save_plan
 from tuner.plan.smoothing import load_measured_model
+from tuner.plan.stage_cost import MAX_TOKENS
 from tuner.rounds.problem import Limits
 from tuner.rounds.round_plan import Alternative, rounds_to_plan
 from tuner.rounds.schedule import Objective
 from tuner.search.rules import Rules
+from tuner.workload.classes import classes_told, parse_weights, weighted
 from tuner.workload.prompt_lens import parse_prompt_lens
 from tuner.workload.trace_format import TimeUnit, TraceFormat
 from tuner.workload.workload import NO_CACHE, Workload, load_workload
@@ -74,14 +76,41 @@ def workload_of(options: TuneOptions) -> Workload:
         assert options.prompt_lens is not None
         requests = parse_prompt_lens(options.prompt_lens)
         workload = Workload(requests=requests, output_tokens=(None,) * len(requests), notes=())
-    deadline_s = options.sla_ttft_s
-    has_deadlines = deadline_s or any(request.sla_ttft_s is not None for request in workload.requests)
-    if Objective(options.objective).needs_deadlines and not has_deadlines:
+    requests = workload.requests
+    if options.sla_ttft_s is not None:
+        requests = tuple(replace(each, sla_ttft_s=options.sla_ttft_s) for each in requests)
+    notes = workload.notes
+    if options.decode == "beside":
+        requests = _decoding(requests, workload.output_tokens, options)
+        notes += (_decode_note(requests),)
+    if options.priority is not None:
+        requests = weighted(requests, parse_weights(options.priority))
+    objective = Objective(options.objective)
+    has_deadlines = any(each.sla_ttft_s is not None for each in requests)
+    has_limits = objective is Objective.SLA and any(each.sla_tpot_s is not None for each in requests)
+    if objective.needs_deadlines and not has_deadlines and not has_limits:
         allowed = f"the objective {options.objective} needs deadlines: sla_ttft_s in the workload, or this option"
         raise UserError("--sla-ttft-s", "missing", allowed)
-    if deadline_s is None:
-        return workload
-    return replace(workload, requests=tuple(replace(each, sla_ttft_s=deadline_s) for each in workload.requests))
+    return replace(workload, requests=requests, notes=(*notes, *classes_told(requests)))
+
+
+def _decoding(
+    requests: tuple[Request, ...], output_tokens: tuple[int | None, ...], options: TuneOptions
+) -> tuple[Request, ...]:
+    """Requests whose answers are decoded in the rounds of others' prompts."""
+    if not any(output_tokens):
+        raise UserError("--decode", options.decode, "the workload must say output_length, and none of its lines does")
+    return tuple(
+        replace(one, output_tokens=max(tokens or 1, 1), sla_tpot_s=options.sla_tpot_s or one.sla_tpot_s)
+        for one, tokens in zip(requests, output_tokens, strict=True)
+    )
+
+
+def _decode_note(requests: tuple[Request, ...]) -> str:
+    tokens = sum(request.output_tokens for request in requests)
+    silent = sum(request.output_tokens == 1 for request in requests)
+    without = f"; {silent} have no more than their first" if silent else ""
+    return f"Decoded beside prefill: {tokens} tokens of {len(requests)} answers{without}."
 
 
 def _cache_tokens(text: str) -> int | None:
@@ -137,6 +166,7 @@ def _tune_cost_model(cost: CostModel, requests: tuple[Request, ...], rules: Rule
         policies=found.policies,
         replays=found.replays,
         impossible=found.impossible,
+        mean_ttft_bound_s=found.mean_ttft_bound_s,
     )
 
 

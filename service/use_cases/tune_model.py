@@ -34,7 +34,7 @@ from service.use_cases.tune_report import TuneReport
 from tuner.fit.correction import PlansRun, fit_correction, load_measured_rounds
 from tuner.fit.coverage import coverage
 from tuner.fit.holdout import held_out_errors
-from tuner.fit.layer_costs import fit_layer_costs
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
 from tuner.fit.uncertainty import share_missing, widened
 from tuner.fit.whole.costs import Costs, fit_whole_costs, whole_held_out
@@ -302,6 +302,8 @@ def _report(
         policies=found.policies,
         replays=found.replays,
         impossible=found.impossible,
+        # Other cuts of shared rounds may cost less than the bound knows.
+        mean_ttft_bound_s=found.mean_ttft_bound_s if layout.sp_kind is SPKind.NONE else None,
         candidates=[best, *candidates[1:]],
         held_out=held_out,
     )

@@ -53,6 +53,9 @@ class TuneOptions:
     max_kv_tokens: int | None = option(None, "Most tokens in the KV cache.")
     objective: str = option("makespan", "What is made least.", choices=OBJECTIVES)
     sla_ttft_s: float | None = option(None, "Deadline of every request's TTFT, for sla and lateness.", above=0)
+    decode: str = option("elsewhere", "Where the workload's answers are decoded.", choices=("elsewhere", "beside"))
+    sla_tpot_s: float | None = option(None, "Limit of every request's TPOT, with --decode beside.", above=0)
+    priority: str | None = option(None, "Weights of the workload's classes.", metavar="NAME=WEIGHT,...")
     memory_gib: float | None = option(
         None, "GiB of a card, or of the host of CPU ranks. [default: the hardware's]", above=0
     )
@@ -118,6 +121,12 @@ class TuneOptions:
             raise UserError("--layer-partition", self.layer_partition, "goes with a MODEL; a cost model has its stages")
         if self.cost_model is not None and self.topology is not None:
             raise UserError("--topology", self.topology, "goes with a MODEL; a cost model has its hops")
+        if self.sla_tpot_s is not None and self.decode == "elsewhere":
+            raise UserError("--sla-tpot-s", self.sla_tpot_s, "goes with --decode beside")
+        if self.decode == "beside" and self.workload is None:
+            raise UserError("--decode", self.decode, "goes with --workload")
+        if self.priority is not None and self.workload is None:
+            raise UserError("--priority", self.priority, "goes with --workload")
         if self.objective in ("sla", "lateness") and self.sla_ttft_s is None and self.workload is None:
             raise UserError("--sla-ttft-s", "missing", f"the objective {self.objective} needs a deadline in seconds")
         if self.num_trials and self.workload is None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from service.reasons.precision import PrecisionStep
 from service.reasons.recommendation import Recommendation
 from tuner.plan.plan import Plan
@@ -36,6 +38,8 @@ class TuneReport:
     replays: list[Replay] = field(default_factory=list)
     impossible: tuple[Impossible, ...] = ()
     """Deadlines that no plan meets."""
+    mean_ttft_bound_s: float | None = None
+    """No plan for requests that arrive over time has a smaller mean TTFT."""
     candidates: list[Candidate] = field(default_factory=list)
     held_out: list[HeldOutError] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
@@ -79,6 +83,8 @@ class TuneReport:
             "policies": [_policy_json(planned) for planned in self.policies],
             "impossible": [str(one) for one in self.impossible],
             "replays": [replay_json(replay) for replay in self.replays],
+            "classes": classes_json(self),
+            "mean_ttft_bound_s": self.mean_ttft_bound_s,
             "held_out": [error.to_json() for error in self.held_out],
             "correction": self.costs.correction.to_json() if self.costs else None,
             "rank_factors": list(self.costs.rank_skew.factors) if self.costs else [],
@@ -106,7 +112,43 @@ def replay_json(replay: Replay) -> dict[str, Any]:
         "p99_ttft_s": replay.ttft_s(99),
         "tokens_per_s": replay.tokens_per_s,
         **_deadlines_json(replay.evaluation),
+        **_decode_json(replay),
     }
+
+
+def _decode_json(replay: Replay) -> dict[str, Any]:
+    """TPOT of the requests with more than one token; nothing where none is decoded beside."""
+    tpot_s = [seconds for seconds in replay.evaluation.tpot_s if seconds > 0.0]
+    if not tpot_s:
+        return {}
+    return {
+        "mean_tpot_s": float(np.mean(tpot_s)),
+        "p99_tpot_s": float(np.percentile(tpot_s, 99)),
+        "goodput_per_s": replay.goodput,
+    }
+
+
+def classes_json(report: TuneReport) -> list[dict[str, Any]]:
+    """What each class of requests got of the policy that is the plan; nothing where requests have none."""
+    requests = report.plan.requests
+    names = sorted({request.priority for request in requests if request.priority is not None})
+    chosen = next((one for one in report.replays if one.planned.policy == report.plan.policy), None)
+    if not names or chosen is None:
+        return []
+    rows = []
+    for name in names:
+        own = [i for i, request in enumerate(requests) if request.priority == name]
+        ttft_s = [chosen.evaluation.ttft_s[i] for i in own]
+        rows.append(
+            {
+                "priority": name,
+                "requests": len(own),
+                "weight": requests[own[0]].weight,
+                "mean_ttft_s": float(np.mean(ttft_s)),
+                "p99_ttft_s": float(np.percentile(ttft_s, 99)),
+            }
+        )
+    return rows
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:
@@ -153,6 +195,7 @@ def _expected_json(planned: RoundPlan) -> dict[str, Any]:
 
 def _deadlines_json(evaluation: Evaluation) -> dict[str, Any]:
     """How many deadlines are met and how late the latest is; nothing where there are none."""
-    if not math.isfinite(evaluation.lateness_s):
+    late_s = evaluation.lateness_s
+    if not math.isfinite(late_s) and not evaluation.has_limits:
         return {}
-    return {"sla_met": evaluation.sla_weight, "lateness_s": evaluation.lateness_s}
+    return {"sla_met": evaluation.sla_weight, "lateness_s": late_s if math.isfinite(late_s) else None}

@@ -21,17 +21,13 @@ NUM_POINTS = 40
 BATCH = 50
 
 
-def open_at_once(url: str, barrier: Barrier) -> None:
-    """Open a database that does not exist yet at the same moment as others do."""
+def measure_and_run(url: str, barrier: Barrier, worker: int) -> None:
+    """Measure a point of one's own and points that all workers measure, in opposite orders, and run plans.
+
+    The database does not exist before: all open it at the same moment.
+    """
     import alembic.command  # noqa: F401 - loaded before the start, so that the race is close
 
-    barrier.wait(60)
-    with open_database(url, lock_timeout_s=30) as database:
-        save_hardware(database, make_hardware())
-
-
-def measure_and_run(url: str, barrier: Barrier, worker: int) -> None:
-    """Measure a point of one's own and points that all workers measure, in opposite orders, and run plans."""
     barrier.wait(60)
     when, median_us = NOON + timedelta(seconds=worker), 10 + worker * 0.1
     shared = [make_measurement(m, variant="shared", measured_at=when, median_us=median_us) for m in range(1, 41)]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from click.testing import CliRunner
 
@@ -78,7 +79,7 @@ def test_list_tables(url: str) -> None:
     table = run("list", "--db", url)
     assert "Example CPU" in table and "2026-03-01 12:01:00" in table
     assert "k=256,m=64,n=512" in run("list", "measurements", "--db", url)
-    plan = dict(line.split(maxsplit=1) for line in run("list", "plans", "--db", url).splitlines()[1:] if line)
+    plan = dict(line.split(maxsplit=1) for line in run("list", "plans", "--db", url).splitlines() if line[:2] == "  ")
     assert (plan["model"], plan["tp_size"], plan["sp_size"]) == ("tiny", "1", "-")
     assert "1.25" in run("list", "runs", "--db", url)
     assert all(len(line) <= 80 for line in table.splitlines())
@@ -117,3 +118,17 @@ def test_export_asks_which_of_several(url: str, tmp_path: Path) -> None:
     message = run("export", tmp_path / "p.json", "--db", url, fails=True)
     assert message == "--hardware: not given; must be one of 1 (Example CPU x2); 2 (Example GPU x8)"
     assert "0 measurements of hardware 2" in run("export", tmp_path / "p.json", "--hardware", str(other), "--db", url)
+
+
+def test_measurements_as_a_table_for_a_notebook(url: str, tmp_path: Path) -> None:
+    with open_database(url) as database:
+        save_measurements(database, make_hardware(), [make_measurement(op="all_reduce", shape={"bytes": 1024})])
+    for name in ("rows.csv", "rows.csv.gz"):
+        assert run_json("export", tmp_path / name, "--db", url)["num_measurements"] == 3
+        table = pandas.read_csv(tmp_path / name)
+        products = table[table.op == "matmul"]
+        assert products[["m", "n", "k", "median_us"]].to_numpy().tolist() == [
+            [8, 512, 256, 10.125],
+            [64, 512, 256, 10.125],
+        ]
+        assert table.bytes.dropna().tolist() == [1024]

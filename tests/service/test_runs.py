@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,14 +15,16 @@ from benchmarks.fuzz_files import PLAN
 from db.store.engine import open_database
 from service.cli.main import cli
 from service.cli.output import show_table
+from service.reasons.run_words import in_words
+from service.use_cases.runs import told_run
 from tests.structures import ROOT
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A database with 106 runs."""
+    """A database with 113 runs."""
     path = tmp_path_factory.mktemp("runs") / "h100x2.db"
-    path.write_bytes(gzip.decompress((ROOT / "benchmarks/results/h100x2-1.db.gz").read_bytes()))
+    path.write_bytes(gzip.decompress((ROOT / "benchmarks/results/h100x2.db.gz").read_bytes()))
     open_database(f"sqlite:///{path}").close()
     return f"sqlite:///{path}"
 
@@ -34,23 +37,34 @@ def call(*words: object, fails: bool = False) -> Result:
 
 def test_runs_are_listed_compared_and_explained(url: str) -> None:
     rows = json.loads(call("runs", "--limit", 5, "--db", url, "--json").stdout)
-    assert [row["run"] for row in rows] == [119, 118, 117, 116, 115]
+    assert [row["run"] for row in rows] == [113, 112, 111, 110, 109]
     for row in rows:
         assert row["work_s"] + row["waiting_s"] == pytest.approx(row["measured_s"])
         assert row["slower_pct"] == pytest.approx(100 * (row["measured_s"] / row["predicted_s"] - 1), abs=0.01)
-    compared = json.loads(call("runs", "compare", 115, 119, "--db", url, "--json").stdout)
-    assert [row["run"] for row in compared] == [119, 115]
-    words = json.loads(call("runs", "explain", 114, "--db", url, "--json").stdout)["words"]
-    assert "6.0% slower" in words["took"] and "stage 0 +5.5%" in words["work"]
-    assert "nothing to explain" in call("runs", "explain", "--db", url).stdout.replace("\n           ", " ")
+    compared = json.loads(call("runs", "compare", 109, 113, "--db", url, "--json").stdout)
+    assert [row["run"] for row in compared] == [109, 113]
+    words = json.loads(call("runs", "explain", 24, "--db", url, "--json").stdout)["words"]
+    assert "4.3% faster" in words["took"] and "stage 1 -4.4%" in words["work"]
+    assert "nothing to explain" in call("runs", "explain", 7, "--db", url).stdout.replace("\n           ", " ")
     assert str(call("runs", "explain", 5000, "--db", url, fails=True).exception).startswith("run: 5000; must be")
+
+
+def test_a_machine_that_was_faster_than_in_its_profile_is_said_to_be(url: str) -> None:
+    with open_database(url) as database:
+        told = told_run(database, 24)
+    words = dict(in_words(replace(told, run=replace(told.run, slowdown=0.96)), "profile", "run"))
+    assert words["machine"].startswith("The machine, by one product beside the run: 4.0% faster than in its profile")
+    assert words["machine"].endswith("the prediction is off by +0.3%")
+    assert words["so"].startswith("the machine itself was faster") and words["next"] == "profile"
+    words = dict(in_words(replace(told, run=replace(told.run, slowdown=0.999)), "profile", "run"))
+    assert "as fast as in its profile" in words["machine"] and "the machine itself" not in words["so"]
 
 
 def test_runs_are_cleared_when_one_says_yes(url: str) -> None:
     assert call("runs", "clear", 1, 2, "--db", url).stdout == "2 runs would be removed: say --yes\n"
     assert call("runs", "clear", 1, 2, "--yes", "--db", url).stdout == "2 runs removed\n"
     assert "must be the id of a run" in str(call("runs", "clear", 1, "--db", url, fails=True).exception)
-    assert len(json.loads(call("runs", "--limit", 200, "--db", url, "--json").stdout)) == 104
+    assert len(json.loads(call("runs", "--limit", 200, "--db", url, "--json").stdout)) == 111
 
 
 COST = {
@@ -115,7 +129,7 @@ def test_tables_leave_out_columns_that_a_page_has_no_room_for(capsys: pytest.Cap
     assert capsys.readouterr().out.count("column") == 9
 
 
-@pytest.mark.parametrize("what", [("114",), ("--hardware", "1"), ()])
+@pytest.mark.parametrize("what", [("24",), ("--hardware", "1"), ()])
 def test_a_report_is_one_page_that_needs_nothing_beside_it(what: tuple[str, ...], url: str, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     call("report", *what, "-o", path, "--db", url)
@@ -126,8 +140,9 @@ def test_a_report_is_one_page_that_needs_nothing_beside_it(what: tuple[str, ...]
         ElementTree.fromstring(picture)
     assert "<script" not in text and "src=" not in text
     assert {part.split('"')[0] for part in text.split("http")[1:]} == {"://www.w3.org/2000/svg"}
-    if what == ("114",):
-        assert "6.0% slower" in text and "When rounds ran" in text
+    if what == ("24",):
+        assert "4.3% faster" in text and "When rounds ran" in text
+        assert "Where the seconds went" in text and "fill and drain" in text
 
 
 def test_a_report_of_a_plan_escapes_what_files_say(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tuner.plan.cost_model import CostModel, PairAttention, StageCost
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import PairAttention, StageCost
 
 ATOM = json.loads((Path(__file__).parents[1] / "data" / "atom_kimi_k25_mi355x.json").read_text())
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from db.rows.measurements import Measurement
-from profiler.measure.session import rows_of
+from profiler.measure.point_rows import rows_of
 from profiler.measure.timing import Samples, summarize
 from profiler.model import ModelShape, load_model_shape
 from profiler.points.point import Op, Point

@@ -11,8 +11,9 @@ import itertools
 import random
 from dataclasses import dataclass
 
-from tuner.plan.cost_model import CostModel, PairAttention, StageCost, TableAttention
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
+from tuner.plan.stage_cost import PairAttention, StageCost, TableAttention
 
 UNIT = 128
 
@@ -126,7 +127,7 @@ def _round_s(instance: Instance, state: tuple[int, ...], target: tuple[int, ...]
 
 
 def _stage(shape: dict[str, float], token_s: float, factor: float, final_s: float) -> StageCost:
-    count = (0, UNIT, 2 * UNIT, 4 * UNIT, 16 * UNIT)
+    count: tuple[int, ...] = (0, UNIT, 2 * UNIT, 4 * UNIT, 16 * UNIT)
     seconds: tuple[float, ...] = tuple(n * token_s * factor for n in count)
     if shape["stairs"]:  # as kernels that work in tiles of two units
         count = tuple(n for i in range(0, 12, 2) for n in (i * UNIT + 1, (i + 2) * UNIT))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from tuner.plan.cost_model import Attention, CostModel, PairAttention, StageCost, TableAttention
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
+from tuner.plan.stage_cost import Attention, PairAttention, StageCost, TableAttention
 
 seconds = st.integers(0, 10_000).map(lambda ticks: ticks * 1e-5)
 

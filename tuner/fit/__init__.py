@@ -1,4 +1,4 @@
-"""From measured rows to the costs of a layer, with held-out errors, corrections by runs, and how sure a prediction is.
+"""Fits the costs of a layer to measured rows, with held-out errors, corrections by runs, and a stated uncertainty.
 
 May import `tuner.plan.plan`.
 """

@@ -1,4 +1,4 @@
-"""How much longer a whole layer takes than its parts alone: cold caches, launches, the memory between the kernels."""
+"""Calibration: how much longer a whole layer takes than the sum of its parts (caches, launches, memory)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from scipy.optimize import lsq_linear
 
 from db.rows.measurements import Measurement
-from tuner.fit.attention_fit import AttentionCurve
+from tuner.fit.attention.curve import AttentionCurve
 from tuner.fit.curve import Floats
 from tuner.fit.rows import expected_s
 
-LEAST_FACTOR, MOST_FACTOR = 0.5, 2.0  # parts that miss the whole by more are a mistake, not a correction
+LEAST_FACTOR, MOST_FACTOR = 0.5, 2.0  # larger deviations are a measurement error, not a correction
 # Against one measured layer: that nothing is corrected; that work of like size is corrected alike, which holds for
 # token-wise work; and that a chunk's attention to itself is corrected as its attention to the context.
 PULL_TO_ONE, PULL_ALONG, PULL_TOGETHER = 0.05, 0.5, 0.1
@@ -35,7 +35,7 @@ class Calibration:
 
     @classmethod
     def none(cls) -> Calibration:
-        """The parts as they are."""
+        """No calibration: all factors are 1."""
         one = np.ones(1)
         return cls(tokens=one, factors=one, base_factors=one, context_factors=one, num_layers_measured=0)
 
@@ -51,7 +51,7 @@ class Calibration:
         )
 
     def is_near(self, tokens: float) -> bool:
-        """Whether a whole layer of about so many tokens was measured: between others its factors are a guess."""
+        """Whether a whole layer of about this many tokens was measured; elsewhere its factors are interpolated."""
         return self.num_layers_measured > 0 and bool((np.abs(np.log(self.tokens / tokens)) < np.log(NEAR)).any())
 
     def tokens_factor(self, tokens: Floats) -> Floats:

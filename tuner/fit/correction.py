@@ -1,4 +1,4 @@
-"""What earlier runs taught: measured rounds of the same work on the same hardware correct the fitted model."""
+"""Corrects the fitted model by earlier runs: measured rounds of the same work on the same hardware."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tuner.rounds.schedule import evaluate
 
 RUNS_LOOKED_AT = 300
 LEAST_ROUNDS = 4
-LEAST_SCALE, MOST_SCALE = 0.7, 1.5  # beyond these the runs are of something else than what was profiled
+LEAST_SCALE, MOST_SCALE = 0.7, 1.5  # beyond these the runs do not match what was profiled
 ROUNDS_OF_BELIEF = 2.0  # "no correction" weighs as much as so many measured rounds
 # A card that rested runs the first tenths of a second up to a fifth faster than it can go on: no lesson. After passes
 # that did not count it rested only for the moment between two passes.
@@ -67,7 +67,7 @@ class Correction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredRounds:
-    """Rounds of earlier runs on a stage each: what the uncorrected model says, and what was measured.
+    """Rounds of earlier runs, one stage each: seconds by the uncorrected model, and measured ones.
 
     places: (pp_size, stage) of each, [num_rounds, 2]; all on one where it is left out.
     """
@@ -122,7 +122,7 @@ def fit_correction(rounds: MeasuredRounds) -> Correction:
 
 
 class PlansRun:
-    """Plans of earlier runs, each read once however many layouts learn from it."""
+    """Plans of earlier runs, each read once and shared by all layouts."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

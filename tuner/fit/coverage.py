@@ -1,4 +1,4 @@
-"""Which of the points that a plan's prediction leans on were measured, and which are missing."""
+"""Coverage: which of the points that a plan's prediction depends on were measured."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def coverage(
 
 
 def _work_of(point: Point | Measurement) -> tuple[object, ...]:
-    """What rows of one curve share: all but how many tokens and how long a context."""
+    """The key of a row's curve: everything but its tokens and its context."""
     sizes = {name: size for name, size in point.shape.items() if name not in (*_SIZE.values(), "context")}
     return (str(point.op), point.group_size, *sorted(sizes.items()))
 
@@ -77,7 +77,7 @@ def _near(grid: Grid, work: RankWork, layout: Layout, rounds: Sequence[Round]) -
     """Points of what the layout runs, at most NEAR times as far from the rounds' tokens."""
     tokens = [sum(chunk.tokens for chunk in chunks) for chunks in rounds]
     least, most = min(tokens) / layout.sp_size / NEAR, NEAR * max(tokens)
-    from tuner.fit.sequence.messages import layer_messages  # brings SciPy along
+    from tuner.fit.sequence.messages import layer_messages  # imports SciPy
 
     messages = {message.op for message in layer_messages(work)}
     if layout.tp_size > 1 and layout.sp_kind is not SPKind.MEGATRON:

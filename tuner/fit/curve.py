@@ -1,4 +1,4 @@
-"""A time that never falls with more work: piecewise linear, fitted with non-negative least squares."""
+"""A piecewise linear, non-decreasing time curve, fitted with non-negative least squares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from db.rows.measurements import Measurement
 from tuner.fit.rows import expected_s
 
 Floats = npt.NDArray[np.float64]
-SPIKE = 1.15  # times its neighbours' cost of a unit: kernels differ by less, a core that was taken away by more
+SPIKE = 1.15  # times its neighbours' cost of a unit: kernels differ by less, interference by more
 _ROUNDS_OF_WEIGHTS = 30
 _LEAST_RESIDUAL = 1e-4
 
@@ -50,7 +50,7 @@ def fit_curve(x: Sequence[float], seconds: Sequence[float]) -> Curve:
 
 @lru_cache(maxsize=4096)
 def _fitted(x: tuple[float, ...], seconds: tuple[float, ...]) -> Curve:
-    """The curve; the same again for every layout that the points serve."""
+    """Fit the curve; cached, because many layouts use the same points."""
     at = np.asarray(x, dtype=np.float64)
     measured = np.asarray(seconds, dtype=np.float64)
     knots = np.unique(at)
@@ -63,13 +63,13 @@ def _fitted(x: tuple[float, ...], seconds: tuple[float, ...]) -> Curve:
 
 
 def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
-    """The curve of what rows are expected to cost over one of their sizes, single disturbed points smoothed."""
+    """Fit the expected seconds of rows over one of their sizes; single outliers are smoothed."""
     sizes = [row.shape[at] for row in rows]
     return fit_curve(sizes, without_spikes(sizes, [expected_s(row, ranks=ranks) for row in rows]))
 
 
 def without_spikes(x: Sequence[float], seconds: Sequence[float]) -> list[float]:
-    """The seconds, less those that cost far more for a unit of x than both the next smaller x and the next larger.
+    """Lower the seconds of points that cost far more for a unit of x than both neighbouring points.
 
     A core that others share, or a hypervisor takes away, makes single points slow while they are measured.
     """

@@ -1,4 +1,4 @@
-"""How well the fits predict points that they have not seen: each measured point left out once, the rest fitted."""
+"""Leave-one-out errors of the fits: each measured point is left out once and predicted from the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from db.rows.measurements import Measurement
 from profiler.points.point import Op
 from profiler.sequence.kind import SPKind
-from tuner.fit.attention_rows import AttentionRows, attention_rows
+from tuner.fit.attention.rows import AttentionRows, attention_rows
 from tuner.fit.curve import fit_rows
 from tuner.fit.rows import RankWork, Rows, expected_s
 from tuner.fit.sequence.messages import LayerMessage, layer_messages, message_rows
@@ -60,7 +60,7 @@ class LeftOutPoints:
 
 
 def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[HeldOutError]:
-    """Leave-one-out errors of the fits behind `tuner.fit.layer_costs.fit_layer_costs`, by operation."""
+    """Leave-one-out errors of the fits behind `tuner.fit.layer_fit.fit_layer_costs`, by operation."""
     return [_summary(tested) for tested in leave_out(measurements, work, busy_ranks=busy_ranks)]
 
 

@@ -1,4 +1,4 @@
-"""From measured rows to the cost of a layer, and from layers to the cost model of a pipeline."""
+"""The fitted costs of one layer, and the cost model of a pipeline made from them."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ from functools import cache
 
 import numpy as np
 
-from db.errors import UserError
-from db.rows.measurements import Measurement
 from profiler.model import PRECISIONS
-from profiler.points.point import RANK_LAYER, Op
+from profiler.points.point import Op
 from profiler.sequence.kind import CUTS, SequenceCut, usual_cut
-from tuner.fit.attention_fit import SPLIT_ROWS, TILE_ROWS, AttentionCurve
-from tuner.fit.attention_rows import AttentionRows, require_attention
-from tuner.fit.calibration import Calibration, fit_calibration
+from tuner.fit.attention.curve import SPLIT_ROWS, TILE_ROWS, AttentionCurve
+from tuner.fit.calibration import Calibration
 from tuner.fit.correction import Correction
-from tuner.fit.curve import Curve, Floats, fit_line, fit_rows
-from tuner.fit.rank_skew import RankSkew, fit_rank_skew
-from tuner.fit.rows import RankWork, Rows, expected_s
+from tuner.fit.curve import Curve, Floats
+from tuner.fit.rank_skew import RankSkew
+from tuner.fit.rows import RankWork
 from tuner.fit.sequence.cut_costs import CutCosts
 from tuner.fit.sequence.kinds import COSTS
-from tuner.fit.sequence.messages import fit_messages, fit_overlap, layer_weight_bytes, row_bytes
+from tuner.fit.sequence.messages import layer_weight_bytes, row_bytes
 from tuner.fit.sequence.overlap import COPIED, Overlap
 from tuner.fit.sequence.parts import LayerParts, Seconds
-from tuner.plan.cost_model import CostModel, StageCost, TableAttention
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Weights
+from tuner.plan.stage_cost import StageCost, TableAttention
 from tuner.plan.stage_order import StageOrder, stages_of_groups
 
 # Points of the tables that the planner reads: dense where chunks are likely, a few percent apart beyond.
@@ -50,7 +48,7 @@ class LayerCosts:
     messages: Mapping[Op, Curve]
     """Collectives between the ranks that share the rows of a round, by a message's bytes."""
     overlap: Overlap
-    """What these and products lose side by side."""
+    """The slowdown of collectives and products that run at the same time."""
     embedding: Curve
     head_s: float
     round_overhead_s: float
@@ -70,14 +68,14 @@ class LayerCosts:
     _tables: dict[tuple[float, SequenceCut | None, bool], tuple[Floats, Floats, Floats]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """What `_layer_tables` found."""
+    """Cache of `_layer_tables`."""
 
     def interleaved(self, virtual_stages: int, stage_order: StageOrder) -> LayerCosts:
-        """The same costs where each stage holds so many groups of layers."""
+        """The same costs with several groups of layers a stage."""
         return replace(self, virtual_stages=virtual_stages, stage_order=stage_order)
 
     def with_links(self, factor: float) -> LayerCosts:
-        """The same where all that is sent takes the `factor`-th part of its time; infinity: none."""
+        """The same costs with all communication `factor` times as fast; infinity makes it free."""
 
         def shorter(curve: Curve) -> Curve:
             return replace(curve, seconds=curve.seconds / factor)
@@ -120,7 +118,7 @@ class LayerCosts:
         return self._model(layer_partition, cut or usual_cut(self.work.sp_kind), least=False)
 
     def floor_model(self, layer_partition: Sequence[int]) -> CostModel:
-        """A cost model that rounds are not below in any cut: what a lower bound is proven on when cuts may be chosen.
+        """A cost model below that of every cut: lower bounds are proven on it where cuts may be chosen.
 
         Of every table the least of all cuts at each point.
         """
@@ -162,7 +160,7 @@ class LayerCosts:
         )
 
     def least_layers(self, pp_size: int) -> tuple[StageCost, ...]:
-        """A layer and the head on each of `pp_size` stages, in no cut cheaper; stages that are alike share one."""
+        """The least cost over all cuts of a layer and the head on each of `pp_size` stages; equal stages share one."""
 
         def least(skew: float, scale: float) -> StageCost:
             cuts = CUTS[self.work.sp_kind]
@@ -218,11 +216,11 @@ class LayerCosts:
         return self._tables[key]
 
     def _own_rows(self, tokens: Floats, cut: SequenceCut | None) -> Floats:
-        """Rows that a rank holds the residual stream of."""
+        """Rows of the residual stream that a rank holds."""
         return tokens if cut is SequenceCut.WHOLE else np.ceil(tokens / self.work.sequence_size)
 
     def _final_rows_s(self) -> float:
-        """A prompt's last row goes from the rank that ran it to all that share the rows."""
+        """Seconds to send a prompt's last row from the rank that ran it to the ranks that share the rows."""
         small = self.messages.get(Op.ALL_REDUCE)
         return float(small(self.work.hidden_bytes)) if small else 0.0
 
@@ -281,53 +279,6 @@ def _least_stage(stages: Sequence[StageCost]) -> StageCost:
     )
 
 
-def fit_layer_costs(measurements: Sequence[Measurement] | Rows, work: RankWork, *, busy_ranks: int) -> LayerCosts:
-    """Fit the rows of one hardware and dtype; raises `UserError` when a part has no rows.
-
-    busy_ranks: ranks at work at once when the plan runs; rows taken under the nearest such load are used.
-    """
-    rows, why, ranks = Rows.of(measurements), str(work), work.stage_size
-    projections, elementwise = _token_wise(rows, work, busy_ranks)
-    attention = AttentionRows(require_attention(rows, work, busy_ranks=busy_ranks, why=why), work)
-
-    def curve(op: str, sizes: dict[str, int], at: str) -> Curve:
-        return fit_rows(rows.require(op, sizes, busy_ranks=busy_ranks, why=why), at, ranks=ranks)
-
-    overhead_rows = rows.require("round_overhead", {}, busy_ranks=busy_ranks, why=why)
-    overhead_s, chunk_s = fit_line(
-        [row.shape["chunks"] - 1 for row in overhead_rows], list(map(expected_s, overhead_rows))
-    )
-    sends = []
-    if busy_ranks > ranks:  # there are stages
-        sends = rows.require("send_recv", {}, busy_ranks=busy_ranks, group_size=2, why=f"the links of {why}")
-    hop_latency_s, hop_byte_s = fit_hop(sends)
-    shape = work.shape
-    costs = LayerCosts(
-        work=work,
-        projections=projections,
-        elementwise=elementwise,
-        all_reduce=_all_reduce(rows, work, busy_ranks, why),
-        attention=attention.fit(attention.chosen),
-        calibration=Calibration.none(),
-        messages=fit_messages(rows, work, busy_ranks=busy_ranks, why=why),
-        overlap=fit_overlap(rows, work, busy_ranks=busy_ranks),
-        rank_skew=RankSkew(),
-        correction=Correction(),
-        embedding=curve("embedding", {"hidden": shape.hidden_size, "vocab": shape.vocab_size}, "tokens"),
-        head_s=float(curve("head", {"hidden": shape.hidden_size, "vocab": work.vocab_slice}, "rows")(1)),
-        round_overhead_s=overhead_s,
-        chunk_s=chunk_s,
-        hop_latency_s=hop_latency_s,
-        hop_byte_s=hop_byte_s,
-        return_s=min((expected_s(row) for row in sends), default=0.0),
-        max_chunk=_largest_chunk(rows, work, busy_ranks, [row.shape["chunk"] for row in attention.chosen]),
-        max_context=max(row.shape["context"] + row.shape["chunk"] for row in attention.chosen),
-    )
-    of_ranks = rows.select(RANK_LAYER, work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
-    calibration = _calibration(rows, costs, busy_ranks)
-    return replace(costs, calibration=calibration, rank_skew=fit_rank_skew(of_ranks))
-
-
 def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Token counts at which the planner's tables hold a value, up to a million."""
     steps = range(DENSE_STEP, DENSE_END + 1, DENSE_STEP)
@@ -337,92 +288,6 @@ def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     num_sparse = int(np.ceil(np.log(TABLE_END / MIDDLE_END) / np.log(SPARSE_RATIO)))
     sparse = np.geomspace(MIDDLE_END, TABLE_END, num_sparse + 1)[1:].round().astype(np.int64)
     return np.concatenate([dense, middle, sparse])
-
-
-def _calibration(rows: Rows, costs: LayerCosts, busy_ranks: int) -> Calibration:
-    """A rank's factors by whole layers, which a profile holds of tensor-parallel ranks: its rows are such a layer's.
-
-    Where heads are cut for attention alone, its factors are those of layers with as few heads if some were measured.
-    """
-    work = costs.work
-    if work.attending_size == work.tp_size:
-        return _layers_calibration(rows, costs, busy_ranks)
-    own = work.without_sequence
-    token_wise = _layers_calibration(rows, _refitted(rows, costs, own, busy_ranks), busy_ranks)
-    try:
-        few_heads = _refitted(rows, costs, replace(own, tp_size=work.attending_size), busy_ranks)
-    except UserError:
-        return token_wise
-    return token_wise.with_attention_of(_layers_calibration(rows, few_heads, busy_ranks))
-
-
-def _refitted(rows: Rows, costs: LayerCosts, work: RankWork, busy_ranks: int) -> LayerCosts:
-    """The costs with the parts of a layer of other work."""
-    projections, elementwise = _token_wise(rows, work, busy_ranks)
-    attention = AttentionRows(require_attention(rows, work, busy_ranks=busy_ranks, why=str(work)), work)
-    return replace(
-        costs,
-        work=work,
-        projections=projections,
-        elementwise=elementwise,
-        attention=attention.fit(attention.chosen),
-    )
-
-
-def _token_wise(rows: Rows, work: RankWork, busy_ranks: int) -> tuple[tuple[Curve, ...], Curve]:
-    """Curves of the four matmuls and of the element-wise work."""
-    products = [
-        rows.require("matmul", sizes, busy_ranks=busy_ranks, variant=variant, why=str(work))
-        for sizes, variant in work.projection_rows
-    ]
-    elementwise = rows.require(
-        "elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant, why=str(work)
-    )
-    ranks = work.stage_size
-    return tuple(fit_rows(found, "m", ranks=ranks) for found in products), fit_rows(elementwise, "tokens", ranks=ranks)
-
-
-def _layers_calibration(rows: Rows, costs: LayerCosts, busy_ranks: int) -> Calibration:
-    work = costs.work
-    layers = rows.select("layer", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
-    return fit_calibration(costs.compute_s, costs.attention, layers, ranks=work.stage_size)
-
-
-def _largest_chunk(rows: Rows, work: RankWork, busy_ranks: int, chunks: Sequence[int]) -> int:
-    """The largest chunk whose share all parts of a layer were measured at: a rank has a part of its rows, and attends
-    to it in as large pieces unless heads are cut.
-
-    Raises `UserError` if a part has one size alone.
-    """
-    sizes = {
-        f"matmul n={size['n']} k={size['k']}{variant and ' ' + variant}": [
-            row.shape["m"] for row in rows.select("matmul", size, busy_ranks=busy_ranks, variant=variant)
-        ]
-        for size, variant in work.projection_rows
-    }
-    found = rows.select("elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
-    sizes |= {"elementwise": [row.shape["tokens"] for row in found], "attention": list(chunks)}
-    reached = {name: max(tokens, default=0) for name, tokens in sizes.items()}
-    for name, tokens in sizes.items():
-        if len(set(tokens)) == 1 and reached[name] < max(reached.values()):
-            allowed = "the profile ended too early: the same isochunk profile command goes on with it"
-            raise UserError("measurements", f"{name} at {reached[name]} tokens alone", allowed)
-    attends_whole = work.attending_size != work.tp_size
-    return min(
-        tokens * (1 if name == "attention" and attends_whole else work.sp_size) for name, tokens in reached.items()
-    )
-
-
-def _all_reduce(rows: Rows, work: RankWork, busy_ranks: int, why: str) -> Curve | None:
-    if work.tp_size == 1:
-        return None
-    found = rows.require("all_reduce", {}, busy_ranks=busy_ranks, group_size=work.tp_size, why=why)
-    return fit_rows(found, "bytes")
-
-
-def fit_hop(sends: Sequence[Measurement]) -> tuple[float, float]:
-    """Latency and seconds a byte of messages between stages; nothing where there are none."""
-    return fit_line([row.shape["bytes"] for row in sends], [expected_s(row) for row in sends]) if sends else (0.0, 0.0)
 
 
 def rising(seconds: Floats | Sequence[float]) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""How long each rank takes beside the slowest: cards of one kind differ by several percent under load."""
+"""Rank skew: each rank's time relative to the slowest; cards of one kind differ by several percent under load."""
 
 from __future__ import annotations
 

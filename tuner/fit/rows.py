@@ -1,4 +1,4 @@
-"""Which measured rows describe a model's work on one rank of a tensor-parallel group."""
+"""Selects the measured rows that describe a model's work on one rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST_SHARE, LEAST_POINTS = 0.3, 3  # of the points of the load measured most de
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankWork:
-    """What one rank computes: the local sizes that the profiler's rows carry."""
+    """The work of one rank: the local sizes that the profiler's rows name."""
 
     shape: ModelShape
     dtype: str
@@ -34,7 +34,7 @@ class RankWork:
     sp_kind: SPKind = SPKind.NONE
     weights: Weights = Weights.WHOLE
     has_peer_memory: bool = False
-    """Whether cards write into each other's memory: keys and values are gathered by copy engines then."""
+    """Whether cards write to each other's memory, so that copy engines gather keys and values."""
 
     @classmethod
     def on(
@@ -144,7 +144,7 @@ class Rows:
     measurements: Sequence[Measurement]
     _by_op: Mapping[str, list[Measurement]] = field(init=False, repr=False, compare=False)
     _found: dict[object, list[Measurement]] = field(init=False, repr=False, compare=False)
-    """Of each question that was asked: fits of many layouts ask the same."""
+    """Cache of selections: fits of many layouts select the same rows."""
 
     def __post_init__(self) -> None:
         by_op: dict[str, list[Measurement]] = defaultdict(list)

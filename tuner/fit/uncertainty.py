@@ -1,4 +1,4 @@
-"""How far a predicted makespan may be off: the relative half-width that holds nine times in ten for normal errors."""
+"""Uncertainty of a predicted makespan: the relative half-width of a 90 % interval, for normal errors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # both bring SciPy along
+if TYPE_CHECKING:  # both import SciPy
     from tuner.fit.correction import Correction
     from tuner.fit.holdout import HeldOutError
 
 # Of a normal distribution: the 90 % half-width over the median of absolute deviations, 1.645 / 0.6745.
 NINETY_OF_MEDIAN = 2.44
-# What fits never see without a run: clocks, skew between ranks, memory that kernels share.
+# Effects that only runs show: clocks, skew between ranks, memory that kernels share.
 UNSEEN = 0.02
 TIMES_A_LAYER = {"matmul": 4}  # q|k|v, o, gate|up and down are fitted apart
 EXTRAPOLATED = 2.0  # times as uncertain beyond what was measured
@@ -45,7 +45,7 @@ class Coverage:
 
 
 def share_missing(found: Sequence[Coverage]) -> float:
-    """Of all points that a plan leans on."""
+    """Share of missing points among those that a plan depends on."""
     num_points = sum(one.num_points for one in found)
     return sum(one.num_missing for one in found) / num_points if num_points else 0.0
 

@@ -7,18 +7,19 @@ makespan are tried under that limit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.online.queue import Clock
 from tuner.online.traffic import NONE_TO_COME, Outlook
-from tuner.plan.cost_model import Floats
-from tuner.plan.plan import Request, Round
+from tuner.plan.plan import Chunk, Request, Round
+from tuner.plan.stage_cost import Floats
 from tuner.rounds.packing import Packer, fill_rounds
 from tuner.rounds.schedule import MAKESPAN_SLACK, FlatRounds, Objective, simulate
+from tuner.serving.clock import Clock
 
 ROUNDING = 1e-9
 """A round's own time as its cap lets it in again."""
@@ -34,6 +35,8 @@ WIDTH = 2.5
 """Caps up to so many times longer and shorter are tried; with many rounds only its square root."""
 MOST_PASSES, ROUNDS_VARIED = 6, 40
 """How often single rounds are varied, and over how many rounds in all: in long plans one round matters little."""
+LATE = 10.0
+"""What a second after a request's limit of waiting counts, beside one before it."""
 LOOSENESS = (1.005, 1.0, 1.002, 1.01)
 """Shares of the makespan's limit whose best plans are varied, as many as ROUNDS_VARIED allows."""
 FACTORS = (0.7, 0.85, 0.95, 0.98, 1.02, 1.05, 1.15, 1.4)
@@ -70,6 +73,8 @@ class Lookahead:
     window: int | None
     objective: Objective
     outlook: Outlook = NONE_TO_COME
+    patience_s: float = 0.0
+    """Seconds from its arrival after which a request's end counts LATE times; 0 for none."""
     clock: Clock
 
     def rounds(self, caps_s: Sequence[float], least_s: float) -> list[Round]:
@@ -77,10 +82,12 @@ class Lookahead:
         found = self._sweep(caps_s, least_s, self.objective)
         return min(found, key=lambda each: each.score(self.objective)).rounds
 
-    def rounds_in_passing(self, caps_s: Sequence[float], even_s: Mapping[int, float], least_s: float) -> list[Round]:
+    def rounds_in_passing(
+        self, caps_s: Sequence[float], even_s: Mapping[int, float], sizes: Sequence[int], least_s: float
+    ) -> list[Round]:
         """The best rounds under a few caps: `caps_s` (one a span) at a few scales, and one of `even_s` for all.
 
-        even_s: the cap for each of a few numbers of rounds.
+        even_s: the cap for each of a few numbers of rounds. sizes: tokens a round that are tried as well.
         """
         choices = [[scale * cap for cap in caps_s] for scale in SCALES_IN_PASSING]
         for num_rounds, cap_s in even_s.items():
@@ -88,9 +95,16 @@ class Lookahead:
             choices += [[slack * cap_s] * len(caps_s) for slack in slacks]
         seen: set[tuple[int, ...]] = set()
         best: _Found | None = None
-        for caps in choices:
-            of_span = {span[0]: max(cap, least_s) for span, cap in zip(self.spans, caps, strict=True)}
-            rounds = fill_rounds(self.packer, self.requests, self.spans, of_span)
+        capped = (
+            fill_rounds(
+                self.packer,
+                self.requests,
+                self.spans,
+                {span[0]: max(cap, least_s) for span, cap in zip(self.spans, caps, strict=True)},
+            )
+            for caps in choices
+        )
+        for rounds in itertools.chain(map(self._of_size, sizes), capped):
             shape = tuple(chunk.tokens for chunks in rounds for chunk in chunks)
             if shape in seen:
                 continue
@@ -100,6 +114,23 @@ class Lookahead:
                 best = found
         assert best is not None
         return best.rounds
+
+    def _of_size(self, num_tokens: int) -> list[Round]:
+        """Rounds of so many tokens, in running order."""
+        multiple, rounds, chunks = self.packer.multiple, list[Round](), list[Chunk]()
+        num_tokens = max(min(num_tokens, self.packer.max_round_tokens), multiple)
+        room = num_tokens
+        for index, first, end in self.spans:
+            start = first
+            while start < end:
+                tokens = end - start if end - start <= room else room // multiple * multiple
+                if not tokens:
+                    rounds.append(tuple(chunks))
+                    chunks, room = [], num_tokens
+                    continue
+                chunks.append(Chunk(index, start, tokens))
+                start, room = start + tokens, room - tokens
+        return [*rounds, tuple(chunks)]
 
     def _found_quickly(self, rounds: list[Round]) -> _Found:
         """As `_found`, round by round: sooner for few rounds."""
@@ -113,6 +144,9 @@ class Lookahead:
                     ends_s += request.weight * end_s
                     weights += request.weight
                     plain_s += end_s
+                    if self.patience_s:
+                        late_s = self.start_s + end_s - request.arrival_s - self.patience_s
+                        ends_s += LATE * max(late_s, 0.0)
         busy_s = clock.finish_s[0] - self.start_s
         to_come_s = self.outlook.cost_s(busy_s)
         return _Found(end_s, (ends_s if weights else plain_s) + to_come_s, rounds)

@@ -21,6 +21,7 @@ these caps, and held until the queue changes (`tuner.online.lookahead`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import insort
 from collections import deque
@@ -30,15 +31,18 @@ import numpy as np
 
 from db.errors import UserError
 from tuner.online.lookahead import Lookahead
-from tuner.online.queue import Clock
+from tuner.online.patience import running_order
+from tuner.online.queue import drive
 from tuner.online.settings import AS_IT_COMES, OnlineSettings
 from tuner.online.traffic import Outlook, Traffic
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request, Round, check_window
 from tuner.rounds.packing import OpenRound, Packer
 from tuner.rounds.problem import NO_LIMITS, Limits, Problem
-from tuner.rounds.round_budgets import QueueBudgets, context_token_s, round_overhead_s
+from tuner.rounds.round_budgets import QueueBudgets, RoundExcess, context_token_s, round_overhead_s
 from tuner.rounds.schedule import Objective
+from tuner.serving.answers import NOTHING_BESIDE, Beside
+from tuner.serving.clock import Clock
 
 FIRST_TABLE_TOKENS = 131_072
 """Prompt length that the cost tables hold from the start; a longer prompt doubles them."""
@@ -47,6 +51,15 @@ FEW_WAITING, FEW_IN_PASSING = 32, 16
 were there at the start, and once they arrive over time."""
 ROUNDS_A_REQUEST = (0.5, 1, 2, 3, 4)
 """How many rounds each of those that wait is cut into for a trial: its end then need not wait for others."""
+SIZES_IN_PASSING, WIDE = 2, (0.6, 1.0, 1.3)
+"""How many of those numbers rounds of equal tokens are made for too, and what their sizes are scaled by."""
+ENDS_WITHIN = 1.08
+"""How much longer a round may be so that a prompt ends in it: what is left of one would take a chunk of its own."""
+IN_TIME, LATE_SHARE = 0.9, 0.5
+"""Shares of the time until a decoded token is due that rounds may take before it is back, and of its TPOT limit that
+they may take at least: prompts go on however late the tokens beside them are."""
+STRETCH_SHARE = 0.125
+"""Share of the latest round in the mean of what rounds take over their work."""
 TRIED_IN_PASSING = 4
 """Numbers of rounds of a plan ahead once requests arrive over time: it is made anew for every one."""
 ROUNDS_TRIED = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0, 1.15)
@@ -106,6 +119,8 @@ class OnlinePlanner:
         """Every request ever added; a chunk's `request` is an index into it."""
         self._index_of: dict[str, int] = {}
         self._queue: list[tuple[float, int]] = []  # (rank, index), sorted
+        self._order: list[int] = []  # of the next round, by index
+        self._stretch = 1.0  # seconds of rounds over those of the work in them; running mean
         self._waiting: dict[int, _Waiting] = {}
         self._started: set[int] = set()
         self._ending: list[_Waiting] = []
@@ -115,7 +130,7 @@ class OnlinePlanner:
         self._late_s = 0.0  # how much later than the clock the engine is
         self._total_work_s = 0.0
         self._traffic = Traffic()
-        self._tokens = 0
+        self._tokens, self._context = 0, 0.0  # of all that came: new ones, and the context of a token in the mean
         self._load = 0.0
         self._makespan_weight: float | None = None  # kept while no request comes
         self._planned: deque[Round] = deque()  # for the queue as it is; a request that comes or goes voids them
@@ -166,18 +181,74 @@ class OnlinePlanner:
         if now_s is not None:
             self._late_s = now_s - expected_s
 
-    def next_round(self, now_s: float = 0.0) -> Round | None:
-        """The round to run next on stage 0; None while the window is full or nothing waits."""
-        if not self._waiting or (self.window is not None and len(self._in_flight) >= self.window):
+    def next_round(self, now_s: float = 0.0, beside: Beside = NOTHING_BESIDE) -> Round | None:
+        """The round to run next on stage 0; None while the window is full or there is nothing to run.
+
+        beside: decoded tokens that ride in it; a round may have nothing else. Their TPOT limits shorten it: a token is
+        back after about pp_size rounds, so each may take that share of the time in which the first of them is due.
+        """
+        is_full = self.window is not None and len(self._in_flight) >= self.window
+        if is_full or not (self._waiting or beside.tokens):
             return None
         start_s = max(now_s - self._late_s, self._clock.ready_s())
-        if not self._planned and self._may_plan_ahead():
+        chunks = self._next_chunks(start_s, beside) if self._waiting else ()
+        self._in_flight.append(self._clock.run(chunks, self.requests, start_s, beside))
+        return chunks
+
+    @property
+    def expected_s(self) -> float:
+        """When the oldest round in flight should leave the last stage; infinity without one."""
+        return self._in_flight[0] if self._in_flight else math.inf
+
+    def _next_chunks(self, start_s: float, beside: Beside) -> Round:
+        most_s = self._most_s(start_s, beside)
+        if self._planned and self._seconds_beside(self._planned[0], beside) > most_s:
+            self._planned.clear()
+        if not self._planned:
+            self._order = self._running_order(start_s)
+        if not self._planned and not math.isfinite(most_s) and self._may_plan_ahead():
             self._planned.extend(self._plan_ahead(start_s))
-        chunks = self._planned_round() if self._planned else self._greedy_round(start_s)
+        work_s = self._total_work_s
+        chunks = self._planned_round() if self._planned else self._greedy_round(start_s, beside, most_s)
+        if self.settings.patience:
+            done_s = max(work_s - self._total_work_s, 1e-12)
+            self._stretch += STRETCH_SHARE * (self._packer.seconds(chunks, self.requests) / done_s - self._stretch)
         while self._ending:  # their KV room is free for the round after this one
             self._release(self._ending.pop())
-        self._in_flight.append(self._clock.run(chunks, self.requests, start_s))
         return chunks
+
+    def _most_s(self, start_s: float, beside: Beside) -> float:
+        """Most seconds that the next round may take for the TPOT of those that decode beside it."""
+        if not math.isfinite(beside.limit_s):
+            return math.inf
+        hops_s = self._stages_after * self.cost.hop_latency_s + self.cost.return_s
+        rounds = self.cost.pp_size + (hops_s > 0.0)  # handed on and told back it misses the next round
+        return max(IN_TIME * (beside.due_s - start_s - hops_s), LATE_SHARE * beside.limit_s) / rounds
+
+    def _seconds_beside(self, chunks: Round, beside: Beside) -> float:
+        """Seconds of a round on the slowest stage with what is decoded beside."""
+        return self._packer.seconds(chunks, self.requests, self._open_round(beside)) if beside.tokens else 0.0
+
+    def _open_round(self, beside: Beside) -> OpenRound:
+        """A round that holds decoded tokens."""
+        into = self._packer.open_round()
+        into.num_tokens = beside.tokens
+        into.added_s = [beside.seconds(table.stage) for table in self._packer.tables]
+        return into
+
+    def _running_order(self, start_s: float) -> list[int]:
+        """All that wait, those that run first at the start."""
+        patience_s = self.settings.patience
+        if not patience_s or self.objective.needs_deadlines:
+            return [index for _, index in self._queue]
+        waiting = [self._waiting[index] for index in sorted(self._waiting, key=lambda i: self.requests[i].arrival_s)]
+        work_s = [self._stretch * each.work_s for each in waiting]
+        pass_s = max(self._clock.finish_s[-1] - self._clock.finish_s[0], self._overhead_s * self._stages_after)
+        ends_s = itertools.accumulate(work_s, initial=start_s + pass_s)
+        next(ends_s)
+        slack_s = [each.request.arrival_s + patience_s - end_s for each, end_s in zip(waiting, ends_s, strict=True)]
+        rank = [each.work_s / max(each.request.weight, 1e-12) for each in waiting]
+        return [waiting[place].index for place in running_order(rank, work_s, slack_s)]
 
     def _planned_round(self) -> Round:
         chunks = self._planned.popleft()
@@ -185,15 +256,16 @@ class OnlinePlanner:
             self._run(self._waiting[chunk.request], chunk.tokens)
         return chunks
 
-    def _greedy_round(self, start_s: float) -> Round:
+    def _greedy_round(self, start_s: float, beside: Beside, most_s: float) -> Round:
         """The cap's fill of the queue in running order."""
-        cap_s = max(self._cap_s(start_s), self._lag_s(start_s))
-        into = self._packer.open_round()
-        for _, index in list(self._queue):
+        into = self._open_round(beside)
+        cap_s = max(self._cap_s(start_s), self._lag_s(start_s)) + max(into.added_s)
+        cap_s = min(cap_s, most_s)
+        for index in self._order:
             if not self._put(into, self._waiting[index], cap_s):
                 break
         if not into.chunks:  # under the cap not even one grid unit fits
-            for _, index in list(self._queue):
+            for index in self._order:
                 if self._admissible(self._waiting[index]):
                     self._force(into, self._waiting[index])
                     break
@@ -204,9 +276,15 @@ class OnlinePlanner:
         left = waiting.request.prompt_tokens - waiting.done
         if not self._admissible(waiting):
             return False
+        ends_s = cap_s if self._is_limited or into.num_tokens else ENDS_WITHIN * cap_s
         tokens = self._packer.longest(into, waiting.done, left, cap_s)
+        if tokens < left and self._packer.fits(into, left, waiting.done, True, ends_s):
+            tokens = min(left, self._packer.max_round_tokens - into.num_tokens)
         if not tokens:
             return False
+        if tokens < left and not self._is_limited:
+            thrifty = self._excess.thrifty_tokens(into.num_tokens + tokens, waiting.done) - into.num_tokens
+            tokens = max(thrifty // self.chunk_multiple * self.chunk_multiple, self.chunk_multiple)
         self._take(into, waiting, tokens, tokens == left)
         return tokens == left
 
@@ -243,7 +321,7 @@ class OnlinePlanner:
         return pass_s / (1.0 + self._hop_share)
 
     def _queue_budgets(self) -> QueueBudgets:
-        waiting = [self._waiting[index] for _, index in self._queue]
+        waiting = [self._waiting[index] for index in self._order]
         return QueueBudgets(
             work_s=[each.work_s for each in waiting],
             context_work=[each.context_work for each in waiting],
@@ -259,39 +337,37 @@ class OnlinePlanner:
         if self.objective is Objective.MAKESPAN:
             allowed = budgets.for_makespan()
         elif not self._is_limited:
-            return self._shared_cap_s(budgets, start_s)
+            return self._rounds_judged(budgets, start_s)[0][1]
         else:
             if self._is_limited and self._makespan_weight is None:
                 self._makespan_weight = budgets.makespan_weight()
             allowed = budgets.for_mean_ttft(self._makespan_weight or 0.0)
         return budgets.evened(allowed[0])
 
-    def _shared_cap_s(self, budgets: QueueBudgets, start_s: float) -> float:
-        """The cap for all that wait that delays them and those to come least.
-
-        Under each of a few caps requests end when the round with their last token has passed all stages, behind
-        rounds that are as long at least; what their rounds and overheads then keep busy delays those to come
-        (`online.traffic`).
-        """
-        return self._rounds_judged(budgets, start_s)[0][1]
-
     def _rounds_judged(self, budgets: QueueBudgets, start_s: float) -> list[tuple[float, float, int]]:
-        """(score, cap, number of rounds) of a few numbers of even rounds, the best first."""
+        """(score, cap, number of rounds) of a few numbers of even rounds, the best first.
+
+        The score is how much all that wait and those to come are delayed: under each cap requests end when the round
+        with their last token has passed all stages, behind rounds that are as long at least; what their rounds and
+        overheads then keep busy delays those to come (`online.traffic`).
+        """
         if not self._stages_after:
             return [(0.0, math.inf, 1)]
         work_s, weights = np.cumsum(budgets.work_s), np.array(budgets.weights)
-        total_s, per_round_s = float(work_s[-1]), budgets.per_round_s
-        least_s = budgets.shared_s() - per_round_s
+        total_s = max(float(work_s[-1]), 1e-12)
+        context = sum(budgets.context_work) / total_s
+        tokens = sum(self.requests[index].prompt_tokens - self._waiting[index].done for index in self._order)
         outlook, lag_s = self._outlook(start_s), self._lag_s(start_s)
-        most = max(total_s / max(least_s, 1e-12), 1.0)
+        most = max(tokens / self._excess.least_tokens(context), 1.0)
         numbers = {max(round(most**share), 1) for share in ROUNDS_TRIED}
         whole = {int(share * len(weights)) for share in ROUNDS_A_REQUEST}
-        numbers |= {count for count in whole if 1 <= count <= 2.0 * most + 1.0}
+        numbers |= {count for count in whole if 1 <= count <= most + 1.0}
         tried = sorted(numbers)
-        before = np.ceil(np.outer(np.array(tried) / max(total_s, 1e-12), work_s) - 1e-9) @ weights
+        excess_s = self._excess.seconds(tokens / np.array(tried), context).tolist()
+        before = np.ceil(np.outer(np.array(tried) / total_s, work_s) - 1e-9) @ weights
         pass_s = self._stages_after * (1.0 + self._hop_share) * float(weights.sum())
         judged = []
-        for num_rounds, rounds_before in zip(tried, before.tolist(), strict=True):
+        for num_rounds, rounds_before, per_round_s in zip(tried, before.tolist(), excess_s, strict=True):
             cap_s = total_s / num_rounds + per_round_s
             score = rounds_before * cap_s + pass_s * max(cap_s, lag_s) + outlook.cost_s(num_rounds * cap_s)
             judged.append((score, cap_s if num_rounds > 1 else math.inf, num_rounds))
@@ -309,11 +385,16 @@ class OnlinePlanner:
         )
         self._traffic.note(now_s, work_s)
         self._tokens += request.new_tokens
+        self._context += request.cached_tokens + request.new_tokens / 2.0
         self._hop_share = (
             self.cost.hop_token_s * self._tokens / (len(self.requests) + 1) / max(self._traffic.work_s, 1e-12)
         )
         if self._traffic.is_known:
-            self._load = self._traffic.load(self._overhead_s, self.cost.pp_size - 1)
+            count = len(self.requests) + 1
+            tokens, context = self._tokens / count, self._context / count
+            self._load = self._traffic.load(
+                lambda rounds: float(self._excess.seconds(tokens / rounds, context)), self.cost.pp_size - 1
+            )
 
     @property
     def _is_limited(self) -> bool:
@@ -334,12 +415,13 @@ class OnlinePlanner:
         ahead = Lookahead(
             packer=self._packer,
             requests=self.requests,
-            spans=[(i, self._waiting[i].done, self.requests[i].prompt_tokens) for _, i in self._queue],
+            spans=[(i, self._waiting[i].done, self.requests[i].prompt_tokens) for i in self._order],
             free_s=self._clock.finish_s,
             start_s=start_s,
             window=self.window,
             objective=self.objective,
             outlook=self._outlook(start_s),
+            patience_s=self.settings.patience,
             clock=self._clock,
         )
 
@@ -347,9 +429,16 @@ class OnlinePlanner:
             return ahead.rounds(budgets.for_makespan(), least_s)
         if not self._is_limited:
             judged = self._rounds_judged(budgets, start_s)[:TRIED_IN_PASSING]
-            total_s, per_round_s = sum(budgets.work_s), budgets.per_round_s
-            even_s = {num_rounds: total_s / num_rounds + per_round_s for _, _, num_rounds in judged}
-            return ahead.rounds_in_passing(budgets.for_mean_ttft(), even_s, least_s)
+            total_s = sum(budgets.work_s)
+            even_s = {num_rounds: min(cap_s, 2.0 * total_s) for _, cap_s, num_rounds in judged}
+            tokens = sum(end - first for _, first, end in ahead.spans)
+            context = sum(budgets.context_work) / max(total_s, 1e-12)
+            sizes = dict.fromkeys(
+                self._excess.thrifty_tokens(wide * tokens / num_rounds, context)
+                for _, _, num_rounds in judged[:SIZES_IN_PASSING]
+                for wide in WIDE
+            )
+            return ahead.rounds_in_passing(budgets.for_mean_ttft(), even_s, list(sizes), least_s)
         return ahead.limited_rounds(budgets.for_makespan(), [*budgets.choices(), budgets.for_makespan()], least_s)
 
     def _enqueue(self, waiting: _Waiting) -> None:
@@ -385,6 +474,7 @@ class OnlinePlanner:
 
     def _make_packer(self, longest_tokens: int) -> Packer:
         self._table_tokens = longest_tokens
+        self._excess = RoundExcess(self.cost, self.chunk_multiple, longest_tokens)
         return Packer(
             self.cost,
             self.chunk_multiple,
@@ -394,33 +484,41 @@ class OnlinePlanner:
         )
 
 
+class _Driven:
+    """The online planner as a scheduler: rounds are back when its own clock says so."""
+
+    def __init__(self, problem: Problem, settings: OnlineSettings) -> None:
+        self._problem = problem
+        self._planner = OnlinePlanner(
+            problem.cost,
+            window=problem.window,
+            chunk_multiple=problem.chunk_multiple,
+            limits=problem.limits,
+            objective=problem.objective,
+            settings=settings,
+            more_to_come=problem.is_timed,
+        )
+        self._index: list[int] = []  # of the problem's requests, by the planner's
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request that came has tokens to run."""
+        return self._planner.num_waiting > 0
+
+    def add(self, index: int, now_s: float) -> None:
+        """A request has arrived."""
+        self._planner.add(self._problem.requests[index], now_s)
+        self._index.append(index)
+
+    def next_round(self, now_s: float, beside: Beside) -> Round:
+        """The next round, with what is decoded beside it."""
+        while self._planner.expected_s + self._problem.cost.return_s <= now_s:
+            self._planner.finish_round()
+        chunks = self._planner.next_round(now_s, beside)
+        assert chunks is not None
+        return tuple(Chunk(self._index[chunk.request], chunk.start, chunk.tokens) for chunk in chunks)
+
+
 def online_rounds(problem: Problem, settings: OnlineSettings = AS_IT_COMES) -> list[Round]:
     """The online planner's rounds: it sees a request when it arrives and is asked whenever stage 0 can take a round."""
-    planner = OnlinePlanner(
-        problem.cost,
-        window=problem.window,
-        chunk_multiple=problem.chunk_multiple,
-        limits=problem.limits,
-        objective=problem.objective,
-        settings=settings,
-        more_to_come=problem.is_timed,
-    )
-    clock = Clock(problem.cost.merged(), problem.window)
-    order = sorted(range(len(problem.requests)), key=lambda i: problem.requests[i].arrival_s)
-    rounds: list[Round] = []
-    in_flight: list[float] = []
-    arrived, now = 0, 0.0
-    while arrived < len(order) or planner.num_waiting:
-        if not planner.num_waiting:
-            now = max(now, problem.requests[order[arrived]].arrival_s)
-        while arrived < len(order) and problem.requests[order[arrived]].arrival_s <= now:
-            planner.add(problem.requests[order[arrived]], now)
-            arrived += 1
-        while in_flight and in_flight[0] + problem.cost.return_s <= now:
-            planner.finish_round(in_flight.pop(0))
-        chunks = planner.next_round(now)
-        assert chunks is not None
-        rounds.append(tuple(Chunk(order[chunk.request], chunk.start, chunk.tokens) for chunk in chunks))
-        in_flight.append(clock.run(rounds[-1], problem.requests, now))
-        now = max(now, clock.ready_s())
-    return rounds
+    return drive(problem, _Driven(problem, settings), is_timed=True)

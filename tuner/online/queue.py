@@ -1,106 +1,25 @@
 """Schedulers in simulated time, round by round, and first come first served: the loop that the field's share.
 
 A scheduler sees only the requests that have arrived, so with arrivals the loop needs the time at which stage 0 takes
-its next round; `Clock` keeps the recurrence's last finishes for that.
+its next round (`serving.clock`). Where answers are decoded beside prefill, every round first takes the next token of
+all requests whose last one has returned, and the scheduler fills what is left of its budget: so do vLLM's V1 scheduler,
+Sarathi-Serve (Agrawal and others, 2024) and SGLang's mixed chunks.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from typing import Protocol
 
-from tuner.plan.cost_model import CostModel
-from tuner.plan.plan import Chunk, Request, Round
+from tuner.plan.plan import Chunk, Round
 from tuner.rounds.problem import Problem
+from tuner.serving.answers import NOTHING_BESIDE, Answers, Beside
+from tuner.serving.clock import Clock
 
 Take = Callable[[int, int, int, int, bool], int]
 """(request, start, tokens it has left, tokens of room in the round, whether the round is empty) -> tokens to run."""
-MOST_KEPT = 1 << 16
-"""Chunk lengths and round sizes whose seconds are kept."""
-
-
-@dataclass(slots=True)
-class Clock:
-    """The exact recurrence, one round at a time."""
-
-    cost: CostModel
-    window: int | None
-    finish_s: list[float] = field(default_factory=list)
-    """Last round's finish on each stage."""
-    left_s: deque[float] = field(default_factory=deque)
-    """Finish on the last stage of the last `window` rounds."""
-    _kinds: list[int] = field(default_factory=list)
-    _chunk: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
-    _round: dict[int, list[float]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.finish_s:
-            return
-        self.finish_s = [0.0] * self.cost.pp_size
-        self.left_s = deque(maxlen=self.window)
-        self._kinds = self.cost.kind_of_stage.tolist()
-
-    def copy(self) -> Clock:
-        """The same time and costs, to look ahead."""
-        other = replace(self)
-        other.finish_s, other.left_s = self.finish_s.copy(), self.left_s.copy()
-        return other
-
-    def ready_s(self) -> float:
-        """When stage 0 can take the next round."""
-        if self.window is None or len(self.left_s) < self.window:
-            return self.finish_s[0]
-        return max(self.finish_s[0], self.left_s[0] + self.cost.return_s)
-
-    def run(self, chunks: Round, requests: Sequence[Request], ready_s: float) -> float:
-        """Run a round that starts on stage 0 at `ready_s` or later; return its finish on the last stage."""
-        total = 0
-        for chunk in chunks:
-            total += chunk.tokens
-        seconds = self.round_s(total).copy()
-        for chunk in chunks:
-            final = chunk.start + chunk.tokens == requests[chunk.request].prompt_tokens
-            for i, (base_s, context_s) in enumerate(self.chunk_s(chunk.tokens)):
-                seconds[i] += base_s + context_s * chunk.start
-                if final:
-                    seconds[i] += self.cost.kinds[i].final_s
-        return self.run_seconds(seconds, total, ready_s)
-
-    def run_seconds(self, seconds: Sequence[float], tokens: int, ready_s: float) -> float:
-        """Run a round of so many tokens that takes these seconds on each kind of stage; return its last finish."""
-        hop = self.cost.hop_latency_s + self.cost.hop_token_s * tokens
-        earliest, finish_s = max(self.ready_s(), ready_s), self.finish_s
-        for k, kind_index in enumerate(self._kinds):
-            before = finish_s[k]
-            done = (before if before > earliest else earliest) + seconds[kind_index]
-            finish_s[k] = done
-            earliest = done + hop
-        self.left_s.append(done)
-        return done
-
-    def round_s(self, tokens: int) -> list[float]:
-        """Overhead and token-wise seconds of a round of so many tokens on each kind of stage."""
-        kept = self._round.get(tokens)
-        if kept is None:
-            if len(self._round) >= MOST_KEPT:
-                self._round.clear()
-            kept = [kind.round_overhead_s + float(kind.tokens_s(tokens)) for kind in self.cost.kinds]
-            self._round[tokens] = kept
-        return kept
-
-    def chunk_s(self, tokens: int) -> list[tuple[float, float]]:
-        """What a chunk of so many tokens adds on each kind of stage: seconds, and seconds a context token."""
-        kept = self._chunk.get(tokens)
-        if kept is None:
-            if len(self._chunk) >= MOST_KEPT:
-                self._chunk.clear()
-            kinds = self.cost.kinds
-            kept = [(float(k.attention.base(tokens)) + k.chunk_s, float(k.attention.slope(tokens))) for k in kinds]
-            self._chunk[tokens] = kept
-        return kept
 
 
 class FirstComeQueue:
@@ -129,11 +48,11 @@ class FirstComeQueue:
         """A request has arrived."""
         self._waiting.append(index)
 
-    def next_round(self, now_s: float) -> Round:
-        """The next round; there must be work."""
+    def next_round(self, now_s: float, beside: Beside = NOTHING_BESIDE) -> Round:
+        """The next round: nothing without work, and at least one step of the grid however much is decoded beside."""
         requests, done, waiting, running = self._requests, self._done, self._waiting, self._running
         chunks: list[Chunk] = []
-        room, freed, place = self._budget, 0, 0
+        room, freed, place = max(self._budget - beside.tokens, min(self._multiple, self._budget)), 0, 0
         num_running = len(running)
         while room > 0 and (place < num_running or waiting):
             is_new = place >= num_running
@@ -175,27 +94,37 @@ class Scheduler(Protocol):
     def add(self, index: int, now_s: float) -> None:
         """The problem's request of this index has arrived."""
 
-    def next_round(self, now_s: float) -> Round:
-        """The next round; there is work."""
+    def next_round(self, now_s: float, beside: Beside) -> Round:
+        """The next round beside these decoded tokens; it holds no prompt's only where nothing has work."""
 
 
-def drive(problem: Problem, scheduler: Scheduler) -> list[Round]:
-    """The rounds that a scheduler decides on as the problem's requests arrive, in the exact recurrence."""
+def drive(problem: Problem, scheduler: Scheduler, *, is_timed: bool = False) -> list[Round]:
+    """The rounds that a scheduler decides on as the problem's requests arrive, in the exact recurrence.
+
+    Rounds of decoded tokens alone are left out: `rounds.schedule.evaluate` finds them again. is_timed: the scheduler
+    looks at the time even where all requests are there at the start.
+    """
     requests = problem.requests
-    clock = Clock(problem.cost.merged(), problem.window)
+    clock, answers = Clock(problem.cost.merged(), problem.window), Answers(problem.cost.return_s)
     order = sorted(range(len(requests)), key=lambda i: requests[i].arrival_s)
     arrived, rounds = 0, list[Round]()
     while arrived < len(order) or scheduler.has_work:
         now = clock.ready_s()
-        if not scheduler.has_work:
-            now = max(now, requests[order[arrived]].arrival_s)
+        answers.take_back(now, requests)
+        if not scheduler.has_work and not answers.ready:
+            now = max(now, min(requests[order[arrived]].arrival_s, answers.next_return_s))
+            answers.take_back(now, requests)
         while arrived < len(order) and requests[order[arrived]].arrival_s <= now:
             scheduler.add(order[arrived], now)
             arrived += 1
-        chunks = scheduler.next_round(now)
-        rounds.append(chunks)
-        if problem.is_timed:
-            clock.run(chunks, requests, now)
+        beside = answers.beside(requests)
+        if not scheduler.has_work and not beside.tokens:
+            continue
+        chunks = scheduler.next_round(now, beside)
+        if chunks:
+            rounds.append(chunks)
+        if is_timed or problem.is_timed:
+            answers.depart(chunks, clock.run(chunks, requests, now, beside), requests)
     return rounds
 
 

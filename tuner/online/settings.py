@@ -18,6 +18,9 @@ class OnlineSettings:
     aging: float = 0.01
     """Seconds of remaining work that a second of waiting makes up for in the running order: long prompts do not starve.
     From about 1 on, requests run as they come."""
+    patience: float = 0.0
+    """Seconds that a request may take to its first token: least work first as far as that allows (`online.patience`).
+    0: no limit, and the running order is that of `aging`."""
     foresight: float = 0.3
     """How much requests to come count beside those that wait: 0 cuts for latency alone, 1000 for throughput."""
 
@@ -44,7 +47,8 @@ class OnlineSettings:
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
-        return ",".join(f"{setting.name}={getattr(self, setting.name):g}" for setting in fields(self))
+        values = {setting.name: getattr(self, setting.name) for setting in fields(self)}
+        return ",".join(f"{name}={value:.6g}" for name, value in values.items() if name != "patience" or value)
 
 
 AS_IT_COMES = OnlineSettings()

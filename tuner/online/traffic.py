@@ -24,6 +24,7 @@ leave no backlog, and count in full.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 MEMORY = 128
@@ -79,18 +80,22 @@ class Traffic:
         """Variance of the work of a request over its squared mean."""
         return max(self.work_square / self.work_s**2 - 1.0, 0.0) if self.work_s else 0.0
 
-    def load(self, overhead_s: float, stages_after: int) -> float:
-        """Seconds of work and overhead that arrive a second, in the rounds of the least time in the system."""
+    def load(self, overhead_s: Callable[[float], float], stages_after: int) -> float:
+        """Seconds of work and overhead that arrive a second, in the rounds of the least time in the system.
+
+        overhead_s: of a round, by the rounds a request.
+        """
         best, load = math.inf, math.inf
         variation = (self.gap_variation + self.work_variation) / 2.0
         for rounds in ROUNDS_A_REQUEST:
-            busy_s = self.work_s + rounds * overhead_s
+            per_round_s = overhead_s(rounds)
+            busy_s = self.work_s + rounds * per_round_s
             share = busy_s / self.gap_s
             if share >= 1.0:
                 if not math.isfinite(best):
                     load = min(load, share)
                 continue
-            round_s = self.work_s / rounds + overhead_s
+            round_s = self.work_s / rounds + per_round_s
             pass_s = max(busy_s, round_s) + stages_after * round_s
             time_s = pass_s + share / (1.0 - share) * variation * busy_s
             if time_s < best:

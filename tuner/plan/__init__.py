@@ -1,4 +1,4 @@
-"""What is planned and written down: plan and cost model files, layouts, and the memory that a plan takes.
+"""Plan and cost model files, layouts, and the memory that a plan needs.
 
 May import nothing else of `tuner`.
 """

@@ -1,4 +1,4 @@
-"""Which rows of a KV slab each request of a plan has: those of finished prompts go to the ones that begin later."""
+"""Assigns rows of the KV slab to the requests of a plan; rows of finished prompts are reused."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Layout:
 
     @property
     def family(self) -> str:
-        """The schemes that it is made of, whatever their sizes."""
+        """The parallel schemes of the layout, without their sizes."""
         schemes = []
         if self.tp_size > 1:
             schemes.append("TP+SP" if self.sp_kind is SPKind.MEGATRON else "TP")
@@ -94,7 +94,7 @@ def layout_of(parallel: Parallel) -> Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pins:
-    """What a user keeps fixed of a layout; None leaves it to the search."""
+    """The parts of a layout that a user fixes; None leaves a part to the search."""
 
     tp_size: int | None = None
     pp_size: int | None = None

@@ -24,7 +24,7 @@ RUNTIME_BYTES = {"cuda": 2200 << 20, "cpu": 300 << 20}  # libraries, context and
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMemory:
-    """Bytes that one rank of a stage holds."""
+    """Bytes of memory that one rank of a stage needs."""
 
     weights_bytes: int
     kv_bytes: int
@@ -34,7 +34,7 @@ class RankMemory:
 
     @property
     def total_bytes(self) -> int:
-        """All of it at the worst moment."""
+        """The peak."""
         return self.weights_bytes + self.kv_bytes + self.activation_bytes + self.unsent_bytes + self.runtime_bytes
 
 

@@ -1,4 +1,4 @@
-"""What a plan is: requests, chunks, rounds, the parallel layout, and the isochunk.plan/2 file."""
+"""The plan: requests, chunks, rounds, the parallel layout, and its file, isochunk.plan/2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from db.errors import UserError
 from db.files.documents import located, of_schema, parse, read_json, write_json
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind, round_cuts
-from tuner.plan.cost_model import MAX_SECONDS, MAX_TOKENS
+from tuner.plan.stage_cost import MAX_SECONDS, MAX_TOKENS
 from tuner.plan.stage_order import StageOrder, stages_of_groups
 
 SCHEMA = "isochunk.plan/2"
@@ -36,6 +36,12 @@ class Request:
     """Weight of its TTFT in the mean-ttft objective."""
     sla_ttft_s: float | None = None
     """Deadline of its TTFT, counted from its arrival."""
+    output_tokens: int = 1
+    """Tokens of its answer; those after the first are decoded beside other requests' rounds (`serving.answers`)."""
+    sla_tpot_s: float | None = None
+    """Limit of its TPOT: seconds from its first token to its last, over the tokens after the first."""
+    priority: str | None = None
+    """Name of its class."""
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1:
@@ -50,9 +56,13 @@ class Request:
             raise UserError("arrival_s", self.arrival_s, allowed)
         if not 0.0 <= self.weight <= MAX_WEIGHT:
             raise UserError("weight", self.weight, f"a number of at least 0 and at most {MAX_WEIGHT:g} is needed")
-        if self.sla_ttft_s is not None and not 0.0 < self.sla_ttft_s <= MAX_SECONDS:
-            allowed = f"a finite number of seconds above 0, at most {MAX_SECONDS:g}, is needed"
-            raise UserError("sla_ttft_s", self.sla_ttft_s, allowed)
+        for name in ("sla_ttft_s", "sla_tpot_s"):
+            limit_s = getattr(self, name)
+            if limit_s is not None and not 0.0 < limit_s <= MAX_SECONDS:
+                allowed = f"a finite number of seconds above 0, at most {MAX_SECONDS:g}, is needed"
+                raise UserError(name, limit_s, allowed)
+        if not 1 <= self.output_tokens <= MAX_TOKENS:
+            raise UserError("output_tokens", self.output_tokens, f"1 to {MAX_TOKENS}")
 
     @property
     def new_tokens(self) -> int:
@@ -154,7 +164,7 @@ class Parallel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """What a plan would take if one thing was better."""
+    """The predicted makespan if one kind of work was faster."""
 
     change: str
     makespan_s: float
@@ -176,7 +186,7 @@ class Predicted:
     round_kinds: Mapping[str, tuple[float, ...]] | None = None
     """Of each round by kind of work (`tuner.waterfall.steps.Kind`), seconds in the mean over the stages."""
     moves: tuple[Move, ...] = ()
-    """What would make the makespan less, the largest gain first."""
+    """Changes that would shorten the makespan, the largest gain first."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.makespan_s <= MAX_SECONDS:
@@ -346,8 +356,11 @@ def _request_to_json(request: Request) -> dict[str, Any]:
     }
     if request.weight != 1.0:
         out["weight"] = request.weight
-    if request.sla_ttft_s is not None:
-        out["sla_ttft_s"] = request.sla_ttft_s
+    if request.output_tokens != 1:
+        out["output_tokens"] = request.output_tokens
+    for name in ("sla_ttft_s", "sla_tpot_s", "priority"):
+        if getattr(request, name) is not None:
+            out[name] = getattr(request, name)
     return out
 
 

@@ -1,4 +1,4 @@
-"""How much of a plan's rounds a rank holds at once, by how they are cut among the ranks that share their rows."""
+"""Sizes of a plan's rounds on one rank, given how they are cut among a sequence-parallel group."""
 
 from __future__ import annotations
 

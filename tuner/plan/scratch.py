@@ -1,4 +1,4 @@
-"""What a layer holds while it runs a round, and keeps of it: by the kind of sequence parallelism."""
+"""Bytes that a layer needs while it runs a round, and keeps after it, by the kind of sequence parallelism."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measured cost tables whose times fall here and there: the nearest ones that do not, and how much that changed.
+"""Smooths measured cost tables so that times never fall with more tokens, and reports the changes.
 
 Time may not fall with more tokens, for planner and bound rely on it; what is measured falls by noise. The nearest
 table that never falls is an isotonic regression, here least squares of relative errors (pool adjacent violators;
@@ -15,7 +15,8 @@ import numpy as np
 
 from db.errors import UserError
 from db.files.documents import located, read_json
-from tuner.plan.cost_model import MAX_SECONDS, CostModel
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import MAX_SECONDS
 
 MOST_NOISE = 0.10
 """A value that would change by more is not noise: the table is refused."""
@@ -37,7 +38,7 @@ def load_measured_model(path: str | Path) -> tuple[CostModel, tuple[str, ...]]:
 
 
 def _tables(content: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Columns of seconds wherever the file has them; what is not as it should be is left to the reader."""
+    """All columns of seconds in the file; malformed ones are left to the parser."""
     stages = content.get("stages") if isinstance(content, dict) else None
     for index, stage in enumerate(stages if isinstance(stages, list) else ()):
         for name, columns in COLUMNS.items():

@@ -1,4 +1,4 @@
-"""Where the groups of layers stand when a rank holds several: on which stage each is, and which visits rounds pay."""
+"""Placement of the groups of layers on stages when a stage holds several groups."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 
 
 class StageOrder(StrEnum):
-    """Where the groups of layers stand when a rank holds several."""
+    """Placement of the groups of layers when a stage holds several."""
 
     LOOP = "loop"
     """Group g on stage g mod pp_size: from the last stage rounds go on to the first."""

@@ -1,4 +1,4 @@
-"""Where ranks are and what joins them: an isochunk.topology/1 file, and which groups of a layout leave a host."""
+"""Hosts, cards and links: an isochunk.topology/1 file, and which groups of a layout span hosts."""
 
 from __future__ import annotations
 

@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from tuner.online.queue import Clock
+from tuner.online.queue import drive
 from tuner.plan.plan import Chunk, Round
 from tuner.rounds.problem import Problem
+from tuner.serving.answers import Beside
+
+Rule = Callable[[Problem], list[Round]]
 
 
-def batch_by_batch(problem: Problem, rule: Callable[[Problem], list[Round]]) -> list[Round]:
-    """Plan what has arrived, run it, plan what has arrived by then, and so on."""
-    clock = Clock(problem.cost.merged(), problem.window)
-    order = sorted(range(len(problem.requests)), key=lambda i: problem.requests[i].arrival_s)
-    rounds: list[Round] = []
-    planned: dict[tuple[tuple[int, int, float, float | None], ...], list[Round]] = {}  # batches alike have one plan
-    arrived = 0
-    while arrived < len(order):
-        now = max(clock.ready_s(), problem.requests[order[arrived]].arrival_s)
-        first = arrived
-        while arrived < len(order) and problem.requests[order[arrived]].arrival_s <= now:
-            arrived += 1
-        batch = order[first:arrived]
-        here = [problem.requests[index] for index in batch]
+class BatchByBatch:
+    """Plans what has arrived, runs it, plans what has arrived by then, and so on."""
+
+    def __init__(self, problem: Problem, rule: Rule) -> None:
+        self._problem, self._rule = problem, rule
+        self._here: list[int] = []
+        self._rounds: deque[Round] = deque()
+        # Batches alike have one plan.
+        self._planned: dict[tuple[tuple[int, int, float, float | None], ...], list[Round]] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request that came has tokens to run."""
+        return bool(self._here or self._rounds)
+
+    def add(self, index: int, now_s: float) -> None:
+        """A request has arrived; it waits for the next batch."""
+        self._here.append(index)
+
+    def next_round(self, now_s: float, beside: Beside) -> Round:
+        """The batch's next round, whatever is decoded beside it."""
+        if not self._rounds and self._here:
+            batch, self._here = self._here, []
+            self._rounds.extend(
+                tuple(Chunk(batch[chunk.request], chunk.start, chunk.tokens) for chunk in chunks)
+                for chunks in self._plan(batch)
+            )
+        return self._rounds.popleft() if self._rounds else ()
+
+    def _plan(self, batch: list[int]) -> list[Round]:
+        here = [self._problem.requests[index] for index in batch]
         alike = tuple((one.prompt_tokens, one.cached_tokens, one.weight, one.sla_ttft_s) for one in here)
-        if alike not in planned:
-            part = replace(problem, requests=tuple(replace(request, arrival_s=0.0) for request in here))
-            planned[alike] = rule(part)
-        for chunks in planned[alike]:
-            rounds.append(tuple(Chunk(batch[chunk.request], chunk.start, chunk.tokens) for chunk in chunks))
-            clock.run(rounds[-1], problem.requests, now)
-    return rounds
+        if alike not in self._planned:
+            requests = tuple(replace(request, arrival_s=0.0, output_tokens=1) for request in here)
+            self._planned[alike] = self._rule(replace(self._problem, requests=requests))
+        return self._planned[alike]
+
+
+def batch_by_batch(problem: Problem, rule: Rule) -> list[Round]:
+    """The rounds of a batch policy as requests arrive."""
+    return drive(problem, BatchByBatch(problem, rule))

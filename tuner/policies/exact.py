@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tuner.plan.cost_model import Floats, Ints
+from tuner.plan.cost_model import Ints
 from tuner.plan.plan import Chunk, Round
+from tuner.plan.stage_cost import Floats
 from tuner.rounds.problem import Problem
 
 MOST_STEPS = 4000

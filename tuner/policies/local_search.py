@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.plan.cost_model import Floats
 from tuner.plan.plan import Chunk, Round
+from tuner.plan.stage_cost import Floats
 from tuner.rounds.problem import Problem
 from tuner.rounds.schedule import Objective, order_of
 

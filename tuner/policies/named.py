@@ -9,8 +9,8 @@ import numpy as np
 
 from db.errors import UserError
 from db.files.numbers import whole_number
-from tuner.plan.cost_model import MAX_TOKENS, Floats
 from tuner.plan.plan import Request, Round
+from tuner.plan.stage_cost import MAX_TOKENS
 from tuner.policies.arrivals import batch_by_batch
 from tuner.policies.ascend import ascend_rounds
 from tuner.policies.dp import dp_rounds
@@ -18,7 +18,7 @@ from tuner.policies.fixed import fixed_rounds, gpipe_rounds
 from tuner.policies.sglang import sglang_rounds
 from tuner.policies.terapipe import terapipe_rounds
 from tuner.rounds.problem import Problem
-from tuner.rounds.relaxation import Envelope, Work, envelopes
+from tuner.rounds.relaxation import Envelope, Work, envelopes, requests_s
 from tuner.rounds.schedule import Objective
 
 POLICIES = ("fixed:N", "gpipe", "sglang", "ascend", "terapipe", "dp", "joint")
@@ -114,25 +114,15 @@ class Floor:
         first_s = self._first_round_s(name, int(argument))
         rounds = math.ceil(self._work.new_tokens / num_tokens)
         sums = [
-            max(float(self._requests_s(line, num_tokens).sum()) + rounds * line.round_s for line in lines)
+            max(float(requests_s(line, self._work, num_tokens).sum()) + rounds * line.round_s for line in lines)
             for lines in self._lines
         ]
         return max(sum(first_s[:stage]) + least_s for stage, least_s in zip(self._stages, sums, strict=True))
 
-    def _requests_s(self, line: Envelope, num_tokens: float) -> Floats:
-        """Least seconds of each request beside the rounds' overhead: cut backwards it reads its context least often."""
-        prompt, cached = self._work.prompt, self._work.cached
-        cuts = np.ceil((prompt - cached) / num_tokens)
-        read = (cuts - 1.0) * prompt - num_tokens * cuts * (cuts - 1.0) / 2.0 + cached
-        pairs = (prompt * (prompt + 1.0) - cached * (cached + 1.0)) / 2.0
-        once = line.token_s * (prompt - cached) + line.pair_s * pairs + line.final_s
-        seconds: Floats = once + line.context_token_s * read + line.chunk_s * cuts
-        return seconds
-
     def _mean_s(self, line: Envelope, num_tokens: float) -> float:
         """The least mean of when requests end that run one after the other; arrivals count against it."""
         requests, work = self._problem.requests, self._work
-        seconds = self._requests_s(line, num_tokens) + line.round_s * (work.prompt - work.cached) / num_tokens
+        seconds = requests_s(line, self._work, num_tokens) + line.round_s * (work.prompt - work.cached) / num_tokens
         weights = np.array([request.weight for request in requests])
         weights = weights if weights.any() else np.ones(len(weights))
         order = np.argsort(seconds / np.maximum(weights, 1e-300))

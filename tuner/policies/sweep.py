@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tuner.plan.cost_model import StageCost
 from tuner.plan.plan import Chunk, Request, Round
+from tuner.plan.stage_cost import StageCost
 from tuner.rounds.packing import Packer, pack_in_order
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Work, envelopes, likely_cap_s

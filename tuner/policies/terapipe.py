@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tuner.plan.cost_model import Floats, StageCost
 from tuner.plan.plan import Chunk, Round
+from tuner.plan.stage_cost import Floats, StageCost
 from tuner.rounds.problem import Problem
 
 MOST_UNITS = 512

@@ -40,7 +40,8 @@ import itertools
 
 import numpy as np
 
-from tuner.plan.cost_model import CostModel, Floats
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import Floats
 from tuner.rounds.grid_bound import grid_bound_s
 from tuner.rounds.grid_relaxation import is_curved
 from tuner.rounds.passes_bound import passes_bound_s

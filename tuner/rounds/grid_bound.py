@@ -25,7 +25,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tuner.plan.cost_model import CostModel, Floats, StageCost
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import Floats, StageCost
 from tuner.rounds.grid_relaxation import MOST_STEPS, Corner, Efficiency, GridRelaxation, is_curved
 from tuner.rounds.relaxation import Work, envelopes, least_sum, likely_cap_s
 from tuner.rounds.uneven import Side, busiest_stage, sides_of

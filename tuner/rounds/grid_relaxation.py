@@ -25,7 +25,8 @@ from functools import cached_property
 
 import numpy as np
 
-from tuner.plan.cost_model import Floats, Ints, StageCost, TableAttention
+from tuner.plan.cost_model import Ints
+from tuner.plan.stage_cost import Floats, StageCost, TableAttention
 from tuner.rounds.relaxation import Work, pair_floor
 
 NUM_PRICES, NUM_NUMBERS = 8, 160

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tuner.plan.cost_model import CostModel, Floats, StageCost
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request, Round
+from tuner.plan.stage_cost import Floats, StageCost
 from tuner.rounds.problem import NO_LIMITS, Limits, Problem
 
 EPSILON_S = 1e-12
@@ -194,9 +195,9 @@ class Packer:
         for i, table in enumerate(self.tables):
             into.added_s[i] += table.chunk_s(tokens, start) + (table.stage.final_s if final else 0.0)
 
-    def seconds(self, chunks: Round, requests: Sequence[Request]) -> float:
-        """Seconds of a round on the stage where it takes longest."""
-        filled = self.open_round()
+    def seconds(self, chunks: Round, requests: Sequence[Request], filled: OpenRound | None = None) -> float:
+        """Seconds of a round on the stage where it takes longest; `filled` holds what is in it beside the chunks."""
+        filled = self.open_round() if filled is None else filled
         for chunk in chunks:
             self.add(
                 filled, chunk.request, chunk.start, chunk.tokens, chunk.end == requests[chunk.request].prompt_tokens

@@ -37,7 +37,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tuner.plan.cost_model import CostModel, Floats, StageCost, scaled_stage, sum_of
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import Floats, StageCost, scaled_stage, sum_of
 from tuner.rounds.relaxation import Work, envelopes, least_sum, least_sums
 from tuner.rounds.uneven import least_ratio
 

@@ -83,7 +83,7 @@ class Problem:
 
     @property
     def is_timed(self) -> bool:
-        """Whether some requests arrive later than the start."""
+        """Whether some requests arrive later than the start, or decode on beside others."""
         return arrive_over_time(self.requests)
 
     def evaluate(self, rounds: Sequence[Round]) -> Evaluation:
@@ -92,5 +92,5 @@ class Problem:
 
 
 def arrive_over_time(requests: Sequence[Request]) -> bool:
-    """Whether some requests arrive later than the start: a trace, and no batch."""
-    return any(request.arrival_s > 0.0 for request in requests)
+    """Whether some requests arrive later than the start, or decode on beside others: a trace, and no batch."""
+    return any(request.arrival_s > 0.0 or request.output_tokens > 1 for request in requests)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.plan.cost_model import Floats, PairAttention, StageCost
 from tuner.plan.plan import Request
+from tuner.plan.stage_cost import Floats, PairAttention, StageCost
 
 NUM_CAPS = 64
 """Points of the smooth curve that places the grid of caps."""
@@ -76,6 +76,17 @@ def envelopes(stages: Iterable[StageCost], work: Work) -> list[Envelope]:
         )
         for offset, token_s in _lines_under(points, floor)
     ]
+
+
+def requests_s(line: Envelope, work: Work, num_tokens: float) -> Floats:
+    """Least seconds of each request beside the rounds' overhead: cut backwards it reads its context least often."""
+    prompt, cached = work.prompt, work.cached
+    cuts = np.ceil((prompt - cached) / num_tokens)
+    read = (cuts - 1.0) * prompt - num_tokens * cuts * (cuts - 1.0) / 2.0 + cached
+    pairs = (prompt * (prompt + 1.0) - cached * (cached + 1.0)) / 2.0
+    once = line.token_s * (prompt - cached) + line.pair_s * pairs + line.final_s
+    seconds: Floats = once + line.context_token_s * read + line.chunk_s * cuts
+    return seconds
 
 
 def least_sum(envelope: Envelope, work: Work, cap_s: float = np.inf) -> float:

@@ -18,7 +18,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tuner.plan.cost_model import CostModel, PairAttention
+import numpy as np
+import numpy.typing as npt
+
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import Floats, PairAttention, StageCost
 from tuner.rounds.schedule import MAKESPAN_SLACK
 
 MAKESPAN_SHARE, ENDS_INSIDE = 1.1, 0.5
@@ -26,6 +30,9 @@ MAKESPAN_SHARE, ENDS_INSIDE = 1.1, 0.5
 for the makespan, and the share of a round that a request which ends inside it waits for."""
 WEIGHTS_TRIED = (0.0, *(2.0**power for power in range(-6, 7)))
 """Weights of the makespan that are tried, as shares of all weights."""
+THRIFTY, THRIFTY_FROM, STEPS = 1.005, 0.7, 128
+"""Costs of a token that differ by less are alike; how much shorter a round may be made to lower them; and up to how
+many steps of the grid, beyond which kernels' steps no longer count."""
 NEARBY = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Multiples of the makespan's likely weight whose plans are worth a try."""
 
@@ -54,6 +61,50 @@ def context_token_s(cost: CostModel) -> float:
     """Seconds a chunk pays for each context token whatever its length, on the stage where that is most."""
     attentions = [kind.attention for kind in cost.kinds]
     return max(each.context_token_s if isinstance(each, PairAttention) else 0.0 for each in attentions)
+
+
+class RoundExcess:
+    """What a round costs beyond the least that its tokens cost in long rounds, by its tokens.
+
+    An overhead a round is what short rounds cost more than long ones; measured tables have it in their form, not in
+    one number: a round of few tokens takes as long as one of some hundred, one of thousands nothing beside its tokens.
+    """
+
+    def __init__(self, cost: CostModel, multiple: int, longest_tokens: int) -> None:
+        count = max(int(2.0 * math.log2(max(longest_tokens / multiple, 1.0))) + 3, 4)
+        self._count = multiple * 2.0 ** (np.arange(count) / 2.0)
+        slowest = max(cost.kinds, key=lambda kind: float(self._columns(kind, self._count)[0][-1]))
+        self._round_s, self._context_s = self._columns(slowest, self._count)
+        self._steps = multiple * np.arange(1.0, STEPS + 1.0)
+        self._step_round_s, self._step_context_s = self._columns(slowest, self._steps)
+
+    @staticmethod
+    def _columns(kind: StageCost, tokens: Floats) -> tuple[Floats, Floats]:
+        return kind.round_overhead_s + kind.chunk_s + kind.tokens_s(tokens), kind.attention.slope(tokens)
+
+    def seconds(self, tokens: npt.ArrayLike, context: float) -> Floats:
+        """Of rounds of so many tokens that are one chunk each, after so much context in the mean."""
+        count = self._count
+        round_s = self._round_s + self._context_s * context
+        rate = float(((round_s[-1] - round_s[:-2]) / (count[-1] - count[:-2])).min())
+        excess: Floats = np.maximum(np.interp(np.asarray(tokens, dtype=np.float64), count, round_s - rate * count), 0.0)
+        return excess
+
+    def thrifty_tokens(self, most: float, context: float) -> int:
+        """So many tokens, or somewhat fewer that cost less each: kernels fill a card in steps."""
+        steps = self._steps
+        first, end = np.searchsorted(steps, (THRIFTY_FROM * most, most + 0.5))
+        if end == len(steps) or first == end:
+            return int(most)
+        each = (self._step_round_s[first:end] + self._step_context_s[first:end] * context) / steps[first:end]
+        return int(steps[first + np.flatnonzero(each <= THRIFTY * each.min())[-1]])
+
+    def least_tokens(self, context: float) -> float:
+        """Tokens of the shortest round of which no more than half is excess."""
+        excess, count = self.seconds(self._count, context), self._count
+        round_s = self._round_s + self._context_s * context
+        good = excess <= 0.5 * round_s
+        return float(count[int(np.argmax(good))]) if good.any() else float(count[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

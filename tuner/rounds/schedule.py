@@ -13,11 +13,14 @@ with a window (round i waits for round i-W only, so W rounds are independent of 
 Where a stage holds several groups of layers the same holds for each group k, with K the number of groups, but for two
 things: a stage runs its tasks in the order of `tuner.plan.task_order`, so that instead of finish(i-1,k) it waits for
 the task before in that order (KV is there: in a group rounds run in order); and there is no hop where the group before
-is on the same stage.
+is on the same stage. Where requests arrive over time, that order would hold a round up inside the pipeline until
+requests have come that are not there yet. A stage then takes, of the tasks that are there when it is free, the first in
+that order.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +29,12 @@ from enum import StrEnum
 import numpy as np
 
 from db.errors import UserError
-from tuner.plan.cost_model import CostModel, Floats, Ints
+from tuner.plan.cost_model import CostModel, Ints
 from tuner.plan.plan import Request, Round
+from tuner.plan.stage_cost import Floats
 from tuner.plan.task_order import TaskOrder, task_order
+from tuner.serving.answers import Answers
+from tuner.serving.clock import Clock
 
 MAKESPAN_SLACK = 1.0075
 """A plan for mean TTFT or deadlines has at most this much times the best makespan found."""
@@ -41,7 +47,8 @@ class Objective(StrEnum):
     MEAN_TTFT = "mean-ttft"
     """Mean TTFT, weighted by each request's weight."""
     SLA = "sla"
-    """Number of requests whose TTFT meets their `sla_ttft_s`, each with its weight; the mean TTFT breaks ties."""
+    """Number of requests that meet their `sla_ttft_s` and `sla_tpot_s`, each with its weight; the mean TTFT breaks
+    ties."""
     LATENESS = "lateness"
     """How late the latest request is: the largest TTFT less `sla_ttft_s`."""
     P99_TTFT = "p99-ttft"
@@ -83,9 +90,10 @@ class Evaluation:
     mean_ttft_s: float
     """Weighted by the requests' weights."""
     num_sla_met: int
-    """Requests whose TTFT meets their deadline (those without one count as met)."""
+    """Requests whose TTFT and TPOT meet their limits (those without one count as met)."""
     sla_weight: float
-    """Weight of the requests with a deadline that meet it, as a share of all with one; 1 where none has one."""
+    """Weight of the requests with a limit on TTFT or TPOT that meet it, as a share of all with one; 1 where none has
+    one."""
     lateness_s: float
     """The largest TTFT less its deadline; minus infinity where no request has one."""
     bubble_share: float
@@ -93,6 +101,10 @@ class Evaluation:
     timeline: Timeline
     round_s: Floats
     """Seconds of each round in each group, [num_rounds, num_groups]."""
+    tpot_s: tuple[float, ...] = ()
+    """Of each request, 0 with an answer of one token; empty where nothing is decoded."""
+    has_limits: bool = False
+    """Whether some request has a limit of TTFT or TPOT."""
 
     @property
     def p90_ttft_s(self) -> float:
@@ -146,15 +158,17 @@ def simulate(
     ready_s: Floats | None = None,
     free_s: Floats | None = None,
     order: TaskOrder | None = None,
+    in_order: bool = True,
 ) -> Timeline:
     """Run the recurrence.
 
     `stage_s` is [num_rounds, num_groups], `hop_s` and `ready_s` (the earliest start on stage 0) are [num_rounds],
     `free_s` (when each stage ends what ran before the first round) is [pp_size]. `order` is that of stages with several
-    groups; without it each group is a stage.
+    groups; without it each group is a stage. `in_order`: a stage waits for the next task of that order, as ranks do.
     """
     if order is not None:
-        return _run_tasks(stage_s, hop_s, window, return_s, ready_s, order)
+        run = _run_tasks if in_order else _run_tasks_as_they_come
+        return run(stage_s, hop_s, window, return_s, ready_s, order)
     num_rounds, pp_size = stage_s.shape
     hop = np.zeros(num_rounds) if hop_s is None else hop_s
     if (ready_s is None or not ready_s.any()) and (free_s is None or not free_s.any()):
@@ -229,6 +243,59 @@ def _run_tasks(
     return Timeline(start_s, start_s + stage_s)
 
 
+def _run_tasks_as_they_come(
+    stage_s: Floats,
+    hop_s: Floats | None,
+    window: int | None,
+    return_s: float,
+    ready_s: Floats | None,
+    order: TaskOrder,
+) -> Timeline:
+    """Tasks in time: a free stage takes the first of those that are there, by their places in the order."""
+    num_rounds, num_groups = stage_s.shape
+    seconds: list[list[float]] = stage_s.tolist()
+    hop = [0.0] * num_rounds if hop_s is None else hop_s.tolist()
+    ready = [0.0] * num_rounds if ready_s is None else np.maximum.accumulate(ready_s).tolist()
+    stages, last = order.stages, num_groups - 1
+    place = np.empty((num_rounds, num_groups), dtype=np.int64)
+    place[order.rounds, order.groups] = np.arange(len(order.rounds))
+    places = place.tolist()
+    starts = [[0.0] * num_groups for _ in range(num_rounds)]
+    left = [0.0] * num_rounds
+    there = [0.0] * num_groups  # when the last round reached each group: rounds overtake none on a link
+    free = [0.0] * (max(stages) + 1)
+    waiting: list[list[tuple[int, int, int]]] = [[] for _ in free]
+    events = [(ready[i], i, 0) for i in range(num_rounds if window is None else min(window, num_rounds))]
+    heapq.heapify(events)
+    while events:
+        now = events[0][0]
+        changed = set()
+        while events and events[0][0] == now:
+            _, i, group = heapq.heappop(events)
+            if group >= 0:
+                heapq.heappush(waiting[stages[group]], (places[i][group], i, group))
+                changed.add(stages[group])
+            else:
+                changed.add(-1 - group)  # a stage that is free again
+        for stage in changed:
+            if not waiting[stage] or free[stage] > now:
+                continue
+            _, i, group = heapq.heappop(waiting[stage])
+            starts[i][group] = now
+            end_s = free[stage] = now + seconds[i][group]
+            heapq.heappush(events, (end_s, i, -1 - stage))
+            if group < last:
+                hop_here = hop[i] if stages[group + 1] != stage else 0.0
+                there[group + 1] = max(end_s + hop_here, there[group + 1])
+                heapq.heappush(events, (there[group + 1], i, group + 1))
+            else:
+                left[i] = end_s
+                if window is not None and i + window < num_rounds:
+                    heapq.heappush(events, (max(end_s + return_s, ready[i + window]), i + window, 0))
+    start_s = np.array(starts)
+    return Timeline(start_s, start_s + stage_s)
+
+
 def _equal_stages(stage_s: Floats, hop_s: Floats) -> Floats | None:
     """Finishes where every round takes the same time on all stages and nothing else holds it up; None where not.
 
@@ -258,8 +325,13 @@ def evaluate(
 ) -> Evaluation:
     """Makespan, TTFTs and bubbles of rounds; a round starts on stage 0 not before all its requests have arrived.
 
-    round_s: seconds of each round on each stage, where they are known better than by the cost model.
+    round_s: seconds of each round on each stage, where they are known better than by the cost model. Where answers are
+    decoded beside (`Request.output_tokens`), the timeline is that of the given rounds with what they carry; between
+    them run rounds of decoded tokens alone, whenever no round has all its requests. Stages of several groups then count
+    as one each.
     """
+    if round_s is None and any(request.output_tokens > 1 for request in requests):
+        return _evaluate_beside(cost.merged(), requests, rounds, window)
     flat = FlatRounds.of(rounds)
     prompt = np.array([request.prompt_tokens for request in requests], dtype=np.int64)
     arrival = np.array([request.arrival_s for request in requests])
@@ -270,23 +342,87 @@ def evaluate(
     np.maximum.at(ready, flat.round_index, arrival[flat.request])
     hop = cost.hop_seconds(np.bincount(flat.round_index, weights=flat.tokens))
     order = order_of(cost, len(round_s), window)
-    timeline = simulate(round_s, hop, window, cost.return_s, ready, order=order)
-    ttft = np.full(len(requests), np.inf)
-    ttft[flat.request[final]] = timeline.finish_s[flat.round_index[final], -1]
-    ttft -= arrival
+    timeline = simulate(round_s, hop, window, cost.return_s, ready, order=order, in_order=not ready.any())
+    end = np.full(len(requests), np.inf)
+    end[flat.request[final]] = timeline.finish_s[flat.round_index[final], -1]
+    return _evaluation(requests, end, timeline, round_s, cost.pp_size)
+
+
+def _evaluate_beside(
+    cost: CostModel, requests: Sequence[Request], rounds: Sequence[Round], window: int | None
+) -> Evaluation:
+    """Rounds one by one, with the tokens of answers that ride in them and between them."""
+    clock, answers = Clock(cost, window), Answers(cost.return_s)
+    ready_s = [max(requests[chunk.request].arrival_s for chunk in chunks) for chunks in rounds]
+    kinds = cost.kind_of_stage
+    seconds, finish = np.empty((len(rounds), cost.pp_size)), np.empty((len(rounds), cost.pp_size))
+    end, busy_s, i = np.full(len(requests), np.inf), 0.0, 0
+    while i < len(rounds) or answers.ready or math.isfinite(answers.next_return_s):
+        now = clock.ready_s()
+        next_s = ready_s[i] if i < len(rounds) else math.inf
+        answers.take_back(now, requests)
+        if next_s > now and not answers.ready:
+            now = min(next_s, answers.next_return_s)
+            answers.take_back(now, requests)
+        beside = answers.beside(requests)
+        chunks: Round = rounds[i] if i < len(rounds) and next_s <= now else ()
+        if not chunks and not beside.tokens:
+            continue
+        end_s = clock.run(chunks, requests, now, beside)
+        answers.depart(chunks, end_s, requests)
+        own = np.array(clock.round_seconds)[kinds]
+        busy_s += float(own.sum())
+        if chunks:
+            seconds[i], finish[i] = own, clock.finish_s
+            for chunk in chunks:
+                if chunk.end == requests[chunk.request].prompt_tokens:
+                    end[chunk.request] = end_s
+            i += 1
+    tpot = [
+        (answers.last_s[index] - answers.first_s[index]) / (request.output_tokens - 1)
+        if request.output_tokens > 1
+        else 0.0
+        for index, request in enumerate(requests)
+    ]
+    busy_share = busy_s / (clock.finish_s[-1] * cost.pp_size) if clock.finish_s[-1] else 1.0
+    return _evaluation(
+        requests, end, Timeline(finish - seconds, finish), seconds, cost.pp_size, tuple(tpot), busy_share
+    )
+
+
+def _evaluation(
+    requests: Sequence[Request],
+    end: Floats,
+    timeline: Timeline,
+    round_s: Floats,
+    num_stages: int,
+    tpot_s: tuple[float, ...] = (),
+    busy_share: float | None = None,
+) -> Evaluation:
+    """From when each request has its first token."""
+    arrival = np.array([request.arrival_s for request in requests])
+    ttft = end - arrival
     weights = np.array([request.weight for request in requests])
     deadline = np.array([np.inf if request.sla_ttft_s is None else request.sla_ttft_s for request in requests])
     met, has_deadline = ttft <= deadline, np.isfinite(deadline)
+    if tpot_s:
+        most = np.array([np.inf if request.sla_tpot_s is None else request.sla_tpot_s for request in requests])
+        met &= np.array(tpot_s) <= most
+        has_deadline |= np.isfinite(most)
     counted = np.where(has_deadline, weights if (weights * has_deadline).any() else 1.0, 0.0)
     makespan = timeline.makespan_s
+    if busy_share is None:
+        busy_share = float(round_s.sum()) / (makespan * num_stages) if makespan else 1.0
     return Evaluation(
         makespan_s=makespan,
         ttft_s=tuple(ttft.tolist()),
         mean_ttft_s=float(ttft @ weights / weights.sum()) if weights.any() else float(ttft.mean()),
         num_sla_met=int(met.sum()),
         sla_weight=float(met @ counted / counted.sum()) if counted.any() else 1.0,
-        lateness_s=float((ttft - deadline)[has_deadline].max()) if has_deadline.any() else -math.inf,
-        bubble_share=max(0.0, 1.0 - float(round_s.sum()) / (makespan * cost.pp_size)) if makespan else 0.0,
+        lateness_s=float((ttft - deadline).max()),
+        bubble_share=max(0.0, 1.0 - busy_share),
+        tpot_s=tpot_s,
+        has_limits=bool(has_deadline.any()),
         timeline=timeline,
         round_s=round_s,
     )

@@ -26,7 +26,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from tuner.plan.cost_model import CostModel, Floats, PairAttention, StageCost, TableAttention
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import Floats, PairAttention, StageCost, TableAttention
 from tuner.rounds.relaxation import Envelope, Work, envelopes, least_sums
 
 MOST_GAIN = 1.5

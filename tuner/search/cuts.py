@@ -1,4 +1,4 @@
-"""How each round of a plan is cut among the ranks that share its rows: the cheapest cut by the costs of its layers."""
+"""Chooses the cheapest cut of each round among the ranks of a sequence-parallel group."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from profiler.sequence.kind import CUTS, SequenceCut, usual_cut
 from tuner.fit.whole.costs import Costs, WholeCosts
-from tuner.plan.cost_model import Floats
 from tuner.plan.plan import Request, Round
+from tuner.plan.stage_cost import Floats
 from tuner.rounds.round_plan import RoundPlan
 from tuner.rounds.schedule import FlatRounds, evaluate
 

@@ -1,4 +1,4 @@
-"""Why a layout won: where the seconds go, and at which links, prompt lengths and batches another would win."""
+"""Explains why a layout won: where the time goes, and at which links, prompt lengths and batches another would win."""
 
 from __future__ import annotations
 
@@ -176,8 +176,8 @@ def parts_of(target: Target, candidate: Candidate, rules: Rules) -> Parts:
 
 
 class Arena:
-    """Where layouts compete under other links, lengths and batches, by plans that take a moment to make: equal chunks
-    of a few sizes on even layers. Memory is not asked again.
+    """Compares layouts under other links, lengths and batches, by plans that are quick to make: equal chunks
+    of a few sizes on even layers. Memory is not checked again.
 
     Who competes: of each family and sizes the layout of all ranks that is best here, as planned, or by what it could
     reach at best where it was not.

@@ -1,4 +1,4 @@
-"""Lower bounds of layouts: what no plan on a layout undercuts, whatever its layer partition, rounds, order and window.
+"""Lower bounds of layouts: they hold for every layer partition, all rounds, orders and windows.
 
 A layout holds L layers in v groups on each of K = pp_size stages. On the stage where layers cost most a round costs a
 layer t(i) and every group of layers o beside them; on stage k it costs a layer at least r(k) t(i), r(k) <= 1. No round
@@ -34,9 +34,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tuner.fit.whole.costs import Costs
-from tuner.plan.cost_model import Floats
 from tuner.plan.layout import Layout
 from tuner.plan.plan import Request
+from tuner.plan.stage_cost import Floats
 from tuner.plan.stage_order import StageOrder
 from tuner.rounds.relaxation import Envelope, Work, envelopes
 from tuner.rounds.schedule import Objective

@@ -1,4 +1,4 @@
-"""What collectives and hand-offs cost where they were not measured: by formulas over a topology's links.
+"""Estimates unmeasured collectives and hand-offs by formulas over a topology's links.
 
 A message of n bytes among g ranks, each of which sends over a link of latency a and of b seconds a byte:
 
@@ -36,7 +36,7 @@ GROUP_OPS = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL)
 
 @dataclass(frozen=True, slots=True)
 class Assumed:
-    """Messages of a group, or of a pair, whose times no rows tell."""
+    """Messages of a group, or of a pair, that were not measured."""
 
     group_size: int
     stride: int

@@ -1,4 +1,4 @@
-"""Which stage holds how many layers, chosen together with the rounds."""
+"""Chooses how many layers each stage holds, together with the rounds."""
 
 from __future__ import annotations
 

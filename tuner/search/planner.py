@@ -1,4 +1,4 @@
-"""The planner's door: make rounds by a named policy, evaluate them exactly, bound any plan, compare policies."""
+"""Entry points of the planner: make rounds by a named policy, evaluate and bound them, compare policies."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def plan_rounds(
 def draft_plan(
     cost: CostModel, requests: Sequence[Request], *, policy: str = "joint", **options: Unpack[RoundOptions]
 ) -> RoundPlan:
-    """As `plan_rounds`, but `joint` without its last percent: no bound, no competition, no improvement.
+    """As `plan_rounds`, but `joint` without its slow steps: bound, comparison with other policies, local search.
 
     For the choice among layouts and partitions, which needs many plans.
     """

@@ -1,4 +1,4 @@
-"""Replaying an arrival trace: every policy sees a request only once it has arrived; TTFT percentiles and throughput."""
+"""Replays an arrival trace under each policy, which sees a request only once it has arrived; TTFT and throughput."""
 
 from __future__ import annotations
 
@@ -22,20 +22,29 @@ TRIED = tuple(
     OnlineSettings(aging=aging, foresight=foresight)
     for aging, foresight in (
         (0.01, 0.3),
-        (0.01, 1.0),
         (0.1, 0.3),
         (0.3, 0.3),
-        (1.0, 0.3),
         (100.0, 0.1),
         (100.0, 0.3),
         (100.0, 1.0),
+        (100.0, 3.0),
     )
 )
 """Settings of the online planner that are tried: from least work first to first come first served."""
-AGINGS, FORESIGHTS = (1e-3, 1e3), (1e-2, 1e1)
-"""Ranges in which a study looks for settings."""
+PATIENCES = (1.0, 0.97, 0.94, 0.9)
+"""Shares of the most that the 99th percentile may be under which least work first is tried: what takes longest ends
+somewhat after its limit, for rounds are longer than the running order knows."""
+FORESIGHTS_TRIED, NEARBY = (0.1, 1.0), (0.985, 1.01)
+"""What is tried beside 0.3, under the best of those limits; and what that limit is scaled by where the 99th percentile
+is above it all the same."""
+AGINGS, FORESIGHTS, MOST_PATIENCE = (1e-3, 1e3), (1e-2, 1e1), 1.5
+"""Ranges in which a study looks for settings, the last as a share of the most that the 99th percentile may be."""
+LEAST_PATIENCE = 0.5
+"""A study's shares below it are no limit."""
 MEAN_SLACK, P99_SLACK = 1.02, 1.05
 """How far above the simpler policies' least `joint` may be in one figure to be better in the other."""
+HOPELESS = 3.0
+"""Base chunks are made shorter until their figures are so many times the best."""
 PENALTY = 10.0
 """What a study counts each share of TTFT above those limits as."""
 SETTINGS_KEPT = 3
@@ -48,13 +57,15 @@ NEARLY = 1.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What a policy makes of a trace. The policy is the plan: its rounds are what it is expected to do."""
+    """A trace under one policy, with the rounds that the policy is predicted to run."""
 
     policy: str
     planned: RoundPlan
     """Its policy with the parameter that was best: `sglang:4096`, `joint:1.5`; of `joint` maybe a simpler policy."""
     tokens_per_s: float
     """New prompt tokens a second from the first arrival to the last TTFT."""
+    goodput: float
+    """Requests a second of the same time that meet their limits of TTFT and TPOT; all do that have none."""
 
     @property
     def evaluation(self) -> Evaluation:
@@ -114,9 +125,49 @@ def replay_variants(
     policies = {policy: _names(problem, policy) for policy in [*fixed, *POLICIES[1:]]}
     if not everything and len(problem.requests) > FEW_REQUESTS:
         policies = _shortlist(problem, policies)
-    variants = {policy: [_replay(problem, name, bound) for name in names] for policy, names in policies.items()}
+    variants = {policy: _sweep(problem, names, bound) for policy, names in policies.items()}
+    variants["joint"] += _patient(problem, variants, bound)
     variants["joint"] += _tuned(problem, variants, num_trials, bound)
     return variants
+
+
+def _sweep(problem: Problem, names: Sequence[str], bound: Bound) -> list[Replay]:
+    """Replays under each of a policy's parameters; of base chunks the longest first, until one is hopeless."""
+    if names[0].partition(":")[0] not in BASED:
+        return [_replay(problem, name, bound) for name in names]
+    found: list[Replay] = []
+    for name in reversed(names):
+        found.append(_replay(problem, name, bound))
+        figures = np.array([(one.evaluation.mean_ttft_s, one.ttft_s(99)) for one in found])
+        longest_s = max(one.evaluation.makespan_s for one in found)
+        if (figures[-1] > HOPELESS * figures.min(axis=0)).all() and found[-1].evaluation.makespan_s >= longest_s:
+            break
+    return found
+
+
+def _patient(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: Bound) -> list[Replay]:
+    """Replays of the online planner that lets nothing wait for much longer than the simpler policies do."""
+    if problem.objective.needs_deadlines or _are_alike(problem.requests):
+        return []
+    simpler = [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
+    most_s = P99_SLACK * min(one.ttft_s(99) for one in simpler)
+    found: list[Replay] = []
+    tried = [OnlineSettings(patience=share * most_s) for share in PATIENCES]
+    for step in range(3):
+        found += [_replay(problem, f"joint:{each}", bound) for each in tried]
+        closest = best_of(found, simpler, problem.objective)
+        best = OnlineSettings.parse(closest.policy.partition(":")[2])
+        tried = [replace(best, foresight=foresight) for foresight in FORESIGHTS_TRIED]
+        if step == 1:
+            if closest.ttft_s(99) <= most_s:
+                break
+            tried = [replace(best, patience=share * best.patience) for share in NEARBY]
+    return found
+
+
+def _are_alike(requests: Sequence[Request]) -> bool:
+    """Whether no running order is better than another but by arrival."""
+    return len({(one.new_tokens, one.cached_tokens, one.weight) for one in requests}) == 1
 
 
 def ranked(variants: Mapping[str, Sequence[Replay]], objective: Objective) -> list[Replay]:
@@ -159,14 +210,17 @@ def _tuned(problem: Problem, variants: Mapping[str, Sequence[Replay]], num_trial
     simpler = [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+    most_s = P99_SLACK * min(one.ttft_s(99) for one in simpler)
     for settings in TRIED:
-        study.enqueue_trial({"aging": settings.aging, "foresight": settings.foresight})
+        study.enqueue_trial({"aging": settings.aging, "foresight": settings.foresight, "patience": 0.0})
     found: list[Replay] = []
 
     def loss(trial: optuna.Trial) -> float:
+        share = trial.suggest_float("patience", 0.0, MOST_PATIENCE)
         settings = OnlineSettings(
             aging=trial.suggest_float("aging", *AGINGS, log=True),
             foresight=trial.suggest_float("foresight", *FORESIGHTS, log=True),
+            patience=most_s * share if share >= LEAST_PATIENCE else 0.0,
         )
         name = f"joint:{settings}"
         known = [one for one in (*variants["joint"], *found) if one.planned.policy == name]
@@ -179,7 +233,7 @@ def _tuned(problem: Problem, variants: Mapping[str, Sequence[Replay]], num_trial
 
 
 def _loss(one: Replay, simpler: Sequence[Replay], objective: Objective) -> float:
-    """What a study of settings makes least: what `best_of` compares, as one number."""
+    """The objective of a study of settings: the comparison of `best_of` as one number."""
     if objective is not Objective.MEAN_TTFT:
         return one.evaluation.score(objective)[0]
     least_mean_s = min(each.evaluation.mean_ttft_s for each in simpler)
@@ -191,7 +245,7 @@ def _loss(one: Replay, simpler: Sequence[Replay], objective: Objective) -> float
 def _names(problem: Problem, policy: str) -> list[str]:
     """The policy with each of the parameters that it leaves open."""
     if policy == "joint":
-        alike = len({(one.new_tokens, one.cached_tokens, one.weight) for one in problem.requests}) == 1
+        alike = _are_alike(problem.requests)
         kept = {one.foresight if alike else one: one for one in TRIED}  # of prompts alike none is aged before another
         return [f"joint:{settings}" for settings in kept.values()]
     return [f"{policy}:{base}" for base in base_sizes(problem)] if policy in BASED else [policy]
@@ -235,7 +289,9 @@ def _replay(problem: Problem, policy: str, bound: Bound) -> Replay:
     first = min(request.arrival_s for request in problem.requests)
     tokens = sum(request.new_tokens for request in problem.requests)
     planned = RoundPlan(policy=policy, rounds=tuple(rounds), evaluation=evaluation, bound=bound, planning_s=planning_s)
-    return Replay(policy=policy, planned=planned, tokens_per_s=tokens / (evaluation.makespan_s - first))
+    span_s = evaluation.makespan_s - first
+    goodput = evaluation.num_sla_met / span_s
+    return Replay(policy=policy, planned=planned, tokens_per_s=tokens / span_s, goodput=goodput)
 
 
 def _rounds(problem: Problem, policy: str) -> list[Round]:

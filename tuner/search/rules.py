@@ -1,4 +1,4 @@
-"""How rounds are made, for whichever cost model and requests."""
+"""A policy with its options, applied to any cost model and requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is planned, and which rounds of a layout the device has room for."""
+"""The planning target (model, requests, device), and the largest rounds of a layout that fit into memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NARROWER = "w8a16"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is planned: the model in a precision, the requests, and the device they run on."""
+    """The planning target: the model in a precision, the requests, and the device."""
 
     shape: ModelShape
     dtype: str
@@ -54,7 +54,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """Which rounds of a layout with these layers a group fit into a device's memory.
+    """The rounds of a layout, with these layers a group, that fit into a device's memory.
 
     Weights, what the runtime holds and the longest prompt's KV are there whatever the rounds; what is left is shared
     by the activations of the largest round and the KV of the prompts that it holds at once.

@@ -21,7 +21,7 @@ MOST_CHUNKS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A step by the cost model, without the update after its last backward, which reads the optimizer's state once."""
+    """A step by the cost model."""
 
     work: StepWork
     seconds: float
@@ -44,6 +44,18 @@ class Step:
         return self.work.flops / self.seconds / self.work.parallel.world_size / peak_flops
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ends:
+    """What a step does beside its layers; nothing where it is not known."""
+
+    token_s: float = 0.0  # of a token on the last stage: output matrix and loss, forward and backward
+    round_s: float = 0.0  # of a round's backward: its gradients of all weights are added to the sums
+    update_s: float = 0.0  # of the optimizer, after the last backward
+
+
+NO_ENDS = Ends()
+
+
 @dataclass(frozen=True, slots=True)
 class _Seconds:
     """Of each round in each stage, [round][stage]."""
@@ -53,40 +65,39 @@ class _Seconds:
     hop: list[float]
 
 
-def predict_step(work: StepWork, cost: CostModel, *, device_type: str = "cuda") -> Step:
+def predict_step(work: StepWork, cost: CostModel, *, ends: Ends = NO_ENDS, device_type: str = "cuda") -> Step:
     """Run the step's tasks by the cost model of its forward rounds."""
     if cost.pp_size != work.parallel.pp_size:
         cost = cost.for_pp_size(work.parallel.pp_size)
-    seconds = _seconds(work, cost)
+    seconds = _seconds(work, cost, ends)
     makespan, busy = _simulate(work, seconds)
     return Step(
         work=work,
-        seconds=makespan,
-        lower_bound_s=_bound(work, seconds),
+        seconds=makespan + ends.update_s,
+        lower_bound_s=_bound(work, seconds) + ends.update_s,
         bubble_share=1.0 - sum(busy) / (makespan * len(busy)),
         memory=step_memory(work, device_type=device_type),
     )
 
 
-def _seconds(work: StepWork, cost: CostModel) -> _Seconds:
+def _seconds(work: StepWork, cost: CostModel, ends: Ends = NO_ENDS) -> _Seconds:
     plain = cost.without_attention()
     forward, backward, hop = [], [], []
     for chunks in work.rounds:
-        pieces = [
-            (chunk.tokens, chunk.start, chunk.end >= work.requests[chunk.request].prompt_tokens) for chunk in chunks
-        ]
+        pieces = [(chunk.tokens, chunk.start, False) for chunk in chunks]  # `ends` has the head of all tokens
+        tokens = sum(chunk.tokens for chunk in chunks)
         whole = [cost.stage_seconds(stage, pieces) for stage in range(cost.pp_size)]
         products = [plain.stage_seconds(stage, pieces) for stage in range(cost.pp_size)]
         again = {
             Recompute.NONE: [0.0] * len(whole), Recompute.LINEAR: products, Recompute.LAYER: whole,
             Recompute.ROUND: whole,
         }[work.recompute]  # fmt: skip
-        forward.append(whole)
+        forward.append([*whole[:-1], whole[-1] + ends.token_s * tokens])  # the head's backward runs in its forward
         backward.append([
-            PRODUCTS_BACKWARD * product + ATTENTION_BACKWARD * (all_of - product) + more
+            PRODUCTS_BACKWARD * product + ATTENTION_BACKWARD * (all_of - product) + more + ends.round_s
             for all_of, product, more in zip(whole, products, again, strict=True)
         ])  # fmt: skip
-        hop.append(float(cost.hop_seconds(sum(chunk.tokens for chunk in chunks))))
+        hop.append(float(cost.hop_seconds(tokens)))
     return _Seconds(forward, backward, hop)
 
 

@@ -62,6 +62,26 @@ class StepMemory:
         return self.weights_bytes + self.kv_bytes + self.kept_bytes + self.working_bytes
 
 
+def rank_parameters(work: StepWork) -> tuple[int, ...]:
+    """Numbers that a rank of each stage updates: its layers, and the ends of the model that it holds."""
+    shape, parallel = work.shape, work.parallel
+    found, first = [], 0
+    for stage, count in enumerate(parallel.layer_partition):
+        numbers = sum(layer.num_elements(parallel.tp_size) for layer in shape.layers[first : first + count])
+        first += count
+        numbers += shape.embedding.num_elements(parallel.tp_size) * (stage == 0)
+        if stage == parallel.pp_size - 1:
+            matrix = 0 if is_tied(shape) else shape.head.num_elements(parallel.tp_size)
+            numbers += shape.final_norm.num_elements() + matrix
+        found.append(numbers)
+    return tuple(found)
+
+
+def is_tied(shape: ModelShape) -> bool:
+    """Whether the output matrix is the embedding."""
+    return shape.head.parts[0].tensor == shape.embedding.parts[0].tensor
+
+
 def step_memory(work: StepWork, *, device_type: str) -> tuple[StepMemory, ...]:
     """Of a rank of each stage."""
     shape, parallel = work.shape, work.parallel
@@ -70,18 +90,15 @@ def step_memory(work: StepWork, *, device_type: str) -> tuple[StepMemory, ...]:
     wide = max(size, 4)
     rows = [sum(chunk.tokens for chunk in chunks) for chunks in work.rounds]
     found, first = [], 0
-    tied = shape.head.parts[0].tensor == shape.embedding.parts[0].tensor
+    updated = rank_parameters(work)
     for stage, count in enumerate(parallel.layer_partition):
         layers = shape.layers[first : first + count]
         first += count
         is_first, is_last = stage == 0, stage == parallel.pp_size - 1
-        numbers = sum(layer.num_elements(parallel.tp_size) for layer in layers)
-        matrix = shape.head.num_elements(parallel.tp_size)
-        numbers += shape.embedding.num_elements(parallel.tp_size) * is_first
-        numbers += (shape.final_norm.num_elements() + (0 if tied else matrix)) * is_last
-        weights = numbers * (MASTER_BYTES + (size if size < 4 else 0))
-        if tied and is_last and (not is_first or parallel.tp_size > 1):  # the embedding's rows, and their gradients
-            weights += matrix * (size + 4)
+        weights = updated[stage] * (MASTER_BYTES + (size if size < 4 else 0))
+        # The embedding's rows, and their gradients, where the last stage has a copy of its own.
+        if is_tied(shape) and is_last and (not is_first or parallel.tp_size > 1):
+            weights += shape.head.num_elements(parallel.tp_size) * (size + 4)
         kept = most_kept(work.units, stage=stage, pp_size=parallel.pp_size, order=work.order)
         a_token = sum(kept_numbers(layer, parallel.tp_size, work.recompute, compiled=work.compiled) for layer in layers)
         ends = shape.hidden_size * (2 + 2 * is_last)  # what comes in and goes out; the last norm's, and a gradient

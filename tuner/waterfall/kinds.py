@@ -13,8 +13,9 @@ from profiler.sequence.kind import SequenceCut
 from tuner.fit.curve import Curve
 from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.whole.costs import WholeCosts
-from tuner.plan.cost_model import CostModel, Floats, PairAttention
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Plan, Request, Round
+from tuner.plan.stage_cost import Floats, PairAttention
 from tuner.rounds.schedule import evaluate
 from tuner.search.cuts import cut_seconds
 from tuner.search.layouts import Candidate

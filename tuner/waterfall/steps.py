@@ -19,14 +19,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from db.errors import UserError
 from profiler.model import ModelShape
-from tuner.plan.cost_model import MAX_SECONDS, CostModel, Floats, Ints
+from tuner.plan.cost_model import CostModel, Ints
 from tuner.plan.plan import Plan
+from tuner.plan.stage_cost import MAX_SECONDS, Floats
 from tuner.plan.task_order import task_order
 from tuner.rounds.schedule import simulate
 
@@ -105,6 +106,55 @@ def waterfall(
     steps.append(Step(DRIFT, float(stage_s.sum()) * (1.0 - 1.0 / slowdown)))
     steps += _pipeline_steps(plan, round_s, makespan_s)
     return Waterfall(steps=tuple(step for step in steps if step.seconds), makespan_s=makespan_s)
+
+
+class RoundTime(Protocol):
+    """When a round ran in a group of layers, and how long it should have run."""
+
+    @property
+    def round(self) -> int:
+        """Its place in the plan."""
+
+    @property
+    def stage(self) -> int:
+        """The group of layers."""
+
+    @property
+    def start_s(self) -> float:
+        """Seconds from the run's start."""
+
+    @property
+    def finish_s(self) -> float:
+        """Likewise."""
+
+    @property
+    def predicted_s(self) -> float | None:
+        """Its predicted duration."""
+
+
+def waterfalls(
+    plan: Plan,
+    shape: ModelShape,
+    rounds: Iterable[RoundTime],
+    makespan_s: float,
+    predicted_s: float | None,
+    *,
+    peak_flops: float,
+    slowdown: float = 1.0,
+) -> tuple[Waterfall | None, Waterfall]:
+    """The waterfalls of a run, (as predicted, as measured); the first is None where its plan predicts nothing.
+
+    slowdown: of the machine while it ran, since its profile.
+    """
+    size = (len(plan.rounds), plan.parallel.num_groups)
+    measured, predicted = np.zeros(size), np.zeros(size)
+    for time in rounds:
+        measured[time.round, time.stage] = time.finish_s - time.start_s
+        predicted[time.round, time.stage] = time.predicted_s or 0.0
+    told = None
+    if predicted_s and predicted.any():
+        told = waterfall(plan, shape, predicted, predicted_s, peak_flops=peak_flops)
+    return told, waterfall(plan, shape, measured, makespan_s, peak_flops=peak_flops, slowdown=slowdown)
 
 
 def flops_of_rounds(shape: ModelShape, plan: Plan) -> dict[Kind, Floats]:

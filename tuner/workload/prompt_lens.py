@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from db.errors import UserError
 from db.files.numbers import whole_number
-from tuner.plan.cost_model import MAX_TOKENS
 from tuner.plan.plan import MAX_REQUESTS, Request
+from tuner.plan.stage_cost import MAX_TOKENS
 
 FIELD = "--prompt-lens"
 

@@ -7,8 +7,8 @@
 | azure | CSV | dates | TIMESTAMP, ContextTokens, GeneratedTokens (2023 and 2024) |
 | burstgpt | CSV | s | Timestamp, Request tokens, Response tokens, and more |
 
-Lines of the first kind may also have id, cached_tokens, weight and sla_ttft_s of our own, and session_id with delay,
-the think time in ms since the session's turn before.
+Lines of the first kind may also have id, cached_tokens, weight, priority, sla_ttft_s and sla_tpot_s of our own, and
+session_id with delay, the think time in ms since the session's turn before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from db.errors import UserError
 from db.files.documents import Line, located, read_json_lines
 from db.files.numbers import whole_number
 from db.files.tables import first_line, read_csv
-from tuner.plan.cost_model import MAX_TOKENS
+from tuner.plan.stage_cost import MAX_TOKENS
 from tuner.workload.trace_format import UNITS, TimeUnit, TraceFormat
 
 FIELD = "--workload"
@@ -49,6 +49,9 @@ class WorkloadLine:
     cached_tokens: int | None = None
     weight: float = 1.0
     sla_ttft_s: float | None = None
+    sla_tpot_s: float | None = None
+    priority: str | int | None = None
+    """Its class: a name or a number, whose weight `--priority` tells."""
     output_length: int | None = None
     """Tokens of the answer."""
     hash_ids: tuple[int | str, ...] = ()

@@ -135,6 +135,8 @@ def _request(line: Line[WorkloadLine], arrival_s: float, cache: PrefixCache | No
                 arrival_s=arrival_s,
                 weight=entry.weight,
                 sla_ttft_s=entry.sla_ttft_s,
+                sla_tpot_s=entry.sla_tpot_s,
+                priority=None if entry.priority is None else str(entry.priority),
             )
     except UserError as error:
         names = {"prompt_tokens": "input_length", "arrival_s": "timestamp"}
@@ -161,6 +163,9 @@ def as_lines(requests: Sequence[Request]) -> list[WorkloadLine]:
             cached_tokens=request.cached_tokens,
             weight=request.weight,
             sla_ttft_s=request.sla_ttft_s,
+            sla_tpot_s=request.sla_tpot_s,
+            priority=request.priority,
+            output_length=request.output_tokens if request.output_tokens > 1 else None,
         )
         for request in requests
     ]

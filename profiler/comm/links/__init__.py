@@ -1,4 +1,4 @@
-"""Where each rank stands, its groups, and how hidden states go from stage to stage.
+"""The rank mesh, process groups, and transfers of hidden states between stages.
 
 May import `profiler.hardware`.
 """

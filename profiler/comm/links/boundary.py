@@ -1,4 +1,4 @@
-"""The links of a rank: to and from other stages, back, and to the ranks that share its rows."""
+"""All links of a rank: between stages, from the last stage back to the first, and within a sequence-parallel group."""
 
 from __future__ import annotations
 

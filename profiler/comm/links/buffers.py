@@ -1,4 +1,4 @@
-"""What may wait between two ranks: a stage may be a few rounds ahead of the next; the recurrence has no limit."""
+"""Sizes of the buffers between ranks: they bound how many rounds a stage may be ahead of the next one."""
 
 POSTED_AHEAD = 2
 """Receives that are posted at once."""
@@ -9,4 +9,4 @@ BOUNDARY_BUFFERS = {"cuda": POSTED_AHEAD + STAGED, "cpu": POSTED_AHEAD}
 GATHER_SLOTS = 2
 """Layers whose keys and values cards may gather at once in the memory that they share."""
 SEND_BUFFER_BYTES = 512 << 20
-"""What unfinished sends of a rank may hold on a CPU, where gloo never says that one ended."""
+"""What unfinished sends of a rank may hold on a CPU, where gloo never reports a send as completed."""

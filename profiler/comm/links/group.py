@@ -1,4 +1,4 @@
-"""The process groups of a rank: tensor- and sequence-parallel ones, a pair a way between stages, and the way back."""
+"""The process groups of a rank: tensor- and sequence-parallel groups, and a pair for each direction between stages."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class RankGroup:
-    """Ranks that hold a stage together; a group of one moves nothing."""
+    """A tensor- or sequence-parallel group of ranks; with one rank, its collectives do nothing."""
 
     def __init__(self, group: dist.ProcessGroup | None = None, size: int = 1, rank: int = 0) -> None:
-        self.group, self.size, self.rank = group, size, rank  # this rank's place among them
+        self.group, self.size, self.rank = group, size, rank  # this rank's index in the group
 
     def reduce(self, bias: torch.Tensor | None) -> Reduction:
         """What sums partial results over the ranks and adds a row-parallel bias [N] once."""
@@ -47,14 +47,14 @@ class RankGroup:
         return self.begin_gather(tensor)()
 
     def new_part(self, like: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """Where this rank lays what it gathers next, of `like`'s type; empty."""
+        """A buffer for this rank's part of the next gather, of `like`'s type; empty."""
         return like.new_empty(size)
 
     def release(self) -> None:
-        """What was gathered last into such a part has been read."""
+        """The result of the last gather has been read, so its buffers may be reused."""
 
     def begin_gather(self, tensor: torch.Tensor, *, into: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
-        """Begin to stack the tensors of all ranks; what it returns waits and gives [size, ...].
+        """Start a gather of all ranks' tensors; returns a function that waits and returns [size, ...].
 
         into: room for as many numbers, if the result is to lie there.
         """
@@ -119,7 +119,7 @@ def _waiting(work: dist.Work, result: torch.Tensor, sent: torch.Tensor) -> Calla
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Another rank, how it is reached, and the group with it where that takes one."""
+    """Another rank, the transport to it, and the process group with it if the transport needs one."""
 
     peer: int
     transport: Transport
@@ -144,10 +144,10 @@ class Groups:
 
     tensor: RankGroup
     sequence: RankGroup
-    sequence_ranks: tuple[int, ...]  # its members, this rank alone where there is no group
+    sequence_ranks: tuple[int, ...]  # its members; only this rank where there is no group
     inbound: Mapping[int, Pair]  # by the stage that hands on to this one
     outbound: Mapping[int, Pair]  # by the stage that this one hands on to
-    hand_offs: Sequence[tuple[int, int]]  # all ways between stages, in an order that all ranks know
+    hand_offs: Sequence[tuple[int, int]]  # all directed links between stages, in the same order on all ranks
     back: Pair | None  # on the first stage the last one, and the other way round
     everyone: dist.ProcessGroup  # all ranks, over gloo: barriers
     sharing: HostGroup | None  # the ranks whose memory this rank can write into
@@ -209,7 +209,7 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
         everyone=everyone,
         sharing=sharing,
     )
-    # Not on the way out of an error: leaving a group waits for ranks that may be gone.
+    # Not after an error: leaving a group waits for ranks that may have died.
     dist.barrier(everyone)
     for group in reversed(mine):
         dist.destroy_process_group(group)

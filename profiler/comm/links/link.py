@@ -38,10 +38,10 @@ class Outbound(Protocol):
     """Hidden states of rounds, in order, to the stage after."""
 
     def begin(self) -> None:
-        """Rounds are counted from 0 again; all sends before are done or waited for."""
+        """Start a pass: rounds are counted from 0 again, after all earlier sends are done."""
 
     def buffer(self, index: int, num_tokens: int) -> torch.Tensor | None:
-        """Where round `index` must lay what it sends, [T, hidden]; None where it may lie anywhere."""
+        """The buffer that round `index` must write to, [T, hidden]; None where it may lie anywhere."""
 
     def reserve(self) -> None:
         """Wait until the next round may write to its buffer."""

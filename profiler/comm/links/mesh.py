@@ -1,4 +1,4 @@
-"""Where each rank of a layout stands, and by which transport it reaches the others."""
+"""The rank mesh: position of each rank of a layout, and the transport between ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Mesh:
         return self.sp_size * self.tp_size
 
     def rank(self, stage: int, sp_rank: int, tp_rank: int) -> int:
-        """The global rank that stands there."""
+        """The global rank at this position."""
         return (stage * self.sp_size + sp_rank) * self.tp_size + tp_rank
 
     def place(self, rank: int) -> tuple[int, int, int]:
@@ -90,7 +90,7 @@ class Transport(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """What a rank tells the others of where it runs: ranks of one name were started together on one machine."""
+    """The host of a rank: ranks with equal names were started together on one machine."""
 
     name: str
     has_peer_memory: bool
@@ -98,7 +98,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Hosts:
-    """The host of every rank, known alike to all ranks: each decision from it is the same everywhere."""
+    """The host of every rank. Identical on all ranks, so that all make the same transport decisions."""
 
     of_rank: tuple[Host, ...]
 

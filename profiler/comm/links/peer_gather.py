@@ -1,4 +1,4 @@
-"""A gather over memory that a host's ranks share: copy engines move the parts, no multiprocessor is taken from compute.
+"""All-gather through shared memory of one host: copy engines move the data, so no multiprocessor is occupied.
 
 Each member of the group has a lane for every member; a lane has `SLOTS` slots, used in turn. Gather n:
 
@@ -37,7 +37,7 @@ def gather_lanes(size: int, numbers: int, dtype: torch.dtype) -> list[Lane]:
 
 
 class PeerGatherGroup(RankGroup):
-    """A group whose gathers go through shared memory. See `RankGroup`, whose other exchanges stay what they are.
+    """A `RankGroup` whose gathers go through shared memory; its other collectives are unchanged.
 
     ranks: the members' global numbers; first_lane: of the memory's lanes, the first of this group.
     """

@@ -1,6 +1,6 @@
-"""Links over memory that ranks of one host share: copied by copy engines, beside the compute.
+"""Links through shared memory of one host: copy engines move the data while the cards compute.
 
-The order of waits and why none can close a circle stands in `profiler.comm.links.peer_memory`.
+`profiler.comm.links.peer_memory` documents the order of waits and why they cannot deadlock.
 """
 
 from __future__ import annotations

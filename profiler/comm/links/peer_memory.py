@@ -1,4 +1,4 @@
-"""Memory of a host's cards that all its ranks can write into, and counters on which a card's queues can wait.
+"""Memory of a host's cards that all its ranks can write to, and counters that streams can wait on.
 
 One buffer a rank, one rendezvous over *all* ranks of the host. The rendezvous of torch's symmetric memory counts its
 messages with one number a process: rendezvous over different sets of ranks leave the numbers of two processes apart,
@@ -88,17 +88,17 @@ class Lane:
 
 
 class Queue(Protocol):
-    """Work that a device does in order."""
+    """A queue of device work, run in order."""
 
     def mark(self) -> object:
-        """A moment that another queue can wait for: when all that was queued until now is done."""
+        """An event that another queue can wait for: all work queued so far is done."""
 
     def wait_for(self, moment: object) -> None:
-        """What is queued from now on waits for a moment of another queue."""
+        """Work queued from here on waits for an event of another queue."""
 
 
 class Memory(Protocol):
-    """What the links ask of shared memory: each call queues work and returns at once. Ranks are global ones."""
+    """Shared memory as the links use it: each call queues work and returns at once. Ranks are global."""
 
     def inbox(self, lane: int) -> torch.Tensor:
         """This rank's slots of a lane, [slots, rows, width]."""

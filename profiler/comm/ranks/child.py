@@ -1,4 +1,4 @@
-"""A rank's process: bound to its launcher's life from its first instruction on."""
+"""A rank's process: it ends when its launcher ends, from its first instruction on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ended a group of ranks: the first real failure among them, not what the others saw of it."""
+"""The cause of a failed launch: the first real failure, not the lost connections that follow from it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RanksFailedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RaisedError:
-    """What a rank raised, as it wrote it down. at_s: `time.monotonic()`."""
+    """An exception of a rank, as written to its error file. at_s: `time.monotonic()`."""
 
     error: str
     at_s: float

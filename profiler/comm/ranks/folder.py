@@ -1,4 +1,4 @@
-"""The folder that a launch shares with its ranks; those of dead launchers are swept."""
+"""The folder that a launcher shares with its ranks; folders of dead launchers are removed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RunFolder:
 
 @contextmanager
 def run_folder() -> Iterator[RunFolder]:
-    """A new folder, removed at the end. While its owner lives it holds a lock there, which the kernel frees."""
+    """A new folder, removed at the end. Its owner holds a lock on it, which the kernel frees when the owner dies."""
     path = Path(tempfile.mkdtemp(prefix=_PREFIX))
     with (path / _OWNER).open("w") as owner:
         fcntl.flock(owner, fcntl.LOCK_EX)

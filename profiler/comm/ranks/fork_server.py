@@ -1,4 +1,4 @@
-"""What the fork server of ranks, and nothing else, imports first: from then on it ends when its launcher ends."""
+"""First import of the ranks' fork server: makes it end when its launcher ends."""
 
 import os
 

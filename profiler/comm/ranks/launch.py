@@ -38,7 +38,7 @@ def under_torchrun() -> bool:
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for the run: it prints, and writes files and rows. Of torchrun's ranks the first."""
+    """Whether this process prints and writes files and rows: not on torchrun's ranks other than the first."""
     return not under_torchrun() or os.environ["RANK"] == "0"
 
 
@@ -175,7 +175,7 @@ class Supervisor:
         return self._failed(rank, error, Progress.read_file(self.folder.progress(rank)))
 
     def marks(self) -> dict[int, Mark]:
-        """What each rank does; a rank that has not begun counts as starting since its launch."""
+        """The mark of each rank; a rank without one counts as starting since its launch."""
         found = {rank: Progress.read_file(self.folder.progress(rank)) for rank in range(len(self.processes))}
         return {
             rank: mark or Mark.starting(pid=self.processes[rank].pid or 0, since_s=self.started_s)

@@ -1,4 +1,4 @@
-"""What a rank is doing and whom it waits for, kept in a mapped file that others can read while the rank hangs."""
+"""A rank's current activity and the peer it waits for, in a mapped file that can be read while the rank hangs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class Phase(IntEnum):
-    """The steps of a rank's life, in order."""
+    """Phases of a rank, in order."""
 
     START = 0
     GROUPS = 1
@@ -30,7 +30,7 @@ class Phase(IntEnum):
 
 
 class Doing(IntEnum):
-    """What a rank does now. All but the first are waits, most of them for a peer."""
+    """A rank's current activity. All but the first are waits, most of them for a peer."""
 
     WORK = 0
     RECEIVE = 1
@@ -78,7 +78,7 @@ class Mark:
 
     @classmethod
     def starting(cls, *, pid: int, since_s: float) -> Mark:
-        """Of a rank that has not written one yet."""
+        """The mark of a rank that has not written one yet."""
         return cls(
             pid=pid, phase=Phase.START, job=0, stage=None, round_index=None, doing=Doing.WORK, peer=None,
             since_s=since_s, until_s=0.0,
@@ -114,7 +114,7 @@ class Progress:
         self._write()
 
     def mark(self, stage: int, round_index: int, *, until_s: float = 0.0) -> None:
-        """The rank turns to `round_index` on `stage`; nobody worries before `until_s`."""
+        """The rank starts `round_index` on `stage`; it does not count as stalled before `until_s`."""
         self._fields[3:7] = [stage, round_index, Doing.WORK, -1]
         self._until_s = until_s
         self._write()
@@ -125,7 +125,7 @@ class Progress:
         self._write()
 
     def work(self) -> None:
-        """The rank has what it waited for, or is one step further in the same work."""
+        """The rank's wait is over, or it made progress in the same work."""
         self._fields[5:7] = [Doing.WORK, -1]
         self._write()
 

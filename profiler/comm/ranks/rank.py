@@ -1,4 +1,4 @@
-"""What a rank does around the function it was started for: joins the group, keeps its mark, writes down its end."""
+"""Runs a rank's function: joins the process group, updates the rank's mark, and writes its result or error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankContext:
-    """What a rank's function is given besides its arguments.
+    """Passed to a rank's function besides its arguments.
 
     report: hands a result to the launcher at once, so that it outlives a later failure.
     """
@@ -50,7 +50,7 @@ RankFunction = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What the launcher asks of its ranks; `function` and `args` must be picklable."""
+    """The function that the launcher runs on its ranks; `function` and `args` must be picklable."""
 
     function: RankFunction
     args: tuple[Any, ...]
@@ -61,7 +61,7 @@ class Task:
 
 
 class EndedBySignalError(RuntimeError):
-    """The rank was told to end."""
+    """The rank received SIGTERM."""
 
 
 def run_child(path: Path, rank: int) -> None:

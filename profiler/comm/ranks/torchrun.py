@@ -1,6 +1,6 @@
-"""Ranks that torchrun started, on one host or several: each watches itself, for nobody else can.
+"""Ranks that torchrun started, on one host or several: each rank watches itself.
 
-torchrun ends all ranks when one exits, and knows nothing of ranks that hang. So each rank has a thread that ends it
+torchrun ends all ranks when one exits, but does not detect ranks that hang. So each rank has a thread that ends it
 when its own mark has not moved for too long, and behind that a timer of C's, which fires even while some call holds
 Python's lock.
 """
@@ -58,7 +58,7 @@ def join_ranks(
 
 
 def _end(_signal: int, _frame: object) -> None:
-    """Raised and not obeyed at once, so that the caller can say in its rows that the run failed."""
+    """Raised instead of exiting at once, so that the caller can mark the run as failed."""
     raise SystemExit("ended by torchrun: another rank failed")
 
 
@@ -71,7 +71,7 @@ class Watch(threading.Thread):
         self._ended = threading.Event()
 
     def run(self) -> None:
-        """Look again and again; the timer is armed anew each time."""
+        """Check periodically, and restart the timer each time."""
         while not self._ended.wait(min(_LOOK_EVERY_S, self.stall_timeout_s / 4)):
             faulthandler.dump_traceback_later(max(SET_UP_LIMIT_S, self.stall_timeout_s) + _LATER_S, exit=True)
             mark = self.progress.read()

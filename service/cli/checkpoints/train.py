@@ -20,14 +20,19 @@ def command(options: TrainOptions, as_json: bool) -> None:
     from service.cli.output import print_json
     from service.use_cases.checkpoints.train import train
 
-    result = train(options, logs=not as_json)
+    training = train(options, logs=not as_json)
     if as_json:
-        print_json(result.to_json())
+        print_json(training.to_json())
         return
+    result = training.result
     last = result.records[-1]
     click.echo(
         f"loss {result.records[0].loss:.4f} at the first step, {last.loss:.4f} at the last ({len(result.records)})"
     )
-    mfu = "" if result.mfu is None else f", MFU {result.mfu:.1%}"
+    told = training.prediction.why and f"not predicted: {training.prediction.why}"
+    if training.predicted_s is not None:
+        told = f"predicted {training.predicted_s:.4g} s ({training.predicted_s / result.seconds_a_step - 1.0:+.0%})"
+    mfu = "" if training.mfu is None else f", MFU {training.mfu[0]:.1%} of {training.mfu[1]}"
+    click.echo(f"{result.seconds_a_step:.4g} s a step, {told}")
     click.echo(f"{result.tokens_a_s:.0f} tokens/s{mfu}; {result.skipped_steps} steps skipped")
     click.echo(f"written to {result.folder}")

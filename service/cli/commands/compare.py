@@ -1,4 +1,4 @@
-"""`isochunk compare`: what an engine measured of a plan's batch, beside the prediction."""
+"""`isochunk compare`: an engine's measured TTFT of a plan's batch, compared with the prediction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @db_option
 @json_option
 def command(plan: Path, file: Path, hardware_id: int | None, db_url: str | None, as_json: bool) -> None:
-    """Put TTFT that an engine measured, in FILE, beside what PLAN predicts.
+    """Compare the TTFT that an engine measured, in FILE, with the prediction of PLAN.
 
     FILE is the output of SGLang's bench_serving or of `vllm bench serve`, or their metrics as Prometheus's text.
     """

@@ -99,13 +99,18 @@ def list_(what: str, hardware_id: int | None, limit: int, db_url: str | None, as
 @db_option
 @json_option
 def export(file: Path, hardware_id: int | None, db_url: str | None, as_json: bool) -> None:
-    """Write a hardware and all its measurements to FILE (gzipped if it ends in .gz)."""
-    from db.rows.archive import export_hardware
+    """Write a hardware and all its measurements to FILE.
+
+    FILE.json and FILE.json.gz can be imported elsewhere. FILE.csv and FILE.csv.gz are a table for a notebook or a
+    spreadsheet: a row for each point, a column for each name of its shape.
+    """
+    from db.rows.archive import export_hardware, export_table
     from db.store.engine import open_database
 
     with open_database(db_url, read_only=True) as database:
         chosen = _only_hardware(database) if hardware_id is None else hardware_id
-        num_measurements = export_hardware(database, chosen, file)
+        is_table = file.name.removesuffix(".gz").endswith(".csv")
+        num_measurements = (export_table if is_table else export_hardware)(database, chosen, file)
     if as_json:
         print_json({"file": file, "hardware_id": chosen, "num_measurements": num_measurements})
     else:

@@ -38,6 +38,6 @@ def command(what: str | None, hardware_id: int | None, output: Path, db_url: str
                 title, sections = f"Hardware {hardware_id}", hardware_sections(database, hardware_id)
             else:
                 told = told_run(database, None if what is None else int(what))
-                title, sections = f"Run {told.run.id}: {told.name}", run_sections(told)
+                title, sections = f"Run {told.run.id}: {told.name}", run_sections(database, told)
     replace_file(output, page(title, sections).encode())
     click.echo(f"Wrote {output}")

@@ -1,4 +1,4 @@
-"""`isochunk runs`: what was run, why it took so long, runs side by side, and clearing them."""
+"""`isochunk runs`: lists, explains, compares and clears runs."""
 
 from __future__ import annotations
 

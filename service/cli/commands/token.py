@@ -1,4 +1,4 @@
-"""`isochunk token`: tokens that open the service, kept as hashes."""
+"""`isochunk token`: access tokens of the service, stored as hashes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.cli.output import print_json, show_table
 
 @click.group(name="token")
 def command() -> None:
-    """Make, list and revoke tokens that open every service of a database."""
+    """Make, list and revoke access tokens for every service of a database."""
 
 
 @command.command()
@@ -22,7 +22,7 @@ def command() -> None:
 @db_option
 @json_option
 def new(name: str, scopes: str, db_url: str | None, as_json: bool) -> None:
-    """Make a token called NAME and print it, once: nobody can read it again."""
+    """Make a token called NAME and print it once; it cannot be shown again."""
     from db.rows.tokens import save_token
     from db.store.engine import open_database
     from service.http.door.access import Scope, hash_of, random_token
@@ -62,7 +62,7 @@ def list_(db_url: str | None, as_json: bool) -> None:
 @click.argument("token_id", type=int, metavar="ID")
 @db_option
 def revoke(token_id: int, db_url: str | None) -> None:
-    """Let the token of ID open nothing any more."""
+    """Revoke the token of ID."""
     from db.rows.tokens import revoke_token
     from db.store.engine import open_database
 

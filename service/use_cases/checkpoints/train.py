@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from db.errors import UserError
-from service.use_cases.options import check_options, option
+from service.use_cases.checkpoints.step_prediction import StepPrediction, predict
+from service.use_cases.options import check_options, db_url, option
 
 if TYPE_CHECKING:
     from runtime.train.recipe import Recipe
@@ -45,6 +46,7 @@ class TrainOptions:
     device_type: str | None = option(
         None, "[default: cuda where there is one]", flags=("--device",), choices=("cpu", "cuda")
     )
+    db_url: str | None = db_url()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -53,7 +55,34 @@ class TrainOptions:
                 raise UserError(flag, "missing", "is needed")
 
 
-def train(options: TrainOptions, *, logs: bool) -> TrainResult:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """A training, beside what the profile told of its steps."""
+
+    result: TrainResult
+    prediction: StepPrediction
+
+    @property
+    def predicted_s(self) -> float | None:
+        """Of a step."""
+        return None if self.prediction.step is None else self.prediction.step.seconds
+
+    @property
+    def mfu(self) -> tuple[float, str] | None:
+        """6ND and attention, forward and backward, and of what: the published peak, or the fastest product measured."""
+        result, fastest = self.result, self.prediction.fastest_flops
+        if result.mfu is not None:
+            return result.mfu, "the published peak"
+        return (min(1.0, result.rank_flops / fastest), "the fastest product measured") if fastest else None
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        mfu = {} if self.mfu is None else {"mfu": self.mfu[0], "mfu_of": self.mfu[1]}
+        told = {"predicted_step_s": self.predicted_s, "not_predicted": self.prediction.why}
+        return self.result.to_json() | mfu | told
+
+
+def train(options: TrainOptions, *, logs: bool) -> Training:
     """Train as the options say; `logs`: a line a step on standard error."""
     from profiler.hardware.device import check_device_type, default_device_type, default_num_threads
     from runtime.quantize.texts import read_sequences
@@ -72,7 +101,10 @@ def train(options: TrainOptions, *, logs: bool) -> TrainResult:
         num_threads = default_num_threads(device_type, plan.parallel.world_size)
     check_counts(max_new_tokens=1, repeat=1, num_threads=num_threads)
     shape = model_shape(plan.model, weights)
-    return run(
+    prediction = predict(
+        plan, recipe, shape, device_type=device_type, num_threads=num_threads, db_url=options.db_url
+    )  # fmt: skip
+    result = run(
         plan,
         recipe,
         weights=weights,
@@ -84,6 +116,7 @@ def train(options: TrainOptions, *, logs: bool) -> TrainResult:
         num_threads=num_threads,
         logs=logs,
     )
+    return Training(result=result, prediction=prediction)
 
 
 def recipe_of(options: TrainOptions, plan: Plan) -> Recipe:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from profiler.measure.cpu_interference import CpuInterference
-from profiler.measure.session import expected_seconds, of_the_last, rows_of
+from profiler.measure.expected_time import expected_seconds
+from profiler.measure.point_rows import rows_of
+from profiler.measure.session import of_the_last
 from profiler.measure.timing import (
     MAX_SAMPLES,
     MIN_SAMPLES,

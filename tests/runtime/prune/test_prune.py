@@ -14,9 +14,9 @@ from db.errors import UserError
 from profiler.model import PRECISIONS, load_model_shape
 from runtime.prune.budget import Losses, Sizes
 from runtime.prune.importance import Measure, find_importance
-from runtime.prune.layers import perplexity
 from runtime.prune.prices import Prices, Work
 from runtime.prune.prune import PruneReport, Wanted, choose_sizes, prune_checkpoint
+from runtime.quantize.layers import perplexity
 from runtime.run.reference import load_reference
 from tests.runtime.cases import prompts
 

@@ -11,8 +11,9 @@ import pytest
 from db.errors import UserError
 from runtime.run.prediction import read_prediction
 from tests.runtime.cases import make_plan
-from tuner.plan.cost_model import CostModel, StageCost
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Plan, Predicted
+from tuner.plan.stage_cost import StageCost
 
 COST = CostModel(stages=(StageCost(token_count=(0, 100), token_seconds=(0.0, 1.0)),), hop_latency_s=0.5)
 

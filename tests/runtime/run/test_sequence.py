@@ -47,7 +47,6 @@ def layout(kind: SPKind, *, tp: int = 1, sp: int = 1, pp: int = 1) -> Parallel:
 
 LAYOUTS: dict[int, list[Parallel]] = {
     2: [layout(kind, sp=2) for kind in (GATHER, ULYSSES, RING)] + [layout(MEGATRON, tp=2)],
-    3: [layout(kind, sp=3) for kind in (GATHER, ULYSSES, RING)],
     4: [
         *(layout(kind, sp=4) for kind in (GATHER, ULYSSES, RING)),
         *(layout(kind, sp=2, tp=2) for kind in (GATHER, ULYSSES, RING)),
@@ -66,17 +65,23 @@ LAYOUTS: dict[int, list[Parallel]] = {
 
 
 def cases(world_size: int) -> Iterator[Case]:
-    """Every layout with the first model and with a cached prefix, on two ranks with all models; all cuts in turn."""
+    """Every layout with a cached prefix and mixed cuts; on two and four ranks also without, and with gathered weights.
+
+    On two ranks each model runs with two kinds at least, the one with fewer KV heads than ranks with all.
+    """
     for index, parallel in enumerate(LAYOUTS[world_size]):
         cuts = CUTS[parallel.sp_kind]
         mixed = tuple(cuts[at % len(cuts)] for at in range(len(ROUNDS)))
-        for number, variant in enumerate(VARIANTS):
-            if number == 0 or world_size == 2 or (world_size < 6 and number == 1 + index % (len(VARIANTS) - 1)):
-                yield Case(variant=variant, parallel=parallel, cuts=mixed if number % 2 else ())
-        if parallel.sp_size > 1 and world_size in (2, 4):
-            spread = replace(parallel, weights=Weights.GATHERED)
-            yield Case(variant=VARIANTS[index % len(VARIANTS)], parallel=spread, cuts=mixed)
-        yield Case(variant="qwen3", parallel=parallel, cuts=tuple(reversed(mixed)), cached_tokens=CACHED)
+        other = VARIANTS[1 + index % (len(VARIANTS) - 1)]
+        if world_size <= 4:
+            yield Case(variant=VARIANTS[0], parallel=parallel)
+        if world_size == 2:
+            for number, variant in enumerate(VARIANTS[1:]):
+                if (number + index) % 2 == 0 or variant == "llama-bias-one-kv-head":
+                    yield Case(variant=variant, parallel=parallel, cuts=mixed)
+        if parallel.sp_size > 1 and (world_size == 2 or (world_size, parallel.pp_size) == (4, 2)):
+            yield Case(variant=other, parallel=replace(parallel, weights=Weights.GATHERED), cuts=mixed)
+        yield Case(variant=other, parallel=parallel, cuts=tuple(reversed(mixed)), cached_tokens=CACHED)
 
 
 def job_of(case: Case, folder: Path) -> Job:

@@ -13,8 +13,9 @@ from db.rows.runs import RoundTime
 from runtime.run.result import RequestResult, RunResult
 from runtime.run.trace import MEASURED, PREDICTED, write_trace
 from tests.runtime.cases import make_plan
-from tuner.plan.cost_model import CostModel, StageCost
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Plan, Predicted
+from tuner.plan.stage_cost import StageCost
 from tuner.rounds.schedule import evaluate
 
 COST = CostModel(stages=(StageCost(token_count=(0, 100), token_seconds=(0.0, 0.1)),), hop_latency_s=0.01)

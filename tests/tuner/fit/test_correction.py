@@ -12,7 +12,7 @@ from db.rows.runs import RoundTime, RunOutcome, finish_run, start_run
 from db.store.engine import Database, open_database
 from tests.tuner.measured import SHAPE, Machine, measure
 from tuner.fit.correction import MeasuredRounds, fit_correction, load_measured_rounds
-from tuner.fit.layer_costs import fit_layer_costs
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
 from tuner.plan.plan import Parallel, Plan, Request
 from tuner.rounds.round_plan import rounds_to_plan

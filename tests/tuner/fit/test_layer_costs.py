@@ -10,12 +10,13 @@ from db.errors import UserError
 from db.rows.measurements import Measurement
 from profiler.kernels.attention_kernel import AttentionKernel
 from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, relative
-from tuner.fit.attention_fit import IN_PROPORTION, Waves, fit_attention
+from tuner.fit.attention.curve import IN_PROPORTION, Waves, fit_attention
+from tuner.fit.attention.kernels import chosen_kernels, kernel_choice
 from tuner.fit.calibration import fit_calibration
 from tuner.fit.curve import Floats, fit_curve, fit_line, without_spikes
 from tuner.fit.holdout import UNTESTED, held_out_errors
-from tuner.fit.kernels import chosen_kernels, kernel_choice
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs, table_grid
+from tuner.fit.layer_costs import LayerCosts, table_grid
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
 
 WORK = RankWork(shape=SHAPE, dtype="float32", tp_size=1)

@@ -8,7 +8,8 @@ import pytest
 from db.rows.measurements import Measurement
 from profiler.points.point import RANK_LAYER
 from tests.tuner.measured import SHAPE, Machine, measure, with_ranks
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rank_skew import LEAST_LAYERS, RankSkew, fit_rank_skew
 from tuner.fit.rows import RankWork
 

@@ -13,9 +13,10 @@ from db.rows.measurements import Measurement
 from profiler.points.point import BESIDE, Op
 from profiler.sequence.kind import CUTS, SPKind
 from tests.tuner.measured import SHAPE, Machine, measure, relative, with_ranks
-from tuner.fit.attention_rows import attention_rows
+from tuner.fit.attention.rows import attention_rows
 from tuner.fit.holdout import held_out_errors
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
 from tuner.fit.sequence.messages import layer_weight_bytes
 from tuner.fit.sequence.overlap import APART, COPIED, ON_A_CARD

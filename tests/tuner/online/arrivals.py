@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tuner.plan.cost_model import CostModel, PairAttention, StageCost
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
+from tuner.plan.stage_cost import PairAttention, StageCost
 
 OVERLOADED_BY_SHORT_ROUNDS = CostModel(
     stages=(

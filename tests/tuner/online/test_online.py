@@ -10,8 +10,9 @@ from tests.tuner.atom import ATOM, atom
 from tests.tuner.search.test_planner import prompts
 from tests.tuner.strategies import batches, cost_models, windows
 from tuner.online.online_planner import OnlinePlanner, online_rounds
-from tuner.plan.cost_model import CostModel, PairAttention, StageCost
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, check_rounds
+from tuner.plan.stage_cost import PairAttention, StageCost
 from tuner.rounds.problem import Limits, Problem
 from tuner.rounds.schedule import Objective
 from tuner.search.planner import plan_rounds

@@ -24,7 +24,7 @@ def watched(gaps: list[float], work_s: float) -> Traffic:
 def test_what_regular_arrivals_wait_is_counted_one_by_one() -> None:
     """A backlog of several prompts that falls by 0.02 s an arrival."""
     traffic = watched([0.1] * 400, 0.06)
-    outlook = Outlook.of(traffic, traffic.last_s, load=traffic.load(0.02, 0))
+    outlook = Outlook.of(traffic, traffic.last_s, load=traffic.load(lambda _: 0.02, 0))
     assert outlook.load == pytest.approx(0.8, abs=0.02)
     for busy_s in (0.05, 0.3, 0.5):
         waited, left_s = 0.0, busy_s - 0.1
@@ -61,11 +61,11 @@ def test_rounds_are_not_cut_so_short_that_the_pipeline_overloads(
 
 
 def test_settings_are_read_as_they_are_written() -> None:
-    settings = OnlineSettings(aging=0.25, foresight=3.0)
+    settings = OnlineSettings(aging=0.25, patience=1.5, foresight=3.0)
     assert OnlineSettings.parse(str(settings)) == settings
     assert OnlineSettings.parse("") == OnlineSettings()
     for wrong in ("aging", "ageing=1", "aging=x"):
-        with pytest.raises(UserError, match="names of aging, foresight"):
+        with pytest.raises(UserError, match="names of aging, patience, foresight"):
             OnlineSettings.parse(wrong)
     with pytest.raises(UserError, match="foresight: -1"):
         OnlineSettings.parse("foresight=-1")

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from db.errors import UserError
+from db.files.documents import write_json
 from tests.tuner.strategies import cost_models
-from tuner.plan.cost_model import CostModel, PairAttention, StageCost, TableAttention, load_cost_model, save_cost_model
+from tuner.plan.cost_model import CostModel, load_cost_model
+from tuner.plan.stage_cost import PairAttention, StageCost, TableAttention
 from tuner.plan.stage_order import StageOrder
 
 DESIGN: dict[str, Any] = {
@@ -60,7 +62,7 @@ def test_one_entry_stands_for_all_stages() -> None:
 @given(model=cost_models())
 def test_files_hold_the_whole_model(model: CostModel, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("cost") / "cost.json"
-    save_cost_model(path, model)
+    write_json(path, model.to_json())
     assert load_cost_model(path).for_pp_size(model.pp_size) == model
     assert [entry.name for entry in path.parent.iterdir()] == ["cost.json"]
 

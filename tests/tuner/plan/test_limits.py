@@ -6,8 +6,9 @@ import pytest
 
 from db.errors import UserError
 from tests.tuner.atom import atom
-from tuner.plan.cost_model import MAX_STAGES, CostModel, StageCost
+from tuner.plan.cost_model import MAX_STAGES, CostModel
 from tuner.plan.plan import MAX_ROUNDS, Chunk, Request, check_rounds, check_window
+from tuner.plan.stage_cost import StageCost
 from tuner.rounds.problem import MOST_UNIT_STAGES, MOST_UNITS, Problem
 
 ONE_STAGE = CostModel(stages=(StageCost(token_count=(0, 1), token_seconds=(0.0, 1.0)),))

@@ -7,8 +7,9 @@ import random
 import pytest
 
 from tests.tuner.oracle import UNIT, Instance, best_makespan_s
-from tuner.plan.cost_model import CostModel, StageCost, TableAttention
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
+from tuner.plan.stage_cost import StageCost, TableAttention
 from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.problem import Problem
 

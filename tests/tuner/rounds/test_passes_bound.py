@@ -9,8 +9,9 @@ import pytest
 
 from tests.tuner.oracle import UNIT
 from tests.tuner.passes_oracle import best_of_all_s, best_order_s, random_passes
-from tuner.plan.cost_model import CostModel, StageCost
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, check_rounds
+from tuner.plan.stage_cost import StageCost
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.task_order import task_order
 from tuner.policies.ramp import ramps

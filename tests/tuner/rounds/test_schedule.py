@@ -3,15 +3,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tuner.atom import atom
+from tests.tuner.online.arrivals import stream
 from tests.tuner.strategies import batches, cost_models, windows
-from tuner.online.queue import Clock
-from tuner.plan.cost_model import CostModel, StageCost
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request
+from tuner.plan.stage_cost import StageCost, scaled_stage
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.task_order import task_order
 from tuner.policies.fixed import fixed_rounds
 from tuner.rounds.problem import Problem
 from tuner.rounds.schedule import Objective, evaluate, simulate
+from tuner.serving.clock import Clock
 
 
 def recurrence(
@@ -166,3 +169,48 @@ def test_time_of_several_groups_a_stage_is_the_recurrence_of_tasks(data: st.Data
             assert start[i, group] == pytest.approx(max(waits), abs=1e-9)
             before = finish[i, group]
     assert timeline.makespan_s == pytest.approx(finish.max(), abs=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_groups_of_a_stage_take_what_has_come(data: st.DataObject) -> None:
+    """Nothing waits but for what is there: each task starts at the end of a wait, and none overtakes in its group."""
+    num_rounds, pp_size, passes = (
+        data.draw(st.integers(1, 9)),
+        data.draw(st.integers(1, 4)),
+        data.draw(st.integers(2, 3)),
+    )
+    stage_order = data.draw(st.sampled_from(StageOrder))
+    window = data.draw(st.one_of(st.none(), st.integers(1, 6)))
+    row = st.lists(st.floats(0.1, 10.0), min_size=pp_size * passes, max_size=pp_size * passes)
+    seconds = [data.draw(row) for _ in range(num_rounds)]
+    ready = np.sort(np.array([data.draw(st.floats(0.0, 60.0)) for _ in range(num_rounds)]))
+    order = task_order(num_rounds, pp_size, passes, stage_order, window)
+    timeline = simulate(np.array(seconds), None, window, 1.5, ready, order=order, in_order=False)
+    start, finish = timeline.start_s, timeline.finish_s
+    assert (np.diff(start, axis=0) > 0.0).all()
+    for i in range(num_rounds):
+        for group in range(pp_size * passes):
+            there = finish[i, group - 1] if group else ready[i]
+            if not group and window is not None and i >= window:
+                there = max(there, finish[i - window, -1] + 1.5)
+            own = [g for g in range(pp_size * passes) if order.stages[g] == order.stages[group]]
+            ends = finish[:, own].ravel()
+            assert start[i, group] >= there - 1e-9
+            assert np.isclose(start[i, group], there) or np.isclose(ends, start[i, group]).any()
+            # The stage is busy from when the task is there until it starts.
+            busy = np.clip(np.minimum(ends, start[i, group]) - np.maximum(start[:, own].ravel(), there), 0.0, None)
+            assert busy.sum() == pytest.approx(start[i, group] - there, abs=1e-6)
+
+
+@pytest.mark.parametrize("stage_order", list(StageOrder))
+def test_with_groups_of_layers_the_first_token_comes_no_later_when_fewer_requests_come(stage_order: StageOrder) -> None:
+    half = scaled_stage(atom(4).kinds[0], 0.5)
+    cost = CostModel(stages=(half,) * 8, virtual_stages=2, stage_order=stage_order)
+    means = []
+    for gap_s in (0.1, 0.2, 0.4, 0.8, 8.0):
+        problem = Problem(cost=cost, requests=stream(8192, gap_s, 24))
+        means.append(round(problem.evaluate(fixed_rounds(problem, 8192)).mean_ttft_s, 9))
+    assert means == sorted(means, reverse=True)
+    alone = Problem(cost=cost, requests=stream(8192, 0.0, 1))
+    assert means[-1] == pytest.approx(alone.evaluate(fixed_rounds(alone, 8192)).mean_ttft_s)

@@ -11,7 +11,8 @@ import pytest
 from db.rows.measurements import Measurement
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind
 from tests.tuner.measured import SHAPE, Machine, measure
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.rounds.schedule import evaluate

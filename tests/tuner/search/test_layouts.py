@@ -13,7 +13,8 @@ from profiler.model import ModelShape, load_model_shape
 from profiler.sequence.kind import SPKind
 from tests.tuner.atom import atom
 from tests.tuner.measured import Machine, measure
-from tuner.fit.layer_costs import LayerCosts, fit_layer_costs
+from tuner.fit.layer_costs import LayerCosts
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rank_skew import RankSkew
 from tuner.fit.rows import RankWork, Rows
 from tuner.plan.cost_model import CostModel

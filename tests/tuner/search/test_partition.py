@@ -4,7 +4,8 @@ import pytest
 
 from db.errors import UserError
 from tests.tuner.search.test_planner import prompts
-from tuner.plan.cost_model import CostModel, PairAttention, StageCost
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import PairAttention, StageCost
 from tuner.search.partition import choose_partition, even_partition
 from tuner.search.planner import plan_rounds
 from tuner.search.rules import Rules

@@ -7,9 +7,10 @@ from db.errors import UserError
 from tests.tuner.atom import ATOM, atom
 from tests.tuner.oracle import best_makespan_s, random_instance
 from tests.tuner.strategies import batches, cost_models, windows
-from tuner.fit.attention_fit import Waves
-from tuner.plan.cost_model import CostModel, StageCost, TableAttention
+from tuner.fit.attention.curve import Waves
+from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, check_rounds
+from tuner.plan.stage_cost import StageCost, TableAttention
 from tuner.policies.exact import exact_rounds
 from tuner.policies.fixed import fixed_rounds
 from tuner.policies.joint import NEAR_BOUND
@@ -27,7 +28,7 @@ def prompts(*lengths: int) -> list[Request]:
 
 
 @settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
@@ -79,7 +80,7 @@ def test_every_policy_keeps_the_contract(
         assert begins >= max(requests[chunk.request].arrival_s for chunk in chunks) - 1e-9
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 def test_small_batches_are_planned_as_well_as_by_exhaustive_search(seed: int) -> None:
     instance = random_instance(seed)
     best_s = best_makespan_s(instance)
@@ -88,13 +89,13 @@ def test_small_batches_are_planned_as_well_as_by_exhaustive_search(seed: int) ->
     assert best_s * (1 - 1e-9) <= plan.makespan_s <= best_s * 1.02
 
 
-@pytest.mark.parametrize("seed", range(100, 112))
+@pytest.mark.parametrize("seed", range(100, 106))
 def test_the_oracle_loses_nothing_by_leaving_dominated_plans_out(seed: int) -> None:
     instance = random_instance(seed, most_units=6)
     assert best_makespan_s(instance) == pytest.approx(best_makespan_s(instance, prune=False), rel=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cost=cost_models(max_stages=4), requests=batches(max_requests=2, max_tokens=1500), window=windows)
 def test_the_bound_is_below_the_best_plan(cost: CostModel, requests: list[Request], window: int | None) -> None:
     problem = Problem(cost=cost, requests=tuple(requests), window=window, chunk_multiple=256)
@@ -102,7 +103,7 @@ def test_the_bound_is_below_the_best_plan(cost: CostModel, requests: list[Reques
     assert makespan_bound_s(problem) <= problem.evaluate(best).makespan_s * (1 + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), requests=batches(max_requests=2, max_tokens=1500, timed=False), window=windows)
 def test_the_bound_is_below_the_best_plan_on_stages_alike_in_kind(
     data: st.DataObject, requests: list[Request], window: int | None
@@ -116,7 +117,7 @@ def test_the_bound_is_below_the_best_plan_on_stages_alike_in_kind(
     assert makespan_bound_s(problem) <= problem.evaluate(best).makespan_s * (1 + 1e-9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 500), factor=st.sampled_from([1e-3, 0.25, 8.0, 1e3]))
 def test_scaling_all_costs_scales_the_plan(seed: int, factor: float) -> None:
     instance = random_instance(seed, most_units=8)
@@ -128,7 +129,7 @@ def test_scaling_all_costs_scales_the_plan(seed: int, factor: float) -> None:
     assert plans[1].lower_bound_s == pytest.approx(plans[0].lower_bound_s * factor, rel=1e-3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 500), more=st.integers(1, 3))
 def test_more_work_never_ends_sooner(seed: int, more: int) -> None:
     """Small batches are planned exactly, so the best makespan may not fall when a prompt grows."""
@@ -205,7 +206,7 @@ def test_stairs_are_not_started_for_a_few_tokens() -> None:
     assert all(sum(chunk.tokens for chunk in chunks) % 512 == 0 for chunks in plan.rounds)
 
 
-@pytest.mark.parametrize("lengths", [(32768,), (131072,), (20000, 10000, 5000)])
+@pytest.mark.parametrize("lengths", [(131072,), (20000, 10000, 5000)])
 def test_chunks_fill_a_card_that_works_in_steps(lengths: tuple[int, ...]) -> None:
     sizes = range(256, 131072 + 1, 256)
     waves = Waves(num_heads=32, num_multiprocessors=132)
@@ -260,7 +261,7 @@ def test_comparing_lists_every_policy_and_ours_first() -> None:
 
 
 @pytest.mark.parametrize("objective", [Objective.MAKESPAN, Objective.MEAN_TTFT])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_no_simpler_policy_is_left_out_that_could_be_better(seed: int, objective: Objective) -> None:
     """The floor that leaves policies out is below what they reach."""
     instance = random_instance(seed + 90)
@@ -275,7 +276,7 @@ def test_no_simpler_policy_is_left_out_that_could_be_better(seed: int, objective
         assert 0.0 < floor.score(name) <= reached * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("objective", [Objective.MAKESPAN, Objective.MEAN_TTFT])
 def test_joint_is_never_worse_than_a_simpler_policy(seed: int, objective: Objective) -> None:
     """Up to NEAR_BOUND of the bound for the makespan; for the mean TTFT among plans that do not give up makespan."""

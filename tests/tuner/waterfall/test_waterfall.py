@@ -14,7 +14,7 @@ from profiler.model.flops import prefill_flops
 from profiler.sequence.kind import SPKind
 from service.reasons.waterfall_chart import drawing
 from tests.tuner.measured import SHAPE, Machine, measure
-from tuner.fit.layer_costs import fit_layer_costs
+from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
 from tuner.plan.layout import Layout
 from tuner.plan.plan import Plan, Request

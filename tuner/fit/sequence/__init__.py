@@ -1,1 +1,1 @@
-"""What each way of sharing a round's rows costs a rank in one layer: a module a kind, over parts that are measured."""
+"""Costs of each kind of sequence parallelism in one layer, a module a kind, from measured parts."""

@@ -1,4 +1,4 @@
-"""What a cut of a round costs a rank in one layer, and the cut that leaves it whole."""
+"""The cost of a layer on a rank for a given cut of the round; here for rounds that are not cut."""
 
 from __future__ import annotations
 

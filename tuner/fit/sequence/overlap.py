@@ -1,4 +1,4 @@
-"""How long work and a message take side by side on one card, and what that costs beyond the work alone."""
+"""The time of work and a message that overlap on one card, and the exposed part of the message."""
 
 from __future__ import annotations
 

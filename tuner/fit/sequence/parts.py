@@ -1,4 +1,4 @@
-"""What one rank's share of a layer costs, part by part: what the kinds of sequence parallelism put together."""
+"""Seconds of the parts of a layer on one rank, from which the kinds of sequence parallelism add up their costs."""
 
 from __future__ import annotations
 

@@ -18,10 +18,12 @@ from profiler.sequence.kind import SequenceCut
 from tuner.fit.correction import Correction
 from tuner.fit.curve import Curve, Floats, fit_line, fit_rows
 from tuner.fit.holdout import UNTESTED, WIDEST_GAP, HeldOutError
-from tuner.fit.layer_costs import LayerCosts, fit_hop, rising, table_grid
+from tuner.fit.layer_costs import LayerCosts, rising, table_grid
+from tuner.fit.layer_fit import fit_hop
 from tuner.fit.rank_skew import RankSkew
 from tuner.fit.rows import RankWork, Rows, expected_s
-from tuner.plan.cost_model import CostModel, StageCost, TableAttention
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import StageCost, TableAttention
 from tuner.plan.stage_order import StageOrder, stages_of_groups
 
 

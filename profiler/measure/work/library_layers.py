@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from profiler.library.found import find
 from profiler.measure.timing import Run
-from profiler.measure.workspace import Workspace
+from profiler.measure.work.workspace import Workspace
 from profiler.model import ModelShape, WholeLayer
 from profiler.points.point import BEFORE_LAYERS, Point
 from profiler.points.whole_layers import whole_sizes, whole_variant
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class LibraryLayers:
-    """One layer at a time: what a kind holds may be half a card's memory."""
+    """One layer at a time, because one layer may take half a card's memory."""
 
     def __init__(self, shape: ModelShape, context_length: int, workspace: Workspace) -> None:
         self.shape, self.context_length, self.workspace = shape, context_length, workspace
@@ -31,7 +31,7 @@ class LibraryLayers:
     def _timed(self, index: int) -> TimedLayer:
         layer, precision = self.shape.every_layer[index], self.workspace.precision
         size = layer.weights_bytes(precision)
-        from profiler.library.timed import TimedLayer  # brings Transformers along: seconds of every start
+        from profiler.library.timed import TimedLayer  # imports Transformers, which takes seconds
 
         return self.workspace.keep(
             ("library layer", index),

@@ -19,7 +19,7 @@ TILE_ROWS, SPLIT_ROWS = 128, 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waves:
-    """How a card's blocks fill it: one for each head and each TILE_ROWS rows of a chunk, one a multiprocessor.
+    """Wave quantization: a kernel launches one block for each head and each TILE_ROWS rows, one a multiprocessor.
 
     After a long context all blocks take as long, and the last wave of them as long as a full one: 1280 rows of 32 heads
     are 320 blocks, three waves on 132 multiprocessors, as 1536 rows are. (NVIDIA, Matrix Multiplication Background
@@ -34,7 +34,7 @@ class Waves:
     """Chunks up to it run in a kernel that splits the context."""
 
     def __call__(self, chunk: npt.ArrayLike) -> Floats:
-        """Time over what a card would take that is full to the end; at least 1."""
+        """Time relative to a card whose last wave is full; at least 1."""
         rows = np.maximum(np.asarray(chunk, dtype=np.float64), 1.0)
         if self.num_multiprocessors is None:
             return np.ones_like(rows)

@@ -1,4 +1,4 @@
-"""Random weights and KV slabs on one device: made once, kept while they fit, so many that each use finds them cold."""
+"""Random weights and KV slabs on one device: cached while they fit, in enough copies that each use finds them cold."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Slabs:
 
     @property
     def num_copies(self) -> int:
-        """How many layers' worth."""
+        """Number of layers."""
         return len(self.keys)
 
 
@@ -104,11 +104,11 @@ class Workspace:
         return made
 
     def clear(self) -> None:
-        """Give up all that is kept."""
+        """Drop all cached operands."""
         self._kept.clear()
 
     def keep(self, key: tuple[object, ...], size_bytes: int, make: Callable[[], T]) -> T:
-        """What was made under `key`, or makes it after dropping what no longer fits beside it."""
+        """Return the operand cached under `key`, or make it, dropping others until it fits."""
         if key in self._kept:
             self._kept.move_to_end(key)
             kept: T = self._kept[key][0]

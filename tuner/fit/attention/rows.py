@@ -1,4 +1,4 @@
-"""Attention rows of one rank's heads: which kernel each point runs in, and the curve through those that are run."""
+"""Attention rows of one rank's heads: the kernel chosen at each point, and the curve through the chosen rows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from db.rows.measurements import Measurement
 from profiler.kernels.attention_kernel import AttentionKernel
-from tuner.fit.attention_fit import AttentionCurve, Waves, fit_attention
-from tuner.fit.kernels import chosen_kernels, kernel_choice
+from tuner.fit.attention.curve import AttentionCurve, Waves, fit_attention
+from tuner.fit.attention.kernels import chosen_kernels, kernel_choice
 from tuner.fit.rows import RankWork, Rows, expected_s
 
 MOST_SPLIT = 1024  # chunks beyond it fill a card whatever the kernel
@@ -36,7 +36,7 @@ class AttentionRows:
         self.chosen = [row for row in chosen_kernels(rows) if row.shape["chunk"] >= fewest]
 
     def fit(self, rows: Sequence[Measurement]) -> AttentionCurve:
-        """The curve through some of the chosen rows."""
+        """Fit a curve to some of the chosen rows."""
         return fit_attention(
             [row.shape["chunk"] for row in rows],
             [row.shape["context"] for row in rows],

@@ -1,4 +1,4 @@
-"""What ranks do together: collectives over groups of neighbours, messages between two, and the ends of a round."""
+"""Timed communication: collectives over groups of ranks, messages between two, and a round's fixed overhead."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from profiler.comm.links.group import HostGroup
 from profiler.comm.links.peer_memory import Lane, PeerMemory, Queue
-from profiler.measure.operators import Operators
 from profiler.measure.timing import Prepared
+from profiler.measure.work.operators import Operators
 from profiler.model.precision import Format
 from profiler.points.point import Op, Point
 from profiler.points.rank_groups import RankGroups
@@ -68,7 +68,7 @@ def prepare_collective(point: Point, neighbours: Neighbours, device: torch.devic
     call: Callable[[], object]
     match point.op:
         case Op.ALL_REDUCE:
-            zeros = torch.zeros_like(whole)  # a sum of sums would overflow
+            zeros = torch.zeros_like(whole)  # repeated sums would overflow
             call = partial(dist.all_reduce, zeros, group=group)
         case Op.ALL_GATHER:
             call = partial(_ALL_GATHER, whole, part, group=group)

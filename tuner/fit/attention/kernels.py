@@ -1,4 +1,4 @@
-"""Which attention kernel rows lead to: one rule for the fit, which needs SciPy, and for the runtime, which does not."""
+"""The attention kernel chosen from measured rows: one rule shared by the fit and the runtime. Does not need SciPy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from profiler.points.kernel_choice import KernelChoice, KernelTime
 
 
 def kernel_choice(rows: Iterable[Measurement], kernels: Sequence[AttentionKernel] = PREFERENCE) -> KernelChoice:
-    """The choice that attention rows of one rank's heads lead to, among `kernels`, the usual one first.
+    """The kernel choice from attention rows of one rank's heads, among `kernels`, of which the first is the default.
 
     Where one call of an engine was measured and only two are at hand, these stand in for it.
     Raises `ValueError` for no kernels at all.
@@ -27,7 +27,7 @@ def kernel_choice(rows: Iterable[Measurement], kernels: Sequence[AttentionKernel
 
 
 def chosen_kernels(rows: Iterable[Measurement]) -> list[Measurement]:
-    """Of attention rows that differ in their kernel alone, that of the kernel which the runtime takes there."""
+    """Of attention rows that differ only in their kernel, the row of the kernel that the runtime chooses."""
     by_shape: dict[tuple[tuple[str, int], ...], dict[AttentionKernel, Measurement]] = {}
     rows = _bounded(rows)
     for row in rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,42 +22,55 @@ from runtime.run.prompts import TokenIds
 from runtime.weights.checkpoint import Checkpoint
 
 _LOGIT_ROWS = 256
-See = Callable[[str, torch.Tensor], None]  # a linear's name and its input [T, K]
+See = Callable[[torch.Tensor], None]  # is shown the input [T, K] of a product
+
+
+class Tensors(dict[str, torch.Tensor]):
+    """Tensors of a checkpoint in float32, by their names: each read when it is first asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        self[name] = self.checkpoint.read(name)
+        return self[name]
 
 
 class Layer:
-    """The tensors of one layer, read when they are first asked for, in float32."""
+    """One layer of a checkpoint; what is changed in `tensors` is what runs."""
 
     def __init__(self, index: int, spec: LayerSpec, checkpoint: Checkpoint) -> None:
-        self.index, self.spec, self.checkpoint = index, spec, checkpoint
-        self._read: dict[str, torch.Tensor] = {}
+        self.index, self.spec, self.tensors = index, spec, Tensors(checkpoint)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """By its name within the layer."""
-        if name not in self._read:
-            self._read[name] = self.checkpoint.read(layer_prefix(self.index) + name)
-        return self._read[name]
+    def name(self, tensor: str) -> str:
+        """A tensor's name in the checkpoint."""
+        return layer_prefix(self.index) + tensor
 
     def weight(self, linear: LinearSpec) -> torch.Tensor:
         """[n, k] as it runs."""
-        return torch.cat([self._rows(linear, number, "weight") for number in range(len(linear.parts))])
+        return torch.cat(self._parts(linear, "weight"))
 
     def bias(self, linear: LinearSpec) -> torch.Tensor | None:
         """[n] as it runs."""
-        if not linear.has_bias:
-            return None
-        return torch.cat([self._rows(linear, number, "bias") for number in range(len(linear.parts))])
+        return torch.cat(self._parts(linear, "bias")) if linear.has_bias else None
 
     def norm(self, spec: NormSpec) -> torch.Tensor:
         """A norm's weight."""
-        return self.tensor(spec.tensor + ".weight")
+        return self.tensors[self.name(spec.tensor) + ".weight"]
 
-    def runner(self, shape: ModelShape, see: See | None = None) -> DecoderLayer:
-        """What runs it; `see` is shown what its products take in."""
-        products: dict[str, Product] = {}
-        for linear in self.spec.linears:
-            product = Linear(self.weight(linear), self.bias(linear))
-            products[linear.name] = product if see is None else _Watched(product, linear.name, see)
+    def _parts(self, linear: LinearSpec, kind: str) -> list[torch.Tensor]:
+        return [
+            self.tensors[f"{self.name(part.tensor)}.{kind}"][part.first_row : part.first_row + part.rows.size]
+            for part in linear.parts
+        ]
+
+    def products(self) -> dict[str, Product]:
+        """Its linears as they are, by their names."""
+        return {linear.name: Linear(self.weight(linear), self.bias(linear)) for linear in self.spec.linears}
+
+    def runner(self, shape: ModelShape, products: Mapping[str, Product]) -> DecoderLayer:
+        """What runs it with these products."""
         alone = RankGroup()
         return DecoderLayer(
             self.spec,
@@ -69,21 +82,17 @@ class Layer:
             sum_ranks=alone.sum,
         )
 
-    def _rows(self, linear: LinearSpec, number: int, kind: str) -> torch.Tensor:
-        part = linear.parts[number]
-        return self.tensor(f"{part.tensor}.{kind}")[part.first_row : part.first_row + part.rows.size]
 
-
-class _Watched:
+class Watched:
     """A product that shows its input."""
 
-    def __init__(self, product: Linear, name: str, see: See) -> None:
-        self.product, self.name, self.see = product, name, see
-        self.entry = product.entry
+    def __init__(self, product: Product, see: See) -> None:
+        self.product, self.see, self.entry = product, see, product.entry
 
     def __call__(self, x: Operand) -> torch.Tensor:
+        """x: [T, K] -> [T, N]."""
         assert isinstance(x, torch.Tensor)
-        self.see(self.name, x)
+        self.see(x)
         return self.product(x)
 
 
@@ -96,12 +105,18 @@ def layers_of(checkpoint: Checkpoint, shape: ModelShape) -> Iterator[Layer]:
 
 @torch.inference_mode()
 def perplexity(folder: Path, shape: ModelShape, sequences: Sequence[TokenIds], device: torch.device) -> float:
-    """exp of the mean negative log-likelihood of each token after the first of its sequence, in float32."""
+    """Of a plain checkpoint on texts, in float32."""
     checkpoint = Checkpoint(folder, device=device, dtype=torch.float32)
     states = HiddenStates(sequences, shape, device, torch.float32)
     states.embed(checkpoint.read(next(iter(shape.embedding.tensors()))))
     for layer in layers_of(checkpoint, shape):
-        states.run(layer.runner(shape), layer.spec)
+        states.run(layer.runner(shape, layer.products()), layer.spec)
+    return perplexity_of(states, checkpoint, shape)
+
+
+def perplexity_of(states: HiddenStates, checkpoint: Checkpoint, shape: ModelShape) -> float:
+    """exp of the mean negative log-likelihood of each token after the first of its sequence; states: after the last
+    layer."""
     norm = checkpoint.read(next(iter(shape.final_norm.tensors())))
     head = Linear(checkpoint.read(next(iter(shape.head.tensors()))))
     total, count = 0.0, 0

@@ -1,4 +1,4 @@
-"""Makes each point's work ready to be called: the very code that the runtime runs, over random operands."""
+"""Prepares the work of each point: the runtime's own kernels over random operands."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from profiler.layers.decoder_layer import DecoderLayer, Norms, Stream, projectio
 from profiler.layers.head import Head, embed
 from profiler.layers.layer_inputs import LayerInputs
 from profiler.layers.prefill_inputs import ChooseKernel, RoundInputs, prepare_round
-from profiler.measure.library_layers import LibraryLayers
 from profiler.measure.timing import Prepared, Run
-from profiler.measure.workspace import Slabs, Workspace
+from profiler.measure.work.library_layers import LibraryLayers
+from profiler.measure.work.workspace import Slabs, Workspace
 from profiler.model import Backend, LayerSpec, ModelShape
 from profiler.model.tensors import Cut, LinearSpec
 from profiler.points.point import KEPT, WARM, Op, Point
@@ -221,12 +221,12 @@ class Operators:
         )  # fmt: skip
 
     def _reduce(self, linear: LinearSpec) -> Reduction:
-        """No other rank to sum with; the row-parallel bias is still added."""
+        """A reduction over one rank: only adds the row-parallel bias."""
         return RankGroup().reduce(self.workspace.random(linear.sizes()[0]) if linear.has_bias else None)
 
 
 class ElementwiseLayer(DecoderLayer):
-    """A layer whose attention is there already, as its projections are: what remains is the element-wise work."""
+    """A layer's element-wise work alone: results of attention and projections are given."""
 
     mixed: torch.Tensor  # [T, H D]
 

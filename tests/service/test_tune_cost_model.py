@@ -1,0 +1,181 @@
+"""`isochunk tune --cost-model`: batches and traces planned from a file, without model and database."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from db.errors import UserError
+from tests.service.test_tune import COST_MODEL, tune, tune_json
+from tuner.plan.plan import load_plan
+
+
+def test_a_cost_model_file_is_planned_without_model_or_database(tmp_path: Path) -> None:
+    path, out = tmp_path / "cost.json", tmp_path / "rounds.json"
+    path.write_text(json.dumps(COST_MODEL))
+    tune("--cost-model", str(path), "--pp-size", "4", "--window", "5", "--prompt-lens", "131072", "-o", str(out))
+    plan = load_plan(out)
+    assert plan.predicted is not None
+    assert plan.predicted.makespan_s < 9.28
+    assert plan.predicted.gap is not None
+    assert plan.predicted.gap < 0.01
+
+
+def test_noise_in_a_measured_table_is_smoothed_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "cost.json"
+    stage = COST_MODEL["stages"][0]  # type: ignore[index]
+    for seconds, words in (([0.0, 0.0153, 0.0151], "Smoothed stages[0].tokens.seconds: 2 of 3"), ([0, 1, 0.5], "")):
+        tokens = {"count": [0, 512, 1024], "seconds": seconds}
+        path.write_text(json.dumps(COST_MODEL | {"stages": [stage | {"tokens": tokens}]}))
+        arguments = ("--cost-model", str(path), "--pp-size", "2", "--prompt-lens", "2048")
+        if words:
+            assert tune_json(*arguments)["notes"][0].startswith(words)
+            assert words in tune(*arguments)
+        else:
+            with pytest.raises(UserError, match=r"seconds\[1\]: 1; time may not fall with more tokens; up to 10%"):
+                tune(*arguments)
+
+
+def test_a_workload_brings_lengths_and_arrivals(tmp_path: Path) -> None:
+    cost, workload = tmp_path / "cost.json", tmp_path / "w.jsonl"
+    cost.write_text(json.dumps(COST_MODEL))
+    workload.write_text('{"timestamp": 0, "input_length": 4096}\n{"timestamp": 3000, "input_length": 8192}\n')
+    arguments = ("--cost-model", str(cost), "--pp-size", "2", "--workload", str(workload))
+    report = tune_json(*arguments, "--rate", "2", "--compare")
+    assert [(r["prompt_tokens"], r["arrival_s"]) for r in report["plan"]["requests"]] == [(4096, 0.0), (8192, 1.5)]
+    replays = {replay["policy"]: replay for replay in report["replays"]}
+    assert {"fixed:2048", "gpipe", "sglang", "ascend", "terapipe", "dp", "joint"} <= set(replays)
+    assert all(0 < one["p50_ttft_s"] <= one["p90_ttft_s"] <= one["p99_ttft_s"] for one in replays.values())
+    assert "requests as they arrive" in tune(*arguments)
+
+
+OVERLOADED_BY_SHORT_ROUNDS = {
+    "schema": "isochunk.cost-model/1",
+    "stages": [{
+        "round_overhead_s": 0.02,
+        "tokens": {"count": [0, 1024], "seconds": [0, 0.006]},
+        "attention": {"pair_s": 6.5e-10, "context_token_s": 5e-7},
+    }],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["makespan", "mean-ttft"])
+def test_the_plan_of_a_trace_is_its_best_policy(objective: str, tmp_path: Path) -> None:
+    """A prompt every 100 ms that takes 90 ms a stage uncut: rounds cut for latency alone would overload it."""
+    cost, workload, out = tmp_path / "cost.json", tmp_path / "w.jsonl", tmp_path / "plan.json"
+    cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
+    workload.write_text("".join(f'{{"timestamp": {100 * i}, "input_length": 8192}}\n' for i in range(40)))
+    report = tune_json(
+        "--cost-model", str(cost), "--pp-size", "4", "--workload", str(workload), "--objective", objective,
+        "--compare", "-o", str(out),
+    )  # fmt: skip
+    plan, rows = load_plan(out), report["replays"]
+    assert plan.predicted is not None
+    assert plan.predicted.makespan_s == pytest.approx(4.2593, abs=1e-4)
+    assert sum(plan.predicted.ttft_s) / 40 == pytest.approx(0.3593, abs=1e-4)
+    assert plan.predicted.makespan_s <= min(row["makespan_s"] for row in rows)
+    assert rows[0]["taken"] == plan.policy
+    joint = next(row for row in rows if row["policy"] == "joint")
+    assert joint["mean_ttft_s"] == min(row["mean_ttft_s"] for row in rows)
+
+
+@pytest.mark.parametrize("objective", ["makespan", "mean-ttft", "sla"])
+@pytest.mark.parametrize("lengths", ["131072", "65536,2048,16384,900,30000"])
+@pytest.mark.parametrize("policy", ["joint", "terapipe"])
+def test_the_plan_is_the_best_row_of_its_table(objective: str, lengths: str, policy: str, tmp_path: Path) -> None:
+    cost, out = tmp_path / "cost.json", tmp_path / "plan.json"
+    cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
+    rows = tune_json(
+        "--cost-model", str(cost), "--pp-size", "3", "--prompt-lens", lengths, "--objective", objective,
+        "--sla-ttft-s", "2", "--policy", policy, "--compare", "-o", str(out),
+    )["policies"]  # fmt: skip
+    predicted = load_plan(out).predicted
+    assert predicted is not None
+    planned = next(row for row in rows if row["policy"] == policy)
+    assert planned["makespan_s"] == predicted.makespan_s
+    if policy == "joint":
+        assert rows[0] == planned
+        if objective == "makespan":
+            assert predicted.makespan_s == min(row["makespan_s"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "isochunk.cost-model/3"}, "schema: isochunk.cost-model/3; "),
+        ({"stages": []}, "stages: "),
+        ({"hop": {"latency_s": -1.0}}, "hop.latency_s: -1.0; "),
+    ],
+)
+def test_bad_cost_models_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "cost.json"
+    path.write_text(json.dumps(COST_MODEL | change))
+    with pytest.raises(UserError) as refused:
+        tune("--cost-model", str(path), "--pp-size", "4", "--prompt-lens", "1000")
+    assert f"cost.json: {message}" in str(refused.value)
+
+
+def test_deadlines_of_a_trace_are_met_where_some_policy_meets_them(tmp_path: Path) -> None:
+    cost, workload = tmp_path / "cost.json", tmp_path / "w.jsonl"
+    cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
+    workload.write_text("".join(f'{{"timestamp": {100 * i}, "input_length": 8192}}\n' for i in range(8)))
+    arguments = ("--cost-model", str(cost), "--pp-size", "4", "--workload", str(workload))
+    report = tune_json(*arguments, "--objective", "sla", "--sla-ttft-s", "0.36")
+    joint = next(row for row in report["replays"] if row["policy"] == "joint")
+    assert joint["sla_met"] == 1.0
+    assert joint["lateness_s"] <= 0.0
+    assert report["impossible"] == []
+    late = tune_json(*arguments, "--objective", "lateness", "--sla-ttft-s", "0.1")
+    rows = {row["policy"]: row for row in late["replays"]}
+    assert rows["joint"]["lateness_s"] == min(row["lateness_s"] for row in rows.values())
+    assert len(late["impossible"]) == 8
+    assert "request r0 of 8192 tokens; no plan takes less than 0.2693 s" in late["impossible"][0]
+
+
+def test_settings_tuned_on_a_trace_are_in_its_plan(tmp_path: Path) -> None:
+    cost, workload, out = tmp_path / "cost.json", tmp_path / "w.jsonl", tmp_path / "plan.json"
+    cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
+    workload.write_text("".join(f'{{"timestamp": {250 * i}, "input_length": 16384}}\n' for i in range(12)))
+    arguments = ("--cost-model", str(cost), "--pp-size", "4", "--workload", str(workload))
+    tuned = tune_json(*arguments, "--objective", "p99-ttft", "--trials", "3", "-o", str(out))
+    plan, rows = load_plan(out), {row["policy"]: row for row in tuned["replays"]}
+    assert plan.policy == rows["joint"]["taken"]
+    assert rows["joint"]["p99_ttft_s"] == min(row["p99_ttft_s"] for row in rows.values())
+    again = tune_json(*arguments, "--objective", "p99-ttft", "--policy", plan.policy)
+    assert again["plan"]["rounds"] == tuned["plan"]["rounds"]
+
+
+def test_a_trace_with_answers_and_classes(tmp_path: Path) -> None:
+    cost, workload, out = tmp_path / "cost.json", tmp_path / "w.jsonl", tmp_path / "plan.json"
+    cost.write_text(json.dumps(COST_MODEL))
+    lines = [
+        {"timestamp": 1500 * i, "input_length": 8192, "output_length": 3 + i, "priority": ("chat", "batch")[i % 2]}
+        for i in range(8)
+    ]
+    workload.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    arguments = ("--cost-model", str(cost), "--pp-size", "2", "--workload", str(workload))
+    limits = ("--objective", "sla", "--sla-ttft-s", "2", "--sla-tpot-s", "0.3", "--decode", "beside")
+    report = tune_json(*arguments, *limits, "--priority", "chat=4", "-o", str(out))
+    plan, rows = load_plan(out), {row["policy"]: row for row in report["replays"]}
+    assert [request.output_tokens for request in plan.requests] == list(range(3, 11))
+    assert [request.weight for request in plan.requests] == [4.0, 1.0] * 4
+    assert rows["joint"]["sla_met"] == max(row["sla_met"] for row in rows.values())
+    assert all(0.0 < row["mean_tpot_s"] <= row["p99_tpot_s"] and row["goodput_per_s"] >= 0.0 for row in rows.values())
+    assert [row["priority"] for row in report["classes"]] == ["batch", "chat"]
+    assert 0.0 < report["mean_ttft_bound_s"] <= rows["joint"]["mean_ttft_s"]
+    elsewhere = tune_json(*arguments)
+    assert "mean_tpot_s" not in elsewhere["replays"][0]
+    for wrong, message in (
+        (("--sla-tpot-s", "0.3"), "--sla-tpot-s: 0.3; goes with --decode beside"),
+        (("--priority", "gold=2"), "--priority: gold; one of the workload's: batch, chat"),
+        (("--priority", "chat=-1"), "--priority: chat=-1; NAME=WEIGHT"),
+    ):
+        with pytest.raises(UserError) as refused:
+            tune(*arguments, *wrong)
+        assert message in str(refused.value)
+    workload.write_text('{"timestamp": 0, "input_length": 8192}\n')
+    with pytest.raises(UserError, match="--decode: beside; the workload must say output_length"):
+        tune(*arguments, "--decode", "beside")

@@ -1,0 +1,76 @@
+"""The bound on the mean TTFT is below the best of all plans, and close to it where a stage is busy."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from tests.tuner.online.arrivals import stream
+from tests.tuner.oracle import UNIT, Instance, random_instance
+from tuner.online.ttft_bound import mean_ttft_bound_s
+from tuner.plan.cost_model import CostModel
+from tuner.plan.plan import Chunk, Request, Round
+from tuner.plan.stage_cost import StageCost
+from tuner.rounds.problem import Problem
+from tuner.rounds.schedule import Objective
+from tuner.search.replay import replay
+
+
+def every_plan(instance: Instance, done: tuple[int, ...]) -> Iterator[list[Round]]:
+    """All sequences of rounds from so many units of each request on."""
+    units = [-(-request.new_tokens // UNIT) for request in instance.requests]
+    if list(done) == units:
+        yield []
+        return
+    for upto in itertools.product(*(range(a, b + 1) for a, b in zip(done, units, strict=True))):
+        if upto == done:
+            continue
+        chunks = []
+        for i, (request, a, b) in enumerate(zip(instance.requests, done, upto, strict=True)):
+            if b > a:
+                first = request.cached_tokens + a * UNIT
+                end = min(request.cached_tokens + b * UNIT, request.prompt_tokens)
+                chunks.append(Chunk(i, first, end - first))
+        for rest in every_plan(instance, upto):
+            yield [tuple(chunks), *rest]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_no_plan_is_below_the_bound(seed: int) -> None:
+    rng = random.Random(seed)
+    instance = random_instance(seed, most_units=5)
+    alone_s = instance.cost.stages[0].seconds([(UNIT, 0, True)])
+    weights = [1.0] * 3 if seed % 2 else [rng.choice([0.5, 1.0, 4.0]) for _ in range(3)]
+    requests = tuple(
+        replace(request, arrival_s=rng.choice([0.0, 1.0, 2.5]) * alone_s, weight=weight)
+        for request, weight in zip(instance.requests, weights, strict=False)
+    )
+    problem = Problem(cost=instance.cost, requests=requests, window=instance.window, chunk_multiple=UNIT)
+    best_s = min(problem.evaluate(rounds).mean_ttft_s for rounds in every_plan(instance, (0,) * len(requests)))
+    assert 0.0 < mean_ttft_bound_s(problem) <= best_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("weight", "share"), [(1.0, 1.0), (3.0, 0.97)])
+def test_it_is_the_truth_on_one_busy_stage(weight: float, share: float) -> None:
+    """Two prompts on one stage that rounds cost nothing: the short one passes the long one. Weights cost some of it."""
+    stage = StageCost(token_count=(0, 1000), token_seconds=(0.0, 1.0))
+    requests = (
+        Request(id="long", prompt_tokens=3200),
+        Request(id="short", prompt_tokens=640, arrival_s=0.64, weight=weight),
+    )
+    problem = Problem(cost=CostModel(stages=(stage,)), requests=requests, objective=Objective.MEAN_TTFT)
+    best_s = (3.84 + weight * 0.64) / (1.0 + weight)
+    assert share * best_s - 1e-9 <= mean_ttft_bound_s(problem) <= best_s + 1e-9
+
+
+def test_the_gap_of_a_stream_near_saturation_is_small_on_few_stages() -> None:
+    stage = StageCost(token_count=(0, 1000), token_seconds=(0.0, 0.01), round_overhead_s=1e-4)
+    cost = CostModel(stages=(stage, stage))
+    requests = stream(8192, 0.07, 40)  # 82 ms of work every 70 ms
+    mean_s = replay(cost, requests, policy="joint").evaluation.mean_ttft_s
+    bound_s = mean_ttft_bound_s(Problem.of(cost, requests, objective=Objective.MEAN_TTFT))
+    assert bound_s <= mean_s <= 1.15 * bound_s

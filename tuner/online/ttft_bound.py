@@ -1,0 +1,159 @@
+"""A proven lower bound on the mean TTFT of requests that arrive over time.
+
+Why it is a bound. Take any plan and one stage k. It runs one round at a time, and a round costs at least
+round_s + token_s T + what its chunks cost, for T tokens and any line below the stage's costs (`rounds.relaxation`).
+Share the round's time out to its chunks: to each its own cost, and of round_s the share of its tokens in the most
+tokens M that a round can hold, which together is no more than round_s. Then a request has at least p(r) seconds of the
+stage, its context read as rarely as chunks of M tokens allow, and the shares of a round can be run one after the other
+inside it: the stage is a machine that runs the requests with preemption. Request r can be there from its arrival plus
+head(r) on, what its first chunk takes on the stages before, and has its first token at the earliest tail(r) after it is
+through, what its last token takes on the stages behind. So
+
+    sum over r of weight(r) (end(r) - arrival(r)) >= the least of one machine with release dates and preemption
+                                                     + sum over r of weight(r) (tail(r) - arrival(r))
+
+With equal weights the shortest remaining time first is the least there is (Schrage, "A proof of the optimality of the
+shortest remaining processing time discipline", 1968). With others the least is not known to be found quickly; below it
+is the sum of weight(r) (M(r) + p(r) / 2), M(r) the mean of the times at which r runs when, of those that are there, the
+one with most weight a second of work always runs (Goemans, Queyranne, Schulz, Skutella and Wang, "Single machine
+scheduling with release dates", 2002): in every schedule r ends p(r) / 2 or more after the mean of its times.
+
+The other bound is that of each request alone: others only delay it. The larger of the two is taken. Under load the
+first is the closer one; it does not see that rounds must be short for the stages behind and long for their overhead.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from tuner.plan.cost_model import CostModel
+from tuner.plan.stage_cost import Floats, StageCost
+from tuner.rounds.bound import makespan_bound_s
+from tuner.rounds.problem import Problem
+from tuner.rounds.relaxation import Work, envelopes, requests_s
+
+MOST_ALONE = 64
+"""Different prompts whose bound alone is proven by `rounds.bound`, the most frequent first; of others by one stage."""
+
+
+def mean_ttft_bound_s(problem: Problem) -> float:
+    """No plan for these requests has a smaller mean TTFT (weighted by the requests' weights)."""
+    cost, requests = problem.cost.merged(), problem.requests
+    weights = np.array([request.weight for request in requests])
+    weights = weights if weights.any() else np.ones(len(requests))
+    arrival = np.array([request.arrival_s for request in requests])
+    heads, tails = _heads_and_tails(cost, problem)
+    limits = problem.limits.max_round_tokens
+    work = Work.of(requests, limits)
+    most = min(work.max_round_tokens, work.new_tokens)
+    kinds = cost.kind_of_stage.tolist()
+    alone, best = _alone_s(problem), 0.0
+    for kind, stage in enumerate(cost.kinds):
+        places = [k for k in range(cost.pp_size) if kinds[k] == kind]
+        for line in envelopes([stage], work):
+            if line.round_s < 0.0:
+                continue
+            seconds = requests_s(line, work, most) + line.round_s * (work.prompt - work.cached) / most
+            for k in {places[0], places[-1]}:
+                ends = _machine(arrival + heads[k], seconds, weights)
+                best = max(best, ends + float((tails[k] - arrival) @ weights))
+                alone = np.maximum(alone, heads[k] + seconds + tails[k])
+    return max(best, float(alone @ weights)) / float(weights.sum())
+
+
+def _heads_and_tails(cost: CostModel, problem: Problem) -> tuple[list[Floats], list[Floats]]:
+    """Of each stage, for every request: what its first chunk takes at least before the stage, its last one behind."""
+    new = np.array([request.new_tokens for request in problem.requests])
+    first = np.minimum(new, problem.chunk_multiple)
+    last = np.ones(len(new))
+    by_kind = [(_least_s(kind, first), _least_s(kind, last) + kind.final_s) for kind in cost.kinds]
+    hop = cost.hop_latency_s + cost.hop_token_s * first, cost.hop_latency_s + cost.hop_token_s * last
+    stages = [by_kind[kind] for kind in cost.kind_of_stage.tolist()]
+    zero = np.zeros(len(new))
+    heads = [zero]
+    for head, _ in stages[:-1]:
+        heads.append(heads[-1] + head + hop[0])
+    tails = [zero]
+    for _, tail in stages[:0:-1]:
+        tails.append(tails[-1] + tail + hop[1])
+    return heads, tails[::-1]
+
+
+def _least_s(stage: StageCost, tokens: Floats) -> Floats:
+    """What a round with a chunk of so many tokens or more takes at least."""
+    seconds: Floats = stage.round_overhead_s + stage.tokens_s(tokens) + stage.attention.base(tokens) + stage.chunk_s
+    return seconds
+
+
+def _alone_s(problem: Problem) -> Floats:
+    """The least TTFT of each request by itself; 0 for prompts beyond MOST_ALONE different ones."""
+    keys = [(request.prompt_tokens, request.cached_tokens) for request in problem.requests]
+    found: dict[tuple[int, int], float] = {}
+    for key, _ in Counter(keys).most_common(MOST_ALONE):
+        one = replace(problem.requests[keys.index(key)], arrival_s=0.0, output_tokens=1)
+        found[key] = makespan_bound_s(replace(problem, requests=(one,)))
+    return np.array([found.get(key, 0.0) for key in keys])
+
+
+def _machine(release: Floats, seconds: Floats, weights: Floats) -> float:
+    """Weighted sum of ends on one machine, or what it is at least."""
+    if (weights == weights[0]).all():
+        return float(weights[0]) * _least_ends(release.tolist(), seconds.tolist())
+    return _by_mean_times(release.tolist(), seconds.tolist(), weights.tolist())
+
+
+def _least_ends(release: Sequence[float], seconds: Sequence[float]) -> float:
+    """Sum of ends under the shortest remaining time first."""
+    order = sorted(range(len(release)), key=lambda i: release[i])
+    waiting: list[float] = []
+    now, total, come = 0.0, 0.0, 0
+    while waiting or come < len(order):
+        if not waiting:
+            now = max(now, release[order[come]])
+        while come < len(order) and release[order[come]] <= now:
+            heapq.heappush(waiting, seconds[order[come]])
+            come += 1
+        until = release[order[come]] if come < len(order) else float("inf")
+        left = waiting[0]
+        if now + left <= until:
+            now += left
+            heapq.heappop(waiting)
+            total += now
+        else:
+            heapq.heapreplace(waiting, left - (until - now))
+            now = until
+    return total
+
+
+def _by_mean_times(release: Sequence[float], seconds: Sequence[float], weights: Sequence[float]) -> float:
+    """Sum of weight (mean time at which it runs + half its work), the most weight a second of work first."""
+    order = sorted(range(len(release)), key=lambda i: release[i])
+    waiting: list[tuple[float, int]] = []
+    left, now, come, total = list(seconds), 0.0, 0, 0.0
+    while waiting or come < len(order):
+        if not waiting:
+            now = max(now, release[order[come]])
+        while come < len(order) and release[order[come]] <= now:
+            i = order[come]
+            if seconds[i] > 0.0:
+                heapq.heappush(waiting, (-weights[i] / seconds[i], i))
+            else:
+                total += weights[i] * release[i]
+            come += 1
+        if not waiting:
+            continue
+        until = release[order[come]] if come < len(order) else float("inf")
+        i = waiting[0][1]
+        ran = min(left[i], until - now)
+        total += weights[i] * (now + ran / 2.0) * ran / seconds[i]
+        left[i] -= ran
+        now += ran
+        if left[i] <= 0.0:
+            heapq.heappop(waiting)
+            total += weights[i] * seconds[i] / 2.0
+    return total
