@@ -9,7 +9,9 @@ them S is bounded from below in three ways, of which the largest counts:
 
 1. by the longest round that they let through anywhere: S is at least the sum under that cap;
 2. by what rounds can do: up to any time before the end of the last round as the fill's caps allow, from there on as
-   the drain's do (`grid_relaxation.Efficiency`), until all is done;
+   the drain's do (`grid_relaxation.Efficiency`), until all is done. With E and D limited, a chunk comes after all that
+   its request ran before it, so that late chunks of a long prompt only fit where the drain's caps are low; where no cut
+   fits, no plan has such E and D;
 3. for one request, whose chunks run in order, by its shortest path under the cap at each place: a chunk from a to b has
    at most H - rest(a) before it and H - least(b) after it, least and rest being shortest paths under the longest cap
    of all, if the rounds sum to at most H. H is the bound that is hoped for: where a path needs more, all that is proven
