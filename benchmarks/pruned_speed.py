@@ -39,7 +39,7 @@ def random_importance(shape: ModelShape) -> Importance:
     spec = shape.layer
     layers = tuple(
         LayerImportance(
-            channels=drawn(spec.mlp.intermediate.count, 0.05), groups=drawn(spec.attention.kv_heads.count, 0.03),
+            channels=drawn(spec.dense.intermediate.count, 0.05), groups=drawn(spec.attention.kv_heads.count, 0.03),
             whole=0.08 + 0.1 * float(torch.rand((), generator=generator)),
         )
         for _ in range(shape.num_layers)

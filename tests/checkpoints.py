@@ -7,6 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from profiler.model.architectures.table import ARCHITECTURES
+
 LLAMA3_ROPE = MappingProxyType(
     {
         "rope_type": "llama3",
@@ -36,11 +38,14 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
 
 
 def write_checkpoint(folder: Path, variant: str = "llama", *, seed: int = 0, **sizes: Any) -> Path:
-    """Write a checkpoint of VARIANTS[variant] with sharded safetensors and an index; `sizes` replaces configuration."""
+    """Write a checkpoint of VARIANTS[variant], or the example of the architecture of that name: sharded safetensors and
+    an index. `sizes` replaces configuration."""
     import torch
     import transformers
 
-    family, traits = VARIANTS[variant]
+    family, traits = VARIANTS.get(variant) or (
+        variant.removesuffix("ForCausalLM"), ARCHITECTURES[variant].example
+    )  # fmt: skip
     settings = {
         "hidden_size": 64,
         "intermediate_size": 112,
@@ -55,11 +60,12 @@ def write_checkpoint(folder: Path, variant: str = "llama", *, seed: int = 0, **s
         **sizes,
     }
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**settings)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    kind = getattr(transformers, f"{family}ForCausalLM")
+    config = kind.config_class(**settings)
+    model = kind(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith((".bias", "norm.weight")):  # made as zeros and ones, which would hide mistakes
+            if name.endswith((".bias", "norm.weight", "sinks")):  # made as zeros and ones, which would hide mistakes
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder, max_shard_size="150KB")
     return folder

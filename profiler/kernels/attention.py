@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from profiler.kernels import cpu_attention, cudnn_attention, flash3_attention
-from profiler.kernels.attention_kernel import PREFERENCE, AttentionKernel
+from profiler.kernels.attention_kernel import CAUSAL, PREFERENCE, AttentionKernel, Masking
 from profiler.kernels.elementwise import has_triton
 from profiler.kernels.quantized.kv import KV, read_rows
 
@@ -20,8 +20,9 @@ def available_kernels(device: torch.device, dtype: torch.dtype) -> list[Attentio
     if device.type == "cpu":
         absent = set() if dtype == torch.float32 else {AttentionKernel.CPU_FOLDED}
         absent |= {AttentionKernel.CUDNN, AttentionKernel.CUDNN_GRAPH, AttentionKernel.FLASH3}
+        absent.add(AttentionKernel.CPU_MASKED)  # a mask asks for it, no time
     else:
-        absent = {AttentionKernel.CPU_FOLDED, AttentionKernel.CPU_FLASH}
+        absent = {AttentionKernel.CPU_FOLDED, AttentionKernel.CPU_FLASH, AttentionKernel.CPU_MASKED}
         if dtype != torch.bfloat16 or not flash3_attention.is_available(device):
             absent.add(AttentionKernel.FLASH3)
         if dtype not in (torch.bfloat16, torch.float16):
@@ -31,13 +32,17 @@ def available_kernels(device: torch.device, dtype: torch.dtype) -> list[Attentio
     return [kernel for kernel in PREFERENCE if kernel not in absent]
 
 
-def attend(kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def attend(
+    kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking = CAUSAL
+) -> torch.Tensor:
     """Causal attention of the last c of p + c positions.
 
     q: [H, c, D], k and v: [KV, p + c, D] with H a multiple of KV -> [H, c, D]. The query at row i sees keys up to
     p + i. The merge of two calls is that of FlashAttention's partial results: each is weighted by the share of the
-    softmax's denominator that it saw.
+    softmax's denominator that it saw. Where more than the causal mask counts, the one kernel that knows it runs.
     """
+    if kernel is AttentionKernel.CPU_MASKED or not masking.is_plain(k.shape[1]):
+        return cpu_attention.attend_masked(q, k, v, masking)
     if kernel is AttentionKernel.CPU_FOLDED:
         return cpu_attention.attend(q, k, v)
     if kernel is AttentionKernel.FLASH3:
@@ -57,7 +62,14 @@ def attend(kernel: AttentionKernel, q: torch.Tensor, k: torch.Tensor, v: torch.T
     return out.squeeze(0)
 
 
-def attend_tokens(q: torch.Tensor, keys: KV, values: KV, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def attend_tokens(
+    q: torch.Tensor,
+    keys: KV,
+    values: KV,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    masking: Masking = CAUSAL,
+) -> torch.Tensor:
     """Attention of the last token of each of R requests over its rows of a slab.
 
     q: [R, H, D]; keys, values: [KV, rows, D] with H a multiple of KV; starts, lengths: [R] int64, a request's first row
@@ -69,8 +81,9 @@ def attend_tokens(q: torch.Tensor, keys: KV, values: KV, starts: torch.Tensor, l
         return flash_decoding.attend(q, keys, values, starts, lengths)
     outputs = []
     for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-        seen = slice(start, start + length)
-        outputs.append(attend(AttentionKernel.SDPA, q[row, :, None], read_rows(keys, seen), read_rows(values, seen)))
+        seen = slice(start + masking.first_seen(length, 1), start + length)
+        k, v = read_rows(keys, seen), read_rows(values, seen)
+        outputs.append(attend(AttentionKernel.SDPA, q[row, :, None], k, v, masking))
     return torch.stack(outputs).squeeze(2)
 
 

@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # plans and fits need no torch
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Masking:
+    """What besides the causal mask decides which keys count and how much.
+
+    window: keys that a query sees at most, its own included. softcap: scores s are bent to softcap * tanh(s / softcap).
+    sinks: [H], a score of each query head that takes its share of the softmax and goes to nothing.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    def is_plain(self, num_keys: int) -> bool:
+        """Whether the causal mask is all there is, for queries that have so many keys at most."""
+        return self.softcap is None and self.sinks is None and (self.window is None or num_keys <= self.window)
+
+    def first_seen(self, num_keys: int, num_queries: int) -> int:
+        """Of so many keys, the last of them the queries' own, the first that any query sees."""
+        return 0 if self.window is None else max(num_keys - num_queries + 1 - self.window, 0)
+
+
+CAUSAL = Masking()
 
 
 class AttentionKernel(StrEnum):
     """The kernels that can be chosen; which is fastest for a (chunk, context) is measured."""
 
     CPU_FLASH = "cpu-flash"  # two calls merged by log-sum-exp
+    CPU_MASKED = "cpu-masked"  # whole rows of scores over the keys that a strip sees: windows, softcaps, sinks
     CPU_FOLDED = "cpu-folded"  # flash over the context, heads of a group folded; the diagonal in strips
     SDPA = "sdpa"  # one call with a bottom-right mask: flash on CUDA, a dense mask on a CPU
     CUDNN = "cudnn"  # two cuDNN calls merged by log-sum-exp
@@ -25,6 +55,7 @@ PREFERENCE = (
     AttentionKernel.CPU_FOLDED,
     AttentionKernel.CPU_FLASH,
     AttentionKernel.SDPA,
+    AttentionKernel.CPU_MASKED,
 )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from profiler.kernels.attention_kernel import Masking
+
 BLOCK_ROWS = 512  # about so many of a chunk at once: all before them is context
+MASKED_SCORES = 1 << 23  # of a strip under a mask of its own at once
 STRIP_ROWS = 64  # of the diagonal block at once: a strip's scores stay in a core's own cache
 
 
@@ -32,6 +35,43 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             before, before_lse = _flash(folded, k[:, seen], v[:, seen])
             mixed = mixed.lerp_(before, torch.sigmoid(before_lse - lse))
         out[rows] = mixed.permute(2, 0, 1, 3)
+    return out.view(chunk, num_heads, head_dim).transpose(0, 1)
+
+
+def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking) -> torch.Tensor:
+    """As `attend`, in any format, under a mask that is more than causal: strips of queries over the keys they see.
+
+    Scores are in float32. A strip reads the keys of its window alone.
+    """
+    num_heads, chunk, head_dim = q.shape
+    num_kv_heads, context = k.shape[0], k.shape[1] - chunk
+    group = num_heads // num_kv_heads
+    grouped = q.view(num_kv_heads, group, chunk, head_dim)
+    out = q.new_empty(chunk, num_kv_heads, group, head_dim)
+    sinks = None if masking.sinks is None else masking.sinks.float().view(num_kv_heads, group, 1, 1)
+    most_keys = min(context + chunk, (masking.window or context + chunk) + STRIP_ROWS)
+    strip = max(1, min(STRIP_ROWS, MASKED_SCORES // (num_heads * most_keys)))
+    for first in range(0, chunk, strip):
+        last = min(first + strip, chunk)
+        count, end = last - first, context + last
+        start = masking.first_seen(end, count)
+        folded = (grouped[:, :, first:last] * head_dim**-0.5).reshape(num_kv_heads, group * count, head_dim)
+        scores = torch.bmm(folded, k[:, start:end].transpose(1, 2)).float()
+        if masking.softcap is not None:
+            scores.div_(masking.softcap).tanh_().mul_(masking.softcap)
+        scores = scores.view(num_kv_heads, group, count, end - start)
+        key = torch.arange(start, end, device=q.device)
+        query = torch.arange(context + first, end, device=q.device)[:, None]
+        hidden = key > query
+        if masking.window is not None:
+            hidden |= key <= query - masking.window
+        scores.masked_fill_(hidden, -torch.inf)
+        weights = torch.softmax(scores, dim=-1)
+        if sinks is not None:
+            weights *= torch.sigmoid(scores.logsumexp(dim=-1, keepdim=True) - sinks)
+        weights = weights.view(num_kv_heads, group * count, end - start).to(v.dtype)
+        mixed = torch.bmm(weights, v[:, start:end]).view(num_kv_heads, group, count, head_dim)
+        out[first:last] = mixed.permute(2, 0, 1, 3)
     return out.view(chunk, num_heads, head_dim).transpose(0, 1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from profiler.kernels.quantized.kv import KV
+from profiler.model.rope import WHOLE_HEADS, Rotation
 
 
 class TokenPlaces(Protocol):
     """What is known of each of T tokens: its rotation, and its row in the KV slab."""
 
     @property
-    def rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, [T, head_dim / 2] each."""
+    def rotary(self) -> Mapping[Rotation, tuple[torch.Tensor, torch.Tensor]]:
+        """Cosine and sine, [T, head_dim / 2] each, for each way of turning."""
 
     @property
     def slab_rows(self) -> torch.Tensor:
@@ -94,6 +95,12 @@ def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up)
 
 
+def gelu_product(gate_up: torch.Tensor) -> torch.Tensor:
+    """As `silu_product` with GELU, approximated by tanh (Hendrycks and Gimpel, 2016)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
 def rotate_into_slab(
     qkv: torch.Tensor,
     inputs: TokenPlaces,
@@ -102,12 +109,13 @@ def rotate_into_slab(
     values: KV,
     *,
     num_heads: int,
+    rotation: Rotation = WHOLE_HEADS,
 ) -> torch.Tensor:
     """Norm each head of q and k where there is such a norm, rotate both, write k and v to the slab, return q [T, H, D].
 
     qkv: [T, (H + 2 KV) D]; keys, values: this layer's slab [KV, rows, D].
     """
-    cos, sin = inputs.rotary
+    cos, sin = inputs.rotary[rotation]
     query_norm, key_norm = (None, None) if norms.all_heads else (norms.query, norms.key)
     if _fuses(qkv):
         from profiler.kernels import triton_elementwise

@@ -9,31 +9,47 @@ from typing import Any
 import torch
 
 from profiler.model import ModelShape
-from profiler.model.rope import rope_type
+from profiler.model.rope import Rotation, rope_parameters, rope_type
+
+Turns = Mapping[Rotation, tuple[torch.Tensor, torch.Tensor]]
+"""Cosine and sine [T, head_dim / 2] for each way in which layers of a model turn."""
 
 
 class Rotary:
     """Gives cos and sin for positions. Frequencies stay in float32: rounding them to bfloat16 breaks long contexts."""
 
     def __init__(self, shape: ModelShape, device: torch.device) -> None:
-        self.inv_freq, self.scaling = _frequencies(shape)
-        self.inv_freq = self.inv_freq.to(device)
+        attentions = [layer.attention for layer in shape.layer_kinds]
+        of_rotation = {attention.rotation: attention.head_dim for attention in attentions}
+        self.frequencies = {
+            rotation: tuple(part.to(device) for part in _frequencies(shape.config, rotation, head_dim))
+            for rotation, head_dim in of_rotation.items()
+        }
 
-    def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> Turns:
         """positions: [T] -> cos, sin [T, head_dim / 2] in `dtype`."""
-        angles = positions.float()[:, None] * self.inv_freq
-        return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
+        turns = {}
+        for rotation, (inv_freq, scaling) in self.frequencies.items():
+            angles = positions.float()[:, None] * inv_freq
+            turns[rotation] = (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+        return turns
 
 
-def _frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
-    config: dict[str, Any] = dict(shape.config)
-    kind = rope_type(config)
+def _frequencies(config: Mapping[str, Any], rotation: Rotation, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[head_dim / 2] radians a position, 0 for features that are not turned, and what lengths are multiplied with."""
+    turned = head_dim if rotation.features is None else rotation.features
+    inv_freq, scaling = torch.zeros(head_dim // 2), torch.ones(head_dim // 2)
+    if not rotation.is_off:
+        inv_freq[: turned // 2], scaling[: turned // 2] = _turned(config, rotation.layer_type, turned)
+    return inv_freq, scaling
+
+
+def _turned(config: Mapping[str, Any], layer_type: str, turned: int) -> tuple[torch.Tensor, float]:
+    kind, parameters = rope_type(config, layer_type), rope_parameters(config, layer_type)
     if kind == "yarn":
-        return _transformers_frequencies(config)
-    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        return _transformers_frequencies(dict(config), layer_type)
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    head_dim = shape.layers[0].attention.head_dim
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    inv_freq = 1.0 / theta ** (torch.arange(0, turned, 2, dtype=torch.float32) / turned)
     if kind == "linear":
         return inv_freq / parameters["factor"], 1.0
     return (_stretch_long_waves(inv_freq, parameters) if kind == "llama3" else inv_freq), 1.0
@@ -50,11 +66,12 @@ def _stretch_long_waves(inv_freq: torch.Tensor, parameters: Mapping[str, Any]) -
     return torch.where((wavelength <= length / low) & (wavelength >= length / high), ramp, stretched)
 
 
-def _transformers_frequencies(config: dict[str, Any]) -> tuple[torch.Tensor, float]:
+def _transformers_frequencies(config: dict[str, Any], layer_type: str) -> tuple[torch.Tensor, float]:
     """Taken from Transformers, whose import takes seconds: only for what is not written above."""
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     model_config = AutoConfig.for_model(**config)
-    inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type(config)](model_config, torch.device("cpu"))
+    nested = {"layer_type": layer_type} if layer_type in (model_config.rope_parameters or {}) else {}
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS["yarn"](model_config, torch.device("cpu"), **nested)
     return inv_freq, float(scaling)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from profiler.kernels.attention import attend_tokens
+from profiler.kernels.attention_kernel import CAUSAL, Masking
 from profiler.kernels.quantized.kv import KV, QuantizedKV
-from profiler.kernels.rotary import Rotary
+from profiler.kernels.rotary import Rotary, Turns
 from profiler.layers.layer_inputs import LayerInputs
 
 
@@ -17,7 +18,7 @@ from profiler.layers.layer_inputs import LayerInputs
 class StepInputs(LayerInputs):
     """A step made ready, for all layers: each of R requests' rotation, place and length. Nothing is on the host."""
 
-    rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin, [R, head_dim / 2]
+    rotary: Turns  # cos and sin, [R, head_dim / 2]
     slab_rows: torch.Tensor  # [R] int64, of each new token
     starts: torch.Tensor  # [R] int64, row of each request's token 0 in the slab
     lengths: torch.Tensor  # [R] int64, tokens of each request, the new one included
@@ -30,9 +31,9 @@ class StepInputs(LayerInputs):
         else:
             slab.index_copy_(1, self.slab_rows, new)
 
-    def attend(self, q: torch.Tensor, keys: KV, values: KV) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, keys: KV, values: KV, masking: Masking = CAUSAL) -> torch.Tensor:
         """Attend each row of q [R, H, D] over its request's rows of the slab -> [R, H D]."""
-        return attend_tokens(q, keys, values, self.starts, self.lengths).flatten(1)
+        return attend_tokens(q, keys, values, self.starts, self.lengths, masking).flatten(1)
 
 
 class Step:

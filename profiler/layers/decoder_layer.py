@@ -8,13 +8,15 @@ from typing import TypedDict
 
 import torch
 
-from profiler.kernels.elementwise import TokenPlaces, norm_all_heads, rms_norm, rotate_into_slab
+from profiler.kernels.attention_kernel import CAUSAL, Masking
+from profiler.kernels.elementwise import TokenPlaces, gelu_product, norm_all_heads, rms_norm, rotate_into_slab
 from profiler.kernels.entry import PLAIN, Entries, Entry, Operand, Product
 from profiler.kernels.linear import Linear
 from profiler.kernels.quantized.kv import KV
 from profiler.kernels.quantized.linear import DequantizingLinear, QuantizedLinear
 from profiler.layers.layer_inputs import LayerInputs, Reduce
 from profiler.model import LayerSpec
+from profiler.model.mlp import Activation, DenseMLP
 from profiler.model.tensors import NormSpec
 
 Project = Callable[[Operand], torch.Tensor]
@@ -33,6 +35,7 @@ class Norms:
     after_mlp: torch.Tensor | None
     query: torch.Tensor | None
     key: torch.Tensor | None
+    sinks: torch.Tensor | None  # [H], of attention
     all_heads: bool
     eps: float
 
@@ -50,6 +53,7 @@ class Norms:
             after_mlp=weight(spec.after_mlp),
             query=weight(spec.attention.q_norm),
             key=weight(spec.attention.k_norm),
+            sinks=weight(spec.attention.sinks),
             all_heads=spec.attention.norms_all_heads,
             eps=eps,
         )
@@ -106,7 +110,8 @@ def projections(products: Mapping[str, Product]) -> Projections:
 class DecoderLayer:
     """A layer of any `LayerSpec`, as one rank of a tensor-parallel group holds it.
 
-    The projections are given from outside (fused q|k|v and gate|up, sharded by the caller); `reduce_o` and
+    The projections are given from outside (fused q|k|v and gate|up, sharded by the caller), or experts in the place of
+    the last two; `reduce_o` and
     `reduce_down` sum the partial results of the group and add a row-parallel bias once, `sum_ranks` adds no bias.
     `entries` say in which formats the projections take their operands.
     One layer knows nothing of pipelines.
@@ -120,8 +125,9 @@ class DecoderLayer:
         norms: Norms,
         qkv: Project,
         o: Project,
-        gate_up: Project,
-        down: Project,
+        gate_up: Project | None = None,
+        down: Project | None = None,
+        experts: Callable[[torch.Tensor], torch.Tensor] | None = None,
         reduce_o: Reduce,
         reduce_down: Reduce,
         sum_ranks: Callable[[torch.Tensor], torch.Tensor],
@@ -129,8 +135,13 @@ class DecoderLayer:
     ) -> None:
         self.num_heads, self.tp_size = spec.attention.heads.per_rank(tp_size), tp_size
         self.head_dim = spec.attention.head_dim
+        self.rotation = spec.attention.rotation
+        self.gate = spec.mlp.activation if isinstance(spec.mlp, DenseMLP) else Activation.SILU
+        self.masking = CAUSAL
+        if spec.attention.masking:
+            self.masking = Masking(window=spec.attention.window, softcap=spec.attention.softcap, sinks=norms.sinks)
         self.norms, self.entries = norms, entries or Entries()
-        self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
+        self.qkv, self.o, self.gate_up, self.down, self.experts = qkv, o, gate_up, down, experts
         self.reduce_o, self.reduce_down, self.sum_ranks = reduce_o, reduce_down, sum_ranks
 
     def __call__(self, stream: Stream, inputs: LayerInputs, keys: KV, values: KV) -> Stream:
@@ -142,8 +153,21 @@ class DecoderLayer:
         attended = norms.after(attended, norms.after_attention)
         hidden, normed = Stream(hidden, attended).add_and_norm(norms.before_mlp, norms.eps, self.entries.gate_up)
         del attended
-        output = inputs.join(self.reduce_down, self.down(self.entries.down.silu(self.gate_up(inputs.spread(normed)))))
+        output = inputs.join(self.reduce_down, self.feed(inputs.spread(normed)))
         return Stream(hidden, norms.after(output, norms.after_mlp))
+
+    def feed(self, normed: Operand) -> torch.Tensor:
+        """normed: [T, hidden] through the MLP or the experts -> this rank's part of the sum [T, hidden]."""
+        if self.experts is not None:
+            assert isinstance(normed, torch.Tensor)  # experts are plain
+            return self.experts(normed)
+        assert self.gate_up is not None and self.down is not None
+        return self.down(self.gated(self.gate_up(normed)))
+
+    def gated(self, gate_up: torch.Tensor) -> Operand:
+        """gate|up [T, 2F] -> what down takes [T, F]."""
+        entry = self.entries.down
+        return entry.silu(gate_up) if self.gate is Activation.SILU else entry.take(gelu_product(gate_up))
 
     def project(self, normed: Operand) -> torch.Tensor:
         """normed: [T, hidden] -> q|k|v [T, (H + 2 KV) D], normed where the norm spans all heads."""
@@ -176,8 +200,10 @@ class DecoderLayer:
         num_heads: query heads in qkv, if not all of this rank's.
         """
         heads = self.num_heads if num_heads is None else num_heads
-        return rotate_into_slab(qkv, places, self.norms, keys, values, num_heads=heads)
+        return rotate_into_slab(
+            qkv, places, self.norms, keys, values, num_heads=heads, rotation=self.rotation
+        )  # fmt: skip
 
     def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: KV, values: KV) -> torch.Tensor:
         """Attend each token of q [T, H, D] over its request's rows of the slab -> [T, H D]."""
-        return inputs.attend(q, keys, values)
+        return inputs.attend(q, keys, values, self.masking)

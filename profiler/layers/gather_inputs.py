@@ -13,6 +13,7 @@ import torch
 from profiler.kernels.elementwise import GatheredRun, write_gathered
 from profiler.kernels.entry import Operand
 from profiler.kernels.quantized.kv import KV
+from profiler.kernels.rotary import Turns
 from profiler.layers.layer_inputs import AttentionLayer
 from profiler.layers.prefill_inputs import RoundInputs
 from profiler.layers.row_group import RowGroup
@@ -22,7 +23,7 @@ from profiler.layers.row_group import RowGroup
 class StagedRows:
     """The places of this rank's P rows in the tensor that is gathered: one after the other."""
 
-    rotary: tuple[torch.Tensor, torch.Tensor]
+    rotary: Turns
     slab_rows: torch.Tensor
 
     def write(self, rows: torch.Tensor, slab: KV) -> None:

@@ -11,9 +11,11 @@ from typing import Protocol
 
 import torch
 
+from profiler.kernels.attention_kernel import CAUSAL, Masking
 from profiler.kernels.elementwise import TokenPlaces
 from profiler.kernels.entry import Operand
 from profiler.kernels.quantized.kv import KV
+from profiler.kernels.rotary import Turns
 
 
 class Reduce(Protocol):
@@ -57,14 +59,14 @@ class LayerInputs:
 
     __slots__ = ()
 
-    rotary: tuple[torch.Tensor, torch.Tensor]
+    rotary: Turns
     slab_rows: torch.Tensor
 
     def write(self, rows: torch.Tensor, slab: KV) -> None:
         """Copy rows [T, KV, D] to the tokens' places in the slab [KV, rows, D]."""
         raise NotImplementedError
 
-    def attend(self, q: torch.Tensor, keys: KV, values: KV) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, keys: KV, values: KV, masking: Masking = CAUSAL) -> torch.Tensor:
         """Attend q [T, H, D] over each token's request in the slab -> [T, H D]."""
         raise NotImplementedError
 

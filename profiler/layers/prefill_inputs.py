@@ -9,9 +9,9 @@ from itertools import accumulate
 import torch
 
 from profiler.kernels.attention import attend
-from profiler.kernels.attention_kernel import AttentionKernel
+from profiler.kernels.attention_kernel import CAUSAL, AttentionKernel, Masking
 from profiler.kernels.quantized.kv import KV, QuantizedKV, read_rows
-from profiler.kernels.rotary import Rotary
+from profiler.kernels.rotary import Rotary, Turns
 from profiler.layers.layer_inputs import LayerInputs
 
 ChooseKernel = Callable[[int, int], AttentionKernel]  # (chunk tokens, context) -> kernel
@@ -37,10 +37,10 @@ class Span:
         """Rows of the slab that the tokens' keys and values are written to."""
         return slice(self.slab_start + self.context, self.slab_start + self.context + self.num_tokens)
 
-    @property
-    def seen(self) -> slice:
-        """Rows of the slab that the last of the tokens attends to."""
-        return slice(self.slab_start, self.slab_start + self.context + self.num_tokens)
+    def seen_through(self, masking: Masking) -> slice:
+        """Rows of the slab that any of the tokens attends to."""
+        end = self.context + self.num_tokens
+        return slice(self.slab_start + masking.first_seen(end, self.num_tokens), self.slab_start + end)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class RoundInputs(LayerInputs):
     """
 
     spans: tuple[Span, ...]
-    rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin, [T, head_dim / 2]
+    rotary: Turns  # cos and sin, [T, head_dim / 2]
     slab_rows: torch.Tensor  # [T] int64
     padding: int = 0  # rows after the tokens, which no one reads
 
@@ -69,14 +69,13 @@ class RoundInputs(LayerInputs):
             else:
                 slab[:, span.places] = new
 
-    def attend(self, q: torch.Tensor, keys: KV, values: KV) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, keys: KV, values: KV, masking: Masking = CAUSAL) -> torch.Tensor:
         """Attend each span of q [T, H, D] over its request's rows of the slab -> [T + padding, H D]."""
-        outputs = [
-            attend(
-                span.kernel, q[span.rows].transpose(0, 1), read_rows(keys, span.seen), read_rows(values, span.seen)
-            ).transpose(0, 1)
-            for span in self.spans
-        ]
+        outputs = []
+        for span in self.spans:
+            seen = span.seen_through(masking)
+            k, v = read_rows(keys, seen), read_rows(values, seen)
+            outputs.append(attend(span.kernel, q[span.rows].transpose(0, 1), k, v, masking).transpose(0, 1))
         if self.padding:
             outputs.append(q.new_zeros(self.padding, *q.shape[1:]))
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from profiler.kernels.attention import PartialAttention, attend_partial, attend_tokens_partial
+from profiler.kernels.attention_kernel import CAUSAL, Masking
 from profiler.kernels.entry import Operand
 from profiler.kernels.quantized.kv import KV
-from profiler.kernels.rotary import Rotary
+from profiler.kernels.rotary import Rotary, Turns
 from profiler.layers.layer_inputs import AttentionLayer, LayerInputs
 from profiler.layers.row_group import RowGroup
 
@@ -36,7 +37,7 @@ class RingInputs(LayerInputs):
     """This rank's rows of a round; for each of its T tokens rotation and place in this rank's slab."""
 
     pieces: tuple[RingPiece, ...]
-    rotary: tuple[torch.Tensor, torch.Tensor]
+    rotary: Turns
     slab_rows: torch.Tensor
     places: tuple[tuple[slice, slice], ...]  # rows of the round, rows of the slab
     passed: tuple[slice, ...]  # rows of the slab that go around: of each chunk context and new tokens
@@ -118,7 +119,7 @@ class RingInputs(LayerInputs):
 class RingStepInputs(LayerInputs):
     """One token of each of R requests on every rank; one of them keeps its KV. Nothing is on the host."""
 
-    rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin, [R, head_dim / 2]
+    rotary: Turns  # cos and sin, [R, head_dim / 2]
     slab_rows: torch.Tensor  # [R] int64; of tokens that another rank keeps, a row that no one reads
     starts: torch.Tensor  # [R] int64
     lengths: torch.Tensor  # [R] int64, tokens of each request on this rank, 0 possible
@@ -129,9 +130,10 @@ class RingStepInputs(LayerInputs):
         assert isinstance(slab, torch.Tensor)  # plans are checked for it
         slab.index_copy_(1, self.slab_rows, rows.transpose(0, 1))
 
-    def attend(self, q: torch.Tensor, keys: KV, values: KV) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, keys: KV, values: KV, masking: Masking = CAUSAL) -> torch.Tensor:
         """See `LayerInputs`: the ranks' partial results, merged alike on each."""
         assert isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)  # plans are checked for it
+        assert masking is CAUSAL  # plans are checked for it
         partial = attend_tokens_partial(q, keys, values, self.starts, self.lengths)
         gathered = self.group.gather(torch.cat([partial.out, partial.lse], dim=-1))  # [size, R, H, D + 1]
         parts = [PartialAttention(out=one[..., :-1], lse=one[..., -1:]) for one in gathered]

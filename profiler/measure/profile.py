@@ -137,15 +137,19 @@ def _check_begun(grid: Grid, worklist: Worklist, options: ProfileOptions) -> Non
 
 def make_grid(options: ProfileOptions) -> Grid:
     """The grid that the options ask for, checked against the model and the machine."""
-    shape = load_model_shape(options.model, backend=options.backend)
-    if shape.backend is Backend.PLANNING:
-        raise UserError("MODEL", shape.architecture, f"is planned only: {shape.unrun}")
     device_type = options.device_type or default_device_type()
     check_device_type(device_type)
+    shape = load_model_shape(options.model, backend=options.backend, device_type=device_type)
+    if shape.backend is Backend.PLANNING:
+        raise UserError("MODEL", shape.architecture, f"is planned only: {shape.unrun}")
     precision = precision_of(options.dtype or default_dtype(shape, device_type))
     check_precision(precision, device_type)
     if shape.backend is Backend.TRANSFORMERS and precision.linears is not None:
         raise UserError("--dtype", precision.name, "must be a plain one in a model that Transformers runs")
+    if shape.has_experts and precision.linears is not None:
+        raise UserError(
+            "--dtype", precision.name, f"must be a plain one: experts of {shape.name} are not run in 8 bits"
+        )
     activations = precision.activations.torch_dtype
     world_size = options.world_size or default_world_size(device_type)
     check_world_size(world_size, device_type)

@@ -22,12 +22,12 @@ def bundled_names() -> list[str]:
     return sorted(path.name.removesuffix(".json") for path in _SHAPES.iterdir())
 
 
-def load_model_shape(model: str, *, backend: str = "auto") -> ModelShape:
+def load_model_shape(model: str, *, backend: str = "auto", device_type: str = "cpu") -> ModelShape:
     """Read the shape of MODEL: a folder with a `config.json`, the name of a bundled shape, or a Hugging Face id that
-    is in the local cache. See `model_from_config` for `backend`."""
+    is in the local cache. See `model_from_config` for the others."""
     if model in bundled_names():
         data = _SHAPES.joinpath(f"{model}.json").read_bytes()
-        return model_from_config(parse_json(data, "MODEL", model), name=model, backend=backend)
+        return model_from_config(parse_json(data, "MODEL", model), name=model, backend=backend, device_type=device_type)
     folder = _cached(model) or Path(model)
     path = folder / "config.json"
     if not path.is_file():
@@ -45,7 +45,7 @@ def load_model_shape(model: str, *, backend: str = "auto") -> ModelShape:
         with located(folder / SIDECAR):
             config = with_sidecar(config, parse(dict[str, Any], sidecar))
     with located(path):
-        return model_from_config(config, name=Path(model).resolve().name, backend=backend)
+        return model_from_config(config, name=Path(model).resolve().name, backend=backend, device_type=device_type)
 
 
 def _cached(model: str) -> Path | None:

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from db.errors import UserError
-from profiler.model.architectures import ARCHITECTURES, Architecture
+from profiler.model.architectures.architecture import Architecture
+from profiler.model.architectures.table import ARCHITECTURES
 from profiler.model.fields import KernelsMissingError, positive, positive_number
 from profiler.model.precision import plain_precision
 from profiler.model.quantization import FIELD, Quantization, UnreadFormatError, quantization_of, weight_format
 from profiler.model.rope import check_rope, longest_prompt
 from profiler.model.shape import Backend, Counted, ModelShape, layer_prefix
 from profiler.model.spec import LayerSpec
-from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, Part
+from profiler.model.tensors import Cut, Dim, Folding, LinearSpec, NormSpec, Part
 from profiler.model.whole.blocks import PLANNED
 from profiler.model.whole.described import described
 
-MAX_LAYERS = 10_000
-OF_LAYERS = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
-"""Sizes that may differ from layer to layer: a list in the configuration, which Transformers does not read."""
 
-
-def model_from_config(config: Mapping[str, Any], *, name: str, backend: str = "auto") -> ModelShape:
+def model_from_config(
+    config: Mapping[str, Any], *, name: str, backend: str = "auto", device_type: str = "cpu"
+) -> ModelShape:
     """Read a configuration; raises `UserError` that names the field for anything that cannot be run or planned.
 
     backend: `own` or `transformers` to take these kernels or that library; `auto` takes the library where kernels here
-    lack something.
+    lack something on devices of `device_type`.
     """
     named = _architecture(config)
     if backend != Backend.TRANSFORMERS and named in ARCHITECTURES:
         try:
-            return _own(config, named, name)
+            shape = _own(config, named, name)
+            shape.check_device(device_type)
+            return shape
         except KernelsMissingError as lacking:
             if backend == Backend.OWN:
                 raise
@@ -46,18 +48,22 @@ def model_from_config(config: Mapping[str, Any], *, name: str, backend: str = "a
 
 def _own(config: Mapping[str, Any], named: str, name: str) -> ModelShape:
     """A model of layers that kernels here run."""
-    _refuse_unsupported(config)
-    check_rope(config)
-    quantization, unread = _quantization(config)
     architecture = ARCHITECTURES[named]
-    layers = _layers(config, architecture)
-    if quantization is not None:
-        layers = _with_plain_linears(layers, quantization)
+    _refuse_unsupported(config, architecture)
+    quantization, unread = _quantization(config)
+    layers = architecture.layers(config)
+    check_rope(config, dict.fromkeys(layer.attention.rotation for layer in layers))
+    ends = _ends(config, {"tie_word_embeddings": architecture.tied} | dict(config), layers[0].hidden_size)
+    scale = Folding(scale=architecture.embedding_scale(config))
     return ModelShape(
-        **_ends(config, config, layers[0].hidden_size),
+        **ends
+        | {
+            "embedding": ends["embedding"].folded(scale),
+            "final_norm": replace(ends["final_norm"], folding=architecture.final_norm),
+        },
         name=name,
         architecture=named,
-        every_layer=layers,
+        every_layer=_layers(layers, quantization),
         norm_eps=positive_number("rms_norm_eps", config.get("rms_norm_eps", architecture.norm_eps)),
         quantization=quantization,
         weight_format=weight_format(config),
@@ -133,24 +139,10 @@ def _quantization(config: Mapping[str, Any]) -> tuple[Quantization | None, str |
         return None, str(error)
 
 
-def _layers(config: Mapping[str, Any], architecture: Architecture) -> tuple[LayerSpec, ...]:
-    """The layers; fields of `OF_LAYERS` may be lists with a number for each: those that are alike are one object."""
-    count = positive(config, "num_hidden_layers", most=MAX_LAYERS)
-    lists = {field: config[field] for field in OF_LAYERS if isinstance(config.get(field), list)}
-    if not lists:
-        return (architecture.layer(config),) * count
-    for field, values in lists.items():
-        if len(values) != count:
-            raise UserError(field, f"{len(values)} numbers", f"must be one, or one for each of {count} layers")
-    if config.get("head_dim") is None:
-        raise UserError("head_dim", None, "must be given where layers differ")
-    sizes = list(zip(*lists.values(), strict=True))
-    kinds = {size: architecture.layer(dict(config) | dict(zip(lists, size, strict=True))) for size in set(sizes)}
-    return tuple(kinds[size] for size in sizes)
-
-
-def _with_plain_linears(layers: tuple[LayerSpec, ...], quantization: Quantization) -> tuple[LayerSpec, ...]:
-    """The layers of a quantized checkpoint, each with the linears that it keeps plain."""
+def _layers(layers: Sequence[LayerSpec], quantization: Quantization | None) -> tuple[LayerSpec, ...]:
+    """The layers, each with the linears that the checkpoint keeps plain."""
+    if quantization is None:
+        return tuple(layers)
     group_size = quantization.scale_columns
     return tuple(
         layer.keeping(_kept(layer, index, quantization), group_size=group_size) for index, layer in enumerate(layers)
@@ -170,16 +162,14 @@ def _kept(layer: LayerSpec, index: int, quantization: Quantization) -> frozenset
     return frozenset(kept)
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+def _refuse_unsupported(config: Mapping[str, Any], architecture: Architecture) -> None:
     """Anything that would run and be wrong is refused here, by name."""
-    layer_types = config.get("layer_types") or []
-    if not isinstance(layer_types, list):
+    layer_types = config.get("layer_types")
+    if layer_types is not None and not isinstance(layer_types, list):
         raise UserError("layer_types", layer_types, "must be a list in config.json")
-    for kind in layer_types:
-        if kind != "full_attention":
-            raise KernelsMissingError("layer_types", kind, "only full_attention layers are supported")
-    if config.get("hidden_act", "silu") != "silu":
-        raise KernelsMissingError("hidden_act", config["hidden_act"], "only silu is supported")
+    activation = config.get("hidden_act", architecture.activation)
+    if activation != architecture.activation:
+        raise KernelsMissingError("hidden_act", activation, f"only {architecture.activation} is supported")
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

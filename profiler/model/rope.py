@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from db.errors import UserError
@@ -21,13 +22,59 @@ _NEEDED = {
 }
 
 
-def rope_type(config: Mapping[str, Any]) -> str:
-    """The rotary scaling's type, under its newer name (`rope_parameters`) or its older ones."""
+LOCAL = "sliding_attention"  # layers whose rotation may have a base of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """How a layer turns its queries and keys.
+
+    layer_type: whose parameters, where types of layers differ in them. features: of each head, the first ones that are
+    turned; None for all. is_off: nothing is turned.
+    """
+
+    layer_type: str = ""
+    features: int | None = None
+    is_off: bool = False
+
+
+WHOLE_HEADS = Rotation()
+
+
+def rope_parameters(config: Mapping[str, Any], layer_type: str = "") -> dict[str, Any]:
+    """The numbers of a rotation, under their newer name (`rope_parameters`) or older ones: of a type, or of all."""
     for field in ("rope_parameters", "rope_scaling"):
         if config.get(field) and not isinstance(config[field], Mapping):
             raise UserError(field, config[field], "must be an object or null in config.json")
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    nested = (config.get("rope_parameters") or {}).get(layer_type)
+    if isinstance(nested, Mapping):
+        return dict(nested)
+    if layer_type == LOCAL:  # scaling is for layers that see far
+        base = config.get("rope_local_base_freq") or config.get("rope_theta")
+        return {} if base is None else {"rope_theta": base}
+    flat = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    return {name: value for name, value in flat.items() if not isinstance(value, Mapping)}
+
+
+def rope_type(config: Mapping[str, Any], layer_type: str = "") -> str:
+    """The rotary scaling's type."""
+    scaling = rope_parameters(config, layer_type)
     return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
+def head_order(head_dim: int, *, features: int | None = None, interleaved: bool = False) -> tuple[int, ...] | None:
+    """A head's features in the order in which the kernels here turn them: the i-th with the one half a head further.
+
+    features: how many of the first are turned; the rest meet one another and are turned by nothing. interleaved: pairs
+    lie side by side in the checkpoint, else half of those features apart. None where the order is the same.
+    """
+    turned = head_dim if features is None else features
+    half, rest = turned // 2, list(range(turned, head_dim))
+    first = [2 * index for index in range(half)] if interleaved else list(range(half))
+    second = [index + (1 if interleaved else half) for index in first]
+    middle = len(rest) // 2
+    order = (*first, *rest[:middle], *second, *rest[middle:])
+    return None if order == tuple(range(head_dim)) else order
 
 
 def longest_prompt(config: Mapping[str, Any]) -> int:
@@ -46,26 +93,41 @@ def longest_prompt(config: Mapping[str, Any]) -> int:
     return max(written, int(factor * original))
 
 
-def check_rope(config: Mapping[str, Any]) -> None:
+def check_rope(config: Mapping[str, Any], rotations: Iterable[Rotation] = (WHOLE_HEADS,)) -> None:
     """Raise `UserError` for a rotation that cannot be run exactly, or for a number that it lacks."""
-    kind = rope_type(config)
+    for name in ("rope_theta", "rope_local_base_freq"):
+        if config.get(name) is not None:
+            positive_number(name, config[name])
+    for rotation in rotations:
+        if not rotation.is_off:
+            _check_rotation(config, rotation)
+
+
+def _check_rotation(config: Mapping[str, Any], rotation: Rotation) -> None:
+    kind = rope_type(config, rotation.layer_type)
     if kind not in SUPPORTED_TYPES:
         raise KernelsMissingError("rope_scaling", kind, "supported types are " + ", ".join(SUPPORTED_TYPES))
-    if config.get("rope_theta") is not None:
-        positive_number("rope_theta", config["rope_theta"])
-    given: dict[str, Any] = {}
-    for field in ("rope_scaling", "rope_parameters"):
-        for name, value in (config.get(field) or {}).items():
-            if name in _NUMBERS and value is not None:
-                positive_number(f"{field}.{name}", value)
-                given[name] = value
+    parameters = rope_parameters(config, rotation.layer_type)
+    if parameters.get("llama_4_scaling_beta"):
+        raise KernelsMissingError("llama_4_scaling_beta", parameters["llama_4_scaling_beta"], "must be null")
+    field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    given = {name: value for name, value in parameters.items() if name in _NUMBERS and value is not None}
+    for name, value in given.items():
+        positive_number(f"{field}.{name}", value)
     for name in _NEEDED.get(kind, ()):
         if name not in given:
             raise UserError(f"rope_scaling.{name}", "missing", f"rotary scaling of type {kind} needs it")
     if kind == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
         allowed = f"must be above low_freq_factor = {given['low_freq_factor']}"
         raise UserError("rope_scaling.high_freq_factor", given["high_freq_factor"], allowed)
-    for source in (config, config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
-        share = source.get("partial_rotary_factor")
-        if share not in (None, 1):
-            raise KernelsMissingError("partial_rotary_factor", share, "only whole heads are rotated; must be 1 or null")
+    if rotation.features is None and turned_share(config) != 1.0:
+        allowed = "whole heads are rotated in this architecture; must be 1 or null"
+        raise KernelsMissingError("partial_rotary_factor", turned_share(config), allowed)
+
+
+def turned_share(config: Mapping[str, Any], default: float = 1.0) -> float:
+    """Of each head's features, those that are turned."""
+    for source in (rope_parameters(config), config):
+        if source.get("partial_rotary_factor") is not None:
+            return positive_number("partial_rotary_factor", source["partial_rotary_factor"])
+    return default

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 from db.errors import UserError
+from profiler.model.experts import ExpertsMLP
+from profiler.model.fields import KernelsMissingError
 from profiler.model.precision import PRECISIONS
 from profiler.model.quantization import Quantization
 from profiler.model.rope import rope_type
 from profiler.model.spec import LayerSpec
-from profiler.model.tensors import LinearSpec, NormSpec
+from profiler.model.tensors import AS_STORED, LinearSpec, NormSpec
 from profiler.model.whole.layer import WholeLayer
 
 Layer = LayerSpec | WholeLayer
@@ -123,6 +125,8 @@ class ModelShape:
         own = [layer for layer in self.every_layer if isinstance(layer, LayerSpec)]
         kept = [linear.name for layer in own for linear in layer.linears if linear.kept]
         parts += (kept,) if kept else ()
+        masked = [(index, layer.attention.masking) for index, layer in enumerate(own) if layer.attention.masking]
+        parts += (masked,) if masked else ()
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
     @property
@@ -139,6 +143,37 @@ class ModelShape:
         """Those of the text decoder: what a plan is about."""
         return self.counted.text if self.counted else self.num_parameters
 
+    def spread(self, ep_size: int) -> ModelShape:
+        """The same with experts spread over so many groups of the ranks of a tensor-parallel group."""
+        if ep_size == 1:
+            return self
+        made = {layer: layer.spread(ep_size) for layer in self.layer_kinds}
+        return replace(self, every_layer=tuple(made[layer] for layer in self.layers))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether kernels here run experts of it, which can be spread."""
+        return any(isinstance(layer, LayerSpec) and layer.experts is not None for layer in self.every_kind)
+
+    def check_device(self, device_type: str) -> None:
+        """Raise `KernelsMissingError` where kernels here have what layers need on other devices alone."""
+        if device_type == "cpu":
+            return
+        for layer in self.layer_kinds:
+            if layer.lacks_on_cards:
+                allowed = f"kernels here run {layer.lacks_on_cards} on CPUs alone; take --backend transformers"
+                raise KernelsMissingError("MODEL", self.architecture, allowed)
+
+    def check_as_stored(self, field: str, purpose: str) -> None:
+        """Raise `UserError` where layers run otherwise than with their checkpoint's very numbers."""
+        for layer in self.layer_kinds:
+            if not layer.is_as_stored:
+                allowed = f"a model of plain dense layers: {layer.kind} of {self.architecture} is run, not {purpose}"
+                raise UserError(field, self.name, allowed)
+        if self.embedding.is_folded or self.head.is_folded or self.final_norm.folding != AS_STORED:
+            allowed = f"a model whose ends are as in its checkpoint: {self.architecture} is run, not {purpose}"
+            raise UserError(field, self.name, allowed)
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a checkpoint must hold."""
         shapes = self.embedding.tensors()
@@ -154,13 +189,25 @@ class ModelShape:
             return
         for layer in self.layer_kinds:
             heads, kv_heads = layer.attention.heads.count, layer.attention.kv_heads.count
-            intermediate = layer.mlp.intermediate.count
+            mlp = layer.mlp
+            intermediate = mlp.features.count if isinstance(mlp, ExpertsMLP) else mlp.intermediate.count
             if tp_size < 1 or heads % tp_size:
                 raise UserError("tp_size", tp_size, f"must divide num_attention_heads = {heads} of {self.name}")
             if kv_heads % tp_size and tp_size % kv_heads:
                 allowed = f"must divide, or be a multiple of, num_key_value_heads = {kv_heads} of {self.name}"
                 raise UserError("tp_size", tp_size, allowed)
-            if intermediate % tp_size:
+            if isinstance(mlp, ExpertsMLP):
+                ep_size = mlp.ep_size
+                if tp_size % ep_size or ep_size > mlp.experts.count:
+                    allowed = f"must divide tp_size = {tp_size}, at most the {mlp.experts.count} experts of {self.name}"
+                    raise UserError("ep_size", ep_size, allowed)
+                if mlp.shared and mlp.shared.intermediate.count % tp_size:
+                    allowed = f"must divide the {mlp.shared.intermediate.count} features of shared experts"
+                    raise UserError("tp_size", tp_size, allowed)
+                if intermediate % (tp_size // ep_size):
+                    allowed = f"over ep_size must divide the {intermediate} features of experts of {self.name}"
+                    raise UserError("tp_size", tp_size, allowed)
+            elif intermediate % tp_size:
                 raise UserError("tp_size", tp_size, f"must divide intermediate_size = {intermediate} of {self.name}")
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from profiler.model.experts import ExpertsMLP
+from profiler.model.mlp import Activation, DenseMLP
 from profiler.model.precision import FLOAT32, Precision
-from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec
+from profiler.model.rope import WHOLE_HEADS, Rotation
+from profiler.model.tensors import AS_STORED, Cut, Dim, LinearSpec, NormSpec
 from profiler.model.whole.layer import seen_pairs
+
+ROUTER = "router"  # the product that chooses experts: plain in every precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,11 +25,21 @@ class AttentionSpec:
     o: LinearSpec
     q_norm: NormSpec | None = None  # of each head, or over all heads where it is cut by column
     k_norm: NormSpec | None = None
+    window: int | None = field(default=None, repr=False)  # tokens that a query sees at most, its own included
+    softcap: float | None = field(default=None, repr=False)  # scores are bent to stay below it
+    sinks: NormSpec | None = field(default=None, repr=False)  # a score of each head that goes to nothing
+    rotation: Rotation = field(default=WHOLE_HEADS, repr=False)
 
     @property
     def head_dim(self) -> int:
         """Features of a head."""
         return self.heads.width
+
+    @property
+    def masking(self) -> dict[str, int]:
+        """What besides the causal mask decides which keys count and how much, as the rows of attention name it."""
+        traits = {"window": self.window or 0, "softcap": self.softcap is not None, "sinks": self.sinks is not None}
+        return {name: int(value) for name, value in traits.items() if value}
 
     @property
     def norms_all_heads(self) -> bool:
@@ -45,24 +60,11 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenseMLP:
-    """SwiGLU: down(silu(gate x) * up x)."""
-
-    gate_up: LinearSpec
-    down: LinearSpec
-
-    @property
-    def intermediate(self) -> Dim:
-        """Features between gate|up and down."""
-        return self.down.inputs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
-    """A decoder layer: attention and MLP, each added to the residual stream, with norms before or after them."""
+    """A decoder layer: attention, and MLP or experts, each added to the residual stream, with norms around them."""
 
     attention: AttentionSpec
-    mlp: DenseMLP
+    mlp: DenseMLP | ExpertsMLP
     before_attention: NormSpec | None = None
     after_attention: NormSpec | None = None  # of the block's output, before it is added
     before_mlp: NormSpec | None = None
@@ -75,14 +77,19 @@ class LayerSpec:
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:
-        """Its matrix products, in the order in which they run."""
-        return self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down
+        """Its matrix products that every token goes through, in the order in which they run."""
+        mlp = self.mlp
+        others = mlp.linears if isinstance(mlp, ExpertsMLP) else (mlp.gate_up, mlp.down)
+        return self.attention.qkv, self.attention.o, *others
 
     @property
     def norms(self) -> tuple[NormSpec, ...]:
         """Those of its norms that it has."""
-        q_norm, k_norm = self.attention.q_norm, self.attention.k_norm
-        all_norms = (self.before_attention, q_norm, k_norm, self.after_attention, self.before_mlp, self.after_mlp)
+        attention = self.attention
+        all_norms = (
+            self.before_attention, attention.q_norm, attention.k_norm, attention.sinks, self.after_attention,
+            self.before_mlp, self.after_mlp,
+        )  # fmt: skip
         return tuple(norm for norm in all_norms if norm is not None)
 
     @property
@@ -92,13 +99,16 @@ class LayerSpec:
             "post-norm": self.after_attention is not None or self.after_mlp is not None,
             "qk-norm": self.attention.q_norm is not None and not self.attention.norms_all_heads,
             "qk-norm-all-heads": self.attention.norms_all_heads,
+            "gelu": isinstance(self.mlp, DenseMLP) and self.mlp.activation is Activation.GELU_TANH,
+            "experts": self.experts is not None,
         }
-        traits |= {f"kept-{linear.name}": linear.kept for linear in self.linears}
+        traits |= {f"kept-{linear.name}": linear.kept for linear in self.linears if linear.name != ROUTER}
         return "+".join(name for name, present in traits.items() if present)
 
     def sizes(self, tp_size: int) -> dict[str, int]:
         """The sizes of a rank's part, as the rows of `elementwise` and `layer` name them."""
-        intermediate = self.mlp.intermediate.per_rank(tp_size)
+        mlp = self.mlp.shared if isinstance(self.mlp, ExpertsMLP) else self.mlp
+        intermediate = mlp.intermediate.per_rank(tp_size) if mlp else 0
         return {"hidden": self.hidden_size, "intermediate": intermediate} | self.attention.sizes(tp_size)
 
     def products(self, tp_size: int = 1) -> dict[str, tuple[int, int]]:
@@ -106,12 +116,15 @@ class LayerSpec:
         return {linear.name: linear.sizes(tp_size) for linear in self.linears}
 
     def product_elements(self, tp_size: int = 1) -> int:
-        """Numbers in the matrices of a rank: each is multiplied and added once for every token."""
-        return sum(n * k for n, k in self.products(tp_size).values())
+        """Numbers in the matrices of a rank that are multiplied and added for every token: of routed experts those
+        that it goes to."""
+        routed = self.experts.active_elements(tp_size) if self.experts else 0
+        return sum(n * k for n, k in self.products(tp_size).values()) + routed
 
     def num_elements(self, tp_size: int = 1) -> int:
         """Numbers that a rank holds: matrices, biases and norms; with one rank, the layer's parameters."""
-        return sum(tensor.num_elements(tp_size) for tensor in self._weights)
+        routed = self.experts.num_elements(tp_size) if self.experts else 0
+        return sum(tensor.num_elements(tp_size) for tensor in self._weights) + routed
 
     @property
     def kv_numbers(self) -> int:
@@ -126,21 +139,65 @@ class LayerSpec:
     @property
     def window(self) -> int | None:
         """How many tokens a query sees at most; None: all before it."""
-        return None
+        return self.attention.window
 
     @property
     def idle_elements(self) -> int:
         """Numbers of experts that a token does not go to."""
-        return 0
+        return self.experts.matrix_elements() - self.experts.active_elements() if self.experts else 0
+
+    @property
+    def dense(self) -> DenseMLP:
+        """Its MLP, where it has no experts."""
+        assert isinstance(self.mlp, DenseMLP)  # what takes dense layers alone checks for it
+        return self.mlp
+
+    @property
+    def experts(self) -> ExpertsMLP | None:
+        """Its routed experts, if it has any."""
+        return self.mlp if isinstance(self.mlp, ExpertsMLP) else None
+
+    def spread(self, ep_size: int) -> LayerSpec:
+        """The same with its experts spread over so many groups of the tensor-parallel ranks."""
+        return self if self.experts is None else replace(self, mlp=replace(self.experts, ep_size=ep_size))
+
+    def traits(self, tp_size: int) -> dict[str, int]:
+        """What besides `sizes` tells whole layers apart: masks, and experts."""
+        return self.attention.masking | (self.experts.sizes(tp_size) if self.experts else {})
 
     @property
     def kind(self) -> str:
         """In words, as tables name it."""
-        return "full attention"
+        attention = self.attention
+        words = [f"sliding window {attention.window}" if attention.window else "full attention"]
+        words += ["sinks"] if attention.sinks else []
+        words += [f"softcap {attention.softcap:g}"] if attention.softcap else []
+        words += ["no rotation"] if attention.rotation.is_off else []
+        if self.experts:
+            shared = " and shared" if self.experts.shared else ""
+            words.append(f"{self.experts.router.per_token} of {self.experts.experts.count} experts{shared}")
+        return ", ".join(words)
+
+    @property
+    def lacks_on_cards(self) -> str | None:
+        """What kernels here do of it on a CPU alone, or None."""
+        named = {"window": "sliding windows", "softcap": "softcaps", "sinks": "attention sinks"}
+        found = [named[name] for name in self.attention.masking] + (["experts"] if self.experts else [])
+        return " and ".join(found) or None
+
+    @property
+    def is_as_stored(self) -> bool:
+        """Whether it runs with the very numbers of its checkpoint, under no mask but the causal one: what training,
+        pruning and quantizing take."""
+        folded = [*(linear.is_folded for linear in self.linears), *(norm.folding != AS_STORED for norm in self.norms)]
+        if isinstance(self.mlp, ExpertsMLP):
+            return False
+        turned = self.attention.rotation == WHOLE_HEADS and self.mlp.activation is Activation.SILU
+        return turned and not self.attention.masking and not any(folded)
 
     def attention_flops(self, chunk: int, context: int) -> int:
         """FLOPs of all (query, key) pairs that the causal mask keeps: two for each multiplication."""
-        return 4 * self.attention.heads.size * seen_pairs(chunk, context)
+        return 4 * self.attention.heads.size * seen_pairs(chunk, context, self.attention.window)
 
     def keeping(self, names: Collection[str], *, group_size: int | None = None) -> LayerSpec:
         """The same layer with these of its linears plain in every precision, and scales for groups of inputs."""
@@ -149,6 +206,7 @@ class LayerSpec:
             return replace(linear, kept=linear.name in names, group_size=group_size)
 
         attention, mlp = self.attention, self.mlp
+        assert isinstance(mlp, DenseMLP)  # experts in 8 bits are not read
         return replace(
             self,
             attention=replace(attention, qkv=kept(attention.qkv), o=kept(attention.o)),
@@ -161,18 +219,19 @@ class LayerSpec:
             precision.matrix_bytes(*linear.sizes(tp_size), kept=linear.kept, group_size=linear.group_size)
             for linear in self.linears
         )
-        rest = self.num_elements(tp_size) - self.product_elements(tp_size)
-        return matrices + precision.weights.num_bytes(rest)
+        counted = sum(n * k for n, k in self.products(tp_size).values())
+        return matrices + precision.weights.num_bytes(self.num_elements(tp_size) - counted)
 
     def reduced_bytes(self, precision: Precision) -> tuple[int, ...]:
         """Bytes a token of each all-reduce of a tensor-parallel group in this layer."""
-        outputs = (precision.reductions.num_bytes(self.hidden_size),) * sum(x.cut is Cut.ROW for x in self.linears)
+        outputs = (precision.reductions.num_bytes(self.hidden_size),) * 2  # of attention, and of the MLP or experts
         squares = FLOAT32.num_bytes(2)  # of q and of k
         return (squares, *outputs) if self.attention.norms_all_heads else outputs
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name within the layer and shape of the checkpoint's tensors."""
-        return {name: size for tensor in self._weights for name, size in tensor.tensors().items()}
+        plain = {name: size for tensor in self._weights for name, size in tensor.tensors().items()}
+        return plain | (self.experts.tensors() if self.experts else {})
 
     @property
     def _weights(self) -> tuple[LinearSpec | NormSpec, ...]:

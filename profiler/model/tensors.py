@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -38,6 +38,22 @@ class Dim:
         return slice(first * self.width, end * self.width)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folding:
+    """What is done once to numbers of a checkpoint as they are read, so that kernels need not do it for every token.
+
+    order: of the features within each block, by their places in the checkpoint. scale: a factor of all. offset: is
+    added to all before.
+    """
+
+    order: tuple[int, ...] | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+AS_STORED = Folding()
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Outputs of a linear that lie together in a tensor of the checkpoint, from `first_row` on."""
@@ -45,6 +61,7 @@ class Part:
     tensor: str  # without ".weight" or ".bias"
     rows: Dim
     first_row: int = 0
+    folding: Folding = field(default=AS_STORED, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +71,7 @@ class Slice:
     tensor: str
     rows: slice
     columns: slice
+    folding: Folding = AS_STORED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +109,7 @@ class LinearSpec:
         for part in self.parts:
             rows = part.rows.of_rank(tp_rank, tp_size) if self.cut is Cut.COLUMN else slice(0, part.rows.size)
             shifted = slice(part.first_row + rows.start, part.first_row + rows.stop)
-            yield Slice(tensor=part.tensor, rows=shifted, columns=columns)
+            yield Slice(tensor=part.tensor, rows=shifted, columns=columns, folding=part.folding)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of the checkpoint's tensors."""
@@ -107,9 +125,20 @@ class LinearSpec:
         """The same linear, its parts one below the other in one tensor of the checkpoint."""
         parts, first_row = [], 0
         for part in self.parts:
-            parts.append(Part(tensor, part.rows, first_row))
+            parts.append(replace(part, tensor=tensor, first_row=first_row))
             first_row += part.rows.size
         return replace(self, parts=tuple(parts))
+
+    def folded(self, folding: Folding, *, parts: Collection[int] | None = None) -> LinearSpec:
+        """The same with some of its parts, or all, folded so."""
+        kept = range(len(self.parts)) if parts is None else parts
+        made = tuple(replace(part, folding=folding) if index in kept else part for index, part in enumerate(self.parts))
+        return replace(self, parts=made)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether any of its numbers are not what the checkpoint holds."""
+        return any(part.folding != AS_STORED for part in self.parts)
 
     @property
     def _num_rows(self) -> int:
@@ -118,11 +147,19 @@ class LinearSpec:
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """The weight of a root-mean-square norm over `dim`; cut by column, it spans the ranks of the group."""
+    """The weight of a root-mean-square norm over `dim`, or another vector of a layer; cut by column, it spans the ranks
+    of the group."""
 
-    tensor: str  # without ".weight"
+    tensor: str  # without the suffix
     dim: Dim
     cut: Cut = Cut.REPLICATED
+    folding: Folding = field(default=AS_STORED, repr=False)
+    suffix: str = field(default=".weight", repr=False)
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's tensor."""
+        return f"{self.tensor}{self.suffix}"
 
     def num_elements(self, tp_size: int = 1) -> int:
         """Numbers that a rank holds."""
@@ -134,4 +171,4 @@ class NormSpec:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of the checkpoint's tensor."""
-        return {f"{self.tensor}.weight": (self.dim.size,)}
+        return {self.name: (self.dim.size,)}

@@ -9,7 +9,7 @@ from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import PRECISIONS, Backend, LayerSpec, ModelShape, Precision
 from profiler.model.whole.layer import seen_pairs
 from profiler.points.order import by_need
-from profiler.points.point import BESIDE, COLLECTIVES, KEPT, WARM, Op, Point, strided
+from profiler.points.point import BESIDE, COLLECTIVES, EVEN, KEPT, SKEWED, WARM, Op, Point, strided
 from profiler.points.rank_groups import RankGroups
 from profiler.points.whole_layers import whole_layer_points
 from profiler.sequence.heads import most_heads
@@ -109,9 +109,12 @@ class Grid:
                 levels[size] = min(level, levels.get(size, level))
         return dict(sorted(levels.items()))
 
-    def context_levels(self, chunk: int) -> dict[int, int]:
-        """Contexts before a chunk: at a fixed chunk attention is linear in them, so that few do."""
+    def context_levels(self, chunk: int, window: int | None = None) -> dict[int, int]:
+        """Contexts before a chunk: at a fixed chunk attention is linear in them, so that few do; constant behind a
+        window."""
         rest = self.context_length - chunk
+        if window is not None and window < rest:
+            return {0: 0, window: 0, rest: 2}
         levels = {rest * 1 // 4: 2, rest // 2: 1, 0: 0, rest: 0}
         return dict(sorted(levels.items()))
 
@@ -139,8 +142,9 @@ class Grid:
     def _parts(self) -> Iterator[Point]:
         """Parts of layers, whole layers and all that ranks do together, for kernels here."""
         for tp_size in self.tp_sizes:
-            for layer in self.shape.layer_kinds:
-                yield from self._layer_points(layer, tp_size)
+            for shape in self._spread(tp_size):
+                for layer in shape.layer_kinds:
+                    yield from self._layer_points(layer, tp_size)
             yield from self._end_points(tp_size)
         yield from self._round_overhead()
         yield from self._ceiling()
@@ -150,6 +154,12 @@ class Grid:
             for sp_size in self.sp_sizes:
                 yield from self._side_by_side(RankGroups(sp_size))
 
+    def _spread(self, tp_size: int) -> list[ModelShape]:
+        """The model with its experts cut over the ranks of a group, and spread over them."""
+        if not self.shape.has_experts or tp_size == 1:
+            return [self.shape]
+        return [self.shape, self.shape.spread(tp_size)] if can_spread(self.shape, tp_size) else [self.shape]
+
     def _layer_points(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
         """The parts of a layer and whole layers: with all ranks at work, and on a CPU coarsely with one.
 
@@ -157,17 +167,19 @@ class Grid:
         """
         parts = [
             *self._matmuls(layer, tp_size),
+            *self._experts(layer, tp_size),
             *self._attention(layer, tp_size),
             *self._elementwise(layer, tp_size),
             *self._layers(layer, tp_size),
         ]
         yield from (replace(point, busy_ranks=self.world_size) for point in parts)
         # A plan for one rank leaves the others idle.
+        usual = ("", KEPT, EVEN, *self.kernels[:1], AttentionKernel.CPU_MASKED, layer.variant)
         if tp_size == 1 and self.world_size > 1 and self.device_type == "cpu":
             yield from (
                 replace(point, busy_ranks=1, level=point.level + 1)
                 for point in parts
-                if point.level <= 1 and point.variant in ("", KEPT, *self.kernels[:1], layer.variant)
+                if point.level <= 1 and point.variant in usual
             )
 
     def _matmuls(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
@@ -184,32 +196,46 @@ class Grid:
                 if self.device_type == "cuda" and level <= 1 and not linear.kept:
                     yield replace(point, variant=WARM, level=LAST_LEVEL)
 
+    def _experts(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
+        if layer.experts is None:
+            return
+        sizes, weights = layer.experts.sizes(tp_size), layer.experts.matrix_elements(tp_size)
+        width = sizes["per_token"] * (2 * layer.hidden_size + 3 * sizes["features"])
+        for tokens, level in self.product_levels.items():
+            for variant in (EVEN, SKEWED):
+                yield Point(
+                    op=Op.EXPERTS, dtype=self.dtype, shape={"tokens": tokens, "hidden": layer.hidden_size} | sizes,
+                    variant=variant, level=min(level + (variant == SKEWED), LAST_LEVEL),
+                    flops=2.0 * tokens * layer.experts.active_elements(tp_size),
+                    size_bytes=2 * self._weights(weights) + self._bytes(tokens * width),
+                )  # fmt: skip
+
     def _attention(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
         own = layer.attention.sizes(tp_size)
-        yield from self._attention_of(own)
+        yield from self._attention_of(own, layer)
         for sp_size in self.sp_sizes:
             if sp_size * tp_size > self.world_size or sp_size > own["heads"]:
                 continue
             heads, kv_heads = most_heads(own["heads"], own["kv_heads"], sp_size)
             if heads % kv_heads == 0:  # others run as several calls
-                yield from self._attention_of(own | {"heads": heads, "kv_heads": kv_heads})
+                yield from self._attention_of(own | {"heads": heads, "kv_heads": kv_heads}, layer)
 
-    def _attention_of(self, heads: Mapping[str, int]) -> Iterator[Point]:
+    def _attention_of(self, heads: Mapping[str, int], layer: LayerSpec) -> Iterator[Point]:
         slab = self.precision.kv_bytes(
             2 * heads["kv_heads"] * heads["head_dim"] * self.context_length, heads["head_dim"]
         )
         for chunk, chunk_level in self.attention_levels.items():
-            for context, context_level in self.context_levels(chunk).items():
-                for kernel in self.kernels:
+            for context, context_level in self.context_levels(chunk, layer.window).items():
+                for kernel in (AttentionKernel.CPU_MASKED,) if layer.attention.masking else self.kernels:
                     if self._dense_mask(kernel, chunk, context):
                         continue
                     yield Point(
                         op=Op.ATTENTION,
                         dtype=self.dtype,
-                        shape={**heads, "chunk": chunk, "context": context},
+                        shape={**heads, **layer.attention.masking, "chunk": chunk, "context": context},
                         variant=kernel.value,
                         level=min(chunk_level + context_level, LAST_LEVEL),
-                        flops=4.0 * heads["heads"] * heads["head_dim"] * seen_pairs(chunk, context),
+                        flops=4.0 * heads["heads"] * heads["head_dim"] * seen_pairs(chunk, context, layer.window),
                         size_bytes=slab + self._bytes(3 * chunk * heads["heads"] * heads["head_dim"]),
                     )
 
@@ -229,13 +255,14 @@ class Grid:
         width = 4 * sizes["hidden"] + 5 * sizes["intermediate"] + 4 * sizes["heads"] * sizes["head_dim"]
         fixed_bytes = 3 * layer.weights_bytes(self.precision, tp_size) + 2 * self._slab(layer, tp_size)
         for chunk, chunk_level in self.layer_levels.items():
-            for context, context_level in self.context_levels(chunk).items():
+            for context, context_level in self.context_levels(chunk, layer.window).items():
                 if context_level > 1 or (chunk_level and context_level):
                     continue
                 yield Point(
-                    op=Op.LAYER, dtype=self.dtype, shape={"chunk": chunk, "context": context} | sizes,
+                    op=Op.LAYER, dtype=self.dtype,
+                    shape={"chunk": chunk, "context": context} | sizes | layer.traits(tp_size),
                     variant=layer.variant, level=chunk_level + context_level,
-                    flops=2.0 * chunk * weights + attention * seen_pairs(chunk, context),
+                    flops=2.0 * chunk * weights + attention * seen_pairs(chunk, context, layer.window),
                     size_bytes=fixed_bytes + self._bytes(chunk * width),
                 )  # fmt: skip
 
@@ -325,6 +352,11 @@ class Grid:
     def _dense_mask(self, kernel: AttentionKernel, chunk: int, context: int) -> bool:
         dense = self.device_type == "cpu" and kernel is AttentionKernel.SDPA and context > 0
         return dense and chunk * (chunk + context) > _MAX_DENSE_PAIRS
+
+
+def can_spread(shape: ModelShape, ep_size: int) -> bool:
+    """Whether every layer with experts has one for each of so many ranks at least."""
+    return all(layer.experts is None or layer.experts.experts.count >= ep_size for layer in shape.layer_kinds)
 
 
 def rank_groups(tp_sizes: Iterable[int], sp_sizes: Iterable[int], world_size: int) -> list[RankGroups]:

@@ -92,7 +92,7 @@ def kernel_times(rows: Iterable[Measurement], heads: Mapping[str, int], *, busy_
         for row in rows
         if row.op == Op.ATTENTION
         and row.busy_ranks == busy_ranks
-        and all(row.shape[name] == size for name, size in heads.items())
+        and all(row.shape.get(name, 0) == size for name, size in heads.items())
     ]
 
 

@@ -20,6 +20,7 @@ class Op(StrEnum):
     EMBEDDING = "embedding"
     HEAD = "head"
     ROUND_OVERHEAD = "round_overhead"
+    EXPERTS = "experts"
     MATMUL_CEILING = "matmul_ceiling"
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
@@ -30,6 +31,9 @@ class Op(StrEnum):
 
 COLLECTIVES = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, Op.SEND_RECV)
 _STRIDE = "stride-"
+EVEN, SKEWED = "even", "skewed"  # how tokens spread over experts: logits of routers are normal of standard deviation 1,
+# to which each expert adds nothing, or a number of its own of the same deviation
+MASKS = ("window", "softcap", "sinks")  # sizes that attention has where more than the causal mask counts
 KEPT = "kept"  # variant of a product that a model keeps plain among quantized ones
 WARM = "warm"  # variant of a product whose weights are still in the cache
 BESIDE = "beside"  # variant of a collective while products run, and of a product (its group_size tells of whose) while

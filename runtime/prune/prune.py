@@ -115,7 +115,10 @@ def prune_checkpoint(
     check_wanted(shape, wanted, measure, calibration, output)
     device = work.device
     progress("importance of units")
-    importance = find_importance(source, shape, measure, calibration, device, seed=seed)
+    weighs_layers = wanted.layers > 0.0 or wanted.speedup is not None or wanted.size is not None
+    importance = find_importance(
+        source, shape, measure, calibration, device, seed=seed, judges_layers=weighs_layers
+    )  # fmt: skip
     prices = None
     if wanted.speedup is not None or measures_speed:
         progress("prices of units")
@@ -163,6 +166,7 @@ def check_wanted(
     if measure is Measure.ACTIVATION and not calibration:
         raise UserError("--calibration", "missing", "importance by activation needs a text to run over")
     spec = shape.layer  # refuses models whose layers differ
+    shape.check_as_stored("MODEL", "pruned")
     changes_heads = wanted.heads > 0.0
     if changes_heads and spec.attention.norms_all_heads:
         raise UserError("--heads", wanted.heads, f"{shape.name} norms all heads together: none can go")
@@ -273,7 +277,7 @@ def _layer_tensors(
 ) -> list[tuple[str, torch.Tensor]]:
     """A layer's tensors without what goes, in the format in which they lie."""
     spec, prefix = shape.layers[index], layer_prefix(index)
-    attention, mlp = spec.attention, spec.mlp
+    attention, mlp = spec.attention, spec.dense
     group = attention.heads.count // attention.kv_heads.count
     channels, groups = kept.channels[index], kept.groups[index]
     kv_rows = _features(groups, attention.head_dim)

@@ -119,6 +119,7 @@ def quantize_checkpoint(
 
 def check_recipe(shape: ModelShape, recipe: Recipe, calibration: Sequence[TokenIds]) -> None:
     """Raise `UserError` for a recipe that this model does not allow."""
+    shape.check_as_stored("MODEL", "quantized")
     if shape.quantization is not None:
         raise UserError("MODEL", shape.name, "is quantized already: quantize the checkpoint that it was made from")
     if not calibration and (recipe.linears.is_calibrated or recipe.smooth is not None):
@@ -190,7 +191,7 @@ def _quantize_layer(
     if recipe.smooth is not None:
         for norm, linear in (
             (spec.before_attention, spec.attention.qkv),
-            (spec.before_mlp, spec.mlp.gate_up),
+            (spec.before_mlp, spec.dense.gate_up),
         ):
             if norm is not None and linear.name not in kept:
                 _smooth(layer, norm, linear, recipe.smooth, stored[layer.name(norm.tensor) + ".weight"])

@@ -20,7 +20,7 @@ from profiler.model import (
 )
 from profiler.sequence.kind import SPKind
 from runtime.run.prompts import TokenIds, check_prompts
-from tuner.plan.layout import check_precision_fits
+from tuner.plan.layout import check_experts_fit, check_precision_fits, check_sequence_fits
 from tuner.plan.plan import MAX_THREADS, Plan
 
 MOST_PROMPT_TOKENS = 2**24  # their ids, as Python holds them, take some 0.7 GB; any KV cache takes far more
@@ -69,6 +69,12 @@ def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_t
         raise UserError("model", shape.architecture, f"is planned only: {shape.unrun}")
     if shape.backend is Backend.TRANSFORMERS:
         _check_whole(plan)
+    else:
+        shape.check_device(device_type)
+        check_sequence_fits(shape, parallel.sp_kind)
+        check_experts_fit(shape, PRECISIONS[plan.precision], parallel.weights)
+    if parallel.ep_size > 1 and not shape.has_experts:
+        raise UserError("parallel.ep_size", parallel.ep_size, f"1: kernels here run no experts of {shape.architecture}")
     check_precision_fits(PRECISIONS[plan.precision], parallel.sp_kind, parallel.weights)
     if parallel.sp_kind is SPKind.ULYSSES:
         for layer in shape.layer_kinds:
@@ -76,7 +82,7 @@ def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_t
             if parallel.sp_size > heads:
                 allowed = f"at most {heads} with sp_kind ulysses: the query heads at tp_size {parallel.tp_size}"
                 raise UserError("parallel.sp_size", parallel.sp_size, allowed)
-    shape.check_tp_size(parallel.tp_size)
+    shape.spread(parallel.ep_size).check_tp_size(parallel.tp_size)
     if parallel.pp_size > shape.num_layers:
         raise UserError("parallel.pp_size", parallel.pp_size, f"at most {shape.num_layers}, the model's layers")
     if sum(parallel.layer_partition) != shape.num_layers:

@@ -26,7 +26,7 @@ from profiler.kernels.quantized.support import check_precision
 from profiler.model import PRECISIONS, Backend, ModelShape, precision_of
 from profiler.model.flops import fastest_product_flops, prefill_flops
 from profiler.points.kernel_choice import KernelChoice
-from profiler.points.point import Op
+from profiler.points.point import MASKS, Op
 from runtime.job.job import Job, RankReport
 from runtime.job.probe import find_probe
 from runtime.run.prediction import Prediction, read_prediction
@@ -335,6 +335,6 @@ def _kernel_choice(plan: Plan, shape: ModelShape, rows: Iterable[Measurement], d
     if shape.backend is not Backend.OWN:
         return kernel_choice([], kernels)
     mine = Rows([row for row in rows if row.dtype == plan.precision])
-    sizes = shape.layers[0].attention.sizes(plan.parallel.tp_size)
+    sizes = shape.layers[0].attention.sizes(plan.parallel.tp_size) | dict.fromkeys(MASKS, 0)
     found = mine.select(Op.ATTENTION, sizes, busy_ranks=plan.parallel.world_size, variant=None)
     return kernel_choice(found, kernels)

@@ -184,7 +184,7 @@ class UlyssesScheme(Scheme):
         )
 
     def _columns(self) -> HeadColumns:
-        sizes = self.job.shape.layer.attention.sizes(self.job.parallel.tp_size)
+        sizes = self.job.shape.layer_kinds[0].attention.sizes(self.job.parallel.tp_size)
         return HeadColumns(
             shares=share_heads(sizes["heads"], sizes["kv_heads"], self.group.size),
             num_heads=sizes["heads"],

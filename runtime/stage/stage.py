@@ -91,6 +91,7 @@ class KernelStage(Stage):
 
     def __init__(self, job: Job, place: Place, groups: Groups, device: torch.device) -> None:
         super().__init__(job, device)
+        self.shape = job.shape.spread(job.parallel.ep_size)
         precision = PRECISIONS[job.dtype]
         self.dtype, weights_dtype = precision.activations.torch_dtype, precision.weights.torch_dtype
         weights = (
@@ -98,7 +99,7 @@ class KernelStage(Stage):
             if job.weights is None
             else open_checkpoint(job.weights, job.shape, device=device, dtype=weights_dtype)
         )
-        self.shard = load_shard(job.shape, place, weights, groups, precision)
+        self.shard = load_shard(self.shape, place, weights, groups, precision)
         self.kernels = cache(job.kernels)  # a search among the measured points, for each chunk of each round
         self.scheme = SCHEMES[job.parallel.sp_kind](job, groups, device, self._choose_kernel)
         layers = [job.shape.layers[index] for index in place.layers]

@@ -16,6 +16,7 @@ from profiler.comm.links.group import Groups
 from profiler.kernels.rotary import Rotary
 from profiler.model import ModelShape
 from profiler.model.precision import LinearFormat
+from profiler.model.rope import WHOLE_HEADS
 from runtime.job.place import Place
 from runtime.train.attention import CacheView, LayerCache, Span, attend, kernel_for, make_spans
 from runtime.train.blocks import Block, Halves, Rotation, weights_of
@@ -188,8 +189,11 @@ class Stage:
         """A round of a plan; starts: each request's first row in the caches."""
         spans = make_spans([(starts[chunk.request], chunk.start, chunk.tokens) for chunk in chunks])
         positions = torch.cat([torch.arange(chunk.start, chunk.end, device=self.device) for chunk in chunks])
+        rotation = self.rotary(positions, self.dtype)[WHOLE_HEADS]
         return RoundInputs(
-            spans=spans, rotation=self.rotary(positions, self.dtype), num_rows=sum(chunk.tokens for chunk in chunks)
+            spans=spans,
+            rotation=rotation,
+            num_rows=sum(chunk.tokens for chunk in chunks),
         )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -128,6 +128,7 @@ def check_trainable(plan: Plan, shape: ModelShape, weights: Path | None, *, devi
     """Raise `UserError` for a plan or a model that training does not take."""
     parallel = plan.parallel
     check_layout(plan, shape, max_new_tokens=1, device_type=device_type)
+    shape.check_as_stored("model", "trained")
     if shape.quantization is not None:
         raise UserError("--weights", weights, "is quantized: train the checkpoint that it was made from")
     if weights is not None:

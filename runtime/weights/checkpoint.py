@@ -39,7 +39,7 @@ class Weights(Protocol):
     """A source of a rank's weights."""
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
-        """A slice of a tensor, on the device and in the dtype of the run; `columns` only for matrices."""
+        """A slice of a tensor, on the device and in the dtype of the run; `columns` only where there are any."""
 
     def stored(self, name: str, rows: slice = ALL, columns: slice = ALL) -> QuantizedWeight | None:
         """A slice of the weight of the linear `name` in 8 bits; None where it is kept plain."""
@@ -124,8 +124,9 @@ class RandomWeights:
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
         """See `Weights`."""
-        parts = zip((rows, columns), self.shapes[name], strict=False)
-        size = tuple(len(range(*part.indices(length))) for part, length in parts)
+        sizes = self.shapes[name]
+        cuts = (rows, columns, *(ALL for _ in sizes[2:]))
+        size = tuple(len(range(*part.indices(length))) for part, length in zip(cuts, sizes, strict=False))
         if name.endswith("norm.weight"):
             return torch.ones(size, device=self.device, dtype=self.dtype)
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{name} {rows} {columns}".encode()))

@@ -13,13 +13,16 @@ from profiler.kernels.linear import Linear
 from profiler.kernels.quantized.linear import make_linear
 from profiler.kernels.quantized.weight import QuantizedWeight, quantize_weight
 from profiler.layers.decoder_layer import DecoderLayer, Norms, projections
+from profiler.layers.experts import Experts, ExpertWeights
 from profiler.layers.head import Head
-from profiler.model import ModelShape, Precision
+from profiler.model import LayerSpec, ModelShape, Precision
+from profiler.model.experts import ExpertsMLP
+from profiler.model.mlp import DenseMLP
 from profiler.model.precision import LinearFormat
 from profiler.model.shape import layer_prefix
-from profiler.model.tensors import Cut, LinearSpec, NormSpec, Slice
+from profiler.model.tensors import Cut, Folding, LinearSpec, NormSpec, Slice
 from runtime.job.place import Place
-from runtime.weights.checkpoint import Weights
+from runtime.weights.checkpoint import ALL, Weights
 from runtime.weights.gathered import GatheredWeights
 from tuner.plan.plan import Weights as WeightsPlace
 
@@ -47,6 +50,16 @@ def load_shard(shape: ModelShape, place: Place, weights: Weights, groups: Groups
     )
 
 
+def folded(numbers: torch.Tensor, folding: Folding) -> torch.Tensor:
+    """Numbers of a checkpoint, [rows, ...] in whole blocks, as kernels take them."""
+    if folding.order is not None:
+        order = torch.tensor(folding.order, device=numbers.device)
+        numbers = numbers.view(-1, len(order), *numbers.shape[1:])[:, order].flatten(0, 1)
+    if folding.offset:
+        numbers = numbers + folding.offset
+    return numbers if folding.scale == 1.0 else numbers * folding.scale
+
+
 @dataclass(frozen=True, slots=True)
 class _Reader:
     """Reads a rank's part of what specs describe; `prefix` stands before the names of a layer's tensors."""
@@ -59,14 +72,18 @@ class _Reader:
     def matrix(self, spec: LinearSpec) -> torch.Tensor:
         """The rank's weight [n, k]."""
         return torch.cat([
-            self.weights.read(f"{self.prefix}{part.tensor}.weight", part.rows, part.columns)
+            folded(self.weights.read(f"{self.prefix}{part.tensor}.weight", part.rows, part.columns), part.folding)
             for part in self.slices(spec)
         ])  # fmt: skip
 
     def bias(self, spec: LinearSpec) -> torch.Tensor | None:
         """The rank's bias [n], whole where the inputs are cut."""
-        names = [(f"{self.prefix}{part.tensor}.bias", part.rows) for part in self.slices(spec)]
-        return torch.cat([self.weights.read(*name) for name in names]) if spec.has_bias else None
+        if not spec.has_bias:
+            return None
+        return torch.cat([
+            folded(self.weights.read(f"{self.prefix}{part.tensor}.bias", part.rows), part.folding)
+            for part in self.slices(spec)
+        ])  # fmt: skip
 
     def linear(self, spec: LinearSpec) -> Product:
         """The product; where the inputs are cut, its bias is added to the sum of the ranks and not here."""
@@ -97,8 +114,36 @@ class _Reader:
             if stored is None:
                 whole = quantize_weight(self.weights.read(f"{name}.weight", part.rows), linears.weights.torch_dtype)
                 stored = QuantizedWeight(whole.values[:, part.columns].contiguous(), whole.scales)
-            parts.append(stored)
+            values = folded(stored.values, replace(part.folding, scale=1.0))
+            parts.append(QuantizedWeight(values, folded(stored.scales, part.folding)))
         return QuantizedWeight(torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
+
+    def experts(self, mlp: ExpertsMLP) -> ExpertWeights:
+        """Those of the rank's experts, and of each its features."""
+        held, features = mlp.held(self.place.tp_rank, self.place.parallel.tp_size)
+        if mlp.tensors_of.is_stacked:
+            return self._stacked_experts(mlp, held, features)
+        gate_up, down = [], []
+        for expert in range(held.start, held.stop):
+            names = [f"{self.prefix}{name.format(expert)}.weight" for name in mlp.tensors_of.names]
+            gate_up.append(torch.cat([self.weights.read(name, features) for name in names[:2]]))
+            down.append(self.weights.read(names[2], ALL, features))
+        return ExpertWeights(gate_up=torch.stack(gate_up), down=torch.stack(down))
+
+    def _stacked_experts(self, mlp: ExpertsMLP, held: slice, features: slice) -> ExpertWeights:
+        names = [f"{self.prefix}{name}" for name in mlp.tensors_of.names]
+        pairs = torch.arange(2 * features.start, 2 * features.stop).view(-1, 2).t().flatten()  # gates, then ups
+        gate_up = self.weights.read(names[0], held)[:, :, pairs].transpose(1, 2).contiguous()
+        down = self.weights.read(names[1], held, features).transpose(1, 2).contiguous()
+        if not mlp.tensors_of.has_bias:
+            return ExpertWeights(gate_up=gate_up, down=down)
+        return ExpertWeights(
+            gate_up=gate_up,
+            down=down,
+            gate_up_bias=self.weights.read(f"{names[0]}_bias", held)[:, pairs].contiguous(),
+            # Ranks that share an expert add its bias once.
+            down_bias=self.weights.read(f"{names[1]}_bias", held) if features.start == 0 else None,
+        )
 
     def own_bias(self, spec: LinearSpec) -> torch.Tensor | None:
         """The bias that the rank's product adds."""
@@ -107,7 +152,7 @@ class _Reader:
     def norm(self, spec: NormSpec) -> torch.Tensor:
         """The rank's part of a norm's weight."""
         rows = spec.rows(self.place.tp_rank, self.place.parallel.tp_size)
-        return self.weights.read(f"{self.prefix}{spec.tensor}.weight", rows)
+        return folded(self.weights.read(f"{self.prefix}{spec.name}", rows), spec.folding)
 
     def slices(self, spec: LinearSpec) -> Iterator[Slice]:
         """Where the rank's part lies in the checkpoint."""
@@ -119,6 +164,9 @@ def _load_layer(
 ) -> DecoderLayer:
     spec, reader = shape.layers[index], replace(model, prefix=layer_prefix(index))
     linears: dict[str, Product] = {}
+    if spec.experts is not None:
+        return _load_expert_layer(shape, spec, spec.experts, reader, group)
+    assert isinstance(spec.mlp, DenseMLP)
     if gathered is None:
         linears = {linear.name: reader.layer_linear(linear) for linear in spec.linears}
     else:
@@ -132,6 +180,33 @@ def _load_layer(
         **projections(linears),
         reduce_o=group.reduce(reader.bias(spec.attention.o)),
         reduce_down=group.reduce(reader.bias(spec.mlp.down)),
+        sum_ranks=group.reduce(None),
+    )
+
+
+def _load_expert_layer(
+    shape: ModelShape, spec: LayerSpec, mlp: ExpertsMLP, reader: _Reader, group: RankGroup
+) -> DecoderLayer:
+    bias, shared, gate = mlp.router.bias, mlp.shared, mlp.shared_gate
+    held, _ = mlp.held(reader.place.tp_rank, reader.place.parallel.tp_size)
+    experts = Experts(
+        mlp,
+        reader.experts(mlp),
+        first=held.start,
+        router=Linear(reader.matrix(mlp.router.gate), reader.bias(mlp.router.gate)),
+        choice_bias=None if bias is None else reader.norm(bias),
+        shared=None if shared is None else (reader.linear(shared.gate_up), reader.linear(shared.down)),
+        shared_gate=None if gate is None else reader.linear(gate),
+    )
+    return DecoderLayer(
+        spec,
+        reader.place.parallel.tp_size,
+        norms=Norms.of(spec, reader.norm, eps=shape.norm_eps),
+        qkv=reader.linear(spec.attention.qkv),
+        o=reader.linear(spec.attention.o),
+        experts=experts,
+        reduce_o=group.reduce(reader.bias(spec.attention.o)),
+        reduce_down=group.reduce(None),
         sum_ranks=group.reduce(None),
     )
 

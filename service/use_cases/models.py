@@ -11,7 +11,7 @@ from pathlib import Path
 from db.errors import UserError
 from profiler.library.verified import VERIFIED
 from profiler.model import PRECISIONS, Backend, load_model_shape
-from profiler.model.architectures import ARCHITECTURES
+from profiler.model.architectures.table import ARCHITECTURES
 from profiler.model.bundled import bundled_names
 from profiler.model.shape import Layer, ModelShape
 from profiler.model.whole.blocks import PLANNED

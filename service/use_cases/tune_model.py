@@ -21,7 +21,7 @@ from db.rows.runs import RunStatus, list_runs
 from db.store.engine import Database, open_database
 from profiler.hardware.device import default_device_type, default_num_threads, describe_hardware
 from profiler.model import PRECISIONS, Backend, ModelShape, load_model_shape, precision_of
-from profiler.model.configuration import MAX_LAYERS
+from profiler.model.architectures.architecture import MAX_LAYERS
 from profiler.model.flops import fastest_product_flops, prefill_flops
 from profiler.model.shape import default_dtype
 from profiler.sequence.kind import SPKind
@@ -38,7 +38,7 @@ from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
 from tuner.fit.uncertainty import share_missing, widened
 from tuner.fit.whole.costs import Costs, fit_whole_costs, whole_held_out
-from tuner.plan.layout import ANY, Layout, Pins, check_precision_fits, enumerate_layouts, layout_of
+from tuner.plan.layout import ANY, Layout, Pins, check_experts_fit, check_precision_fits, enumerate_layouts, layout_of
 from tuner.plan.plan import Request
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.topology import load_topology
@@ -85,6 +85,9 @@ def tune_model(
         device_type = DEVICE_TYPE[hardware.backend]
         if options.chunk_multiple is None:
             rules = replace(rules, chunk_multiple=CHUNK_MULTIPLE[device_type])
+        if shape.backend is Backend.OWN and options.backend == "auto":
+            on_device = load_model_shape(options.model, backend=options.backend, device_type=device_type)
+            shape = on_device if on_device.backend is not Backend.OWN else shape
         target = Target(
             shape=shape,
             dtype=dtype or default_dtype(shape, device_type),
@@ -214,14 +217,16 @@ def _fitter(
 
     def fit(layout: Layout) -> Costs:
         check_precision_fits(precision_of(target.dtype), layout.sp_kind, layout.weights)
+        check_experts_fit(target.shape, precision_of(target.dtype), layout.weights)
         work = RankWork.on(
             hardware,
-            shape=target.shape,
+            shape=target.shape.spread(layout.ep_size),
             dtype=target.dtype,
             tp_size=layout.tp_size,
             sp_size=layout.sp_size,
             sp_kind=layout.sp_kind,
             weights=layout.weights,
+            longest_prompt=max(request.prompt_tokens for request in target.requests),
         )
         if links.leaves_host(layout):
             work = replace(work, has_peer_memory=False)
@@ -233,7 +238,15 @@ def _fitter(
         return replace(costs, correction=fit_correction(rounds))
 
     def fit_layout(layout: Layout) -> Costs:
-        key = (layout.tp_size, layout.sp_size, layout.sp_kind, layout.weights, layout.pp_size > 1, *links.key(layout))
+        key = (
+            layout.tp_size,
+            layout.sp_size,
+            layout.sp_kind,
+            layout.weights,
+            layout.ep_size,
+            layout.pp_size > 1,
+            *links.key(layout),
+        )
         if key not in fits:
             try:
                 fits[key] = fit(layout)

@@ -153,7 +153,17 @@ def classes_json(report: TuneReport) -> list[dict[str, Any]]:
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:
     layout = candidate.layout
-    names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights", "family")
+    names = (
+        "tp_size",
+        "pp_size",
+        "sp_size",
+        "sp_kind",
+        "virtual_stages",
+        "stage_order",
+        "weights",
+        "ep_size",
+        "family",
+    )
     found: dict[str, Any] = {name: getattr(layout, name) for name in names} | {
         "layer_partition": list(candidate.layer_partition),
         "refusal": candidate.refusal,

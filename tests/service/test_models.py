@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from db.errors import UserError
 from profiler.model import PRECISIONS, Backend, ModelShape, load_model_shape
 from profiler.model.flops import prefill_flops
 from profiler.model.whole.layer import seen_pairs
-from service.use_cases.models import model_report, supported
+from service.use_cases.models import model_report
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 # Billions of parameters that their publishers name; numbers that are kept of a token in all layers whose context grows.
@@ -24,8 +26,8 @@ PUBLISHED = {
     "Meta-Llama-3.1-70B": (70.55, Backend.OWN, "bfloat16", 80 * 2048),
     "MiMo-7B-Base": (7.62, Backend.OWN, "bfloat16", 36 * 2048),
     "MiniMax-M2.5": (228.7, Backend.TRANSFORMERS, "fp8", 62 * 2048),
-    "Mixtral-8x7B-v0.1": (46.7, Backend.TRANSFORMERS, "bfloat16", 32 * 2048),
-    "Qwen3-30B-A3B": (30.5, Backend.TRANSFORMERS, "bfloat16", 48 * 1024),
+    "Mixtral-8x7B-v0.1": (46.7, Backend.OWN, "bfloat16", 32 * 2048),
+    "Qwen3-30B-A3B": (30.5, Backend.OWN, "bfloat16", 48 * 1024),
     "Qwen3-32B-FP8-Static-PerTensor": (32.76, Backend.OWN, "fp8", 64 * 2048),
     "Qwen3-32B-FP8": (32.76, Backend.OWN, "fp8", 64 * 2048),
     "Qwen3-VL-8B-Instruct": (8.77, Backend.TRANSFORMERS, "bfloat16", 36 * 2048),
@@ -96,15 +98,22 @@ def test_windows_bound_work_and_what_is_kept(tmp_path: Path) -> None:
     assert halved == pytest.approx(0.5, abs=0.01)
 
 
+def test_own_kernels_on_a_cpu_are_not_taken_for_cards(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
+        "max_position_embeddings": 512, "sliding_window": 64,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = load_model_shape(str(tmp_path))
+    assert (shape.backend, shape.layer.kind) == (Backend.OWN, "sliding window 64")
+    assert load_model_shape(str(tmp_path), device_type="cuda").backend is Backend.TRANSFORMERS
+    with pytest.raises(UserError, match="sliding windows on CPUs alone"):
+        load_model_shape(str(tmp_path), backend="own", device_type="cuda")
+
+
 def test_what_is_not_supported_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"], "model_type": "no_such"}')
     report = model_report(str(tmp_path))
     assert report.backend == "refused"
     assert "architectures: NoSuchForCausalLM; is no decoder of Transformers" in str(report.reason)
-
-
-def test_the_page_names_every_architecture_and_what_runs_it() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    listed = [line.split("|")[1:4] for line in page.partition("## Architectures")[2].splitlines() if "|" in line][2:]
-    told = [[one.architecture, str(one.backend), one.about] for one in supported()]
-    assert [[cell.strip().strip("`") for cell in cells] for cells in listed] == told

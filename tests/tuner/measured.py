@@ -65,7 +65,7 @@ def measure(
     rows: list[Measurement] = []
 
     def add(op: str, us: float, group_size: int = 1, variant: str = "", **sizes: int) -> None:
-        rows.append(_row(op, us, sizes, group_size, busy_ranks, variant))
+        rows.append(row(op, us, sizes, group_size, busy_ranks, variant))
 
     for m in CHUNKS:
         for n, k in work.projections:
@@ -103,7 +103,7 @@ def relative(found: float, true: float) -> float:
     return abs(found / true - 1.0)
 
 
-def _row(op: str, us: float, sizes: dict[str, int], group_size: int, busy_ranks: int, variant: str) -> Measurement:
+def row(op: str, us: float, sizes: dict[str, int], group_size: int, busy_ranks: int, variant: str) -> Measurement:
     return Measurement(
         op=op, dtype="float32", shape=sizes, group_size=group_size, busy_ranks=busy_ranks, variant=variant,
         num_samples=10, median_us=us, p10_us=us, p90_us=us, min_us=us, std_us=0.0, noisy=False,

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import lsq_linear
 
 from db.rows.measurements import Measurement
-from tuner.fit.attention.curve import AttentionCurve
 from tuner.fit.curve import Floats
 from tuner.fit.rows import expected_s
 
@@ -80,7 +80,11 @@ class Calibration:
 
 
 def fit_calibration(
-    compute_s: Callable[[Floats], Floats], attention: AttentionCurve, layers: Sequence[Measurement], *, ranks: int
+    compute_s: Callable[[Floats], Floats],
+    attention: Callable[[Floats, npt.ArrayLike], Floats],
+    layers: Sequence[Measurement],
+    *,
+    ranks: int,
 ) -> Calibration:
     """Fit the factors to `layer` rows (bounded least squares on relative errors, `scipy.optimize.lsq_linear`).
 
@@ -97,7 +101,8 @@ def fit_calibration(
     knots = np.unique(chunk)
     one = np.eye(len(knots))
     hats = np.stack([np.interp(np.log(chunk), np.log(knots), unit) for unit in one], axis=1)
-    parts = (compute_s(chunk), attention.base(chunk), attention.slope(chunk) * context)
+    alone = attention(chunk, 0.0)
+    parts = (compute_s(chunk), alone, attention(chunk, context) - alone)
     design = np.concatenate([hats * part[:, None] for part in parts], axis=1)
     steps, nothing = np.diff(one, axis=0), np.zeros_like(one)
     pulls = np.concatenate([

@@ -68,6 +68,15 @@ def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
     return fit_curve(sizes, without_spikes(sizes, [expected_s(row, ranks=ranks) for row in rows]))
 
 
+def fit_means(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
+    """The same through the mean of the rows of each size, which differ in what is not known beforehand."""
+    by_size: dict[int, list[float]] = {}
+    for row in rows:
+        by_size.setdefault(row.shape[at], []).append(expected_s(row, ranks=ranks))
+    sizes = list(by_size)
+    return fit_curve(sizes, without_spikes(sizes, [float(np.mean(by_size[size])) for size in sizes]))
+
+
 def without_spikes(x: Sequence[float], seconds: Sequence[float]) -> list[float]:
     """Lower the seconds of points that cost far more for a unit of x than both neighbouring points.
 

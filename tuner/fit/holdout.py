@@ -11,7 +11,7 @@ from db.rows.measurements import Measurement
 from profiler.points.point import Op
 from profiler.sequence.kind import SPKind
 from tuner.fit.attention.rows import AttentionRows, attention_rows
-from tuner.fit.curve import fit_rows
+from tuner.fit.curve import fit_means, fit_rows
 from tuner.fit.rows import RankWork, Rows, expected_s
 from tuner.fit.sequence.messages import LayerMessage, layer_messages, message_rows
 
@@ -61,7 +61,15 @@ class LeftOutPoints:
 
 def held_out_errors(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[HeldOutError]:
     """Leave-one-out errors of the fits behind `tuner.fit.layer_fit.fit_layer_costs`, by operation."""
-    return [_summary(tested) for tested in leave_out(measurements, work, busy_ranks=busy_ranks)]
+    kinds = [leave_out(measurements, kind, busy_ranks=busy_ranks) for kind in work.kinds]
+    if len(kinds) == 1:
+        return [_summary(tested) for tested in kinds[0]]
+    merged: dict[str, LeftOutPoints] = {}
+    for tested in (one for kind in kinds for one in kind):
+        known = merged.setdefault(tested.op, LeftOutPoints(op=tested.op, points=[], shares=[]))
+        known.points.extend(tested.points)
+        known.shares.extend(tested.shares)
+    return [_summary(tested) for tested in merged.values()]
 
 
 def leave_out(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks: int) -> list[LeftOutPoints]:
@@ -92,6 +100,9 @@ def leave_out(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks
             shares=[share_of(row, "tokens") for row in elementwise],
         ),
     ]
+    if work.layer.experts is not None:
+        routed = rows.select("experts", work.expert_sizes, busy_ranks=busy_ranks, variant=None)
+        found.append(_spread_of_routers(routed, share_of, ranks))
     attended = attention_rows(rows, work, busy_ranks=busy_ranks)
     if attended:
         found.append(_leave_attention_out(AttentionRows(attended, work), compute_s))
@@ -103,6 +114,25 @@ def leave_out(measurements: Sequence[Measurement], work: RankWork, *, busy_ranks
         sent = message_rows(rows, message.op, work, busy_ranks=busy_ranks)
         found.append(_leave_messages_out(sent, message, compute_s))
     return [tested for tested in found if tested.shares]
+
+
+def _spread_of_routers(
+    rows: Sequence[Measurement], share_of: Callable[[Measurement, str], float], ranks: int
+) -> LeftOutPoints:
+    """How far each spread of tokens over experts is from what plans are made with, the mean of all measured."""
+    if not rows:
+        return LeftOutPoints(op="experts", points=[], shares=[])
+    curve = fit_means(rows, "tokens", ranks=ranks)
+    points = [
+        LeftOut(
+            row=row,
+            error=float(curve(row.shape["tokens"])) / expected_s(row, ranks=ranks) - 1.0,
+            share=share_of(row, "tokens"),
+        )
+        for row in rows
+        if not row.noisy
+    ]
+    return LeftOutPoints(op="experts", points=points, shares=[share_of(row, "tokens") for row in rows])
 
 
 def _leave_messages_out(rows: Sequence[Measurement], message: LayerMessage, compute_s: Seconds) -> LeftOutPoints:

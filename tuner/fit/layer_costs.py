@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
 
-from profiler.model import PRECISIONS
+from profiler.model import PRECISIONS, LayerSpec
 from profiler.points.point import Op
 from profiler.sequence.kind import CUTS, SequenceCut, usual_cut
 from tuner.fit.attention.curve import SPLIT_ROWS, TILE_ROWS, AttentionCurve
+from tuner.fit.attention.window import WindowCurve
 from tuner.fit.calibration import Calibration
 from tuner.fit.correction import Correction
 from tuner.fit.curve import Curve, Floats
@@ -38,11 +40,11 @@ class LayerCosts:
 
     work: RankWork
     projections: tuple[Curve, ...]
-    """Seconds of each of the four matmuls at the rows that a rank runs."""
+    """Seconds of each matmul at the rows that a rank runs, and of routed experts if there are any."""
     elementwise: Curve
     all_reduce: Curve | None
     """Seconds at a message's bytes; two a layer when tp_size > 1."""
-    attention: AttentionCurve
+    attention: AttentionCurve | WindowCurve
     """With the heads that a rank attends with."""
     calibration: Calibration
     messages: Mapping[Op, Curve]
@@ -62,6 +64,8 @@ class LayerCosts:
     """The largest chunk that all parts of a layer were measured at; plans beyond it are extrapolated."""
     max_context: int
     """The longest context measured."""
+    others: Mapping[LayerSpec, LayerCosts] = field(default_factory=dict)
+    """The same of the model's other kinds of layers, of which only the layers' own costs count."""
     virtual_stages: int = 1
     """Groups of layers that a stage holds in the cost models that are made."""
     stage_order: StageOrder = StageOrder.LOOP
@@ -74,6 +78,15 @@ class LayerCosts:
         """The same costs with several groups of layers a stage."""
         return replace(self, virtual_stages=virtual_stages, stage_order=stage_order)
 
+    @property
+    def kinds(self) -> dict[LayerSpec, LayerCosts]:
+        """Costs by kind of layer."""
+        return {self.work.layer: self, **self.others}
+
+    def changed(self, change: Callable[[LayerCosts], LayerCosts]) -> LayerCosts:
+        """The same where a change applies to each kind of layer."""
+        return replace(change(self), others={layer: change(costs) for layer, costs in self.others.items()})
+
     def with_links(self, factor: float) -> LayerCosts:
         """The same costs with all communication `factor` times as fast; infinity makes it free."""
 
@@ -82,6 +95,7 @@ class LayerCosts:
 
         return replace(
             self,
+            others={layer: costs.with_links(factor) for layer, costs in self.others.items()},
             all_reduce=None if self.all_reduce is None else shorter(self.all_reduce),
             messages={op: shorter(curve) for op, curve in self.messages.items()},
             hop_latency_s=self.hop_latency_s / factor,
@@ -135,19 +149,21 @@ class LayerCosts:
         pp_size, last = len(layer_partition) // self.virtual_stages, len(layer_partition) - 1
 
         @cache
-        def stage_of(num_layers: int, skew: float, scale: float, first: bool, last: bool) -> StageCost:
-            return self._stage(num_layers, skew, scale, first=first, last=last, cut=cut, least=least)
+        def stage_of(
+            held: tuple[tuple[LayerSpec, int], ...], skew: float, scale: float, first: bool, last: bool
+        ) -> StageCost:
+            return self._stage(dict(held), skew, scale, first=first, last=last, cut=cut, least=least)
 
         placed = stages_of_groups(pp_size, self.virtual_stages, self.stage_order)
         stages = tuple(
             stage_of(
-                num_layers,
+                held,
                 self.rank_skew.of_stage(stage, self.work.stage_size),
                 self.correction.of_stage(pp_size, stage),
                 group == 0,
                 group == last,
             )
-            for group, (num_layers, stage) in enumerate(zip(layer_partition, placed, strict=True))
+            for group, (held, stage) in enumerate(zip(self._held(layer_partition), placed, strict=True))
         )
         sharing = 1 if cut is SequenceCut.WHOLE else self.work.sequence_size  # a rank hands on its own rows
         return CostModel(
@@ -159,14 +175,26 @@ class LayerCosts:
             stage_order=self.stage_order,
         )
 
+    def _held(self, layer_partition: Sequence[int]) -> Iterator[tuple[tuple[LayerSpec, int], ...]]:
+        """The layers of each group by kind. Partitions of more layers than there are begin again with the first."""
+        if not self.others:
+            yield from (((self.work.layer, num_layers),) for num_layers in layer_partition)
+            return
+        layers, first = self.work.shape.layers, 0
+        for num_layers in layer_partition:
+            held = Counter(layers[index % len(layers)] for index in range(first, first + num_layers))
+            first += num_layers
+            yield tuple(held.items())
+
     def least_layers(self, pp_size: int) -> tuple[StageCost, ...]:
         """The least cost over all cuts of a layer and the head on each of `pp_size` stages; equal stages share one."""
 
         def least(skew: float, scale: float) -> StageCost:
-            cuts = CUTS[self.work.sp_kind]
-            return _least_stage(
-                [self._stage(1, skew, scale, first=False, last=True, cut=cut, least=True) for cut in cuts]
-            )
+            return _least_stage([
+                self._stage({layer: 1}, skew, scale, first=False, last=True, cut=cut, least=True)
+                for cut in CUTS[self.work.sp_kind]
+                for layer in self.kinds
+            ])  # fmt: skip
 
         places = [
             (self.rank_skew.of_stage(stage, self.work.stage_size), self.correction.of_stage(pp_size, stage))
@@ -177,7 +205,7 @@ class LayerCosts:
 
     def _stage(
         self,
-        num_layers: int,
+        held: Mapping[LayerSpec, int],
         skew: float,
         stage_scale: float,
         *,
@@ -187,13 +215,14 @@ class LayerCosts:
         least: bool = False,
     ) -> StageCost:
         grid, costs = table_grid(), self.cut_costs(cut)
-        layer_s, base_s, slope_s = self._layer_tables(skew, cut, least)
+        kinds = self.kinds
+        tables = [np.stack(kinds[layer]._layer_tables(skew, cut, least)) * count for layer, count in held.items()]
+        tokens, base_s, slope_s = np.sum(tables, axis=0)
         scale = stage_scale * self.correction.tokens_scale
-        tokens = num_layers * layer_s
         if first:
             tokens = tokens + self.embedding(self._own_rows(grid.astype(np.float64), cut))
         tokens = scale * tokens
-        attention_scale = num_layers * skew * stage_scale * self.correction.attention_scale
+        attention_scale = skew * stage_scale * self.correction.attention_scale
         return StageCost(
             token_count=(0, *grid.tolist()),
             token_seconds=rising([tokens[0], *tokens]),

@@ -11,7 +11,7 @@ from profiler.points.point import RANK_LAYER
 from tuner.fit.attention.rows import AttentionRows, require_attention
 from tuner.fit.calibration import Calibration, fit_calibration
 from tuner.fit.correction import Correction
-from tuner.fit.curve import Curve, fit_line, fit_rows
+from tuner.fit.curve import Curve, fit_line, fit_means, fit_rows
 from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.rank_skew import RankSkew, fit_rank_skew
 from tuner.fit.rows import RankWork, Rows, expected_s
@@ -23,7 +23,21 @@ def fit_layer_costs(measurements: Sequence[Measurement] | Rows, work: RankWork, 
 
     busy_ranks: ranks at work at once when the plan runs; rows taken under the nearest such load are used.
     """
-    rows, why, ranks = Rows.of(measurements), str(work), work.stage_size
+    rows = Rows.of(measurements)
+    first, *others = (_fit_kind(rows, kind, busy_ranks=busy_ranks) for kind in work.kinds)
+    if not others:
+        return first
+    return replace(
+        first,
+        others={costs.work.layer: costs for costs in others},
+        max_chunk=min(costs.max_chunk for costs in (first, *others)),
+        max_context=min(costs.max_context for costs in (first, *others)),
+    )
+
+
+def _fit_kind(rows: Rows, work: RankWork, *, busy_ranks: int) -> LayerCosts:
+    """Costs of the work's kind of layer."""
+    why, ranks = str(work), work.stage_size
     projections, elementwise = _token_wise(rows, work, busy_ranks)
     attention = AttentionRows(require_attention(rows, work, busy_ranks=busy_ranks, why=why), work)
 
@@ -60,7 +74,7 @@ def fit_layer_costs(measurements: Sequence[Measurement] | Rows, work: RankWork, 
         max_chunk=_largest_chunk(rows, work, busy_ranks, [row.shape["chunk"] for row in attention.chosen]),
         max_context=max(row.shape["context"] + row.shape["chunk"] for row in attention.chosen),
     )
-    of_ranks = rows.select(RANK_LAYER, work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
+    of_ranks = rows.select(RANK_LAYER, work.whole_layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
     calibration = _calibration(rows, costs, busy_ranks)
     return replace(costs, calibration=calibration, rank_skew=fit_rank_skew(of_ranks))
 
@@ -96,7 +110,7 @@ def _refitted(rows: Rows, costs: LayerCosts, work: RankWork, busy_ranks: int) ->
 
 
 def _token_wise(rows: Rows, work: RankWork, busy_ranks: int) -> tuple[tuple[Curve, ...], Curve]:
-    """Curves of the four matmuls and of the element-wise work."""
+    """Curves of the matmuls, of routed experts if there are any, and of the element-wise work."""
     products = [
         rows.require("matmul", sizes, busy_ranks=busy_ranks, variant=variant, why=str(work))
         for sizes, variant in work.projection_rows
@@ -105,12 +119,16 @@ def _token_wise(rows: Rows, work: RankWork, busy_ranks: int) -> tuple[tuple[Curv
         "elementwise", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant, why=str(work)
     )
     ranks = work.stage_size
-    return tuple(fit_rows(found, "m", ranks=ranks) for found in products), fit_rows(elementwise, "tokens", ranks=ranks)
+    curves = [fit_rows(found, "m", ranks=ranks) for found in products]
+    if work.layer.experts is not None:
+        routed = rows.require("experts", work.expert_sizes, busy_ranks=busy_ranks, variant=None, why=str(work))
+        curves.append(fit_means(routed, "tokens", ranks=ranks))  # of the spreads over experts that were measured
+    return tuple(curves), fit_rows(elementwise, "tokens", ranks=ranks)
 
 
 def _layers_calibration(rows: Rows, costs: LayerCosts, busy_ranks: int) -> Calibration:
     work = costs.work
-    layers = rows.select("layer", work.layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
+    layers = rows.select("layer", work.whole_layer_sizes, busy_ranks=busy_ranks, variant=work.layer_variant)
     return fit_calibration(costs.compute_s, costs.attention, layers, ranks=work.stage_size)
 
 

@@ -11,8 +11,8 @@ from db.errors import UserError
 from db.rows.hardware import Hardware
 from db.rows.measurements import Measurement
 from profiler.hardware.datasheet import published_multiprocessors
-from profiler.model import PRECISIONS, ModelShape
-from profiler.points.point import KEPT
+from profiler.model import PRECISIONS, LayerSpec, ModelShape
+from profiler.points.point import KEPT, MASKS
 from profiler.sequence.heads import most_heads
 from profiler.sequence.kind import SPKind
 from tuner.plan.plan import Weights
@@ -33,6 +33,10 @@ class RankWork:
     sp_size: int = 1
     sp_kind: SPKind = SPKind.NONE
     weights: Weights = Weights.WHOLE
+    kind: LayerSpec | None = None
+    """The layer that is meant, where those of the model differ."""
+    longest_prompt: int | None = None
+    """Tokens of the longest prompt that is planned for; None: as long as was measured."""
     has_peer_memory: bool = False
     """Whether cards write to each other's memory, so that copy engines gather keys and values."""
 
@@ -47,6 +51,7 @@ class RankWork:
         sp_size: int = 1,
         sp_kind: SPKind = SPKind.NONE,
         weights: Weights = Weights.WHOLE,
+        longest_prompt: int | None = None,
     ) -> Self:
         """The work on a device of `hardware`."""
         return cls(
@@ -57,8 +62,19 @@ class RankWork:
             sp_size=sp_size,
             sp_kind=sp_kind,
             weights=weights,
+            longest_prompt=longest_prompt,
             has_peer_memory=hardware.link in PEER_LINKS,
         )
+
+    @property
+    def layer(self) -> LayerSpec:
+        """What the rank runs: the layer meant, or the first kind of the model."""
+        return self.kind or self.shape.layer_kinds[0]
+
+    @property
+    def kinds(self) -> list[Self]:
+        """The same for each kind of layer."""
+        return [replace(self, kind=layer) for layer in self.shape.layer_kinds]
 
     @property
     def stage_size(self) -> int:
@@ -78,12 +94,12 @@ class RankWork:
     @property
     def reduced_bytes(self) -> tuple[int, ...]:
         """Bytes a token of each all-reduce in a layer."""
-        return self.shape.layer.reduced_bytes(PRECISIONS[self.dtype])
+        return self.layer.reduced_bytes(PRECISIONS[self.dtype])
 
     @property
     def squares_bytes(self) -> tuple[int, ...]:
         """Of these the sums of squares, where a norm spans the heads of all ranks."""
-        return self.reduced_bytes[:1] if self.shape.layer.attention.norms_all_heads else ()
+        return self.reduced_bytes[:1] if self.layer.attention.norms_all_heads else ()
 
     @property
     def attending_size(self) -> int:
@@ -93,7 +109,8 @@ class RankWork:
     @property
     def attention_sizes(self) -> dict[str, int]:
         """Sizes that an `attention` row names beside chunk and context: the most heads that a rank attends with."""
-        sizes = self.shape.layer.attention.sizes(self.tp_size)
+        attention = self.layer.attention
+        sizes = attention.sizes(self.tp_size) | dict.fromkeys(MASKS, 0) | attention.masking
         if self.sp_kind is not SPKind.ULYSSES:
             return sizes
         heads, kv_heads = most_heads(sizes["heads"], sizes["kv_heads"], self.sp_size)
@@ -112,23 +129,34 @@ class RankWork:
 
     @property
     def layer_sizes(self) -> dict[str, int]:
-        """Sizes that `elementwise` and `layer` rows name beside their tokens."""
-        return self.shape.layer.sizes(self.tp_size)
+        """Sizes that `elementwise` rows name beside their tokens."""
+        return self.layer.sizes(self.tp_size)
+
+    @property
+    def whole_layer_sizes(self) -> dict[str, int]:
+        """Sizes that `layer` rows name beside chunk and context."""
+        return self.layer_sizes | dict.fromkeys(MASKS, 0) | self.layer.traits(self.tp_size)
+
+    @property
+    def expert_sizes(self) -> dict[str, int]:
+        """Sizes that `experts` rows name beside their tokens."""
+        assert self.layer.experts is not None
+        return {"hidden": self.layer.hidden_size} | self.layer.experts.sizes(self.tp_size)
 
     @property
     def layer_variant(self) -> str:
         """The variant of `elementwise` and `layer` rows."""
-        return self.shape.layer.variant
+        return self.layer.variant
 
     @property
     def projections(self) -> list[tuple[int, int]]:
-        """(out, in) features of a layer's four matmuls: q|k|v, o, gate|up, down."""
-        return list(self.shape.layer.products(self.tp_size).values())
+        """(out, in) features of a layer's matmuls: q|k|v, o, gate|up, down; with experts those of all tokens."""
+        return list(self.layer.products(self.tp_size).values())
 
     @property
     def projection_rows(self) -> list[tuple[dict[str, int], str]]:
         """Sizes and variant of the rows of each: those that a model keeps plain have rows of their own."""
-        kept = [linear.kept for linear in self.shape.layer.linears]
+        kept = [linear.kept for linear in self.layer.linears]
         return [({"n": n, "k": k}, KEPT if plain else "") for (n, k), plain in zip(self.projections, kept, strict=True)]
 
     @property
@@ -193,7 +221,7 @@ class Rows:
             for row in self._by_op.get(op, ())
             if group_size in (None, row.group_size)
             and variant in (None, row.variant)
-            and all(row.shape.get(name) == value for name, value in sizes.items())
+            and all(row.shape.get(name, 0) == value for name, value in sizes.items())
         ]
         counts = Counter(row.busy_ranks for row in found)
         if not counts:

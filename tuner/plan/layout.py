@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from db.errors import UserError
@@ -35,6 +36,7 @@ class Layout:
     virtual_stages: int = 1
     stage_order: StageOrder = StageOrder.LOOP
     weights: Weights = Weights.WHOLE
+    ep_size: int = 1
     refusal: str | None = None
 
     @property
@@ -57,7 +59,8 @@ class Layout:
         """The parallel schemes of the layout, without their sizes."""
         schemes = []
         if self.tp_size > 1:
-            schemes.append("TP+SP" if self.sp_kind is SPKind.MEGATRON else "TP")
+            spread = " x EP" if self.ep_size > 1 else ""
+            schemes.append(("TP+SP" if self.sp_kind is SPKind.MEGATRON else "TP") + spread)
         if self.sp_size > 1:
             schemes.append(f"SP {self.sp_kind}")
         if self.pp_size > 1:
@@ -65,7 +68,7 @@ class Layout:
         return " x ".join(schemes) or "one rank"
 
     def __str__(self) -> str:
-        words = [f"TP{self.tp_size}"]
+        words = [f"TP{self.tp_size}", *([f"EP{self.ep_size}"] if self.ep_size > 1 else [])]
         if self.sp_kind is not SPKind.NONE:
             words.append(f"SP{self.sp_size} {self.sp_kind}" if self.sp_size > 1 else str(self.sp_kind))
         words.append(f"PP{self.pp_size}")
@@ -86,9 +89,31 @@ def check_precision_fits(precision: Precision, sp_kind: SPKind, weights: Weights
         raise UserError("parallel.sp_kind", sp_kind, allowed)
 
 
+def check_sequence_fits(shape: ModelShape, sp_kind: SPKind) -> None:
+    """Raise `UserError` where this kind's attention does not know the masks of the model's layers."""
+    heads = {(layer.attention.heads, layer.attention.kv_heads) for layer in shape.layer_kinds}
+    if sp_kind is SPKind.ULYSSES and len(heads) > 1:
+        raise UserError("sp_kind", sp_kind, f"none, gather, ring or megatron: heads of {shape.name}'s layers differ")
+    for layer in shape.layer_kinds:
+        masked = layer.attention.masking
+        if masked and (sp_kind is SPKind.RING or (sp_kind is SPKind.ULYSSES and "sinks" in masked)):
+            others = "none, gather, megatron" if "sinks" in masked else "none, gather, ulysses, megatron"
+            raise UserError("sp_kind", sp_kind, f"one of {others}: it runs no {layer.kind}")
+
+
+def check_experts_fit(shape: ModelShape, precision: Precision, weights: Weights) -> None:
+    """Raise `UserError` where experts would have to be what kernels here do not run."""
+    if not shape.has_experts:
+        return
+    if precision.linears is not None:
+        raise UserError("precision", precision.name, f"a plain one: experts of {shape.name} are not run in 8 bits")
+    if weights is Weights.GATHERED:
+        raise UserError("parallel.weights", weights, f"whole: experts of {shape.name} are not gathered")
+
+
 def layout_of(parallel: Parallel) -> Layout:
     """The layout of a plan, without the layers of its groups."""
-    names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights")
+    names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights", "ep_size")
     return Layout(**{name: getattr(parallel, name) for name in names})
 
 
@@ -169,7 +194,8 @@ def _layouts(shape: ModelShape, world_size: int, pins: Pins) -> Iterator[Layout]
                         if sp_size == 1 or pins.sp_size or pins.sp_kind:
                             yield replace(layout, refusal=reason)
                         break
-                    yield from _interleaved(shape, layout, pins)
+                    for spread in _spread(shape, layout):
+                        yield from _interleaved(shape, spread, pins)
                 refusal = _tp_refusal(shape, tp_size)
 
 
@@ -192,6 +218,12 @@ def _of_kinds(shape: ModelShape, plain: Layout, pins: Pins) -> Iterator[Layout]:
             yield replace(plain, sp_kind=kind)
         return
     for kind in OWN_RANKS if pins.sp_kind not in OWN_RANKS else (pins.sp_kind,):
+        try:
+            check_sequence_fits(shape, kind)
+        except UserError as error:
+            if pins.sp_kind is kind:
+                yield replace(plain, sp_kind=kind, refusal=str(error))
+            continue
         heads = min(layer.attention.heads.count for layer in shape.layer_kinds) // plain.tp_size
         if kind is SPKind.ULYSSES and plain.sp_size > heads:
             if pins.sp_kind is kind:
@@ -199,6 +231,15 @@ def _of_kinds(shape: ModelShape, plain: Layout, pins: Pins) -> Iterator[Layout]:
                 yield replace(plain, sp_kind=kind, refusal=str(UserError("sp_size", plain.sp_size, allowed)))
             continue
         yield replace(plain, sp_kind=kind)
+
+
+def _spread(shape: ModelShape, layout: Layout) -> Iterator[Layout]:
+    """The layout with each expert cut over the tensor-parallel ranks, and with experts spread over them."""
+    yield layout
+    if layout.tp_size > 1 and shape.has_experts:
+        with suppress(UserError):
+            shape.spread(layout.tp_size).check_tp_size(layout.tp_size)
+            yield replace(layout, ep_size=layout.tp_size)
 
 
 def _interleaved(shape: ModelShape, layout: Layout, pins: Pins) -> Iterator[Layout]:

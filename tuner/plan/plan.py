@@ -113,9 +113,11 @@ class Parallel:
     virtual_stages: int = 1
     stage_order: StageOrder = StageOrder.LOOP
     weights: Weights = Weights.WHOLE
+    ep_size: int = 1
+    """Groups of a tensor-parallel group's ranks among which experts are spread; 1 cuts each expert over all ranks."""
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "pp_size", "sp_size", "virtual_stages"):
+        for name in ("tp_size", "pp_size", "sp_size", "virtual_stages", "ep_size"):
             if getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "at least 1")
         if len(self.layer_partition) != self.num_groups:
@@ -133,6 +135,8 @@ class Parallel:
         if not own_ranks and self.sp_size > 1:
             allowed = f"1 with sp_kind {self.sp_kind}; gather, ulysses and ring take ranks of their own"
             raise UserError("sp_size", self.sp_size, allowed)
+        if self.tp_size % self.ep_size:
+            raise UserError("ep_size", self.ep_size, f"must divide tp_size = {self.tp_size}, whose ranks hold experts")
         if self.weights is Weights.GATHERED and self.sp_size == 1:
             raise UserError("weights", self.weights, "are gathered over a sequence-parallel group: sp_size 2 or more")
 
@@ -159,7 +163,9 @@ class Parallel:
     def to_json(self) -> dict[str, Any]:
         """The `parallel` object of a plan file."""
         names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights")
-        return {name: getattr(self, name) for name in names} | {"layer_partition": list(self.layer_partition)}
+        spread = {"ep_size": self.ep_size} if self.ep_size > 1 else {}
+        named = {name: getattr(self, name) for name in names}
+        return named | spread | {"layer_partition": list(self.layer_partition)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

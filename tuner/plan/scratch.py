@@ -153,5 +153,10 @@ def _attention_row_bytes(layer: LayerSpec, precision: Precision, heads: int, kv_
 
 
 def _mlp_row_bytes(layer: LayerSpec, precision: Precision, tp_size: int) -> int:
-    """gate, up and their product."""
-    return precision.activations.num_bytes(3 * layer.mlp.intermediate.per_rank(tp_size))
+    """gate, up and their product; of experts as often as a token goes to one, with its row before and after them."""
+    if layer.experts is None:
+        return precision.activations.num_bytes(3 * layer.dense.intermediate.per_rank(tp_size))
+    sizes, shared = layer.experts.sizes(tp_size), layer.sizes(tp_size)["intermediate"]
+    here = min(sizes["per_token"], sizes["held"])
+    routed = here * (2 * layer.hidden_size + 3 * sizes["features"])
+    return precision.activations.num_bytes(routed + 3 * shared + layer.hidden_size)

@@ -200,6 +200,7 @@ def parallel_of(layout: Layout, layer_partition: tuple[int, ...]) -> Parallel:
         virtual_stages=layout.virtual_stages,
         stage_order=layout.stage_order,
         weights=layout.weights,
+        ep_size=layout.ep_size,
     )
 
 

@@ -131,7 +131,7 @@ def kept_numbers(layer: LayerSpec, tp_size: int, recompute: Recompute, *, compil
     of all products, q, gate and up, and the layer's input; SiLU and the stream between are computed again.
     """
     hidden, heads = layer.hidden_size, layer.attention.heads.size // tp_size
-    inner = layer.mlp.intermediate.size // tp_size
+    inner = layer.dense.intermediate.size // tp_size
     match recompute:
         case Recompute.NONE:
             return 3 * hidden + 2 * heads + 3 * inner if compiled else 4 * hidden + 2 * heads + 4 * inner

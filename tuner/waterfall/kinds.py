@@ -34,8 +34,10 @@ def round_kinds(
     A kind is what the round takes longer than without it, one after another: messages first, since work hides them.
     """
     no_links = costs.with_links(math.inf)
-    no_elementwise = replace(no_links, elementwise=_nothing(costs.elementwise))
-    no_products = replace(no_elementwise, projections=tuple(map(_nothing, costs.projections)))
+    no_elementwise = no_links.changed(lambda kind: replace(kind, elementwise=_nothing(kind.elementwise)))
+    no_products = no_elementwise.changed(
+        lambda kind: replace(kind, projections=tuple(map(_nothing, kind.projections)))
+    )  # fmt: skip
     models = [
         costs.cost_model(layer_partition),
         no_links.cost_model(layer_partition),

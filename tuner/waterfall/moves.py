@@ -62,9 +62,11 @@ def _changes(candidate: Candidate, rules: Rules, precisions: Mapping[str, Costs]
         correction = costs.correction
         quick_attention = replace(correction, attention_scale=(1.0 - QUICKER) * correction.attention_scale)
         yield ATTENTION, replace(costs, correction=quick_attention), own
-        products = tuple(map(_quicker, costs.projections))
-        yield PRODUCTS, replace(costs, projections=products), own
-        yield ELEMENTWISE, replace(costs, elementwise=_quicker(costs.elementwise)), own
+        quick_products = costs.changed(
+            lambda kind: replace(kind, projections=tuple(map(_quicker, kind.projections)))
+        )  # fmt: skip
+        yield PRODUCTS, quick_products, own
+        yield ELEMENTWISE, costs.changed(lambda kind: replace(kind, elementwise=_quicker(kind.elementwise))), own
         yield LAUNCHES, replace(costs, round_overhead_s=0.0, chunk_s=0.0), own
     if layout.world_size > 1:
         yield f"links {LINKS_FACTOR:g} times as fast", costs.with_links(LINKS_FACTOR), own

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 
 from profiler.comm.links.group import RankGroup, Reduction
 from profiler.kernels.attention import attend
-from profiler.kernels.attention_kernel import AttentionKernel
-from profiler.kernels.entry import Entries, Operand
+from profiler.kernels.attention_kernel import AttentionKernel, Masking
+from profiler.kernels.elementwise import silu_product
+from profiler.kernels.entry import Entries, Operand, Product
+from profiler.kernels.linear import Linear
 from profiler.kernels.quantized.kv import KV, read_rows
 from profiler.kernels.rotary import Rotary
 from profiler.layers.decoder_layer import DecoderLayer, Norms, Stream, projections
+from profiler.layers.experts import Experts, ExpertWeights, route
 from profiler.layers.head import Head, embed
 from profiler.layers.layer_inputs import LayerInputs
 from profiler.layers.prefill_inputs import ChooseKernel, RoundInputs, prepare_round
@@ -21,9 +25,12 @@ from profiler.measure.timing import Prepared, Run
 from profiler.measure.work.library_layers import LibraryLayers
 from profiler.measure.work.workspace import Slabs, Workspace
 from profiler.model import Backend, LayerSpec, ModelShape
+from profiler.model.experts import ExpertsMLP
+from profiler.model.spec import ROUTER
 from profiler.model.tensors import Cut, LinearSpec
-from profiler.points.point import KEPT, WARM, Op, Point
+from profiler.points.point import KEPT, MASKS, SKEWED, WARM, Op, Point
 
+_SOFTCAP = 50.0
 _MANY_ROWS = 384  # a card's FLOPs for each byte it reads, with two bytes a weight
 
 
@@ -53,6 +60,8 @@ class Operators:
                 return self._matmul(point)
             case Op.MATMUL_CEILING:
                 return self._matmul_ceiling(point)
+            case Op.EXPERTS:
+                return self._experts(point)
             case Op.ATTENTION:
                 return self._attention(point)
             case Op.ELEMENTWISE:
@@ -90,17 +99,59 @@ class Operators:
         x = linear.entry.take(self.workspace.random(m, k))
         return lambda _call: linear(x)
 
+    def _experts(self, point: Point) -> Run:
+        """Routed experts of the rank that gets most tokens: all but the router's product, whose logits are there."""
+        spec = self._expert_spec(point)
+        tokens, held, features = (point.shape[name] for name in ("tokens", "held", "features"))
+        size = self.workspace.precision.weights.num_bytes(3 * held * features * point.shape["hidden"])
+        copies = self.workspace.num_copies(size)
+        weights = self.workspace.keep(
+            ("experts", held, features), size * copies,
+            lambda: [self._expert_weights(spec, held, features) for _ in range(copies)],
+        )  # fmt: skip
+        count = spec.experts.count
+        logits = self.workspace.random(tokens, count)
+        if point.variant == SKEWED:
+            logits = logits + self.workspace.random(count)
+        bias = None if spec.router.bias is None else self.workspace.random(count, scale=0.0)
+        x = self.workspace.random(tokens, point.shape["hidden"])
+        got = torch.bincount(route(spec.router, logits, bias)[0].flatten(), minlength=count)
+        groups = -(-count // held)
+        firsts = [min(spec.experts.of_rank(rank, groups).start, count - held) for rank in range(groups)]
+        first = max(firsts, key=lambda first: int(got[first : first + held].sum()))
+        router = Linear(x.new_zeros(1, point.shape["hidden"]))
+        each = [
+            Experts(replace(spec, shared=None), one, first=first, router=router, choice_bias=bias) for one in weights
+        ]
+        return lambda call: each[call % copies].routed(x, *route(spec.router, logits, bias))
+
+    def _expert_spec(self, point: Point) -> ExpertsMLP:
+        names = ("experts", "per_token")
+        for layer in self.shape.layer_kinds:
+            if layer.experts and all(layer.experts.sizes(1)[name] == point.shape[name] for name in names):
+                return layer.experts
+        raise ValueError(f"{self.shape.name} has no experts of {point.shape}")
+
+    def _expert_weights(self, spec: ExpertsMLP, held: int, features: int) -> ExpertWeights:
+        hidden, random = spec.hidden.size, self.workspace.random
+        has_bias = spec.tensors_of.has_bias
+        return ExpertWeights(
+            gate_up=random(held, 2 * features, hidden, scale=hidden**-0.5),
+            down=random(held, hidden, features, scale=features**-0.5),
+            gate_up_bias=random(held, 2 * features) if has_bias else None,
+            down_bias=random(held, hidden) if has_bias else None,
+        )
+
     def _attention(self, point: Point) -> Run:
         chunk, context = point.shape["chunk"], point.shape["context"]
-        kernel = AttentionKernel(point.variant)
-        slabs = self._slabs(point)
+        kernel, slabs, masking = AttentionKernel(point.variant), self._slabs(point), self._masking(point)
         # As the layer gives it: [c, H, D] seen as [H, c, D].
         q = self.workspace.random(chunk, point.shape["heads"], point.shape["head_dim"]).transpose(0, 1)
-        seen = slice(0, context + chunk)
+        seen = slice(masking.first_seen(context + chunk, chunk), context + chunk)
 
         def run(call: int) -> torch.Tensor:
             copy = call % slabs.num_copies
-            return attend(kernel, q, read_rows(slabs.keys[copy], seen), read_rows(slabs.values[copy], seen))
+            return attend(kernel, q, read_rows(slabs.keys[copy], seen), read_rows(slabs.values[copy], seen), masking)
 
         return run
 
@@ -128,11 +179,12 @@ class Operators:
             norms=self._norms(spec, tp_size),
             qkv=lambda _x: qkv,
             o=attended,
-            gate_up=lambda _x: gate_up,
-            down=lambda _x: projected,
-            entries=Entries.of(products),
+            gate_up=None if spec.experts else lambda _x: gate_up,
+            down=None if spec.experts else lambda _x: projected,
+            experts=(lambda _x: _with_shared(gate_up, projected)) if spec.experts else None,
+            entries=None if spec.experts else Entries.of(products),
             reduce_o=self._reduce(spec.attention.o),
-            reduce_down=self._reduce(spec.mlp.down),
+            reduce_down=self._reduce(None if spec.experts else spec.dense.down),
             sum_ranks=lambda partial: partial,
         )
         layer.mixed = self.workspace.random(tokens, width)
@@ -176,6 +228,12 @@ class Operators:
         heads = [Head(norm, self.shape.norm_eps, linear, first_id=0, gather=None) for linear in logits]
         return lambda call: heads[call % len(heads)](x)
 
+    def _masking(self, point: Point) -> Masking:
+        """The mask of an `attention` point: of a softcap any finite one takes as long."""
+        sinks = self.workspace.random(point.shape["heads"]) if point.shape.get("sinks") else None
+        softcap = _SOFTCAP if point.shape.get("softcap") else None
+        return Masking(window=point.shape.get("window"), softcap=softcap, sinks=sinks)
+
     def _slabs(self, point: Point) -> Slabs:
         return self.workspace.slabs(point.shape["kv_heads"], self.context_length, point.shape["head_dim"])
 
@@ -194,8 +252,13 @@ class Operators:
         """Which layer of the model an `elementwise` or `layer` point is, and the tp_size that gives it such sizes."""
         for spec in self.shape.layer_kinds:
             tp_size = spec.attention.heads.count // point.shape["heads"]
-            if spec.variant == point.variant and spec.sizes(tp_size).items() <= point.shape.items():
+            alike = spec.variant == point.variant and spec.sizes(tp_size).items() <= point.shape.items()
+            if alike and point.op is Op.ELEMENTWISE:
                 return spec, tp_size
+            for made in dict.fromkeys((spec, spec.spread(tp_size))) if alike else ():
+                traits = made.traits(tp_size)
+                if traits == {name: point.shape[name] for name in (*MASKS, *traits) if name in point.shape}:
+                    return made, tp_size
         raise ValueError(f"{self.shape.name} has no layer of {point.shape} {point.variant}")
 
     def _decoder_layer(self, spec: LayerSpec, tp_size: int) -> DecoderLayer:
@@ -205,13 +268,40 @@ class Operators:
             )
             for linear in spec.linears
         }
+        if spec.experts is not None:
+            return self._expert_layer(spec, tp_size, linears)
         return DecoderLayer(
             spec,
             tp_size,
             norms=self._norms(spec, tp_size),
             **projections(linears),
             reduce_o=self._reduce(spec.attention.o),
-            reduce_down=self._reduce(spec.mlp.down),
+            reduce_down=self._reduce(spec.dense.down),
+            sum_ranks=lambda partial: partial,
+        )
+
+    def _expert_layer(self, spec: LayerSpec, tp_size: int, linears: Mapping[str, Product]) -> DecoderLayer:
+        mlp = spec.experts
+        assert mlp is not None
+        held, features = mlp.held(0, tp_size)
+        experts = Experts(
+            mlp,
+            self._expert_weights(mlp, held.stop - held.start, features.stop - features.start),
+            first=held.start,
+            router=linears[ROUTER],
+            choice_bias=None if mlp.router.bias is None else self.workspace.random(mlp.experts.count, scale=0.0),
+            shared=None if mlp.shared is None else (linears["shared_gate_up"], linears["shared_down"]),
+            shared_gate=linears.get("shared_gate"),
+        )
+        return DecoderLayer(
+            spec,
+            tp_size,
+            norms=self._norms(spec, tp_size),
+            qkv=linears["qkv"],
+            o=linears["o"],
+            experts=experts,
+            reduce_o=self._reduce(spec.attention.o),
+            reduce_down=self._reduce(None),
             sum_ranks=lambda partial: partial,
         )
 
@@ -220,9 +310,9 @@ class Operators:
             spec, lambda norm: self.workspace.random(norm.num_elements(tp_size)), eps=self.shape.norm_eps
         )  # fmt: skip
 
-    def _reduce(self, linear: LinearSpec) -> Reduction:
+    def _reduce(self, linear: LinearSpec | None) -> Reduction:
         """A reduction over one rank: only adds the row-parallel bias."""
-        return RankGroup().reduce(self.workspace.random(linear.sizes()[0]) if linear.has_bias else None)
+        return RankGroup().reduce(self.workspace.random(linear.sizes()[0]) if linear and linear.has_bias else None)
 
 
 class ElementwiseLayer(DecoderLayer):
@@ -233,6 +323,13 @@ class ElementwiseLayer(DecoderLayer):
     def attend(self, q: torch.Tensor, inputs: LayerInputs, keys: KV, values: KV) -> torch.Tensor:
         """The attention made beforehand."""
         return self.mixed
+
+
+def _with_shared(gate_up: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
+    """What a shared expert [T, 2F] adds between its products, and the sum with the routed ones [T, hidden]."""
+    if not gate_up.shape[1]:
+        return routed
+    return routed + silu_product(gate_up)[:, :1]
 
 
 def has_own_load(point: Point, device_type: str) -> bool:

@@ -40,8 +40,7 @@ def test_every_bundled_shape_is_read() -> None:
             {"layer_types": ["full_attention", "sliding_attention"]},
             "layer_types: sliding_attention; only full_attention",
         ),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window: 4096; "),
-        ({"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047}, "sliding_window: 2047; "),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window: -1; must be a positive"),
         (
             {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope"}},
             "rope_scaling: longrope; supported types are",
@@ -85,7 +84,8 @@ def test_what_cannot_be_run_exactly_is_refused_by_name(change: dict[str, Any], m
 def test_what_kernels_here_lack_transformers_runs() -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     mistral = LLAMA | heads | {"architectures": ["MistralForCausalLM"], "sliding_window": 96}
-    shape = model_from_config(mistral, name="m")
+    assert model_from_config(mistral, name="m").backend is Backend.OWN
+    shape = model_from_config(mistral, name="m", device_type="cuda")
     assert shape.backend is Backend.TRANSFORMERS
     assert {layer.window for layer in shape.every_layer} == {96}
     with pytest.raises(UserError, match=r"^MODEL: m; MistralForCausalLM has layers without kernels here"):

@@ -9,6 +9,7 @@ from db.rows.measurements import Measurement
 from profiler.kernels.attention_kernel import AttentionKernel
 from tuner.fit.attention.curve import AttentionCurve, Waves, fit_attention
 from tuner.fit.attention.kernels import chosen_kernels, kernel_choice
+from tuner.fit.attention.window import WindowCurve, fit_window
 from tuner.fit.rows import RankWork, Rows, expected_s
 
 MOST_SPLIT = 1024  # chunks beyond it fill a card whatever the kernel
@@ -35,8 +36,12 @@ class AttentionRows:
         fewest = 2 if any_in_waves and len(self.kernel_of) > 2 else 1
         self.chosen = [row for row in chosen_kernels(rows) if row.shape["chunk"] >= fewest]
 
-    def fit(self, rows: Sequence[Measurement]) -> AttentionCurve:
+    def fit(self, rows: Sequence[Measurement]) -> AttentionCurve | WindowCurve:
         """Fit a curve to some of the chosen rows."""
+        window = self.work.layer.window
+        if window is not None:
+            longest = self.work.longest_prompt or max(row.shape["context"] + row.shape["chunk"] for row in rows)
+            return fit_window(rows, window, longest=longest, ranks=self.work.stage_size)
         return fit_attention(
             [row.shape["chunk"] for row in rows],
             [row.shape["context"] for row in rows],

@@ -25,7 +25,7 @@ _LEAST_ROWS = 2  # of messages or products beside one another, for a median to c
 
 def row_bytes(work: RankWork) -> RowBytes:
     """What messages carry of one row of a rank."""
-    attention, number_bytes = work.shape.layer.attention, PRECISIONS[work.dtype].activations.num_bytes
+    attention, number_bytes = work.layer.attention, PRECISIONS[work.dtype].activations.num_bytes
     heads, of_rank = attention.sizes(work.tp_size), work.attention_sizes
     attended = heads["heads"] * heads["head_dim"]
     repeated_kv = max(heads["kv_heads"], work.sp_size * of_rank["kv_heads"]) * heads["head_dim"]
@@ -66,7 +66,7 @@ def layer_messages(work: RankWork) -> tuple[LayerMessage, ...]:
 
 def layer_weight_bytes(work: RankWork) -> int:
     """Bytes of a layer's weights on the ranks of one tensor-parallel rank."""
-    return PRECISIONS[work.dtype].weights.num_bytes(work.shape.layer.num_elements(work.tp_size))
+    return PRECISIONS[work.dtype].weights.num_bytes(work.layer.num_elements(work.tp_size))
 
 
 def fit_messages(rows: Rows, work: RankWork, *, busy_ranks: int, why: str) -> dict[Op, Curve]:

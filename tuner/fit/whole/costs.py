@@ -12,9 +12,11 @@ import numpy as np
 from db.errors import UserError
 from db.rows.measurements import Measurement
 from profiler.model import WholeLayer
+from profiler.model.whole.layer import Mixer
 from profiler.points.point import BEFORE_LAYERS, Op
 from profiler.points.whole_layers import whole_sizes, whole_variant
 from profiler.sequence.kind import SequenceCut
+from tuner.fit.attention.window import WindowCurve, fit_window
 from tuner.fit.correction import Correction
 from tuner.fit.curve import Curve, Floats, fit_line, fit_rows
 from tuner.fit.holdout import UNTESTED, WIDEST_GAP, HeldOutError
@@ -66,7 +68,7 @@ class WholeCosts:
     """Fitted costs of the layers of a model that are run as wholes, one request at a time, on one rank a stage."""
 
     work: RankWork
-    kinds: Mapping[WholeLayer, KindCurve]
+    kinds: Mapping[WholeLayer, KindCurve | WindowCurve]
     before: KindCurve
     """What a forward does once before a stage's layers, for each chunk."""
     embedding: Curve
@@ -198,7 +200,7 @@ def fit_whole_costs(measurements: Sequence[Measurement] | Rows, work: RankWork, 
             raise UserError("measurements", f"{layer.kind} at one chunk alone", allowed)
     return WholeCosts(
         work=work,
-        kinds={layer: KindCurve.fit(mine) for layer, mine in found.items()},
+        kinds={layer: _curve(layer, mine, work) for layer, mine in found.items()},
         before=KindCurve.fit(before),
         embedding=fit_rows(embedding, "tokens"),
         head_s=float(fit_rows(head, "rows")(1)),
@@ -221,9 +223,9 @@ def whole_held_out(measurements: Sequence[Measurement], work: RankWork, *, busy_
         for below, chunk, above in zip(chunks, chunks[1:], chunks[2:], strict=False):
             if above > WIDEST_GAP * below:
                 continue
-            curve = KindCurve.fit([row for row in mine if row.shape["chunk"] != chunk])
+            curve = _curve(layer, [row for row in mine if row.shape["chunk"] != chunk], work)
             errors += [
-                abs(curve(chunk, row.shape["context"]) / expected_s(row) - 1.0)
+                abs(float(curve(chunk, row.shape["context"])) / expected_s(row) - 1.0)
                 for row in mine
                 if row.shape["chunk"] == chunk and not row.noisy
             ]
@@ -235,6 +237,13 @@ def whole_held_out(measurements: Sequence[Measurement], work: RankWork, *, busy_
             )
         )  # fmt: skip
     return found
+
+
+def _curve(layer: WholeLayer, rows: Sequence[Measurement], work: RankWork) -> KindCurve | WindowCurve:
+    if layer.mixer is not Mixer.WINDOW or layer.window is None:
+        return KindCurve.fit(rows)
+    longest = work.longest_prompt or max(row.shape["chunk"] + row.shape["context"] for row in rows)
+    return fit_window(rows, layer.window, longest=longest)
 
 
 def _rows_of(rows: Rows, layer: WholeLayer, busy_ranks: int, why: str) -> list[Measurement]:

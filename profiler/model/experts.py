@@ -1,0 +1,136 @@
+"""Mixtures of experts: which experts a token goes to, how they lie in a checkpoint, and which of them a rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from profiler.model.mlp import DenseMLP
+from profiler.model.tensors import Dim, LinearSpec, NormSpec
+
+
+class Scoring(StrEnum):
+    """How a router's logits become weights."""
+
+    SOFTMAX = "softmax"  # over all experts, before the choice
+    SIGMOID = "sigmoid"
+    CHOSEN = "softmax of the chosen"  # over those that a token goes to
+
+
+class ExpertGate(StrEnum):
+    """What an expert does between its two products."""
+
+    SILU = "silu"  # silu of the gate times up
+    CLAMPED = "clamped"  # gpt-oss: both within a limit, gate * sigmoid(alpha gate) times up + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """Chooses `per_token` experts by the logits of `gate`.
+
+    bias: is added to scores for the choice alone. groups: of experts, of which a token's best ones are open to it, by
+    the sum of the two best scores of each. normalized: whether weights add up to 1, before they are scaled.
+    """
+
+    gate: LinearSpec
+    per_token: int
+    scoring: Scoring = Scoring.SOFTMAX
+    normalized: bool = True
+    scale: float = 1.0
+    bias: NormSpec | None = None
+    groups: int = 1
+    groups_per_token: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertTensors:
+    """Where experts lie in a checkpoint.
+
+    names: of gate, up and down of one expert, `{}` standing for its number; or, of all, of gate|up [experts, hidden,
+    2 features], pair by pair, and down [experts, features, hidden]. has_bias: then both have one.
+    """
+
+    names: tuple[str, ...]
+    has_bias: bool = False
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether all experts are one tensor."""
+        return len(self.names) == 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsMLP:
+    """Routed experts, each a gated MLP of `features`, and a shared one that every token goes to.
+
+    ep_size: groups of a tensor-parallel group's ranks among which experts are spread; within such a group the features
+    of each are cut. 1 cuts them over all ranks.
+    """
+
+    router: Router
+    experts: Dim
+    hidden: Dim
+    features: Dim
+    tensors_of: ExpertTensors
+    gate: ExpertGate = ExpertGate.SILU
+    alpha: float = 1.0
+    limit: float = 0.0
+    shared: DenseMLP | None = None
+    shared_gate: LinearSpec | None = None
+    ep_size: int = field(default=1, repr=False)
+
+    @property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """Products that every token goes through."""
+        shared = () if self.shared is None else (self.shared.gate_up, self.shared.down)
+        gate = () if self.shared_gate is None else (self.shared_gate,)
+        return self.router.gate, *shared, *gate
+
+    def held(self, tp_rank: int, tp_size: int) -> tuple[slice, slice]:
+        """The experts of a rank, and of each the features."""
+        cut = tp_size // self.ep_size
+        return (
+            self.experts.of_rank(tp_rank // cut, self.ep_size),
+            self.features.of_rank(tp_rank % cut, cut),
+        )
+
+    def sizes(self, tp_size: int) -> dict[str, int]:
+        """Of a rank's part, as the rows of `experts` name them."""
+        return {
+            "held": self.experts.per_rank(self.ep_size),
+            "experts": self.experts.count,
+            "per_token": self.router.per_token,
+            "features": self.features.per_rank(tp_size // self.ep_size),
+        }
+
+    def matrix_elements(self, tp_size: int = 1) -> int:
+        """Numbers in the matrices of the experts that a rank holds."""
+        sizes = self.sizes(tp_size)
+        return 3 * sizes["held"] * sizes["features"] * self.hidden.size
+
+    def num_elements(self, tp_size: int = 1) -> int:
+        """The same with their biases and the router's."""
+        sizes = self.sizes(tp_size)
+        biases = sizes["held"] * (2 * sizes["features"] + self.hidden.size) if self.tensors_of.has_bias else 0
+        choice = 0 if self.router.bias is None else self.router.bias.num_elements()
+        return self.matrix_elements(tp_size) + biases + choice
+
+    def active_elements(self, tp_size: int = 1) -> int:
+        """Numbers of routed experts that a rank multiplies and adds for each token, in the mean."""
+        return 3 * self.router.per_token * self.features.size * self.hidden.size // tp_size
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the checkpoint's tensors, those of `linears` left out."""
+        count, hidden, features = self.experts.count, self.hidden.size, self.features.size
+        found: dict[str, tuple[int, ...]] = {}
+        if self.tensors_of.is_stacked:
+            gate_up, down = self.tensors_of.names
+            found |= {gate_up: (count, hidden, 2 * features), down: (count, features, hidden)}
+            if self.tensors_of.has_bias:
+                found |= {f"{gate_up}_bias": (count, 2 * features), f"{down}_bias": (count, hidden)}
+        else:
+            for expert in range(count):
+                gate, up, down = (name.format(expert) for name in self.tensors_of.names)
+                found |= {f"{gate}.weight": (features, hidden), f"{up}.weight": (features, hidden)}
+                found[f"{down}.weight"] = (hidden, features)
+        return found if self.router.bias is None else found | self.router.bias.tensors()
