@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tuner.plan.plan import Chunk, Request, Round
-from tuner.plan.stage_cost import StageCost
+from tuner.plan.stage_cost import Floats, StageCost
 from tuner.rounds.packing import Packer, pack_in_order
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Work, envelopes, likely_cap_s
@@ -152,7 +152,11 @@ def slowest_stage(problem: Problem) -> StageCost:
 def work_s(problem: Problem) -> list[float]:
     """Seconds each request takes on the slowest stage, cut nowhere."""
     stage = slowest_stage(problem)
-    return [stage.seconds([(r.new_tokens, r.cached_tokens, True)]) for r in problem.requests]
+    tokens = np.array([request.new_tokens for request in problem.requests])
+    cached = np.array([request.cached_tokens for request in problem.requests])
+    seconds: Floats = stage.round_overhead_s + stage.tokens_s(tokens) + stage.chunk_seconds(tokens, cached, True)
+    found: list[float] = seconds.tolist()
+    return found
 
 
 def shortest_first(problem: Problem) -> list[int]:
