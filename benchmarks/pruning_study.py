@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # on busy cores threads wait for one another longer than they work
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         studies = []

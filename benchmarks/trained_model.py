@@ -6,6 +6,7 @@ Characters are the tokens. A model is found again by all that decides it: its si
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -78,6 +79,8 @@ def trained(place: Path, seed: int, steps: int) -> Path:
         recipe = Recipe(steps=steps, learning_rate=3e-3, warmup_steps=steps // 12, seed=seed, save_every=100)
         begun = begin(place / f"begun-{seed}", seed)
         train(plan_of(begun), recipe, weights=begun, sequences=[texts().learned], output=folder, num_threads=1)
+        shutil.rmtree(begun)
+        shutil.rmtree(folder.with_name(f"{folder.name}.state"))
     return folder
 
 

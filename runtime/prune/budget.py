@@ -82,8 +82,11 @@ class Losses:
 
 
 def layer_order(importance: Importance) -> list[int]:
-    """Layers from the least important on; the first and the last come last, since all others build on their work."""
+    """Layers from the least important on. Where none was judged by the loss without it the first and the last come
+    last, since all others build on their work."""
     count = len(importance.layers)
+    if importance.is_judged:
+        return sorted(range(count), key=lambda index: importance.layers[index].whole)
     inner = sorted(range(1, count - 1), key=lambda index: importance.layers[index].whole)
     ends = [index for index in (count - 1, 0) if 0 <= index < count]
     return inner + list(dict.fromkeys(ends))

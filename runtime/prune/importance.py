@@ -1,14 +1,16 @@
 """What each unit of a model adds: its share of the residual stream's energy on a text, or what baselines say.
 
-One currency for all kinds: a unit's mean square contribution to the residual stream over the stream's own. For whole
-layers that is what block influence (Men et al., ShortGPT, 2024) measures, for channels and heads what pruning by
-activations does (Muralidharan et al., Minitron, 2024).
+One currency for all kinds: a unit's mean square contribution to the residual stream over the stream's own, as pruning
+by activations takes it (Muralidharan et al., Minitron, 2024). Whole layers are judged by the loss on the text without
+each: what a layer adds to the stream, which block influence (Men et al., ShortGPT, 2024) compares, says little of its
+use.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -16,10 +18,14 @@ from pathlib import Path
 import torch
 
 from profiler.model import ModelShape
-from runtime.quantize.layers import Layer, Watched, layers_of
+from runtime.quantize.layers import Layer, Watched, layers_of, perplexity_of
 from runtime.quantize.texts import HiddenStates
 from runtime.run.prompts import TokenIds
 from runtime.weights.checkpoint import Checkpoint
+
+JUDGED_TOKENS = 4096
+"""Of the text, on which layers are judged: the states of all models without one layer are held at once."""
+_ADDED_SHARE = 1e-3
 
 
 class Measure(StrEnum):
@@ -48,6 +54,7 @@ class Importance:
     layers: tuple[LayerImportance, ...]
     hidden: torch.Tensor
     final_norm_energies: torch.Tensor | None
+    is_judged: bool = False  # layers, by the loss without each
 
 
 @torch.inference_mode()
@@ -59,13 +66,20 @@ def find_importance(
     device: torch.device,
     *,
     seed: int = 0,
+    judges_layers: bool = False,
 ) -> Importance:
-    """One layer in memory at a time. sequences: what the model runs over, for activations."""
+    """One layer in memory at a time. sequences: what the model runs over, for activations.
+
+    judges_layers: by the loss without each, which runs half as many times as many layers as there are layers.
+    """
     checkpoint = Checkpoint(folder, device=device, dtype=torch.float32)
-    states = None
+    states = judge = None
     if measure is Measure.ACTIVATION:
+        embedding = checkpoint.read(next(iter(shape.embedding.tensors())))
         states = HiddenStates(sequences, shape, device, torch.float32)
-        states.embed(checkpoint.read(next(iter(shape.embedding.tensors()))))
+        states.embed(embedding)
+        if judges_layers:
+            judge = _Judge(sequences, shape, embedding)
     generator = torch.Generator().manual_seed(seed)
     found = []
     hidden = torch.zeros(shape.hidden_size)
@@ -82,10 +96,56 @@ def find_importance(
             more = torch.rand(shape.hidden_size, generator=generator)
         found.append(one)
         hidden += more
+        if judge is not None:
+            judge.run(layer)
     energies = None
     if states is not None:
         energies = torch.stack([_squares(x) for x in states.states]).sum(dim=0) / states.num_tokens
-    return Importance(layers=tuple(found), hidden=hidden, final_norm_energies=energies)
+    if judge is not None:
+        found = _judged(found, judge.losses(checkpoint))
+    return Importance(
+        layers=tuple(found), hidden=hidden, final_norm_energies=energies, is_judged=judge is not None
+    )  # fmt: skip
+
+
+class _Judge:
+    """A text on its way through the model, and through those that lack one of its layers."""
+
+    def __init__(self, sequences: Sequence[TokenIds], shape: ModelShape, embedding: torch.Tensor) -> None:
+        self.shape, chosen, tokens = shape, list[TokenIds](), 0
+        for ids in sequences:
+            if tokens < JUDGED_TOKENS:
+                chosen.append(ids[: JUDGED_TOKENS - tokens])
+                tokens += len(ids)
+        self.whole = HiddenStates(chosen, shape, embedding.device, torch.float32)
+        self.whole.embed(embedding)
+        self.without: list[HiddenStates] = []
+
+    def run(self, layer: Layer) -> None:
+        """Through a layer, but for the model that lacks it."""
+        runner = layer.runner(self.shape, layer.products())
+        lacking = self.whole.copied()
+        for states in (self.whole, *self.without):
+            states.run(runner, layer.spec)
+        self.without.append(lacking)
+
+    def losses(self, checkpoint: Checkpoint) -> list[float]:
+        """By how much the loss of a token rises without each layer."""
+        whole, *without = (
+            math.log(perplexity_of(states, checkpoint, self.shape)) for states in (self.whole, *self.without)
+        )
+        return [loss - whole for loss in without]
+
+
+def _judged(layers: Sequence[LayerImportance], losses: Sequence[float]) -> list[LayerImportance]:
+    """What all layers add is shared out by what removing each loses; what they add decides between those that lose
+    nothing."""
+    lost = [max(loss, 0.0) for loss in losses]
+    scale = sum(layer.whole for layer in layers) / max(sum(lost), 1e-12)
+    return [
+        replace(layer, whole=scale * loss + _ADDED_SHARE * layer.whole)
+        for layer, loss in zip(layers, lost, strict=True)
+    ]
 
 
 def _by_activations(layer: Layer, shape: ModelShape, states: HiddenStates) -> tuple[LayerImportance, torch.Tensor]:

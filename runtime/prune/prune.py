@@ -115,7 +115,10 @@ def prune_checkpoint(
     check_wanted(shape, wanted, measure, calibration, output)
     device = work.device
     progress("importance of units")
-    importance = find_importance(source, shape, measure, calibration, device, seed=seed)
+    weighs_layers = wanted.layers > 0.0 or wanted.speedup is not None or wanted.size is not None
+    importance = find_importance(
+        source, shape, measure, calibration, device, seed=seed, judges_layers=weighs_layers
+    )  # fmt: skip
     prices = None
     if wanted.speedup is not None or measures_speed:
         progress("prices of units")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +93,12 @@ class HiddenStates:
     def num_tokens(self) -> int:
         """Of all sequences."""
         return sum(sum(batch.lengths) for batch in self.batches)
+
+    def copied(self) -> HiddenStates:
+        """The same states, to go through other layers."""
+        made = copy(self)
+        made.states = [hidden.clone() for hidden in self.states]
+        return made
 
     def embed(self, embedding: torch.Tensor) -> None:
         """Begin: embedding [V, hidden]."""

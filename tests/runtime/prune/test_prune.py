@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from db.errors import UserError
 from profiler.model import PRECISIONS, load_model_shape
-from runtime.prune.budget import Losses, Sizes
+from runtime.prune.budget import Losses, Sizes, layer_order
 from runtime.prune.importance import Measure, find_importance
 from runtime.prune.prices import Prices, Work
 from runtime.prune.prune import PruneReport, Wanted, choose_sizes, prune_checkpoint
@@ -104,6 +104,29 @@ def test_perplexity_is_that_of_transformers(checkpoint: Callable[[str], Path]) -
             found.append(torch.nn.functional.cross_entropy(made, torch.tensor(ids[1:]), reduction="none"))
     expected = float(torch.cat(found).mean().exp())
     assert perplexity(folder, load_model_shape(str(folder)), HELD_OUT, CPU) == pytest.approx(expected, rel=1e-4)
+
+
+def test_layers_are_judged_by_the_loss_without_each(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("llama")
+    shape, text = load_model_shape(str(folder)), torch.tensor(CALIBRATION[0])
+    model = load_reference(folder, PRECISIONS["float32"])
+    losses, layers = [], list(model.model.layers)
+    with torch.inference_mode():
+        for lacking in (None, *range(len(layers))):
+            model.model.layers = torch.nn.ModuleList(one for index, one in enumerate(layers) if index != lacking)
+            made = model(text[None], use_cache=False).logits[0, :-1]
+            losses.append(float(torch.nn.functional.cross_entropy(made, text[1:])))
+    model.model.layers = torch.nn.ModuleList(layers)
+    lost = [max(loss - losses[0], 0.0) for loss in losses[1:]]
+    plain, judged = (
+        find_importance(folder, shape, Measure.ACTIVATION, CALIBRATION[:1], CPU, judges_layers=judges)
+        for judges in (False, True)
+    )
+    assert max(lost) > 0.0
+    added = [layer.whole for layer in plain.layers]
+    expected = [sum(added) * loss / sum(lost) + 1e-3 * own for loss, own in zip(lost, added, strict=True)]
+    assert [layer.whole for layer in judged.layers] == pytest.approx(expected, rel=0.01, abs=1e-4)
+    assert layer_order(judged) == sorted(range(5), key=expected.__getitem__)
 
 
 def test_a_budget_takes_from_where_it_costs_least(checkpoint: Callable[[str], Path]) -> None:
