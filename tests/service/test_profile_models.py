@@ -24,13 +24,13 @@ def call(*arguments: str) -> str:
 def test_every_part_of_a_mixture_is_measured(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
     model, url = str(checkpoint("GptOssForCausalLM")), f"sqlite:///{tmp_path / 'rows.db'}"
     on = ("--world-size", "2", "--db", url, "--dtype", "float32")
-    call("profile", model, *on, "--device", "cpu", "--threads-per-rank", "1", "--context-length", "64", "--tp-sizes", "2", "--budget-s",
-         "30")  # fmt: skip
+    small = ("--context-length", "64", "--tp-sizes", "2", "--threads-per-rank", "1", "--budget-s", "30")
+    call("profile", model, *on, "--device", "cpu", *small)
     with open_database(url, read_only=True) as database:
         (known,) = list_hardware(database)
         rows = load_measurements(database, known.hardware)
     measured = {row.op for row in rows}
-    assert measured >= {Op.MATMUL, Op.EXPERTS, Op.ATTENTION, Op.ELEMENTWISE, Op.LAYER}
+    assert {Op.MATMUL, Op.EXPERTS, Op.ATTENTION, Op.ELEMENTWISE} <= measured
     assert all(row.shape["sinks"] == 1 for row in rows if row.op == Op.ATTENTION)
     assert {row.shape.get("window", 0) for row in rows if row.op == Op.ATTENTION} <= {0, 37}
     # All six with half of their features each, or half of the six.
