@@ -114,26 +114,31 @@ def read_json_lines(
     """
     path = Path(path)
     found: list[Line[T]] = []
+    for number, line in limited_lines(path, field, max_bytes):
+        if len(found) == most_lines:
+            break
+        if len(found) == MAX_LINES:
+            raise UserError(field, path, f"must have at most {MAX_LINES} lines")
+        place = f"{cut(path)}: line {number}"
+        content = parse_json(line, place, "")
+        with located(place):
+            found.append(Line(number, place, parse(model, content)))
+    return found
+
+
+def limited_lines(path: Path, field: str, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers. Raises UserError for a file of more than `max_bytes`."""
     left = max_bytes
     with opened(path, field) as file:
         for number in count(1):
             line = file.readline(left + 1)
             left -= len(line)
-            if not line:
-                break
             if left < 0:
                 raise UserError(field, path, f"must be at most {max_bytes // _MIB} MiB")
-            if not line.strip():
-                continue
-            if len(found) == most_lines:
-                break
-            if len(found) == MAX_LINES:
-                raise UserError(field, path, f"must have at most {MAX_LINES} lines")
-            place = f"{cut(path)}: line {number}"
-            content = parse_json(line, place, "")
-            with located(place):
-                found.append(Line(number, place, parse(model, content)))
-    return found
+            if not line:
+                return
+            if line.strip():
+                yield number, line
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 from db.errors import UserError, cut
-from db.files.documents import MAX_LINES, MAX_LINES_BYTES, Line, opened
-
-_MIB = 1 << 20
+from db.files.documents import MAX_LINES, MAX_LINES_BYTES, Line, limited_lines, opened
 
 
 def first_line(path: str | Path, *, field: str = "file", max_bytes: int = 1 << 16) -> str:
@@ -32,9 +28,9 @@ def read_csv(
     path = Path(path)
     found: list[Line[dict[str, str]]] = []
     names: list[str] = []
-    for number, text in _lines(path, field, max_bytes):
+    for number, line in limited_lines(path, field, max_bytes):
         place = f"{cut(path)}: line {number}"
-        cells = [cell.strip() for cell in _cells(text, place)]
+        cells = [cell.strip() for cell in _cells(line, place)]
         if not names:
             names = cells
             continue
@@ -48,26 +44,12 @@ def read_csv(
     return found
 
 
-def _cells(text: str, place: str) -> list[str]:
+def _cells(line: bytes, place: str) -> list[str]:
+    try:
+        text = line.decode("utf-8-sig").strip("\r\n")
+    except UnicodeDecodeError:
+        raise UserError(place, "bytes", "must be UTF-8 text") from None
     try:
         return next(csv.reader([text], strict=True))
     except (csv.Error, StopIteration) as error:
         raise UserError(place, text, f"must be a line of CSV ({error})") from None
-
-
-def _lines(path: Path, field: str, max_bytes: int) -> Iterator[tuple[int, str]]:
-    left = max_bytes
-    with opened(path, field) as file:
-        for number in count(1):
-            line = file.readline(left + 1)
-            left -= len(line)
-            if not line:
-                return
-            if left < 0:
-                raise UserError(field, path, f"must be at most {max_bytes // _MIB} MiB")
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
-            except UnicodeDecodeError:
-                raise UserError(f"{cut(path)}: line {number}", "bytes", "must be UTF-8 text") from None
-            if text.strip():
-                yield number, text

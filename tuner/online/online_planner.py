@@ -241,7 +241,7 @@ class OnlinePlanner:
         patience_s = self.settings.patience
         if not patience_s or self.objective.needs_deadlines:
             return [index for _, index in self._queue]
-        waiting = [self._waiting[index] for index in sorted(self._waiting, key=lambda i: self.requests[i].arrival_s)]
+        waiting = [self._waiting[index] for index in sorted(self._waiting)]  # as they came
         work_s = [self._stretch * each.work_s for each in waiting]
         pass_s = max(self._clock.finish_s[-1] - self._clock.finish_s[0], self._overhead_s * self._stages_after)
         ends_s = itertools.accumulate(work_s, initial=start_s + pass_s)

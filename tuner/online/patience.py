@@ -25,12 +25,14 @@ def running_order(rank: Sequence[float], work_s: Sequence[float], slack_s: Seque
     delayed by those that pass it; whose slack is below zero already is passed by none.
     """
     ranks, work, slack = (np.array(column, dtype=np.float64) for column in (rank, work_s, slack_s))
-    left, order = list(range(len(ranks))), list[int]()
-    while left and len(order) < MOST_PICKS:
-        here = np.array(left)
-        before = np.minimum.accumulate(np.concatenate(([np.inf], slack[here[:-1]])))
-        allowed = work[here] <= before
-        place = int(np.argmin(np.where(allowed, ranks[here], np.inf)))
-        slack[here[:place]] -= work[here[place]]
-        order.append(left.pop(place))
-    return [*order, *left]
+    order: list[int] = []
+    before, least = np.full(len(ranks), np.inf), np.empty(len(ranks))
+    for _ in range(min(len(ranks), MOST_PICKS)):
+        before[1:] = slack[:-1]
+        np.minimum.accumulate(before, out=least)
+        place = int(np.where(work <= least, ranks, np.inf).argmin())
+        slack[:place] -= work[place]
+        ranks[place] = slack[place] = np.inf  # neither runs nor is passed again
+        order.append(place)
+    taken = set(order)
+    return order + [place for place in range(len(ranks)) if place not in taken]
