@@ -22,7 +22,27 @@ if TYPE_CHECKING:  # planning from a cost model file needs neither the database 
     from tuner.search.layouts import Candidate
     from tuner.search.replay import Replay
 
-DECODE_COLUMNS = ("TPOT s", "p99 TPOT s", "goodput/s")
+FIELDS = {
+    "policy": "policy",
+    "taken": "taken",
+    "rounds": "num_rounds",
+    "makespan s": "makespan_s",
+    "mean TTFT s": "mean_ttft_s",
+    "p99 s": "p99_ttft_s",
+    "TPOT s": "mean_tpot_s",
+    "p99 TPOT s": "p99_tpot_s",
+    "goodput/s": "goodput_per_s",
+    "tokens/s": "tokens_per_s",
+    "p50 s": "p50_ttft_s",
+    "p90 s": "p90_ttft_s",
+}
+"""Columns of replays, by what of a replay's JSON they show."""
+DECODE_COLUMNS = (
+    "policy", "goodput/s", "mean TTFT s", "TPOT s", "p99 s", "p99 TPOT s", "taken", "rounds", "tokens/s",
+)  # fmt: skip
+REPLAY_COLUMNS = (
+    "policy", "taken", "rounds", "makespan s", "mean TTFT s", "p99 s", "tokens/s", "p50 s", "p90 s",
+)  # fmt: skip
 MOST_NAMED = 4
 """Layouts and reasons that are named one by one."""
 
@@ -67,15 +87,14 @@ def print_report(report: TuneReport) -> None:
             title=f"Policies on {layout_of(parallel)}{window}; TTFT in the mean",
         )
     if report.replays:
-        met, decodes = _deadline_columns(report), any(request.output_tokens > 1 for request in requests)
+        met = _deadline_columns(report)
+        columns = DECODE_COLUMNS if any(request.output_tokens > 1 for request in requests) else REPLAY_COLUMNS
+        first = columns.index("p99 s") + 1
         show_table(
-            [
-                "policy", "taken", "rounds", "makespan s", "mean TTFT s", "p99 s", *met,
-                *(DECODE_COLUMNS if decodes else ()), "tokens/s", "p50 s", "p90 s",
-            ],
-            [_replay_row(replay, has_deadlines=bool(met), decodes=decodes) for replay in report.replays],
+            [*columns[:first], *met, *columns[first:]],
+            [_replay_row(replay, columns, has_deadlines=bool(met)) for replay in report.replays],
             title=f"{len(requests)} requests as they arrive, each policy seeing a request when it arrives",
-        )  # fmt: skip
+        )
         classes = classes_json(report)
         if classes:
             show_table(
@@ -184,9 +203,10 @@ def _ttft_gap(report: TuneReport) -> str:
     if not bound_s or chosen is None:
         return ""
     mean_s = chosen.evaluation.mean_ttft_s
+    beside = ", which counts no decoded token" if chosen.evaluation.tpot_s else ""
     return (
         f"Its mean TTFT of {mean_s:.4g} s is at most {mean_s / bound_s - 1.0:.1%} above the best possible "
-        f"(no plan has less than {bound_s:.4g} s)."
+        f"(no plan has less than {bound_s:.4g} s{beside})."
     )
 
 
@@ -257,16 +277,12 @@ def _candidate_row(report: TuneReport, candidate: Candidate, *, several: bool) -
     ]  # fmt: skip
 
 
-def _replay_row(replay: Replay, *, has_deadlines: bool, decodes: bool) -> list[object]:
+def _replay_row(replay: Replay, columns: Sequence[str], *, has_deadlines: bool) -> list[object]:
     told = replay_json(replay)
-    names = ("policy", "taken", "num_rounds", "makespan_s", "mean_ttft_s", "p99_ttft_s")
+    values = [told.get(FIELDS[column]) for column in columns]
+    first = columns.index("p99 s") + 1
     met = _deadlines_met(replay.evaluation) if has_deadlines else []
-    return [
-        *(told[name] for name in names),
-        *met,
-        *(told[name] for name in ("mean_tpot_s", "p99_tpot_s", "goodput_per_s") if decodes),
-        *(told[name] for name in ("tokens_per_s", "p50_ttft_s", "p90_ttft_s")),
-    ]
+    return [*values[:first], *met, *values[first:]]
 
 
 def _policy_row(planned: RoundPlan) -> list[object]:
