@@ -55,6 +55,6 @@ def _print(report: PruneReport) -> None:
         click.echo(f"perplexity {report.perplexity_before:.4f} before, {report.perplexity_after:.4f} after")
     shapes = "all layers have one shape, as Transformers' configurations ask for"
     if report.widths is not None:
-        told = ", ".join(f"{channels}/{kv_heads}" for channels, kv_heads in report.widths)
-        shapes = f"channels/KV heads by layer: {told}; Transformers does not load layers that differ"
+        each = ", ".join(f"{channels}/{kv_heads}" for channels, kv_heads in report.widths)
+        shapes = f"channels/KV heads by layer: {each}; Transformers does not load layers that differ"
     click.echo(f"written to {report.folder}; {shapes}")
