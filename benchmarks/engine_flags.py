@@ -42,7 +42,7 @@ def main(folder: Path) -> int:
     rows: list[tuple[object, ...]] = []
     for engine, places in _SOURCES.items():
         text = "\n".join(_text(folder / place) for place in places)
-        if not text:
+        if not text.strip():
             continue
         made = export(_plan(), engine)
         for flag in made.flags:
@@ -54,11 +54,7 @@ def main(folder: Path) -> int:
         text = sizer.read_text()
         for word in ("class DynamicChunkSizer", "def predict(self, history_len: int)", "def profile_and_fit(self)"):
             rows.append((Engine.SGLANG.value, word, word in text))
-    for engine, parse in (
-        (Engine.VLLM, _parse_vllm),
-        (Engine.VLLM_ASCEND, _parse_vllm),
-        (Engine.SGLANG, _parse_sglang),
-    ):
+    for engine, parse in _PARSERS.items():
         try:
             rows.append((engine.value, "its own parser takes all", parse(list(export(_plan(), engine).flags))))
         except ImportError as error:

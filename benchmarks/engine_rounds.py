@@ -42,7 +42,7 @@ def main(num_plans: int) -> int:
         model = Path(folder) / "model"
         write_demo_model(model)
         for seed in range(num_plans):
-            plan = _plan(seed)
+            plan = some_plan(seed)
             path = Path(folder) / "plan.json"
             save_plan(path, plan)
             os.environ["ISOCHUNK_PLAN"] = str(path)
@@ -149,7 +149,7 @@ def _scheduler(plan: Plan, model: Path) -> Any:
     )
 
 
-def _plan(seed: int) -> Plan:
+def some_plan(seed: int, **options: Any) -> Plan:
     """A batch of up to a dozen prompts on up to eight stages, planned."""
     draw = random.Random(seed)
     pp_size = draw.choice((1, 2, 4, 8))
@@ -164,7 +164,7 @@ def _plan(seed: int) -> Plan:
         Request(id=f"r{index}", prompt_tokens=draw.randrange(100, 60_000)) for index in range(draw.randint(1, 12))
     )
     return rounds_to_plan(
-        plan_rounds(cost, requests),
+        plan_rounds(cost, requests, **options),
         requests=requests,
         model={"name": "any"},
         precision="bfloat16",

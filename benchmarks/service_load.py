@@ -1,9 +1,9 @@
-"""Clients that read and plan at once: `python -m benchmarks.service_load [--clients 50] [--seconds 300]`.
+"""Clients that read and plan at once: `python -m benchmarks.service_load [--clients 50] [--planners 10]`.
 
-Serves the profile of two H100 that lies in `benchmarks/results`. Each client is a thread that reads a list, waits up to
-a second as a person would, and makes a plan every twentieth time. Prints how many
-calls came to what, and the quantiles of their times, beside the share of the processor that was idle before: on a busy
-machine the figures say little.
+Serves the profile of two H100 that lies in `benchmarks/results`. Each client is a thread that waits up to a second, as
+a person would, and calls: a few search plans for batches of their own, one after the other, so that the service always
+plans as much as it can, and the others read lists. Prints how many calls came to what, and the quantiles of their
+times, beside the share of the processor that was idle before: on a busy machine the figures say little.
 """
 
 from __future__ import annotations
@@ -12,10 +12,6 @@ import argparse
 import json
 import os
 import random
-import re
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -23,34 +19,19 @@ import urllib.request
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.page_picture import PROFILE
-from db.rows.archive import import_hardware
-from db.store.engine import open_database
+from benchmarks.page_picture import served
 from service.cli.output import print_table
 
 READS = ("hardware", "measurements", "measurements?hardware=1&op=matmul", "plans", "runs", "fits", "models", "workers",
          "jobs", "session")  # fmt: skip
-_PLAN_EVERY = 20
+_PATIENCE_S = 240.0
 
 
-def main(clients: int, seconds: float) -> None:
+def main(clients: int, planners: int, seconds: float) -> None:
     """Serve, call, print."""
     idle = _idle_share()
-    with tempfile.TemporaryDirectory(prefix="load-") as folder:
-        url = f"sqlite:///{folder}/rows.db"
-        with open_database(url) as database:
-            import_hardware(database, PROFILE)
-        words = [sys.executable, "-m", "service", "serve", "--port", "0", "--no-worker", "--db", url]
-        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-        try:
-            assert process.stderr is not None
-            found = next(
-                match for line in process.stderr if (match := re.search(r"(http://\S+)/#token=(\S+)", line)) is not None
-            )
-            calls = _call(found[1], found[2], clients, seconds)
-        finally:
-            process.terminate()
-            process.wait(30)
+    with served() as (address, token):
+        calls = _call(address, token, clients, planners, seconds)
     rows: list[tuple[object, ...]] = []
     for kind, times in sorted(calls.items()):
         ordered = sorted(times)
@@ -58,11 +39,11 @@ def main(clients: int, seconds: float) -> None:
             (kind, len(ordered), *(round(1e3 * ordered[min(len(ordered) - 1, int(q * len(ordered)))])
                                    for q in (0.5, 0.9, 0.99, 1.0)))
         )  # fmt: skip
-    title = f"{clients} clients, {seconds:g} s, {os.cpu_count()} cores of which {idle:.0%} were idle before"
+    title = f"{clients} clients of whom {planners} plan, {seconds:g} s, {os.cpu_count()} cores, {idle:.0%} idle before"
     print_table(("call", "count", "p50 ms", "p90 ms", "p99 ms", "slowest ms"), rows, title=title)
 
 
-def _call(base: str, token: str, clients: int, seconds: float) -> dict[str, list[float]]:
+def _call(base: str, token: str, clients: int, planners: int, seconds: float) -> dict[str, list[float]]:
     calls: dict[str, list[float]] = defaultdict(list)
     end = time.monotonic() + seconds
 
@@ -72,7 +53,7 @@ def _call(base: str, token: str, clients: int, seconds: float) -> dict[str, list
             time.sleep(draw.random())
             body = None
             path = draw.choice(READS)
-            if draw.randrange(_PLAN_EVERY) == 0:
+            if seed < planners:
                 lengths = ",".join(str(draw.randrange(500, 30_000)) for _ in range(draw.randint(1, 4)))
                 options = {"model": "llama-3-8b", "hardware_id": 1, "world_size": 2, "keep": False}
                 path, body = "plans", json.dumps(options | {"prompt_lens": lengths}).encode()
@@ -80,21 +61,21 @@ def _call(base: str, token: str, clients: int, seconds: float) -> dict[str, list
             began = time.perf_counter()
             try:
                 with urllib.request.urlopen(
-                    urllib.request.Request(f"{base}/api/v1/{path}", body, headers), timeout=120
+                    urllib.request.Request(f"{base}/api/v1/{path}", body, headers), timeout=_PATIENCE_S
                 ) as answer:
                     answer.read()
                 kind = "plan" if body else "read"
             except urllib.error.HTTPError as error:
                 kind = f"{'plan' if body else 'read'} {error.code}"
             except OSError as error:
-                kind = f"error {type(error).__name__}"
+                kind = f"error {error}"
             calls[kind].append(time.perf_counter() - began)
 
     threads = [threading.Thread(target=client, args=(seed,), daemon=True) for seed in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(seconds + 130)
+        thread.join(seconds + _PATIENCE_S + 10)
     return calls
 
 
@@ -114,6 +95,7 @@ def _idle_share(over_s: float = 3.0) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--planners", type=int, default=10, help="Of them; the others read.")
     parser.add_argument("--seconds", type=float, default=300.0)
     given = parser.parse_args()
-    main(given.clients, given.seconds)
+    main(given.clients, given.planners, given.seconds)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from service.use_cases.listing import Kept
 
 WORKLOAD_OPTIONS = ("workload", "workload_format", "time_unit", "num_requests", "prefix_cache", "rate")
 _MOST_TEXT_BYTES = 8 << 20
-COMMANDS = ("profile", "tune", "run-plan", "quantize", "db")
+COMMANDS = ("profile", "tune", "run-plan", "quantize", "export", "models", "db")
 _PATHS = {
     Kept.HARDWARE: "hardware",
     Kept.MEASUREMENTS: "measurements",
@@ -36,7 +37,12 @@ def remote(name: str, command: click.Command, server: str) -> click.Command:
         group = click.Group(name, help=command.help)
         group.add_command(_copy(command.commands["list"], functools.partial(_list, client)), "list")
         return group
-    return _copy(command, functools.partial(_tune if name == "tune" else functools.partial(_job, name), client))
+    calls: dict[str, Callable[..., None]] = {
+        "tune": _tune,
+        "export": functools.partial(_export, command),
+        "models": _models,
+    }
+    return _copy(command, functools.partial(calls.get(name, functools.partial(_job, name)), client))
 
 
 def _copy(command: click.Command, callback: Any) -> click.Command:
@@ -146,6 +152,31 @@ def _job(kind: str, client: Client, *, as_json: bool, **_all: Any) -> None:
         print_json(done["result"])
     else:
         click.echo(f"job {job['id']}: done by {done['worker']}")
+
+
+def _export(command: click.Command, client: Client, *, plan: Path, **given: Any) -> None:
+    """Read a plan that is kept there, and write the engine's files here."""
+    from db.files.documents import write_json
+
+    content = client.get(f"plans/{_plan_id(plan)}/file")
+    with tempfile.TemporaryDirectory(prefix="isochunk-") as folder:
+        path = Path(folder) / "plan.json"
+        write_json(path, content)
+        assert command.callback is not None
+        command.callback(plan=path, **given)
+
+
+def _models(client: Client, *, model: str | None, as_json: bool) -> None:
+    """Models that may be named there."""
+    found = client.get("models")
+    rows = [one for one in found if model in (None, one["name"])]
+    if not rows:
+        raise UserError("model", model, f"must be one of {', '.join(one['name'] for one in found)}")
+    if as_json:
+        print_json(rows)
+        return
+    columns = ("name", "num_layers", "hidden_size", "max_positions", "dtype")
+    show_table(columns, [[row[name] for name in columns] for row in rows], title=f"models at {client.url}")
 
 
 def _text(name: str, path: str) -> str:

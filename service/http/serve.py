@@ -100,12 +100,13 @@ def serve(options: ServeOptions, job_options: Options) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket on an address. Raises UserError when it is taken."""
+    """A socket that listens, so that who calls before the server runs waits. Raises UserError when it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(_MOST_CONNECTIONS)
     except OSError as error:
         raise UserError("--port", port, f"must be free on {host} ({error.strerror})") from None
     return listener

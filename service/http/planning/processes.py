@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from service.http.problems import RefusedError
 
 _PLANS_A_PROCESS = 500
 _NICE = 10
+_LOOK_EVERY_S = 0.5
+"""How often it is seen whether the caller of a plan that waits is still there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +31,8 @@ class PlanningLimits:
 
     processes: int = 2
     cpu_s: float = 20.0
-    wall_s: float = 60.0
-    """On a machine that others keep busy a plan waits for the processor, too."""
+    wall_s: float = 240.0
+    """A backstop: planning has a low priority, and on a machine that others keep busy it waits for the processor."""
     memory_bytes: int = 6 << 30
     waiting: int = 64
 
@@ -49,6 +52,8 @@ class Planning:
     def __init__(self, limits: PlanningLimits) -> None:
         self.limits, self.num_asked = limits, 0
         """Plans that are being made or wait are `num_asked`."""
+        self._free = asyncio.Semaphore(limits.processes)
+        """Who waits for a process waits here: a task in the pool's own queue cannot be taken back."""
         self._pool = ProcessPool(
             max_workers=limits.processes,
             max_tasks=_PLANS_A_PROCESS,
@@ -62,34 +67,58 @@ class Planning:
         for _ in range(self.limits.processes):
             self._pool.schedule(_warm)
 
-    async def make(self, request: PlanRequest) -> MadePlan:
-        """A plan. Raises UserError for what is refused, RefusedError for what takes too much."""
+    async def make(self, request: PlanRequest, is_gone: Callable[[], Awaitable[bool]] | None = None) -> MadePlan:
+        """A plan. Raises UserError for what is refused, RefusedError for what takes too much.
+
+        is_gone: whether the caller has gone; a plan that nobody waits for is not begun.
+        """
         if self.num_asked >= self.limits.waiting:
-            headers = {"retry-after": "1"}
-            raise RefusedError(503, "plans", self.num_asked, f"at most {self.limits.waiting} at once", headers=headers)
+            raise _full(self.num_asked, f"at most {self.limits.waiting} at once")
         self.num_asked += 1
         try:
-            given = [request, self.limits.cpu_s]
-            future: Future[Any] = self._pool.schedule(_make, args=given, timeout=self.limits.wall_s)
-            made = await asyncio.wrap_future(future)
+            await self._turn(is_gone)
+            try:
+                given = [request, self.limits.cpu_s]
+                future: Future[Any] = self._pool.schedule(_make, args=given, timeout=self.limits.wall_s)
+                made = await asyncio.wrap_future(future)
+            finally:
+                self._free.release()
         except TimeoutError:
-            allowed = f"must be planned within {self.limits.cpu_s:g} s: fewer or shorter prompts, a fixed layout"
-            raise RefusedError(422, "plan", "too much work", allowed) from None
+            raise _full("too busy", f"the machine to have a processor within {self.limits.wall_s:g} s") from None
         except (MemoryError, ProcessExpired):
             allowed = f"must be planned within {self.limits.memory_bytes >> 20} MiB of memory"
             raise RefusedError(422, "plan", "too much work", allowed) from None
         finally:
             self.num_asked -= 1
+        if made is None:
+            allowed = f"must be planned within {self.limits.cpu_s:g} s: fewer or shorter prompts, a fixed layout"
+            raise RefusedError(422, "plan", "too much work", allowed)
         if isinstance(made, _Refusal):
             raise UserError(made.field, made.value, made.allowed)
         assert isinstance(made, MadePlan)
         return made
+
+    async def _turn(self, is_gone: Callable[[], Awaitable[bool]] | None) -> None:
+        """Wait until a process is free, first come, first served."""
+        turn = asyncio.ensure_future(self._free.acquire())
+        try:
+            while not (await asyncio.wait([turn], timeout=_LOOK_EVERY_S))[0]:
+                if is_gone is not None and await is_gone():
+                    raise _full("nobody waits", "a caller who waits")
+        except BaseException:
+            if not turn.cancel():
+                self._free.release()
+            raise
 
     def close(self) -> None:
         """End the processes."""
         self._pool.stop()  # type: ignore[no-untyped-call]
         with contextlib.suppress(TimeoutError):
             self._pool.join(timeout=5)
+
+
+def _full(value: object, allowed: str) -> RefusedError:
+    return RefusedError(503, "plans", value, allowed, headers={"retry-after": "1"})
 
 
 def _begin(service_pid: int, memory_bytes: int) -> None:
@@ -105,7 +134,8 @@ def _warm() -> None:
     import service.use_cases.tune_model  # noqa: F401 - SciPy and the database
 
 
-def _make(request: PlanRequest, cpu_s: float) -> MadePlan | _Refusal:
+def _make(request: PlanRequest, cpu_s: float) -> MadePlan | _Refusal | None:
+    """A plan, why it is refused, or None when it takes more of a processor than it may."""
     from service.http.planning.request import make_plan
 
     signal.signal(signal.SIGPROF, _too_long)
@@ -114,6 +144,8 @@ def _make(request: PlanRequest, cpu_s: float) -> MadePlan | _Refusal:
         return make_plan(request)
     except UserError as error:
         return _Refusal(error.field, str(error.value), error.allowed)
+    except TimeoutError:
+        return None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
 

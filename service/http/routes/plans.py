@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from fastapi import Body
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 from starlette.responses import Response
 
 from db.errors import UserError
@@ -69,7 +70,11 @@ class PlanFile:
 
 @router.post("/plans", status_code=201)
 @open_to(Scope.PLAN)
-async def make(service: Shared, body: Annotated[PlanBody, Body()]) -> MadePlan:  # type: ignore[valid-type]
+async def make(
+    caller: Request,
+    service: Shared,
+    body: Annotated[PlanBody, Body()],  # type: ignore[valid-type]
+) -> MadePlan:
     """Plan a batch or a trace, for a model on measured hardware or for a cost model.
 
     With `compare` every policy is planned beside it; with `keep` false nothing is kept.
@@ -87,7 +92,7 @@ async def make(service: Shared, body: Annotated[PlanBody, Body()]) -> MadePlan: 
         db_url=service.db_url,
         keep=keep,
     )
-    return await service.planning.make(request)
+    return await service.planning.make(request, caller.is_disconnected)
 
 
 @router.get("/plans")

@@ -6,9 +6,10 @@ export class Refused extends Error {
   constructor(problem) { super(problem.detail ?? problem.title); this.problem = problem; }
 }
 
-export async function call(method, path, body, headers = {}) {
+export async function call(method, path, body, headers = {}, signal = null) {
   const answer = await fetch(BASE + path, {
     method,
+    signal,
     headers: { "x-isochunk": "1", ...(body === undefined ? {} : { "content-type": "application/json" }), ...headers },
     body: body === undefined ? undefined : JSON.stringify(body),
   });
@@ -22,7 +23,17 @@ export async function call(method, path, body, headers = {}) {
 }
 
 export const get = (path) => call("GET", path);
-export const post = (path, body = {}) => call("POST", path, body);
+export const post = (path, body = {}, signal = null) => call("POST", path, body, {}, signal);
+
+// Calls of which only the last counts: one that is asked anew is taken back, so that the service need not begin it.
+export function lastOf(action) {
+  let before = null;
+  return (...given) => {
+    before?.abort();
+    before = new AbortController();
+    return action(before.signal, ...given);
+  };
+}
 
 export async function all(path, most = 4000) {
   const items = [];

@@ -34,7 +34,7 @@ async function route() {
 async function begin() {
   const { scopes } = await get("/session");
   begun = true;
-  $("who").textContent = `may ${scopes.join(", ")}`;
+  $("who").textContent = `your token may ${["read", "plan", "run"].filter((one) => scopes.includes(one)).join(", ")}`;
   await route();
   jobs.live().catch(() => null);
 }

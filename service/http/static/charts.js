@@ -12,9 +12,10 @@ function scale(values, log, from, to) {
   const at = (value) => from + (((log ? Math.log10(value) : value) - a) / span) * (to - from);
   let marks;
   if (log) {
-    marks = [];
-    for (let power = Math.floor(a); power <= Math.ceil(b); power++) marks.push(10 ** power);
-    if (marks.filter((mark) => Math.log10(mark) >= a && Math.log10(mark) <= b).length < 2) marks = [low, Math.sqrt(low * high), high];
+    // Powers of ten; where few of them are in sight, also twice and five times as much; then the ends.
+    const powers = Array.from({ length: Math.ceil(b) - Math.floor(a) + 1 }, (_, index) => 10 ** (Math.floor(a) + index));
+    const inSight = (mark) => Math.log10(mark) >= a && Math.log10(mark) <= b;
+    marks = [powers, powers.flatMap((power) => [power, 2 * power, 5 * power])].find((some) => some.filter(inSight).length > 2) ?? [low, Math.sqrt(low * high), high];
   } else {
     const step = 10 ** Math.floor(Math.log10(span / 3)) * (span / 3 / 10 ** Math.floor(Math.log10(span / 3)) > 5 ? 5 : span / 3 / 10 ** Math.floor(Math.log10(span / 3)) > 2 ? 2 : 1);
     const first = Math.ceil(a / step - 1e-9);

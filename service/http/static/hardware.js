@@ -10,7 +10,7 @@ export async function start() {
   const found = await get("/hardware");
   if (!found.length) { show($("hardware-list"), h("div", { class: "card" }, h("p", { class: "quiet" }, "Nothing was measured yet: start with a model under Jobs, or `isochunk db import`."))); return; }
   show($("hardware-list"), found.map((one) => h("button", { type: "button", class: "card", "aria-pressed": "false", "data-id": one.id, onclick: () => open(one) },
-    h("h2", {}, `${one.hardware.device} × ${one.hardware.device_count}`),
+    h("h2", {}, `${one.hardware.device_count} × ${one.hardware.device}`),
     h("dl", {}, h("dt", {}, "link"), h("dd", {}, one.hardware.link), h("dt", {}, "memory"), h("dd", {}, `${(one.hardware.memory_bytes / 2 ** 30).toFixed(0)} GiB`),
       h("dt", {}, "driver"), h("dd", {}, one.hardware.driver), h("dt", {}, "torch"), h("dd", {}, one.hardware.torch_version),
       h("dt", {}, "measured"), h("dd", {}, `${whole(one.num_measurements)} points, last ${when(one.last_measured_at)}`)))));
@@ -80,7 +80,7 @@ function attention(rows) {
     const x = power(row.shape.chunk), y = power(row.shape.context), key = `${x} ${y}`, known = cells.get(key);
     if (!known || row.median_us < known.value) cells.set(key, { x, y, value: row.median_us, text: `chunk ${whole(row.shape.chunk)} after ${whole(row.shape.context)} tokens\n${row.median_us.toPrecision(3)} µs, ${row.variant}` });
   }
-  return heatMap("Attention of one layer", [...cells.values()], { x: "chunk, tokens", y: "context, tokens", note: `The fastest point near each power of two, darker is longer; ${largest[0].shape.heads ?? "?"} heads.` });
+  return heatMap("Attention of one layer", [...cells.values()], { x: "chunk, tokens", y: "context, tokens", note: `The fastest point near each power of two, stronger is longer; ${largest[0].shape.heads ?? "?"} heads.` });
 }
 
 function links(rows) {

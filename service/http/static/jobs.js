@@ -55,7 +55,7 @@ async function refresh() {
 function jobCard(job) {
   const status = h("span", { class: "tag" }), about = h("span", { class: "quiet" }), actions = h("span", { class: "actions" });
   const log = h("pre", { tabindex: "0", "aria-label": "log", hidden: true }), bar = h("progress", { max: 1, value: 0, hidden: true, "aria-label": "progress" }), error = h("p", { class: "error" });
-  const subject = job.spec.model ?? (job.spec.plan_id === null ? "" : `plan ${job.spec.plan_id}`);
+  const subject = job.spec.model ?? job.spec.plan_id ?? "";
   const element = h("div", { class: "card", "data-job": job.id }, h("div", { class: "job-head" }, h("h2", {}, `${job.spec.kind} ${subject}`), status, about, actions), bar, error, log);
   let source = null, seen = 0, known = null;
 

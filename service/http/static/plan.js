@@ -1,9 +1,10 @@
 // Planning: the form, what was found, and what would be if links, prompts or ranks were others.
 
-import { get, post } from "./api.js";
+import { get, lastOf, post } from "./api.js";
 import { $, debounced, figure, h, percent, seconds, show, table, when, whole } from "./dom.js";
 import { timeline } from "./timeline.js";
 
+const search = lastOf((signal, what) => post("/plans", what, signal));
 let trace = null, costModel = null, shown = null, asked = 0, ready = false;
 
 export async function start() {
@@ -11,14 +12,16 @@ export async function start() {
   const [models, hardware] = await Promise.all([get("/models"), get("/hardware")]);
   show($("model"), models.map((model) => h("option", { value: model.name, selected: model.name === "llama-3-8b" }, `${model.name} · ${model.num_layers} layers`)));
   const measured = hardware.filter((one) => one.num_measurements);
-  show($("hardware-id"), measured.map((one) => h("option", { value: one.id }, nameOf(one))));
+  const names = measured.map(shortName);
+  show($("hardware-id"), measured.map((one, index) => h("option", { value: one.id }, names.filter((name) => name === names[index]).length > 1 ? nameOf(one) : names[index])));
   if (!measured.length) show($("hardware-id"), h("option", { value: "" }, "nothing measured yet: see Jobs"));
   drawEmpty();
   ready = true;
   await listPlans();
 }
 
-export const nameOf = (one) => `${one.hardware.device} × ${one.hardware.device_count} · ${one.hardware.link}`;
+const shortName = (one) => `${one.hardware.device_count} × ${one.hardware.device}`;
+const nameOf = (one) => `${shortName(one)} · ${one.hardware.link}`;
 
 $("plan-form").addEventListener("submit", (event) => { event.preventDefault(); plan(); });
 $("trace").addEventListener("change", () => $("trace").files[0] && readTrace($("trace").files[0]));
@@ -62,14 +65,16 @@ export async function plan(changes = {}) {
   $("plan-button").disabled = true;
   $("results").classList.add("busy");
   try {
-    const made = await post("/plans", { ...body(changes), compare: !trace || trace.length <= 200 });
+    const made = await search({ ...body(changes), compare: !trace || trace.length <= 200 });
     if (mine !== asked) return;
     if (changes.world_size) $("world-size").value = changes.world_size;
     display(made);
     listPlans();
   } catch (error) { if (mine === asked) told(error.message); } finally {
-    $("plan-button").disabled = false;
-    $("results").classList.remove("busy");
+    if (mine === asked) {
+      $("plan-button").disabled = false;
+      $("results").classList.remove("busy");
+    }
   }
 }
 
@@ -135,7 +140,7 @@ function tables(report) {
     ["", (one) => one.makespan_s && bar(one.makespan_s / slowest)], ["mean TTFT", (one) => one.makespan_s && seconds(one.mean_ttft_s), true],
     ["bubbles", (one) => one.makespan_s && percent(one.bubble_share), true], ["GiB a rank", (one) => one.memory_bytes ? (one.memory_bytes / 2 ** 30).toFixed(1) : null, true],
     ["why not", (one) => one.refusal ?? (one.proven_worse ? `no plan takes less than ${seconds(one.floor_s)}` : one.assumed?.length ? `assumes links: ${one.assumed.join(", ")}` : one.extrapolates ? "beyond the measured range" : "")],
-  ], report.layouts.slice(0, 40), (one) => (one.refusal ? "refused" : one === report.layouts[0] ? "best" : null))));
+  ], report.layouts.slice(0, 40), (one) => (one.makespan_s && !one.refusal ? (one === report.layouts[0] ? "best" : null) : "refused"))));
   if (report.why) parts.push(why(report.why));
   const policies = report.policies.length ? report.policies : report.replays;
   const worst = Math.max(...policies.map((one) => one.makespan_s));
@@ -150,13 +155,16 @@ function tables(report) {
   return parts;
 }
 
+// A layout in words of the command line, as `layoutOf` writes it.
+const shortLayout = (name) => name?.replace(/^TP1 (?=.)/, "").replace(/ PP1$/, "").replace(/ x(\d)/, " × $1");
+
 function why(told) {
   const names = Object.keys(told.families[0]?.seconds ?? {});
   const wins = (label, winners, value) => winners?.length > 1 && h("div", {}, h("h3", {}, label), table([
-    ["if", value, true], ["best", (one) => one.layout ?? "none has room"], ["ahead of others by", (one) => (one.lead ? percent(one.lead) : null), true],
+    ["if", value, true], ["best", (one) => shortLayout(one.layout) ?? "none has room"], ["ahead of others by", (one) => (one.lead ? percent(one.lead) : null), true],
   ], winners));
   return h("div", { class: "card" }, h("h2", {}, "Why, and where else another would win"),
-    names.length > 0 && table([["the best of its kind", (one) => one.layout], ...names.map((name) => [name.replace(/_s$/, "").replaceAll("_", " "), (one) => (typeof one.seconds[name] === "number" ? seconds(one.seconds[name]) : null), true])], told.families),
+    names.length > 0 && table([["the best of its kind", (one) => shortLayout(one.layout)], ...names.map((name) => [name.replace(/_s$/, "").replaceAll("_", " "), (one) => (typeof one.seconds[name] === "number" ? seconds(one.seconds[name]) : null), true])], told.families),
     h("div", { class: "split even" }, wins("Links faster or slower", told.by_link, (one) => `× ${+one.link_factor.toPrecision(2)}`),
       wins("Longer or shorter prompts", told.by_length, (one) => `${whole(one.prompt_tokens)} tokens`), wins("More or fewer requests", told.by_batch, (one) => `${whole(one.num_requests)} requests`)));
 }
@@ -166,6 +174,7 @@ function whatIf(file, head, picture) {
   const base = file.predicted.makespan_s;
   const settings = { link: 0, prompt: 0 };
   const error = h("p", { class: "error", role: "alert" });
+  const again = lastOf((signal, what) => post("/plans", what, signal));
   let turn = 0;
   const replan = debounced(120, async () => {
     const mine = ++turn, link = 2 ** settings.link, prompt = 2 ** settings.prompt;
@@ -177,13 +186,13 @@ function whatIf(file, head, picture) {
     error.textContent = "";
     picture.classList.add("busy");
     try {
-      const made = await post("/plans", { cost_model: cost, pp_size: file.parallel.pp_size, requests, keep: false, objective: $("objective").value });
+      const made = await again({ cost_model: cost, pp_size: file.parallel.pp_size, requests, keep: false, objective: $("objective").value });
       if (mine !== turn) return;
       const changed = settings.link !== 0 || settings.prompt !== 0;
       const mixed = { ...made.report.plan, parallel: file.parallel };
       headline(head, mixed, changed ? null : shown.id, changed ? base : null);
       show(picture, timeline(made.report.plan, made.timeline, changed ? "What if" : "The pipeline over time"));
-    } catch (problem) { if (mine === turn) error.textContent = problem.message; } finally { picture.classList.remove("busy"); }
+    } catch (problem) { if (mine === turn) error.textContent = problem.message; } finally { if (mine === turn) picture.classList.remove("busy"); }
   });
   const slider = (name, label, low, high, format, change) => {
     const out = h("output", { for: name }, format(0));
@@ -194,13 +203,13 @@ function whatIf(file, head, picture) {
   const ranks = Number($("world-size").value), choices = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
   const at = choices.findIndex((one) => one >= ranks);
   const out = h("output", { for: "if-ranks" }, `${ranks}`);
-  const again = debounced(500, (count) => plan({ world_size: count }));
+  const onRanks = debounced(500, (count) => plan({ world_size: count }));
   return h("div", { class: "card" }, h("h2", {}, "What if"), h("div", { class: "sliders" },
     slider("if-prompt", "Prompts were longer", -3, 3, times, (value) => { settings.prompt = value; replan(); }),
     file.parallel.pp_size > 1 && slider("if-link", "Links between stages were faster", -6, 6, times, (value) => { settings.link = value; replan(); }),
     h("div", { class: "slider" }, h("label", { for: "if-ranks" }, "Ranks were", out),
       h("input", { id: "if-ranks", type: "range", min: 0, max: choices.length - 1, step: 1, value: at < 0 ? choices.length - 1 : at,
-        oninput: (event) => { const count = choices[Number(event.target.value)]; out.textContent = `${count}`; again(count); } }))),
+        oninput: (event) => { const count = choices[Number(event.target.value)]; out.textContent = `${count}`; onRanks(count); } }))),
     h("p", { class: "quiet" }, "Prompts and links replan this layout as you move them; ranks search all layouts anew. Nothing of it is kept but what ranks bring."), error);
 }
 

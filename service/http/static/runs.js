@@ -3,7 +3,7 @@
 import { all, get } from "./api.js";
 import { scatter } from "./charts.js";
 import { $, figure, h, percent, seconds, show, table, when, whole } from "./dom.js";
-import { colour, timeline } from "./timeline.js";
+import { colour, endOf, timeline } from "./timeline.js";
 
 const FIRST = 25, MOST = 2000;
 let runs = [], about = new Map(), machines = new Map();
@@ -13,7 +13,7 @@ export async function start() {
   const [found, plans, hardware] = await Promise.all([all("/runs", MOST), all("/plans", MOST), get("/hardware")]);
   runs = found;
   about = new Map(plans.map((plan) => [plan.id, plan.summary]));
-  machines = new Map(hardware.map((one) => [one.id, `${one.hardware.device} × ${one.hardware.device_count} · ${one.hardware.link}`]));
+  machines = new Map(hardware.map((one) => [one.id, `${one.hardware.device_count} × ${one.hardware.device} · ${one.hardware.link}`]));
   if (!runs.length) {
     show($("runs-top")); show($("run-detail"));
     show($("runs-list"), h("p", { class: "quiet" }, "No plan was run yet. Make one and press “Run it”."));
@@ -69,13 +69,17 @@ async function open(run) {
     const where = [["rank", run.failed_rank], ["stage", run.failed_stage], ["round", run.failed_round]].filter(([, at]) => at !== null).map(([name, at]) => `${name} ${at}`).join(", ");
     parts.push(h("div", { class: "card" }, h("h2", {}, `What went wrong${where ? `: ${where}` : ""}`), h("pre", { tabindex: "0", "aria-label": "what went wrong" }, run.error)));
   }
+  let measured = null;
   if (rounds.length) {
     const stages = 1 + Math.max(...rounds.map((one) => one.stage)), count = 1 + Math.max(...rounds.map((one) => one.round));
     const start_s = Array.from({ length: count }, () => Array(stages).fill(0)), finish_s = start_s.map((row) => [...row]);
     for (const one of rounds) { start_s[one.round][one.stage] = one.start_s; finish_s[one.round][one.stage] = one.finish_s; }
-    parts.push(timeline(kept.plan, { num_rounds: count, start_s, finish_s }, "Measured"));
+    measured = { num_rounds: count, start_s, finish_s };
   }
-  if (kept.timeline) parts.push(timeline(kept.plan, kept.timeline, "The same rounds, predicted"));
+  // Both over the same time, so that what took longer is longer.
+  const until = Math.max(0, ...[measured, kept.timeline].filter(Boolean).map(endOf));
+  if (measured) parts.push(timeline(kept.plan, measured, "Measured", until));
+  if (kept.timeline) parts.push(timeline(kept.plan, kept.timeline, "The same rounds, predicted", until));
   show($("run-detail"), h("div", { class: "results" }, parts));
   $("run-detail").scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
 }

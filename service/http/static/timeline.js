@@ -10,13 +10,16 @@ export function colour(request, faint = false) {
   return `hsl(${hue} ${faint ? 30 : 62}% ${dark ? 62 : 55}%)`;
 }
 
-export function timeline(plan, times, caption) {
+// When the last round ends, in seconds.
+export const endOf = ({ finish_s: finish }) => finish.reduce((latest, row) => Math.max(latest, row.at(-1)), 0);
+
+export function timeline(plan, times, caption, until = 0) {
   const { start_s: start, finish_s: finish } = times;
   const groups = start[0].length, stages = plan.parallel?.virtual_stages > 1 ? plan.parallel.pp_size : groups;
-  const end = finish.reduce((latest, row) => Math.max(latest, row[groups - 1]), 0);
+  const own = endOf(times), end = Math.max(own, until);
   // Where a group of layers stands: round and round, or up and down.
   const stageOf = (group) => (plan.parallel?.stage_order === "v" && Math.floor(group / stages) % 2 ? stages - 1 - (group % stages) : group % stages);
-  const canvas = h("canvas", { tabindex: "0", role: "img", "aria-label": `${caption}: ${start.length} rounds on ${stages} stages, ${seconds(end)}. Arrow keys move, plus and minus zoom.` });
+  const canvas = h("canvas", { tabindex: "0", role: "img", "aria-label": `${caption}: ${start.length} rounds on ${stages} stages, ${seconds(own)}. Arrow keys move, plus and minus zoom.` });
   const height = TOP + stages * (ROW + GAP) + 6;
   let from = 0, to = end;
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 
+import click
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.cli.main import cli
 from service.jobs.log import Log
 from tests.service.http.conftest import Served
+from tests.structures import ROOT
 
 
 def test_figures_count_requests_by_route_and_say_what_waits(served: Served) -> None:
@@ -52,3 +57,17 @@ def test_traces_files_for_engines_and_coverage_are_told(served: Served) -> None:
     assert served.client.get("/api/v1/hardware/1/coverage", params={"model": "../etc"}).status_code == 422
     assert served.client.get("/api/v1/hardware/99/coverage", params={"model": "llama-3.2-1b"}).status_code == 422
     assert served.client.get("/api/v1/runs/99/trace").status_code == 404
+
+
+def test_what_is_deployed_starts_with_options_that_the_commands_have() -> None:
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+    unit = (ROOT / "deploy" / "isochunk.service").read_text()
+    started = [compose["services"][name]["command"] for name in ("service", "worker")]
+    started.append(unit.partition("ExecStart=/opt/isochunk/bin/isochunk ")[2].partition("\n")[0])
+    for line in started:
+        name, *words = shlex.split(line.replace("${ALLOW_HOST:-localhost}", "localhost"))
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        told = command.make_context(name, words).params
+        assert told["log"] == "json", line
+        assert told["models"] in ("/models", "/srv/models")

@@ -16,12 +16,13 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
+from benchmarks.demo_model import SMALL, write_demo_model
 from db.rows.measurements import save_measurements
 from db.store.engine import open_database
-from tests.checkpoints import write_checkpoint
+from profiler.model import load_model_shape
 from tests.service.test_tune import HARDWARE
 from tests.structures import ROOT
-from tests.tuner.measured import Machine, measure
+from tests.tuner.measured import SHAPE, Machine, measure
 from tuner.plan.plan import Plan
 
 pytestmark = pytest.mark.timeout(280)
@@ -34,10 +35,11 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address that a service prints, token and all."""
     folder = tmp_path_factory.mktemp("page")
     (folder / "models").mkdir()
-    write_checkpoint(folder / "models" / "tiny", "llama")
+    write_demo_model(folder / "models" / "demo", SMALL)
+    demo = load_model_shape(str(folder / "models" / "demo"))
     url = f"sqlite:///{folder / 'rows.db'}"
     with open_database(url) as database:
-        rows = [row for tp_size in (1, 2) for row in measure(Machine(), tp_size=tp_size)]
+        rows = [row for shape in (SHAPE, demo) for tp in (1, 2) for row in measure(Machine(), shape=shape, tp_size=tp)]
         save_measurements(database, HARDWARE, {row.key: row for row in rows}.values())
     words = [sys.executable, "-m", "service", "serve", "--port", "0", "--db", url, "--models", str(folder / "models")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -168,7 +170,7 @@ def test_a_job_is_started_watched_and_cancelled(address: str, browser: Browser) 
     page = watched.visit(address)
     page.click("nav >> text=Jobs")
     expect(page.locator("#job-worker option").first).to_be_attached(timeout=WAIT_MS)
-    page.select_option("#job-model", "tiny")
+    page.select_option("#job-model", "demo")
     page.fill("#job-budget", "300")
     page.click("#job-form button.primary")
     card = page.locator("[data-job]").first
@@ -178,6 +180,27 @@ def test_a_job_is_started_watched_and_cancelled(address: str, browser: Browser) 
     card.locator("text=Cancel").click()
     expect(card.locator(".tag")).to_have_text("cancelled", timeout=WAIT_MS)
     expect(card.locator("text=Try again")).to_be_visible()
+    watched.check(address)
+
+
+def test_a_plan_is_taken_away_and_run(address: str, browser: Browser) -> None:
+    watched = Watched(browser)
+    page = watched.visit(address)
+    page.select_option("#model", "demo")
+    page.fill("#prompts", "900, 200")
+    page.click("#plan-button")
+    with page.expect_download() as download:
+        page.click("text=Download the plan")
+    plan = Plan.from_json(json.loads(download.value.path().read_text()))
+    page.click("text=Run it")
+    card = page.locator("[data-job]", has_text="run-plan").first
+    expect(card.locator(".tag")).to_have_text("done", timeout=2 * WAIT_MS)
+    page.click("nav >> text=Runs")
+    page.locator("#runs-list button", has_text="run ").first.click()
+    expect(page.locator("#run-detail")).to_contain_text("Measured", timeout=WAIT_MS)
+    expect(page.locator("#run-detail canvas").first).to_have_attribute(
+        "aria-label", re.compile(rf"{len(plan.rounds)} rounds on {plan.parallel.pp_size} stages")
+    )
     watched.check(address)
 
 

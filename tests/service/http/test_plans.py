@@ -151,3 +151,27 @@ def test_a_plan_that_takes_too_much_is_given_up(limits: dict[str, Any], allowed:
         planning.close()
     assert refused.value.status == 422
     assert allowed in refused.value.error.allowed
+
+
+@pytest.mark.timeout(120)
+def test_a_plan_that_nobody_waits_for_is_not_begun() -> None:
+    import asyncio
+
+    request = PlanRequest(options={"pp_size": 2, "prompt_lens": "9000"}, cost_model=COST_MODEL, keep=False)
+    planning = Planning(PlanningLimits(processes=1))
+
+    async def gone() -> bool:
+        return True
+
+    async def both() -> list[Any]:
+        calls = [planning.make(request), planning.make(request, gone), planning.make(request)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    try:
+        first, left, last = asyncio.run(both())
+    finally:
+        planning.close()
+    assert isinstance(left, RefusedError)
+    assert left.status == 503
+    assert first.report["plan"]["rounds"] == last.report["plan"]["rounds"]
+    assert planning.num_asked == 0

@@ -31,9 +31,6 @@ def server(served: Served) -> Iterator[str]:
     running = uvicorn.Server(uvicorn.Config(served.app, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
-    while not running.started and time.monotonic() < deadline:
-        time.sleep(0.05)
     token = served.client.headers["authorization"].removeprefix("Bearer ")
     yield f"http://localhost:{listener.getsockname()[1]}/#token={token}"
     running.should_exit = True
@@ -63,7 +60,13 @@ def test_a_trace_and_a_measured_model_are_planned_elsewhere(server: str, tmp_pat
     assert "Layouts, the best first" in text
 
 
-def test_lists_are_read_elsewhere(server: str) -> None:
+def test_models_and_lists_are_read_and_plans_exported_elsewhere(server: str, served: Served, tmp_path: Path) -> None:
+    names = {row["name"] for row in json.loads(called("--server", server, "models", "--json"))}
+    assert {"tiny", "llama-3-8b"} <= names
+    body = {"cost_model": COST_MODEL, "pp_size": 2, "prompt_lens": "9000"}
+    plan_id = served.client.post("/api/v1/plans", json=body).json()["plan_id"]
+    called("--server", server, "export", str(plan_id), "--engine", "sglang", "-o", str(tmp_path / "launch"))
+    assert "--pp-size=2" in (tmp_path / "launch" / "launch.sh").read_text()
     rows = json.loads(called("--server", server, "db", "list", "hardware", "--json"))
     assert rows[0]["device"] == "imaginary"
     assert "imaginary" in called("--server", server, "db", "list")

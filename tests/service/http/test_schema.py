@@ -50,6 +50,7 @@ def test_no_call_brings_trouble(served: Served) -> None:
             call()
         except Unsatisfiable:
             continue
+    print(f"{num_calls} calls of {len(operations)} operations: statuses {sorted(statuses)}")
     assert num_calls > 10 * CALLS
     assert {200, 422} <= statuses
 
