@@ -27,7 +27,18 @@ from tuner.plan.layout import layout_of
 from tuner.plan.memory import plan_memory
 from tuner.plan.plan import Plan, load_plan
 
-COLUMNS = ["workload", "layout", "rounds", "told s", "took s", "off", "MFU", "told GiB", "took GiB", "warm-up s"]
+COLUMNS = [
+    "workload",
+    "layout",
+    "rounds",
+    "predicted s",
+    "measured s",
+    "error",
+    "MFU",
+    "predicted GiB",
+    "measured GiB",
+    "warm-up s",
+]
 
 
 def row_of(name: str, plan: Plan, result: Any, device_type: str) -> dict[str, Any]:

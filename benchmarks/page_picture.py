@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
@@ -25,7 +27,14 @@ _WAIT_MS = 60_000
 
 def main(output: Path) -> None:
     """Take the picture."""
-    with tempfile.TemporaryDirectory(prefix="page-") as folder:
+    with served() as (address, token):
+        _take(f"{address}/#token={token}", output)
+
+
+@contextmanager
+def served() -> Iterator[tuple[str, str]]:
+    """A service without workers over the profile -> its address and a token; ended with the block."""
+    with tempfile.TemporaryDirectory(prefix="served-") as folder:
         url = f"sqlite:///{folder}/rows.db"
         with open_database(url) as database:
             import_hardware(database, PROFILE)
@@ -33,8 +42,9 @@ def main(output: Path) -> None:
         process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
         try:
             assert process.stderr is not None
-            addresses = (re.search(r"http://\S+#token=\S+", line) for line in process.stderr)
-            _take(next(found[0] for found in addresses if found), output)
+            found = (re.search(r"(http://\S+)/#token=(\S+)", line) for line in process.stderr)
+            address = next(match for match in found if match)
+            yield address[1], address[2]
         finally:
             process.terminate()
             process.wait(30)

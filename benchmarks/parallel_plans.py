@@ -38,7 +38,7 @@ def families(world_size: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def main() -> None:
-    """Write a plan a family, and print what each is told to take."""
+    """Write a plan a family, and print its predicted makespan."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--db", required=True)

@@ -111,10 +111,27 @@ def main() -> None:
             for profile in options.profiles
             for layout, cost in measured(profile, options.model).items()
         }
+    if options.profiles:
+        print_by_batch(costs, batches, multiple)
+        return
     print(f"{'pipeline':>28} " + " ".join(f"{name:>15}" for name in batches))
     for name, cost in costs.items():
         gaps = [plan_rounds(cost, prompts(lengths), chunk_multiple=multiple).gap for lengths in batches.values()]
         print(f"{name:>28} " + " ".join(f"{gap:15.2%}" for gap in gaps), flush=True)
+
+
+def print_by_batch(costs: dict[str, CostModel], batches: dict[str, list[int]], multiple: int) -> None:
+    """A row a batch, a column a pipeline."""
+    names = [name.replace("-nvlink", "") for name in costs]
+    print(f"{'prompts':>16} " + " ".join(f"{name:>16}" for name in names))
+    gaps = []
+    for batch, lengths in batches.items():
+        gaps.append([plan_rounds(cost, prompts(lengths), chunk_multiple=multiple).gap for cost in costs.values()])
+        print(f"{batch:>16} " + " ".join(f"{gap:16.2%}" for gap in gaps[-1]), flush=True)
+    columns = list(zip(*gaps, strict=True))
+    print(f"{'mean':>16} " + " ".join(f"{sum(column) / len(column):16.2%}" for column in columns))
+    print(f"{'worst':>16} " + " ".join(f"{max(column):16.2%}" for column in columns))
+    print(f"{'above 2 %':>16} " + " ".join(f"{sum(gap > 0.02 for gap in column):16d}" for column in columns))
 
 
 if __name__ == "__main__":

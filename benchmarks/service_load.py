@@ -12,10 +12,6 @@ import argparse
 import json
 import os
 import random
-import re
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -23,9 +19,7 @@ import urllib.request
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.page_picture import PROFILE
-from db.rows.archive import import_hardware
-from db.store.engine import open_database
+from benchmarks.page_picture import served
 from service.cli.output import print_table
 
 READS = ("hardware", "measurements", "measurements?hardware=1&op=matmul", "plans", "runs", "fits", "models", "workers",
@@ -36,21 +30,8 @@ _PATIENCE_S = 240.0
 def main(clients: int, planners: int, seconds: float) -> None:
     """Serve, call, print."""
     idle = _idle_share()
-    with tempfile.TemporaryDirectory(prefix="load-") as folder:
-        url = f"sqlite:///{folder}/rows.db"
-        with open_database(url) as database:
-            import_hardware(database, PROFILE)
-        words = [sys.executable, "-m", "service", "serve", "--port", "0", "--no-worker", "--db", url]
-        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-        try:
-            assert process.stderr is not None
-            found = next(
-                match for line in process.stderr if (match := re.search(r"(http://\S+)/#token=(\S+)", line)) is not None
-            )
-            calls = _call(found[1], found[2], clients, planners, seconds)
-        finally:
-            process.terminate()
-            process.wait(30)
+    with served() as (address, token):
+        calls = _call(address, token, clients, planners, seconds)
     rows: list[tuple[object, ...]] = []
     for kind, times in sorted(calls.items()):
         ordered = sorted(times)

@@ -43,7 +43,7 @@ from profiler.measure.work.side_by_side import beside_collectives, beside_produc
 from profiler.measure.work.workspace import Workspace
 from profiler.model import Backend, WholeLayer
 from profiler.points.grid import BESIDE_BYTES, Grid, rank_groups, round_up
-from profiler.points.point import BESIDE, COLLECTIVES, MASKS, Op, Point
+from profiler.points.point import BESIDE, COLLECTIVES, Op, Point
 from profiler.points.rank_groups import RankGroups
 from profiler.points.whole_layers import whole_sizes, whole_variant
 from profiler.points.worklist import Worklist
@@ -93,7 +93,7 @@ class RankSession:
         )
         self.operators = Operators(shape, job.grid.context_length, workspace, self.choose_kernel)
         is_own = shape.backend is Backend.OWN
-        self.heads = shape.layers[0].attention.sizes(1) | dict.fromkeys(MASKS, 0) if is_own else {}
+        self.heads = shape.layers[0].attention.sizes(1) if is_own else {}
         self.is_slow = CpuInterference() if self.device.type == "cpu" else None
         self.load = self.make_load() if self.device.type == "cuda" else None
         # Every rank makes every group, in the same order. What ranks agree on travels over gloo, beside NCCL.
@@ -213,7 +213,7 @@ class RankSession:
         if point.op is Op.ROUND_OVERHEAD:
             return prepare_round_overhead(point, self.operators, self.neighbours.get(_PAIR))
         if "heads" in point.shape:
-            self.heads = {name: point.shape[name] for name in self.heads}
+            self.heads = {name: point.shape.get(name, 0) for name in self.heads}
         return self.operators.prepare(point)
 
     def prepare_collective(self, point: Point) -> Prepared:

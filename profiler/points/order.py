@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 
+from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.points.point import BESIDE, COLLECTIVES, Op, Point
 
 ROUNDS = {"cpu": (64, 2048), "cuda": (256, 8192)}  # tokens of the rounds that most plans consist of
@@ -29,7 +30,9 @@ def by_need(points: Sequence[Point], *, device_type: str, hidden_bytes: int, usu
     curves = defaultdict[Hashable, list[Point]](list)
     for point in points:
         curves[_work(point)].append(point)
-    layer_flops = sum(max((p.flops for p in mine), default=0.0) for mine in curves.values() if mine[0].op is Op.MATMUL)
+    layer_flops = sum(
+        max((p.flops for p in mine), default=0.0) for mine in curves.values() if mine[0].op in (Op.MATMUL, Op.EXPERTS)
+    )
     first, later = list[tuple[float, Point]](), list[tuple[float, Point]]()
     for curve in curves.values():
         weight = _weight(curve, layer_flops, usual_kernel)
@@ -57,8 +60,8 @@ def _weight(curve: Sequence[Point], layer_flops: float, usual_kernel: str) -> fl
     if op is Op.LAYER:
         return LAYER_WEIGHT
     if op is Op.ATTENTION:
-        return LAYER_WEIGHT / 2 if variant == usual_kernel else LEAST_WEIGHT
-    if op is Op.MATMUL and layer_flops:
+        return LAYER_WEIGHT / 2 if variant in (usual_kernel, AttentionKernel.CPU_MASKED) else LEAST_WEIGHT
+    if op in (Op.MATMUL, Op.EXPERTS) and layer_flops:
         return max(LEAST_WEIGHT, max(point.flops for point in curve) / layer_flops)
     return SHARED_WEIGHT if op is Op.ELEMENTWISE else LEAST_WEIGHT
 

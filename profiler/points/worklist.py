@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from db.rows.measurements import Measurement, MeasurementKey
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.points.kernel_choice import FAR, Contests, KernelChoice, KernelTime, kernel_times
-from profiler.points.point import Op, Point
+from profiler.points.point import MASKS, Op, Point
 
 # By the nearest point at which several kernels were measured, as all are at the coarsest ones: the usual kernel is not
 # followed further when it is so much slower than the best, another one only when it is so much faster than the usual.
@@ -55,7 +55,7 @@ class Worklist:
 
 
 def _times(rows: Iterable[Measurement], shape: Mapping[str, int], busy_ranks: int) -> list[KernelTime]:
-    heads = {name: shape[name] for name in ("heads", "kv_heads", "head_dim")}
+    heads = {name: shape[name] for name in ("heads", "kv_heads", "head_dim")} | dict.fromkeys(MASKS, 0)
     return kernel_times(rows, heads, busy_ranks=busy_ranks)
 
 

@@ -9,7 +9,7 @@ from db.rows.measurements import Measurement
 from profiler.measure.point_rows import rows_of
 from profiler.measure.timing import Samples, summarize
 from profiler.model import ModelShape, load_model_shape
-from profiler.points.point import Op, Point
+from profiler.points.point import MASKS, Op, Point
 from tuner.fit.rows import RankWork
 
 SHAPE = load_model_shape("llama-3.2-1b")
@@ -65,7 +65,8 @@ def measure(
     rows: list[Measurement] = []
 
     def add(op: str, us: float, group_size: int = 1, variant: str = "", **sizes: int) -> None:
-        rows.append(row(op, us, sizes, group_size, busy_ranks, variant))
+        named = {name: size for name, size in sizes.items() if size or name not in MASKS}
+        rows.append(row(op, us, named, group_size, busy_ranks, variant))
 
     for m in CHUNKS:
         for n, k in work.projections:

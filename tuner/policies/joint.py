@@ -92,7 +92,7 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
                 search.sweep(pack_in_order, order, profile, objective)
     drafted = search.ranked()[0].evaluation
     known = ("dp",) if objective is Objective.MAKESPAN and not problem.is_timed and pack_line in _packs(problem) else ()
-    near = objective is Objective.MAKESPAN and drafted.makespan_s <= NEAR_BOUND * bound.seconds
+    near = objective is Objective.MAKESPAN and drafted.makespan_s <= NEAR_BOUND * bound.while_planning_s
     simpler = [] if near else list(simpler_rounds(problem, drafted.score(objective)[0], known))
     for rounds in simpler:
         search.keep(rounds, objective)
@@ -109,7 +109,7 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
         _keep_ramps(search)
     most = MOST_STARTS if problem.cost.virtual_stages == 1 else 2 * MOST_STARTS
     starts = search.ranked()[: most if objective is Objective.MAKESPAN else 1]
-    good_enough_s = GOOD_ENOUGH * bound.seconds if objective is Objective.MAKESPAN else 0.0
+    good_enough_s = GOOD_ENOUGH * bound.while_planning_s if objective is Objective.MAKESPAN else 0.0
     improved = [local_search(problem, start.rounds, good_enough_s, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
 

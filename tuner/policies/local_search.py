@@ -5,8 +5,9 @@ All moves of one step are judged at once: the recurrence runs over arrays that h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -50,8 +51,7 @@ def local_search(
     for _ in range(min(MOST_STEPS, STAGE_ROUNDS_SEARCHED // max(len(best) * num_groups, 1))):
         if problem.objective is Objective.MAKESPAN and score[0] <= good_enough_s:
             break
-        moves = list(_moves(problem, best))
-        moves = moves[:: 1 + len(moves) // MOST_MOVES]
+        moves = _moves(problem, best)
         if not moves:
             break
         scores = _scores(problem, best, moves, limit_s)
@@ -68,34 +68,55 @@ def _apply(rounds: list[Round], move: Move) -> list[Round]:
     return [*rounds[: move.first], *move.rounds, *rounds[move.first + move.removed :]]
 
 
-def _moves(problem: Problem, rounds: list[Round]) -> Iterator[Move]:
-    """Moves that keep the limit of a round; that of the KV cache depends on all rounds (`fits_kv`)."""
+def _moves(problem: Problem, rounds: list[Round]) -> list[Move]:
+    """At most MOST_MOVES moves, spread over all there are, that keep the limit of a round; that of the KV cache depends
+    on all rounds (`fits_kv`)."""
+    made = list(_ways(problem, rounds))
+    moves = (way() for way in made[:: 1 + len(made) // MOST_MOVES])
+    return [move for move in moves if _allowed(problem, move.rounds)]
+
+
+def _ways(problem: Problem, rounds: list[Round]) -> Iterator[Callable[[], Move]]:
+    """All moves there are; made when they are called."""
     for i, current in enumerate(rounds):
         following = rounds[i + 1] if i + 1 < len(rounds) else None
         if following is not None:
-            merged = _merge(current, following)
-            if _allowed(problem, (merged,)):
-                yield Move(i, 2, (merged,))
+            yield partial(_merging, i, current, following)
         for chunk in current:
             for cut in _cuts(problem, chunk):
-                kept, moved = _split(current, chunk, cut)
                 if following is not None:
-                    pair = tuple(r for r in (kept, _merge((moved,), following)) if r)
-                    if _allowed(problem, pair):
-                        yield Move(i, 2, pair)
-                if kept:
-                    yield Move(i, 1, (kept, (moved,)))
-        if following is None:
-            continue
-        for chunk in following:
+                    yield partial(_handing_on, i, current, following, chunk, cut)
+                if len(current) > 1 or cut > chunk.start:
+                    yield partial(_splitting, i, current, chunk, cut)
+        for chunk in following or ():
             for cut in _cuts(problem, chunk):
-                head = Chunk(chunk.request, chunk.start, cut - chunk.start) if cut > chunk.start else chunk
-                rest = tuple(c for c in following if c is not chunk)
-                if cut > chunk.start:
-                    rest = (*rest, Chunk(chunk.request, cut, chunk.end - cut))
-                pair = tuple(r for r in (_merge(current, (head,)), rest) if r)
-                if _allowed(problem, pair):
-                    yield Move(i, 2, pair)
+                assert following is not None
+                yield partial(_taking, i, current, following, chunk, cut)
+
+
+def _merging(i: int, current: Round, following: Round) -> Move:
+    return Move(i, 2, (_merge(current, following),))
+
+
+def _handing_on(i: int, current: Round, following: Round, chunk: Chunk, cut: int) -> Move:
+    """A chunk's tokens from `cut` on run a round later."""
+    kept, moved = _split(current, chunk, cut)
+    return Move(i, 2, tuple(r for r in (kept, _merge((moved,), following)) if r))
+
+
+def _splitting(i: int, current: Round, chunk: Chunk, cut: int) -> Move:
+    """A chunk's tokens from `cut` on run in a round of their own."""
+    kept, moved = _split(current, chunk, cut)
+    return Move(i, 1, (kept, (moved,)))
+
+
+def _taking(i: int, current: Round, following: Round, chunk: Chunk, cut: int) -> Move:
+    """A chunk's tokens up to `cut`, all if that is its start, run a round earlier."""
+    head = Chunk(chunk.request, chunk.start, cut - chunk.start) if cut > chunk.start else chunk
+    rest = tuple(c for c in following if c is not chunk)
+    if cut > chunk.start:
+        rest = (*rest, Chunk(chunk.request, cut, chunk.end - cut))
+    return Move(i, 2, tuple(r for r in (_merge(current, (head,)), rest) if r))
 
 
 def _cuts(problem: Problem, chunk: Chunk) -> list[int]:

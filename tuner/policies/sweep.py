@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tuner.plan.plan import Chunk, Request, Round
-from tuner.plan.stage_cost import StageCost
+from tuner.plan.stage_cost import Floats, StageCost
 from tuner.rounds.packing import Packer, pack_in_order
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Work, envelopes, likely_cap_s
@@ -38,6 +38,8 @@ WORTHWHILE = 0.99
 """Rounds are shared where a token costs at most so much of what it costs in the usual chunk."""
 SLOPES = (0.0, 0.5, 1.0)
 """Of the slope that the proof allows."""
+MANY_PROMPTS = 128
+"""With more prompts fewer of both are tried."""
 LEVELS = (0.4, 0.55, 0.75, 0.9, 1.0, 1.3, 1.7)
 """Of the cap that is best for all rounds: that of the outermost one."""
 
@@ -150,7 +152,11 @@ def slowest_stage(problem: Problem) -> StageCost:
 def work_s(problem: Problem) -> list[float]:
     """Seconds each request takes on the slowest stage, cut nowhere."""
     stage = slowest_stage(problem)
-    return [stage.seconds([(r.new_tokens, r.cached_tokens, True)]) for r in problem.requests]
+    tokens = np.array([request.new_tokens for request in problem.requests])
+    cached = np.array([request.cached_tokens for request in problem.requests])
+    seconds: Floats = stage.round_overhead_s + stage.tokens_s(tokens) + stage.chunk_seconds(tokens, cached, True)
+    found: list[float] = seconds.tolist()
+    return found
 
 
 def shortest_first(problem: Problem) -> list[int]:
@@ -234,11 +240,12 @@ def pack_shared(
     A round has the cap of the first request that has tokens left.
     """
     at = [request.cached_tokens for request in requests]
+    done = [request.cached_tokens - request.prompt_tokens for request in requests]  # least where most is left
     rounds: list[Round] = []
     going = list(order)
     while going:
         cap_s = caps_s[going[0]]
-        by_left = sorted(going, key=lambda i: at[i] - requests[i].prompt_tokens)
+        by_left = sorted(going, key=done.__getitem__)
         tokens, chunks = chunk_tokens, _short_chunks(packer, requests, by_left, at, chunk_tokens, cap_s)
         while len(chunks) == len(going) and any(chunk.end < requests[chunk.request].prompt_tokens for chunk in chunks):
             tokens *= 2
@@ -251,8 +258,9 @@ def pack_shared(
             chunks = [Chunk(first, at[first], min(packer.multiple, requests[first].prompt_tokens - at[first]))]
         for chunk in chunks:
             at[chunk.request] = chunk.end
+            done[chunk.request] = chunk.end - requests[chunk.request].prompt_tokens
         rounds.append(tuple(chunks))
-        going = [i for i in going if at[i] < requests[i].prompt_tokens]
+        going = [i for i in going if done[i]]
     return rounds
 
 
@@ -283,11 +291,12 @@ def sloping_rounds(problem: Problem, packer: Packer, cap_s: float) -> Iterator[l
     allowed = float((1.0 - side.ratio).mean() / max(side.ratio.sum(), 1e-9))
     order = sorted(range(len(work)), key=lambda i: work[i], reverse=side is after)
     inwards = list(reversed(order)) if side is after else order  # from the end where rounds must be short
-    for slope in SLOPES:
+    thinned = 1 + len(work) // MANY_PROMPTS
+    for slope in SLOPES[:: min(thinned, 2)]:
         shares, done = [0.0] * len(work), 0.0
         for i in inwards:
             shares[i] = slope * allowed * done
             done += work[i]
-        for level in LEVELS:
+        for level in LEVELS[::thinned]:
             caps = [level * cap_s + share for share in shares]
             yield pack_in_order(packer, problem.requests, order, caps)

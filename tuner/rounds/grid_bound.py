@@ -9,7 +9,9 @@ them S is bounded from below in three ways, of which the largest counts:
 
 1. by the longest round that they let through anywhere: S is at least the sum under that cap;
 2. by what rounds can do: up to any time before the end of the last round as the fill's caps allow, from there on as
-   the drain's do (`grid_relaxation.Efficiency`), until all is done;
+   the drain's do (`grid_relaxation.Efficiency`), until all is done. With E and D limited, a chunk comes after all that
+   its request ran before it, so that late chunks of a long prompt only fit where the drain's caps are low; where no cut
+   fits, no plan has such E and D;
 3. for one request, whose chunks run in order, by its shortest path under the cap at each place: a chunk from a to b has
    at most H - rest(a) before it and H - least(b) after it, least and rest being shortest paths under the longest cap
    of all, if the rounds sum to at most H. H is the bound that is hoped for: where a path needs more, all that is proven
@@ -27,7 +29,7 @@ import numpy as np
 
 from tuner.plan.cost_model import CostModel
 from tuner.plan.stage_cost import Floats, StageCost
-from tuner.rounds.grid_relaxation import MOST_STEPS, Efficiency, GridRelaxation, is_curved
+from tuner.rounds.grid_relaxation import MOST_STEPS, Corner, Efficiency, GridRelaxation, is_curved
 from tuner.rounds.relaxation import Work, envelopes, least_sum, likely_cap_s
 from tuner.rounds.uneven import Side, busiest_stage, sides_of
 
@@ -36,6 +38,9 @@ LEAST_CAP, MOST_CAP = 0.3, 6.0
 NUM_CAPS, NUM_REFINEMENTS = 20, 2
 NUM_SPANS, NUM_BORDERS = 72, 12
 """Spans of time in which caps are taken to be what they are at the inner end, and times between fill and drain."""
+USUAL_LEVELS, USUAL_SHARE, CORNERS = (0.7, 1.0), 0.15, (0.3, 0.6, 1.0, 1.5, 2.2, 3.5)
+"""Caps, by the likely best one, up to which a second costs the same; in a corner the cap at this share of the time from
+the outer end; corners, by what the stages of a side add at the likely best cap."""
 NUM_EDGES, NUM_DIVISIONS, NUM_DIVIDED = 10, 8, 24
 """Cells at the start, how often some are divided, and how many."""
 MOST_GAINS, MOST_REPEATS = (1.12, 1.03), 8
@@ -55,18 +60,37 @@ def grid_bound_s(cost: CostModel, work: Work, multiple: int, known_s: float) -> 
     if len(cost.kinds) == 1:
         return hops + _least_s(relaxation, reference, work, caps, num_more)
     best = int(np.argmin(relaxation.sums(caps) + num_more * caps))
-    efficiency = relaxation.efficiency(np.sort(np.append(caps, _between(caps, best))), float(caps[best]))
-    if efficiency is None:
-        return None
-    sides, bound_s = sides_of(cost, work, stage), known_s
+    levels, sides, bound_s = np.sort(np.append(caps, _between(caps, best))), sides_of(cost, work, stage), known_s
     for gain in MOST_GAINS:
         for _ in range(MOST_REPEATS):
             most_s = gain * bound_s
-            proven_s = hops + _Cells(sides, most_s, relaxation, efficiency).least_s()
+            corners = _corners(sides, most_s, float(caps[best]))
+            efficiencies = relaxation.efficiencies(levels, corners)
+            if not efficiencies:
+                return None
+            proven_s = hops + _Cells(sides, most_s, relaxation, efficiencies).least_s()
             bound_s = max(bound_s, min(most_s, proven_s))
             if proven_s < most_s:
                 break
     return bound_s
+
+
+def _corners(sides: list[Side], most_s: float, usual_s: float) -> list[Corner]:
+    """Corners of (E, D) around what rounds of the usual length need."""
+
+    def corner(share: float) -> Corner:
+        limits = [share * usual_s * len(side.ratio) for side in sides]
+        place = np.array([USUAL_SHARE * most_s])
+        inner = [float(side.caps_s(np.array([x]), place)[0]) for side, x in zip(sides, limits, strict=True)]
+
+        def cap_after_s(before_s: Floats) -> Floats:
+            return sides[1].caps_s(np.full_like(before_s, limits[1]), np.maximum(most_s - before_s, 0.0))
+
+        return Corner(limits[0], limits[1], (min(inner),), cap_after_s)
+
+    usual = tuple(usual_s * share for share in USUAL_LEVELS)
+    everywhere = Corner(np.inf, np.inf, usual, lambda before_s: np.full_like(before_s, np.inf))
+    return [everywhere, *(corner(share) for share in CORNERS)]
 
 
 def _grid(stage: StageCost, work: Work, multiple: int, num_more: int) -> tuple[GridRelaxation, Floats] | None:
@@ -108,7 +132,7 @@ class _Cells:
     sides: list[Side]
     most_s: float
     relaxation: GridRelaxation
-    efficiency: Efficiency
+    efficiencies: list[Efficiency]
 
     def least_s(self) -> float:
         """Best first: the cells with the least bounds are divided."""
@@ -148,7 +172,7 @@ class _Cells:
         """S at the upper corners plus the lower corners."""
         fill, drain = cells[:, 1], cells[:, 3]
         longest = self._longest(fill, drain)
-        sums = np.maximum(self.efficiency.least_sums(longest), self._by_work(fill, drain))
+        sums = np.maximum(self.efficiencies[0].least_sums(longest), self._by_work(fill, drain, longest))
         bounds: Floats = sums + cells[:, 0] + cells[:, 2]
         open_ = np.flatnonzero((longest <= self.relaxation.longest_cap_s) & (bounds < self.most_s))
         if self.relaxation.is_single and open_.size:
@@ -163,19 +187,26 @@ class _Cells:
         found: Floats = np.minimum(before, after).max(axis=1)
         return found
 
-    def _by_work(self, fill_s: Floats, drain_s: Floats) -> Floats:
+    def _by_work(self, fill_s: Floats, drain_s: Floats, longest_s: Floats) -> Floats:
         places = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, NUM_SPANS) * self.most_s])
-        done, per_s = [], []
-        for side, excess in zip(self.sides, (fill_s, drain_s), strict=True):
-            rate = self.efficiency.under(side.caps_s(excess[:, None], places[1:]))  # [cells, spans]
-            per_s.append(rate)
-            done.append(np.concatenate([np.zeros((len(excess), 1)), np.cumsum(rate * np.diff(places), axis=1)], axis=1))
-        work_s = np.full(len(fill_s), self.efficiency.work_s)
-        times = _reached(work_s, done[1], per_s[1], places)  # all of it as the drain allows
-        for border in np.linspace(0, NUM_SPANS, NUM_BORDERS).astype(int):
-            left = np.maximum(work_s - done[1][:, border], 0.0)
-            filled = _reached(left, done[0], per_s[0], places)
-            times = np.maximum(times, np.where(left > 0.0, places[border] + filled, 0.0))
+        caps = [side.caps_s(x[:, None], places[1:]) for side, x in zip(self.sides, (fill_s, drain_s), strict=True)]
+        times, is_known = np.zeros(len(fill_s)), longest_s <= self.relaxation.longest_cap_s
+        for efficiency in self.efficiencies:
+            corner = efficiency.corner
+            inside = (fill_s <= corner.fill_s) & (drain_s <= corner.drain_s) & (is_known | np.isinf(corner.drain_s))
+            if not inside.any() or not np.isfinite(efficiency.work_s):
+                times = np.where(inside, self.most_s, times)
+                continue
+            rates = [efficiency.under(each) for each in caps]  # [cells, spans]
+            start = np.zeros((len(fill_s), 1))
+            done = [np.concatenate([start, np.cumsum(rate * np.diff(places), axis=1)], axis=1) for rate in rates]
+            work_s = np.full(len(fill_s), efficiency.work_s)
+            found = _reached(work_s, done[1], rates[1], places)  # all of it as the drain allows
+            for border in np.linspace(0, NUM_SPANS, NUM_BORDERS).astype(int):
+                left = np.maximum(work_s - done[1][:, border], 0.0)
+                filled = _reached(left, done[0], rates[0], places)
+                found = np.maximum(found, np.where(left > 0.0, places[border] + filled, 0.0))
+            times = np.where(inside, np.maximum(times, found), times)
         return times
 
     def _by_place(self, fill_s: Floats, drain_s: Floats) -> Floats:

@@ -19,7 +19,7 @@ cached tokens at once: only a prompt's last chunk may be off the grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,6 +33,10 @@ NUM_PRICES, NUM_NUMBERS = 8, 160
 """Of a chunk, and of rounds, at which sums by their number are taken."""
 MOST_STEPS = 3_000_000
 """(position, chunk) pairs, all cached lengths together, up to which the cuts are searched: about 0.1 s."""
+LARGE = 0.4
+"""Share of all tokens above which the longest request's cuts are searched on their own."""
+PRICE_POWER = 1.5
+"""How the price of a second rises with what rounds of that length save."""
 SLACK = 1e-9
 
 
@@ -78,14 +82,27 @@ class _Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Corner:
+    """How much filling and draining the pipeline may add to the sum of the rounds, at most, and what follows."""
+
+    fill_s: float
+    drain_s: float
+    usual_s: tuple[float, ...]
+    """Caps up to which a second of rounds may be taken to cost the same."""
+    cap_after_s: Callable[[Floats], Floats]
+    """The longest that a round may be after so many seconds of rounds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Efficiency:
     """How much of a batch's work a second of rounds can do, by the cap on these rounds.
 
-    A chunk's worth is how far it carries its request's shortest path under one reference cap. Rounds that run for x
+    Every chunk has a worth, and a batch's work is the worth of all chunks of any cut, at least. Rounds that run for x
     seconds under a cap do work of at most x times the efficiency of that cap.
     """
 
-    work_s: float  # the worth of all chunks
+    corner: Corner
+    work_s: float  # the least worth of all chunks of a cut; inf where the corner has no plan
     caps_s: Floats  # rising
     sums_s: Floats  # the least that all rounds can sum to under each cap
     per_s: Floats  # the efficiency of each cap
@@ -102,6 +119,35 @@ class Efficiency:
         return found
 
 
+def _step(before: Floats, cost: Floats, price: Floats, levels: Ints) -> tuple[Floats, Floats]:
+    """The cheapest way on, [rows], and the most worth a second under each cap, [rows, caps].
+
+    before: worth at each chunk's start, [rows, chunks]. cost: [caps, chunks]. price: [rows, caps]. levels: the last cap
+    that each chunk may have, [rows, chunks].
+    """
+    allowed = np.arange(len(cost))[:, None] <= levels[:, None, :]
+    done: Floats = (before + np.where(allowed, price[:, :, None] * cost, np.inf).min(axis=1)).min(axis=1)
+    with np.errstate(invalid="ignore"):
+        gained = (done[:, None] - before)[:, None, :] / cost  # nan where no way leads
+    most: Floats = np.where(allowed & np.isfinite(gained), gained, 0.0).max(axis=2)
+    return done, most
+
+
+def _grouped(work: Work) -> list[_Group]:
+    """By their cached tokens; a request with most of all tokens is a group of its own."""
+    new = work.prompt - work.cached
+    longest = int(np.argmax(new))
+    key = work.cached.copy()
+    if new[longest] > LARGE * new.sum():
+        key[longest] = -1.0
+    groups = []
+    for each in np.unique(key):
+        mine = key == each
+        others = float(new.sum() - new[mine].min())
+        groups.append(_Group(float(work.cached[mine][0]), np.sort(work.prompt[mine]), others))
+    return groups
+
+
 def _least_between(places: Floats, values: Floats) -> Floats:
     """What a function that is convex and not negative is at least between its values at neighbouring places, given as
     [rows, places]: it lies above the chords on either side, carried on. Values are infinite up to some place."""
@@ -114,6 +160,15 @@ def _least_between(places: Floats, values: Floats) -> Floats:
     sides = [np.concatenate([none, from_left], axis=1), np.concatenate([from_right, none], axis=1)]
     known = [np.where(np.isfinite(side), side, 0.0) for side in sides]
     return np.where(np.isinf(values[:, 1:]), np.inf, np.maximum(np.maximum(*known), 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Requests whose cuts are searched at once: alike in their cached tokens, the longest last."""
+
+    cached: float
+    prompts: Floats
+    others: float  # most tokens that all requests beside one of these have together
 
 
 class GridRelaxation:
@@ -134,7 +189,7 @@ class GridRelaxation:
         self._own = np.where(self._chunk <= self._most, self._own_s(self._chunk), np.inf)
         self._base = self._added_s(self._chunk, np.zeros_like(self._chunk))
         self._slope = self._added_s(self._chunk, np.ones_like(self._chunk)) - self._base
-        self._cached, self._group = np.unique(work.cached, return_inverse=True)
+        self._groups = _grouped(work)
         self._table: _Tokens | None = None
         if len(work.prompt) > 1 and self.num_steps <= MOST_STEPS:
             self._table = _Tokens.of(self._stages, max(self._most, 1.0), self._chunk)
@@ -143,8 +198,8 @@ class GridRelaxation:
     @property
     def num_steps(self) -> float:
         """Pairs of a position and a chunk that are looked at for each cap."""
-        longest = [self._work.prompt[self._group == i].max() - cached for i, cached in enumerate(self._cached)]
-        return float(sum(longest)) / self._multiple * len(self._chunk) + len(self._work.prompt) * len(self._chunk)
+        longest = sum(group.prompts[-1] - group.cached for group in self._groups)
+        return float(longest) / self._multiple * len(self._chunk) + len(self._work.prompt) * len(self._chunk)
 
     @property
     def is_single(self) -> bool:
@@ -155,14 +210,14 @@ class GridRelaxation:
     def free_paths(self) -> tuple[Floats, Floats]:
         """Of one request, under the longest cap: the least seconds up to each grid point and to its end, and from each
         to the end."""
-        ((cached, prompts),) = self._groups()
-        num_units, free = self._units(cached, prompts[-1]), np.array([np.inf])
-        least = self._paths(cached, num_units, free)[0]
-        starts, _, last = self._last(cached, prompts[-1], free)
+        (group,) = self._groups
+        num_units, free = self._units(group), np.array([np.inf])
+        least = self._paths(group, free)[0]
+        starts, _, last = self._last(group, group.prompts[-1], free)
         rest = np.full(num_units + 1, np.inf)
         rest[starts] = last[0]
         for end in range(num_units, 0, -1):
-            width, cost = self._cost(cached, end, free)
+            width, cost = self._cost(group, end, free)
             before = slice(end - width, end)
             rest[before] = np.minimum(rest[before], cost[0][::-1] + rest[end])
         return np.append(least, rest[0]), rest
@@ -174,16 +229,16 @@ class GridRelaxation:
         being the last, [num_rows, points + 1].
         """
         from_s, to_s = from_s * (1.0 + SLACK), to_s * (1.0 + SLACK)
-        ((cached, prompts),) = self._groups()
-        num_units, free = self._units(cached, prompts[-1]), np.array([np.inf])
+        (group,) = self._groups
+        num_units, free = self._units(group), np.array([np.inf])
         least = np.full((len(from_s), num_units + 1), np.inf)
         least[:, 0] = 0.0
         for end in range(1, num_units + 1):
-            width, cost = self._cost(cached, end, free)
+            width, cost = self._cost(group, end, free)
             before, cost = slice(end - width, end), cost[:, ::-1]
             allowed = (cost <= from_s[:, before]) & (cost <= to_s[:, end : end + 1])
             least[:, end] = np.where(allowed, least[:, before] + cost, np.inf).min(axis=1)
-        starts, _, cost = self._last(cached, prompts[-1], free)
+        starts, _, cost = self._last(group, group.prompts[-1], free)
         allowed = (cost <= from_s[:, starts]) & (cost <= to_s[:, -1:])
         found: Floats = np.where(allowed, least[:, starts] + cost, np.inf).min(axis=1) * (1.0 - SLACK)
         return found
@@ -203,10 +258,10 @@ class GridRelaxation:
 
         chunk_s: what every chunk costs instead of its share of w, by cap.
         """
-        for cached, prompts in self._groups():
-            least = self._paths(cached, self._units(cached, prompts[-1]), caps_s, chunk_s)
-            for length, count in zip(*np.unique(prompts, return_counts=True), strict=True):
-                starts, _, cost = self._last(cached, length, caps_s, chunk_s)
+        for group in self._groups:
+            least = self._paths(group, caps_s, chunk_s)
+            for length, count in zip(*np.unique(group.prompts, return_counts=True), strict=True):
+                starts, _, cost = self._last(group, length, caps_s, chunk_s)
                 yield int(count), (least[:, starts] + cost).min(axis=1) + self._final_s
 
     def _by_number(self, caps_s: Floats) -> Floats:
@@ -251,36 +306,71 @@ class GridRelaxation:
             found[row] = np.where(tokens <= count[-1], np.interp(tokens, count[keep], seconds[keep]), np.inf)
         return found
 
-    def efficiency(self, caps_s: Floats, reference_s: float) -> Efficiency | None:
-        """The efficiency of these caps, rising; None where the reference cap allows no plan."""
-        wide, total, beyond = np.append(caps_s * (1.0 + SLACK), np.inf), 0.0, 0.0
-        per_s = np.zeros(len(wide))
-        for cached, prompts in self._groups():
-            num_units = self._units(cached, prompts[-1])
-            worth = self._paths(cached, num_units, np.array([reference_s * (1.0 + SLACK)]))[0]
-            if not np.isfinite(worth).all():
-                return None
+    def efficiencies(self, caps_s: Floats, corners: Sequence[Corner]) -> list[Efficiency]:
+        """Efficiencies of these caps, rising, in several prices of a second of rounds by their length, each within a
+        corner.
+
+        Longer rounds do more a second, and there is little time in which rounds may be long: up to some cap a second
+        costs the same, above it more, as a power of what the least sum under the cap is below. A chunk's worth is how
+        far it carries its request's cheapest path.
+        """
+        wide, sums = np.append(caps_s * (1.0 + SLACK), np.inf), self.sums(caps_s)
+        falling = np.minimum.accumulate(np.append(sums, sums[-1:]))
+        usable = np.flatnonzero(np.isfinite(falling))
+        if not usable.size:
+            return []
+        rows, prices = list[Corner](), list[Floats]()
+        for corner in corners:
+            for usual_s in corner.usual_s:
+                first = max(min(int(np.searchsorted(caps_s, usual_s)), len(caps_s) - 1), int(usable[0]))
+                rows.append(corner)
+                prices.append(np.maximum(falling[first] / np.maximum(falling, 1e-300), 1.0) ** PRICE_POWER)
+        price = np.stack(prices)  # [rows, caps + 1]
+        total, beyond, per_s = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(price.shape)
+        for group in self._groups:
+            num_units = self._units(group)
+            levels = self._levels(rows, group, wide)
+            worth = np.full((len(rows), num_units + 1), np.inf)
+            worth[:, 0] = 0.0
             for end in range(1, num_units + 1):
-                width, cost = self._cost(cached, end, wide)
-                per_s = np.maximum(per_s, ((worth[end] - worth[end - width : end][::-1]) / cost).max(axis=1))
-            for length, count in zip(*np.unique(prompts, return_counts=True), strict=True):
-                starts, _, cost = self._last(cached, length, wide)
-                ends = self._last(cached, length, np.array([reference_s * (1.0 + SLACK)]))[2]
-                done = float((worth[starts] + ends[0]).min())
-                if not np.isfinite(done):
-                    return None
+                width, cost = self._cost(group, end, wide)
+                starts = np.arange(end - 1, end - width - 1, -1)
+                worth[:, end], most = _step(worth[:, starts], cost, price, levels[:, starts])
+                per_s = np.maximum(per_s, most)
+            for length, count in zip(*np.unique(group.prompts, return_counts=True), strict=True):
+                starts, _, cost = self._last(group, length, wide)
+                done, most = _step(worth[:, starts], cost, price, levels[:, starts])
                 total += count * done
-                per_s = np.maximum(per_s, ((done - worth[starts]) / cost).max(axis=1))
-                up_to_end = np.append(worth[: int(starts[0]) + 1], done)
-                beyond = max(beyond, self._beyond(cached, up_to_end, float(length)))
-        per_s = np.maximum.accumulate(per_s) * (1.0 + SLACK)
-        return Efficiency(
-            work_s=total * (1.0 - SLACK),
-            caps_s=caps_s,
-            sums_s=self.sums(caps_s),
-            per_s=per_s[:-1],
-            beyond=max(beyond * (1.0 + SLACK), float(per_s[-1])),
-        )
+                per_s = np.maximum(per_s, most)
+                for row, one in enumerate(worth):
+                    if not np.isfinite(done[row]):
+                        continue
+                    up_to_end = np.append(one[: int(starts[0]) + 1], done[row])
+                    beyond[row] = max(beyond[row], self._beyond(group.cached, up_to_end, float(length)))
+        per_s = np.maximum.accumulate(per_s, axis=1) * (1.0 + SLACK)
+        return [
+            Efficiency(
+                corner=rows[row],
+                work_s=float(total[row]) * (1.0 - SLACK),
+                caps_s=caps_s,
+                sums_s=sums,
+                per_s=per_s[row, :-1],
+                beyond=max(float(beyond[row]) * (1.0 + SLACK), float(per_s[row, -1])),
+            )
+            for row in range(len(rows))
+        ]
+
+    def _levels(self, rows: Sequence[Corner], group: _Group, wide: Floats) -> Ints:
+        """Up to which cap a chunk's round may go by where it starts, [rows, points]: what its request ran before took
+        at least its shortest path, each chunk in a round of its own."""
+        num_units = self._units(group)
+        least = np.zeros(num_units + 1)
+        for end in range(1, num_units + 1):
+            width = min(end, len(self._chunk))
+            context = group.cached + end * self._multiple - self._chunk[:width]
+            alone = self._own[:width] + self._base[:width] + self._slope[:width] * context
+            least[end] = (least[end - width : end][::-1] + alone).min()
+        return np.stack([np.searchsorted(wide, corner.cap_after_s(least)) for corner in rows])
 
     def _beyond(self, cached: float, worth: Floats, length: float) -> float:
         """Most worth a second of chunks longer than those known.
@@ -293,7 +383,10 @@ class GridRelaxation:
         floor = token_s * places + pair_s * places * (places + 1.0) / 2.0
         half, best = max(len(self._chunk) // 2, 1), 0.0
         for units in range(half, min(2 * half + 1, len(worth))):
-            best = max(best, float(((worth[units:] - worth[:-units]) / (floor[units:] - floor[:-units])).max()))
+            gained, seconds = worth[units:] - worth[:-units], floor[units:] - floor[:-units]
+            if (gained[seconds <= 0.0] > 0.0).any():
+                return np.inf
+            best = max(best, float(np.divide(gained, seconds, out=np.zeros_like(gained), where=seconds > 0.0).max()))
         return best
 
     def _least_rates(self) -> tuple[float, float]:
@@ -305,14 +398,9 @@ class GridRelaxation:
             found.append((float(((stage.round_overhead_s + stage.tokens_s(count)) / count).min()), pair_s))
         return min(token_s for token_s, _ in found), min(pair_s for _, pair_s in found)
 
-    def _groups(self) -> Iterator[tuple[float, Floats]]:
-        """Cached tokens and the prompts, the longest last, that have so many."""
-        for index, cached in enumerate(self._cached):
-            yield float(cached), np.sort(self._work.prompt[self._group == index])
-
-    def _units(self, cached: float, length: float) -> int:
-        """Grid points after the cached tokens and before a prompt's end."""
-        return int((length - cached - 1) // self._multiple)
+    def _units(self, group: _Group, length: float | None = None) -> int:
+        """Grid points after the cached tokens and before the end of a prompt, the longest if none is given."""
+        return int(((group.prompts[-1] if length is None else length) - group.cached - 1) // self._multiple)
 
     def _own_s(self, tokens: Floats) -> Floats:
         """w of a round of these tokens."""
@@ -326,41 +414,44 @@ class GridRelaxation:
         added: Floats = min(stage.chunk_s for stage in self._stages) + base + slope * context
         return added
 
-    def _cost(self, cached: float, end: int, caps_s: Floats, chunk_s: Floats | None = None) -> tuple[int, Floats]:
+    def _cost(self, group: _Group, end: int, caps_s: Floats, chunk_s: Floats | None = None) -> tuple[int, Floats]:
         """How many chunks end at a grid point, and their costs, the shortest first: [caps, chunks]."""
         width = min(end, len(self._chunk))
-        added = self._base[:width] + self._slope[:width] * (cached + end * self._multiple - self._chunk[:width])
+        added = self._base[:width] + self._slope[:width] * (group.cached + end * self._multiple - self._chunk[:width])
         own, spare = self._own[:width], caps_s[:, None] - added
         if chunk_s is not None:
             return width, np.where(own <= spare, added + chunk_s[:, None], np.inf)
         if self._table is None:
             return width, np.where(own <= spare, own + added, np.inf)
+        spare = np.minimum(spare, self._own_s(self._chunk[:width] + group.others))
         return width, added + self._table.shares(self._chunk[:width], self._at[:width], spare, own)
 
-    def _paths(self, cached: float, num_units: int, caps_s: Floats, chunk_s: Floats | None = None) -> Floats:
+    def _paths(self, group: _Group, caps_s: Floats, chunk_s: Floats | None = None) -> Floats:
         """D up to each grid point, [caps, num_units + 1]."""
+        num_units = self._units(group)
         least = np.full((len(caps_s), num_units + 1), np.inf)
         least[:, 0] = 0.0
         for end in range(1, num_units + 1):
-            width, cost = self._cost(cached, end, caps_s, chunk_s)
+            width, cost = self._cost(group, end, caps_s, chunk_s)
             least[:, end] = (least[:, end - width : end][:, ::-1] + cost).min(axis=1)
         return least
 
     def _last(
-        self, cached: float, length: float, caps_s: Floats, chunk_s: Floats | None = None
+        self, group: _Group, length: float, caps_s: Floats, chunk_s: Floats | None = None
     ) -> tuple[Ints, Floats, Floats]:
         """Grid points from which a prompt's last chunk may go, its tokens and its costs, [caps, points]; what ending
         the prompt costs leaves the round less, but is not counted."""
-        last = self._units(cached, length)
+        last = self._units(group, length)
         starts: Ints = np.arange(last, max(last - len(self._chunk), -1), -1, dtype=np.int64)
         before: Floats = starts.astype(np.float64) * self._multiple
-        chunk: Floats = length - cached - before
-        added = self._added_s(chunk, cached + before)
+        chunk: Floats = length - group.cached - before
+        added = self._added_s(chunk, group.cached + before)
         own = np.where(chunk <= self._most, self._own_s(chunk), np.inf)
         spare = caps_s[:, None] - added - self._final_s
         if chunk_s is not None:
             return starts, chunk, np.where(own <= spare, added + chunk_s[:, None], np.inf)
         if self._table is None:
             return starts, chunk, np.where(own <= spare, own + added, np.inf)
+        spare = np.minimum(spare, self._own_s(chunk + group.others))
         at = np.minimum(np.searchsorted(self._table.count, chunk), len(self._table.count) - 1)
         return starts, chunk, added + self._table.shares(chunk, at, spare, own)

@@ -19,6 +19,8 @@ from tuner.rounds.problem import NO_LIMITS, Limits, Problem
 
 EPSILON_S = 1e-12
 """What a round may exceed its cap by: rounding of sums."""
+TABLE_TOKENS = 2**18
+"""Rounds up to so many tokens are looked up: short prompts share rounds far longer than themselves."""
 THRIFTY = 1.005
 """Costs of a token that differ by less are alike."""
 
@@ -117,7 +119,7 @@ class Packer:
         if limits.max_round_tokens is not None:
             self.max_round_tokens = min(total_tokens, limits.max_round_tokens)
         chunk_units = min(longest_tokens, self.max_round_tokens) // multiple + 1
-        round_units = min(self.max_round_tokens, 2 * longest_tokens) // multiple + 1
+        round_units = min(self.max_round_tokens, max(2 * longest_tokens, TABLE_TOKENS)) // multiple + 1
         self.tables = _undominated([StageTable.of(kind, multiple, chunk_units, round_units) for kind in cost.kinds])
         self.slowest = max(self.tables, key=lambda table: table.tokens[-1] + table.base[-1])
 

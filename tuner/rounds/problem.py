@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, TypedDict, Unpack
 
 from db.errors import UserError
@@ -51,6 +51,8 @@ class Problem:
     """Chunks are this many tokens or a multiple of it; only a prompt's last chunk may be shorter."""
     limits: Limits = NO_LIMITS
     objective: Objective = Objective.MAKESPAN
+    is_timed: bool = field(init=False, repr=False)
+    """Whether some requests arrive later than the start."""
 
     @classmethod
     def of(cls, cost: CostModel, requests: Sequence[Request], **options: Unpack[RoundOptions]) -> Self:
@@ -65,6 +67,7 @@ class Problem:
         if self.chunk_multiple < 1:
             raise UserError("chunk_multiple", self.chunk_multiple, "at least 1")
         self._check_work()
+        object.__setattr__(self, "is_timed", arrive_over_time(self.requests))
         most = self.limits.max_round_tokens
         needed = min(self.chunk_multiple, max(request.new_tokens for request in self.requests))
         if most is not None and most < needed:
@@ -80,11 +83,6 @@ class Problem:
         if tokens > most:
             allowed = f"at most {most} with chunk_multiple {self.chunk_multiple} on {self.cost.pp_size} stages"
             raise UserError("prompt_tokens of all requests", tokens, allowed)
-
-    @property
-    def is_timed(self) -> bool:
-        """Whether some requests arrive later than the start, or decode on beside others."""
-        return arrive_over_time(self.requests)
 
     def evaluate(self, rounds: Sequence[Round]) -> Evaluation:
         """What the cost model says of rounds."""

@@ -141,8 +141,9 @@ def smooth_sums(envelope: Envelope, work: Work, caps_s: Floats) -> Floats:
     """S(m) without whole numbers: cuts as the integral of one over the chunk length. Not a bound; it finds good
     caps."""
     share = (np.arange(NUM_SAMPLES) + 0.5) / NUM_SAMPLES
-    new = work.prompt - work.cached
-    end = (work.cached[:, None] + new[:, None] * share).ravel()  # [requests * samples]
+    (prompt, cached), alike = np.unique(np.stack([work.prompt, work.cached]), axis=1, return_counts=True)
+    new = prompt - cached
+    end = (cached[:, None] + new[:, None] * share).ravel()  # [requests that differ * samples]
     pair, context = envelope.pair_s, envelope.context_token_s
     rate = (envelope.token_s - context) + pair * end
     spare = (caps_s - envelope.round_s - envelope.chunk_s)[:, None] - context * end
@@ -151,10 +152,10 @@ def smooth_sums(envelope: Envelope, work: Work, caps_s: Floats) -> Floats:
     left = np.repeat(new, NUM_SAMPLES)
     chunk = np.where(np.isfinite(chunk) & (chunk > 0.0), np.minimum(chunk, left), left)
     chunk = np.where((spare > 0.0) & (chunk >= 1.0), chunk, np.nan)
-    density = np.repeat(new / NUM_SAMPLES, NUM_SAMPLES) / chunk  # cuts each sample stands for
-    read = (density * np.maximum(end - chunk, np.repeat(work.cached, NUM_SAMPLES))).sum(axis=1)
-    pairs = float((work.prompt * (work.prompt + 1.0) - work.cached * (work.cached + 1.0)).sum()) / 2.0
-    held = envelope.token_s * work.new_tokens + pair * pairs + envelope.final_s * len(new)
+    density = np.repeat(alike * new / NUM_SAMPLES, NUM_SAMPLES) / chunk  # cuts each sample stands for
+    read = (density * np.maximum(end - chunk, np.repeat(cached, NUM_SAMPLES))).sum(axis=1)
+    pairs = float((alike * (prompt * (prompt + 1.0) - cached * (cached + 1.0))).sum()) / 2.0
+    held = envelope.token_s * work.new_tokens + pair * pairs + envelope.final_s * len(work.prompt)
     held = held + context * read + envelope.chunk_s * density.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         sums = held * caps_s / (caps_s - envelope.round_s)

@@ -119,7 +119,7 @@ def partly_turned(layer: LayerSpec, config: Config, *, interleaved: bool = False
         q_norm=_in_order(attention.q_norm, folding),
         k_norm=_in_order(attention.k_norm, folding),
         qkv=attention.qkv.folded(folding, parts=(0, 1)),
-        rotation=replace(attention.rotation, features=features),
+        rotation=replace(attention.rotation, features=features if features < head_dim else None),
     )
     return replace(layer, attention=made)
 

@@ -1,4 +1,4 @@
-"""GLM and SmolLM: heads that are turned in part, pair by pair, or in some layers alone."""
+"""GLM, ERNIE and SmolLM: heads that are turned in part, pair by pair, or in some layers alone."""
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ def _glm4(config: Config, kind: str) -> LayerSpec:
     )
 
 
+def _ernie(config: Config, kind: str) -> LayerSpec:
+    """Llama's layer whose heads are turned pair by pair."""
+    bias = bool(config.get("use_bias", False))
+    layer = windowed(dense_layer(config, qkv_bias=bias, o_bias=bias, mlp_bias=bias), config, kind)
+    return partly_turned(layer, config, interleaved=True)
+
+
 def _smollm3(config: Config, kind: str) -> LayerSpec:
     bias = bool(config.get("attention_bias", False))
     layer = dense_layer(config, qkv_bias=bias, o_bias=bias, mlp_bias=bool(config.get("mlp_bias", False)))
@@ -52,6 +59,10 @@ _SMALL = {"num_key_value_heads": 2, "head_dim": 24, "attention_bias": True, "pad
 GLM = {
     "GlmForCausalLM": Architecture(layer=_glm, norm_eps=1.5625e-07, example=_SMALL),
     "Glm4ForCausalLM": Architecture(layer=_glm4, norm_eps=1.5625e-07, example=_SMALL),
+    "Ernie4_5ForCausalLM": Architecture(
+        layer=_ernie, norm_eps=1e-5, tied=True,
+        example={"num_key_value_heads": 2, "head_dim": 24, "use_bias": True, "pad_token_id": None},
+    ),
     "SmolLM3ForCausalLM": Architecture(
         layer=_smollm3, refined=_smollm3_types, tied=True,
         example={"num_key_value_heads": 2, "pad_token_id": None, "no_rope_layer_interval": 2},

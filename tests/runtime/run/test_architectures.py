@@ -18,7 +18,7 @@ NEW_TOKENS = 4
 EXAMPLES = [name for name, architecture in ARCHITECTURES.items() if architecture.example]
 MIXTURES = [name for name in EXAMPLES if "Moe" in name or name in ("MixtralForCausalLM", "GptOssForCausalLM")]
 # (tp_size, pp_size, ep_size) by the number of ranks; experts are spread where there are any, unevenly in most examples.
-LAYOUTS = {1: [(1, 1, 1)], 2: [(1, 2, 1), (2, 1, 1), (2, 1, 2)], 3: [(1, 3, 1)], 4: [(4, 1, 4), (2, 2, 2)]}
+LAYOUTS = {2: [(1, 2, 1), (2, 1, 1), (2, 1, 2)], 3: [(1, 3, 1)], 4: [(4, 1, 4), (2, 2, 2)]}
 
 
 @pytest.mark.timeout(300)
