@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -77,7 +76,7 @@ class Study:
 
 
 def rows_of(studies: Sequence[Study]) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
-    """Medians over seeds of each cut: perplexity by each measure, and after recovery; and all of it by seed."""
+    """Of each cut: rises of perplexity in percent by each measure and after recovery by seed; all perplexities."""
     rows, found = [], dict[str, Any]()
     befores = [judge(study.model) for study in studies]
     for name in CUTS:
@@ -89,15 +88,17 @@ def rows_of(studies: Sequence[Study]) -> tuple[list[tuple[Any, ...]], dict[str, 
                 by_measure[measure].append(judge(pruned))
                 if measure is Measure.ACTIVATION:
                     recovered.append(judge(study.recover(pruned)))
-        losses = [100.0 * (after / before - 1.0) for after, before in zip(recovered, befores, strict=True)]
-        found[name] = {"before": befores, **by_measure, "recovered": recovered, "loss_percent": losses}
+        found[name] = {"before": befores, **by_measure, "recovered": recovered}
         first, *others = (by_measure[measure] for measure in Measure)
         best = sum(one <= min(rest) for one, *rest in zip(first, *others, strict=True))
-        medians = [statistics.median(values) for values in by_measure.values()]
-        rows.append((name, statistics.median(befores), *medians, f"{best} of {len(studies)}",
-                     statistics.median(recovered), statistics.median(losses), max(losses)))  # fmt: skip
+        rises = (_rises(values, befores) for values in (*by_measure.values(), recovered))
+        rows.append((name, *rises, f"{best} of {len(studies)}"))
         print(f"{name}: {found[name]}", flush=True)
     return rows, found
+
+
+def _rises(values: Sequence[float], befores: Sequence[float]) -> str:
+    return "  ".join(f"{100.0 * (after / before - 1.0):+.1f}" for after, before in zip(values, befores, strict=True))
 
 
 def main() -> None:
@@ -119,9 +120,10 @@ def main() -> None:
             studies.append(Study(folder=folder, model=model, seed=seed, steps=options.steps))
             print(f"seed {seed}: trained, {time.monotonic() - started:.0f} s", flush=True)
         rows, found = rows_of(studies)
-    columns = ("removed", "unpruned", *Measure, "activation best", "recovered", "loss %", "worst loss %")
+    columns = ("removed", *Measure, "recovered", "activation best")
     tokens = options.steps * SEQUENCE * BATCH
-    print_table(columns, rows, title=f"perplexity on {HELD_OUT} characters, {tokens} tokens, {options.seeds} seeds")
+    title = f"rise of perplexity on {HELD_OUT} characters in %, by seed; models of {tokens} tokens"
+    print_table(columns, rows, title=title)
     print(f"{time.monotonic() - started:.0f} s")
     if options.output:
         write_json(options.output, found)

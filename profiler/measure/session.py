@@ -213,7 +213,7 @@ class RankSession:
         if point.op is Op.ROUND_OVERHEAD:
             return prepare_round_overhead(point, self.operators, self.neighbours.get(_PAIR))
         if "heads" in point.shape:
-            self.heads = {name: point.shape[name] for name in self.heads}
+            self.heads = {name: point.shape.get(name, 0) for name in self.heads}
         return self.operators.prepare(point)
 
     def prepare_collective(self, point: Point) -> Prepared:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,8 @@ import torch
 from db.errors import UserError
 from profiler.model import ModelShape
 from runtime.prune.importance import Importance
+
+Widths = tuple[int, int]  # FFN channels and KV heads of a layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,16 @@ class Losses:
         inside = self.channels[kept, channels] + self.groups[kept, groups]
         return float(self.whole[:removed].sum() + inside.sum())
 
+    def lost_of(self, whole: Sizes, sizes: Sizes, widths: tuple[Widths, ...] | None, order: Sequence[int]) -> float:
+        """Of what was chosen; order: layers from the least important on. widths: of each, where they differ."""
+        if widths is None:
+            removed = whole.layers - sizes.layers
+            return self.lost(removed, whole.channels - sizes.channels, whole.kv_heads - sizes.kv_heads)
+        return sum(
+            float(self.channels[place, whole.channels - channels] + self.groups[place, whole.kv_heads - kv_heads])
+            for place, (channels, kv_heads) in ((place, widths[index]) for place, index in enumerate(order))
+        )
+
     @property
     def total(self) -> float:
         """Of removing everything."""
@@ -126,3 +138,59 @@ def cut_by_cost(
     if best is None:
         raise UserError(field, value, "no sizes of this model are as cheap; embedding and head stay whole")
     return best[1]
+
+
+def cut_each_layer(
+    shape: ModelShape,
+    importance: Importance,
+    cost: Callable[[Widths], float],
+    *,
+    most: float,
+    multiple: int,
+    field: str,
+    value: float,
+) -> tuple[Widths, ...]:
+    """Widths of each layer, all of which stay: again and again what loses least for each unit of cost that it saves.
+
+    cost: of one layer. Raises `UserError` naming `field` where no widths are as cheap as `most`.
+    """
+    whole = Sizes.of(shape)
+    channels = sorted({whole.channels, *range(multiple, whole.channels, multiple)})
+    costs = {(width, heads): cost((width, heads)) for width in channels for heads in range(1, whole.kv_heads + 1)}
+    sums = [(_sums(layer.channels), _sums(layer.groups)) for layer in importance.layers]
+
+    def lost(index: int, widths: Widths) -> float:
+        of_channels, of_groups = sums[index]
+        return float(of_channels[whole.channels - widths[0]] + of_groups[whole.kv_heads - widths[1]])
+
+    def cuts_of(index: int) -> list[Widths]:
+        """What may be left of a layer: narrower, or with fewer heads."""
+        now = found[index]
+        narrower = [(width, now[1]) for width in channels if width < now[0]]
+        narrower += [(now[0], heads) for heads in range(1, now[1])]
+        return [widths for widths in narrower if costs[widths] < costs[now]]
+
+    def next_cut(index: int) -> tuple[float, int, Widths] | None:
+        """The cut of a layer that loses least for what it saves."""
+        now = found[index]
+        ratios = [
+            ((lost(index, widths) - lost(index, now)) / (costs[now] - costs[widths]), index, widths)
+            for widths in cuts_of(index)
+        ]
+        return min(ratios, default=None)
+
+    found: list[Widths] = [(whole.channels, whole.kv_heads)] * whole.layers
+    cuts = [next_cut(index) for index in range(whole.layers)]
+    total = whole.layers * costs[found[0]]
+    while total > most:
+        chosen = min((cut for cut in cuts if cut is not None), default=None)
+        if chosen is None:
+            raise UserError(field, value, "no widths of this model's layers are as cheap")
+        _, index, widths = chosen
+        if total - costs[found[index]] + costs[widths] <= most:  # the last one: no further than is needed
+            enough = [each for each in cuts_of(index) if total - costs[found[index]] + costs[each] <= most]
+            widths = min(enough, key=lambda each: (lost(index, each), -costs[each]))
+        total -= costs[found[index]] - costs[widths]
+        found[index] = widths
+        cuts[index] = next_cut(index)
+    return tuple(found)

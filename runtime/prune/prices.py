@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -152,6 +153,9 @@ def find_prices(shape: ModelShape, work: Work, *, multiple: int, repeats: int = 
 
 def measured_speedup(before: ModelShape, after: ModelShape, work: Work, *, repeats: int = 31) -> float:
     """How many times as fast the layers of the smaller model are, timed in turn; the head's rows are few in both."""
-    calls = {"before": layer_call(before, before.layer, work), "after": layer_call(after, after.layer, work)}
+    kinds = Counter(after.layers)
+    calls = {"before": layer_call(before, before.layer, work)}
+    calls |= {f"after {number}": layer_call(after, kind, work) for number, kind in enumerate(kinds)}
     found = seconds_of(calls, work.device, repeats=repeats)
-    return before.num_layers * found["before"] / (after.num_layers * found["after"])
+    taken = sum(count * found[f"after {number}"] for number, count in enumerate(kinds.values()))
+    return before.num_layers * found["before"] / taken

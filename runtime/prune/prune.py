@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from profiler.model import ModelShape, model_from_config
 from profiler.model.flops import prefill_flops
 from profiler.model.shape import layer_prefix
 from profiler.model.tensors import LinearSpec
-from runtime.prune.budget import Losses, Sizes, cut_by_cost, cut_by_shares, layer_order
+from runtime.prune.budget import Losses, Sizes, Widths, cut_by_cost, cut_by_shares, cut_each_layer, layer_order
 from runtime.prune.importance import Importance, Measure, find_importance
 from runtime.prune.prices import Prices, Work, config_of, find_prices, measured_speedup
 from runtime.quantize.layers import perplexity
@@ -39,6 +39,7 @@ class Wanted:
     speedup: float | None = None
     size: float | None = None  # parameters of the layers, as a share of those before
     multiple: int = 16  # widths are multiples of it
+    each_layer: bool = False  # widths differ from layer to layer, for a speed-up or a size; all layers stay
 
     def __post_init__(self) -> None:
         shares = {"--ffn": self.channels, "--heads": self.heads, "--layers": self.layers, "--hidden": self.hidden}
@@ -48,6 +49,8 @@ class Wanted:
         chosen = [any(shares.values()), self.speedup is not None, self.size is not None]
         if sum(chosen) != 1:
             raise UserError("--ffn, --heads, --layers, --hidden", "", "give shares, or --speedup, or --size")
+        if self.each_layer and any(shares.values()):
+            raise UserError("--each-layer", True, "goes with --speedup or --size")
         if self.speedup is not None and not 1.0 < self.speedup <= 100.0:
             raise UserError("--speedup", self.speedup, "must be above 1, at most 100")
         if self.size is not None and not 0.0 < self.size < 1.0:
@@ -75,7 +78,8 @@ class PruneReport:
     perplexity_before: float | None
     perplexity_after: float | None
     elapsed_s: float
-    uniform: bool = True  # all layers got one shape: Transformers' configurations know no other
+    widths: tuple[Widths, ...] | None = None
+    """FFN channels and KV heads of each layer where they differ; `after` has the largest."""
 
     def to_json(self) -> dict[str, Any]:
         """All of it for programs."""
@@ -87,6 +91,7 @@ class _Kept:
     """Indices that stay, in their order."""
 
     layers: list[int]
+    sizes: list[Widths]  # of every layer
     channels: list[torch.Tensor]  # of every layer
     groups: list[torch.Tensor]
     hidden: torch.Tensor | None  # None: all
@@ -123,15 +128,20 @@ def prune_checkpoint(
     if wanted.speedup is not None or measures_speed:
         progress("prices of units")
         prices = find_prices(shape, work, multiple=wanted.multiple)
-    sizes = choose_sizes(shape, wanted, importance, prices)
-    kept = _choose(shape, sizes, importance)
+    whole, losses = Sizes.of(shape), Losses.of(importance)
+    widths = None
+    if wanted.each_layer:
+        widths = choose_widths(shape, wanted, importance, prices)
+        sizes = replace(whole, channels=max(each for each, _ in widths), kv_heads=max(each for _, each in widths))
+    else:
+        sizes = choose_sizes(shape, wanted, importance, prices)
+    kept = _choose(shape, sizes, widths, importance)
     config = _config(source, shape, sizes, kept)
     smaller = model_from_config(config, name=output.name)
     progress("the smaller checkpoint")
     _write(source, output, shape, kept, importance, config)
     removed = tuple(sorted(set(range(shape.num_layers)) - set(kept.layers)))
-    losses, whole = Losses.of(importance), Sizes.of(shape)
-    lost = losses.lost(len(removed), whole.channels - sizes.channels, whole.kv_heads - sizes.kv_heads)
+    lost = losses.lost_of(whole, sizes, widths, layer_order(importance))
     chunk = [(work.chunk, work.context)]
     progress("speed and perplexity")
     return PruneReport(
@@ -147,11 +157,12 @@ def prune_checkpoint(
         flops_before=prefill_flops(shape, chunk, 1),
         flops_after=prefill_flops(smaller, chunk, 1),
         tokens=work.chunk,
-        predicted_speedup=_speedup(prices, whole, sizes),
+        predicted_speedup=_speedup(prices, whole, sizes, widths),
         measured_speedup=measured_speedup(shape, smaller, work) if measures_speed else None,
         perplexity_before=perplexity(source, shape, held_out, device) if held_out else None,
         perplexity_after=perplexity(output, smaller, held_out, device) if held_out else None,
         elapsed_s=time.monotonic() - started,
+        widths=widths,
     )
 
 
@@ -181,25 +192,45 @@ def choose_sizes(shape: ModelShape, wanted: Wanted, importance: Importance, pric
             shape, channels=wanted.channels, heads=wanted.heads, layers=wanted.layers, hidden=wanted.hidden,
             multiple=wanted.multiple,
         )  # fmt: skip
+    cost, most, field, value = _budget(shape, wanted, prices)
+    return cut_by_cost(shape, importance, cost, most=most, multiple=wanted.multiple, field=field, value=value)
+
+
+def choose_widths(
+    shape: ModelShape, wanted: Wanted, importance: Importance, prices: Prices | None
+) -> tuple[Widths, ...]:
+    """The widths of each layer that lose least for a speed-up or a size."""
+    cost, most, field, value = _budget(shape, wanted, prices)
+
+    def of_layer(widths: Widths) -> float:
+        return cost(Sizes(layers=1, channels=widths[0], kv_heads=widths[1], hidden=shape.hidden_size))
+
+    return cut_each_layer(
+        shape, importance, of_layer, most=most, multiple=wanted.multiple, field=field, value=value
+    )  # fmt: skip
+
+
+def _budget(
+    shape: ModelShape, wanted: Wanted, prices: Prices | None
+) -> tuple[Callable[[Sizes], float], float, str, float]:
+    """What sizes cost, at most how much, and the option that says so."""
     whole = Sizes.of(shape)
     keeps_heads = shape.layer.attention.norms_all_heads
     cost: Callable[[Sizes], float]
     if wanted.speedup is not None:
         assert prices is not None
-        known = prices
-        cost, field, value = known.seconds, "--speedup", wanted.speedup
+        cost, field, value = prices.seconds, "--speedup", wanted.speedup
         most = cost(whole) / wanted.speedup
     else:
         assert wanted.size is not None
         cost, field, value = _num_parameters(shape), "--size", wanted.size
         most = cost(whole) * wanted.size
+    known = cost
 
     def allowed(sizes: Sizes) -> float:
-        return float("inf") if keeps_heads and sizes.kv_heads < whole.kv_heads else cost(sizes)
+        return float("inf") if keeps_heads and sizes.kv_heads < whole.kv_heads else known(sizes)
 
-    return cut_by_cost(
-        shape, importance, allowed, most=most, multiple=wanted.multiple, field=field, value=value
-    )  # fmt: skip
+    return allowed, most, field, value
 
 
 def _num_parameters(shape: ModelShape) -> Callable[[Sizes], float]:
@@ -212,19 +243,24 @@ def _num_parameters(shape: ModelShape) -> Callable[[Sizes], float]:
     return lambda sizes: sizes.layers * (of_channel * sizes.channels + of_group * sizes.kv_heads + rest)
 
 
-def _speedup(prices: Prices | None, before: Sizes, after: Sizes) -> float | None:
+def _speedup(prices: Prices | None, before: Sizes, after: Sizes, widths: tuple[Widths, ...] | None) -> float | None:
     if prices is None or after.hidden != before.hidden:  # no price was taken of fewer features
         return None
-    return prices.seconds(before) / prices.seconds(after)
+    if widths is None:
+        return prices.seconds(before) / prices.seconds(after)
+    layers = (replace(before, layers=1, channels=channels, kv_heads=kv_heads) for channels, kv_heads in widths)
+    return prices.seconds(before) / sum(map(prices.seconds, layers))
 
 
-def _choose(shape: ModelShape, sizes: Sizes, importance: Importance) -> _Kept:
+def _choose(shape: ModelShape, sizes: Sizes, widths: tuple[Widths, ...] | None, importance: Importance) -> _Kept:
     removed = set(layer_order(importance)[: shape.num_layers - sizes.layers])
     hidden = None if sizes.hidden == shape.hidden_size else _best(importance.hidden, sizes.hidden)
+    each = list(widths or [(sizes.channels, sizes.kv_heads)] * shape.num_layers)
     return _Kept(
         layers=[index for index in range(shape.num_layers) if index not in removed],
-        channels=[_best(layer.channels, sizes.channels) for layer in importance.layers],
-        groups=[_best(layer.groups, sizes.kv_heads) for layer in importance.layers],
+        sizes=each,
+        channels=[_best(layer.channels, count) for layer, (count, _) in zip(importance.layers, each, strict=True)],
+        groups=[_best(layer.groups, count) for layer, (_, count) in zip(importance.layers, each, strict=True)],
         hidden=hidden,
     )
 
@@ -240,6 +276,11 @@ def _config(source: Path, shape: ModelShape, sizes: Sizes, kept: _Kept) -> dict[
     names = ("num_hidden_layers", "intermediate_size", "num_key_value_heads", "num_attention_heads", "head_dim",
              "hidden_size")  # fmt: skip
     config: dict[str, Any] = given | {name: sized[name] for name in names}
+    if len(set(kept.sizes)) > 1:
+        group = shape.layer.attention.heads.count // shape.layer.attention.kv_heads.count
+        config["intermediate_size"] = [channels for channels, _ in kept.sizes]
+        config["num_key_value_heads"] = [kv_heads for _, kv_heads in kept.sizes]
+        config["num_attention_heads"] = [kv_heads * group for _, kv_heads in kept.sizes]
     for name in _OF_LAYERS:
         if isinstance(given.get(name), list):
             config[name] = [given[name][index] for index in kept.layers]

@@ -32,7 +32,7 @@ def command(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[[str]
         return [
             sys.executable, "-m", "service", "train", str(plan), "--weights", str(weights), "--data", str(data),
             "-o", str(tmp_path / output), "--steps", str(STEPS), "--learning-rate", "1e-3", "--save-every", "2",
-            "--device", "cpu", "--json",
+            "--device", "cpu", "--db", f"sqlite:///{tmp_path / 'isochunk.db'}", "--json",
         ]  # fmt: skip
 
     return words
@@ -46,7 +46,11 @@ def records(state: Path) -> list[tuple[float, float]]:
 
 def test_kills_do_not_change_the_curve(command: Callable[[str], list[str]], tmp_path: Path) -> None:
     done = subprocess.run(command("whole"), capture_output=True, text=True, timeout=250, check=True)
-    assert json.loads(done.stdout)["steps"] == STEPS
+    told = json.loads(done.stdout)
+    assert told["steps"] == STEPS
+    assert told["seconds_a_step"] > 0.0
+    assert told["predicted_step_s"] is None
+    assert told["not_predicted"].startswith("measurements")  # nothing was profiled
     source, seen = random.Random(1), 0
     for _ in range(KILLS):
         process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

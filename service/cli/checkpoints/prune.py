@@ -20,7 +20,8 @@ def command(options: PruneOptions, as_json: bool) -> None:
     """Remove whole units of MODEL that add least: FFN channels, KV heads, layers, features of the residual stream.
 
     Shares say how much of each kind goes; with --speedup or --size the kinds are weighed against each other, by what
-    each saves on this machine. All layers get the same sizes, which is what Transformers' configurations can say.
+    each saves on this machine. All layers get the same sizes, which is what Transformers' configurations can say, but
+    for --each-layer.
     """
     from service.cli.output import print_json
     from service.use_cases.checkpoints.prune import prune
@@ -52,4 +53,8 @@ def _print(report: PruneReport) -> None:
     click.echo(f"layers are so many times as fast: {', '.join(told)}")
     if report.perplexity_before is not None and report.perplexity_after is not None:
         click.echo(f"perplexity {report.perplexity_before:.4f} before, {report.perplexity_after:.4f} after")
-    click.echo(f"written to {report.folder}; all layers have one shape, as Transformers' configurations ask for")
+    shapes = "all layers have one shape, as Transformers' configurations ask for"
+    if report.widths is not None:
+        each = ", ".join(f"{channels}/{kv_heads}" for channels, kv_heads in report.widths)
+        shapes = f"channels/KV heads by layer: {each}; Transformers does not load layers that differ"
+    click.echo(f"written to {report.folder}; {shapes}")

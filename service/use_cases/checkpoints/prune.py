@@ -26,6 +26,9 @@ class PruneOptions:
     hidden: float = option(0.0, "Share of the residual stream's features to remove.")
     speedup: float | None = option(None, "Choose sizes that make the layers so many times as fast.", above=1)
     size: float | None = option(None, "Choose sizes that leave so much of the layers' parameters.", above=0)
+    each_layer: bool = option(
+        False, "Widths that differ from layer to layer, with --speedup or --size. Transformers does not load them."
+    )
     calibration: str | None = option(None, "Text, or JSONL with text or token_ids a line.", is_file=True)
     held_out: str | None = option(None, "Text or JSONL to compare the perplexity on.", is_file=True)
     importance: str = option("activation", "What units are compared by.", choices=("activation", "magnitude", "random"))
@@ -70,7 +73,7 @@ def prune(options: PruneOptions, progress: Callable[[str], None] = lambda _what:
     check_device_type(device_type)
     wanted = Wanted(
         channels=options.ffn, heads=options.heads, layers=options.layers, hidden=options.hidden,
-        speedup=options.speedup, size=options.size,
+        speedup=options.speedup, size=options.size, each_layer=options.each_layer,
         multiple=options.multiple or {"cuda": 128, "cpu": 16}[device_type],
     )  # fmt: skip
     shape = replace(load_model_shape(str(source)), name=options.model or "")

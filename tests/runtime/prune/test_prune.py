@@ -78,6 +78,28 @@ def test_units_that_add_nothing_go_without_a_trace(
     assert report.flops_after < 0.7 * report.flops_before
 
 
+def test_each_layer_loses_what_it_does_not_need(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Layers with other numbers of idle channels get other widths, where one width for all would cost something."""
+    idle = (64, 0, 96, 16, 0)
+
+    def silence(name: str, tensor: torch.Tensor) -> None:
+        if name.endswith("down_proj.weight"):
+            tensor[:, : idle[int(name.split(".")[2])]] = 0.0
+
+    source = zeroed(checkpoint("llama"), tmp_path / "source", silence)
+    report = prune(source, tmp_path / "made", size=0.82, each_layer=True, multiple=8)
+    assert report.widths is not None
+    assert all(112 - lost <= channels for (channels, _), lost in zip(report.widths, idle, strict=True))
+    assert len(set(report.widths)) > 1
+    assert {kv_heads for _, kv_heads in report.widths} == {2}
+    assert report.lost_importance < 1e-9
+    assert report.perplexity_after == pytest.approx(report.perplexity_before, rel=1e-5)
+    assert report.parameters_after < report.parameters_before
+    assert prune(source, tmp_path / "uniform", size=0.82, multiple=8).lost_importance > 1e-6
+    made = load_model_shape(str(tmp_path / "made"))
+    assert [layer.mlp.intermediate.count for layer in made.layers] == [channels for channels, _ in report.widths]
+
+
 def test_features_that_carry_nothing_go(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """A norm divides by the root mean square of what is left, which its weight makes up for."""
     dead = torch.arange(0, 64, 4)
@@ -159,6 +181,7 @@ def test_a_budget_takes_from_where_it_costs_least(checkpoint: Callable[[str], Pa
         ("llama", {}, "--ffn, --heads, --layers, --hidden"),
         ("llama", {"channels": 0.5, "speedup": 1.3}, "--ffn, --heads, --layers, --hidden"),
         ("llama", {"channels": 1.0}, "--ffn: 1.0"),
+        ("llama", {"channels": 0.5, "each_layer": True}, "--each-layer"),
         ("llama", {"speedup": 1.0}, "--speedup: 1.0"),
     ],
 )
