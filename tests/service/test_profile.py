@@ -111,7 +111,7 @@ def test_every_row_of_a_profile_is_there_and_sane_and_the_next_measures_nothing(
     assert summary["tp_sizes"] == [1, 2] and summary["dtype"] == "float32"
     found = rows(database)
     assert summary["num_new"] == len(found)
-    assert {row.op for row in found} == {op.value for op in Op}
+    assert {row.op for row in found} == {op.value for op in Op if op is not Op.EXPERTS}
     for row in found:
         assert 0 < row.min_us <= row.p10_us <= row.median_us <= row.p90_us and row.num_samples >= 1
         assert row.noisy or (row.p90_us - row.p10_us) / row.median_us <= 0.2
