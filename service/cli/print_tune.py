@@ -171,7 +171,7 @@ def _print_fits(report: TuneReport) -> None:
 
 
 def _print_corrections(costs: Costs) -> None:
-    """What ranks and earlier runs told beside the rows."""
+    """Corrections by rank skew and by earlier runs."""
     factors, correction = costs.rank_skew.factors, costs.correction
     if factors:
         print(f"Each rank's time over the slowest's: {', '.join(f'{factor:.3f}' for factor in factors)}\n")
@@ -217,7 +217,7 @@ def _print_layouts(report: TuneReport) -> None:
     families = best_of_families(report.candidates)
     several = len(report.plan.requests) > 1
     show_table(
-        ["layout", "makespan s", "+- %", "told", "bubble %", "GiB", "rounds", "TTFT s" if several else "layers"],
+        ["layout", "makespan s", "+- %", "note", "bubble %", "GiB", "rounds", "TTFT s" if several else "layers"],
         [_candidate_row(report, candidate, several=several) for candidate in families],
         title="The best layout of each family (close: too close to tell), and GiB of its fullest rank",
     )
@@ -239,7 +239,7 @@ def _print_layouts(report: TuneReport) -> None:
             print(wrapped(f"Memory allows {candidate.layout} {_allowed(candidate)}."))
         if candidate.assumed:
             assumed = ", ".join(map(str, candidate.assumed))
-            print(wrapped(f"Not measured but told by the topology's links: {assumed}, in {candidate.layout}."))
+            print(wrapped(f"Not measured, estimated from the topology's links: {assumed}, in {candidate.layout}."))
     for reason, count in list(refused.items())[:MOST_NAMED]:
         example = next(str(each.layout) for each in report.candidates if each.refusal == reason)
         others = f" and {count - 1} more" if count > 1 else ""
