@@ -7,14 +7,23 @@ const cards = new Map();
 let timer = 0;
 
 export async function start() {
-  const [models, workers] = await Promise.all([get("/models"), get("/workers")]);
+  const models = await get("/models");
   show($("job-model"), models.map((model) => h("option", { value: model.name }, model.name)));
-  const living = workers.filter((worker) => worker.alive), keys = [...new Set(workers.map((worker) => keyOf(worker)))];
-  show($("job-worker"), keys.map((key) => h("option", { value: key }, key)));
-  show($("workers"), living.length ? living.map((worker) => h("dl", {}, h("dt", {}, worker.hardware.machine), h("dd", {}, keyOf(worker)))) : h("p", { class: "quiet" }, "None is there: isochunk worker"));
   await refresh();
   clearInterval(timer);
   timer = setInterval(refresh, 2500);
+}
+
+let told = null;
+async function listWorkers() {
+  const workers = await get("/workers");
+  const living = workers.filter((worker) => worker.alive), keys = [...new Set(workers.map((worker) => keyOf(worker)))];
+  const now = JSON.stringify([keys, living.map((worker) => worker.hardware)]);
+  if (now === told) return;
+  told = now;
+  const chosen = $("job-worker").value;
+  show($("job-worker"), keys.map((key) => h("option", { value: key, selected: key === chosen }, key)));
+  show($("workers"), living.length ? living.map((worker) => h("dl", {}, h("dt", {}, worker.hardware.machine), h("dd", {}, keyOf(worker)))) : h("p", { class: "quiet" }, "None is there: isochunk worker"));
 }
 
 export function stop() { clearInterval(timer); }
@@ -40,7 +49,7 @@ export async function live() {
 }
 
 async function refresh() {
-  const items = await live();
+  const [items] = await Promise.all([live(), listWorkers()]);
   if (!items.length) { show($("job-list"), h("div", { class: "card empty" }, h("h2", {}, "No jobs yet"), h("p", { class: "quiet" }, "Measure a model on a worker, or make a plan and run it. Jobs go on when the service or a worker is restarted."))); return; }
   const list = $("job-list");
   if (!list.querySelector("[data-job]")) show(list);
