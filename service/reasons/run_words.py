@@ -178,4 +178,5 @@ def _longer(share: float) -> str:
 
 
 def _more(seconds: float) -> str:
-    return f"{1e3 * abs(seconds):.3g} ms {'more' if seconds > 0.0 else 'less'}"
+    amount = f"{abs(seconds):.3g} s" if abs(seconds) >= 0.9995 else f"{1e3 * abs(seconds):.3g} ms"
+    return f"{amount} {'more' if seconds > 0.0 else 'less'}"

@@ -45,6 +45,7 @@ def test_runs_are_listed_compared_and_explained(url: str) -> None:
     assert [row["run"] for row in compared] == [109, 113]
     words = json.loads(call("runs", "explain", 24, "--db", url, "--json").stdout)["words"]
     assert "4.3% faster" in words["took"] and "stage 1 -4.4%" in words["work"]
+    assert "1 s more of rounds" in call("runs", "explain", 113, "--db", url).stdout
     assert "nothing to explain" in call("runs", "explain", 7, "--db", url).stdout.replace("\n           ", " ")
     assert str(call("runs", "explain", 5000, "--db", url, fails=True).exception).startswith("run: 5000; must be")
 
