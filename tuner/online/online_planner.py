@@ -284,7 +284,7 @@ class OnlinePlanner:
             return False
         if tokens < left and not self._is_limited:
             thrifty = self._excess.thrifty_tokens(into.num_tokens + tokens, waiting.done) - into.num_tokens
-            tokens = max(thrifty // self.chunk_multiple * self.chunk_multiple, self.chunk_multiple)
+            tokens = min(tokens, max(thrifty // self.chunk_multiple * self.chunk_multiple, self.chunk_multiple))
         self._take(into, waiting, tokens, tokens == left)
         return tokens == left
 
