@@ -11,6 +11,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
@@ -23,6 +24,11 @@ _PLANS_A_PROCESS = 500
 _NICE = 10
 _LOOK_EVERY_S = 0.5
 """How often it is seen whether the caller of a plan that waits is still there."""
+_OUT_OF_MEMORY = 9
+"""What a process that ran out of memory exits with."""
+_NEAR_LIMIT_BYTES = 64 << 20
+"""A process this near to its limit that fails has run out of memory: where an allocation fails decides which error
+comes of it, and CPython, NumPy and SciPy do not always say MemoryError (SystemError, ImportError, OSError)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +91,7 @@ class Planning:
                 self._free.release()
         except TimeoutError:
             raise _full("too busy", f"the machine to have a processor within {self.limits.wall_s:g} s") from None
-        except (MemoryError, ProcessExpired):
+        except ProcessExpired:
             allowed = f"must be planned within {self.limits.memory_bytes >> 20} MiB of memory"
             raise RefusedError(422, "plan", "too much work", allowed) from None
         finally:
@@ -135,19 +141,38 @@ def _warm() -> None:
 
 
 def _make(request: PlanRequest, cpu_s: float) -> MadePlan | _Refusal | None:
-    """A plan, why it is refused, or None when it takes more of a processor than it may."""
-    from service.http.planning.request import make_plan
+    """A plan, why it is refused, or None when it takes more of a processor than it may.
 
+    A process that runs out of memory ends, and the pool starts another.
+    """
     signal.signal(signal.SIGPROF, _too_long)
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     try:
+        from service.http.planning.request import make_plan
+
         return make_plan(request)
     except UserError as error:
         return _Refusal(error.field, str(error.value), error.allowed)
     except TimeoutError:
         return None
+    except MemoryError:
+        os._exit(_OUT_OF_MEMORY)
+    except Exception:
+        if _left_bytes() < _NEAR_LIMIT_BYTES:
+            os._exit(_OUT_OF_MEMORY)
+        raise
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
+
+
+def _left_bytes() -> float:
+    """How far below its limit on memory this process has stayed at its largest."""
+    limit_bytes = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit_bytes == resource.RLIM_INFINITY:
+        return float("inf")
+    with Path("/proc/self/status").open() as status:
+        peak_kib = next(int(line.split()[1]) for line in status if line.startswith("VmPeak:"))
+    return limit_bytes - (peak_kib << 10)
 
 
 def _too_long(_number: int, _frame: object) -> None:
