@@ -25,8 +25,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
+from operator import attrgetter
 
 import numpy as np
+import numpy.typing as npt
 
 from db.errors import UserError
 from tuner.plan.cost_model import CostModel, Ints
@@ -38,6 +41,9 @@ from tuner.serving.clock import Clock
 
 MAKESPAN_SLACK = 1.0075
 """A plan for mean TTFT or deadlines has at most this much times the best makespan found."""
+CHUNK_COLUMNS = tuple(map(attrgetter, ("request", "start", "tokens")))
+SHORT_WINDOW = 48
+"""Up to it rounds are run one by one in lists: arrays of so few are slower."""
 
 
 class Objective(StrEnum):
@@ -141,8 +147,14 @@ class FlatRounds:
     @classmethod
     def of(cls, rounds: Sequence[Round]) -> FlatRounds:
         """Flatten rounds."""
-        rows = [(i, chunk.request, chunk.start, chunk.tokens) for i, chunks in enumerate(rounds) for chunk in chunks]
-        return cls(*np.array(rows, dtype=np.int64).reshape(-1, 4).T.copy())
+        chunks = list(chain.from_iterable(rounds))
+        round_index = np.repeat(np.arange(len(rounds)), [len(each) for each in rounds])
+        columns = [np.fromiter(map(column, chunks), dtype=np.int64, count=len(chunks)) for column in CHUNK_COLUMNS]
+        return cls(round_index, *columns)
+
+    def tobytes(self) -> bytes:
+        """The same for the same rounds."""
+        return b"".join(column.tobytes() for column in (self.round_index, self.request, self.start, self.tokens))
 
     @property
     def num_rounds(self) -> int:
@@ -171,33 +183,70 @@ def simulate(
         return run(stage_s, hop_s, window, return_s, ready_s, order)
     num_rounds, pp_size = stage_s.shape
     hop = np.zeros(num_rounds) if hop_s is None else hop_s
-    if (ready_s is None or not ready_s.any()) and (free_s is None or not free_s.any()):
-        finish = _equal_stages(stage_s, hop)
-        if finish is not None and (window is None or _window_is_wide(finish, stage_s, window, return_s)):
-            return Timeline(finish - stage_s, finish)
+    if window is not None and window >= num_rounds:
+        window = None
     ready = np.zeros(num_rounds) if ready_s is None else ready_s
-    before = np.zeros((num_rounds, pp_size))  # prefix sums of each stage's seconds, the round itself left out
-    np.cumsum(stage_s[:-1], axis=0, out=before[1:])
-    after = before + stage_s
-    finish = np.empty_like(stage_s)
-    block = num_rounds if window is None else max(1, min(window, num_rounds))
-    latest = np.zeros(pp_size) if free_s is None else free_s.copy()  # finish(i-1,k) - S(i-1,k), the running maximum
-    for first in range(0, num_rounds, block):
-        rows = slice(first, min(first + block, num_rounds))
-        earliest = ready[rows]
-        if first:
-            opened = finish[first - block : first - block + (rows.stop - first), -1] + return_s
-            earliest = np.maximum(earliest, opened)
-        for k in range(pp_size):
-            lag = np.maximum.accumulate(earliest - before[rows, k])
-            np.maximum(lag, latest[k], out=lag)
-            latest[k] = lag[-1]
-            done = lag + after[rows, k]
-            finish[rows, k] = done
-            earliest = done + hop[rows]
+    free = np.zeros(pp_size) if free_s is None else free_s
+    finish = None if ready.any() or free.any() else _equal_stages(stage_s, hop)
+    if finish is None:
+        finish = _in_blocks(stage_s, hop, num_rounds, return_s, ready, free)
+    if window is not None and not _window_is_wide(finish, stage_s, window, return_s):
+        in_short = _in_lists if window <= SHORT_WINDOW else _in_blocks
+        finish = in_short(stage_s, hop, window, return_s, ready, free)
     start = finish - stage_s
     np.maximum(start[:, 0], ready, out=start[:, 0])  # which rounding may miss
     return Timeline(start, finish)
+
+
+def _in_blocks(stage_s: Floats, hop: Floats, window: int, return_s: float, ready: Floats, free: Floats) -> Floats:
+    """Finishes, `window` rounds at a time."""
+    num_rounds, pp_size = stage_s.shape
+    before, after = (np.ascontiguousarray(sums.T) for sums in _prefix_sums(stage_s))
+    finish = np.empty((pp_size, num_rounds))
+    latest = free.tolist()  # finish(i-1,k) - S(i-1,k), the running maximum
+    for first in range(0, num_rounds, window):
+        rows = slice(first, min(first + window, num_rounds))
+        earliest, hop_s = ready[rows], hop[rows]
+        if first:
+            opened = finish[-1, first - window : first - window + (rows.stop - first)] + return_s
+            earliest = np.maximum(earliest, opened)
+        for k in range(pp_size):
+            lag = earliest - before[k, rows]
+            lag[0] = max(lag[0], latest[k])
+            np.maximum.accumulate(lag, out=lag)
+            latest[k] = lag[-1]
+            done = np.add(lag, after[k, rows], out=finish[k, rows])
+            earliest = done + hop_s
+    return np.ascontiguousarray(finish.T)
+
+
+def _in_lists(stage_s: Floats, hop: Floats, window: int, return_s: float, ready: Floats, free: Floats) -> Floats:
+    """The same round by round."""
+    latest: list[float] = free.tolist()
+    left: list[float] = []
+    finish: list[list[float]] = []
+    columns = (each.tolist() for each in (*_prefix_sums(stage_s), hop, ready))
+    for i, (before, after, hop_s, earliest) in enumerate(zip(*columns, strict=True)):
+        if i >= window:
+            earliest = max(earliest, left[i - window] + return_s)
+        row = []
+        for k, lag in enumerate(latest):
+            own = earliest - before[k]
+            if own > lag:
+                latest[k] = lag = own
+            done = lag + after[k]
+            row.append(done)
+            earliest = done + hop_s
+        finish.append(row)
+        left.append(row[-1])
+    return np.array(finish)
+
+
+def _prefix_sums(stage_s: Floats) -> tuple[Floats, Floats]:
+    """Of each stage's seconds, the round itself left out and counted."""
+    before = np.zeros_like(stage_s)
+    np.cumsum(stage_s[:-1], axis=0, out=before[1:])
+    return before, before + stage_s
 
 
 def order_of(cost: CostModel, num_rounds: int, window: int | None) -> TaskOrder | None:
@@ -332,20 +381,57 @@ def evaluate(
     """
     if round_s is None and any(request.output_tokens > 1 for request in requests):
         return _evaluate_beside(cost.merged(), requests, rounds, window)
-    flat = FlatRounds.of(rounds)
-    prompt = np.array([request.prompt_tokens for request in requests], dtype=np.int64)
-    arrival = np.array([request.arrival_s for request in requests])
-    final = flat.start + flat.tokens == prompt[flat.request]
-    if round_s is None:
-        round_s = cost.round_seconds(flat.round_index, flat.tokens, flat.start, final)
-    ready = np.zeros(len(round_s))
-    np.maximum.at(ready, flat.round_index, arrival[flat.request])
-    hop = cost.hop_seconds(np.bincount(flat.round_index, weights=flat.tokens))
-    order = order_of(cost, len(round_s), window)
-    timeline = simulate(round_s, hop, window, cost.return_s, ready, order=order, in_order=not ready.any())
-    end = np.full(len(requests), np.inf)
-    end[flat.request[final]] = timeline.finish_s[flat.round_index[final], -1]
-    return _evaluation(requests, end, timeline, round_s, cost.pp_size)
+    return RoundTimes.of(cost, requests, FlatRounds.of(rounds), round_s).evaluation(cost, requests, window)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTimes:
+    """What each round takes, before it is known when rounds run."""
+
+    flat: FlatRounds
+    final: npt.NDArray[np.bool_]
+    """Whether a chunk ends its prompt, [num_chunks]."""
+    round_s: Floats
+    """[num_rounds, num_groups]."""
+    hop_s: Floats
+    """[num_rounds]."""
+
+    @classmethod
+    def of(
+        cls, cost: CostModel, requests: Sequence[Request], flat: FlatRounds, round_s: Floats | None = None
+    ) -> RoundTimes:
+        """By the cost model, or `round_s` where it is known better."""
+        prompt = np.array([request.prompt_tokens for request in requests], dtype=np.int64)
+        final = flat.start + flat.tokens == prompt[flat.request]
+        if round_s is None:
+            round_s = cost.round_seconds(flat.round_index, flat.tokens, flat.start, final)
+        return cls(flat, final, round_s, cost.hop_seconds(np.bincount(flat.round_index, weights=flat.tokens)))
+
+    def evaluation(self, cost: CostModel, requests: Sequence[Request], window: int | None) -> Evaluation:
+        """By the exact recurrence."""
+        flat, final, round_s = self.flat, self.final, self.round_s
+        arrival = np.array([request.arrival_s for request in requests])
+        ready = np.zeros(len(round_s))
+        np.maximum.at(ready, flat.round_index, arrival[flat.request])
+        order = order_of(cost, len(round_s), window)
+        timeline = simulate(round_s, self.hop_s, window, cost.return_s, ready, order=order, in_order=not ready.any())
+        end = np.full(len(requests), np.inf)
+        end[flat.request[final]] = timeline.finish_s[flat.round_index[final], -1]
+        return _evaluation(requests, end, timeline, round_s, cost.pp_size)
+
+    @property
+    def least_makespan_s(self) -> float:
+        """No makespan of these rounds is smaller, whatever the window, where each group is a stage: the longest of the
+        paths that go along stage 0 up to a round, down with it to the busiest stage, along that one up to another
+        round, and down with it to the last stage."""
+        round_s, last = self.round_s, self.round_s.shape[1] - 1
+        after_s = np.cumsum(round_s, axis=0)
+        busiest = int(np.argmax(after_s[-1]))
+        down_s = round_s[:, :busiest].sum(axis=1) + busiest * self.hop_s
+        down_s += after_s[:, 0] - round_s[:, 0] - after_s[:, busiest] + round_s[:, busiest]
+        out_s = round_s[:, busiest + 1 :].sum(axis=1) + (last - busiest) * self.hop_s
+        out_s += after_s[:, busiest] + after_s[-1, last] - after_s[:, last]
+        return float((np.maximum.accumulate(down_s) + out_s).max())
 
 
 def _evaluate_beside(
