@@ -12,7 +12,7 @@ the makespan least when nothing else arrives; the first request's counts. While 
 start, the mean TTFT's caps keep the makespan within the limit that the batch planner keeps. Where requests keep
 arriving faster than the queue drains, those ahead of a long prompt are soon replaced by newcomers: then all that wait
 share one cap, that of the mean over them. Rounds no longer than those the pipeline is already busy with cost no
-latency: on equal stages a round waits behind the slowest one before it (`rounds.schedule`), so the cap never falls
+latency: on equal stages a round waits behind the slowest one before it (`recurrence.timeline`), so the cap never falls
 below what is in flight. Then the remaining work is shared out evenly over whole rounds.
 
 With few requests, where rounds and requests end matters: the rounds of all of them are planned under several scales of
