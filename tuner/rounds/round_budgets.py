@@ -5,10 +5,10 @@ sqrt(C o / (K-1)). For the mean TTFT let request r, in running order, have `a(r)
 of a round, times the weight of all requests that have not ended before it; rounds of m(r) seconds beside their overhead
 then delay all TTFTs by a(r) / m(r), weighted. On equal stages a round waits behind the longest before it
 (`recurrence.timeline`), so rounds never need to shrink, and a request's TTFT also holds K - 1 times the m(r) it ends
-under. The sum of a(r) / m(r) + (K - 1) weight(r) m(r), m never falling, is least where neighbours that would fall are pooled
-and each pool takes m = sqrt(sum of a / ((K - 1) sum of weights)): isotonic regression, by pooling adjacent violators
-(Ayer and others, 1955). The makespan counts like one more request that has no work and ends last: the weight it is
-given moves the budgets from those of the mean TTFT to those of the makespan.
+under. The sum of a(r) / m(r) + (K - 1) weight(r) m(r), m never falling, is least where neighbours that would fall are
+pooled and each pool takes m = sqrt(sum of a / ((K - 1) sum of weights)): isotonic regression, by pooling adjacent
+violators (Ayer and others, 1955). The makespan counts like one more request that has no work and ends last: the weight
+it is given moves the budgets from those of the mean TTFT to those of the makespan.
 """
 
 from __future__ import annotations
