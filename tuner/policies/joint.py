@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from tuner.online.online_planner import online_rounds
+from tuner.online.driven import online_rounds
 from tuner.online.settings import OnlineSettings
 from tuner.plan.plan import Round
 from tuner.policies.dp import pack_line

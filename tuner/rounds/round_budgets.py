@@ -77,6 +77,7 @@ class RoundExcess:
         self._round_s, self._context_s = self._columns(slowest, self._count)
         self._steps = multiple * np.arange(1.0, STEPS + 1.0)
         self._step_round_s, self._step_context_s = self._columns(slowest, self._steps)
+        self._known_context, self._known = math.nan, (self._round_s, self._round_s)  # of the last context asked for
 
     @staticmethod
     def _columns(kind: StageCost, tokens: Floats) -> tuple[Floats, Floats]:
@@ -84,11 +85,18 @@ class RoundExcess:
 
     def seconds(self, tokens: npt.ArrayLike, context: float) -> Floats:
         """Of rounds of so many tokens that are one chunk each, after so much context in the mean."""
-        count = self._count
-        round_s = self._round_s + self._context_s * context
-        rate = float(((round_s[-1] - round_s[:-2]) / (count[-1] - count[:-2])).min())
-        excess: Floats = np.maximum(np.interp(np.asarray(tokens, dtype=np.float64), count, round_s - rate * count), 0.0)
+        _, beyond_s = self._after(context)
+        excess: Floats = np.maximum(np.interp(np.asarray(tokens, dtype=np.float64), self._count, beyond_s), 0.0)
         return excess
+
+    def _after(self, context: float) -> tuple[Floats, Floats]:
+        """Seconds of rounds of the known numbers of tokens after so much context, and what of them is excess."""
+        if context != self._known_context:
+            count = self._count
+            round_s = self._round_s + self._context_s * context
+            rate = float(((round_s[-1] - round_s[:-2]) / (count[-1] - count[:-2])).min())
+            self._known_context, self._known = context, (round_s, round_s - rate * count)
+        return self._known
 
     def thrifty_tokens(self, most: float, context: float) -> int:
         """So many tokens, or somewhat fewer that cost less each: kernels fill a card in steps."""
@@ -101,9 +109,8 @@ class RoundExcess:
 
     def least_tokens(self, context: float) -> float:
         """Tokens of the shortest round of which no more than half is excess."""
-        excess, count = self.seconds(self._count, context), self._count
-        round_s = self._round_s + self._context_s * context
-        good = excess <= 0.5 * round_s
+        (round_s, beyond_s), count = self._after(context), self._count
+        good = np.maximum(beyond_s, 0.0) <= 0.5 * round_s
         return float(count[int(np.argmax(good))]) if good.any() else float(count[-1])
 
 
@@ -124,7 +131,10 @@ class QueueBudgets:
     @property
     def per_round_s(self) -> float:
         """Overhead of a round and the context that one more chunk reads."""
-        return self.overhead_s + self.context_token_s * sum(self.context_work) / max(sum(self.work_s), 1e-12)
+        return self._per_round_s(sum(self.work_s))
+
+    def _per_round_s(self, work_s: float) -> float:
+        return self.overhead_s + self.context_token_s * sum(self.context_work) / max(work_s, 1e-12)
 
     def for_makespan(self) -> list[float]:
         """One budget for all, that of the makespan."""
@@ -162,7 +172,8 @@ class QueueBudgets:
         """The budget, lowered so that all work that waits fills whole rounds."""
         if not math.isfinite(cap_s):
             return cap_s
-        work_s, per_round_s = sum(self.work_s), self.per_round_s
+        work_s = sum(self.work_s)
+        per_round_s = self._per_round_s(work_s)
         num_rounds = math.ceil(work_s / max(cap_s - per_round_s, 1e-12))
         return per_round_s + work_s / max(num_rounds, 1)
 
