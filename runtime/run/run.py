@@ -335,6 +335,6 @@ def _kernel_choice(plan: Plan, shape: ModelShape, rows: Iterable[Measurement], d
     if shape.backend is not Backend.OWN:
         return kernel_choice([], kernels)
     mine = Rows([row for row in rows if row.dtype == plan.precision])
-    sizes = shape.layers[0].attention.sizes(plan.parallel.tp_size) | dict.fromkeys(MASKS, 0)
+    sizes = dict.fromkeys(MASKS, 0) | shape.layers[0].attention.sizes(plan.parallel.tp_size)
     found = mine.select(Op.ATTENTION, sizes, busy_ranks=plan.parallel.world_size, variant=None)
     return kernel_choice(found, kernels)
