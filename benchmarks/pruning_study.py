@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.trained_model import BATCH, CPU, HELD_OUT, LAYERS, SEQUENCE, judge, plan_of, texts, trained
+from benchmarks.trained_model import CPU, HELD_OUT, SMALL, judge, plan_of, texts, trained
 from db.files.documents import write_json
 from profiler.model import load_model_shape
 from runtime.prune.importance import Measure
@@ -34,8 +34,8 @@ RECOVERY = 0.05  # of the training's tokens
 CUTS: Mapping[str, Wanted] = {
     "25 % of FFN": Wanted(channels=0.25),
     "50 % of FFN": Wanted(channels=0.5),
-    f"1 of {LAYERS} layers": Wanted(layers=1 / LAYERS),
-    f"2 of {LAYERS} layers": Wanted(layers=2 / LAYERS),
+    f"1 of {SMALL.layers} layers": Wanted(layers=1 / SMALL.layers),
+    f"2 of {SMALL.layers} layers": Wanted(layers=2 / SMALL.layers),
 }
 FOLDER = Path("demo-out/smaller")
 
@@ -121,7 +121,7 @@ def main() -> None:
             print(f"seed {seed}: trained, {time.monotonic() - started:.0f} s", flush=True)
         rows, found = rows_of(studies)
     columns = ("removed", *Measure, "recovered", "activation best")
-    tokens = options.steps * SEQUENCE * BATCH
+    tokens = options.steps * SMALL.sequence * SMALL.batch
     title = f"rise of perplexity on {HELD_OUT} characters in %, by seed; models of {tokens} tokens"
     print_table(columns, rows, title=title)
     print(f"{time.monotonic() - started:.0f} s")

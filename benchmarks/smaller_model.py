@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.pruning_study import FOLDER, Study
-from benchmarks.trained_model import HELD_OUT, LAYERS, judge, texts, trained, write_texts
+from benchmarks.trained_model import HELD_OUT, SMALL, judge, texts, trained, write_texts
 from db.errors import UserError
 from db.files.documents import write_json
 from profiler.measure.profile import ProfileOptions, profile_model
@@ -131,8 +131,8 @@ def made(study: Study) -> list[Variant]:
         ]
     aware = study.recover(pruned, precision="w8a8+float32")
     found.append(quantized(f"{name}: recovered for W8A8, W8A8", aware, is_pruned=True))
-    layers = study.recover(study.cut(f"1 of {LAYERS} layers"))
-    found.append(plain(f"1 of {LAYERS} layers: recovered", layers))
+    layers = study.recover(study.cut(f"1 of {SMALL.layers} layers"))
+    found.append(plain(f"1 of {SMALL.layers} layers: recovered", layers))
     return found
 
 
