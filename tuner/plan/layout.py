@@ -105,8 +105,7 @@ def check_sequence_fits(shape: ModelShape, sp_kind: SPKind) -> None:
 
 def check_experts_fit(shape: ModelShape, precision: Precision, weights: Weights) -> None:
     """Raise `UserError` where experts or latents would have to be what kernels here do not run."""
-    latents = any(layer.attention.latent for layer in shape.layer_kinds)
-    if not latents and not shape.has_experts:
+    if not shape.has_experts and not shape.has_latents:
         return
     what = "experts" if shape.has_experts else "latents"
     if precision.linears is not None or precision.has_kv_scales:
