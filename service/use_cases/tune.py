@@ -14,10 +14,10 @@ from service.use_cases.contest import contest
 from service.use_cases.options import chosen
 from service.use_cases.tune_options import TuneOptions, next_command
 from service.use_cases.tune_report import TuneReport
+from tuner.fit.smoothing import load_measured_model
 from tuner.plan.cost_model import CostModel
 from tuner.plan.layout import layout_of
 from tuner.plan.plan import MAX_WINDOW, Parallel, Request, save_plan
-from tuner.plan.smoothing import load_measured_model
 from tuner.plan.stage_cost import MAX_TOKENS
 from tuner.rounds.problem import Limits
 from tuner.rounds.round_plan import Alternative, rounds_to_plan

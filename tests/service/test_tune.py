@@ -19,9 +19,11 @@ from db.rows.hardware import Hardware, list_hardware
 from db.rows.measurements import load_measurements, save_measurements
 from db.rows.plans import list_plan_rows
 from db.store.engine import open_database
+from profiler.kernels.attention_kernel import AttentionKernel
 from service.cli.main import cli
 from tests.structures import ROOT
 from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, with_ranks
+from tuner.plan.attention_kernels import AttentionKernels
 from tuner.plan.plan import load_plan
 
 HARDWARE = Hardware(
@@ -86,6 +88,7 @@ def test_the_best_layout_is_written_as_a_plan_and_kept_as_a_row(url: str, tmp_pa
     assert plan.predicted.lower_bound_s <= plan.predicted.makespan_s
     assert [request.prompt_tokens for request in plan.requests] == [6000, 700]
     assert sum(plan.parallel.layer_partition) == SHAPE.num_layers
+    assert plan.attention_kernels == AttentionKernels(usual=AttentionKernel.CPU_FOLDED)  # the one that was measured
     baseline, ours = sorted(report["policies"], key=lambda one: one["policy"])
     assert ours["policy"] == "joint"
     assert baseline["policy"].startswith("fixed:")

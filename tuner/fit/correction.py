@@ -172,7 +172,7 @@ def load_measured_rounds(
     plans, fingerprint = plans or PlansRun(database), work.shape.fingerprint
     for run in _runs(database, hardware, any_link=work.stage_size == 1):
         found = plans.read(run.plan_id)
-        if found is None:
+        if found is None or run.details.get("missing_kernels"):  # another kernel ran than the plan's
             continue
         plan, ran = found
         if ran != fingerprint or not _ran(plan, work) or not of(plan):

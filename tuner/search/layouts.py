@@ -12,6 +12,7 @@ import numpy as np
 
 from db.errors import UserError
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind
+from tuner.fit.attention.kernels import with_kernels
 from tuner.fit.holdout import HeldOutError
 from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.uncertainty import makespan_uncertainty
@@ -207,7 +208,7 @@ def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: 
     """The plan file's content for a candidate that was not refused."""
     assert candidate.rounds is not None and candidate.costs is not None
     layout = candidate.layout
-    return rounds_to_plan(
+    plan = rounds_to_plan(
         candidate.rounds,
         requests=target.requests,
         model=dict(target.shape.config) | {"name": target.shape.name, "backend": str(target.shape.backend)},
@@ -219,6 +220,8 @@ def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: 
         cuts=candidate.cuts if layout.sp_kind is not SPKind.NONE else (),
         uncertainty=uncertainty,
     )
+    costs = candidate.costs
+    return with_kernels(plan, costs.kernels) if isinstance(costs, LayerCosts) else plan
 
 
 def _fitted(layout: Layout, memory_refusal_of: Callable[[Layout], str | None], fit_layout: FitLayout) -> Candidate:
