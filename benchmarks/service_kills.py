@@ -179,19 +179,6 @@ def main(num_kills: int, seed: int, pause_s: float) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for_workers(jobs: Jobs, kept: list[Kept]) -> None:
-    deadline = time.monotonic() + ENDS_WITHIN_S
-    while time.monotonic() < deadline:
-        for one in kept:
-            one.keep()
-        try:
-            if len(jobs.client.get("workers", alive="true")) == len(MACHINES):
-                return
-        except UserError:
-            time.sleep(1.0)
-    raise SystemExit("the workers do not come")
-
-
 def _kill_at_random(
     num_kills: int, pause_s: float, draw: random.Random, kept: list[Kept], postgres: Postgres, jobs: Jobs
 ) -> Counter[str]:

@@ -32,7 +32,6 @@ class _Bench(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     backend: str | None = None
-    duration: Seconds | None = None
     completed: int = Field(ge=0)
     input_lens: list[Annotated[int, Field(ge=0)]] | None = None
     ttfts: list[Seconds] | None = None
