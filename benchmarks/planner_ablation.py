@@ -39,9 +39,10 @@ from tuner.fit.rank_skew import RankSkew
 from tuner.fit.rows import RankWork, expected_s
 from tuner.online.online_planner import online_rounds
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import Objective, evaluate
+from tuner.rounds.schedule import evaluate
 from tuner.search.partition import even_partition
 from tuner.search.planner import plan_rounds
+from tuner.workload.objective import Objective
 
 Off = Callable[[], AbstractContextManager[object]]
 

@@ -55,8 +55,9 @@ def option(
     variable: str | None = None,
 ) -> Any:
     """A field of an options class."""
+    words = tuple(map(str, choices))  # of members of an enum click takes the names
     about = Option(
-        help=help, flags=flags, metavar=metavar, choices=choices, above=above, is_file=is_file, variable=variable
+        help=help, flags=flags, metavar=metavar, choices=words, above=above, is_file=is_file, variable=variable
     )
     return field(default=default, metadata={KEY: about})
 

@@ -21,9 +21,9 @@ from tuner.plan.plan import MAX_WINDOW, Parallel, Request, save_plan
 from tuner.plan.stage_cost import MAX_TOKENS
 from tuner.rounds.problem import Limits
 from tuner.rounds.round_plan import Alternative, rounds_to_plan
-from tuner.rounds.schedule import Objective
 from tuner.search.rules import Rules
 from tuner.workload.classes import classes_told, parse_weights, weighted
+from tuner.workload.objective import Objective
 from tuner.workload.prompt_lens import parse_prompt_lens
 from tuner.workload.trace_format import TimeUnit, TraceFormat
 from tuner.workload.workload import NO_CACHE, Workload, load_workload

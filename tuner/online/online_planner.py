@@ -40,9 +40,9 @@ from tuner.plan.plan import Chunk, Request, Round, check_window
 from tuner.rounds.packing import OpenRound, Packer
 from tuner.rounds.problem import NO_LIMITS, Limits, Problem
 from tuner.rounds.round_budgets import QueueBudgets, RoundExcess, context_token_s, round_overhead_s
-from tuner.rounds.schedule import Objective
 from tuner.serving.answers import NOTHING_BESIDE, Beside
 from tuner.serving.clock import Clock
+from tuner.workload.objective import Objective
 
 FIRST_TABLE_TOKENS = 131_072
 """Prompt length that the cost tables hold from the start; a longer prompt doubles them."""

@@ -24,13 +24,13 @@ from tuner.plan.plan import Plan
 from tuner.plan.stage_order import StageOrder
 from tuner.rounds.problem import Limits, Problem
 from tuner.rounds.round_plan import Bound, RoundPlan, rounds_to_plan
-from tuner.rounds.schedule import Objective
 from tuner.search.cuts import with_cuts
 from tuner.search.floors import Batch, Floors
 from tuner.search.links import Assumed
 from tuner.search.partition import BuildCost, balanced_partition, choose_partition, even_partition
 from tuner.search.rules import Rules
 from tuner.search.target import Room, Target, gathered, least_memory_refusal, parallel_of
+from tuner.workload.objective import Objective
 
 NEAR_SKETCH, NEAR_DRAFT = 1.025, 1.015
 """Layouts whose sketches are within this factor of the best are drafted, since other partitions gain a few percent;
