@@ -67,7 +67,7 @@ class Bench:
         ))  # fmt: skip
 
     def plan(self, variant: Variant, prompt: int) -> Plan:
-        """The best layout and rounds for a prompt; on a busy machine the profile goes on until they can be told."""
+        """The best layout and rounds for a prompt; on a busy machine the profile goes on until there is one."""
         for _ in range(MOST_PROFILES - 1):
             try:
                 return self._plan(variant, prompt)

@@ -191,7 +191,7 @@ def make_job(
     max_new_tokens: int = 1,
     repeat: int = 1,
 ) -> Job:
-    """What the ranks are told, checked against the model, the weights, the prompts and the machine.
+    """The job of the ranks, checked against the model, the weights, the prompts and the machine.
 
     weights: None for random ones; prompts: None for random ids. Raises `UserError` for what does not fit together.
     """
@@ -313,7 +313,7 @@ def with_waterfalls(result: RunResult, plan: Plan, shape: ModelShape, peak_flops
     moves = plan.predicted.moves if plan.predicted else ()
     if not peak_flops:
         return replace(result, moves=moves)
-    told, measured = waterfalls(
+    planned, measured = waterfalls(
         plan,
         shape,
         result.rounds,
@@ -322,7 +322,7 @@ def with_waterfalls(result: RunResult, plan: Plan, shape: ModelShape, peak_flops
         peak_flops=peak_flops,
         slowdown=result.slowdown or 1.0,
     )
-    return replace(result, moves=moves, told=told, waterfall=measured)
+    return replace(result, moves=moves, planned_waterfall=planned, waterfall=measured)
 
 
 def _settle_s(plan: Plan, device_type: str) -> float:

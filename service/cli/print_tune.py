@@ -102,8 +102,8 @@ def print_report(report: TuneReport) -> None:
                 [list(row.values()) for row in classes],
                 title=f"Classes under {report.plan.policy}",
             )
-    told = (_verdict(report), gap_in_words(report.plan), _ttft_gap(report), _impossible(report))
-    print(f"{wrapped(' '.join(filter(None, told)))}\n")
+    sentences = (_verdict(report), gap_in_words(report.plan), _ttft_gap(report), _impossible(report))
+    print(f"{wrapped(' '.join(filter(None, sentences)))}\n")
     if report.hardware is not None:
         _print_fits(report)
     if report.costs is not None:
@@ -136,11 +136,11 @@ def _print_precisions(steps: Sequence[PrecisionStep]) -> None:
 
 
 def _print_recommendation(report: TuneReport) -> None:
-    told = report.recommendation
-    warning = told.warning()
+    recommended = report.recommendation
+    warning = recommended.warning()
     if warning:
         print(f"{wrapped(warning)}\n")
-    show_pairs(told.pairs(), title="Recommended")
+    show_pairs(recommended.pairs(), title="Recommended")
 
 
 def _print_fits(report: TuneReport) -> None:
@@ -266,20 +266,20 @@ def _layers(partition: Sequence[int]) -> str:
 
 
 def _candidate_row(report: TuneReport, candidate: Candidate, *, several: bool) -> list[object]:
-    planned, told = candidate.rounds, report.recommendation
+    planned, recommended = candidate.rounds, report.recommendation
     assert planned is not None
     evaluation, name = planned.evaluation, str(candidate.layout)
-    width = widened(candidate.uncertainty(report.held_out), told.share_missing)
+    width = widened(candidate.uncertainty(report.held_out), recommended.share_missing)
     return [
-        name, planned.makespan_s, round(100 * width, 1), "close" if name in told.close else "",
+        name, planned.makespan_s, round(100 * width, 1), "close" if name in recommended.close else "",
         100 * evaluation.bubble_share, candidate.peak_memory_bytes / 2**30, len(planned.rounds),
         evaluation.mean_ttft_s if several else _layers(candidate.layer_partition),
     ]  # fmt: skip
 
 
 def _replay_row(replay: Replay, columns: Sequence[str], *, has_deadlines: bool) -> list[object]:
-    told = replay_json(replay)
-    values = [told.get(FIELDS[column]) for column in columns]
+    shown = replay_json(replay)
+    values = [shown.get(FIELDS[column]) for column in columns]
     first = columns.index("p99 s") + 1
     met = _deadlines_met(replay.evaluation) if has_deadlines else []
     return [*values[:first], *met, *values[first:]]

@@ -89,7 +89,7 @@ def execute(request: RunRequest) -> Run:
     check_counts(max_new_tokens=request.max_new_tokens, repeat=request.repeat, num_threads=num_threads)
     tokenizer = Tokenizer(request.weights)
     prompts, is_text = _prompts(request, plan, tokenizer)
-    _tell_missing_kernels(plan, request.device_type)
+    _warn_of_missing_kernels(plan, request.device_type)
     result = run_plan(
         plan,
         weights=request.weights,
@@ -123,7 +123,7 @@ def write_files(request: RunRequest, run: Run) -> None:
         write_json(request.output, run.to_json())
     if request.plot is not None and run.result.waterfall is not None:
         title = f"{layout_of(run.plan.parallel)}: from the peak of the ranks to the makespan"
-        replace_file(request.plot, drawing(run.result.told, run.result.waterfall, title).encode())
+        replace_file(request.plot, drawing(run.result.planned_waterfall, run.result.waterfall, title).encode())
     if request.trace is not None:
         write_trace(request.trace, run.plan, run.result)
 
@@ -140,7 +140,7 @@ def _prompts(request: RunRequest, plan: Plan, tokenizer: Tokenizer) -> tuple[tup
     return random_prompts(plan.requests, shape.vocab_size), False
 
 
-def _tell_missing_kernels(plan: Plan, device_type: str) -> None:
+def _warn_of_missing_kernels(plan: Plan, device_type: str) -> None:
     """One line on standard error where attention kernels of the plan are missing here."""
     kernels = attention_kernels(plan, device_type)
     missing = missing_kernels(plan, kernels)

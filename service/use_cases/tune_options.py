@@ -1,4 +1,4 @@
-"""What `isochunk tune` can be told: each option with its help and what is allowed, declared once."""
+"""Options of `isochunk tune`: each with its help and what is allowed, declared once."""
 
 from __future__ import annotations
 

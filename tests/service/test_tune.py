@@ -127,15 +127,17 @@ def test_the_recommendation_comes_first(url: str) -> None:
     assert text.startswith("Recommended\n") and "give or take" in text and "None" not in text
     assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
     report = tune_json(*arguments)
-    told = report["recommendation"]
+    recommended = report["recommendation"]
     layouts = {one["makespan_s"] for one in report["layouts"] if "makespan_s" in one}
-    assert told["makespan_s"] == min(layouts)
-    assert told["tokens_per_s"] == pytest.approx(3000 / told["makespan_s"])
-    assert told["cost_per_million_tokens"] == pytest.approx(1e6 / 3000 * told["makespan_s"] * 2 * 2 / 3600)
-    assert 1.0 < told["gain_over_one_card"] <= 2.0
-    assert told["gain_over_simple"] >= 1.0 and told["simple"]["policy"].startswith("fixed:")
-    assert told["warning"] is None and 0.0 < told["mfu"] <= 1.0
-    assert told["next"].endswith("--output plan.json --db " + url)
+    assert recommended["makespan_s"] == min(layouts)
+    assert recommended["tokens_per_s"] == pytest.approx(3000 / recommended["makespan_s"])
+    assert recommended["cost_per_million_tokens"] == pytest.approx(
+        1e6 / 3000 * recommended["makespan_s"] * 2 * 2 / 3600
+    )
+    assert 1.0 < recommended["gain_over_one_card"] <= 2.0
+    assert recommended["gain_over_simple"] >= 1.0 and recommended["simple"]["policy"].startswith("fixed:")
+    assert recommended["warning"] is None and 0.0 < recommended["mfu"] <= 1.0
+    assert recommended["next"].endswith("--output plan.json --db " + url)
 
 
 def test_a_prediction_from_almost_nothing_is_called_a_guess(tmp_path: Path) -> None:

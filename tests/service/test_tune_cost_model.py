@@ -166,9 +166,9 @@ def test_a_trace_with_answers_and_classes(tmp_path: Path) -> None:
     assert all(0.0 < row["mean_tpot_s"] <= row["p99_tpot_s"] and row["goodput_per_s"] >= 0.0 for row in rows.values())
     assert [row["priority"] for row in report["classes"]] == ["batch", "chat"]
     assert 0.0 < report["mean_ttft_bound_s"] <= rows["joint"]["mean_ttft_s"]
-    told = tune(*arguments, *limits)
-    assert "goodput/s" in told
-    assert "which counts no decoded token" in " ".join(told.split())
+    printed = tune(*arguments, *limits)
+    assert "goodput/s" in printed
+    assert "which counts no decoded token" in " ".join(printed.split())
     elsewhere = tune_json(*arguments)
     assert "mean_tpot_s" not in elsewhere["replays"][0]
     for wrong, message in (

@@ -247,10 +247,10 @@ class Plan:
         if self.threads_per_rank is not None and not 1 <= self.threads_per_rank <= MAX_THREADS:
             raise UserError("threads_per_rank", self.threads_per_rank, f"at least 1, at most {MAX_THREADS}")
         check_rounds(self.requests, self.rounds)
-        told = len(self.predicted.ttft_s) if self.predicted else 0
-        if told not in (0, len(self.requests)):
+        given = len(self.predicted.ttft_s) if self.predicted else 0
+        if given not in (0, len(self.requests)):
             allowed = f"one for each of {len(self.requests)} requests, or none"
-            raise UserError("predicted.ttft_s", f"{told} values", allowed)
+            raise UserError("predicted.ttft_s", f"{given} values", allowed)
 
     @property
     def round_cuts(self) -> tuple[SequenceCut, ...]:

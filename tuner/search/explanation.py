@@ -129,7 +129,7 @@ def best_of_families(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
 def explain(target: Target, candidates: Sequence[Candidate], rules: Rules, *, with_map: bool = False) -> Explanation:
     """Why the first of the candidates won; those proven worse here compete elsewhere, too.
 
-    Of requests that arrive over time only the parts are told: their makespan is mostly waiting for the last.
+    Of requests that arrive over time only the parts are given: their makespan is mostly waiting for the last.
     """
     families = best_of_families(candidates)
     parts = tuple(parts_of(target, candidate, rules) for candidate in families)

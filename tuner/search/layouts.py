@@ -130,7 +130,7 @@ class Candidate:
         return self.rounds.evaluation.score(objective)
 
     def is_near(self, best: tuple[float, ...], objective: Objective, factor: float) -> bool:
-        """Whether its score is within a factor of the best one; deadlines that are met are not told by factors."""
+        """Whether its score is within a factor of the best one; deadlines that are met have no factors."""
         score = self.score(objective)
         return math.isfinite(score[0]) and (objective.needs_deadlines or score[0] <= factor * best[0])
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from db.errors import UserError
 from service.cli.commands.export import ENGINES
 from service.cli.main import cli
-from service.engines.export import Engine, Export, export, told
+from service.engines.export import Engine, Export, export, export_json
 from service.engines.rules import ChunkTable
 from service.engines.sglang_plugin import SIZER, VARIABLE, register
 from tests.tuner.atom import atom
@@ -48,7 +48,7 @@ def test_every_engine_gets_files_and_is_judged_by_the_plans_own_costs(plan: Plan
     assert made.cannot
     for one in made.ruled:
         assert one.makespan_s >= made.plan_makespan_s * (1 - 1e-9)
-    assert json.loads(json.dumps(told(made)))["engine"] == engine
+    assert json.loads(json.dumps(export_json(made)))["engine"] == engine
 
 
 def test_commands_and_engines_are_named_alike() -> None:
