@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def main(num_kills: int, seed: int, pause_s: float) -> int:
         kept = [Kept("service", lambda: _start(folder, postgres.url, "serve", "--port", str(PORT), "--no-worker"))]
         for machine in MACHINES:
             words = ("worker", "--device", "cpu", "--hardware", machine, "--machine", f"{folder.name}-{machine}")
-            kept.append(Kept(machine, lambda words=words: _start(folder, postgres.url, *words)))  # type: ignore[misc]
+            kept.append(Kept(machine, partial(_start, folder, postgres.url, *words)))
         shape = load_model_shape(str(folder / "models" / "tiny"))
         jobs = Jobs(
             client=Client.at(f"http://127.0.0.1:{PORT}/#token={token}"),

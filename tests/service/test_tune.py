@@ -30,7 +30,7 @@ HARDWARE = Hardware(
     device="imaginary", device_count=2, memory_bytes=32 * 2**30, driver="d", torch_version="t", backend="gloo",
     num_threads=1, link="lo",
 )  # fmt: skip
-COST_MODEL = {
+COST_MODEL: dict[str, Any] = {
     "schema": "isochunk.cost-model/1",
     "stages": [{
         "round_overhead_s": 0.0436,

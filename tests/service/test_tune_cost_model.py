@@ -26,7 +26,7 @@ def test_a_cost_model_file_is_planned_without_model_or_database(tmp_path: Path) 
 
 def test_noise_in_a_measured_table_is_smoothed_and_said(tmp_path: Path) -> None:
     path = tmp_path / "cost.json"
-    stage = COST_MODEL["stages"][0]  # type: ignore[index]
+    stage = COST_MODEL["stages"][0]
     for seconds, words in (([0.0, 0.0153, 0.0151], "Smoothed stages[0].tokens.seconds: 2 of 3"), ([0, 1, 0.5], "")):
         tokens = {"count": [0, 512, 1024], "seconds": seconds}
         path.write_text(json.dumps(COST_MODEL | {"stages": [stage | {"tokens": tokens}]}))

@@ -118,7 +118,7 @@ class Planning:
 
     def close(self) -> None:
         """End the processes."""
-        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.stop()  # type: ignore[no-untyped-call]  # the package leaves it so
         with contextlib.suppress(TimeoutError):
             self._pool.join(timeout=5)
 

@@ -11,6 +11,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -79,8 +80,8 @@ def browser() -> Iterator[Browser]:
 class Watched:
     """A page with what went wrong on it."""
 
-    def __init__(self, browser: Browser, *, width: int = 1440, scheme: str = "light") -> None:
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
+    def __init__(self, browser: Browser, *, width: int = 1440, scheme: Literal["light", "dark"] = "light") -> None:
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         self.page: Page = context.new_page()
         self.page.set_default_timeout(WAIT_MS)
         self.said: list[str] = []

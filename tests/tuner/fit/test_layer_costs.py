@@ -183,7 +183,7 @@ def microsecond_a_token(tokens: Floats) -> Floats:
 
 
 def test_a_chunk_whose_attention_to_the_context_is_slower_keeps_its_other_costs() -> None:
-    """As one round of 64 prompts was predicted 20 % too fast once 65536 tokens had met their attention to 65536 more."""
+    """As one round of 64 prompts was predicted 20 % too fast once 65536 tokens met their attention to 65536 more."""
     curve = fit_attention(*zip(*ATTENTION_POINTS, strict=True), [pair_seconds(c, p) for c, p in ATTENTION_POINTS])
     layers = []
     for chunk in (256, 2048, 16384):

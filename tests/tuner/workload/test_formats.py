@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,10 +43,10 @@ BURSTGPT_SESSIONS = """Timestamp,Session ID,Elapsed time,Model,Request tokens,Re
 """
 
 
-def read(folder: Path, text: str, **options: object) -> Workload:
+def read(folder: Path, text: str, **options: Any) -> Workload:
     path = folder / "trace"
     path.write_text(text)
-    return load_workload(path, **options)  # type: ignore[arg-type]
+    return load_workload(path, **options)
 
 
 @pytest.mark.parametrize(
