@@ -123,21 +123,12 @@ def run_plans(
         predictions = [read_prediction(plan) for plan in plans]
         process_id = stack.enter_context(process_row(database, str(kind))) if is_first_process() else None
         records = [
-            stack.enter_context(
-                Record(
-                    database,
-                    plan,
-                    hardware,
-                    kind=kind,
-                    study=study,
-                    job=job,
-                    prediction=prediction,
-                    index=index,
-                    process_id=process_id,
-                )
-            )
+            stack.enter_context(Record(
+                database, plan, hardware, kind=kind, study=study, job=job, prediction=prediction, index=index,
+                process_id=process_id,
+            ))
             for index, (plan, job, prediction) in enumerate(zip(plans, jobs, predictions, strict=True))
-        ]
+        ]  # fmt: skip
         try:
             reports = run_ranks(
                 run_jobs,

@@ -130,7 +130,7 @@ class PlansRun:
         self._fingerprints: dict[str, str] = {}
 
     def read(self, plan_id: int) -> tuple[Plan, str] | None:
-        """A plan and its model's fingerprint; None for one that cannot be read (any more)."""
+        """A plan and its model's fingerprint; None for one that cannot be read."""
         if plan_id not in self._plans:
             try:
                 plan = Plan.from_json(get_plan_row(self._database, plan_id))
