@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.trained_model import CPU, LAYERS, plan_of, texts, trained
+from benchmarks.trained_model import CPU, plan_of, texts, trained
 from profiler.model import load_model_shape
 from runtime.prune.importance import Measure
 from runtime.prune.prices import Work
@@ -22,8 +22,8 @@ RECOVERY = 0.05  # of the training's tokens
 CUTS: Mapping[str, Wanted] = {  # what goes, by name
     "25 % of FFN": Wanted(channels=0.25),
     "50 % of FFN": Wanted(channels=0.5),
-    f"1 of {LAYERS} layers": Wanted(layers=1 / LAYERS),
-    f"2 of {LAYERS} layers": Wanted(layers=2 / LAYERS),
+    f"1 of {SMALL.layers} layers": Wanted(layers=1 / SMALL.layers),
+    f"2 of {SMALL.layers} layers": Wanted(layers=2 / SMALL.layers),
 }
 FOLDER = Path("demo-out/smaller")
 

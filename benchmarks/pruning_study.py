@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pruning_chain import CUTS, Study, loss_percent, parser
-from benchmarks.trained_model import BATCH, HELD_OUT, SEQUENCE, judge
+from benchmarks.trained_model import HELD_OUT, SMALL, judge
 from db.files.documents import write_json
 from runtime.prune.importance import Measure
 from service.cli.output import print_table
@@ -60,7 +60,7 @@ def main() -> None:
             print(f"seed {seed}: trained, {time.monotonic() - started:.0f} s", flush=True)
         rows, found = rows_of(studies)
     columns = ("removed", *Measure, "recovered", "activation best")
-    tokens = options.steps * SEQUENCE * BATCH
+    tokens = options.steps * SMALL.sequence * SMALL.batch
     title = f"rise of perplexity on {HELD_OUT} characters in %, by seed; models of {tokens} tokens"
     print_table(columns, rows, title=title)
     print(f"{time.monotonic() - started:.0f} s")

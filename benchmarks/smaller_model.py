@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pruning_chain import Study, loss_percent, parser
-from benchmarks.trained_model import HELD_OUT, LAYERS, judge, texts, write_texts
+from benchmarks.trained_model import HELD_OUT, SMALL, judge, texts, write_texts
 from db.errors import UserError
 from db.files.documents import write_json
 from profiler.measure.profile import ProfileOptions, profile_model
@@ -128,8 +128,8 @@ def made(study: Study) -> list[Variant]:
         ]
     aware = study.recover(pruned, precision="w8a8+float32")
     found.append(quantized(f"{name}: recovered for W8A8, W8A8", aware, is_pruned=True))
-    layers = study.recover(study.cut(f"1 of {LAYERS} layers"))
-    found.append(plain(f"1 of {LAYERS} layers: recovered", layers))
+    layers = study.recover(study.cut(f"1 of {SMALL.layers} layers"))
+    found.append(plain(f"1 of {SMALL.layers} layers: recovered", layers))
     return found
 
 
