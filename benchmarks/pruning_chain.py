@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.trained_model import CPU, plan_of, texts, trained
+from benchmarks.trained_model import CPU, SMALL, plan_of, texts, trained
 from profiler.model import load_model_shape
 from runtime.prune.importance import Measure
 from runtime.prune.prices import Work
