@@ -115,7 +115,7 @@ class ModelShape:
         """What all layers are; raises `UserError` where they differ."""
         kinds = self.layer_kinds
         if len(kinds) > 1:
-            raise UserError("MODEL", self.name, f"has {len(kinds)} kinds of layers; times of a layer are told for one")
+            raise UserError("MODEL", self.name, f"has {len(kinds)} kinds of layers; times of a layer are given for one")
         return kinds[0]
 
     @property

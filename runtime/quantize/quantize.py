@@ -58,7 +58,7 @@ def quantize_checkpoint(
     device: torch.device,
     progress: Callable[[int], None] = lambda _layer: None,
 ) -> QuantizeReport:
-    """Write the model at `source` to the folder `output` in 8 bits; `progress` is told each layer that is done.
+    """Write the model at `source` to the folder `output` in 8 bits; `progress` is called with each layer that is done.
 
     Ranges come from `calibration`, run through the layers in full precision; `held_out` runs through both, in the very
     kernels that a run uses. Raises `UserError` for what cannot be done, and leaves nothing half-written.

@@ -139,9 +139,9 @@ def _trace_picture(options: PlotOptions) -> str:
 
 
 def _cost_of(options: PlotOptions) -> Any:
+    from tuner.fit.smoothing import load_measured_model
     from tuner.plan.cost_model import CostModel
     from tuner.plan.plan import load_plan
-    from tuner.plan.smoothing import load_measured_model
 
     if options.cost_model is not None:
         cost, _ = load_measured_model(options.cost_model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Self, cast
 
 from db.errors import UserError
 from db.rows.hardware import Hardware
@@ -171,7 +171,7 @@ class Rows:
 
     measurements: Sequence[Measurement]
     _by_op: Mapping[str, list[Measurement]] = field(init=False, repr=False, compare=False)
-    _found: dict[object, list[Measurement]] = field(init=False, repr=False, compare=False)
+    _found: dict[tuple[object, ...], list[Measurement]] = field(init=False, repr=False, compare=False)
     """Cache of selections: fits of many layouts select the same rows."""
 
     def __post_init__(self) -> None:
@@ -184,14 +184,14 @@ class Rows:
     @classmethod
     def of(cls, rows: Sequence[Measurement] | Self) -> Self:
         """Rows as they are, or made of measurements."""
-        return rows if isinstance(rows, cls) else cls(rows)  # type: ignore[arg-type]
+        return rows if isinstance(rows, cls) else cls(cast(Sequence[Measurement], rows))
 
     def replaced(self, made: Sequence[Measurement]) -> Self:
         """The same with rows that stand for all those of their operation, group and variant."""
         instead = {(row.op, row.group_size, row.variant) for row in made}
         kept = [row for row in self.measurements if (row.op, row.group_size, row.variant) not in instead]
         rows, changed = type(self)([*kept, *made]), {row.op for row in made}
-        rows._found.update({asked: found for asked, found in self._found.items() if asked[0] not in changed})  # type: ignore[index]
+        rows._found.update({asked: found for asked, found in self._found.items() if asked[0] not in changed})
         return rows
 
     def select(

@@ -18,8 +18,9 @@ from tuner.online.traffic import NONE_TO_COME, Outlook
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats
 from tuner.rounds.packing import Packer, fill_rounds
-from tuner.rounds.schedule import MAKESPAN_SLACK, FlatRounds, Objective, simulate
+from tuner.rounds.schedule import MAKESPAN_SLACK, FlatRounds, simulate
 from tuner.serving.clock import Clock
+from tuner.workload.objective import Objective
 
 ROUNDING = 1e-9
 """A round's own time as its cap lets it in again."""

@@ -40,7 +40,7 @@ def mixture(
     has_bias: bool = False,
     **router: Any,
 ) -> LayerSpec:
-    """The layer with `count` experts of so many features; router: what `Router` is told."""
+    """The layer with `count` experts of so many features; router: arguments of `Router`."""
     if config.get(FIELD):
         raise KernelsMissingError(FIELD, "of experts", "kernels here run plain ones alone")
     hidden, experts, per_token = Dim(layer.hidden_size), Dim(count), positive(config, "num_experts_per_tok")

@@ -52,8 +52,6 @@ class Described:
         inside = skeleton.parameters_of(skeleton.decoder)
         self.num_text_parameters = inside + (0 if self.is_tied else skeleton.parameters_of(head))
         self.hidden_size, self.vocab_size = int(self.text.hidden_size), int(embedding.weight.shape[0])
-        layers_total = sum(layer.num_elements() for layer in self.layers)
-        self.num_others = self.num_text_parameters - layers_total  # embedding, head, final norm and what else there is
         self.max_positions = int(getattr(self.text, "max_position_embeddings", None) or MAX_SIZE)
         self.refusal = _refusal(self.text, kinds, skeleton)
 

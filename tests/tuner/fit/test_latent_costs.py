@@ -11,8 +11,8 @@ import torch
 from db.errors import UserError
 from db.rows.measurements import Measurement
 from profiler.kernels.attention_kernel import AttentionKernel
-from profiler.measure.work.operators import Operators
-from profiler.measure.work.workspace import Workspace
+from profiler.measure.operations.operators import Operators
+from profiler.measure.operations.workspace import Workspace
 from profiler.model import PRECISIONS, Backend, ModelShape, model_from_config
 from profiler.points.grid import Grid
 from profiler.points.point import Op, Point

@@ -13,8 +13,9 @@ from tuner.plan.stage_order import StageOrder
 from tuner.plan.task_order import task_order
 from tuner.policies.fixed import fixed_rounds
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import Objective, evaluate, simulate
+from tuner.rounds.schedule import evaluate, simulate
 from tuner.serving.clock import Clock
+from tuner.workload.objective import Objective
 
 
 def recurrence(

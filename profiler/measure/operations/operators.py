@@ -22,9 +22,9 @@ from profiler.layers.head import Head, embed
 from profiler.layers.latent import Latent
 from profiler.layers.layer_inputs import LayerInputs
 from profiler.layers.prefill_inputs import ChooseKernel, RoundInputs, prepare_round
+from profiler.measure.operations.library_layers import LibraryLayers
+from profiler.measure.operations.workspace import Slabs, Workspace
 from profiler.measure.timing import Prepared, Run
-from profiler.measure.work.library_layers import LibraryLayers
-from profiler.measure.work.workspace import Slabs, Workspace
 from profiler.model import Backend, LayerSpec, ModelShape
 from profiler.model.experts import ExpertsMLP
 from profiler.model.spec import ROUTER, LatentSpec
