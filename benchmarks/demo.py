@@ -51,7 +51,7 @@ SMALL_SIZES = DemoSizes(longest_prompt=1024, budget_s=30, repeat=2)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baseline:
-    """A plan of the table: its name and what `isochunk tune` is told to keep fixed."""
+    """A plan of the table: its name and what `isochunk tune` is asked to keep fixed."""
 
     plan: str
     arguments: tuple[str, ...]

@@ -61,7 +61,7 @@ class Done:
     stderr: str
 
     @property
-    def told(self) -> bool:
+    def is_explained(self) -> bool:
         """Whether it worked, or said in one line why not."""
         if self.code == 0:
             return True
@@ -220,7 +220,7 @@ def _again(place: Place, command: tuple[str, ...]) -> str | None:
     if command == RUN:
         return None
     done = place.run(command)
-    return None if done.told else f"the next command failed: {done.stderr[-200:]}"
+    return None if done.is_explained else f"the next command failed: {done.stderr[-200:]}"
 
 
 @contextmanager
@@ -262,12 +262,12 @@ def main() -> None:
     failed = []
     with prepared() as place:
         for fault, name, done, lost in cases(place):
-            good = done.told and lost is None
-            counts[fault, "worked" if good and done.code == 0 else "told in one line" if good else "failed"] += 1
+            good = done.is_explained and lost is None
+            counts[fault, "worked" if good and done.code == 0 else "refused in one line" if good else "failed"] += 1
             if not good:
                 failed.append(f"{name}, {fault}: exit code {done.code}; {done.stderr[-300:].strip()}; {lost}")
         kind = f"tmpfs of {DISK_KIB} KiB" if place.mounted else "limit on files' size, folder without write permission"
-    ends = ("worked", "told in one line", "failed")
+    ends = ("worked", "refused in one line", "failed")
     faults = list(dict.fromkeys(fault for fault, _ in counts))
     print_table(("fault", *ends), [[fault, *(counts[fault, end] for end in ends)] for fault in faults], title=kind)
     for line in failed:

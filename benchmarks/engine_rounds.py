@@ -3,7 +3,7 @@
     python -m venv engine && engine/bin/pip install -e . vllm==0.33.0
     engine/bin/python -m benchmarks.engine_rounds [--plans 20]
 
-Nothing of the engine runs but its scheduler, its KV block manager and its configuration: each step's output is told to
+Nothing of the engine runs but its scheduler, its KV block manager and its configuration: each step's output goes to
 have been computed, and requests end with their first token. Without the heavy dependencies `pip install --no-deps
 vllm==0.33.0` and what its imports ask for is enough. Prints a row a plan; exit code 1 below 99 %.
 """
@@ -91,11 +91,11 @@ def _steps(plan: Plan, scheduler: Any) -> list[dict[str, int]]:
             done = flying.pop(0) if flying else output
             names = list(done.num_scheduled_tokens)
             ended = [[7] if _is_through(scheduler, name, done) else [] for name in names]
-            told = ModelRunnerOutput(
+            output = ModelRunnerOutput(
                 req_ids=names, req_id_to_index={name: index for index, name in enumerate(names)},
                 sampled_token_ids=ended,
             )  # fmt: skip
-            scheduler.update_from_output(done, told)
+            scheduler.update_from_output(done, output)
     return steps
 
 

@@ -15,9 +15,9 @@ import torch
 from profiler.hardware.device import cache_bytes, free_bytes
 from profiler.kernels.attention import available_kernels
 from profiler.measure.background_load import BackgroundLoad, keep_busy
+from profiler.measure.operations.operators import Operators
+from profiler.measure.operations.workspace import Workspace
 from profiler.measure.timing import call_seconds
-from profiler.measure.work.operators import Operators
-from profiler.measure.work.workspace import Workspace
 from profiler.model import load_model_shape, precision_of
 from profiler.points.point import Op, Point
 from service.cli.output import print_table

@@ -26,7 +26,6 @@ from profiler.comm.ranks.launch import run_ranks
 from profiler.comm.ranks.rank import RankContext
 from profiler.kernels.attention import available_kernels
 from profiler.model import PRECISIONS, load_model_shape
-from profiler.points.kernel_choice import KernelChoice
 from runtime.job.job import Job, RankReport
 from runtime.job.place import Place, mesh_of
 from runtime.run.clock import make_clock
@@ -36,6 +35,7 @@ from runtime.run.reference import check_tokens
 from runtime.run.result import RequestResult
 from runtime.stage.stage import KernelStage
 from service.cli.output import print_table
+from tuner.plan.attention_kernels import AttentionKernels
 from tuner.plan.plan import Chunk, Parallel, Request, Round
 
 LENGTHS = (1500, 700, 1100, 333)
@@ -127,7 +127,7 @@ def make_job(folder: Path, layout: tuple[int, int], dtype: str, device: torch.de
         dtype=dtype,
         max_new_tokens=1,
         repeat=1,
-        kernels=KernelChoice((), default=available_kernels(device, PRECISIONS[dtype].activations.torch_dtype)[0]),
+        kernels=AttentionKernels(usual=available_kernels(device, PRECISIONS[dtype].activations.torch_dtype)[0]),
     )
 
 

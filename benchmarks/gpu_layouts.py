@@ -23,13 +23,13 @@ from benchmarks.demo_model import DemoSize, write_demo_model
 from profiler.comm.ranks.launch import run_ranks
 from profiler.kernels.attention import available_kernels
 from profiler.model import ModelShape, load_model_shape
-from profiler.points.kernel_choice import KernelChoice
 from profiler.sequence.kind import CUTS, SPKind
 from runtime.job.job import Job
 from runtime.run.rank import run_jobs
 from runtime.run.reference import check_tokens
 from runtime.run.result import RequestResult
 from service.cli.output import print_table
+from tuner.plan.attention_kernels import AttentionKernels
 from tuner.plan.layout import layout_of
 from tuner.plan.plan import Chunk, Parallel, Request, Round
 from tuner.plan.stage_order import StageOrder
@@ -104,7 +104,7 @@ def make_job(folder: Path, shape: ModelShape, parallel: Parallel, number: int, d
         dtype="float32",
         max_new_tokens=NEW_TOKENS,
         repeat=2,
-        kernels=KernelChoice((), default=available_kernels(device, torch.float32)[0]),
+        kernels=AttentionKernels(usual=available_kernels(device, torch.float32)[0]),
     )
 
 

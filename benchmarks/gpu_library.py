@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -66,8 +67,8 @@ def plain(config: dict[str, object], layers: int | None) -> dict[str, object]:
     config.pop("quantization_config", None)
     if layers is not None:
         config["num_hidden_layers"] = layers
-        if isinstance(config.get("layer_types"), list):
-            config["layer_types"] = config["layer_types"][:layers]  # type: ignore[index]
+        if isinstance(types := config.get("layer_types"), list):
+            config["layer_types"] = types[:layers]
     return config | {"dtype": "bfloat16"}
 
 
@@ -158,8 +159,8 @@ def experts_rate(shape: ModelShape, device_type: str) -> None:
         x = torch.randn(routed, k, device=device_type, dtype=torch.bfloat16)
         ends = torch.arange(1, count + 1, device=device_type, dtype=torch.int32) * (routed // count)
         one = torch.randn(n, k, device=device_type, dtype=torch.bfloat16)
-        grouped_s = seconds(lambda: torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends))  # noqa: B023
-        single_s = seconds(lambda: x @ one.T)  # noqa: B023
+        grouped_s = seconds(partial(torch._grouped_mm, x, weight.transpose(-2, -1), offs=ends))
+        single_s = seconds(partial(torch.matmul, x, one.T))
         flops = 2.0 * routed * n * k
         rows.append((tokens, routed // count, flops / grouped_s / 1e12, flops / single_s / 1e12, single_s / grouped_s))
     columns = ("tokens", "tokens an expert", "grouped TFLOP/s", "one product TFLOP/s", "ratio")

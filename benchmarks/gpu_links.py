@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from profiler.comm.links.group import HostGroup
 from profiler.comm.links.peer_memory import StreamQueue
-from profiler.measure.work.collectives import PeerMessages
+from profiler.measure.operations.collectives import PeerMessages
 from service.cli.output import print_table
 
 TOKENS, HIDDEN, FFN = 1024, 4096, 14336  # a chunk of Llama-3-8B

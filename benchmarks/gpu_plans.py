@@ -1,4 +1,4 @@
-"""Plans on two cards over the link that NCCL is told to take: predicted, run, and kept as JSON for `gpu_report`.
+"""Plans on two cards over the link that NCCL is made to take: predicted, run, and kept as JSON for `gpu_report`.
 
     python -m benchmarks.gpu_plans SET ... [--model NAME] [--db URL] [--budget-s S] [--output FILE]
 

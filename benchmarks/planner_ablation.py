@@ -39,9 +39,10 @@ from tuner.fit.rank_skew import RankSkew
 from tuner.fit.rows import RankWork, expected_s
 from tuner.online.driven import online_rounds
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import Objective, evaluate
+from tuner.rounds.schedule import evaluate
 from tuner.search.partition import even_partition
 from tuner.search.planner import plan_rounds
+from tuner.workload.objective import Objective
 
 Off = Callable[[], AbstractContextManager[object]]
 
@@ -202,7 +203,7 @@ def _changes(whole: Sequence[Reached], without: Sequence[Reached], name: str) ->
 
 
 def print_fit() -> None:
-    """How far off kept runs are told without each part of the fit, and what correcting by runs brings."""
+    """How far off kept runs are predicted without each part of the fit, and what correcting by runs brings."""
     table: list[list[object]] = []
     everything: dict[str, list[float]] = {}
     for path in KEPT:
@@ -210,11 +211,11 @@ def print_fit() -> None:
             for stored in list_hardware(database):
                 for part, off in FIT.items():
                     with off():
-                        errors = list(told(database, stored.hardware, correct=False))
+                        errors = list(run_errors(database, stored.hardware, correct=False))
                     name = part if part == "as it is" else f"without {part}"
                     everything.setdefault(name, []).extend(errors)
                     table.append([path.name.removesuffix(".db.gz"), stored.hardware.link, name, *_errors(errors)])
-                errors = list(told(database, stored.hardware, correct=True))
+                errors = list(run_errors(database, stored.hardware, correct=True))
                 everything.setdefault("corrected", []).extend(errors)
                 table.append([path.name.removesuffix(".db.gz"), stored.hardware.link, "corrected", *_errors(errors)])
     table += [["all", None, name, *_errors(errors)] for name, errors in everything.items()]
@@ -235,7 +236,7 @@ def print_regret() -> None:
     print_table(["fit", "prompts", "chosen", "regret %"], table, title=f"Regret of choices in {KEPT[-1].name}")
 
 
-def told(database: Database, hardware: Hardware, *, correct: bool) -> Iterator[float]:
+def run_errors(database: Database, hardware: Hardware, *, correct: bool) -> Iterator[float]:
     """Relative error of each run that did not teach."""
     rows, fits = load_measurements(database, hardware), dict[tuple[Any, ...], LayerCosts]()
     for run, plan, shape in runs_of(database, hardware):

@@ -32,9 +32,9 @@ from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
 from tuner.policies.named import fixed_sweep
 from tuner.rounds.problem import Problem, RoundOptions
-from tuner.rounds.schedule import Objective
 from tuner.search.partition import even_partition
 from tuner.search.replay import Replay, ranked, replay_variants
+from tuner.workload.objective import Objective
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("atom", "h100x2-nvlink", "h100x2-ethernet-like")

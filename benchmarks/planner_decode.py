@@ -16,8 +16,8 @@ import numpy as np
 from benchmarks.planner_arrivals import MODELS, Stream
 from service.cli.output import print_table
 from tuner.plan.plan import Request
-from tuner.rounds.schedule import Objective
 from tuner.search.replay import Replay, compare_replays
+from tuner.workload.objective import Objective
 
 RATES = (0.3, 0.5, 0.7)
 SLA_TTFT_S, SLA_TPOT_S = 1.0, 0.05

@@ -17,8 +17,8 @@ from benchmarks.planner_records import CASES, prompts
 from tests.tuner.atom import atom
 from tuner.online.driven import online_rounds
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import Objective
 from tuner.search.planner import make_rounds
+from tuner.workload.objective import Objective
 
 ALLOWED = 0.02
 

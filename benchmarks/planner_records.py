@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.tuner.atom import ATOM, atom
 from tuner.plan.plan import Request
-from tuner.rounds.schedule import Objective
 from tuner.search.planner import compare_policies, plan_rounds
+from tuner.workload.objective import Objective
 
 CASES = [
     ("1 x 131072, K = 4", [131072], 4, None, 9.28),

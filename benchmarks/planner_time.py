@@ -15,8 +15,8 @@ from tuner.online.online_planner import OnlinePlanner
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
 from tuner.plan.stage_cost import StageCost, scaled_stage
-from tuner.rounds.schedule import Objective
 from tuner.search.planner import plan_rounds
+from tuner.workload.objective import Objective
 
 REPEATS = 7
 PROFILE = Path(__file__).parent / "results" / "h100x4.json.gz"

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -132,9 +133,9 @@ def make_pipeline(arm: str, job: Job, groups: Groups, clock: Clock, context: Ran
     return pipeline
 
 
-def unfused_linear(*arguments: object, **options: object) -> Product:
+def unfused_linear(*arguments: Any, **options: Any) -> Product:
     """As `make_linear`, its kernels one by one."""
-    made = quantized_linear.make_linear(*arguments, **options)  # type: ignore[arg-type]
+    made = quantized_linear.make_linear(*arguments, **options)
     if isinstance(made, DequantizingLinear | QuantizedLinear):
         made.fused = False
     if isinstance(made, QuantizedLinear):

@@ -8,71 +8,17 @@ with 5 % of the training's tokens, the unpruned model as its teacher.
 
 from __future__ import annotations
 
-import argparse
-import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.trained_model import BATCH, CPU, HELD_OUT, LAYERS, SEQUENCE, judge, plan_of, texts, trained
+from benchmarks.pruning_chain import CUTS, Study, loss_percent, parser
+from benchmarks.trained_model import HELD_OUT, SMALL, judge
 from db.files.documents import write_json
-from profiler.model import load_model_shape
 from runtime.prune.importance import Measure
-from runtime.prune.prices import Work
-from runtime.prune.prune import Wanted, prune_checkpoint
-from runtime.train.recipe import Recipe
-from runtime.train.train import train
 from service.cli.output import print_table
-
-RECOVERY = 0.05  # of the training's tokens
-# What goes.
-CUTS: Mapping[str, Wanted] = {
-    "25 % of FFN": Wanted(channels=0.25),
-    "50 % of FFN": Wanted(channels=0.5),
-    f"1 of {LAYERS} layers": Wanted(layers=1 / LAYERS),
-    f"2 of {LAYERS} layers": Wanted(layers=2 / LAYERS),
-}
-FOLDER = Path("demo-out/smaller")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Study:
-    """One trained model, and where its smaller ones go."""
-
-    folder: Path
-    model: Path
-    seed: int
-    steps: int
-
-    def cut(self, name: str, measure: Measure = Measure.ACTIVATION) -> Path:
-        """Prune by a measure."""
-        output = self.folder / f"{name} by {measure}".replace(" %", "").replace(" ", "-")
-        prune_checkpoint(
-            self.model, output, load_model_shape(str(self.model)), CUTS[name], measure=measure,
-            calibration=texts().calibration, work=Work(chunk=512, context=0, dtype=torch.float32, device=CPU),
-            seed=self.seed, measures_speed=False,
-        )  # fmt: skip
-        return output
-
-    def recover(self, pruned: Path, *, precision: str = "float32") -> Path:
-        """Distil the unpruned model into it, with a share of the training's tokens."""
-        steps = max(1, round(RECOVERY * self.steps))
-        recipe = Recipe(
-            steps=steps, learning_rate=2e-3, warmup_steps=steps // 10, seed=self.seed + 100, save_every=steps,
-            precision=precision,
-        )  # fmt: skip
-        output = pruned.with_name(f"{pruned.name}-recovered-{precision}".replace("+", "-"))
-        train(
-            plan_of(pruned), recipe, weights=pruned, sequences=[texts().learned], output=output, teacher=self.model,
-            num_threads=1,
-        )  # fmt: skip
-        shutil.rmtree(output.with_name(f"{output.name}.state"))
-        return output
 
 
 def rows_of(studies: Sequence[Study]) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
@@ -98,30 +44,23 @@ def rows_of(studies: Sequence[Study]) -> tuple[list[tuple[Any, ...]], dict[str, 
 
 
 def _rises(values: Sequence[float], befores: Sequence[float]) -> str:
-    return "  ".join(f"{100.0 * (after / before - 1.0):+.1f}" for after, before in zip(values, befores, strict=True))
+    return "  ".join(f"{loss_percent(after, before):+.1f}" for after, before in zip(values, befores, strict=True))
 
 
 def main() -> None:
     """Train what is not there, prune, recover, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where trained models are kept")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # on busy cores threads wait for one another longer than they work
+    options_of = parser(__doc__)
+    options_of.add_argument("--seeds", type=int, default=3)
+    options = options_of.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         studies = []
         for seed in range(options.seeds):
-            model = trained(options.folder, seed, options.steps)
-            (folder := Path(place) / str(seed)).mkdir()
-            studies.append(Study(folder=folder, model=model, seed=seed, steps=options.steps))
+            studies.append(Study.of(options, Path(place) / str(seed), seed))
             print(f"seed {seed}: trained, {time.monotonic() - started:.0f} s", flush=True)
         rows, found = rows_of(studies)
     columns = ("removed", *Measure, "recovered", "activation best")
-    tokens = options.steps * SEQUENCE * BATCH
+    tokens = options.steps * SMALL.sequence * SMALL.batch
     title = f"rise of perplexity on {HELD_OUT} characters in %, by seed; models of {tokens} tokens"
     print_table(columns, rows, title=title)
     print(f"{time.monotonic() - started:.0f} s")

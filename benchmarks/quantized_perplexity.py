@@ -1,31 +1,33 @@
 """Perplexity of a small trained model in every precision, with outliers and without: a Llama learns Python's library.
 
-    python -m benchmarks.quantized_perplexity [--seconds 200] [--held-out-characters 20000]
+    python -m benchmarks.quantized_perplexity [--steps 5000] [--folder DIR]
 
-Characters are the tokens. Outliers come from an exact rescaling: two channels of each layer's norms are 40 times as
-wide, and the columns behind them as much smaller; the function is the same.
+The model is one of `benchmarks.trained_model`, kept in DIR. Outliers come from an exact rescaling: two channels of each
+layer's norms are 40 times as wide, and the columns behind them as much smaller; the function is the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-import sysconfig
-import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.trained_model import CALIBRATION, CPU, FIRST, LAST, Size, pieces, texts, trained
 from profiler.model import PRECISIONS, load_model_shape
 from profiler.model.precision import E4M3, INT8
 from runtime.quantize.quantize import quantize_checkpoint
 from runtime.quantize.recipe import Recipe
 from service.cli.output import print_table
 
-FIRST, LAST, SEQUENCE, BATCH, CALIBRATION = 32, 126, 128, 16, 8000
+SIZE = Size(layers=4, hidden=192, channels=576, batch=16)
 OUTLIERS, FACTOR = (5, 77), 40.0
 # Precision, recipe, characters to calibrate on.
 CASES: tuple[tuple[str, dict[str, Any], int], ...] = (
@@ -41,41 +43,32 @@ CASES: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("w8a8", {"kv": E4M3}, CALIBRATION),
     ("w8a8", {"kv": INT8}, CALIBRATION),
 )
+ORDER = 6
 SAMPLES = 5  # of calibration texts, apart from one another
 
 
-def library_text() -> list[int]:
-    """Token ids of the modules of Python's library, in the order of their names."""
-    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    text = "".join(path.read_text(encoding="utf-8", errors="ignore") for path in paths)
-    return [code - FIRST for code in map(ord, text) if FIRST <= code <= LAST]
-
-
-def train(folder: Path, ids: torch.Tensor, seconds: float) -> float:
-    """Train for so long, write the checkpoint, and return the last loss."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=LAST - FIRST + 1, max_position_embeddings=512, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    started, step, loss = time.monotonic(), 0, torch.zeros(())
-    while (passed := (time.monotonic() - started) / seconds) < 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (step + 1) / 50) * (1.0 - passed)
-        starts = torch.randint(0, len(ids) - SEQUENCE, (BATCH,)).tolist()
-        batch = torch.stack([ids[start : start + SEQUENCE] for start in starts])
-        loss = model(batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-    model.save_pretrained(folder)
-    return loss.item()
+def ngram_perplexity(learned: Sequence[int], held_out: Sequence[int], order: int) -> float:
+    """Of a model of the last `order` characters, whose counts are mixed as Witten and Bell (1991) do."""
+    counts = [Counter[tuple[int, ...]]() for _ in range(order)]
+    for length, count in enumerate(counts):
+        count.update(zip(*(learned[first:] for first in range(length + 1)), strict=False))
+    totals = [Counter[tuple[int, ...]]() for _ in counts]
+    kinds = [Counter[tuple[int, ...]]() for _ in counts]
+    for count, total, kind in zip(counts, totals, kinds, strict=True):
+        for gram, times in count.items():
+            total[gram[:-1]] += times
+            kind[gram[:-1]] += 1
+    nats = 0.0
+    for place, token in enumerate(held_out):
+        chance = 1.0 / (LAST - FIRST + 1)
+        for length in range(min(order, place + 1)):
+            before = tuple(held_out[place - length : place])
+            if before not in totals[length]:
+                break
+            new = kinds[length][before]
+            chance = (counts[length][(*before, token)] + new * chance) / (totals[length][before] + new)
+        nats -= math.log(chance)
+    return math.exp(nats / len(held_out))
 
 
 def with_outliers(source: Path, folder: Path) -> None:
@@ -91,20 +84,15 @@ def with_outliers(source: Path, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def pieces(ids: list[int], length: int = 512) -> list[tuple[int, ...]]:
-    """Sequences of at most so many tokens."""
-    return [tuple(ids[start : start + length]) for start in range(0, len(ids), length)]
-
-
 def perplexity(
-    source: Path, folder: Path, name: str, recipe: dict[str, Any], calibration: list[int], held_out: list[int]
+    source: Path, folder: Path, name: str, recipe: dict[str, Any], calibration: Sequence[int], held_out: Sequence[int]
 ) -> tuple[float, float]:
     """Before and after quantizing in one way."""
     precision = PRECISIONS[name]
     assert precision.linears is not None
     report = quantize_checkpoint(
         source, folder, load_model_shape(str(source)), precision, Recipe(linears=precision.linears, **recipe),
-        calibration=pieces(calibration), held_out=pieces(held_out), device=torch.device("cpu"),
+        calibration=pieces(calibration), held_out=pieces(held_out), device=CPU,
     )  # fmt: skip
     assert report.perplexity_before is not None and report.perplexity_after is not None
     return report.perplexity_before, report.perplexity_after
@@ -119,30 +107,34 @@ def _is_calibrated(name: str, recipe: dict[str, Any]) -> bool:
 def main() -> None:
     """Train, quantize in every way, print perplexities."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=200.0)
-    parser.add_argument("--held-out-characters", type=int, default=20000)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--folder", type=Path, default=Path("demo-out/smaller"), help="where trained models are kept")
+    parser.add_argument("--only-train", action="store_true")
     options = parser.parse_args()
-    ids = library_text()
-    held_out = ids[-options.held_out_characters :]
-    rest = ids[: -options.held_out_characters]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    plain = trained(options.folder, 0, options.steps, SIZE)
+    if options.only_train:
+        return
+    learned, held_out = texts().learned, list(chain.from_iterable(texts().held_out))
     rows = []
     with TemporaryDirectory() as place:
-        plain, wide = Path(place) / "trained", Path(place) / "outliers"
-        loss = train(plain, torch.tensor(rest), options.seconds)
+        wide = Path(place) / "outliers"
         with_outliers(plain, wide)
-        for source in (plain, wide):
+        for kind, source in (("trained", plain), ("outliers", wide)):
             for number, (name, recipe, characters) in enumerate(CASES):
                 found = [
-                    perplexity(source, Path(place) / f"{source.name}-{number}-{sample}", name, recipe,
-                               rest[100_000 + sample * CALIBRATION :][:characters], held_out)
+                    perplexity(source, Path(place) / f"{kind}-{number}-{sample}", name, recipe,
+                               learned[100_000 + sample * CALIBRATION :][:characters], held_out)
                     for sample in range(SAMPLES if _is_calibrated(name, recipe) else 1)
                 ]  # fmt: skip
                 settings = ", ".join(f"{key} {getattr(value, 'name', value)}" for key, value in recipe.items())
                 losses = [100.0 * (after / before - 1.0) for before, after in found]
-                rows.append((source.name, name, settings, characters, len(losses), found[0][0],
+                rows.append((kind, name, settings, characters, len(losses), found[0][0],
                              statistics.median(losses), min(losses), max(losses)))  # fmt: skip
+                print(*rows[-1], flush=True)
     columns = ("model", "precision", "recipe", "calibrated on", "samples", "before", "loss %", "least %", "most %")
-    print_table(columns, rows, title=f"perplexity on {len(held_out)} characters; trained to a loss of {loss:.3f}")
+    print_table(columns, rows, title=f"perplexity on {len(held_out)} characters after {options.steps} steps")
+    print(f"a model of the last {ORDER} characters: {ngram_perplexity(learned, held_out, ORDER):.2f}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def main(num_kills: int, seed: int, pause_s: float) -> int:
         kept = [Kept("service", lambda: _start(folder, postgres.url, "serve", "--port", str(PORT), "--no-worker"))]
         for machine in MACHINES:
             words = ("worker", "--device", "cpu", "--hardware", machine, "--machine", f"{folder.name}-{machine}")
-            kept.append(Kept(machine, lambda words=words: _start(folder, postgres.url, *words)))  # type: ignore[misc]
+            kept.append(Kept(machine, partial(_start, folder, postgres.url, *words)))
         shape = load_model_shape(str(folder / "models" / "tiny"))
         jobs = Jobs(
             client=Client.at(f"http://127.0.0.1:{PORT}/#token={token}"),
@@ -177,19 +178,6 @@ def main(num_kills: int, seed: int, pause_s: float) -> int:
         postgres.kill()
         time.sleep(1.0)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait_for_workers(jobs: Jobs, kept: list[Kept]) -> None:
-    deadline = time.monotonic() + ENDS_WITHIN_S
-    while time.monotonic() < deadline:
-        for one in kept:
-            one.keep()
-        try:
-            if len(jobs.client.get("workers", alive="true")) == len(MACHINES):
-                return
-        except UserError:
-            time.sleep(1.0)
-    raise SystemExit("the workers do not come")
 
 
 def _kill_at_random(

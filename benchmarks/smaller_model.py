@@ -8,7 +8,6 @@ models is fastest that loses at most 3 % of perplexity: where pruning, quantizin
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.pruning_study import FOLDER, Study
-from benchmarks.trained_model import HELD_OUT, LAYERS, judge, texts, trained, write_texts
+from benchmarks.pruning_chain import Study, loss_percent, parser
+from benchmarks.trained_model import HELD_OUT, SMALL, judge, texts, write_texts
 from db.errors import UserError
 from db.files.documents import write_json
 from profiler.measure.profile import ProfileOptions, profile_model
@@ -70,7 +67,7 @@ class Bench:
         ))  # fmt: skip
 
     def plan(self, variant: Variant, prompt: int) -> Plan:
-        """The best layout and rounds for a prompt; on a busy machine the profile goes on until they can be told."""
+        """The best layout and rounds for a prompt; on a busy machine the profile goes on until there is one."""
         for _ in range(MOST_PROFILES - 1):
             try:
                 return self._plan(variant, prompt)
@@ -131,8 +128,8 @@ def made(study: Study) -> list[Variant]:
         ]
     aware = study.recover(pruned, precision="w8a8+float32")
     found.append(quantized(f"{name}: recovered for W8A8, W8A8", aware, is_pruned=True))
-    layers = study.recover(study.cut(f"1 of {LAYERS} layers"))
-    found.append(plain(f"1 of {LAYERS} layers: recovered", layers))
+    layers = study.recover(study.cut(f"1 of {SMALL.layers} layers"))
+    found.append(plain(f"1 of {SMALL.layers} layers: recovered", layers))
     return found
 
 
@@ -144,7 +141,7 @@ def chain_rows(bench: Bench, variants: Sequence[Variant]) -> list[tuple[Any, ...
         assert plan.predicted is not None
         predicted, measured = plan.predicted.makespan_s, bench.run(variant, PROMPT)
         rows.append((
-            variant.name, variant.perplexity, 100.0 * (variant.perplexity / first - 1.0), variant.mib,
+            variant.name, variant.perplexity, loss_percent(variant.perplexity, first), variant.mib,
             str(layout_of(plan.parallel)), 1e3 * predicted, 1e3 * measured, 100.0 * (predicted / measured - 1.0),
             PROMPT / measured,
         ))  # fmt: skip
@@ -174,24 +171,19 @@ def contest_rows(bench: Bench, variants: Sequence[Variant]) -> list[tuple[Any, .
 
 def main() -> None:
     """Make the models, profile, plan and run them, print both tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--profile-seconds", type=float, default=40.0, help="for each shape and format")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the trained model is kept")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # on busy cores threads wait for one another longer than they work
+    options_of = parser(__doc__)
+    options_of.add_argument("--seed", type=int, default=0)
+    options_of.add_argument("--profile-seconds", type=float, default=40.0, help="for each shape and format")
+    options = options_of.parse_args()
     started = time.monotonic()
 
     def tell(what: str) -> None:
         print(f"{time.monotonic() - started:5.0f} s: {what}", flush=True)
 
     with tempfile.TemporaryDirectory() as place:
-        model = trained(options.folder, options.seed, options.steps)
+        study = Study.of(options, Path(place), options.seed)
         tell("trained")
-        variants = made(Study(folder=Path(place), model=model, seed=options.seed, steps=options.steps))
+        variants = made(study)
         tell("pruned, recovered, quantized")
         bench = Bench(Path(place), options.profile_seconds)
         for variant in variants:

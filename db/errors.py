@@ -16,8 +16,8 @@ class UserError(ValueError):
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         shown = cut(value)
-        told = f"{shown}; {cut(allowed, _MAX_ALLOWED)}" if shown else cut(allowed, _MAX_ALLOWED)
-        super().__init__(f"{cut(field, _MAX_FIELD)}: {told}")
+        rest = f"{shown}; {cut(allowed, _MAX_ALLOWED)}" if shown else cut(allowed, _MAX_ALLOWED)
+        super().__init__(f"{cut(field, _MAX_FIELD)}: {rest}")
         self.field = field
         self.value = value
         self.allowed = allowed

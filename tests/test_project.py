@@ -30,6 +30,7 @@ OWN_FILES = {
     "profiler/comm/ranks/torchrun.py", "profiler/comm/ranks/launch.py", "profiler/comm/ranks/rank.py",
     "profiler/comm/ranks/stall.py", "profiler/comm/ranks/folder.py", "runtime/weights/checkpoint.py",
     "service/jobs/machine.py", "service/http/client.py", "service/http/routes/site.py", "service/cli/main.py",
+    "service/http/planning/processes.py",
 }  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def run(command: str, folder: Path) -> str:
     return "\n".join(line.rstrip() for line in done.stdout.splitlines())
 
 
-def is_told(shown: str, printed: str) -> bool:
+def is_shown(shown: str, printed: str) -> bool:
     """Whether the same words are printed, and numbers within 2 %: the last digit depends on the processor."""
     words, others = shown.split(), printed.split()
     return len(words) == len(others) and all(map(_is_like, words, others))
@@ -94,12 +94,12 @@ def main() -> None:
     with TemporaryDirectory() as name:
         for index, part in enumerate(parts):
             block, _, after = part.partition("```")
-            written = "".join(f"$ {step.command}\n{_told(step, Path(name))}" for step in _steps(block))
+            written = "".join(f"$ {step.command}\n{_shown(step, Path(name))}" for step in _steps(block))
             parts[index] = f"{written}```{after}"
     README.write_text(FENCE.join([before, *parts]))
 
 
-def _told(step: Step, folder: Path) -> str:
+def _shown(step: Step, folder: Path) -> str:
     printed = run(step.command, folder)
     if step.is_cut:
         printed = "\n".join([*printed.splitlines()[: len(step.shown.splitlines())], REST])

@@ -29,9 +29,9 @@ def check_writable(field: str, path: Path) -> None:
     """Raise UserError, before the work is done that a file is to keep, where `replace_file` would fail.
 
     A file of 64 KiB is written beside its place and removed: a full disk, a folder that is read-only and a name that
-    is too long are told by the file system itself.
+    is too long are refused by the file system itself.
     """
-    with _told(field, path, _PROBE_BYTES), suppress(FileNotFoundError):
+    with _explained(field, path, _PROBE_BYTES), suppress(FileNotFoundError):
         path.stat()  # tells of a name that is too long
     if path.is_dir():
         raise UserError(field, path, "must be a file, not a folder")
@@ -56,7 +56,7 @@ def _beside(field: str, path: Path, size_bytes: int) -> Iterator[Path]:
     """An empty file beside `path`, gone at the end; what the file system refuses becomes a UserError."""
     temporary = None
     try:
-        with _told(field, path, size_bytes):
+        with _explained(field, path, size_bytes):
             handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
             os.close(handle)
             temporary = Path(name)
@@ -67,7 +67,7 @@ def _beside(field: str, path: Path, size_bytes: int) -> Iterator[Path]:
 
 
 @contextmanager
-def _told(field: str, path: Path, size_bytes: int) -> Iterator[None]:
+def _explained(field: str, path: Path, size_bytes: int) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # a ValueError: a zero byte in the name

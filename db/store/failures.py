@@ -54,8 +54,8 @@ def translated(location: str, waited_s: float) -> Iterator[None]:
         if allowed is None:
             raise
         message = " ".join(str(cause).split("\n")[0].split())
-        told = allowed.format(waited_s=waited_s, message=message, needed=NEEDED)
-        raise UserError("database", location, told) from error
+        explained = allowed.format(waited_s=waited_s, message=message, needed=NEEDED)
+        raise UserError("database", location, explained) from error
 
 
 def _what_is_allowed(cause: BaseException | None) -> str | None:

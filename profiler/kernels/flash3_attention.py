@@ -38,4 +38,4 @@ def attend_with_lse(
 @cache
 def load() -> None:
     """Register the package's operators with torch."""
-    import fa3_fwd._C  # noqa: F401
+    import fa3_fwd._C  # noqa: F401 - its import registers them

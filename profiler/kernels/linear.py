@@ -15,12 +15,11 @@ class Linear:
     call on two Zen cores, and far less noise. Elsewhere the plain call already reaches the library's best kernel.
     """
 
-    __slots__ = ("bias", "in_features", "out_features", "packed", "weight")
+    __slots__ = ("bias", "packed", "weight")
     entry: PlainEntry = PLAIN
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, reorder: bool = True) -> None:
         # weight: [N, K], bias: [N]; reorder: not where the weight is written anew while the product is kept
-        self.out_features, self.in_features = weight.shape
         self.packed = reorder and _can_pack(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.packed else weight
         self.bias = bias

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 )
 
 
-class SlabLayer(DynamicLayer):  # type: ignore[misc]
+class SlabLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
     """Keys and values [1, KV heads, rows, D], allocated once; the library's own layer copies all of them each chunk."""
 
     def __init__(self, rows: int) -> None:

@@ -18,7 +18,6 @@ class Skeleton:
     model: Any
     decoder: Any
     layers: torch.nn.ModuleList
-    layers_name: str  # of the decoder's child
 
     @property
     def embedding(self) -> Any:
@@ -50,9 +49,9 @@ def build(found: Found, *, dtype: torch.dtype = torch.bfloat16) -> Skeleton:
         raise UserError("architectures", architecture, f"cannot be built by Transformers: {reason}")
     decoder: Any = model
     for _ in range(4):
-        named = _layers_of(decoder, found.num_layers)
-        if named is not None:
-            return Skeleton(model.eval(), decoder, *named)
+        layers = _layers_of(decoder, found.num_layers)
+        if layers is not None:
+            return Skeleton(model.eval(), decoder, layers)
         inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else None
         decoder = inner if inner is not None and inner is not decoder else getattr(decoder, "model", None)
         if decoder is None:
@@ -60,8 +59,8 @@ def build(found: Found, *, dtype: torch.dtype = torch.bfloat16) -> Skeleton:
     raise UserError("architectures", architecture, "has no list of decoder layers")
 
 
-def _layers_of(module: Any, count: int) -> tuple[torch.nn.ModuleList, str] | None:
+def _layers_of(module: Any, count: int) -> torch.nn.ModuleList | None:
     for name, child in module.named_children():
         if isinstance(child, torch.nn.ModuleList) and len(child) == count and name != "experts":
-            return child, name
+            return child
     return None

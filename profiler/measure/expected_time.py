@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from profiler.measure.operations.operators import has_own_load
 from profiler.measure.timing import plan_own_load, plan_sampling
-from profiler.measure.work.operators import has_own_load
 from profiler.points.point import Point
 
 POINT_S = {"cpu": 0.25, "cuda": 0.2}  # what sampling a point may take, unless three samples take longer

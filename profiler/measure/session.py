@@ -20,6 +20,16 @@ from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.measure.background_load import BackgroundLoad
 from profiler.measure.cpu_interference import CpuInterference
 from profiler.measure.expected_time import POINT_S, ROUGH_FLOPS, expected_seconds
+from profiler.measure.operations.collectives import (
+    PeerMessages,
+    make_groups,
+    prepare_collective,
+    prepare_message,
+    prepare_round_overhead,
+)
+from profiler.measure.operations.operators import Operators
+from profiler.measure.operations.side_by_side import beside_collectives, beside_products, num_calls
+from profiler.measure.operations.workspace import Workspace
 from profiler.measure.point_rows import rows_of
 from profiler.measure.timing import (
     Prepared,
@@ -31,16 +41,6 @@ from profiler.measure.timing import (
     summarize,
     take_samples,
 )
-from profiler.measure.work.collectives import (
-    PeerMessages,
-    make_groups,
-    prepare_collective,
-    prepare_message,
-    prepare_round_overhead,
-)
-from profiler.measure.work.operators import Operators
-from profiler.measure.work.side_by_side import beside_collectives, beside_products, num_calls
-from profiler.measure.work.workspace import Workspace
 from profiler.model import Backend, WholeLayer
 from profiler.points.grid import BESIDE_BYTES, Grid, rank_groups, round_up
 from profiler.points.point import BESIDE, COLLECTIVES, Op, Point

@@ -169,7 +169,7 @@ def take_samples(
     is_slow: Callable[[], bool] | None = None,
     load: BackgroundLoad | None = None,
 ) -> Samples:
-    """Time the work; `run` is told the number of the call, from 0 on.
+    """Time the work; `run` is called with the number of the call, from 0 on.
 
     is_slow: asked between the samples on a CPU, says whether the core is slower than usual.
     load: a card's usual work, run around each sample so that clocks and cache are as they are in the middle of a run.

@@ -115,7 +115,7 @@ class ModelShape:
         """What all layers are; raises `UserError` where they differ."""
         kinds = self.layer_kinds
         if len(kinds) > 1:
-            raise UserError("MODEL", self.name, f"has {len(kinds)} kinds of layers; times of a layer are told for one")
+            raise UserError("MODEL", self.name, f"has {len(kinds)} kinds of layers; times of a layer are given for one")
         return kinds[0]
 
     @property
@@ -154,6 +154,11 @@ class ModelShape:
     def has_experts(self) -> bool:
         """Whether kernels here run experts of it, which can be spread."""
         return any(isinstance(layer, LayerSpec) and layer.experts is not None for layer in self.every_kind)
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether kernels here run latent attention of it."""
+        return any(isinstance(layer, LayerSpec) and layer.attention.latent is not None for layer in self.every_kind)
 
     def check_device(self, device_type: str) -> None:
         """Raise `KernelsMissingError` where kernels here have what layers need on other devices alone."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from profiler.model import ModelShape
-from profiler.points.kernel_choice import KernelChoice
 from profiler.sequence.kind import SequenceCut, round_cuts
 from runtime.job.probe import Probe
+from tuner.plan.attention_kernels import AttentionKernels
 from tuner.plan.plan import Chunk, Parallel, Request, Round
 
 Interval = tuple[float, float]
@@ -29,7 +29,7 @@ class Job:
     dtype: str
     max_new_tokens: int
     repeat: int
-    kernels: KernelChoice
+    kernels: AttentionKernels
     cuts: tuple[SequenceCut, ...] = ()  # of each round; none: as usual for the kind
     overlaps: bool = True  # whether exchanges run beside compute where they can; off to measure what that gives
     probe: Probe | None = None  # tells how fast the machine is; None: its profile has none

@@ -111,7 +111,7 @@ def prune_checkpoint(
     measures_speed: bool = True,
     progress: Callable[[str], None] = lambda _what: None,
 ) -> PruneReport:
-    """Write the model at `source` to the folder `output` with fewer units; `progress` is told what is done.
+    """Write the model at `source` to the folder `output` with fewer units; `progress` is called with what is done.
 
     Importance comes from `calibration`; `held_out` judges both. work: the chunk whose speed counts. Raises `UserError`
     for what cannot be done, and leaves nothing half-written.

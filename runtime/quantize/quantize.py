@@ -41,6 +41,8 @@ class _Layer(Layer):
     def __init__(self, index: int, spec: LayerSpec, checkpoint: Checkpoint) -> None:
         super().__init__(index, spec, checkpoint)
         self.inputs = {linear.name: InputRanges() for linear in spec.linears}
+        self.seen = dict[str, InputRanges]()  # the inputs before smoothing
+        self.held_out = {linear.name: InputRanges(1) for linear in spec.linears}
 
 
 @torch.inference_mode()
@@ -56,7 +58,7 @@ def quantize_checkpoint(
     device: torch.device,
     progress: Callable[[int], None] = lambda _layer: None,
 ) -> QuantizeReport:
-    """Write the model at `source` to the folder `output` in 8 bits; `progress` is told each layer that is done.
+    """Write the model at `source` to the folder `output` in 8 bits; `progress` is called with each layer that is done.
 
     Ranges come from `calibration`, run through the layers in full precision; `held_out` runs through both, in the very
     kernels that a run uses. Raises `UserError` for what cannot be done, and leaves nothing half-written.
@@ -184,9 +186,10 @@ def _quantize_layer(
             for which, scale in zip("kv", kv_scales, strict=True):
                 writer.add(f"{prefix}self_attn.{which}_scale", torch.tensor([scale]))
     if "before" in states:
-        states["before"].run(layer.runner(shape, plain), spec)
+        watched = {name: Watched(product, layer.held_out[name].see) for name, product in plain.items()}
+        states["before"].run(layer.runner(shape, watched), spec)
     plain.clear()
-    ratios = {name: _outlier_ratio(ranges) for name, ranges in layer.inputs.items()}
+    layer.seen = dict(layer.inputs)
     stored = {prefix + name: _DTYPES[checkpoint.format_of(prefix + name)] for name in spec.tensors()}
     if recipe.smooth is not None:
         for norm, linear in (
@@ -204,7 +207,7 @@ def _quantize_layer(
                 writer.add(prefix + name, layer.tensors[prefix + name].to(stored[prefix + name]))
         else:
             product, error = _quantize_linear(layer, linear, recipe, stored, writer, runs=bool(states))
-        reports.append(_judge(layer, linear, product, error, kept, ratios[linear.name]))
+        reports.append(_judge(layer, linear, product, error, kept))
         if "after" in states and product is not None:
             products[linear.name] = product
         for name in linear.tensors():
@@ -293,22 +296,23 @@ def _smooth(layer: _Layer, norm: NormSpec, linear: LinearSpec, strength: float, 
 
 
 def _judge(
-    layer: _Layer, linear: LinearSpec, product: Product | None, weight_error: float, kept: set[str], ratio: float | None
+    layer: _Layer, linear: LinearSpec, product: Product | None, weight_error: float, kept: set[str]
 ) -> LinearReport:
-    ranges = layer.inputs[linear.name]
-    output_error = input_end = None
+    seen, ranges = layer.seen[linear.name], layer.inputs[linear.name]
+    output_error = None
     if ranges.num_tokens and product is not None:
         exact = F.linear(ranges.sample, layer.weight(linear), layer.bias(linear))
         output_error = float((product(ranges.sample) - exact).norm() / exact.norm())
-        input_end = float(ranges.channel_ends.max())
     return LinearReport(
         layer=layer.index,
         linear=linear.name,
         kept=linear.name in kept,
         weight_error=weight_error,
         output_error=output_error,
-        input_end=input_end,
-        outlier_ratio=ratio,
+        outlier_ratio=_outlier_ratio(seen),
+        seen=seen.summary(),
+        smoothed=None if ranges is seen else ranges.summary(),
+        held_out=layer.held_out[linear.name].summary(),
     )
 
 

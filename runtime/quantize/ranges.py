@@ -6,6 +6,7 @@ import torch
 
 from profiler.kernels.quantized.rounding import LARGEST
 from profiler.kernels.quantized.weight import Observer, ends_of
+from runtime.quantize.report import ChannelEnds
 
 SAMPLE_ROWS = 512  # of all tokens seen; observers other than the largest value, and output errors, look at these
 
@@ -39,6 +40,14 @@ class InputRanges:
         """The largest magnitude of each channel, [K]."""
         assert self.lowest is not None and self.highest is not None
         return torch.maximum(-self.lowest, self.highest)
+
+    def summary(self) -> ChannelEnds | None:
+        """The ends of the channels in five numbers; None where nothing was seen."""
+        if not self.num_tokens:
+            return None
+        quartiles = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], device=self.channel_ends.device)
+        least, lower, median, upper, most = self.channel_ends.quantile(quartiles).tolist()
+        return ChannelEnds(least=least, lower=lower, median=median, upper=upper, most=most)
 
     def scaled(self, factors: torch.Tensor) -> InputRanges:
         """The ranges of x times factors [K], all positive."""

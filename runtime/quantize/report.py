@@ -8,6 +8,17 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelEnds:
+    """The largest magnitudes of a linear's input channels: the least of them, their quartiles, and the most."""
+
+    least: float
+    lower: float
+    median: float
+    upper: float
+    most: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinearReport:
     """One linear of one layer. Errors are relative, in the Frobenius norm; None where nothing was run through it."""
 
@@ -16,8 +27,19 @@ class LinearReport:
     kept: bool
     weight_error: float
     output_error: float | None = None
-    input_end: float | None = None  # largest magnitude on the calibration set, after smoothing
     outlier_ratio: float | None = None  # of the widest channel to the median one, before smoothing
+    seen: ChannelEnds | None = None
+    """The input's channels on the calibration set, before smoothing."""
+    smoothed: ChannelEnds | None = None
+    """The same after smoothing; None where nothing was smoothed."""
+    held_out: ChannelEnds | None = None
+    """The same on the held-out text, before smoothing."""
+
+    @property
+    def input_end(self) -> float | None:
+        """The largest magnitude that is rounded, of the calibration set."""
+        ends = self.smoothed or self.seen
+        return None if ends is None else ends.most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,4 +72,5 @@ class QuantizeReport:
 
     def to_json(self) -> dict[str, Any]:
         """All of it for programs."""
-        return asdict(self) | {"perplexity_loss": self.perplexity_loss}
+        linears = [asdict(linear) | {"input_end": linear.input_end} for linear in self.linears]
+        return asdict(self) | {"linears": linears, "perplexity_loss": self.perplexity_loss}

@@ -71,15 +71,15 @@ class CheckpointWriter:
         assert self.partial is not None
         self._flush()
         for path in config_files(self.source):
-            self._told(shutil.copyfile, path, self.partial / path.name)
+            self._written(shutil.copyfile, path, self.partial / path.name)
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self.weight_map}
         for name, content in ((INDEX, index), ("config.json", config)):
-            self._told((self.partial / name).write_text, json.dumps(content, indent=2) + "\n")
+            self._written((self.partial / name).write_text, json.dumps(content, indent=2) + "\n")
         mode = 0o777 & ~_umask()
         self.partial.chmod(mode)
         for path in self.partial.iterdir():
             path.chmod(mode & 0o666)
-        self._told(os.rename, self.partial, self.folder)
+        self._written(os.rename, self.partial, self.folder)
         self.partial = None
 
     def _flush(self) -> None:
@@ -88,12 +88,12 @@ class CheckpointWriter:
         assert self.partial is not None
         self.num_shards += 1
         name = f"model-{self.num_shards:05d}.safetensors"
-        self._told(save_file, self.held, self.partial / name, metadata={"format": "pt"})
+        self._written(save_file, self.held, self.partial / name, metadata={"format": "pt"})
         self.weight_map |= dict.fromkeys(self.held, name)
         self.held, self.held_bytes = {}, 0
         self.places.clear()
 
-    def _told(self, write: Any, *arguments: Any, **named: Any) -> None:
+    def _written(self, write: Any, *arguments: Any, **named: Any) -> None:
         try:
             write(*arguments, **named)
         except (OSError, SafetensorError) as error:

@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from db.errors import UserError
 from profiler.comm.ranks.launch import under_torchrun
 from profiler.hardware.device import check_device_type, check_world_size
+from profiler.kernels.attention import available_kernels
+from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import (
     PRECISIONS,
     Backend,
@@ -20,6 +24,7 @@ from profiler.model import (
 )
 from profiler.sequence.kind import SPKind
 from runtime.run.prompts import TokenIds, check_prompts
+from tuner.plan.attention_kernels import AttentionKernels
 from tuner.plan.layout import check_experts_fit, check_precision_fits, check_sequence_fits
 from tuner.plan.plan import MAX_THREADS, Plan
 
@@ -37,7 +42,8 @@ def with_dtype(plan: Plan, dtype: str | None) -> Plan:
     precision_of(precision, field="precision" if dtype is None else "--dtype")
     if precision == plan.precision:
         return plan
-    return replace(plan, precision=precision, predicted=None, cost_model=None)  # they were the other precision's
+    # These were the other precision's.
+    return replace(plan, precision=precision, predicted=None, cost_model=None, attention_kernels=None)
 
 
 def model_shape(model: Mapping[str, object], weights: Path | None) -> ModelShape:
@@ -111,6 +117,18 @@ def _check_whole(plan: Plan) -> None:
     for name, value in (("sp_size", parallel.sp_size), ("virtual_stages", parallel.virtual_stages)):
         if value > 1:
             raise UserError(f"parallel.{name}", value, f"must be 1 {allowed}")
+
+
+def attention_kernels(plan: Plan, device_type: str) -> AttentionKernels:
+    """The kernels that run: the plan's, and the usual best of the device for those that it lacks."""
+    available = available_kernels(torch.device(device_type), PRECISIONS[plan.precision].activations.torch_dtype)
+    return (plan.attention_kernels or AttentionKernels(usual=available[0])).among(available)
+
+
+def missing_kernels(plan: Plan, kernels: AttentionKernels) -> tuple[AttentionKernel, ...]:
+    """The plan's kernels that are not among those that run."""
+    planned = plan.attention_kernels.named if plan.attention_kernels else ()
+    return tuple(kernel for kernel in planned if kernel not in kernels.named)
 
 
 def check_counts(*, max_new_tokens: int, repeat: int, num_threads: int) -> None:

@@ -148,7 +148,7 @@ def rounding_cache(weights: Path, precision: Precision) -> Any:
         slab.write(slice(0, length), numbers[0])
         return slab.read(slice(0, length))[None]
 
-    class RoundingCache(transformers.DynamicCache):  # type: ignore[misc]
+    class RoundingCache(transformers.DynamicCache):  # type: ignore[misc]  # transformers has no types
         def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             scales = static[layer_idx] if static else (None, None)
             return super().update(rounded(keys, scales[0]), rounded(values, scales[1]), layer_idx, *args, **kwargs)

@@ -40,7 +40,7 @@ class RunResult:
     slowdown: float | None = None  # of the machine since its profile: 1.2 is a fifth slower; None: not known
     mfu: float | None = None  # of the published peak of all devices
     mfu_of_ceiling: float | None = None  # of the fastest matmul measured on this hardware
-    told: Waterfall | None = None  # from the chip's peak to the makespan, as predicted
+    planned_waterfall: Waterfall | None = None  # from the chip's peak to the makespan, as predicted
     waterfall: Waterfall | None = None  # and as measured
     moves: tuple[Move, ...] = ()  # what would make the plan quicker, as predicted
     run_id: int | None = None
@@ -81,7 +81,7 @@ class RunResult:
             "warm_up_s": self.warm_up_s,
             "memory_bytes": self.memory_bytes,
             "waterfall": {
-                "predicted": self.told and self.told.to_json(),
+                "predicted": self.planned_waterfall and self.planned_waterfall.to_json(),
                 "measured": self.waterfall and self.waterfall.to_json(),
             },
             "moves": [asdict(move) for move in self.moves],

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-import torch
-
 from db.errors import UserError
 from db.rows.hardware import Hardware, save_hardware
 from db.rows.measurements import Measurement, load_measurements
@@ -21,23 +19,26 @@ from profiler.comm.ranks.failure import RanksFailedError
 from profiler.comm.ranks.launch import is_first_process, run_ranks
 from profiler.comm.ranks.stall import LEAST_LIMIT_S
 from profiler.hardware.device import describe_hardware
-from profiler.kernels.attention import available_kernels
 from profiler.kernels.quantized.support import check_precision
 from profiler.model import PRECISIONS, Backend, ModelShape, precision_of
 from profiler.model.flops import fastest_product_flops, prefill_flops
-from profiler.points.kernel_choice import KernelChoice
-from profiler.points.point import MASKS, Op
 from runtime.job.job import Job, RankReport
 from runtime.job.probe import find_probe
 from runtime.run.prediction import Prediction, read_prediction
-from runtime.run.preparation import check_counts, check_layout, checked_prompts, model_shape, with_dtype
+from runtime.run.preparation import (
+    attention_kernels,
+    check_counts,
+    check_layout,
+    checked_prompts,
+    missing_kernels,
+    model_shape,
+    with_dtype,
+)
 from runtime.run.prompts import random_prompts
 from runtime.run.rank import run_jobs
 from runtime.run.result import RunResult, make_result
 from runtime.weights.generation import end_ids
 from runtime.weights.quantized import check_checkpoint
-from tuner.fit.attention.kernels import kernel_choice
-from tuner.fit.rows import Rows
 from tuner.plan.memory import check_memory
 from tuner.plan.plan import Plan
 from tuner.waterfall.steps import waterfalls
@@ -122,21 +123,12 @@ def run_plans(
         predictions = [read_prediction(plan) for plan in plans]
         process_id = stack.enter_context(process_row(database, str(kind))) if is_first_process() else None
         records = [
-            stack.enter_context(
-                Record(
-                    database,
-                    plan,
-                    hardware,
-                    kind=kind,
-                    study=study,
-                    job=job,
-                    prediction=prediction,
-                    index=index,
-                    process_id=process_id,
-                )
-            )
+            stack.enter_context(Record(
+                database, plan, hardware, kind=kind, study=study, job=job, prediction=prediction, index=index,
+                process_id=process_id,
+            ))
             for index, (plan, job, prediction) in enumerate(zip(plans, jobs, predictions, strict=True))
-        ]
+        ]  # fmt: skip
         try:
             reports = run_ranks(
                 run_jobs,
@@ -190,7 +182,7 @@ def make_job(
     max_new_tokens: int = 1,
     repeat: int = 1,
 ) -> Job:
-    """What the ranks are told, checked against the model, the weights, the prompts and the machine.
+    """The job of the ranks, checked against the model, the weights, the prompts and the machine.
 
     weights: None for random ones; prompts: None for random ids. Raises `UserError` for what does not fit together.
     """
@@ -220,7 +212,7 @@ def make_job(
         dtype=plan.precision,
         max_new_tokens=max_new_tokens,
         repeat=repeat,
-        kernels=_kernel_choice(plan, shape, rows, device_type),
+        kernels=attention_kernels(plan, device_type),
         probe=find_probe(rows, dtype=PRECISIONS[plan.precision].activations.name, world_size=plan.parallel.world_size),
         settle_s=_settle_s(plan, device_type),
     )
@@ -254,6 +246,8 @@ class Record:
             "repeat": job.repeat,
             "settle_s": job.settle_s,
         }
+        if missing := missing_kernels(plan, job.kernels):
+            details["missing_kernels"] = list(missing)
         plan_id = save_plan_row(database, plan.to_json(), hardware_id=save_hardware(database, hardware))
         self.run_id = start_run(
             database, plan_id, hardware, kind=kind, study=study, details=details, process_id=process_id
@@ -310,7 +304,7 @@ def with_waterfalls(result: RunResult, plan: Plan, shape: ModelShape, peak_flops
     moves = plan.predicted.moves if plan.predicted else ()
     if not peak_flops:
         return replace(result, moves=moves)
-    told, measured = waterfalls(
+    planned, measured = waterfalls(
         plan,
         shape,
         result.rounds,
@@ -319,7 +313,7 @@ def with_waterfalls(result: RunResult, plan: Plan, shape: ModelShape, peak_flops
         peak_flops=peak_flops,
         slowdown=result.slowdown or 1.0,
     )
-    return replace(result, moves=moves, told=told, waterfall=measured)
+    return replace(result, moves=moves, planned_waterfall=planned, waterfall=measured)
 
 
 def _settle_s(plan: Plan, device_type: str) -> float:
@@ -327,14 +321,3 @@ def _settle_s(plan: Plan, device_type: str) -> float:
     long = plan.predicted is not None and plan.predicted.makespan_s > SETTLES_ITSELF_S
     arrives = any(request.arrival_s > 0.0 for request in plan.requests)
     return 0.0 if long or arrives else SETTLE_S[device_type]
-
-
-def _kernel_choice(plan: Plan, shape: ModelShape, rows: Iterable[Measurement], device_type: str) -> KernelChoice:
-    """By the rows that the plan's prediction was fitted to; rows may name a kernel that this environment lacks."""
-    kernels = available_kernels(torch.device(device_type), PRECISIONS[plan.precision].activations.torch_dtype)
-    if shape.backend is not Backend.OWN:
-        return kernel_choice([], kernels)
-    mine = Rows([row for row in rows if row.dtype == plan.precision])
-    sizes = shape.layers[0].attention.sizes(plan.parallel.tp_size) | dict.fromkeys(MASKS, 0)
-    found = mine.select(Op.ATTENTION, sizes, busy_ranks=plan.parallel.world_size, variant=None)
-    return kernel_choice(found, kernels)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from functools import cache
 
 import torch
 
@@ -91,6 +90,7 @@ class KernelStage(Stage):
 
     def __init__(self, job: Job, place: Place, groups: Groups, device: torch.device) -> None:
         super().__init__(job, device)
+        self.kernels = job.kernels
         self.shape = job.shape.spread(job.parallel.ep_size)
         precision = PRECISIONS[job.dtype]
         self.dtype, weights_dtype = precision.activations.torch_dtype, precision.weights.torch_dtype
@@ -100,11 +100,10 @@ class KernelStage(Stage):
             else open_checkpoint(job.weights, job.shape, device=device, dtype=weights_dtype)
         )
         self.shard = load_shard(self.shape, place, weights, groups, precision)
-        self.kernels = cache(job.kernels)  # a search among the measured points, for each chunk of each round
         self.scheme = SCHEMES[job.parallel.sp_kind](job, groups, device, self._choose_kernel)
         layers = [job.shape.layers[index] for index in place.layers]
         self.slab = KVSlab(
-            [(self.scheme.kv_heads(layer), layer.attention.head_dim) for layer in layers],
+            [(self.scheme.kv_heads(layer), layer.attention.kept_widths) for layer in layers],
             self.scheme.kv_rows,
             device=device,
             dtype=self.dtype,

@@ -7,7 +7,7 @@ that attended to them have added theirs by then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -270,8 +270,8 @@ class CacheView:
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, view: CacheView) -> torch.Tensor:
     """q [T, H, D], k and v [T, KV, D] of a round -> [T, H, D]; k and v are written to the cache."""
-    out: torch.Tensor = _Attend.apply(q, k, v, view)  # type: ignore[no-untyped-call]
-    return out
+    apply: Callable[..., torch.Tensor] = _Attend.apply
+    return apply(q, k, v, view)
 
 
 def _heads_first(x: torch.Tensor, span: Span, rows: slice) -> torch.Tensor:

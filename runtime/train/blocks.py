@@ -71,6 +71,11 @@ class _Rounded(torch.autograd.Function):
         return grad @ weight, grad.T @ x, None
 
 
+_sum_grads: Callable[..., torch.Tensor] = _SumGrads.apply
+_sum: Callable[..., torch.Tensor] = _Sum.apply
+_rounded: Callable[..., torch.Tensor] = _Rounded.apply
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """What both halves of a layer need besides tensors; sizes are this rank's."""
@@ -110,7 +115,7 @@ class Block:
         """A product, in 8 bits where training prepares for them."""
         if self.rounded is None:
             return F.linear(x, weight, bias)
-        y: torch.Tensor = _Rounded.apply(x, weight, self.rounded)  # type: ignore[no-untyped-call]
+        y = _rounded(x, weight, self.rounded)
         return y if bias is None else y + bias
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -122,20 +127,19 @@ class Block:
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         squares = wide.square().sum(dim=-1, keepdim=True)
         if self.group is not None:
-            squares = _Sum.apply(squares, self.group, True)  # type: ignore[no-untyped-call]
+            squares = _sum(squares, self.group, True)
         return (wide * torch.rsqrt(squares / size + self.eps)).to(x.dtype) * weight
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """What all ranks hold, as each multiplies it with its own columns."""
         if self.group is None:
             return x
-        spread: torch.Tensor = _SumGrads.apply(x, self.group)  # type: ignore[no-untyped-call]
-        return spread
+        return _sum_grads(x, self.group)
 
     def summed(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The sum of the ranks' parts, a row-parallel bias added once."""
         if self.group is not None:
-            x = _Sum.apply(x, self.group, False)  # type: ignore[no-untyped-call]
+            x = _sum(x, self.group, False)
         return x if bias is None else x + bias
 
 

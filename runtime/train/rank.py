@@ -43,7 +43,7 @@ class Teacher:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
-    """What every rank of a training is told."""
+    """The job of every rank of a training."""
 
     shape: ModelShape
     weights: Path | None  # None: random ones, for measurements

@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import click
 
@@ -73,11 +73,12 @@ def options_of(cls: type) -> Callable[[F], F]:
             chosen = {each.name: values.pop(each.name) for each in fields(cls)}
             return function(options=cls(**chosen), **values)
 
-        called.__doc__ = function.__doc__
-        called.__click_params__ = list(getattr(function, "__click_params__", []))  # type: ignore[attr-defined]
+        decorated: Any = called
+        decorated.__doc__ = function.__doc__
+        decorated.__click_params__ = list(getattr(function, "__click_params__", []))
         for each in reversed(fields(cls)):
-            _declared(each, types_of[each.name])(called)
-        return called  # type: ignore[return-value]
+            _declared(each, types_of[each.name])(decorated)
+        return cast(F, decorated)
 
     return decorate
 

@@ -12,11 +12,12 @@ from service.reports.plot import PlotOptions
 @options_of(PlotOptions)
 @json_option
 def command(options: PlotOptions, as_json: bool) -> None:
-    """Draw FILE: a plan, what `run-plan --output` wrote, or a trace.
+    """Draw FILE: a plan, what `run-plan --output` wrote, what `quantize --json` said, or a trace.
 
     A plan: when each stage runs what, and what a token costs by its position. A run, with --plan: the same as measured
     and predicted, and how far off each round was. A trace, with --cost-model or --plan: how TTFT is distributed under
-    each policy, and throughput against TTFT over the --rates.
+    each policy, and throughput against TTFT over the --rates. A quantize report: how far the input of each
+    linear reaches, on the calibration set and on the held-out text.
     """
     from service.cli.output import print_json
     from service.reports.plot import plot

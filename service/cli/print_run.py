@@ -51,20 +51,22 @@ def _print_waterfall(result: RunResult) -> None:
     """The way from the chip's peak to the makespan, predicted beside measured."""
     if result.waterfall is None:
         return
-    told = result.told
+    planned = result.planned_waterfall
     rows: list[list[object]] = []
-    for name, told_s, measured_s in to_rows(told, result.waterfall):
+    for name, planned_s, measured_s in to_rows(planned, result.waterfall):
         shares = [
             None if seconds is None or each is None else 100 * seconds / each.makespan_s
-            for seconds, each in ((told_s, told), (measured_s, result.waterfall))
+            for seconds, each in ((planned_s, planned), (measured_s, result.waterfall))
         ]
-        rows.append([name, told_s, shares[0], measured_s, shares[1]])
-    rows.append(["makespan", told and told.makespan_s, told and 100.0, result.waterfall.makespan_s, 100.0])
+        rows.append([name, planned_s, shares[0], measured_s, shares[1]])
+    rows.append(["makespan", planned and planned.makespan_s, planned and 100.0, result.waterfall.makespan_s, 100.0])
     title = "From the peak to the makespan; kinds of measured rounds as predicted"
     show_table(["step", "predicted s", "%", "measured s", "%"], rows, title=title)
-    if result.moves and told is not None:
+    if result.moves and planned is not None:
         move = result.moves[0]
-        print(f"What would move it most: {move.change}, {1.0 - move.makespan_s / told.makespan_s:.1%} less as planned")
+        print(
+            f"What would move it most: {move.change}, {1.0 - move.makespan_s / planned.makespan_s:.1%} less as planned"
+        )
 
 
 def _shown(run: Run, index: int, limit: int = 8) -> str:

@@ -68,42 +68,12 @@ def print_report(report: TuneReport) -> None:
         move, now_s = report.plan.predicted.moves[0], report.plan.predicted.makespan_s
         gain = f"{1.0 - move.makespan_s / now_s:.1%} less"
         print(f"{wrapped(f'What would move it most, planned anew: {move.change}, {gain}.')}\n")
-    parallel, requests = report.plan.parallel, report.plan.requests
     if report.policies:
-        window = "" if report.plan.window is None else f", at most {report.plan.window} rounds in flight"
-        show_table(
-            [
-                "policy",
-                "rounds",
-                "seconds",
-                "TTFT s",
-                "p90 s",
-                *_deadline_columns(report),
-                "bubble %",
-                "gap %",
-                "plan ms",
-            ],
-            [_policy_row(planned) for planned in report.policies],
-            title=f"Policies on {layout_of(parallel)}{window}; TTFT in the mean",
-        )
+        _print_policies(report)
     if report.replays:
-        met = _deadline_columns(report)
-        columns = DECODE_COLUMNS if any(request.output_tokens > 1 for request in requests) else REPLAY_COLUMNS
-        first = columns.index("p99 s") + 1
-        show_table(
-            [*columns[:first], *met, *columns[first:]],
-            [_replay_row(replay, columns, has_deadlines=bool(met)) for replay in report.replays],
-            title=f"{len(requests)} requests as they arrive, each policy seeing a request when it arrives",
-        )
-        classes = classes_json(report)
-        if classes:
-            show_table(
-                ["class", "requests", "weight", "mean TTFT s", "p99 s"],
-                [list(row.values()) for row in classes],
-                title=f"Classes under {report.plan.policy}",
-            )
-    told = (_verdict(report), gap_in_words(report.plan), _ttft_gap(report), _impossible(report))
-    print(f"{wrapped(' '.join(filter(None, told)))}\n")
+        _print_replays(report)
+    sentences = (_verdict(report), gap_in_words(report.plan), _ttft_gap(report), _impossible(report))
+    print(f"{wrapped(' '.join(filter(None, sentences)))}\n")
     if report.hardware is not None:
         _print_fits(report)
     if report.costs is not None:
@@ -111,6 +81,36 @@ def print_report(report: TuneReport) -> None:
     for written in (report.output, report.plot):
         if written:
             print(f"Wrote {written}")
+
+
+def _print_policies(report: TuneReport) -> None:
+    """A row for each policy that planned the batch."""
+    window = "" if report.plan.window is None else f", at most {report.plan.window} rounds in flight"
+    met = _deadline_columns(report)
+    show_table(
+        ["policy", "rounds", "seconds", "TTFT s", "p90 s", *met, "bubble %", "gap %", "plan ms"],
+        [_policy_row(planned) for planned in report.policies],
+        title=f"Policies on {layout_of(report.plan.parallel)}{window}; TTFT in the mean",
+    )
+
+
+def _print_replays(report: TuneReport) -> None:
+    """A row for each policy that the trace was replayed under, and one for each class of requests."""
+    requests, met = report.plan.requests, _deadline_columns(report)
+    columns = DECODE_COLUMNS if any(request.output_tokens > 1 for request in requests) else REPLAY_COLUMNS
+    first = columns.index("p99 s") + 1
+    show_table(
+        [*columns[:first], *met, *columns[first:]],
+        [_replay_row(replay, columns, has_deadlines=bool(met)) for replay in report.replays],
+        title=f"{len(requests)} requests as they arrive, each policy seeing a request when it arrives",
+    )
+    classes = classes_json(report)
+    if classes:
+        show_table(
+            ["class", "requests", "weight", "mean TTFT s", "p99 s"],
+            [list(row.values()) for row in classes],
+            title=f"Classes under {report.plan.policy}",
+        )
 
 
 def _print_precisions(steps: Sequence[PrecisionStep]) -> None:
@@ -136,11 +136,11 @@ def _print_precisions(steps: Sequence[PrecisionStep]) -> None:
 
 
 def _print_recommendation(report: TuneReport) -> None:
-    told = report.recommendation
-    warning = told.warning()
+    recommended = report.recommendation
+    warning = recommended.warning()
     if warning:
         print(f"{wrapped(warning)}\n")
-    show_pairs(told.pairs(), title="Recommended")
+    show_pairs(recommended.pairs(), title="Recommended")
 
 
 def _print_fits(report: TuneReport) -> None:
@@ -266,20 +266,20 @@ def _layers(partition: Sequence[int]) -> str:
 
 
 def _candidate_row(report: TuneReport, candidate: Candidate, *, several: bool) -> list[object]:
-    planned, told = candidate.rounds, report.recommendation
+    planned, recommended = candidate.rounds, report.recommendation
     assert planned is not None
     evaluation, name = planned.evaluation, str(candidate.layout)
-    width = widened(candidate.uncertainty(report.held_out), told.share_missing)
+    width = widened(candidate.uncertainty(report.held_out), recommended.share_missing)
     return [
-        name, planned.makespan_s, round(100 * width, 1), "close" if name in told.close else "",
+        name, planned.makespan_s, round(100 * width, 1), "close" if name in recommended.close else "",
         100 * evaluation.bubble_share, candidate.peak_memory_bytes / 2**30, len(planned.rounds),
         evaluation.mean_ttft_s if several else _layers(candidate.layer_partition),
     ]  # fmt: skip
 
 
 def _replay_row(replay: Replay, columns: Sequence[str], *, has_deadlines: bool) -> list[object]:
-    told = replay_json(replay)
-    values = [told.get(FIELDS[column]) for column in columns]
+    shown = replay_json(replay)
+    values = [shown.get(FIELDS[column]) for column in columns]
     first = columns.index("p99 s") + 1
     met = _deadlines_met(replay.evaluation) if has_deadlines else []
     return [*values[:first], *met, *values[first:]]

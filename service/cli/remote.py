@@ -66,8 +66,8 @@ def _tune(client: Client, *, as_json: bool, **_all: Any) -> None:
         from service.use_cases.tune_options import TuneOptions
         from tuner.workload.workload import as_lines
 
-        told = {name: given.pop(name) for name in WORKLOAD_OPTIONS if name in given}
-        workload = workload_of(TuneOptions(model="read here", **told))
+        asked = {name: given.pop(name) for name in WORKLOAD_OPTIONS if name in given}
+        workload = workload_of(TuneOptions(model="read here", **asked))
         for note in workload.notes:
             click.echo(note, err=True)
         given["requests"] = [asdict(line) for line in as_lines(workload.requests)]
@@ -85,10 +85,10 @@ def _tune(client: Client, *, as_json: bool, **_all: Any) -> None:
 
 
 def _print(report: Mapping[str, Any]) -> None:
-    told = report["recommendation"]
-    if told["warning"]:
-        click.echo(f"{wrapped(printable(told['warning']))}\n")
-    show_pairs([(str(word), str(words)) for word, words in told["words"].items()], title="Recommended")
+    recommended = report["recommendation"]
+    if recommended["warning"]:
+        click.echo(f"{wrapped(printable(recommended['warning']))}\n")
+    show_pairs([(str(word), str(words)) for word, words in recommended["words"].items()], title="Recommended")
     if report["layouts"]:
         columns = ("layout", "makespan s", "mean TTFT s", "rounds", "bubble %", "note", "layers")
         show_table(columns, [_layout_row(one) for one in report["layouts"]], title="Layouts, the best first")
@@ -212,7 +212,7 @@ def _list(client: Client, *, what: str, hardware_id: int | None, limit: int, as_
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with what is told of its hardware, measurement or plan beside its own columns."""
+    """A row with columns of its hardware, measurement or plan beside its own columns."""
     inner = [row.get(name) for name in ("hardware", "measurement", "summary")]
     flat = {**row, **{key: value for part in inner if isinstance(part, dict) for key, value in part.items()}}
     if isinstance(flat.get("shape"), dict):

@@ -289,7 +289,7 @@ def _place(value: str) -> str:
     return f'"$PWD/{value}"' if value == "plan.json" else shlex.quote(value)
 
 
-def told(made: Export) -> dict[str, Any]:
+def export_json(made: Export) -> dict[str, Any]:
     """For programs."""
     return {
         "engine": made.engine.value,

@@ -32,7 +32,6 @@ class _Bench(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     backend: str | None = None
-    duration: Seconds | None = None
     completed: int = Field(ge=0)
     input_lens: list[Annotated[int, Field(ge=0)]] | None = None
     ttfts: list[Seconds] | None = None
@@ -108,8 +107,8 @@ def _of_bench(bench: _Bench, path: Path, plan: Plan) -> Measured:
     predicted = _predicted(plan)
     source = f"{bench.backend or 'an engine'}, benchmark"
     if bench.ttfts is None or bench.input_lens is None:
-        told = {"mean": bench.mean_ttft_ms, "p50": bench.median_ttft_ms, "p99": bench.p99_ttft_ms}
-        summary = {name: 1e-3 * value for name, value in told.items() if value is not None}
+        means_ms = {"mean": bench.mean_ttft_ms, "p50": bench.median_ttft_ms, "p99": bench.p99_ttft_ms}
+        summary = {name: 1e-3 * value for name, value in means_ms.items() if value is not None}
         if not summary:
             raise UserError("FILE", path, "must tell TTFT: run the benchmark with --output-details or --save-detailed")
         return Measured(

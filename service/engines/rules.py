@@ -22,13 +22,13 @@ class Ruled:
 
     rule: str
     chunk: int
-    """The size that the rule is told."""
+    """The size that the rule is given."""
     makespan_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkTable:
-    """Chunk sizes by the tokens before them: what one partial request at a time can be told of a plan."""
+    """Chunk sizes by the tokens before them: what one partial request at a time can be given of a plan."""
 
     starts: tuple[int, ...]
     sizes: tuple[int, ...]

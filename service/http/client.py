@@ -97,12 +97,12 @@ class Client:
         try:
             return urllib.request.build_opener(_NoRedirect).open(request, timeout=_TIMEOUT_S)
         except urllib.error.HTTPError as error:
-            raise self._told(error) from None
+            raise self._refusal(error) from None
         except OSError as error:
             reason = getattr(error, "reason", None) or error
             raise UserError("--server", self.url, f"cannot be reached ({reason})") from None
 
-    def _told(self, error: urllib.error.HTTPError) -> UserError:
+    def _refusal(self, error: urllib.error.HTTPError) -> UserError:
         try:
             problem = json.loads(error.read(1 << 16))
             return UserError(problem["field"], problem["value"], problem["allowed"])

@@ -46,8 +46,8 @@ def before_of(text: str | None) -> int | None:
     if text is None:
         return None
     try:
-        told = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode()
-        number = int(told.removeprefix(_PREFIX))
+        decoded = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode()
+        number = int(decoded.removeprefix(_PREFIX))
     except ValueError:
         number = -1
     if not 0 <= number <= MOST_ID or cursor_of(number) != text:

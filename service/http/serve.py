@@ -61,7 +61,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(options: ServeOptions, job_options: Options) -> None:
-    """Serve until the process is told to end. The address with its token is printed once, on standard error."""
+    """Serve until the process is asked to end. The address with its token is printed once, on standard error."""
     listener = listen(options.host, options.port)
     database = open_database(options.db_url)
     access = Access(kept=functools.partial(token_scopes, database))
@@ -92,8 +92,8 @@ def serve(options: ServeOptions, job_options: Options) -> None:
         h11_max_incomplete_event_size=32 << 10,
         lifespan="on",
     )
-    told = f"isochunk serves {database.location}\nOpen {address.first_visit}"
-    log.say("serves", told, database=database.location, url=address.url, first_visit=address.first_visit)
+    lines = f"isochunk serves {database.location}\nOpen {address.first_visit}"
+    log.say("serves", lines, database=database.location, url=address.url, first_visit=address.first_visit)
     with _worker(options) if options.worker else _nothing():
         _Server(config).run(sockets=[listener])
     log.say("ends", None, url=address.url)
@@ -143,6 +143,6 @@ def _keep(options: ServeOptions, stop: threading.Event) -> None:
             time.sleep(0)
         if stop.is_set():
             end(process)
-        elif process.returncode == 2:  # it was told what is wrong, and it would be again: another worker is here
+        elif process.returncode == 2:  # its error was printed, and would be again: another worker is here
             return
         stop.wait(_AGAIN_AFTER_S)

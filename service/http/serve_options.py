@@ -1,4 +1,4 @@
-"""What `isochunk serve` can be told: each option with its help and what is allowed, declared once."""
+"""Options of `isochunk serve`: each with its help and what is allowed, declared once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command's options as jobs are told them, and the words of a command line that say the same."""
+"""A command's options as jobs have them, and the words of a command line that say the same."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ class Log:
 
     as_json: bool = False
 
-    def say(self, event: str, text: str | None, **told: object) -> None:
+    def say(self, event: str, text: str | None, **fields: object) -> None:
         """Write an event. text: what people read; without one it is for programs alone."""
         if self.as_json:
-            line = json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **told})
+            line = json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields})
         elif text is not None:
             line = text
         else:

@@ -35,8 +35,8 @@ def run_command(
 ) -> JobOutcome | None:
     """Run `isochunk ARGUMENTS` -> how it ended; None when it was cancelled.
 
-    environment: beside this process's own. held: a file descriptor that the process keeps open. say: told of the lines
-    that it writes, a few times a second. is_cancelled: asked as often.
+    environment: beside this process's own. held: a file descriptor that the process keeps open. say: called with the
+    lines that it writes, a few times a second. is_cancelled: asked as often.
     """
     with tempfile.TemporaryFile() as answer:
         process = subprocess.Popen(
@@ -58,10 +58,10 @@ def run_command(
                 ended = process.poll() is not None
                 if ended:
                     reader.join(timeout=POLL_S)
-                told = _drained(lines)
-                if told:
-                    last = told[-1]
-                    say(told)
+                lines_read = _drained(lines)
+                if lines_read:
+                    last = lines_read[-1]
+                    say(lines_read)
                 if ended:
                     break
                 if is_cancelled():

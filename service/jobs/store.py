@@ -36,7 +36,7 @@ def open_client(url: URL) -> DBOSClient:
 
 
 def worker_config(url: URL, executor: str) -> DBOSConfig:
-    """What a worker's DBOS is told. `executor` names this one process."""
+    """The configuration of a worker's DBOS. `executor` names this one process."""
     _quiet()
     return DBOSConfig(
         name=APP,

@@ -120,7 +120,7 @@ def work(db_url: str | None, hardware: WorkerHardware, model_folders: Sequence[P
         _work(db_url, hardware, model_folders, log)
     except UserError:
         raise
-    except BaseException:  # told to end: threads that wait for a job's process must not hold this one up
+    except BaseException:  # asked to end: threads that wait for a job's process must not hold this one up
         os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""What `isochunk worker` can be told: each option with its help and what is allowed, declared once."""
+"""Options of `isochunk worker`: each with its help and what is allowed, declared once."""
 
 from __future__ import annotations
 

@@ -25,24 +25,24 @@ class Bars:
     """Where the axis ends at least, so that timelines below each other compare."""
 
 
-def timeline_panel(plan: Plan, told: Bars) -> Panel:
+def timeline_panel(plan: Plan, shown: Bars) -> Panel:
     """Rows of stages over time; grey is idle."""
     parallel = plan.parallel
     num_rows, stages = parallel.pp_size, parallel.stage_of_group
-    end_s = max([told.end_s, *(finish for _, _, _, finish in told.bars)])
+    end_s = max([shown.end_s, *(finish for _, _, _, finish in shown.bars)])
     height = num_rows * (ROW + GAP)
     axes = Axes(x_range=(0.0, end_s), y_range=(0.0, 1.0), top=TOP, height=height, left=90.0)
-    busy_s = sum(finish - start for _, _, start, finish in told.bars)
+    busy_s = sum(finish - start for _, _, start, finish in shown.bars)
     idle = 1.0 - busy_s / (end_s * num_rows) if end_s else 0.0
-    out = [text(12, 20, f"{told.title}: {end_s:.4g} s, {idle:.1%} of it bubbles (grey)", bold=True)]
+    out = [text(12, 20, f"{shown.title}: {end_s:.4g} s, {idle:.1%} of it bubbles (grey)", bold=True)]
     for row in range(num_rows):
         y = TOP + row * (ROW + GAP)
         out += [
             text(82, y + ROW / 2 + 4, f"stage {row}", anchor="end"),
             f'<rect class="bubble" x="90" y="{y:.1f}" width="{WIDTH - 110}" height="{ROW}"/>',
         ]
-    whole = sum(len(plan.rounds[index]) for index, *_ in told.bars) > MOST_BARS
-    for index, group, start, finish in told.bars[:MOST_BARS]:
+    whole = sum(len(plan.rounds[index]) for index, *_ in shown.bars) > MOST_BARS
+    for index, group, start, finish in shown.bars[:MOST_BARS]:
         x, _ = axes.at(start, 0.0)
         width = axes.at(finish, 0.0)[0] - x
         out += _bar(plan, index, x, TOP + stages[group] * (ROW + GAP), width, 1e3 * (finish - start), whole=whole)

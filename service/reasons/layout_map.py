@@ -63,7 +63,7 @@ def _map(why: Explanation, top: int) -> tuple[list[str], int]:
             if winner.layout is None:
                 out.append(box(x, y, width - 2, CELL_HEIGHT - 2, "#8884", "does not fit"))
                 continue
-            out.append(box(x, y, width - 2, CELL_HEIGHT - 2, colour_of[winner.layout.family], _told(winner)))
+            out.append(box(x, y, width - 2, CELL_HEIGHT - 2, colour_of[winner.layout.family], _title(winner)))
             lines = _short(winner)
             for place, words in enumerate(lines):
                 at = y + CELL_HEIGHT / 2 + 4 + 12 * (place - (len(lines) - 1) / 2)
@@ -108,6 +108,6 @@ def _short(winner: Winner) -> list[str]:
     return [words, passes] if passes else [words]
 
 
-def _told(winner: Winner) -> str:
-    told = f"{winner.layout}: {winner.makespan_s:.4g} s"
-    return f"{told}; {winner.runner_up} takes {winner.lead:.1%} longer" if winner.runner_up else told
+def _title(winner: Winner) -> str:
+    title = f"{winner.layout}: {winner.makespan_s:.4g} s"
+    return f"{title}; {winner.runner_up} takes {winner.lead:.1%} longer" if winner.runner_up else title

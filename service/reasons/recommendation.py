@@ -109,22 +109,22 @@ class Recommendation:
 
     def pairs(self) -> list[tuple[str, str]]:
         """A word and a sentence for each question."""
-        told = [
+        pairs = [
             ("run", self._run()),
             ("that is", layout_in_words(layout_of(self.plan.parallel))),
             ("takes", self._takes()),
         ]
         cost = self.cost_per_million_tokens
         if cost is not None:
-            told.append(("costs", f"{cost:.4g} a million prompt tokens at {self.price_per_gpu_hour:g} a GPU hour"))
-        told.append(("gains", self._gains()))
-        told.append(("sure", self._sure()))
+            pairs.append(("costs", f"{cost:.4g} a million prompt tokens at {self.price_per_gpu_hour:g} a GPU hour"))
+        pairs.append(("gains", self._gains()))
+        pairs.append(("sure", self._sure()))
         changes = elsewhere(self.explanation) if self.explanation else []
         if changes:
-            told.append(("changes", f"By plans of equal chunks: {'; '.join(changes)}."))
+            pairs.append(("changes", f"By plans of equal chunks: {'; '.join(changes)}."))
         if self.next_command:
-            told.append(("next", self.next_command))
-        return [(word, text) for word, text in told if text]
+            pairs.append(("next", self.next_command))
+        return [(word, text) for word, text in pairs if text]
 
     def _run(self) -> str:
         plan = self.plan

@@ -35,7 +35,7 @@ class Times:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunTold:
+class RunDetails:
     """A run with its plan, its rounds, and the makespans of other runs of the same plan on the same hardware."""
 
     run: StoredRun
@@ -62,8 +62,8 @@ class RunTold:
     @property
     def predicted(self) -> Times | None:
         """As it was predicted; None where rounds were not."""
-        told = {each: each.predicted_s for each in self.rounds if each.predicted_s is not None}
-        return self._times(self.run.predicted_makespan_s, told) if len(told) == len(self.rounds) else None
+        seconds = {each: each.predicted_s for each in self.rounds if each.predicted_s is not None}
+        return self._times(self.run.predicted_makespan_s, seconds) if len(seconds) == len(self.rounds) else None
 
     def _times(self, makespan_s: float | None, seconds: Mapping[RoundTime, float]) -> Times | None:
         if makespan_s is None or not seconds:
@@ -71,22 +71,24 @@ class RunTold:
         return Times(work_s=sum(seconds.values()) / self.plan.parallel.pp_size, makespan_s=makespan_s)
 
 
-def in_words(told: RunTold, profile_command: str, run_command: str) -> list[tuple[str, str]]:
+def in_words(details: RunDetails, profile_command: str, run_command: str) -> list[tuple[str, str]]:
     """A word and a sentence for each question; commands: what measures the hardware anew, and what runs the plan."""
-    run = told.run
-    pairs = [("run", f"{run.id}, {told.name}, {run.status}, {run.started_at:%Y-%m-%d %H:%M} UTC")]
+    run = details.run
+    pairs = [("run", f"{run.id}, {details.name}, {run.status}, {run.started_at:%Y-%m-%d %H:%M} UTC")]
     if run.makespan_s is None:
         return [*pairs, ("failed", run.error or "it has not ended")]
-    if told.error is None or run.predicted_makespan_s is None:
+    if details.error is None or run.predicted_makespan_s is None:
         return [*pairs, ("took", f"{run.makespan_s:.4g} s; its plan predicts nothing")]
-    pairs.append(("took", f"{run.makespan_s:.4g} s, predicted {run.predicted_makespan_s:.4g} s: {_longer(told.error)}"))
-    measured, predicted = told.measured, told.predicted
-    if told.others_s:
-        usual_s = median(told.others_s)
+    pairs.append(
+        ("took", f"{run.makespan_s:.4g} s, predicted {run.predicted_makespan_s:.4g} s: {_longer(details.error)}")
+    )
+    measured, predicted = details.measured, details.predicted
+    if details.others_s:
+        usual_s = median(details.others_s)
         pairs.append(
             (
                 "others",
-                f"{len(told.others_s)} more of this plan here: {usual_s:.4g} s in the median, this one "
+                f"{len(details.others_s)} more of this plan here: {usual_s:.4g} s in the median, this one "
                 f"{_longer(run.makespan_s / usual_s - 1.0)}",
             )
         )
@@ -95,38 +97,38 @@ def in_words(told: RunTold, profile_command: str, run_command: str) -> list[tupl
     if measured is None or predicted is None:
         return pairs
     work_s, waiting_s = measured.work_s - predicted.work_s, measured.waiting_s - predicted.waiting_s
-    pairs.append(("work", f"{_more(work_s)} of rounds a stage ({_by_stage(told.rounds)})"))
+    pairs.append(("work", f"{_more(work_s)} of rounds a stage ({_by_stage(details.rounds)})"))
     pairs.append(("waiting", f"{_more(waiting_s)} a stage: filling, draining, hand-offs, longer rounds elsewhere"))
-    worst = max(told.rounds, key=_excess_s)
+    worst = max(details.rounds, key=_excess_s)
     ratio = (worst.finish_s - worst.start_s) / worst.predicted_s if worst.predicted_s else 0.0
     pairs.append(("worst", f"round {worst.round} on stage {worst.stage}: {ratio:.2f} times its prediction"))
-    so, command = _conclusion(told, work_s, waiting_s, worst, profile_command, run_command)
+    so, command = _conclusion(details, work_s, waiting_s, worst, profile_command, run_command)
     return [*pairs, ("so", so), *([("next", command)] if command else [])]
 
 
 def _conclusion(
-    told: RunTold, work_s: float, waiting_s: float, worst: RoundTime, profile_command: str, run_command: str
+    details: RunDetails, work_s: float, waiting_s: float, worst: RoundTime, profile_command: str, run_command: str
 ) -> tuple[str, str | None]:
-    assert told.error is not None and told.run.makespan_s is not None
-    if abs(told.error) <= DRIFT:
+    assert details.error is not None and details.run.makespan_s is not None
+    if abs(details.error) <= DRIFT:
         return f"within {DRIFT:.0%}, which a machine drifts from run to run: nothing to explain.", None
-    usual_s = median(told.others_s) if told.others_s else None
-    without = _at_profiled_speed(told.run)
-    if without is not None and abs(without) < EXPLAINED * abs(told.error):
-        words = "slower" if told.error > 0.0 else "faster"
+    usual_s = median(details.others_s) if details.others_s else None
+    without = _at_profiled_speed(details.run)
+    if without is not None and abs(without) < EXPLAINED * abs(details.error):
+        words = "slower" if details.error > 0.0 else "faster"
         return f"the machine itself was {words} than in its profile, a product beside the run too.", profile_command
     difference_s = work_s + waiting_s
     if difference_s > 0.0 and _excess_s(worst) > HELD_UP * difference_s:
         return "one round was held up, not the plan: run it again.", run_command
-    if usual_s is not None and abs(told.run.makespan_s / usual_s - 1.0) > DRIFT:
+    if usual_s is not None and abs(details.run.makespan_s / usual_s - 1.0) > DRIFT:
         return "the machine was not as it was on the other runs: run it again when it is quiet.", run_command
     if abs(waiting_s) > abs(work_s):
         return "stages waited, their rounds took what was predicted: links, or the host, were slower.", profile_command
-    early, late = _early_and_late(told.rounds)
-    if abs(late - early) > ALIKE * abs(told.error):
+    early, late = _early_and_late(details.rounds)
+    if abs(late - early) > ALIKE * abs(details.error):
         where = "late rounds, over long contexts: attention" if abs(late) > abs(early) else "early rounds, from rest"
         return f"most of it lies in {where}.", profile_command
-    words = "slower" if told.error > 0.0 else "faster"
+    words = "slower" if details.error > 0.0 else "faster"
     return f"all rounds were {words} alike: the machine is not as it was when it was profiled.", profile_command
 
 
@@ -151,19 +153,19 @@ def _early_and_late(rounds: Sequence[RoundTime]) -> tuple[float, float]:
 
     def share(first: int, end: int) -> float:
         chosen = [each for each in rounds if first <= each.round < end]
-        told_s = sum(each.predicted_s or 0.0 for each in chosen)
-        return sum(map(_excess_s, chosen)) / told_s if told_s else 0.0
+        predicted_s = sum(each.predicted_s or 0.0 for each in chosen)
+        return sum(map(_excess_s, chosen)) / predicted_s if predicted_s else 0.0
 
     third = max(1, count // 3)
     return share(0, third), share(count - third, count)
 
 
 def _by_stage(rounds: Sequence[RoundTime]) -> str:
-    told: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    by_stage: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for each in rounds:
-        told[each.stage][0] += each.finish_s - each.start_s
-        told[each.stage][1] += each.predicted_s or 0.0
-    shares = {stage: took / expected - 1.0 for stage, (took, expected) in sorted(told.items()) if expected}
+        by_stage[each.stage][0] += each.finish_s - each.start_s
+        by_stage[each.stage][1] += each.predicted_s or 0.0
+    shares = {stage: took / expected - 1.0 for stage, (took, expected) in sorted(by_stage.items()) if expected}
     if len(shares) > 4:
         return f"stages by {min(shares.values()):+.1%} to {max(shares.values()):+.1%}"
     return ", ".join(f"stage {stage} {share:+.1%}" for stage, share in shares.items())

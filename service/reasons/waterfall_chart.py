@@ -9,10 +9,10 @@ TOLD, MEASURED, IDEAL, SAVED = "#56B4E9", "#0072B2", "#009E73", "#BBBBBB"
 LEFT, RIGHT, ROW, BAR = 290, 110, 34, 12
 
 
-def drawing(told: Waterfall | None, measured: Waterfall | None, title: str) -> str:
+def drawing(planned: Waterfall | None, measured: Waterfall | None, title: str) -> str:
     """A row for each step, bars beginning where the step before ended; at least one waterfall is needed."""
-    rows = to_rows(told, measured)
-    most = max(each.makespan_s for each in (told, measured) if each is not None)
+    rows = to_rows(planned, measured)
+    most = max(each.makespan_s for each in (planned, measured) if each is not None)
     scale = (WIDTH - LEFT - RIGHT) / (1.05 * most)
     out = [text(12, 24, title, bold=True)]
     x = 12.0
@@ -32,7 +32,7 @@ def drawing(told: Waterfall | None, measured: Waterfall | None, title: str) -> s
             out.append(box(LEFT + scale * left, top, max(scale * (right - left), 0.5), BAR, shown, f"{value:.4g} s"))
             out.append(text(LEFT + scale * right + 5, top + 10, f"{value:.4g} s", kind="soft"))
         y += ROW
-    for index, each in enumerate((told, measured)):
+    for index, each in enumerate((planned, measured)):
         if each is not None:
             top = y + index * (BAR + 2)
             out.append(box(LEFT, top, scale * each.makespan_s, BAR, (TOLD, MEASURED)[index]))

@@ -25,13 +25,13 @@ def in_words(why: Explanation) -> str:
     if not why.families:
         return ""
     best, parts = why.families[0], why.parts[0]
-    told = [f"Why {best.layout}: of its {parts.total_s:.4g} s, {_shares(parts)}."]
+    sentences = [f"Why {best.layout}: of its {parts.total_s:.4g} s, {_shares(parts)}."]
     rivals = list(zip(why.families, why.parts, strict=True))[1 : 1 + MOST_RIVALS]
-    told += [
+    sentences += [
         f"{rival.layout} takes {theirs.total_s / parts.total_s - 1.0:.1%} longer: {_difference(theirs, parts)}."
         for rival, theirs in rivals
     ]
-    return " ".join(told)
+    return " ".join(sentences)
 
 
 def elsewhere(why: Explanation) -> list[str]:

@@ -18,7 +18,7 @@ from service.pictures.accuracy import Pair, accuracy_panel
 from service.pictures.rounds import predicted_panels, run_panels
 from service.pictures.svg import document
 from service.reasons.recommendation import gap_in_words, layout_in_words
-from service.reasons.run_words import RunTold, in_words
+from service.reasons.run_words import RunDetails, in_words
 from service.reasons.waterfall_chart import drawing
 from service.reports.charts import curves, triangle
 from service.reports.page import Section
@@ -52,36 +52,36 @@ def plan_sections(plan: Plan) -> list[Section]:
     return [*found, _attention(plan)]
 
 
-def run_sections(database: Database, told: RunTold) -> list[Section]:
+def run_sections(database: Database, details: RunDetails) -> list[Section]:
     """What the run took and why, where its seconds went, its rounds beside those predicted, and the plan's sections."""
-    words = in_words(told, profile_command(told), "isochunk run-plan")
-    found = [Section(title=f"Run {told.run.id}", rows=words), *_waterfall(database, told)]
-    if told.rounds:
-        found.append(Section(title="When rounds ran", picture=document(run_panels(told.plan, told.rounds))))
-    return [*found, *plan_sections(told.plan)]
+    words = in_words(details, profile_command(details), "isochunk run-plan")
+    found = [Section(title=f"Run {details.run.id}", rows=words), *_waterfall(database, details)]
+    if details.rounds:
+        found.append(Section(title="When rounds ran", picture=document(run_panels(details.plan, details.rounds))))
+    return [*found, *plan_sections(details.plan)]
 
 
-def _waterfall(database: Database, told: RunTold) -> list[Section]:
+def _waterfall(database: Database, details: RunDetails) -> list[Section]:
     """From the published peak of the ranks' devices to the makespan; nothing where no peak is published."""
-    hardware = get_hardware(database, told.run.hardware_id)
-    precision = PRECISIONS.get(told.plan.precision)
+    hardware = get_hardware(database, details.run.hardware_id)
+    precision = PRECISIONS.get(details.plan.precision)
     peak_flops = precision.peak_flops(hardware.device) if precision else None
-    if not peak_flops or not told.rounds or told.run.makespan_s is None:
+    if not peak_flops or not details.rounds or details.run.makespan_s is None:
         return []
     try:
-        shape = model_shape(told.plan.model, None)
+        shape = model_shape(details.plan.model, None)
     except UserError:  # its configuration is not on this machine
         return []
     predicted, measured = waterfalls(
-        told.plan,
+        details.plan,
         shape,
-        told.rounds,
-        told.run.makespan_s,
-        told.run.predicted_makespan_s,
+        details.rounds,
+        details.run.makespan_s,
+        details.run.predicted_makespan_s,
         peak_flops=peak_flops,
-        slowdown=told.run.slowdown or 1.0,
+        slowdown=details.run.slowdown or 1.0,
     )
-    picture = drawing(predicted, measured, f"{told.name}: {told.run.makespan_s:.4g} s")
+    picture = drawing(predicted, measured, f"{details.name}: {details.run.makespan_s:.4g} s")
     return [Section(title="Where the seconds went", picture=picture)]
 
 

@@ -1,4 +1,4 @@
-"""What `isochunk plot` does: pictures of a plan, of a run of it, or of a trace under every policy."""
+"""What `isochunk plot` does: pictures of a plan, of a run of it, of a trace under every policy, or of ranges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_RATES = 12
 class PlotOptions:
     """Options of `isochunk plot`. Raises UserError for values that are not allowed, alone or together."""
 
-    file: str | None = option(None, "A plan, a run's --output, or a trace.", flags=("FILE",))
+    file: str | None = option(None, "A plan, a run's --output, a quantize report or a trace.", flags=("FILE",))
     output: str | None = option(None, "Write the picture here: .svg or .png.", flags=("-o", "--output"), is_file=True)
     plan: str | None = option(None, "Of a run: its plan. Of a trace: a plan whose costs to take.", is_file=True)
     cost_model: str | None = option(None, "Of a trace: the cost model.", is_file=True)
@@ -33,7 +33,7 @@ class PlotOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.file is None:
-            raise UserError("FILE", "missing", "give a plan, a run's --output, or a trace")
+            raise UserError("FILE", "missing", "give a plan, a run's --output, a quantize report or a trace")
         if self.output is None or Path(self.output).suffix not in SUFFIXES:
             raise UserError("-o", self.output or "missing", "a file that ends in .svg or .png is needed")
 
@@ -48,6 +48,8 @@ def plot(options: PlotOptions) -> Path:
         picture = _plan_picture(options.file)
     elif "makespans_s" in content:
         picture = _run_picture(options.file, content, options.plan)
+    elif "linears" in content and "perplexity_before" in content:
+        picture = _range_picture(options.file, content)
     else:
         picture = _trace_picture(options)
     replace_file(output, _png(picture) if output.suffix == ".png" else picture.encode())
@@ -97,6 +99,21 @@ def _run_picture(path: str, content: dict[str, Any], plan_path: str | None) -> s
     return document(run_panels(plan, rounds))
 
 
+def _range_picture(path: str, content: dict[str, Any]) -> str:
+    from service.pictures.ranges import RangedLinear, range_panels
+    from service.pictures.svg import document
+
+    with located(path):
+        linears = parse(tuple[RangedLinear, ...], content["linears"])
+    seen = [linear for linear in linears if linear.seen is not None]
+    if not seen:
+        raise UserError("FILE", path, "tells no ranges: quantize with --calibration")
+    title = (
+        f"{content.get('model')} in {content.get('precision')}: ranges on {content.get('calibration_tokens')} tokens"
+    )
+    return document(range_panels(seen, title))
+
+
 def _trace_picture(options: PlotOptions) -> str:
     from service.pictures.latency import load_panel, ttft_panel
     from service.pictures.svg import document
@@ -122,9 +139,9 @@ def _trace_picture(options: PlotOptions) -> str:
 
 
 def _cost_of(options: PlotOptions) -> Any:
+    from tuner.fit.smoothing import load_measured_model
     from tuner.plan.cost_model import CostModel
     from tuner.plan.plan import load_plan
-    from tuner.plan.smoothing import load_measured_model
 
     if options.cost_model is not None:
         cost, _ = load_measured_model(options.cost_model)

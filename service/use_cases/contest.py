@@ -11,9 +11,9 @@ from tuner.plan.plan import Request
 from tuner.rounds.deadlines import Impossible, impossible_deadlines
 from tuner.rounds.problem import Problem, arrive_over_time
 from tuner.rounds.round_plan import RoundPlan, best_first
-from tuner.rounds.schedule import Objective
 from tuner.search.replay import Replay
 from tuner.search.rules import Rules
+from tuner.workload.objective import Objective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from profiler.points.grid import Grid
 from profiler.points.point import Op
 
 CONTEXTS = {"cpu": 8192, "cuda": 131072}
-"""The longest prompts that a profile covers unless it is told otherwise."""
+"""The longest prompts that a profile covers unless others are asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -160,7 +160,7 @@ def supported() -> list[Supported]:
 
 
 def model_report(model: str) -> ModelReport:
-    """What MODEL is. Raises `UserError` where there is no such configuration; one that is not supported is told."""
+    """What MODEL is. Raises `UserError` where there is no such configuration; one that is not supported says so."""
     try:
         shape = load_model_shape(model)
     except UserError as error:

@@ -17,9 +17,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from db.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 F = TypeVar("F", bound=Callable[..., Any])
 DB_HELP = "Database: any SQLAlchemy URL of SQLite or PostgreSQL. [default: a SQLite file in the user's data folder]"
@@ -55,8 +58,9 @@ def option(
     variable: str | None = None,
 ) -> Any:
     """A field of an options class."""
+    words = tuple(map(str, choices))  # of members of an enum click takes the names
     about = Option(
-        help=help, flags=flags, metavar=metavar, choices=choices, above=above, is_file=is_file, variable=variable
+        help=help, flags=flags, metavar=metavar, choices=words, above=above, is_file=is_file, variable=variable
     )
     return field(default=default, metadata={KEY: about})
 
@@ -66,14 +70,14 @@ def db_url() -> Any:
     return option(None, DB_HELP, flags=("--db",), metavar="URL", variable=DB_VARIABLE)
 
 
-def flag_of(options: object, name: str) -> str:
+def flag_of(options: DataclassInstance, name: str) -> str:
     """How a field is called on the command line."""
-    return next(flags_of(each)[-1] for each in fields(options) if each.name == name)  # type: ignore[arg-type]
+    return next(flags_of(each)[-1] for each in fields(options) if each.name == name)
 
 
-def check_options(options: object) -> None:
+def check_options(options: DataclassInstance) -> None:
     """Raise UserError for the first field whose value its declaration does not allow."""
-    for each in fields(options):  # type: ignore[arg-type]
+    for each in fields(options):
         about, value = about_field(each), getattr(options, each.name)
         if value is None:
             continue
@@ -94,17 +98,17 @@ def flags_of(each: Field[Any]) -> tuple[str, ...]:
     return about_field(each).flags or ("--" + each.name.replace("_", "-"),)
 
 
-def chosen(options: object) -> dict[str, Any]:
+def chosen(options: DataclassInstance) -> dict[str, Any]:
     """The fields that are not at their defaults; where the database is, which may hold a password, is left out."""
-    values = ((each, getattr(options, each.name)) for each in fields(options))  # type: ignore[arg-type]
+    values = ((each, getattr(options, each.name)) for each in fields(options))
     return {each.name: value for each, value in values if value != each.default and each.name != "db_url"}
 
 
-def command_line(name: str, options: object, **others: Any) -> str:
+def command_line(name: str, options: DataclassInstance, **others: Any) -> str:
     """The command with the options that are not at their defaults; others: fields with other values."""
     words, arguments = [], []
     given = {"db_url": getattr(options, "db_url", None), **chosen(options), **others}
-    for each in fields(options):  # type: ignore[arg-type]
+    for each in fields(options):
         value, flag = given.get(each.name), flags_of(each)[-1]
         if value is None:
             continue

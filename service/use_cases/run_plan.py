@@ -6,12 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
 from db.errors import UserError
 from db.files.documents import write_json
 from db.files.replacement import check_writable, replace_file
 from profiler.comm.ranks.launch import is_first_process
 from profiler.hardware.device import default_num_threads
-from runtime.run.preparation import check_counts, check_layout, model_shape, with_dtype
+from runtime.run.preparation import (
+    attention_kernels,
+    check_counts,
+    check_layout,
+    missing_kernels,
+    model_shape,
+    with_dtype,
+)
 from runtime.run.prompts import TokenIds, Tokenizer, random_prompts, read_prompts
 from runtime.run.reference import TokenCheck, check_tokens
 from runtime.run.result import RunResult
@@ -80,6 +89,7 @@ def execute(request: RunRequest) -> Run:
     check_counts(max_new_tokens=request.max_new_tokens, repeat=request.repeat, num_threads=num_threads)
     tokenizer = Tokenizer(request.weights)
     prompts, is_text = _prompts(request, plan, tokenizer)
+    _warn_of_missing_kernels(plan, request.device_type)
     result = run_plan(
         plan,
         weights=request.weights,
@@ -113,7 +123,7 @@ def write_files(request: RunRequest, run: Run) -> None:
         write_json(request.output, run.to_json())
     if request.plot is not None and run.result.waterfall is not None:
         title = f"{layout_of(run.plan.parallel)}: from the peak of the ranks to the makespan"
-        replace_file(request.plot, drawing(run.result.told, run.result.waterfall, title).encode())
+        replace_file(request.plot, drawing(run.result.planned_waterfall, run.result.waterfall, title).encode())
     if request.trace is not None:
         write_trace(request.trace, run.plan, run.result)
 
@@ -128,6 +138,19 @@ def _prompts(request: RunRequest, plan: Plan, tokenizer: Tokenizer) -> tuple[tup
     shape = model_shape(plan.model, request.weights)  # a layout that cannot be run is refused before prompts are made
     check_layout(plan, shape, max_new_tokens=request.max_new_tokens, device_type=request.device_type)
     return random_prompts(plan.requests, shape.vocab_size), False
+
+
+def _warn_of_missing_kernels(plan: Plan, device_type: str) -> None:
+    """One line on standard error where attention kernels of the plan are missing here."""
+    kernels = attention_kernels(plan, device_type)
+    missing = missing_kernels(plan, kernels)
+    if missing and is_first_process():
+        click.echo(
+            f"attention_kernels: {', '.join(missing)}: not available here ({device_type}, {plan.precision}); "
+            f"{kernels.usual} runs instead, and the prediction does not hold for it "
+            "(isochunk tune plans with the kernels that isochunk profile measured on this machine)",
+            err=True,
+        )
 
 
 def _check_writable(request: RunRequest) -> None:

@@ -9,13 +9,13 @@ from db.rows.hardware import get_hardware
 from db.rows.plans import get_plan_row
 from db.rows.runs import RunStatus, StoredRun, find_run, list_runs, load_round_times
 from db.store.engine import Database
-from service.reasons.run_words import RunTold
+from service.reasons.run_words import RunDetails
 from tuner.plan.plan import Plan
 
 MOST_OTHERS = 50
 
 
-def told_run(database: Database, run_id: int | None) -> RunTold:
+def run_details(database: Database, run_id: int | None) -> RunDetails:
     """A run, the newest that ended well without an id, with all that explains it. Raises UserError without any."""
     run = _newest(database) if run_id is None else find_run(database, run_id)
     if run is None:
@@ -24,7 +24,7 @@ def told_run(database: Database, run_id: int | None) -> RunTold:
     plan = Plan.from_json(get_plan_row(database, run.plan_id))
     hardware = get_hardware(database, run.hardware_id)
     others = list_runs(database, plan_id=run.plan_id, status=RunStatus.DONE, hardware=hardware, limit=MOST_OTHERS)
-    return RunTold(
+    return RunDetails(
         run=run,
         plan=plan,
         rounds=load_round_times(database, run.id),
@@ -32,10 +32,10 @@ def told_run(database: Database, run_id: int | None) -> RunTold:
     )
 
 
-def profile_command(told: RunTold) -> str:
+def profile_command(details: RunDetails) -> str:
     """Measures anew what the run's plan was made from."""
-    model = str(told.plan.model.get("name") or "MODEL")
-    words = ["isochunk", "profile", model, "--world-size", str(told.plan.parallel.world_size), "--remeasure", "all"]
+    model = str(details.plan.model.get("name") or "MODEL")
+    words = ["isochunk", "profile", model, "--world-size", str(details.plan.parallel.world_size), "--remeasure", "all"]
     return shlex.join(words)
 
 

@@ -14,16 +14,16 @@ from service.use_cases.contest import contest
 from service.use_cases.options import chosen
 from service.use_cases.tune_options import TuneOptions, next_command
 from service.use_cases.tune_report import TuneReport
+from tuner.fit.smoothing import load_measured_model
 from tuner.plan.cost_model import CostModel
 from tuner.plan.layout import layout_of
 from tuner.plan.plan import MAX_WINDOW, Parallel, Request, save_plan
-from tuner.plan.smoothing import load_measured_model
 from tuner.plan.stage_cost import MAX_TOKENS
 from tuner.rounds.problem import Limits
 from tuner.rounds.round_plan import Alternative, rounds_to_plan
-from tuner.rounds.schedule import Objective
 from tuner.search.rules import Rules
-from tuner.workload.classes import classes_told, parse_weights, weighted
+from tuner.workload.classes import describe_classes, parse_weights, weighted
+from tuner.workload.objective import Objective
 from tuner.workload.prompt_lens import parse_prompt_lens
 from tuner.workload.trace_format import TimeUnit, TraceFormat
 from tuner.workload.workload import NO_CACHE, Workload, load_workload
@@ -36,7 +36,7 @@ Echo = Callable[[str], None] | None
 def tune(options: TuneOptions, *, echo: Echo = None) -> TuneReport:
     """Plan as the options ask for, from a cost model file or from what was measured; write the plan.
 
-    echo: told of each measured run.
+    echo: called with a line for each measured run.
     """
     workload, rules = workload_of(options), rules_of(options)
     requests, notes = workload.requests, workload.notes
@@ -91,7 +91,7 @@ def workload_of(options: TuneOptions) -> Workload:
     if objective.needs_deadlines and not has_deadlines and not has_limits:
         allowed = f"the objective {options.objective} needs deadlines: sla_ttft_s in the workload, or this option"
         raise UserError("--sla-ttft-s", "missing", allowed)
-    return replace(workload, requests=requests, notes=(*notes, *classes_told(requests)))
+    return replace(workload, requests=requests, notes=(*notes, *describe_classes(requests)))
 
 
 def _decoding(

@@ -22,11 +22,11 @@ from service.use_cases.tune_options import TuneOptions
 from service.use_cases.tune_report import TuneReport
 from tuner.plan.layout import layout_of
 from tuner.plan.plan import Plan
-from tuner.rounds.schedule import Objective
 from tuner.search.autotune import Choice, InterruptedStudy, autotune, kept_study
 from tuner.search.layouts import to_plan, with_rounds
 from tuner.search.rules import Rules
 from tuner.search.target import Target
+from tuner.workload.objective import Objective
 
 if TYPE_CHECKING:
     import optuna

@@ -344,16 +344,16 @@ def _profile_command(options: TuneOptions, target: Target, layout: Layout) -> st
     return shlex.join([*words, *(("--sp-sizes", str(layout.sp_size)) if layout.sp_size > 1 else ())])
 
 
-def _with_mfu(told: Recommendation, target: Target, hardware: Hardware, rows: list[Measurement]) -> Recommendation:
+def _with_mfu(made: Recommendation, target: Target, hardware: Hardware, rows: list[Measurement]) -> Recommendation:
     """With the utilisation of the cards: of the published peak, or of the fastest product measured where none is."""
-    chunks = ((chunk.tokens, chunk.start) for chunks in told.plan.rounds for chunk in chunks)
+    chunks = ((chunk.tokens, chunk.start) for chunks in made.plan.rounds for chunk in chunks)
     flops = prefill_flops(target.shape, chunks, len(target.requests))
-    rate = flops / told.makespan_s / told.plan.parallel.world_size
+    rate = flops / made.makespan_s / made.plan.parallel.world_size
     peak = PRECISIONS[target.dtype].peak_flops(hardware.device)
     if peak:
-        return replace(told, mfu=rate / peak, mfu_of="the published peak")
+        return replace(made, mfu=rate / peak, mfu_of="the published peak")
     measured = fastest_product_flops(rows, target.dtype)
-    return replace(told, mfu=min(1.0, rate / measured), mfu_of="the fastest product measured") if measured else told
+    return replace(made, mfu=min(1.0, rate / measured), mfu_of="the fastest product measured") if measured else made
 
 
 def _keep(database: Database, hardware: Hardware, target: Target, report: TuneReport) -> None:

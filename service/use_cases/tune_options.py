@@ -1,4 +1,4 @@
-"""What `isochunk tune` can be told: each option with its help and what is allowed, declared once."""
+"""Options of `isochunk tune`: each with its help and what is allowed, declared once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from db.errors import UserError
 from profiler.sequence.kind import SPKind
 from service.use_cases.options import DB_VARIABLE, check_options, command_line, db_url, option
+from tuner.workload.objective import Objective
 from tuner.workload.trace_format import TimeUnit, TraceFormat
 
-OBJECTIVES = ("makespan", "mean-ttft", "p99-ttft", "sla", "lateness")
 SP_KINDS = ("auto", *(kind.value for kind in SPKind))
 
 
@@ -51,7 +51,7 @@ class TuneOptions:
     chunk_multiple: int | None = option(None, "Chunks end on multiples of this. [default: 64; on CUDA 256]")
     max_round_tokens: int | None = option(None, "Most tokens in a round.")
     max_kv_tokens: int | None = option(None, "Most tokens in the KV cache.")
-    objective: str = option("makespan", "What is made least.", choices=OBJECTIVES)
+    objective: str = option("makespan", "What is made least.", choices=tuple(Objective))
     sla_ttft_s: float | None = option(None, "Deadline of every request's TTFT, for sla and lateness.", above=0)
     decode: str = option("elsewhere", "Where the workload's answers are decoded.", choices=("elsewhere", "beside"))
     sla_tpot_s: float | None = option(None, "Limit of every request's TPOT, with --decode beside.", above=0)

@@ -66,7 +66,7 @@ def test_plans_are_predicted_within_a_few_percent_by_the_present_model(judged: d
     assert len(steady) == 107
     errors = [abs(one.refit.error(one.measured_s)) for one in steady]
     assert median(errors) < 0.015 and max(errors) < MOST_ERROR
-    # Stated for nine in ten; tensor parallelism through host memory and plans that wait are told too slow.
+    # Stated for nine in ten; tensor parallelism through host memory and plans that wait are predicted too slow.
     assert sum(one.refit.held(one.measured_s) for one in steady) >= 0.85 * len(steady)
     shaky = [one for one in judged["socket/lo"] if one.plan.parallel.tp_size == 2]
     assert len(shaky) == 6 and max(abs(one.refit.error(one.measured_s)) for one in shaky) < 0.25

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from profiler.comm.links.group import Groups, RankGroup
 from profiler.kernels.attention import available_kernels
 from profiler.model import load_model_shape
-from profiler.points.kernel_choice import KernelChoice
 from runtime.job.job import Job
+from tuner.plan.attention_kernels import AttentionKernels
 from tuner.plan.plan import Chunk, Parallel, Plan, Request, Round
 
 CPU_KERNEL = available_kernels(torch.device("cpu"), torch.float32)[0]
@@ -23,6 +24,17 @@ INTERLEAVED: tuple[Round, ...] = (
     (Chunk(0, 101, 37),),
     (Chunk(0, 138, 64), Chunk(1, 60, 37)),
 )
+ALONE = Groups(
+    tensor=RankGroup(),
+    sequence=RankGroup(),
+    sequence_ranks=(0,),
+    inbound={},
+    outbound={},
+    hand_offs=(),
+    back=None,
+    everyone=None,
+    sharing=None,
+)  # type: ignore[arg-type]  # only passes wait on it
 PARTITIONS = {1: (5,), 2: (2, 3), 3: (1, 3, 1)}
 
 
@@ -47,7 +59,7 @@ def make_job(weights: Path, *, tp_size: int = 1, pp_size: int = 2, **fields: Any
         "dtype": "float32",
         "max_new_tokens": 1,
         "repeat": 1,
-        "kernels": KernelChoice((), default=CPU_KERNEL),
+        "kernels": AttentionKernels(usual=CPU_KERNEL),
     }
     return Job(**defaults | fields)
 

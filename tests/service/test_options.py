@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import click
 import pytest
@@ -14,12 +15,19 @@ from service.use_cases.options import check_options, db_url
 from service.use_cases.options import option as described
 
 
+class Kind(StrEnum):
+    """Offered by its values; click would take the names."""
+
+    ONE = "a"
+    OTHER = "b"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Some:
     place: str | None = described(None, "Where.", flags=("PLACE",))
     num_ranks: int | None = described(None, "Ranks.", above=0)
     budget_s: float = described(1.5, "Seconds.", flags=("-b", "--budget-s"), above=0)
-    kind: str = described("a", "Which.", choices=("a", "b"))
+    kind: str = described("a", "Which.", choices=tuple(Kind))
     loud: bool = described(False, "Say more.")
     careful: bool = described(True, "Take care.")
     database: str | None = db_url()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from db.errors import UserError
 from profiler.model import load_model_shape
 from service.cli.checkpoints.quantize import command
+from service.cli.plot import command as plot
 from tests.checkpoints import write_checkpoint, write_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 30
@@ -50,6 +52,30 @@ def test_a_report_for_people_and_one_for_programs(invoke: Invoke, tmp_path: Path
     assert shape.quantization is not None
     assert (tmp_path / "made" / "tokenizer.json").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "made", "again"}
+    for one in report["linears"]:
+        assert one["held_out"] == pytest.approx(one["seen"], rel=1e-5)  # the same text
+        if one["linear"] in ("qkv", "gate_up"):
+            assert one["input_end"] == one["smoothed"]["most"] != one["seen"]["most"]
+        else:
+            assert one["smoothed"] is None and one["input_end"] == one["seen"]["most"]
+            assert one["seen"]["most"] >= one["seen"]["upper"] >= one["seen"]["median"] >= one["seen"]["lower"] > 0.0
+
+
+def test_ranges_are_drawn_with_what_the_calibration_set_did_not_cover(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("dog " * 16)
+    words = ("--precision", "w8a8-static", "--calibration", str(tmp_path / "short.txt"), "--held-out", "text.txt")
+    (tmp_path / "report.json").write_text(printed := invoke(*words, "--json").stdout)
+    further = [one["linear"] for one in json.loads(printed)["linears"] if one["held_out"]["most"] > one["seen"]["most"]]
+    assert "down" in further
+    output = tmp_path / "ranges.svg"
+    arguments = [str(tmp_path / "report.json"), "-o", str(output)]
+    assert CliRunner().invoke(plot, arguments, catch_exceptions=False).exit_code == 0
+    drawn = " ".join("".join(each.itertext()) for each in ElementTree.fromstring(output.read_text()).iter())
+    assert "in w8a8-static: ranges on 64 tokens" in drawn
+    assert f"Input of down: {further.count('down')} of 5 layers reach further on the held-out text" in drawn
+    (tmp_path / "report.json").write_text(invoke("--held-out", "text.txt", "--json", output="plain").stdout)
+    with pytest.raises(UserError, match="tells no ranges: quantize with --calibration"):
+        CliRunner().invoke(plot, arguments, standalone_mode=False, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

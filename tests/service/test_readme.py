@@ -14,7 +14,7 @@ import pytest
 from tests.checkpoints import write_checkpoint
 from tests.service.test_tune import COST_MODEL
 from tests.structures import ROOT
-from tests.transcripts import is_told, run, transcripts
+from tests.transcripts import is_shown, run, transcripts
 
 README = (ROOT / "README.md").read_text()
 
@@ -55,7 +55,7 @@ def test_the_transcripts_of_the_readme_are_true(tmp_path: Path) -> None:
         for step in steps:
             printed = run(step.command, tmp_path)
             shown = "\n".join(printed.splitlines()[: len(step.shown.splitlines())]) if step.is_cut else printed
-            assert is_told(step.shown, shown), f"{step.command}: python -m tests.transcripts"
+            assert is_shown(step.shown, shown), f"{step.command}: python -m tests.transcripts"
             assert all(len(line) <= 80 for line in printed.splitlines())
 
 

@@ -87,11 +87,12 @@ def test_a_hand_written_plan_runs_and_equals_transformers(weights: Path, tmp_pat
 
 
 @pytest.mark.timeout(150)
-def test_a_plan_of_several_groups_a_stage_runs_and_has_a_row_a_group(weights: Path, tmp_path: Path) -> None:
+def test_a_plan_of_several_groups_a_stage_and_a_card_runs_and_has_a_row_a_group(weights: Path, tmp_path: Path) -> None:
     passes = {"virtual_stages": 2, "stage_order": "v"}
     plan = _plan(weights) | {
-        "schema": "isochunk.plan/2",
+        "schema": "isochunk.plan/3",
         "parallel": {"tp_size": 1, "pp_size": 2, "layer_partition": [1, 2, 1, 1]} | passes,
+        "attention_kernels": {"usual": "flash3", "others": {"cpu-flash": [[5, 0]]}},
         "cost_model": COST_MODEL | {"schema": "isochunk.cost-model/2"} | passes,
     }
     trace = tmp_path / "trace.json"
@@ -101,6 +102,8 @@ def test_a_plan_of_several_groups_a_stage_runs_and_has_a_row_a_group(weights: Pa
         (run,) = list_runs(database)
         rounds = load_round_times(database, run.id)
     assert [(time.round, time.stage) for time in rounds] == [(i, group) for i in range(2) for group in range(4)]
+    assert "attention_kernels: flash3: not available here (cpu, float32); cpu-folded runs instead" in done.stderr
+    assert run.details["missing_kernels"] == ["flash3"]
     assert all(time.predicted_s for time in rounds)
     assert all(before.finish_s <= after.start_s for before, after in pairwise(rounds[:4]))
     names = [event["args"]["name"] for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "M"]
@@ -129,7 +132,7 @@ def test_torchrun_starts_the_ranks_just_as_well(weights: Path, tmp_path: Path) -
     ("change", "options", "words"),
     [
         ("not json", (), ("must be JSON",)),
-        ({"schema": "isochunk.plan/3"}, (), ("schema: isochunk.plan/3", "isochunk.plan/2")),
+        ({"schema": "isochunk.plan/4"}, (), ("schema: isochunk.plan/4", "isochunk.plan/3")),
         ({"rounds": [[{"request": 0, "start": 1, "tokens": 10}]]}, (), ("rounds[0][0].start: 1",)),
         ({"rounds": [[{"request": 0, "start": 0, "tokens": 12}]]}, (), ("rounds[0][0].tokens: 12", "1 to 11")),
         ({"rounds": [[{"request": 0, "start": 0, "tokens": 11}]]}, (), ("requests[1].prompt_tokens",)),

@@ -46,11 +46,11 @@ def records(state: Path) -> list[tuple[float, float]]:
 
 def test_kills_do_not_change_the_curve(command: Callable[[str], list[str]], tmp_path: Path) -> None:
     done = subprocess.run(command("whole"), capture_output=True, text=True, timeout=250, check=True)
-    told = json.loads(done.stdout)
-    assert told["steps"] == STEPS
-    assert told["seconds_a_step"] > 0.0
-    assert told["predicted_step_s"] is None
-    assert told["not_predicted"].startswith("measurements")  # nothing was profiled
+    report = json.loads(done.stdout)
+    assert report["steps"] == STEPS
+    assert report["seconds_a_step"] > 0.0
+    assert report["predicted_step_s"] is None
+    assert report["not_predicted"].startswith("measurements")  # nothing was profiled
     source, seen = random.Random(1), 0
     for _ in range(KILLS):
         process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -19,16 +19,18 @@ from db.rows.hardware import Hardware, list_hardware
 from db.rows.measurements import load_measurements, save_measurements
 from db.rows.plans import list_plan_rows
 from db.store.engine import open_database
+from profiler.kernels.attention_kernel import AttentionKernel
 from service.cli.main import cli
 from tests.structures import ROOT
 from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, with_ranks
+from tuner.plan.attention_kernels import AttentionKernels
 from tuner.plan.plan import load_plan
 
 HARDWARE = Hardware(
     device="imaginary", device_count=2, memory_bytes=32 * 2**30, driver="d", torch_version="t", backend="gloo",
     num_threads=1, link="lo",
 )  # fmt: skip
-COST_MODEL = {
+COST_MODEL: dict[str, Any] = {
     "schema": "isochunk.cost-model/1",
     "stages": [{
         "round_overhead_s": 0.0436,
@@ -86,6 +88,7 @@ def test_the_best_layout_is_written_as_a_plan_and_kept_as_a_row(url: str, tmp_pa
     assert plan.predicted.lower_bound_s <= plan.predicted.makespan_s
     assert [request.prompt_tokens for request in plan.requests] == [6000, 700]
     assert sum(plan.parallel.layer_partition) == SHAPE.num_layers
+    assert plan.attention_kernels == AttentionKernels(usual=AttentionKernel.CPU_FOLDED)  # the one that was measured
     baseline, ours = sorted(report["policies"], key=lambda one: one["policy"])
     assert ours["policy"] == "joint"
     assert baseline["policy"].startswith("fixed:")
@@ -124,15 +127,17 @@ def test_the_recommendation_comes_first(url: str) -> None:
     assert text.startswith("Recommended\n") and "give or take" in text and "None" not in text
     assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
     report = tune_json(*arguments)
-    told = report["recommendation"]
+    recommended = report["recommendation"]
     layouts = {one["makespan_s"] for one in report["layouts"] if "makespan_s" in one}
-    assert told["makespan_s"] == min(layouts)
-    assert told["tokens_per_s"] == pytest.approx(3000 / told["makespan_s"])
-    assert told["cost_per_million_tokens"] == pytest.approx(1e6 / 3000 * told["makespan_s"] * 2 * 2 / 3600)
-    assert 1.0 < told["gain_over_one_card"] <= 2.0
-    assert told["gain_over_simple"] >= 1.0 and told["simple"]["policy"].startswith("fixed:")
-    assert told["warning"] is None and 0.0 < told["mfu"] <= 1.0
-    assert told["next"].endswith("--output plan.json --db " + url)
+    assert recommended["makespan_s"] == min(layouts)
+    assert recommended["tokens_per_s"] == pytest.approx(3000 / recommended["makespan_s"])
+    assert recommended["cost_per_million_tokens"] == pytest.approx(
+        1e6 / 3000 * recommended["makespan_s"] * 2 * 2 / 3600
+    )
+    assert 1.0 < recommended["gain_over_one_card"] <= 2.0
+    assert recommended["gain_over_simple"] >= 1.0 and recommended["simple"]["policy"].startswith("fixed:")
+    assert recommended["warning"] is None and 0.0 < recommended["mfu"] <= 1.0
+    assert recommended["next"].endswith("--output plan.json --db " + url)
 
 
 def test_a_prediction_from_almost_nothing_is_called_a_guess(tmp_path: Path) -> None:

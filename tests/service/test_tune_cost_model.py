@@ -26,7 +26,7 @@ def test_a_cost_model_file_is_planned_without_model_or_database(tmp_path: Path) 
 
 def test_noise_in_a_measured_table_is_smoothed_and_said(tmp_path: Path) -> None:
     path = tmp_path / "cost.json"
-    stage = COST_MODEL["stages"][0]  # type: ignore[index]
+    stage = COST_MODEL["stages"][0]
     for seconds, words in (([0.0, 0.0153, 0.0151], "Smoothed stages[0].tokens.seconds: 2 of 3"), ([0, 1, 0.5], "")):
         tokens = {"count": [0, 512, 1024], "seconds": seconds}
         path.write_text(json.dumps(COST_MODEL | {"stages": [stage | {"tokens": tokens}]}))
@@ -166,9 +166,9 @@ def test_a_trace_with_answers_and_classes(tmp_path: Path) -> None:
     assert all(0.0 < row["mean_tpot_s"] <= row["p99_tpot_s"] and row["goodput_per_s"] >= 0.0 for row in rows.values())
     assert [row["priority"] for row in report["classes"]] == ["batch", "chat"]
     assert 0.0 < report["mean_ttft_bound_s"] <= rows["joint"]["mean_ttft_s"]
-    told = tune(*arguments, *limits)
-    assert "goodput/s" in told
-    assert "which counts no decoded token" in " ".join(told.split())
+    printed = tune(*arguments, *limits)
+    assert "goodput/s" in printed
+    assert "which counts no decoded token" in " ".join(printed.split())
     elsewhere = tune_json(*arguments)
     assert "mean_tpot_s" not in elsewhere["replays"][0]
     for wrong, message in (

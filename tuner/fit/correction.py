@@ -130,7 +130,7 @@ class PlansRun:
         self._fingerprints: dict[str, str] = {}
 
     def read(self, plan_id: int) -> tuple[Plan, str] | None:
-        """A plan and its model's fingerprint; None for one that cannot be read (any more)."""
+        """A plan and its model's fingerprint; None for one that cannot be read."""
         if plan_id not in self._plans:
             try:
                 plan = Plan.from_json(get_plan_row(self._database, plan_id))
@@ -172,7 +172,7 @@ def load_measured_rounds(
     plans, fingerprint = plans or PlansRun(database), work.shape.fingerprint
     for run in _runs(database, hardware, any_link=work.stage_size == 1):
         found = plans.read(run.plan_id)
-        if found is None:
+        if found is None or run.details.get("missing_kernels"):  # another kernel ran than the plan's
             continue
         plan, ran = found
         if ran != fingerprint or not _ran(plan, work) or not of(plan):

@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 
 from profiler.model import PRECISIONS, LayerSpec
+from profiler.points.kernel_choice import KernelChoice
 from profiler.points.point import Op
 from profiler.sequence.kind import CUTS, SequenceCut, usual_cut
 from tuner.fit.attention.curve import SPLIT_ROWS, TILE_ROWS, AttentionCurve
@@ -46,6 +47,8 @@ class LayerCosts:
     """Seconds at a message's bytes; two a layer when tp_size > 1."""
     attention: AttentionCurve | WindowCurve
     """With the heads that a rank attends with."""
+    kernels: KernelChoice
+    """The attention kernel of each chunk that these costs hold for."""
     calibration: Calibration
     messages: Mapping[Op, Curve]
     """Collectives between the ranks that share the rows of a round, by a message's bytes."""

@@ -59,6 +59,7 @@ def _fit_kind(rows: Rows, work: RankWork, *, busy_ranks: int) -> LayerCosts:
         elementwise=elementwise,
         all_reduce=_all_reduce(rows, work, busy_ranks, why),
         attention=attention.fit(attention.chosen),
+        kernels=attention.choose,
         calibration=Calibration.none(),
         messages=fit_messages(rows, work, busy_ranks=busy_ranks, why=why),
         overlap=fit_overlap(rows, work, busy_ranks=busy_ranks),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Self, cast
 
 from db.errors import UserError
 from db.rows.hardware import Hardware
@@ -110,7 +110,7 @@ class RankWork:
     def attention_sizes(self) -> dict[str, int]:
         """Sizes that an `attention` row names beside chunk and context: the most heads that a rank attends with."""
         attention = self.layer.attention
-        sizes = attention.sizes(self.tp_size) | dict.fromkeys(MASKS, 0) | attention.masking
+        sizes = dict.fromkeys(MASKS, 0) | attention.sizes(self.tp_size) | attention.masking
         if self.sp_kind is not SPKind.ULYSSES:
             return sizes
         heads, kv_heads = most_heads(sizes["heads"], sizes["kv_heads"], self.sp_size)
@@ -135,7 +135,7 @@ class RankWork:
     @property
     def whole_layer_sizes(self) -> dict[str, int]:
         """Sizes that `layer` rows name beside chunk and context."""
-        return self.layer_sizes | dict.fromkeys(MASKS, 0) | self.layer.traits(self.tp_size)
+        return dict.fromkeys(MASKS, 0) | self.layer_sizes | self.layer.traits(self.tp_size)
 
     @property
     def expert_sizes(self) -> dict[str, int]:
@@ -171,7 +171,7 @@ class Rows:
 
     measurements: Sequence[Measurement]
     _by_op: Mapping[str, list[Measurement]] = field(init=False, repr=False, compare=False)
-    _found: dict[object, list[Measurement]] = field(init=False, repr=False, compare=False)
+    _found: dict[tuple[object, ...], list[Measurement]] = field(init=False, repr=False, compare=False)
     """Cache of selections: fits of many layouts select the same rows."""
 
     def __post_init__(self) -> None:
@@ -184,14 +184,14 @@ class Rows:
     @classmethod
     def of(cls, rows: Sequence[Measurement] | Self) -> Self:
         """Rows as they are, or made of measurements."""
-        return rows if isinstance(rows, cls) else cls(rows)  # type: ignore[arg-type]
+        return rows if isinstance(rows, cls) else cls(cast(Sequence[Measurement], rows))
 
     def replaced(self, made: Sequence[Measurement]) -> Self:
         """The same with rows that stand for all those of their operation, group and variant."""
         instead = {(row.op, row.group_size, row.variant) for row in made}
         kept = [row for row in self.measurements if (row.op, row.group_size, row.variant) not in instead]
         rows, changed = type(self)([*kept, *made]), {row.op for row in made}
-        rows._found.update({asked: found for asked, found in self._found.items() if asked[0] not in changed})  # type: ignore[index]
+        rows._found.update({asked: found for asked, found in self._found.items() if asked[0] not in changed})
         return rows
 
     def select(

@@ -19,8 +19,9 @@ from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats
 from tuner.recurrence.timeline import simulate
 from tuner.rounds.packing import Packer, fill_rounds
-from tuner.rounds.schedule import MAKESPAN_SLACK, FlatRounds, Objective
+from tuner.rounds.schedule import MAKESPAN_SLACK, FlatRounds
 from tuner.serving.clock import Clock
+from tuner.workload.objective import Objective
 
 ROUNDING = 1e-9
 """A round's own time as its cap lets it in again."""

@@ -39,8 +39,8 @@ from tuner.plan.plan import Request, Round, check_window
 from tuner.rounds.packing import OpenRound, Packer
 from tuner.rounds.problem import NO_LIMITS, Limits
 from tuner.rounds.round_budgets import QueueBudgets, RoundExcess, context_token_s, round_overhead_s
-from tuner.rounds.schedule import Objective
 from tuner.serving.answers import NOTHING_BESIDE, Beside
+from tuner.workload.objective import Objective
 
 FIRST_TABLE_TOKENS = 131_072
 """Prompt length that the cost tables hold from the start; a longer prompt doubles them."""
@@ -60,7 +60,7 @@ class OnlinePlanner:
     """Decides one round at a time.
 
     `objective` makespan and mean-ttft differ in how far ahead the cap looks; sla and lateness run the earliest deadline
-    first. `more_to_come`: requests will arrive over time, though none has told so yet; until then the first ones are
+    first. `more_to_come`: requests will arrive over time, though none has shown it yet; until then the first ones are
     taken for all there are, and their makespan is limited.
     Raises UserError for a window of 0, a repeated id or a request that the limits can never hold.
     """
@@ -191,7 +191,7 @@ class OnlinePlanner:
         if not math.isfinite(beside.limit_s):
             return math.inf
         hops_s = self._stages_after * self.cost.hop_latency_s + self.cost.return_s
-        rounds = self.cost.pp_size + (hops_s > 0.0)  # handed on and told back it misses the next round
+        rounds = self.cost.pp_size + (hops_s > 0.0)  # handed on and reported back it misses the next round
         return max(IN_TIME * (beside.due_s - start_s - hops_s), LATE_SHARE * beside.limit_s) / rounds
 
     def _seconds_beside(self, chunks: Round, beside: Beside) -> float:

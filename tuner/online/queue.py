@@ -85,7 +85,7 @@ class FirstComeQueue:
 
 
 class Scheduler(Protocol):
-    """Decides rounds one at a time: told of each request when it arrives, asked whenever stage 0 can take a round."""
+    """Decides rounds one at a time: given each request when it arrives, asked whenever stage 0 can take a round."""
 
     @property
     def has_work(self) -> bool:

@@ -1,4 +1,4 @@
-"""The plan: requests, chunks, rounds, the parallel layout, and its file, isochunk.plan/2."""
+"""The plan: requests, chunks, rounds, the parallel layout, and its file, isochunk.plan/3."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 from db.errors import UserError
 from db.files.documents import located, of_schema, parse, read_json, write_json
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind, round_cuts
+from tuner.plan.attention_kernels import AttentionKernels
 from tuner.plan.stage_cost import MAX_SECONDS, MAX_TOKENS
 from tuner.plan.stage_order import StageOrder, stages_of_groups
 
-SCHEMA = "isochunk.plan/2"
+SCHEMA = "isochunk.plan/3"
+SCHEMA_2 = "isochunk.plan/2"  # without attention kernels
 SCHEMA_1 = "isochunk.plan/1"  # without sequence parallelism and virtual stages
 MAX_REQUESTS = 65_536
 MAX_ROUNDS = 100_000
@@ -230,6 +232,8 @@ class Plan:
     cost_model: Mapping[str, Any] | None = None
     cuts: tuple[SequenceCut, ...] = ()
     """How each round is cut among the ranks that share its rows; left out, as usual for the kind."""
+    attention_kernels: AttentionKernels | None = None
+    """The kernels that the prediction holds for; left out, the usual best of the device runs."""
 
     def __post_init__(self) -> None:
         check_window(self.window)
@@ -243,10 +247,10 @@ class Plan:
         if self.threads_per_rank is not None and not 1 <= self.threads_per_rank <= MAX_THREADS:
             raise UserError("threads_per_rank", self.threads_per_rank, f"at least 1, at most {MAX_THREADS}")
         check_rounds(self.requests, self.rounds)
-        told = len(self.predicted.ttft_s) if self.predicted else 0
-        if told not in (0, len(self.requests)):
+        given = len(self.predicted.ttft_s) if self.predicted else 0
+        if given not in (0, len(self.requests)):
             allowed = f"one for each of {len(self.requests)} requests, or none"
-            raise UserError("predicted.ttft_s", f"{told} values", allowed)
+            raise UserError("predicted.ttft_s", f"{given} values", allowed)
 
     @property
     def round_cuts(self) -> tuple[SequenceCut, ...]:
@@ -254,7 +258,7 @@ class Plan:
         return round_cuts(self.parallel.sp_kind, self.cuts, len(self.rounds))
 
     def to_json(self) -> dict[str, Any]:
-        """The content of an isochunk.plan/2 file."""
+        """The content of an isochunk.plan/3 file."""
         out: dict[str, Any] = {
             "schema": SCHEMA,
             "model": dict(self.model),
@@ -274,12 +278,16 @@ class Plan:
             out["cost_model"] = dict(self.cost_model)
         if self.cuts:
             out["cuts"] = list(self.cuts)
+        if self.attention_kernels is not None:
+            out["attention_kernels"] = self.attention_kernels.to_json()
         return out
 
     @classmethod
     def from_json(cls, data: object) -> Plan:
-        """Read the content of an isochunk.plan/2 or /1 file; unknown fields are ignored. Raises UserError."""
-        content = of_schema(data, SCHEMA, SCHEMA_1)
+        """Read the content of an isochunk.plan/3, /2 or /1 file; unknown fields are ignored. Raises UserError."""
+        content = of_schema(data, SCHEMA, SCHEMA_2, SCHEMA_1)
+        if content["schema"] != SCHEMA:
+            content = {name: value for name, value in content.items() if name != "attention_kernels"}
         if content["schema"] == SCHEMA_1:
             content = _without_sequence(content)
         requests = content.get("requests")

@@ -10,7 +10,8 @@ from tuner.plan.plan import Chunk, Request, Round
 from tuner.policies.sweep import Search, shortest_first
 from tuner.rounds.packing import Packer, backward_cuts
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import MAKESPAN_SLACK, Objective
+from tuner.rounds.schedule import MAKESPAN_SLACK
+from tuner.workload.objective import Objective
 
 
 def dp_rounds(problem: Problem) -> list[Round]:

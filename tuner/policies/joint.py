@@ -40,7 +40,8 @@ from tuner.policies.sweep import (
 from tuner.rounds.packing import pack_in_order, pack_tails
 from tuner.rounds.problem import Problem
 from tuner.rounds.round_plan import Bound
-from tuner.rounds.schedule import MAKESPAN_SLACK, Objective
+from tuner.rounds.schedule import MAKESPAN_SLACK
+from tuner.workload.objective import Objective
 
 DRAFT_EFFORT = 0.4
 """Share of the caps that a draft tries: it ranks layouts and partitions, to about 0.3 %."""

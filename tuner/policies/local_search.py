@@ -15,7 +15,7 @@ from tuner.plan.plan import Chunk, Round
 from tuner.plan.stage_cost import Floats
 from tuner.recurrence.timeline import order_of
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import Objective
+from tuner.workload.objective import Objective
 
 TIE = 1e-6
 """Weight of the mean TTFT beside another figure: it breaks ties."""

@@ -19,7 +19,7 @@ from tuner.policies.sglang import sglang_rounds
 from tuner.policies.terapipe import terapipe_rounds
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Envelope, Work, envelopes, requests_s
-from tuner.rounds.schedule import Objective
+from tuner.workload.objective import Objective
 
 POLICIES = ("fixed:N", "gpipe", "sglang", "ascend", "terapipe", "dp", "joint")
 BATCHES: dict[str, Callable[[Problem], list[Round]]] = {

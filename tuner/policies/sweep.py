@@ -23,8 +23,9 @@ from tuner.rounds.packing import EPSILON_S, Packer, pack_in_order
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Work, envelopes, likely_cap_s
 from tuner.rounds.round_budgets import QueueBudgets, context_token_s, round_overhead_s
-from tuner.rounds.schedule import Evaluation, FlatRounds, Objective, RoundTimes
+from tuner.rounds.schedule import Evaluation, FlatRounds, RoundTimes
 from tuner.rounds.uneven import busiest_stage, sides_of
+from tuner.workload.objective import Objective
 
 Pack = Callable[[Packer, Sequence[Request], Sequence[int], Sequence[float]], list[Round]]
 """(packer, requests, order, cap of each request) -> rounds."""

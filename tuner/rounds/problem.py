@@ -9,7 +9,8 @@ from typing import Self, TypedDict, Unpack
 from db.errors import UserError
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round, check_window
-from tuner.rounds.schedule import Evaluation, Objective, evaluate
+from tuner.rounds.schedule import Evaluation, evaluate
+from tuner.workload.objective import Objective
 
 MOST_UNITS = 2**20
 """Steps of `chunk_multiple` tokens in a batch: 67 million tokens in steps of 64."""

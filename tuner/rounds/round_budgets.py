@@ -149,13 +149,6 @@ class QueueBudgets:
         likely = self.makespan_weight()
         return [self.for_mean_ttft(weight) for weight in dict.fromkeys(share * likely for share in NEARBY)]
 
-    def shared_s(self) -> float:
-        """One budget for all, that of the mean TTFT; there are stages behind the first."""
-        weights = self._usable_weights()
-        total = sum(weights)
-        budget = pooled_budgets([sum(self._delays(weights, 0.0))], [total], self.stages_after + ENDS_INSIDE)[0]
-        return self.per_round_s + budget
-
     def makespan_weight(self) -> float:
         """The least weight tried under which the makespan should stay within MAKESPAN_SLACK of its own budgets'."""
         if not self.stages_after:

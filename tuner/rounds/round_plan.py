@@ -13,7 +13,8 @@ from tuner.plan.plan import Parallel, Plan, Predicted, Request, Round
 from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.grid.relaxation import is_curved
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import MAKESPAN_SLACK, Evaluation, Objective
+from tuner.rounds.schedule import MAKESPAN_SLACK, Evaluation
+from tuner.workload.objective import Objective
 
 
 class Bound:

@@ -6,51 +6,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import chain
 from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
 
-from db.errors import UserError
 from tuner.plan.cost_model import CostModel, Ints
 from tuner.plan.plan import Request, Round
 from tuner.plan.stage_cost import Floats
 from tuner.recurrence.timeline import Timeline, order_of, simulate
 from tuner.serving.answers import Answers
 from tuner.serving.clock import Clock
+from tuner.workload.objective import Objective
 
 MAKESPAN_SLACK = 1.0075
 """A plan for mean TTFT or deadlines has at most this much times the best makespan found."""
 CHUNK_COLUMNS = tuple(map(attrgetter, ("request", "start", "tokens")))
-
-
-class Objective(StrEnum):
-    """What the rounds are optimised for."""
-
-    MAKESPAN = "makespan"
-    MEAN_TTFT = "mean-ttft"
-    """Mean TTFT, weighted by each request's weight."""
-    SLA = "sla"
-    """Number of requests that meet their `sla_ttft_s` and `sla_tpot_s`, each with its weight; the mean TTFT breaks
-    ties."""
-    LATENESS = "lateness"
-    """How late the latest request is: the largest TTFT less `sla_ttft_s`."""
-    P99_TTFT = "p99-ttft"
-    """99th percentile of the TTFTs."""
-
-    @property
-    def needs_deadlines(self) -> bool:
-        """Whether it says nothing of requests without `sla_ttft_s`."""
-        return self in (Objective.SLA, Objective.LATENESS)
-
-    @classmethod
-    def parse(cls, name: str) -> Objective:
-        """The objective of this name. Raises UserError naming those there are."""
-        if name not in list(cls):
-            raise UserError("objective", name, f"one of {', '.join(cls)}")
-        return cls(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

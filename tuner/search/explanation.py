@@ -129,7 +129,7 @@ def best_of_families(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
 def explain(target: Target, candidates: Sequence[Candidate], rules: Rules, *, with_map: bool = False) -> Explanation:
     """Why the first of the candidates won; those proven worse here compete elsewhere, too.
 
-    Of requests that arrive over time only the parts are told: their makespan is mostly waiting for the last.
+    Of requests that arrive over time only the parts are given: their makespan is mostly waiting for the last.
     """
     families = best_of_families(candidates)
     parts = tuple(parts_of(target, candidate, rules) for candidate in families)
@@ -204,21 +204,23 @@ class Arena:
             ((self._makespan_s(candidate, requests, link_factor), index)
              for index, candidate in enumerate(self.contenders)),
         )  # fmt: skip
-        place = {
-            "prompt_tokens": max(request.prompt_tokens for request in requests),
-            "num_requests": len(requests),
-            "link_factor": link_factor,
-        }
+        nothing = Winner(
+            layout=None,
+            makespan_s=math.inf,
+            prompt_tokens=max(request.prompt_tokens for request in requests),
+            num_requests=len(requests),
+            link_factor=link_factor,
+        )
         if not scored or math.isinf(scored[0][0]):
-            return Winner(layout=None, makespan_s=math.inf, **place)  # type: ignore[arg-type]
+            return nothing
         best_s, best = scored[0]
         second_s, second = scored[1] if len(scored) > 1 else (math.inf, best)
-        return Winner(
+        return replace(
+            nothing,
             layout=self.contenders[best].layout,
             makespan_s=best_s,
             runner_up=self.contenders[second].layout if math.isfinite(second_s) else None,
             lead=second_s / best_s - 1.0 if math.isfinite(second_s) else 0.0,
-            **place,  # type: ignore[arg-type]
         )
 
     def map(self) -> Iterator[Winner]:

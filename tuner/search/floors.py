@@ -39,8 +39,8 @@ from tuner.plan.plan import Request
 from tuner.plan.stage_cost import Floats
 from tuner.plan.stage_order import StageOrder
 from tuner.rounds.relaxation import Envelope, Work, envelopes
-from tuner.rounds.schedule import Objective
 from tuner.rounds.uneven import least_ratio
+from tuner.workload.objective import Objective
 
 ROUNDING = 1e-9
 """Share taken off a bound for the rounding of floating-point sums."""

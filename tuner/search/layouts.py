@@ -12,6 +12,7 @@ import numpy as np
 
 from db.errors import UserError
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind
+from tuner.fit.attention.kernels import with_kernels
 from tuner.fit.holdout import HeldOutError
 from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.uncertainty import makespan_uncertainty
@@ -23,13 +24,13 @@ from tuner.plan.plan import Plan
 from tuner.plan.stage_order import StageOrder
 from tuner.rounds.problem import Limits, Problem
 from tuner.rounds.round_plan import Bound, RoundPlan, rounds_to_plan
-from tuner.rounds.schedule import Objective
 from tuner.search.cuts import with_cuts
 from tuner.search.floors import Batch, Floors
 from tuner.search.links import Assumed
 from tuner.search.partition import BuildCost, balanced_partition, choose_partition, even_partition
 from tuner.search.rules import Rules
 from tuner.search.target import Room, Target, gathered, least_memory_refusal, parallel_of
+from tuner.workload.objective import Objective
 
 NEAR_SKETCH, NEAR_DRAFT = 1.025, 1.015
 """Layouts whose sketches are within this factor of the best are drafted, since other partitions gain a few percent;
@@ -129,7 +130,7 @@ class Candidate:
         return self.rounds.evaluation.score(objective)
 
     def is_near(self, best: tuple[float, ...], objective: Objective, factor: float) -> bool:
-        """Whether its score is within a factor of the best one; deadlines that are met are not told by factors."""
+        """Whether its score is within a factor of the best one; deadlines that are met have no factors."""
         score = self.score(objective)
         return math.isfinite(score[0]) and (objective.needs_deadlines or score[0] <= factor * best[0])
 
@@ -207,7 +208,7 @@ def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: 
     """The plan file's content for a candidate that was not refused."""
     assert candidate.rounds is not None and candidate.costs is not None
     layout = candidate.layout
-    return rounds_to_plan(
+    plan = rounds_to_plan(
         candidate.rounds,
         requests=target.requests,
         model=dict(target.shape.config) | {"name": target.shape.name, "backend": str(target.shape.backend)},
@@ -219,6 +220,8 @@ def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: 
         cuts=candidate.cuts if layout.sp_kind is not SPKind.NONE else (),
         uncertainty=uncertainty,
     )
+    costs = candidate.costs
+    return with_kernels(plan, costs.kernels) if isinstance(costs, LayerCosts) else plan
 
 
 def _fitted(layout: Layout, memory_refusal_of: Callable[[Layout], str | None], fit_layout: FitLayout) -> Candidate:

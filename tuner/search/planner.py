@@ -13,7 +13,7 @@ from tuner.policies.joint import draft_rounds, joint_rounds
 from tuner.policies.named import POLICIES, Floor, fixed_sweep, named_rounds
 from tuner.rounds.problem import Limits, Problem, RoundOptions
 from tuner.rounds.round_plan import Bound, RoundPlan, best_first
-from tuner.rounds.schedule import Objective
+from tuner.workload.objective import Objective
 
 __all__ = [
     "POLICIES",

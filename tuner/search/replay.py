@@ -16,7 +16,8 @@ from tuner.plan.plan import Request, Round
 from tuner.policies.named import BASED, POLICIES, base_sizes, fixed_sweep, named_rounds
 from tuner.rounds.problem import Problem, RoundOptions
 from tuner.rounds.round_plan import Bound, RoundPlan
-from tuner.rounds.schedule import Evaluation, Objective
+from tuner.rounds.schedule import Evaluation
+from tuner.workload.objective import Objective
 
 TRIED = tuple(
     OnlineSettings(aging=aging, foresight=foresight)

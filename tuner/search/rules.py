@@ -11,9 +11,9 @@ from tuner.plan.plan import Request
 from tuner.policies.joint import draft_choices
 from tuner.rounds.problem import NO_LIMITS, Limits, Problem, RoundOptions, arrive_over_time
 from tuner.rounds.round_plan import Bound, RoundPlan, best_first
-from tuner.rounds.schedule import Objective
 from tuner.search.planner import best_fixed, compare_policies, draft_plan, plan_rounds
 from tuner.search.replay import Replay, compare_replays, replay
+from tuner.workload.objective import Objective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

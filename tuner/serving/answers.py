@@ -1,7 +1,7 @@
 """Answers that are decoded beside prefill: whose next token may ride in the next round, what it costs, when it is due.
 
 A request's first token comes of its last chunk. From then on it has one token at a time in the pipeline: the next can
-start once the last has left the last stage and its return has been told to the first. A round takes all tokens that are
+start once the last has left the last stage and its return has reached the first. A round takes all tokens that are
 there: they are so many rows more of its token-wise work, and one call of attention over all their contexts, at what a
 chunk of one token costs there (`chunk_s`, `final_s` and the kernel's shortest time once, reading a context token for
 each). TPOT is the time from a request's first token to its last, over the tokens after the first.

@@ -1,47 +1,30 @@
-"""How long a training step takes by a cost model, and which chunks, order and recomputation make it shortest."""
+"""How long a training step takes by a cost model, and how far it is above what any order of its rounds takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-from db.errors import UserError
-from profiler.model import ModelShape
 from tuner.plan.cost_model import CostModel
-from tuner.plan.plan import Chunk, Parallel, Request, Round
-from tuner.training.order import Order, Recompute, Task, stage_tasks
-from tuner.training.work import StepMemory, StepWork, step_memory
+from tuner.training.order import Recompute, Task, stage_tasks
+from tuner.training.work import StepWork
 
 # Products of a backward for each of a forward: two for the gradients of both operands; attention has two products
 # forward and five backward, its scores once more among them (Dao, FlashAttention-2, 2023).
 PRODUCTS_BACKWARD, ATTENTION_BACKWARD = 2.0, 2.5
-MOST_CHUNKS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """A step by the cost model."""
 
-    work: StepWork
     seconds: float
     lower_bound_s: float  # of any order of these rounds with this recomputation
     bubble_share: float
-    memory: tuple[StepMemory, ...]  # of a rank of each stage
 
     @property
     def gap(self) -> float:
         """How far above the bound."""
         return self.seconds / self.lower_bound_s - 1.0
-
-    @property
-    def tokens_a_s(self) -> float:
-        """Tokens a second."""
-        return self.work.tokens / self.seconds
-
-    def mfu(self, peak_flops: float) -> float:
-        """6ND and attention, against so many FLOP/s of each rank."""
-        return self.work.flops / self.seconds / self.work.parallel.world_size / peak_flops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,18 +48,16 @@ class _Seconds:
     hop: list[float]
 
 
-def predict_step(work: StepWork, cost: CostModel, *, ends: Ends = NO_ENDS, device_type: str = "cuda") -> Step:
+def predict_step(work: StepWork, cost: CostModel, *, ends: Ends = NO_ENDS) -> Step:
     """Run the step's tasks by the cost model of its forward rounds."""
     if cost.pp_size != work.parallel.pp_size:
         cost = cost.for_pp_size(work.parallel.pp_size)
     seconds = _seconds(work, cost, ends)
     makespan, busy = _simulate(work, seconds)
     return Step(
-        work=work,
         seconds=makespan + ends.update_s,
         lower_bound_s=_bound(work, seconds) + ends.update_s,
         bubble_share=1.0 - sum(busy) / (makespan * len(busy)),
-        memory=step_memory(work, device_type=device_type),
     )
 
 
@@ -155,81 +136,3 @@ def _bound(work: StepWork, seconds: _Seconds) -> float:
         back = min(sum(seconds.backward[index][:stage]) + stage * seconds.hop[index] for index in rounds)
         bounds.append(own + there + back)
     return max(bounds)
-
-
-def cut_rounds(
-    requests: Sequence[Request], cost: CostModel, num_chunks: int, *, multiple: int = 1
-) -> tuple[Round, ...]:
-    """Each sequence in so many chunks that take about as long; their ends are multiples of `multiple`."""
-    rounds: list[Round] = []
-    stage = cost.stages[0]
-
-    def done_by(end: int) -> float:
-        return float(stage.seconds([(end, 0, False)])) - stage.round_overhead_s
-
-    for index, request in enumerate(requests):
-        length, ends = request.prompt_tokens, [0]
-        total = done_by(length)
-        for number in range(1, num_chunks):
-            low, high = ends[-1], length
-            while high - low > 1:  # the context's time grows with it: the first end by which enough is done
-                middle = (low + high) // 2
-                low, high = (low, middle) if done_by(middle) >= total * number / num_chunks else (middle, high)
-            ends.append(min(length, max(ends[-1], round(high / multiple) * multiple)))
-        ends = sorted({*ends, length})
-        rounds += [(Chunk(index, start, end - start),) for start, end in pairwise(ends)]
-    return tuple(rounds)
-
-
-def best_step(
-    shape: ModelShape,
-    parallels: Sequence[Parallel],
-    requests: tuple[Request, ...],
-    cost_of: dict[Parallel, CostModel],
-    *,
-    precision: str,
-    memory_bytes: int,
-    device_type: str = "cuda",
-    multiple: int = 128,
-    accumulate: int = 1,
-) -> Step:
-    """The step with most tokens a second of all layouts, chunks, orders and recomputations that fit.
-
-    Raises `UserError` where none does.
-    """
-    best: Step | None = None
-    for work in _candidates(shape, parallels, requests, cost_of, precision, multiple, accumulate):
-        cost = cost_of[work.parallel].for_pp_size(work.parallel.pp_size)
-        memory = step_memory(work, device_type=device_type)
-        if max(stage.allocated_bytes for stage in memory) > memory_bytes:
-            continue
-        if best is not None and _bound(work, _seconds(work, cost)) >= best.seconds:
-            continue
-        step = predict_step(work, cost, device_type=device_type)
-        if best is None or step.seconds < best.seconds:
-            best = step
-    if best is None:
-        raise UserError("memory", memory_bytes, "no layout, chunks and recomputation of this step fit")
-    return best
-
-
-def _candidates(
-    shape: ModelShape,
-    parallels: Sequence[Parallel],
-    requests: tuple[Request, ...],
-    cost_of: dict[Parallel, CostModel],
-    precision: str,
-    multiple: int,
-    accumulate: int,
-) -> Iterator[StepWork]:
-    for parallel in parallels:
-        num_chunks = 1
-        while num_chunks <= MOST_CHUNKS:
-            rounds = cut_rounds(requests, cost_of[parallel], num_chunks, multiple=multiple)
-            for recompute in Recompute:
-                for order in reversed(Order):
-                    yield StepWork(
-                        shape=shape, parallel=parallel, requests=requests, rounds=rounds, precision=precision,
-                        recompute=recompute, order=order, accumulate=accumulate, compiled=parallel.tp_size == 1,
-                    )  # fmt: skip
-            num_chunks *= 2

@@ -1,4 +1,4 @@
-"""A planned training step: the memory of each rank, its FLOPs, and its time by the recurrence of its order."""
+"""A planned training step: its rounds and their order, and the memory of each rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from profiler.model import PRECISIONS, LayerSpec, ModelShape
-from profiler.model.flops import prefill_flops
 from tuner.plan.plan import Parallel, Request, Round
 from tuner.training.order import Order, Recompute, Unit, most_kept, step_units
 
@@ -33,18 +32,6 @@ class StepWork:
     def units(self) -> tuple[Unit, ...]:
         """The rounds of the step."""
         return step_units(self.rounds, self.accumulate)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
-        return self.accumulate * sum(request.prompt_tokens for request in self.requests)
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of a step, three times its forward's: 6ND and attention; what is computed again is not counted."""
-        chunks = [(chunk.tokens, chunk.start) for chunks in self.rounds for chunk in chunks]
-        targets = sum(request.prompt_tokens - 1 for request in self.requests)
-        return 3.0 * self.accumulate * prefill_flops(self.shape, chunks, targets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

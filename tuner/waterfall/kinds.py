@@ -51,9 +51,9 @@ def round_kinds(
     kinds = [Kind.COLLECTIVES, Kind.ATTENTION, Kind.ELEMENTWISE, Kind.PRODUCTS, Kind.LAUNCHES]
     found = dict(zip(kinds, steps, strict=True)) | {Kind.ENDS: totals[-1]}
     # Other cuts than the usual one save some of every kind.
-    told = cut_seconds(costs, layer_partition, requests, rounds, cuts).sum(axis=1) / models[0].pp_size
+    cut_s = cut_seconds(costs, layer_partition, requests, rounds, cuts).sum(axis=1) / models[0].pp_size
     usual = np.asarray(sum(found.values()))
-    factor = np.divide(told, usual, out=np.ones_like(told), where=usual > 0)
+    factor = np.divide(cut_s, usual, out=np.ones_like(cut_s), where=usual > 0)
     return {kind: factor * seconds for kind, seconds in found.items()}
 
 

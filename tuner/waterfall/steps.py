@@ -31,7 +31,7 @@ from tuner.plan.stage_cost import MAX_SECONDS, Floats
 from tuner.plan.task_order import task_order
 from tuner.recurrence.timeline import simulate
 
-SIZES = (1024, 2048, 4096, 8192)  # rounds are told apart by their tokens
+SIZES = (1024, 2048, 4096, 8192)  # rounds are grouped by their tokens
 PIPELINE = ("fill and drain", "uneven rounds", "uneven stages", "window", "hand-offs", "arrivals")
 PEAK, DRIFT = "peak of the chip", "slower machine"
 
@@ -94,10 +94,10 @@ def waterfall(
     stage_s = round_s.sum(axis=1) / pp_size
     flops = flops_of_rounds(shape, plan)
     ideal_s = {kind: values / (peak_flops * plan.parallel.world_size) for kind, values in flops.items()}
-    told = _told_kinds(plan, stage_s, flops)
+    by_kind = _seconds_by_kind(plan, stage_s, flops)
     steps = [Step(PEAK, float(sum(values.sum() for values in ideal_s.values())))]
     tokens = np.array([sum(chunk.tokens for chunk in chunks) for chunks in plan.rounds])
-    for kind, seconds in told.items():
+    for kind, seconds in by_kind.items():
         lost = seconds / slowdown - ideal_s.get(kind, np.zeros_like(seconds))
         if kind in ideal_s and kind is not Kind.ENDS:
             steps += [Step(f"{kind} below peak, {words}", float(lost[rows].sum())) for words, rows in _by_size(tokens)]
@@ -151,10 +151,10 @@ def waterfalls(
     for time in rounds:
         measured[time.round, time.stage] = time.finish_s - time.start_s
         predicted[time.round, time.stage] = time.predicted_s or 0.0
-    told = None
+    planned = None
     if predicted_s and predicted.any():
-        told = waterfall(plan, shape, predicted, predicted_s, peak_flops=peak_flops)
-    return told, waterfall(plan, shape, measured, makespan_s, peak_flops=peak_flops, slowdown=slowdown)
+        planned = waterfall(plan, shape, predicted, predicted_s, peak_flops=peak_flops)
+    return planned, waterfall(plan, shape, measured, makespan_s, peak_flops=peak_flops, slowdown=slowdown)
 
 
 def flops_of_rounds(shape: ModelShape, plan: Plan) -> dict[Kind, Floats]:
@@ -175,14 +175,14 @@ def flops_of_rounds(shape: ModelShape, plan: Plan) -> dict[Kind, Floats]:
     return {kind: np.array(values) for kind, values in found.items()}
 
 
-def _told_kinds(plan: Plan, stage_s: Floats, flops: Mapping[Kind, Floats]) -> dict[Kind, Floats]:
+def _seconds_by_kind(plan: Plan, stage_s: Floats, flops: Mapping[Kind, Floats]) -> dict[Kind, Floats]:
     """Seconds of each round by kind in proportion to what the plan predicts, or to their FLOPs where it does not; they
     add up to `stage_s`."""
     kinds = plan.predicted.round_kinds if plan.predicted else None
-    told = dict(flops) if kinds is None else {Kind(name): np.array(seconds) for name, seconds in kinds.items()}
-    total = np.asarray(sum(told.values()))
+    shares = dict(flops) if kinds is None else {Kind(name): np.array(seconds) for name, seconds in kinds.items()}
+    total = np.asarray(sum(shares.values()))
     share = np.divide(stage_s, total, out=np.zeros_like(stage_s), where=total > 0)
-    found = {kind: share * told.get(kind, np.zeros_like(stage_s)) for kind in Kind if kind in told or kind in flops}
+    found = {kind: share * shares.get(kind, np.zeros_like(stage_s)) for kind in Kind if kind in shares or kind in flops}
     found[Kind.ENDS] = found[Kind.ENDS] + np.where(total > 0, 0.0, stage_s)
     return found
 
@@ -243,14 +243,14 @@ def merged_names(waterfalls: Sequence[Waterfall]) -> list[str]:
     return [name for name in order if name not in pipeline] + pipeline
 
 
-def to_rows(told: Waterfall | None, measured: Waterfall | None) -> list[tuple[str, float | None, float | None]]:
+def to_rows(planned: Waterfall | None, measured: Waterfall | None) -> list[tuple[str, float | None, float | None]]:
     """(name, predicted seconds, measured seconds) of each step."""
-    names = merged_names([each for each in (told, measured) if each is not None])
+    names = merged_names([each for each in (planned, measured) if each is not None])
 
     def seconds_of(each: Waterfall | None, name: str) -> float | None:
         return None if each is None else each.seconds_of(name)
 
-    return [(name, seconds_of(told, name), seconds_of(measured, name)) for name in names]
+    return [(name, seconds_of(planned, name), seconds_of(measured, name)) for name in names]
 
 
 def check_kinds(plan: Plan) -> None:

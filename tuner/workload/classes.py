@@ -41,7 +41,7 @@ def weighted(requests: Sequence[Request], weights: Mapping[str, float]) -> tuple
     )
 
 
-def classes_told(requests: Sequence[Request]) -> tuple[str, ...]:
+def describe_classes(requests: Sequence[Request]) -> tuple[str, ...]:
     """A line on the classes that there are; none where requests have none."""
     counts = Counter(request.priority for request in requests)
     if set(counts) == {None}:

@@ -1,4 +1,4 @@
-"""A trace as it is read: its format told from its first line, one entry a request, and the unit of its times.
+"""A trace as it is read: its format found from its first line, one entry a request, and the unit of its times.
 
 | format | file | times | fields |
 | --- | --- | --- | --- |
@@ -33,7 +33,7 @@ MAX_TIME = 1e16
 """Of a time in a trace, in whatever unit: microseconds since 1970 are below it."""
 LIKELY_GAP_S = (1e-3, 86_400.0)
 """Mean seconds between requests that a trace of one service is believed to have."""
-FEWEST_TOLD = 8
+FEWEST_TIMES = 8
 """Requests from which their rate tells the unit of their times."""
 
 
@@ -79,7 +79,7 @@ class Trace:
     format: TraceFormat
     unit: TimeUnit
     lines: list[Line[WorkloadLine]]
-    unit_told: str
+    unit_source: str
     """Why the times have this unit, for people."""
 
 
@@ -90,7 +90,7 @@ def read_trace(
     unit: TimeUnit | None = None,
     most_lines: int | None = None,
 ) -> Trace:
-    """Read a trace; what is not given is told from the file, or refused with the option that tells it."""
+    """Read a trace; what is not given is found from the file, or refused with the option that gives it."""
     found = format or _format_of(path)
     reader: Callable[[], list[Line[WorkloadLine]]] = {
         TraceFormat.AZURE: lambda: _read_csv(
@@ -134,13 +134,13 @@ def _unit_of(
         return usual, lines, "dates"
     times = [line.content.timestamp for line in lines if line.content.timestamp is not None]
     span = max(times) - min(times) if times else 0.0
-    told = f"in {usual.word}, as {format} traces count"
-    if len(times) < FEWEST_TOLD or span <= 0.0:
-        return usual, lines, told
+    source = f"in {usual.word}, as {format} traces count"
+    if len(times) < FEWEST_TIMES or span <= 0.0:
+        return usual, lines, source
     gaps = {unit: span * unit.seconds / (len(times) - 1) for unit in TimeUnit}
     likely = [unit for unit in TimeUnit if LIKELY_GAP_S[0] <= gaps[unit] <= LIKELY_GAP_S[1]]
     if usual in likely:
-        return usual, lines, told
+        return usual, lines, source
     if likely == [TimeUnit.SECONDS] and not all(time.is_integer() for time in times):
         return (
             TimeUnit.SECONDS,

@@ -44,9 +44,9 @@ def load_workload(
 ) -> Workload:
     """Read a trace in any of the formats of `tuner.workload.trace`.
 
-    rate: requests arrive that many times faster. limit: only so many lines are read. format, unit: told from the file
+    rate: requests arrive that many times faster. limit: only so many lines are read. format, unit: found from the file
     where they are None. cache_tokens: size of the prefix cache that `hash_ids` are looked up in, None for no limit,
-    `NO_CACHE` for none. Raises UserError naming the line and field, or the option that settles what cannot be told.
+    `NO_CACHE` for none. Raises UserError naming the line and field, or the option that settles it.
     """
     if not (math.isfinite(rate) and rate > 0.0):
         raise UserError("rate", rate, "a finite number above 0 (2 makes requests arrive twice as fast)")
@@ -109,8 +109,8 @@ def _arrivals_s(trace: Trace) -> tuple[list[float], list[str]]:
 def _summary(path: str | Path, trace: Trace, count: int, span_s: float, rate: float) -> str:
     pace = f", {count / span_s:.3g} a second" if span_s > 0.0 else ", all at once"
     sped = f", sped up {rate:g} times" if rate != 1.0 else ""
-    told = f"{count} requests over {span_s:.4g} s{pace}{sped} (times {trace.unit_told})"
-    return f"Read {Path(path).name} as {trace.format}: {told}."
+    read = f"{count} requests over {span_s:.4g} s{pace}{sped} (times {trace.unit_source})"
+    return f"Read {Path(path).name} as {trace.format}: {read}."
 
 
 def _cache_note(workload: Workload, cache_tokens: int | None, block_tokens: int) -> str:

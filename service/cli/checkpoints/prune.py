@@ -49,8 +49,8 @@ def _print(report: PruneReport) -> None:
     removed = ", ".join(map(str, report.removed_layers)) or "none"
     click.echo(f"layers removed: {removed}; {report.lost_importance:.1%} of what channels and heads add is lost")
     speeds = (("predicted", report.predicted_speedup), ("measured", report.measured_speedup))
-    told = [f"{value:.3f} {name}" for name, value in speeds if value is not None]
-    click.echo(f"layers are so many times as fast: {', '.join(told)}")
+    factors = [f"{value:.3f} {name}" for name, value in speeds if value is not None]
+    click.echo(f"layers are so many times as fast: {', '.join(factors)}")
     if report.perplexity_before is not None and report.perplexity_after is not None:
         click.echo(f"perplexity {report.perplexity_before:.4f} before, {report.perplexity_after:.4f} after")
     shapes = "all layers have one shape, as Transformers' configurations ask for"

@@ -21,7 +21,7 @@ def command(options: QuantizeOptions, as_json: bool) -> None:
     """Quantize the linears of MODEL after training and write a compressed-tensors checkpoint.
 
     One layer is in memory at a time. With --calibration the layers run over those texts in full precision: static
-    ranges, --smooth and the errors of outputs come from them. With --held-out the perplexity before and after is told.
+    ranges, --smooth and the errors of outputs come from them. --held-out gives the perplexity before and after.
     """
     from service.cli.output import print_json
     from service.use_cases.checkpoints.quantize import quantize

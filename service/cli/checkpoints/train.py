@@ -29,10 +29,12 @@ def command(options: TrainOptions, as_json: bool) -> None:
     click.echo(
         f"loss {result.records[0].loss:.4f} at the first step, {last.loss:.4f} at the last ({len(result.records)})"
     )
-    told = training.prediction.why and f"not predicted: {training.prediction.why}"
+    predicted = training.prediction.why and f"not predicted: {training.prediction.why}"
     if training.predicted_s is not None:
-        told = f"predicted {training.predicted_s:.4g} s ({training.predicted_s / result.seconds_a_step - 1.0:+.0%})"
+        predicted = (
+            f"predicted {training.predicted_s:.4g} s ({training.predicted_s / result.seconds_a_step - 1.0:+.0%})"
+        )
     mfu = "" if training.mfu is None else f", MFU {training.mfu[0]:.1%} of {training.mfu[1]}"
-    click.echo(f"{result.seconds_a_step:.4g} s a step, {told}")
+    click.echo(f"{result.seconds_a_step:.4g} s a step, {predicted}")
     click.echo(f"{result.tokens_a_s:.0f} tokens/s{mfu}; {result.skipped_steps} steps skipped")
     click.echo(f"written to {result.folder}")

@@ -22,13 +22,13 @@ def command(plan: Path, engine: str, output: Path | None, as_json: bool) -> None
 
     Says what the engine cannot express, and what that costs by the plan's own cost model.
     """
-    from service.engines.export import Engine, export, told, write
+    from service.engines.export import Engine, export, export_json, write
     from tuner.plan.plan import load_plan
 
     made = export(load_plan(plan), Engine(engine))
     written = [] if output is None else write(made, output)
     if as_json:
-        print_json(told(made) | {"written": written})
+        print_json(export_json(made) | {"written": written})
         return
     rows: list[tuple[object, ...]] = [("the plan", None, made.plan_makespan_s, 0.0)]
     rows += [

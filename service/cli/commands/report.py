@@ -24,7 +24,7 @@ def command(what: str | None, hardware_id: int | None, output: Path, db_url: str
     from db.store.engine import open_database
     from service.reports.content import hardware_sections, plan_sections, run_sections
     from service.reports.page import page
-    from service.use_cases.runs import told_run
+    from service.use_cases.runs import run_details
     from tuner.plan.plan import load_plan
 
     if what is not None and hardware_id is not None:
@@ -37,7 +37,7 @@ def command(what: str | None, hardware_id: int | None, output: Path, db_url: str
             if hardware_id is not None:
                 title, sections = f"Hardware {hardware_id}", hardware_sections(database, hardware_id)
             else:
-                told = told_run(database, None if what is None else int(what))
-                title, sections = f"Run {told.run.id}: {told.name}", run_sections(database, told)
+                details = run_details(database, None if what is None else int(what))
+                title, sections = f"Run {details.run.id}: {details.name}", run_sections(database, details)
     replace_file(output, page(title, sections).encode())
     click.echo(f"Wrote {output}")

@@ -19,7 +19,7 @@ from service.cli.output import print_json, show_pairs, show_table
 def command(context: click.Context, limit: int, db_url: str | None, as_json: bool) -> None:
     """List runs, the newest first; explain, compare and clear them."""
     if context.invoked_subcommand is None:
-        _show(_told(db_url, [], limit), as_json, title="Runs, the newest first")
+        _show(_listed(db_url, [], limit), as_json, title="Runs, the newest first")
 
 
 @command.command()
@@ -30,13 +30,13 @@ def explain(run_id: int | None, db_url: str | None, as_json: bool) -> None:
     """Say why the run of ID, or the newest, took longer or shorter than its plan predicts."""
     from db.store.engine import open_database
     from service.reasons.run_words import in_words
-    from service.use_cases.runs import profile_command, told_run
+    from service.use_cases.runs import profile_command, run_details
 
     with open_database(db_url, read_only=True) as database:
-        told = told_run(database, run_id)
-    pairs = in_words(told, profile_command(told), "isochunk run-plan PLAN --repeat 3 ...")
+        details = run_details(database, run_id)
+    pairs = in_words(details, profile_command(details), "isochunk run-plan PLAN --repeat 3 ...")
     if as_json:
-        print_json({"run_id": told.run.id, "words": dict(pairs)})
+        print_json({"run_id": details.run.id, "words": dict(pairs)})
     else:
         show_pairs(pairs)
 
@@ -47,7 +47,7 @@ def explain(run_id: int | None, db_url: str | None, as_json: bool) -> None:
 @json_option
 def compare(run_ids: tuple[int, ...], db_url: str | None, as_json: bool) -> None:
     """Show runs side by side, the fastest first: predicted, measured, at work and waiting a stage."""
-    _show(_told(db_url, list(run_ids), None), as_json, title="Runs, the fastest first", by_time=True)
+    _show(_listed(db_url, list(run_ids), None), as_json, title="Runs, the fastest first", by_time=True)
 
 
 @command.command()
@@ -71,22 +71,22 @@ def clear(run_ids: tuple[int, ...], study: str | None, yes: bool, db_url: str | 
     click.echo(f"{done} runs removed" if yes else f"{len(found)} runs would be removed: say --yes")
 
 
-def _told(db_url: str | None, run_ids: list[int], limit: int | None) -> list[dict[str, Any]]:
+def _listed(db_url: str | None, run_ids: list[int], limit: int | None) -> list[dict[str, Any]]:
     from db.rows.runs import list_runs
     from db.store.engine import open_database
-    from service.use_cases.runs import told_run
+    from service.use_cases.runs import run_details
 
     with open_database(db_url, read_only=True) as database:
         chosen = run_ids or [run.id for run in list_runs(database, limit=limit)]
-        found = [told_run(database, number) for number in chosen]
+        found = [run_details(database, number) for number in chosen]
     rows = []
-    for told in found:
-        run, measured = told.run, told.measured
+    for details in found:
+        run, measured = details.run, details.measured
         rows.append(
             {
-                "run": run.id, "plan": told.name, "measured_s": run.makespan_s,
+                "run": run.id, "plan": details.name, "measured_s": run.makespan_s,
                 "predicted_s": run.predicted_makespan_s,
-                "slower_pct": None if told.error is None else round(100 * told.error, 2),
+                "slower_pct": None if details.error is None else round(100 * details.error, 2),
                 "work_s": measured and measured.work_s, "waiting_s": measured and measured.waiting_s,
                 "started_at": run.started_at, "status": str(run.status), "mfu": run.mfu, "study": run.study,
                 "error": run.error,

@@ -14,7 +14,7 @@ from service.http.serve_options import ServeOptions
 def command(options: ServeOptions) -> None:
     """Serve plans, what is kept, and jobs: a page for people and an HTTP API for programs.
 
-    Listens on this machine alone unless told otherwise. Prints once the address with the token that opens it.
+    Listens on this machine alone unless --host says otherwise. Prints once the address with the token that opens it.
     """
     try:
         from service.http.serve import serve

@@ -37,7 +37,7 @@ def open_to(scope: Scope) -> Callable[[F], F]:
 
 
 def open_to_all(function: F) -> F:
-    """Say that a route needs no token: nothing of what is kept may be told there."""
+    """Say that a route needs no token: nothing of what is kept may be shown there."""
     return _marked(None)(function)
 
 
@@ -81,8 +81,8 @@ class Access:
 
     def looked_up(self, hashed: str) -> frozenset[Scope] | None:
         """What the token of a hash allows, as the database says; None for one that is not known."""
-        told = self.kept(hashed)
-        scopes = None if told is None else frozenset(Scope(word) for word in told.split(","))
+        kept = self.kept(hashed)
+        scopes = None if kept is None else frozenset(Scope(word) for word in kept.split(","))
         if len(self._looked_up) >= _MOST_SESSIONS:
             self._looked_up.clear()
         self._looked_up[hashed] = (time.monotonic() + KNOWN_S, scopes)

@@ -1,4 +1,4 @@
-"""The outermost layer of a service: how long each request took and how it ended, counted and told."""
+"""The outermost layer of a service: how long each request took and how it ended, counted and logged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
 class Observed:
-    """An application whose requests are counted and told of. Neither queries, bodies nor tokens are."""
+    """An application whose requests are counted and logged. Neither queries, bodies nor tokens are."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, log: Log) -> None:
         self.app, self.metrics, self.log = app, metrics, log

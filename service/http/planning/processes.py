@@ -118,7 +118,7 @@ class Planning:
 
     def close(self) -> None:
         """End the processes."""
-        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.stop()  # type: ignore[no-untyped-call]  # the package leaves it so
         with contextlib.suppress(TimeoutError):
             self._pool.join(timeout=5)
 
@@ -137,7 +137,7 @@ def _begin(service_pid: int, memory_bytes: int) -> None:
 
 
 def _warm() -> None:
-    import service.use_cases.tune_model  # noqa: F401 - SciPy and the database
+    import service.use_cases.tune_model  # noqa: F401 - brings SciPy and the database along, once
 
 
 def _make(request: PlanRequest, cpu_s: float) -> MadePlan | _Refusal | None:

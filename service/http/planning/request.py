@@ -12,7 +12,7 @@ from typing import Any
 from db.errors import UserError
 
 MOST_BARS = 40_000
-"""Rounds times stages of a timeline that is told whole; of a longer one the beginning."""
+"""Rounds times stages of a timeline that is given whole; of a longer one the beginning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

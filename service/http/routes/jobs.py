@@ -154,14 +154,14 @@ async def _events(service: Service, job_id: str, after: int) -> AsyncIterator[st
         if job is None:
             return
         if known is None or job.status is not known.status or job.attempts != known.attempts:
-            told = {
+            event = {
                 "id": job.id,
                 "status": job.status,
                 "worker": job.worker,
                 "attempts": job.attempts,
                 "error": job.error,
             }
-            yield f"event: job\ndata: {json.dumps(told)}\n\n"
+            yield f"event: job\ndata: {json.dumps(event)}\n\n"
             known, silent_s = job, 0.0
         if job.status.is_over and not batches:
             return
@@ -204,11 +204,11 @@ def _hardware(service: Service, asked: str | None, plan_id: int | None) -> str:
         living = {worker.hardware.key for worker in workers if worker.alive}
         if len(living) == 1:
             return living.pop()
-        told = f"must be one of {', '.join(keys)}" if keys else "no worker has come yet: isochunk worker"
-        raise UserError("hardware", "missing", told)
+        allowed = f"must be one of {', '.join(keys)}" if keys else "no worker has come yet: isochunk worker"
+        raise UserError("hardware", "missing", allowed)
     if asked not in keys:
-        told = f"must be one of {', '.join(keys)}" if keys else "no worker has come yet: isochunk worker"
-        raise UserError("hardware", asked, told)
+        allowed = f"must be one of {', '.join(keys)}" if keys else "no worker has come yet: isochunk worker"
+        raise UserError("hardware", asked, allowed)
     return asked
 
 

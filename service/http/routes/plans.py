@@ -7,7 +7,7 @@ import json
 import zipfile
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from fastapi import Body
 from pydantic import BaseModel, Field
@@ -73,13 +73,13 @@ class PlanFile:
 async def make(
     caller: Request,
     service: Shared,
-    body: Annotated[PlanBody, Body()],  # type: ignore[valid-type]
+    body: Annotated[PlanBody, Body()],  # type: ignore[valid-type]  # a class made when this is imported
 ) -> MadePlan:
     """Plan a batch or a trace, for a model on measured hardware or for a cost model.
 
     With `compare` every policy is planned beside it; with `keep` false nothing is kept.
     """
-    given: dict[str, Any] = body.model_dump(exclude_unset=True)  # type: ignore[attr-defined]
+    given = cast(BaseModel, body).model_dump(exclude_unset=True)
     requests, cost_model, keep = given.pop("requests", None), given.pop("cost_model", None), given.pop("keep", True)
     if given.get("prompt_lens") is None and requests is None:
         raise UserError("prompt_lens", "missing", "give prompt_lens or requests")

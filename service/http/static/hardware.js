@@ -33,14 +33,14 @@ async function open(one) {
 }
 
 function missing(one, model) {
-  const told = h("div", {}), error = h("p", { class: "error", role: "alert" });
+  const summary = h("div", {}), error = h("p", { class: "error", role: "alert" });
   const choice = h("select", { "aria-label": "Model", onchange: () => look() });
   async function look() {
     error.textContent = "";
     try {
       const rows = await get(`/hardware/${one.id}/coverage?model=${encodeURIComponent(choice.value)}`);
       const left = rows.reduce((sum, row) => sum + row.num_points - row.num_kept, 0), coarse = rows.reduce((sum, row) => sum + row.num_coarse_missing, 0);
-      show(told, h("p", { class: coarse ? "" : "quiet" }, coarse ? `${whole(coarse)} coarse points are missing: plans for it cannot be trusted yet.` : left ? `All coarse points are there; ${whole(left)} finer ones are not.` : "Everything is there."),
+      show(summary, h("p", { class: coarse ? "" : "quiet" }, coarse ? `${whole(coarse)} coarse points are missing: plans for it cannot be trusted yet.` : left ? `All coarse points are there; ${whole(left)} finer ones are not.` : "Everything is there."),
         table([["operation", (row) => row.op], ["kept", (row) => whole(row.num_kept), true], ["of", (row) => whole(row.num_points), true], ["coarse missing", (row) => whole(row.num_coarse_missing), true]], rows));
     } catch (problem) { error.textContent = problem.message; }
   }
@@ -52,7 +52,7 @@ function missing(one, model) {
     } catch (problem) { error.textContent = problem.message; }
   }
   get("/models").then((models) => { show(choice, models.map((each) => h("option", { value: each.name, selected: each.name === model }, each.name))); look(); }).catch((problem) => { error.textContent = problem.message; });
-  return h("div", { class: "card" }, h("h2", {}, "What is missing"), h("div", { class: "filters" }, choice, h("button", { type: "button", onclick: measure }, "Measure it")), told, error);
+  return h("div", { class: "card" }, h("h2", {}, "What is missing"), h("div", { class: "filters" }, choice, h("button", { type: "button", onclick: measure }, "Measure it")), summary, error);
 }
 
 function roofline(rows) {

@@ -14,13 +14,13 @@ export async function start() {
   timer = setInterval(refresh, 2500);
 }
 
-let told = null;
+let shown = null;
 async function listWorkers() {
   const workers = await get("/workers");
   const living = workers.filter((worker) => worker.alive), keys = [...new Set(workers.map((worker) => keyOf(worker)))];
   const now = JSON.stringify([keys, living.map((worker) => worker.hardware)]);
-  if (now === told) return;
-  told = now;
+  if (now === shown) return;
+  shown = now;
   const chosen = $("job-worker").value;
   show($("job-worker"), keys.map((key) => h("option", { value: key, selected: key === chosen }, key)));
   show($("workers"), living.length ? living.map((worker) => h("dl", {}, h("dt", {}, worker.hardware.machine), h("dd", {}, keyOf(worker)))) : h("p", { class: "quiet" }, "None is there: isochunk worker"));
@@ -81,9 +81,9 @@ function jobCard(job) {
       if (stick) log.scrollTop = log.scrollHeight;
     });
     source.addEventListener("job", (event) => {
-      const told = JSON.parse(event.data);
-      update({ ...job, ...told });
-      if (!["queued", "running"].includes(told.status)) { source.close(); source = null; bar.hidden = true; live(); }
+      const change = JSON.parse(event.data);
+      update({ ...job, ...change });
+      if (!["queued", "running"].includes(change.status)) { source.close(); source = null; bar.hidden = true; live(); }
     });
     source.onerror = () => { source?.close(); source = null; };
   }

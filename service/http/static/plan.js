@@ -27,7 +27,7 @@ $("plan-form").addEventListener("submit", (event) => { event.preventDefault(); p
 $("trace").addEventListener("change", () => $("trace").files[0] && readTrace($("trace").files[0]));
 $("cost-file").addEventListener("change", async () => {
   const file = $("cost-file").files[0];
-  try { costModel = file ? JSON.parse(await file.text()) : null; } catch (error) { told(`${file.name}: ${error.message}`); }
+  try { costModel = file ? JSON.parse(await file.text()) : null; } catch (error) { showError(`${file.name}: ${error.message}`); }
 });
 for (const [kind, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
   $("drop").addEventListener(kind, (event) => {
@@ -43,13 +43,13 @@ async function readTrace(file) {
       const { input_length, timestamp, id, cached_tokens, weight, sla_ttft_s } = JSON.parse(line);
       return JSON.parse(JSON.stringify({ input_length, timestamp, id, cached_tokens, weight, sla_ttft_s }));
     });
-    $("trace-told").hidden = false;
-    show($("trace-told"), `${file.name}: ${whole(trace.length)} requests `, h("button", { type: "button", class: "link", onclick: dropTrace }, "use the lengths above instead"));
-  } catch (error) { told(`${file.name}: must be one JSON object a line (${error.message})`); }
+    $("trace-summary").hidden = false;
+    show($("trace-summary"), `${file.name}: ${whole(trace.length)} requests `, h("button", { type: "button", class: "link", onclick: dropTrace }, "use the lengths above instead"));
+  } catch (error) { showError(`${file.name}: must be one JSON object a line (${error.message})`); }
 }
 
-function dropTrace() { trace = null; $("trace").value = ""; $("trace-told").hidden = true; }
-function told(text) { $("plan-error").textContent = text; }
+function dropTrace() { trace = null; $("trace").value = ""; $("trace-summary").hidden = true; }
+function showError(text) { $("plan-error").textContent = text; }
 
 function body(changes = {}) {
   const lengths = $("prompts").value.split(/[\s,;]+/).filter(Boolean).join(",");
@@ -61,7 +61,7 @@ function body(changes = {}) {
 
 export async function plan(changes = {}) {
   const mine = ++asked;
-  told("");
+  showError("");
   $("plan-button").disabled = true;
   $("results").classList.add("busy");
   try {
@@ -70,7 +70,7 @@ export async function plan(changes = {}) {
     if (changes.world_size) $("world-size").value = changes.world_size;
     display(made);
     listPlans();
-  } catch (error) { if (mine === asked) told(error.message); } finally {
+  } catch (error) { if (mine === asked) showError(error.message); } finally {
     if (mine === asked) {
       $("plan-button").disabled = false;
       $("results").classList.remove("busy");
@@ -127,7 +127,7 @@ async function runPlan(button, id) {
   try {
     await post("/jobs", { kind: "run-plan", plan_id: id, options: { random_weights: true } });
     location.hash = "#jobs";
-  } catch (error) { told(error.message); button.after(h("span", { class: "error", role: "alert" }, error.message)); }
+  } catch (error) { showError(error.message); button.after(h("span", { class: "error", role: "alert" }, error.message)); }
 }
 
 function tables(report) {
@@ -158,15 +158,15 @@ function tables(report) {
 // A layout in words of the command line, as `layoutOf` writes it.
 const shortLayout = (name) => name?.replace(/^TP1 (?=.)/, "").replace(/ PP1$/, "").replace(/ x(\d)/, " × $1");
 
-function why(told) {
-  const names = Object.keys(told.families[0]?.seconds ?? {});
+function why(explanation) {
+  const names = Object.keys(explanation.families[0]?.seconds ?? {});
   const wins = (label, winners, value) => winners?.length > 1 && h("div", {}, h("h3", {}, label), table([
     ["if", value, true], ["best", (one) => shortLayout(one.layout) ?? "none has room"], ["ahead of others by", (one) => (one.lead ? percent(one.lead) : null), true],
   ], winners));
   return h("div", { class: "card" }, h("h2", {}, "Why, and where else another would win"),
-    names.length > 0 && table([["the best of its kind", (one) => shortLayout(one.layout)], ...names.map((name) => [name.replace(/_s$/, "").replaceAll("_", " "), (one) => (typeof one.seconds[name] === "number" ? seconds(one.seconds[name]) : null), true])], told.families),
-    h("div", { class: "split even" }, wins("Links faster or slower", told.by_link, (one) => `× ${+one.link_factor.toPrecision(2)}`),
-      wins("Longer or shorter prompts", told.by_length, (one) => `${whole(one.prompt_tokens)} tokens`), wins("More or fewer requests", told.by_batch, (one) => `${whole(one.num_requests)} requests`)));
+    names.length > 0 && table([["the best of its kind", (one) => shortLayout(one.layout)], ...names.map((name) => [name.replace(/_s$/, "").replaceAll("_", " "), (one) => (typeof one.seconds[name] === "number" ? seconds(one.seconds[name]) : null), true])], explanation.families),
+    h("div", { class: "split even" }, wins("Links faster or slower", explanation.by_link, (one) => `× ${+one.link_factor.toPrecision(2)}`),
+      wins("Longer or shorter prompts", explanation.by_length, (one) => `${whole(one.prompt_tokens)} tokens`), wins("More or fewer requests", explanation.by_batch, (one) => `${whole(one.num_requests)} requests`)));
 }
 
 function whatIf(file, head, picture) {
@@ -227,10 +227,10 @@ async function listPlans() {
 async function open(id) {
   try {
     const { plan: file, timeline: times } = await get(`/plans/${id}`);
-    if (!file.predicted) { told(`plan ${id} predicts nothing`); return; }
+    if (!file.predicted) { showError(`plan ${id} predicts nothing`); return; }
     display({ plan_id: id, timeline: times, report: { plan: file, layouts: [], policies: [], replays: [], held_out: [] } });
     scrollTo({ top: 0, behavior: "smooth" });
-  } catch (error) { told(error.message); }
+  } catch (error) { showError(error.message); }
 }
 
 function drawEmpty() {

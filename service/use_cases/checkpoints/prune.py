@@ -52,7 +52,7 @@ class PruneOptions:
 
 
 def prune(options: PruneOptions, progress: Callable[[str], None] = lambda _what: None) -> PruneReport:
-    """Prune as the options say; `progress` is told what is being done."""
+    """Prune as the options say; `progress` is called with what is being done."""
     import torch
 
     from profiler.hardware.device import check_device_type, default_device_type

@@ -48,7 +48,7 @@ class QuantizeOptions:
 
 
 def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | None = None) -> QuantizeReport:
-    """Quantize as the options say; `progress` is told how many layers of how many are done."""
+    """Quantize as the options say; `progress` is called with how many layers of how many are done."""
     import torch
 
     from profiler.hardware.device import check_device_type, default_device_type

@@ -57,5 +57,5 @@ def predict(
     except UserError as error:
         return StepPrediction(why=str(error), fastest_flops=fastest)
     ends = step_ends(costs, work)
-    step = predict_step(work, costs.cost_model(parallel.layer_partition), ends=ends, device_type=device_type)
+    step = predict_step(work, costs.cost_model(parallel.layer_partition), ends=ends)
     return StepPrediction(step=step, fastest_flops=fastest)

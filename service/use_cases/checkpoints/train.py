@@ -57,7 +57,7 @@ class TrainOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """A training, beside what the profile told of its steps."""
+    """A training, beside what the profile says of its steps."""
 
     result: TrainResult
     prediction: StepPrediction
@@ -78,8 +78,8 @@ class Training:
     def to_json(self) -> dict[str, Any]:
         """For programs."""
         mfu = {} if self.mfu is None else {"mfu": self.mfu[0], "mfu_of": self.mfu[1]}
-        told = {"predicted_step_s": self.predicted_s, "not_predicted": self.prediction.why}
-        return self.result.to_json() | mfu | told
+        predicted = {"predicted_step_s": self.predicted_s, "not_predicted": self.prediction.why}
+        return self.result.to_json() | mfu | predicted
 
 
 def train(options: TrainOptions, *, logs: bool) -> Training:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -213,7 +212,7 @@ def test_a_full_disk_is_found_before_and_keeps_the_old_file(tmp_path: Path) -> N
         f"file: {path}; cannot be written (no space left for its 868 KiB)",
     ]
     assert read_json(path) == [1]
-    assert os.listdir(tmp_path) == ["a.json"]  # noqa: PTH208
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize("text", ["", "²", "-1", "1.5", "x", "0", "11", "9" * 5000, "\u0663", "1_0"])

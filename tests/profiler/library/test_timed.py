@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,6 +12,10 @@ from profiler.library.timed import TimedLayer
 from tests.library_models import make_model
 
 ROWS = 96
+
+
+def _note(seen: list[int], _args: object, _kwargs: object) -> None:
+    seen.append(1)
 
 
 @pytest.mark.parametrize("architecture", ["GptOssForCausalLM", "DeepseekV3ForCausalLM"])
@@ -24,7 +30,7 @@ def test_a_layer_behind_a_context_is_the_layer_in_its_model(architecture: str) -
         torch.testing.assert_close(once, again, rtol=0, atol=0)  # each call stands behind the same context
         timed.cache.pretend(context)
         entered: list[int] = []
-        timed.part.entered = lambda _args, _kwargs, seen=entered: seen.append(1)  # type: ignore[misc]
+        timed.part.entered = partial(_note, entered)
         hidden = torch.randn(chunk, timed.hidden_size)
         whole = timed.part.run(hidden, timed.cache, context)
         timed.part.entered = None

@@ -11,8 +11,8 @@ from db.rows.hardware import list_hardware
 from db.rows.measurements import load_measurements
 from db.store.engine import open_database
 from profiler.comm.ranks.launch import run_ranks
+from profiler.measure.operations.side_by_side import OUTLASTS, num_calls
 from profiler.measure.profile import ProfileOptions, profile_model
-from profiler.measure.work.side_by_side import OUTLASTS, num_calls
 from profiler.points.grid import Grid
 from profiler.points.point import BESIDE, Op, Point
 from profiler.points.rank_groups import RankGroups

@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from profiler.comm.ranks.rank import RankContext
 from profiler.measure.leader import profile_rank
+from profiler.measure.operations.collectives import make_groups, prepare_collective
 from profiler.measure.session import ProfileJob, RankSession
 from profiler.measure.timing import Prepared
-from profiler.measure.work.collectives import make_groups, prepare_collective
 from profiler.model import PRECISIONS
 from profiler.points.point import Op, Point, strided
 from profiler.points.rank_groups import RankGroups

@@ -96,10 +96,10 @@ def test_published_layouts_are_understood(
 )
 def test_what_cannot_be_read_is_refused_by_name(config: Any, message: str) -> None:
     try:
-        told = model_from_config(LLAMA | {"quantization_config": config}, name="m").unread
+        reason = model_from_config(LLAMA | {"quantization_config": config}, name="m").unread
     except UserError as refused:
-        told = str(refused)
-    assert str(told).startswith(message)
+        reason = str(refused)
+    assert str(reason).startswith(message)
 
 
 def test_a_model_keeps_the_linears_that_its_checkpoint_keeps() -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,8 @@ from profiler.points.point import BESIDE, COLLECTIVES, Op, Point, stride_of, str
 from profiler.points.rank_groups import RankGroups
 
 
-def make_grid(**changes: object) -> Grid:
-    asked = {
+def make_grid(**changes: Any) -> Grid:
+    asked: dict[str, Any] = {
         "shape": load_model_shape("llama-3.2-1b"),
         "dtype": "float32",
         "tp_sizes": (1, 2),
@@ -24,7 +25,7 @@ def make_grid(**changes: object) -> Grid:
         "device_type": "cpu",
         "kernels": (AttentionKernel.CPU_FLASH, AttentionKernel.SDPA),
     }
-    return Grid(**(asked | changes))  # type: ignore[arg-type]  # fields of several types
+    return Grid(**(asked | changes))
 
 
 SIZES = ("m", "chunk", "tokens", "bytes", "rows", "chunks", "context")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from profiler.comm.links.group import Groups, RankGroup
 from profiler.comm.ranks.mark import Progress
 from profiler.sequence.kind import SequenceCut
 from runtime.job.job import Job
@@ -18,24 +17,13 @@ from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
 from runtime.stage.share import RoundShare
 from runtime.stage.stage import KernelStage
-from tests.runtime.cases import make_job, prompts, requests
+from tests.runtime.cases import ALONE, make_job, prompts, requests
 from tests.runtime.conftest import Generate
 from tuner.plan.plan import Chunk, Round
 
 CPU = torch.device("cpu")
 LENGTHS = (30, 1, 77, 12, 5, 64, 9)
 NEW_TOKENS = 12
-ALONE = Groups(
-    tensor=RankGroup(),
-    sequence=RankGroup(),
-    sequence_ranks=(0,),
-    inbound={},
-    outbound={},
-    hand_offs=(),
-    back=None,
-    everyone=None,
-    sharing=None,
-)  # type: ignore[arg-type]  # only passes wait on it
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,11 +23,11 @@ def library_plan(folder: Path, **parallel: int) -> Plan:
     """The second request has tokens in its cache before the plan's rounds."""
     cached = (0, 30)
     rounds = (INTERLEAVED[0], (Chunk(1, 30, 30), Chunk(0, 100, 1)), *INTERLEAVED[2:])
-    fields = {"tp_size": 1, "pp_size": 3, "layer_partition": (1, 1, 2)} | parallel
+    fields: dict[str, Any] = {"tp_size": 1, "pp_size": 3, "layer_partition": (1, 1, 2)} | parallel
     return Plan(
         model=dict(load_model_shape(str(folder), backend="transformers").config) | {"backend": "transformers"},
         precision="float32",
-        parallel=Parallel(**fields),  # type: ignore[arg-type]
+        parallel=Parallel(**fields),
         requests=tuple(
             Request(id=f"r{index}", prompt_tokens=length, cached_tokens=cached[index])
             for index, length in enumerate(LENGTHS)

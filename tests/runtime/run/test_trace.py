@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def result(plan: Plan) -> RunResult:
     return RunResult(requests=requests, makespan_s=4.5, makespans_s=(4.5,), rounds=rounds, decode_s=())
 
 
-def _bars(path: Path, process: int) -> list[dict[str, object]]:
+def _bars(path: Path, process: int) -> list[dict[str, Any]]:
     events = json.loads(path.read_text())["traceEvents"]
     return [event for event in events if event["ph"] == "X" and event["pid"] == process]
 
@@ -58,7 +59,7 @@ def test_the_cost_model_gives_the_predicted_bars(plan: Plan, result: RunResult, 
     path = tmp_path / "trace.json"
     write_trace(path, replace(plan, cost_model=COST.to_json()), result)
     timeline = evaluate(COST.for_pp_size(2), plan.requests, plan.rounds, 2).timeline
-    ends = [bar["ts"] + bar["dur"] for bar in _bars(path, PREDICTED)]  # type: ignore[operator]  # JSON's numbers
+    ends = [bar["ts"] + bar["dur"] for bar in _bars(path, PREDICTED)]
     assert ends == pytest.approx([1e6 * finish for stages in timeline.finish_s for finish in stages])
 
 
@@ -66,4 +67,4 @@ def test_round_seconds_do_without_a_cost_model(plan: Plan, result: RunResult, tm
     path = tmp_path / "trace.json"
     round_s = ((1.0, 2.0),) * 4
     write_trace(path, replace(plan, predicted=Predicted(makespan_s=9.0, round_s=round_s)), result)
-    assert max(bar["ts"] + bar["dur"] for bar in _bars(path, PREDICTED)) == pytest.approx(9e6)  # type: ignore[operator]  # JSON's numbers
+    assert max(bar["ts"] + bar["dur"] for bar in _bars(path, PREDICTED)) == pytest.approx(9e6)

@@ -8,7 +8,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from click.testing import CliRunner
@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from db.errors import UserError
 from service.cli.commands.export import ENGINES
 from service.cli.main import cli
-from service.engines.export import Engine, Export, export, told
+from service.engines.export import Engine, Export, export, export_json
 from service.engines.rules import ChunkTable
 from service.engines.sglang_plugin import SIZER, VARIABLE, register
 from tests.tuner.atom import atom
@@ -48,7 +48,7 @@ def test_every_engine_gets_files_and_is_judged_by_the_plans_own_costs(plan: Plan
     assert made.cannot
     for one in made.ruled:
         assert one.makespan_s >= made.plan_makespan_s * (1 - 1e-9)
-    assert json.loads(json.dumps(told(made)))["engine"] == engine
+    assert json.loads(json.dumps(export_json(made)))["engine"] == engine
 
 
 def test_commands_and_engines_are_named_alike() -> None:
@@ -154,7 +154,7 @@ def test_the_table_of_chunks_tells_each_context_its_size() -> None:
 class Registry:
     """Stands for SGLang's: keeps what is registered."""
 
-    hooks: dict[str, Any] = {}  # noqa: RUF012
+    hooks: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def register(cls, target: str, hook: Any, hook_type: Any) -> None:
@@ -164,9 +164,9 @@ class Registry:
 @pytest.fixture
 def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """SGLang's registry of hooks, empty."""
-    module = types.ModuleType("sglang.srt.plugins.hook_registry")
-    module.HookRegistry = Registry  # type: ignore[attr-defined]
-    module.HookType = types.SimpleNamespace(REPLACE="replace")  # type: ignore[attr-defined]
+    module: Any = types.ModuleType("sglang.srt.plugins.hook_registry")
+    module.HookRegistry = Registry
+    module.HookType = types.SimpleNamespace(REPLACE="replace")
     for name in ("sglang", "sglang.srt", "sglang.srt.plugins"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)

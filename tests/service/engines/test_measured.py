@@ -72,8 +72,8 @@ def test_summaries_and_metrics_stand_beside_the_prediction_too(plan: Plan, tmp_p
     assert [one.measured_s for one in read(tmp_path, json.dumps(short, indent=1), plan).figures] == [1.25]
     found = read(tmp_path, METRICS, plan)
     assert found.num_requests == 10
-    told = {one.name: one.measured_s for one in found.figures}
-    assert told == {"TTFT mean": pytest.approx(1.7), "TTFT p50": pytest.approx(1.5)}  # p90 is beyond the last bucket
+    seconds = {one.name: one.measured_s for one in found.figures}
+    assert seconds == {"TTFT mean": pytest.approx(1.7), "TTFT p50": pytest.approx(1.5)}  # p90 is beyond the last bucket
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The rounds of a plan told step by step, as vLLM's scheduler asks for them.
+"""The rounds of a plan given step by step, as vLLM's scheduler asks for them.
 
 The scheduler class itself runs on vLLM's own code in `benchmarks/engine_rounds.py`: vLLM is no dependency of the tests.
 """

@@ -39,9 +39,9 @@ def test_events_are_words_for_people_or_json_for_programs(capsys: pytest.Capture
     Log().say("request", None, ms=1.0)
     Log().say("ends", "it ends")
     Log(as_json=True).say("request", None, route="/x", ms=1.0)
-    plain, told = capsys.readouterr().err.splitlines()
+    plain, parsed = capsys.readouterr().err.splitlines()
     assert plain == "it ends"
-    assert {"event": "request", "route": "/x", "ms": 1.0}.items() <= json.loads(told).items()
+    assert {"event": "request", "route": "/x", "ms": 1.0}.items() <= json.loads(parsed).items()
 
 
 def test_traces_files_for_engines_and_coverage_are_told(served: Served) -> None:
@@ -68,6 +68,6 @@ def test_what_is_deployed_starts_with_options_that_the_commands_have() -> None:
         name, *words = shlex.split(line.replace("${ALLOW_HOST:-localhost}", "localhost"))
         command = cli.get_command(click.Context(cli), name)
         assert command is not None
-        told = command.make_context(name, words).params
-        assert told["log"] == "json", line
-        assert told["models"] in ("/models", "/srv/models")
+        parsed = command.make_context(name, words).params
+        assert parsed["log"] == "json", line
+        assert parsed["models"] in ("/models", "/srv/models")

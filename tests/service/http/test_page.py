@@ -11,6 +11,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -49,15 +50,15 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         )
     try:
         assert process.stderr is not None
-        told = ""
+        printed = ""
         for line in process.stderr:
-            told += line.decode()
-            found = re.search(r"Open (http://127\.0\.0\.1:\d+/#token=[\w-]+)", told)
+            printed += line.decode()
+            found = re.search(r"Open (http://127\.0\.0\.1:\d+/#token=[\w-]+)", printed)
             if found:
                 yield found[1]
                 break
         else:
-            pytest.fail(f"the service ended: {told}")
+            pytest.fail(f"the service ended: {printed}")
     finally:
         process.terminate()
         assert process.wait(30) in (0, 143)
@@ -79,8 +80,8 @@ def browser() -> Iterator[Browser]:
 class Watched:
     """A page with what went wrong on it."""
 
-    def __init__(self, browser: Browser, *, width: int = 1440, scheme: str = "light") -> None:
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
+    def __init__(self, browser: Browser, *, width: int = 1440, scheme: Literal["light", "dark"] = "light") -> None:
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         self.page: Page = context.new_page()
         self.page.set_default_timeout(WAIT_MS)
         self.said: list[str] = []
@@ -155,7 +156,7 @@ def test_a_trace_is_dropped_in_and_what_is_wrong_is_told(address: str, browser: 
     trace = tmp_path / "trace.jsonl"
     trace.write_text("".join(json.dumps({"input_length": 500, "timestamp": 100 * i}) + "\n" for i in range(5)))
     page.set_input_files("#trace", trace)
-    expect(page.locator("#trace-told")).to_contain_text("5 requests")
+    expect(page.locator("#trace-summary")).to_contain_text("5 requests")
     page.click("#plan-button")
     expect(page.locator("#results")).to_contain_text("each seeing a request when it arrives", timeout=WAIT_MS)
     page.click("text=use the lengths above instead")
@@ -216,8 +217,8 @@ def test_every_part_fits_and_can_be_read(address: str, browser: Browser, scheme:
         page.wait_for_load_state("networkidle") if tab != "jobs" else page.wait_for_timeout(500)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
         found = Axe().run(page).response["violations"]
-        told = [f"{one['id']}: {[node['html'][:120] for node in one['nodes']]}" for one in found]
-        assert told == [], tab
+        printed = [f"{one['id']}: {[node['html'][:120] for node in one['nodes']]}" for one in found]
+        assert printed == [], tab
     watched.check(address)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import schemathesis
@@ -55,8 +57,8 @@ def test_no_call_brings_trouble(served: Served) -> None:
     assert {200, 422} <= statuses
 
 
-def schemathesis_given(operation: object):  # type: ignore[no-untyped-def]
+def schemathesis_given(operation: Any) -> Callable[[Callable[..., None]], Callable[[], None]]:
     """Hypothesis's `given` over the cases of an operation."""
     from hypothesis import given
 
-    return given(case=operation.as_strategy())  # type: ignore[attr-defined]
+    return given(case=operation.as_strategy())

@@ -9,15 +9,18 @@ import pytest
 from db.errors import UserError
 from db.rows.measurements import Measurement
 from profiler.kernels.attention_kernel import AttentionKernel
+from profiler.sequence.kind import SPKind
 from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, relative
 from tuner.fit.attention.curve import IN_PROPORTION, Waves, fit_attention
-from tuner.fit.attention.kernels import chosen_kernels, kernel_choice
+from tuner.fit.attention.kernels import chosen_kernels, kernel_choice, with_kernels
 from tuner.fit.calibration import fit_calibration
 from tuner.fit.curve import Floats, fit_curve, fit_line, without_spikes
 from tuner.fit.holdout import UNTESTED, held_out_errors
 from tuner.fit.layer_costs import LayerCosts, table_grid
 from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
+from tuner.plan.attention_kernels import AttentionKernels
+from tuner.plan.plan import Chunk, Parallel, Plan, Request
 
 WORK = RankWork(shape=SHAPE, dtype="float32", tp_size=1)
 
@@ -180,7 +183,7 @@ def microsecond_a_token(tokens: Floats) -> Floats:
 
 
 def test_a_chunk_whose_attention_to_the_context_is_slower_keeps_its_other_costs() -> None:
-    """As one round of 64 prompts was told 20 % too fast after 65536 tokens had met their attention to 65536 others."""
+    """As one round of 64 prompts was predicted 20 % too fast once 65536 tokens met their attention to 65536 more."""
     curve = fit_attention(*zip(*ATTENTION_POINTS, strict=True), [pair_seconds(c, p) for c, p in ATTENTION_POINTS])
     layers = []
     for chunk in (256, 2048, 16384):
@@ -281,7 +284,10 @@ def test_held_out_points_are_predicted_and_counted() -> None:
     assert errors["attention"].median < 0.05
 
 
-def test_the_fit_and_the_runtime_take_the_same_kernels() -> None:
+PIECES_OF_256 = ((64, 0), (64, 64), (64, 128), (64, 192))  # two ranks have two of them each
+
+
+def test_a_plan_names_the_kernels_of_the_fit() -> None:
     sizes = {"heads": 8, "kv_heads": 8, "head_dim": 64}
 
     def row(kernel: str, chunk: int, us: float) -> Measurement:
@@ -301,21 +307,12 @@ def test_the_fit_and_the_runtime_take_the_same_kernels() -> None:
     assert all(choose(chunk, 0).value == kernel for chunk, kernel in chosen.items())
     cards = [row("cudnn-graph", 64, 10.0), row("sdpa", 64, 1.0)]
     assert [one.variant for one in chosen_kernels(cards)] == ["sdpa"]
-    assert kernel_choice([], [AttentionKernel.SDPA])(64, 0) is AttentionKernel.SDPA
-    assert chosen_kernels([]) == []
-
-
-def test_two_calls_of_an_engine_stand_in_for_one_that_is_not_at_hand() -> None:
-    one_call, two_calls, other = AttentionKernel.CUDNN_GRAPH, AttentionKernel.CUDNN, AttentionKernel.SDPA
-
-    def rows(*kernels: AttentionKernel) -> list[Measurement]:
-        return [
-            replace(layer_row(64, 0, attention_s=us * 1e-6), op="attention", variant=kernel.value)
-            for kernel, us in zip(kernels, (10.0, 10.5, 30.0), strict=True)
-        ]
-
-    both = rows(one_call, two_calls, other)
-    assert kernel_choice(both)(64, 0) is one_call
-    assert kernel_choice(both, [two_calls, other])(64, 0) is two_calls
-    assert kernel_choice([both[0], both[2]], [two_calls, other])(64, 0) is two_calls
-    assert kernel_choice(both[1:], [one_call, two_calls, other])(64, 0) is two_calls
+    chunks = (Chunk(0, 0, 8192), Chunk(1, 0, 256))
+    asked = tuple(Request(id=f"r{chunk.request}", prompt_tokens=chunk.tokens) for chunk in chunks)
+    for parallel, pieces in (
+        (Parallel(tp_size=1, pp_size=1, layer_partition=(4,)), ((256, 0),)),
+        (Parallel(tp_size=1, pp_size=1, layer_partition=(4,), sp_size=2, sp_kind=SPKind.GATHER), PIECES_OF_256),
+    ):
+        plan = Plan(model={}, precision="float32", parallel=parallel, requests=asked, rounds=(chunks,))
+        kernels = with_kernels(plan, choose).attention_kernels
+        assert kernels == AttentionKernels(usual=AttentionKernel.CPU_FOLDED, others={AttentionKernel.CPU_FLASH: pieces})

@@ -24,9 +24,9 @@ def test_a_stage_takes_as_long_as_its_own_card() -> None:
     rows = measure(Machine())
     alike, differing = (fit(every).cost_model((8, 8)) for every in (rows, with_ranks(rows, 1.0, 0.95)))
     assert differing.stages[0] == alike.stages[0]
-    told, before = (model.stage_seconds(1, [COUNTED]) for model in (differing, alike))
+    skewed, before = (model.stage_seconds(1, [COUNTED]) for model in (differing, alike))
     on_the_host = alike.stages[1].round_overhead_s
-    assert told - on_the_host == pytest.approx(0.95 * (before - on_the_host))
+    assert skewed - on_the_host == pytest.approx(0.95 * (before - on_the_host))
     assert fit(rows).rank_skew == RankSkew()
 
 

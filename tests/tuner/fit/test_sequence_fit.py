@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +33,8 @@ ROWS = [
 OWN_RANKS = (SPKind.GATHER, SPKind.ULYSSES, SPKind.RING)
 
 
-def work(**changes: object) -> RankWork:
-    return replace(RankWork(shape=SHAPE, dtype="float32", tp_size=1), **changes)  # type: ignore[arg-type]
+def work(**changes: Any) -> RankWork:
+    return replace(RankWork(shape=SHAPE, dtype="float32", tp_size=1), **changes)
 
 
 def fitted(rows: list[Measurement] = ROWS, **changes: object) -> LayerCosts:

@@ -15,8 +15,8 @@ from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, check_rounds
 from tuner.plan.stage_cost import PairAttention, StageCost
 from tuner.rounds.problem import Limits, Problem
-from tuner.rounds.schedule import Objective
 from tuner.search.planner import plan_rounds
+from tuner.workload.objective import Objective
 
 BATCHES = {
     "one long prompt": (131072,),

@@ -15,7 +15,7 @@ from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
 from tuner.plan.stage_cost import StageCost
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import Objective
+from tuner.workload.objective import Objective
 
 
 @settings(max_examples=200, deadline=None)

@@ -8,7 +8,7 @@ from tuner.online.driven import online_rounds
 from tuner.online.settings import OnlineSettings
 from tuner.online.traffic import Outlook, Traffic
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import Objective
+from tuner.workload.objective import Objective
 
 
 def watched(gaps: list[float], work_s: float) -> Traffic:

@@ -16,8 +16,8 @@ from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import StageCost
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import Objective
 from tuner.search.replay import replay
+from tuner.workload.objective import Objective
 
 
 def every_plan(instance: Instance, done: tuple[int, ...]) -> Iterator[list[Round]]:

@@ -5,8 +5,11 @@ from typing import Any
 import pytest
 
 from db.errors import UserError
+from profiler.kernels.attention_kernel import AttentionKernel
+from tuner.plan.attention_kernels import AttentionKernels
 from tuner.plan.plan import Chunk, Parallel, Plan, Predicted, Request, check_rounds, load_plan, save_plan
 
+KERNELS = AttentionKernels(usual=AttentionKernel.CPU_FOLDED, others={AttentionKernel.CPU_FLASH: ((10, 0),)})
 FILE: dict[str, Any] = {
     "schema": "isochunk.plan/1",
     "model": {"name": "tiny"},
@@ -47,10 +50,35 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
         ),
         policy="joint",
         cost_model={"schema": "isochunk.cost-model/1"},
+        attention_kernels=KERNELS,
     )
     save_plan(tmp_path / "plan.json", plan)
     assert load_plan(tmp_path / "plan.json") == plan
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_kernels_run_as_named_where_they_are_available() -> None:
+    flash, folded, sdpa = AttentionKernel.CPU_FLASH, AttentionKernel.CPU_FOLDED, AttentionKernel.SDPA
+    assert [KERNELS(10, 0), KERNELS(10, 5), KERNELS(7, 0)] == [flash, folded, folded]
+    assert KERNELS.among([sdpa, folded]) == AttentionKernels(usual=folded)
+    assert KERNELS.among([sdpa, flash]) == AttentionKernels(usual=sdpa, others={flash: ((10, 0),)})
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_kernels_are_read_from_files_that_have_them(version: int) -> None:
+    content = FILE | {"schema": f"isochunk.plan/{version}", "attention_kernels": KERNELS.to_json()}
+    assert Plan.from_json(content).attention_kernels == (KERNELS if version == 3 else None)
+
+
+def test_bad_kernels_are_refused_by_field() -> None:
+    content = FILE | {"schema": "isochunk.plan/3"}
+    for kernels, message in (
+        ({"usual": "flash9"}, "attention_kernels.usual: flash9; "),
+        ({"usual": "sdpa", "others": {"sdpa": [[0, 5]]}}, r"attention_kernels.others.sdpa\[0\]: \[0, 5\]; \[tokens"),
+        ({"usual": "sdpa", "others": {"sdpa": [[1]]}}, r"attention_kernels.others.sdpa\[0\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Plan.from_json(content | {"attention_kernels": kernels})
 
 
 def test_extra_fields_are_written_and_ignored(tmp_path: Path) -> None:
@@ -75,7 +103,7 @@ CASES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("rounds", 1, 0, "request"), 0, "rounds[1][0].start: 0; 70"),
     (("rounds", 0), [], "rounds[0]: []; at least one chunk"),
     (("rounds", 0, 0, "tokens"), "x", "rounds[0][0].tokens: x; a whole number"),
-    (("schema",), "isochunk.plan/3", "schema: isochunk.plan/3; isochunk.plan/2 or isochunk.plan/1"),
+    (("schema",), "isochunk.plan/4", "schema: isochunk.plan/4; isochunk.plan/3 or isochunk.plan/2 or isochunk.plan/1"),
     (
         ("parallel", "layer_partition"),
         [4],

@@ -14,8 +14,9 @@ from tuner.plan.task_order import task_order
 from tuner.policies.fixed import fixed_rounds
 from tuner.recurrence.timeline import simulate
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import Objective, evaluate
+from tuner.rounds.schedule import evaluate
 from tuner.serving.clock import Clock
+from tuner.workload.objective import Objective
 
 
 def recurrence(

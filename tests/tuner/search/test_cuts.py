@@ -93,9 +93,9 @@ def test_a_plan_tells_the_times_of_its_cuts() -> None:
     found, cuts = with_cuts(planned, costs, (16,), requests, window=None)
     assert SequenceCut.CONTIGUOUS in cuts
     assert found.makespan_s < planned.makespan_s
-    told = cut_seconds(costs, (16,), requests, found.rounds, cuts)
-    assert found.evaluation.round_s == pytest.approx(told)
-    assert found.makespan_s == pytest.approx(told.sum())
+    cut_s = cut_seconds(costs, (16,), requests, found.rounds, cuts)
+    assert found.evaluation.round_s == pytest.approx(cut_s)
+    assert found.makespan_s == pytest.approx(cut_s.sum())
 
 
 def test_a_layout_without_sequence_parallelism_has_one_cut() -> None:

@@ -24,12 +24,12 @@ from tuner.plan.plan import Request
 from tuner.plan.topology import LinkSpeed, Topology
 from tuner.policies.fixed import fixed_rounds
 from tuner.rounds.problem import NO_LIMITS, Limits, Problem
-from tuner.rounds.schedule import Objective
 from tuner.search.floors import Batch, Floors, least_fullest
 from tuner.search.layouts import search_layouts, to_plan
 from tuner.search.links import Links
 from tuner.search.rules import Rules
 from tuner.search.target import Room, Target, parallel_of
+from tuner.workload.objective import Objective
 
 SMALL = load_model_shape("llama-3.2-1b")
 GIB = 2**30

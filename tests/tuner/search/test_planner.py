@@ -17,8 +17,8 @@ from tuner.policies.joint import NEAR_BOUND
 from tuner.policies.named import BASED, Floor, base_sizes, named_rounds
 from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.problem import Limits, Problem, RoundOptions
-from tuner.rounds.schedule import Objective
 from tuner.search.planner import POLICIES, compare_policies, fixed_sweep, plan_rounds
+from tuner.workload.objective import Objective
 
 NAMED = ["fixed:256", *POLICIES[1:]]
 

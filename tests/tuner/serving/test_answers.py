@@ -20,9 +20,9 @@ from tuner.plan.stage_cost import PairAttention, StageCost
 from tuner.policies.arrivals import BatchByBatch
 from tuner.policies.fixed import gpipe_rounds
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import Objective
 from tuner.search.replay import replay
 from tuner.serving.answers import Beside
+from tuner.workload.objective import Objective
 
 STAGE = StageCost(
     token_count=(0, 1000),

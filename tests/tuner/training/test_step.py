@@ -1,18 +1,18 @@
-"""Training steps: orders that every stage can follow, times by the recurrence, memory, and the choice among them."""
+"""Training steps: orders that every stage can follow, times by the recurrence, and memory."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from db.errors import UserError
 from profiler.model import load_model_shape
 from tests.tuner.atom import atom
-from tuner.plan.plan import Chunk, Parallel, Request
+from tuner.plan.plan import Chunk, Parallel, Request, Round
 from tuner.training.order import Order, Recompute, most_kept, stage_tasks, step_units
-from tuner.training.step import ATTENTION_BACKWARD, PRODUCTS_BACKWARD, best_step, cut_rounds, predict_step
-from tuner.training.work import StepWork
+from tuner.training.step import ATTENTION_BACKWARD, PRODUCTS_BACKWARD, predict_step
+from tuner.training.work import StepWork, step_memory
 
 SHAPE = load_model_shape("llama-3.2-1b")
 REQUESTS = tuple(Request(id=f"r{index}", prompt_tokens=length) for index, length in enumerate((65536, 32768)))
@@ -23,15 +23,20 @@ def layout(pp_size: int, tp_size: int = 1) -> Parallel:
     return Parallel(tp_size=tp_size, pp_size=pp_size, layer_partition=(SHAPE.num_layers // pp_size,) * pp_size)
 
 
-def work(pp_size: int = 4, chunks: int = 4, **fields: object) -> StepWork:
-    defaults: dict[str, object] = {
-        "shape": SHAPE,
-        "parallel": layout(pp_size),
-        "requests": REQUESTS,
-        "rounds": cut_rounds(REQUESTS, COST, chunks, multiple=128),
-        "precision": "bfloat16",
-    }
-    return StepWork(**defaults | fields)  # type: ignore[arg-type]
+def equal_rounds(chunks: int) -> tuple[Round, ...]:
+    """Each sequence in so many chunks of as many tokens, one after another."""
+    return tuple(
+        (Chunk(index, number * (size := request.prompt_tokens // chunks), size),)
+        for index, request in enumerate(REQUESTS)
+        for number in range(chunks)
+    )
+
+
+def work(pp_size: int = 4, chunks: int = 4, **fields: Any) -> StepWork:
+    made = StepWork(
+        shape=SHAPE, parallel=layout(pp_size), requests=REQUESTS, rounds=equal_rounds(chunks), precision="bfloat16"
+    )
+    return replace(made, **fields)
 
 
 @pytest.mark.parametrize("order", Order)
@@ -72,7 +77,6 @@ def test_one_stage_takes_the_sum_of_its_tasks() -> None:
     assert step.gap == pytest.approx(0.0, abs=1e-9)
     again = predict_step(work(pp_size=1, requests=REQUESTS[:1], rounds=one.rounds, recompute=Recompute.LAYER), cost)
     assert again.seconds == pytest.approx(expected + products + attention)
-    assert step.mfu(1e15) == pytest.approx(one.flops / step.seconds / 1e15)
 
 
 def test_more_chunks_fill_the_pipeline_and_no_order_beats_the_bound() -> None:
@@ -83,33 +87,11 @@ def test_more_chunks_fill_the_pipeline_and_no_order_beats_the_bound() -> None:
         assert step.lower_bound_s <= step.seconds * (1 + 1e-12)
 
 
-def test_chunks_cover_the_sequences_and_take_about_as_long() -> None:
-    rounds = cut_rounds(REQUESTS, COST, 8, multiple=128)
-    for index, request in enumerate(REQUESTS):
-        mine = [chunk for chunks in rounds for chunk in chunks if chunk.request == index]
-        assert [chunk.start for chunk in mine] == [0, *(chunk.end for chunk in mine[:-1])]
-        assert mine[-1].end == request.prompt_tokens
-        assert all(chunk.end % 128 == 0 for chunk in mine[:-1])
-        assert all(later.tokens <= earlier.tokens + 128 for earlier, later in pairwise(mine))
-
-
 def test_what_is_computed_again_is_not_kept() -> None:
-    memories = [predict_step(work(recompute=recompute), COST).memory[0] for recompute in Recompute]
+    memories = [step_memory(work(recompute=recompute), device_type="cuda")[0] for recompute in Recompute]
     kept = [memory.kept_bytes for memory in memories]
     assert kept == sorted(kept, reverse=True)
     assert len(set(kept)) == len(kept)
-    early, late = (predict_step(work(accumulate=4, order=order), COST).memory[0] for order in reversed(Order))
+    early, late = (step_memory(work(accumulate=4, order=order), device_type="cuda")[0] for order in reversed(Order))
     assert early.kept_bytes < late.kept_bytes
     assert early.kv_bytes < late.kv_bytes
-
-
-def test_memory_decides_what_is_recomputed() -> None:
-    costs = {layout(4): COST}
-    rich = best_step(SHAPE, list(costs), REQUESTS, costs, precision="bfloat16", memory_bytes=10**12)
-    assert rich.work.recompute is Recompute.NONE
-    used = max(stage.allocated_bytes for stage in rich.memory)
-    poor = best_step(SHAPE, list(costs), REQUESTS, costs, precision="bfloat16", memory_bytes=int(0.8 * used))
-    assert max(stage.allocated_bytes for stage in poor.memory) < used
-    assert poor.seconds >= rich.seconds
-    with pytest.raises(UserError, match="no layout, chunks and recomputation"):
-        best_step(SHAPE, list(costs), REQUESTS, costs, precision="bfloat16", memory_bytes=10**6)

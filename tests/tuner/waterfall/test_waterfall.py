@@ -75,16 +75,16 @@ def test_the_kinds_of_a_round_are_all_of_it(candidate: Candidate, plan: Plan) ->
     factors=st.lists(st.floats(0.2, 5.0), min_size=1, max_size=7),
     longer=st.floats(0.9, 2.0),
     slowdown=st.floats(0.7, 1.6),
-    told=st.booleans(),
+    has_kinds=st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
 def test_the_steps_add_up_to_the_makespan(
-    index: int, factors: list[float], longer: float, slowdown: float, told: bool
+    index: int, factors: list[float], longer: float, slowdown: float, has_kinds: bool
 ) -> None:
     _, plan = PLANS[index]
     assert plan.predicted is not None
     assert plan.predicted.round_s is not None
-    if not told:  # as a hand-written plan
+    if not has_kinds:  # as a hand-written plan
         plan = replace(plan, predicted=replace(plan.predicted, round_kinds=None))
     round_s = np.array(plan.predicted.round_s)
     round_s *= np.resize(factors, round_s.shape)
@@ -103,16 +103,16 @@ def test_predicted_and_measured_stand_side_by_side() -> None:
     assert plan.predicted is not None
     assert plan.predicted.round_s is not None
     round_s = np.array(plan.predicted.round_s)
-    told = waterfall(plan, SHAPE, round_s, plan.predicted.makespan_s, peak_flops=PEAK_FLOPS)
+    planned = waterfall(plan, SHAPE, round_s, plan.predicted.makespan_s, peak_flops=PEAK_FLOPS)
     slower = waterfall(plan, SHAPE, 1.2 * round_s, 1.3 * plan.predicted.makespan_s, peak_flops=PEAK_FLOPS, slowdown=1.2)
-    rows = to_rows(told, slower)
+    rows = to_rows(planned, slower)
     assert rows[0][0] == PEAK
     assert rows[0][1] == rows[0][2]
     by_name = {name: seconds for name, *seconds in rows}
     for name in by_name:  # what the machine lost stands apart: the kernels' own losses are as predicted
         if "below peak" in name:
             assert by_name[name][1] == pytest.approx(by_name[name][0])
-    picture = drawing(told, slower, "a plan")
+    picture = drawing(planned, slower, "a plan")
     assert picture.startswith("<svg")
     assert all(name in picture for name in by_name)
 

@@ -1,7 +1,8 @@
-"""Published traces as they are published: a few lines in each format, read with what is told of them."""
+"""Published traces as they are published: a few lines in each format, read with what is said of them."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,14 +43,14 @@ BURSTGPT_SESSIONS = """Timestamp,Session ID,Elapsed time,Model,Request tokens,Re
 """
 
 
-def read(folder: Path, text: str, **options: object) -> Workload:
+def read(folder: Path, text: str, **options: Any) -> Workload:
     path = folder / "trace"
     path.write_text(text)
-    return load_workload(path, **options)  # type: ignore[arg-type]
+    return load_workload(path, **options)
 
 
 @pytest.mark.parametrize(
-    ("text", "lengths", "arrivals_s", "answers", "told"),
+    ("text", "lengths", "arrivals_s", "answers", "note"),
     [
         (MOONCAKE, (6758, 6955, 1536), (0, 27.482, 30.535), (500, 52, 26), "as mooncake: 3 requests over 30.5"),
         (BAILIAN, (40, 60), (0, 14.386), (132, 9), "as bailian: 2 requests over 14.39 s, 0.139 a second (times in sec"),
@@ -64,14 +65,14 @@ def test_published_traces_are_recognised(
     lengths: tuple[int, ...],
     arrivals_s: tuple[float, ...],
     answers: tuple[int, ...],
-    told: str,
+    note: str,
     tmp_path: Path,
 ) -> None:
     workload = read(tmp_path, text)
     assert tuple(request.prompt_tokens for request in workload.requests) == lengths
     assert [request.arrival_s for request in workload.requests] == pytest.approx(arrivals_s, abs=1e-5)
     assert workload.output_tokens == answers
-    assert told in workload.notes[0]
+    assert note in workload.notes[0]
 
 
 def test_a_line_without_tokens_is_skipped_and_said(tmp_path: Path) -> None:

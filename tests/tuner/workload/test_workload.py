@@ -7,9 +7,9 @@ from db.errors import UserError
 from tests.tuner.atom import atom
 from tuner.plan.plan import check_rounds
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import Objective
 from tuner.search.planner import make_rounds
 from tuner.search.replay import FEW_REQUESTS, compare_replays
+from tuner.workload.objective import Objective
 from tuner.workload.workload import load_workload
 
 TRACE = Path(__file__).parents[3] / "benchmarks" / "data" / "mooncake_conversation_2000.jsonl"

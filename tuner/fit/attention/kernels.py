@@ -1,29 +1,45 @@
-"""The attention kernel chosen from measured rows: one rule shared by the fit and the runtime. Does not need SciPy."""
+"""The attention kernel chosen from measured rows: one rule, by which the fit predicts and the plan names kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 
 from db.rows.measurements import Measurement
 from profiler.kernels.attention_kernel import PREFERENCE, AttentionKernel
 from profiler.points.kernel_choice import KernelChoice, KernelTime
+from profiler.sequence.cut import cut_round
+from profiler.sequence.kind import SequenceCut, SPKind
+from tuner.plan.attention_kernels import AttentionKernels
+from tuner.plan.plan import Plan
 
 
-def kernel_choice(rows: Iterable[Measurement], kernels: Sequence[AttentionKernel] = PREFERENCE) -> KernelChoice:
-    """The kernel choice from attention rows of one rank's heads, among `kernels`, of which the first is the default.
+def kernel_choice(rows: Iterable[Measurement]) -> KernelChoice:
+    """The kernel choice from attention rows of one rank's heads; the usual best kernel measured is the default.
 
-    Where one call of an engine was measured and only two are at hand, these stand in for it.
-    Raises `ValueError` for no kernels at all.
+    Raises `ValueError` for no rows at all.
     """
-    rows = list(rows)
-    usable = [row for row in rows if AttentionKernel(row.variant) in kernels]
-    one_call, two_calls = AttentionKernel.CUDNN_GRAPH, AttentionKernel.CUDNN
-    if one_call not in kernels and two_calls in kernels and all(row.variant != two_calls for row in usable):
-        usable += [replace(row, variant=two_calls.value) for row in rows if row.variant == one_call]
-    found = _bounded(usable)
+    found = _bounded(rows)
     measured = {AttentionKernel(row.variant) for row in found}
-    return KernelChoice(map(KernelTime.of, found), default=min(measured or kernels, key=list(kernels).index))
+    return KernelChoice(map(KernelTime.of, found), default=min(measured, key=PREFERENCE.index))
+
+
+def with_kernels(plan: Plan, choose: KernelChoice) -> Plan:
+    """The plan with the kernel of each piece that its ranks attend with.
+
+    Ranks attend with pieces of a chunk where they gather its keys and values, and with whole chunks elsewhere.
+    """
+    parallel, others = plan.parallel, defaultdict[AttentionKernel, set[tuple[int, int]]](set)
+    for chunks, cut in zip(plan.rounds, plan.round_cuts, strict=True):
+        pieces_cut = cut if parallel.sp_kind is SPKind.GATHER else SequenceCut.WHOLE
+        for share in cut_round([chunk.tokens for chunk in chunks], pieces_cut, parallel.sequence_size):
+            for piece in share:
+                at = piece.tokens, chunks[piece.chunk].start + piece.start
+                others[choose(*at)].add(at)
+    others.pop(choose.default, None)
+    listed = {kernel: tuple(sorted(pieces)) for kernel, pieces in sorted(others.items())}
+    return replace(plan, attention_kernels=AttentionKernels(usual=choose.default, others=listed))
 
 
 def chosen_kernels(rows: Iterable[Measurement]) -> list[Measurement]:

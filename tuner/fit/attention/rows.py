@@ -21,8 +21,8 @@ class AttentionRows:
 
     def __init__(self, rows: Sequence[Measurement], work: RankWork) -> None:
         self.work = work
-        choose, longest = kernel_choice(rows), max(row.shape["context"] for row in rows)
-        self.kernel_of = {chunk: choose(chunk, longest) for chunk in {row.shape["chunk"] for row in rows}}
+        self.choose, longest = kernel_choice(rows), max(row.shape["context"] for row in rows)
+        self.kernel_of = {chunk: self.choose(chunk, longest) for chunk in {row.shape["chunk"] for row in rows}}
         any_in_waves = any(kernel in IN_WAVES for kernel in self.kernel_of.values())
         others = [chunk for chunk, kernel in self.kernel_of.items() if kernel not in IN_WAVES]
         if any_in_waves:  # where a small chunk was measured in one kernel alone, larger ones tell what runs it

@@ -1,4 +1,4 @@
-"""Processes that work on the database, so that runs of dead ones can be told."""
+"""Processes that work on the database, so that runs of dead ones can be recognised."""
 
 from __future__ import annotations
 

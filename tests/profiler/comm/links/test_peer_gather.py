@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -113,6 +114,10 @@ class FakeMemory:
         queue.add(take)
 
 
+def _keep(kept: list[torch.Tensor], gathered: torch.Tensor) -> None:
+    kept.append(gathered.clone())
+
+
 def run(size: int, gathers: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What each rank reads of each gather, and what it should."""
     cards = [Card(torch.zeros(size, SLOTS * NUMBERS)) for _ in range(size)]
@@ -131,10 +136,10 @@ def run(size: int, gathers: int, seed: int) -> Iterator[tuple[torch.Tensor, torc
                 group._count = 0  # a recorded round begins with the slot that it was recorded with
             part = group.new_part(like, (2, NUMBERS // 2))
             value = float(100 * number + rank)
-            memory.current.add(lambda part=part, value=value: part.fill_(value))  # type: ignore[misc]
+            memory.current.add(partial(part.fill_, value))
             gathered = group.begin_gather(part)()
             kept = read[rank]
-            memory.current.add(lambda kept=kept, gathered=gathered: kept.append(gathered.clone()))  # type: ignore[misc]
+            memory.current.add(partial(_keep, kept, gathered))
             group.release()
     ends = [memory.current.mark() for memory in memories]
     for end in ends:
@@ -181,7 +186,10 @@ def test_a_tensor_that_is_no_part_goes_the_usual_way(monkeypatch: pytest.MonkeyP
     memory: Any = FakeMemory(0, [Card(torch.zeros(1, SLOTS * NUMBERS))], 0)
     group = PeerGatherGroup(RankGroup(None, 1, 0), [0], memory, 0)
     asked: list[torch.Tensor] = []
-    usual: Any = lambda _self, tensor, *, into=None: asked.append(tensor)  # noqa: E731
+
+    def usual(_self: object, tensor: torch.Tensor, *, into: torch.Tensor | None = None) -> None:
+        asked.append(tensor)
+
     monkeypatch.setattr(peer_gather.RankGroup, "begin_gather", usual)
     tensor = torch.ones(3)
     group.begin_gather(tensor)

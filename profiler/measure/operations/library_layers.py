@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from profiler.library.found import find
+from profiler.measure.operations.workspace import Workspace
 from profiler.measure.timing import Run
-from profiler.measure.work.workspace import Workspace
 from profiler.model import ModelShape, WholeLayer
 from profiler.points.point import BEFORE_LAYERS, Point
 from profiler.points.whole_layers import whole_sizes, whole_variant

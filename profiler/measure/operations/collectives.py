@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from profiler.comm.links.group import HostGroup
 from profiler.comm.links.peer_memory import Lane, PeerMemory, Queue
+from profiler.measure.operations.operators import Operators
 from profiler.measure.timing import Prepared
-from profiler.measure.work.operators import Operators
 from profiler.model.precision import Format
 from profiler.points.point import Op, Point
 from profiler.points.rank_groups import RankGroups
