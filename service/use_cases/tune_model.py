@@ -54,7 +54,6 @@ from tuner.waterfall.moves import moves
 # Rows that a card's products are tiled by: between multiples their rate falls, and so finely they are measured.
 CHUNK_MULTIPLE = {"cpu": 64, "cuda": 256}
 CONVERTED = {"bf16": "bfloat16", "fp8": "fp8"}
-DEVICE_TYPE = {"gloo": "cpu", "nccl": "cuda"}  # of ranks by what joins them
 
 
 def tune_model(
@@ -82,7 +81,7 @@ def tune_model(
     layouts = enumerate_layouts(shape, world_size, pins)
     with open_database(options.db_url) as database:
         hardware = _hardware(database, options, world_size)
-        device_type = DEVICE_TYPE[hardware.backend]
+        device_type = hardware.device_type
         if options.chunk_multiple is None:
             rules = replace(rules, chunk_multiple=CHUNK_MULTIPLE[device_type])
         if shape.backend is Backend.OWN and options.backend == "auto":
@@ -148,7 +147,7 @@ def _tune_precisions(
     with open_database(options.db_url) as database:
         hardware = _hardware(database, options, options.world_size or pins.num_ranks)
         measured = sorted({row.dtype for row in load_measurements(database, hardware)} & set(PRECISIONS))
-    own = default_dtype(shape, DEVICE_TYPE[hardware.backend])
+    own = default_dtype(shape, hardware.device_type)
     losses = read_losses([path for path in (options.quantize_reports or "").split(",") if path])
 
     def planned(dtype: str, **changes: Any) -> TuneReport:
@@ -197,7 +196,7 @@ def _hardware(database: Database, options: TuneOptions, world_size: int) -> Hard
     known = [stored.hardware for stored in list_hardware(database) if stored.num_measurements]
     asked = options.device_type
     if asked is None or (asked == "cuda" and default_device_type() != "cuda"):  # no device here is meant
-        known = [one for one in known if asked in (None, DEVICE_TYPE[one.backend])]
+        known = [one for one in known if asked in (None, one.device_type)]
         if len(known) == 1:
             click.echo(f"Planning for {known[0].device}, the only hardware measured", err=True)
             return known[0]
