@@ -64,15 +64,7 @@ def tune_model(
     shape = load_model_shape(options.model, backend=options.backend)
     if options.precision == AUTO:
         return _tune_precisions(options, shape, requests, rules, echo)
-    dtype, notes = options.dtype, list[str]()
-    if dtype is not None:
-        precision_of(dtype, field=flag_of(options, "dtype"))
-    if options.precision is not None or shape.unread is not None:
-        dtype = CONVERTED[options.precision or "bf16"] if dtype is None else dtype
-        notes.append(f"Planned as if the weights, {shape.weight_format or shape.dtype}, were converted to {dtype}")
-        shape = replace(shape, quantization=None, unread=None)
-    if shape.unrun is not None:
-        notes.append(f"Planned only: {shape.unrun}")
+    shape, dtype, notes = _as_planned(options, shape)
     pins = pins_of(options)
     topology = None if options.topology is None else load_topology(options.topology)
     world_size = options.world_size or (topology.num_cards if topology and pins == ANY else pins.num_ranks)
@@ -133,6 +125,20 @@ def tune_model(
         if options.keep:
             _keep(database, hardware, target, report)
         return report
+
+
+def _as_planned(options: TuneOptions, shape: ModelShape) -> tuple[ModelShape, str | None, list[str]]:
+    """The model as it is planned, the precision asked for, and notes on how either differs from the checkpoint."""
+    dtype, notes = options.dtype, list[str]()
+    if dtype is not None:
+        precision_of(dtype, field=flag_of(options, "dtype"))
+    if options.precision is not None or shape.unread is not None:
+        dtype = CONVERTED[options.precision or "bf16"] if dtype is None else dtype
+        notes.append(f"Planned as if the weights, {shape.weight_format or shape.dtype}, were converted to {dtype}")
+        shape = replace(shape, quantization=None, unread=None)
+    if shape.unrun is not None:
+        notes.append(f"Planned only: {shape.unrun}")
+    return shape, dtype, notes
 
 
 def _tune_precisions(
