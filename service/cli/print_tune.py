@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from service.cli.output import show_pairs, show_table, wrapped
 from service.reasons.precision import PrecisionStep
 from service.reasons.recommendation import gap_in_words
-from service.reasons.words import in_words
+from service.reasons.words import explanation_in_words
 from service.use_cases.tune_report import TuneReport, classes_json, replay_json
 from tuner.fit.uncertainty import widened
 from tuner.plan.layout import layout_of
@@ -63,7 +63,7 @@ def print_report(report: TuneReport) -> None:
     if report.candidates:
         _print_layouts(report)
     if report.explanation is not None:
-        print(f"{wrapped(in_words(report.explanation))}\n")
+        print(f"{wrapped(explanation_in_words(report.explanation))}\n")
     if report.plan.predicted is not None and report.plan.predicted.moves:
         move, now_s = report.plan.predicted.moves[0], report.plan.predicted.makespan_s
         gain = f"{1.0 - move.makespan_s / now_s:.1%} less"

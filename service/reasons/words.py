@@ -20,7 +20,7 @@ KINDS = (
 )
 
 
-def in_words(why: Explanation) -> str:
+def explanation_in_words(why: Explanation) -> str:
     """One paragraph: where the seconds of the best layout and of its rivals go."""
     if not why.families:
         return ""
