@@ -27,6 +27,7 @@ from profiler.model.shape import default_dtype
 from profiler.sequence.kind import SPKind
 from service.reasons.precision import AUTO, best_precision, compare_precisions, read_losses
 from service.reasons.recommendation import Recommendation
+from service.reasons.words import refusals_in_words
 from service.use_cases.contest import contest
 from service.use_cases.options import chosen, flag_of
 from service.use_cases.tune_options import TuneOptions, next_command
@@ -289,7 +290,7 @@ def _report(
     """The best candidate's plan with its rivals and its uncertainty. Raises UserError when every layout is refused."""
     best = candidates[0]
     if best.refusal or best.rounds is None:
-        raise UserError("layouts", "", "none can run: " + "; ".join(f"{c.layout}: {c.refusal}" for c in candidates))
+        raise UserError("layouts", "", "none can run: " + "; ".join(refusals_in_words(candidates)))
     cost = best.layout_costs.cost_model(best.layer_partition)
     found = contest(cost, target.requests, best.rules(rules), compare=options.compare, planned=best.rounds)
     if found.planned is not best.rounds:
