@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from profiler.kernels import cpu_attention, cudnn_attention, flash3_attention
-from profiler.kernels.attention_kernel import CAUSAL, PREFERENCE, AttentionKernel, Masking
+from profiler.kernels.attention_kernel import CAUSAL, PREFERENCE, AttentionKernel, Latents, Masking
 from profiler.kernels.elementwise import has_triton
 from profiler.kernels.quantized.kv import KV, read_rows
 
@@ -39,8 +39,11 @@ def attend(
 
     q: [H, c, D], k and v: [KV, p + c, D] with H a multiple of KV -> [H, c, D]. The query at row i sees keys up to
     p + i. The merge of two calls is that of FlashAttention's partial results: each is weighted by the share of the
-    softmax's denominator that it saw. Where more than the causal mask counts, the one kernel that knows it runs.
+    softmax's denominator that it saw. Where more than the causal mask counts, the one kernel that knows it runs. With
+    latents k [1, p + c, kept] is all that is read.
     """
+    if masking.latents is not None:
+        return masking.latents.attend(q, k.squeeze(0))
     if kernel is AttentionKernel.CPU_MASKED or not masking.is_plain(k.shape[1]):
         return cpu_attention.attend_masked(q, k, v, masking)
     if kernel is AttentionKernel.CPU_FOLDED:
@@ -79,12 +82,25 @@ def attend_tokens(
         from profiler.kernels import flash_decoding
 
         return flash_decoding.attend(q, keys, values, starts, lengths)
+    if masking.latents is not None:
+        return _attend_latents(q, keys, starts, lengths, masking.latents)
     outputs = []
     for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         seen = slice(start + masking.first_seen(length, 1), start + length)
         k, v = read_rows(keys, seen), read_rows(values, seen)
         outputs.append(attend(AttentionKernel.SDPA, q[row, :, None], k, v, masking))
     return torch.stack(outputs).squeeze(2)
+
+
+def _attend_latents(
+    q: torch.Tensor, keys: KV, starts: torch.Tensor, lengths: torch.Tensor, latents: Latents
+) -> torch.Tensor:
+    """Each matrix is read once for all requests."""
+    absorbed, outputs = latents.absorb(q.transpose(0, 1)), []
+    for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        rows = read_rows(keys, slice(start, start + length)).squeeze(0)
+        outputs.append(latents.attend_absorbed(absorbed[:, row : row + 1], rows))
+    return latents.restore(torch.cat(outputs, dim=1)).transpose(0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from profiler.kernels.attention_kernel import Masking
+from profiler.kernels.attention_kernel import MASKED_SCORES, Masking
 
 BLOCK_ROWS = 512  # about so many of a chunk at once: all before them is context
-MASKED_SCORES = 1 << 23  # of a strip under a mask of its own at once
 STRIP_ROWS = 64  # of the diagonal block at once: a strip's scores stay in a core's own cache
 
 
@@ -39,15 +38,15 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking) -> torch.Tensor:
-    """As `attend`, in any format, under a mask that is more than causal: strips of queries over the keys they see.
+    """As `attend`, in any format, under a mask that may be more than causal: strips of queries over the keys they see.
 
-    Scores are in float32. A strip reads the keys of its window alone.
+    Scores are in float32. A strip reads the keys of its window alone. Values may have other features than keys.
     """
     num_heads, chunk, head_dim = q.shape
-    num_kv_heads, context = k.shape[0], k.shape[1] - chunk
+    num_kv_heads, context, value_dim = k.shape[0], k.shape[1] - chunk, v.shape[2]
     group = num_heads // num_kv_heads
     grouped = q.view(num_kv_heads, group, chunk, head_dim)
-    out = q.new_empty(chunk, num_kv_heads, group, head_dim)
+    out = q.new_empty(chunk, num_kv_heads, group, value_dim)
     sinks = None if masking.sinks is None else masking.sinks.float().view(num_kv_heads, group, 1, 1)
     most_keys = min(context + chunk, (masking.window or context + chunk) + STRIP_ROWS)
     strip = max(1, min(STRIP_ROWS, MASKED_SCORES // (num_heads * most_keys)))
@@ -70,9 +69,9 @@ def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Ma
         if sinks is not None:
             weights *= torch.sigmoid(scores.logsumexp(dim=-1, keepdim=True) - sinks)
         weights = weights.view(num_kv_heads, group * count, end - start).to(v.dtype)
-        mixed = torch.bmm(weights, v[:, start:end]).view(num_kv_heads, group, count, head_dim)
+        mixed = torch.bmm(weights, v[:, start:end]).view(num_kv_heads, group, count, value_dim)
         out[first:last] = mixed.permute(2, 0, 1, 3)
-    return out.view(chunk, num_heads, head_dim).transpose(0, 1)
+    return out.view(chunk, num_heads, value_dim).transpose(0, 1)
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from profiler.model import ModelShape
-from profiler.model.rope import Rotation, rope_parameters, rope_type
+from profiler.model.rope import Rotation, rope_parameters, rope_type, yarn_scale
 
 Turns = Mapping[Rotation, tuple[torch.Tensor, torch.Tensor]]
 """Cosine and sine [T, head_dim / 2] for each way in which layers of a model turn."""
@@ -20,7 +20,7 @@ class Rotary:
 
     def __init__(self, shape: ModelShape, device: torch.device) -> None:
         attentions = [layer.attention for layer in shape.layer_kinds]
-        of_rotation = {attention.rotation: attention.head_dim for attention in attentions}
+        of_rotation = {attention.rotation: attention.turned_dim for attention in attentions}
         self.frequencies = {
             rotation: tuple(part.to(device) for part in _frequencies(shape.config, rotation, head_dim))
             for rotation, head_dim in of_rotation.items()
@@ -46,9 +46,9 @@ def _frequencies(config: Mapping[str, Any], rotation: Rotation, head_dim: int) -
 
 def _turned(config: Mapping[str, Any], layer_type: str, turned: int) -> tuple[torch.Tensor, float]:
     kind, parameters = rope_type(config, layer_type), rope_parameters(config, layer_type)
-    if kind == "yarn":
-        return _transformers_frequencies(dict(config), layer_type)
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if kind == "yarn":
+        return _yarn(config, parameters, theta, turned)
     inv_freq = 1.0 / theta ** (torch.arange(0, turned, 2, dtype=torch.float32) / turned)
     if kind == "linear":
         return inv_freq / parameters["factor"], 1.0
@@ -66,12 +66,27 @@ def _stretch_long_waves(inv_freq: torch.Tensor, parameters: Mapping[str, Any]) -
     return torch.where((wavelength <= length / low) & (wavelength >= length / high), ramp, stretched)
 
 
-def _transformers_frequencies(config: dict[str, Any], layer_type: str) -> tuple[torch.Tensor, float]:
-    """Taken from Transformers, whose import takes seconds: only for what is not written above."""
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+def _yarn(
+    config: Mapping[str, Any], parameters: Mapping[str, Any], theta: float, turned: int
+) -> tuple[torch.Tensor, float]:
+    """YaRN (Peng et al., 2023): waves of fewer than beta_slow turns within the first context are stretched, those of
+    more than beta_fast kept, a ramp between; and what lengths are multiplied with."""
+    factor = parameters["factor"]
+    length = parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    waves = theta ** (torch.arange(0, turned, 2, dtype=torch.float32) / turned)
 
-    model_config = AutoConfig.for_model(**config)
-    nested = {"layer_type": layer_type} if layer_type in (model_config.rope_parameters or {}) else {}
-    inv_freq, scaling = ROPE_INIT_FUNCTIONS["yarn"](model_config, torch.device("cpu"), **nested)
+    def feature(turns: float) -> float:
+        return turned * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = feature(parameters.get("beta_fast") or 32), feature(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, turned - 1)
+    width = high - low or 0.001
+    kept = 1 - ((torch.arange(turned // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    inv_freq = 1.0 / (factor * waves) * (1 - kept) + 1.0 / waves * kept
+    scaling = parameters.get("attention_factor")
+    mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if scaling is None:
+        scaling = yarn_scale(factor, mscale) / yarn_scale(factor, all_dim) if mscale and all_dim else yarn_scale(factor)
     return inv_freq, float(scaling)

@@ -14,6 +14,7 @@ from profiler.kernels.entry import PLAIN, Entries, Entry, Operand, Product
 from profiler.kernels.linear import Linear
 from profiler.kernels.quantized.kv import KV
 from profiler.kernels.quantized.linear import DequantizingLinear, QuantizedLinear
+from profiler.layers.latent import Latent
 from profiler.layers.layer_inputs import LayerInputs, Reduce
 from profiler.model import LayerSpec
 from profiler.model.mlp import Activation, DenseMLP
@@ -26,7 +27,7 @@ Project = Callable[[Operand], torch.Tensor]
 class Norms:
     """The weights of a layer's norms on one rank, those that it has: [hidden] each, but for query and key.
 
-    These are [head_dim], or [H head_dim] and [KV head_dim] where a norm spans all heads of all ranks.
+    These are [head_dim], or [H head_dim] and [KV head_dim] where a norm spans all heads of all ranks, or of latents.
     """
 
     before_attention: torch.Tensor | None
@@ -111,8 +112,8 @@ class DecoderLayer:
     """A layer of any `LayerSpec`, as one rank of a tensor-parallel group holds it.
 
     The projections are given from outside (fused q|k|v and gate|up, sharded by the caller), or experts in the place of
-    the last two; `reduce_o` and
-    `reduce_down` sum the partial results of the group and add a row-parallel bias once, `sum_ranks` adds no bias.
+    the last two, and latents beside the first; `reduce_o` and `reduce_down` sum the partial results of the group and
+    add a row-parallel bias once, `sum_ranks` adds no bias.
     `entries` say in which formats the projections take their operands.
     One layer knows nothing of pipelines.
     """
@@ -128,6 +129,7 @@ class DecoderLayer:
         gate_up: Project | None = None,
         down: Project | None = None,
         experts: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        latent: Latent | None = None,
         reduce_o: Reduce,
         reduce_down: Reduce,
         sum_ranks: Callable[[torch.Tensor], torch.Tensor],
@@ -140,6 +142,9 @@ class DecoderLayer:
         self.masking = CAUSAL
         if spec.attention.masking:
             self.masking = Masking(window=spec.attention.window, softcap=spec.attention.softcap, sinks=norms.sinks)
+        if latent is not None:
+            self.masking = Masking(latents=latent)
+        self.latent = latent
         self.norms, self.entries = norms, entries or Entries()
         self.qkv, self.o, self.gate_up, self.down, self.experts = qkv, o, gate_up, down, experts
         self.reduce_o, self.reduce_down, self.sum_ranks = reduce_o, reduce_down, sum_ranks
@@ -170,8 +175,10 @@ class DecoderLayer:
         return entry.silu(gate_up) if self.gate is Activation.SILU else entry.take(gelu_product(gate_up))
 
     def project(self, normed: Operand) -> torch.Tensor:
-        """normed: [T, hidden] -> q|k|v [T, (H + 2 KV) D], normed where the norm spans all heads."""
+        """normed: [T, hidden] -> q|k|v [T, (H + 2 KV) D], normed where the norm spans all heads; q|kept of latents."""
         qkv = self.qkv(normed)
+        if self.latent is not None:
+            return self.latent.project(normed, qkv, self.norms.query)
         if self.norms.all_heads:
             norm_all_heads(qkv, self.norms, lambda means: self.sum_ranks(means) / self.tp_size)
         return qkv
@@ -199,6 +206,8 @@ class DecoderLayer:
 
         num_heads: query heads in qkv, if not all of this rank's.
         """
+        if self.latent is not None:
+            return self.latent.rotate(qkv, places, self.norms, keys, self.rotation)
         heads = self.num_heads if num_heads is None else num_heads
         return rotate_into_slab(
             qkv, places, self.norms, keys, values, num_heads=heads, rotation=self.rotation

@@ -101,7 +101,7 @@ def route(router: Router, logits: torch.Tensor, bias: torch.Tensor | None) -> tu
     wanted = scores if bias is None else scores + bias.float()
     if router.groups > 1:
         grouped = wanted.view(wanted.shape[0], router.groups, -1)
-        of_group = grouped.topk(2, dim=-1).values.sum(dim=-1)
+        of_group = grouped.topk(router.best_of_group, dim=-1).values.sum(dim=-1)
         opened = torch.zeros_like(of_group, dtype=torch.bool)
         opened.scatter_(1, of_group.topk(router.groups_per_token, dim=-1).indices, True)
         wanted = grouped.masked_fill(~opened[..., None], -torch.inf).flatten(1)

@@ -29,7 +29,7 @@ class Router:
     """Chooses `per_token` experts by the logits of `gate`.
 
     bias: is added to scores for the choice alone. groups: of experts, of which a token's best ones are open to it, by
-    the sum of the two best scores of each. normalized: whether weights add up to 1, before they are scaled.
+    the sum of the `best_of_group` best scores of each. normalized: whether weights add up to 1, before they are scaled.
     """
 
     gate: LinearSpec
@@ -40,6 +40,7 @@ class Router:
     bias: NormSpec | None = None
     groups: int = 1
     groups_per_token: int = 1
+    best_of_group: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

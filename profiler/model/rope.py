@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from profiler.model.fields import KernelsMissingError, positive, positive_number
 SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn")
 _NUMBERS = (
     "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    "attention_factor", "beta_fast", "beta_slow",
+    "attention_factor", "beta_fast", "beta_slow", "mscale",
 )  # fmt: skip
 _NEEDED = {
     "linear": ("factor",),
@@ -54,6 +55,11 @@ def rope_parameters(config: Mapping[str, Any], layer_type: str = "") -> dict[str
         return {} if base is None else {"rope_theta": base}
     flat = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     return {name: value for name, value in flat.items() if not isinstance(value, Mapping)}
+
+
+def yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    """What YaRN multiplies lengths with that are stretched `factor` times."""
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def rope_type(config: Mapping[str, Any], layer_type: str = "") -> str:
@@ -114,6 +120,8 @@ def _check_rotation(config: Mapping[str, Any], rotation: Rotation) -> None:
     given = {name: value for name, value in parameters.items() if name in _NUMBERS and value is not None}
     for name, value in given.items():
         positive_number(f"{field}.{name}", value)
+    if kind == "yarn":
+        _check_yarn(config, field, parameters)
     for name in _NEEDED.get(kind, ()):
         if name not in given:
             raise UserError(f"rope_scaling.{name}", "missing", f"rotary scaling of type {kind} needs it")
@@ -123,6 +131,17 @@ def _check_rotation(config: Mapping[str, Any], rotation: Rotation) -> None:
     if rotation.features is None and turned_share(config) != 1.0:
         allowed = "whole heads are rotated in this architecture; must be 1 or null"
         raise KernelsMissingError("partial_rotary_factor", turned_share(config), allowed)
+
+
+def _check_yarn(config: Mapping[str, Any], field: str, parameters: Mapping[str, Any]) -> None:
+    if (scale := parameters.get("mscale_all_dim")) is not None and scale != 0:
+        positive_number(f"{field}.mscale_all_dim", scale)
+    for name, theta in (
+        (f"{field}.rope_theta", parameters.get("rope_theta")),
+        ("rope_theta", config.get("rope_theta")),
+    ):
+        if theta is not None and theta <= 1:
+            raise UserError(name, theta, "must be above 1")
 
 
 def turned_share(config: Mapping[str, Any], default: float = 1.0) -> float:

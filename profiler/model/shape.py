@@ -155,6 +155,11 @@ class ModelShape:
         """Whether kernels here run experts of it, which can be spread."""
         return any(isinstance(layer, LayerSpec) and layer.experts is not None for layer in self.every_kind)
 
+    @property
+    def has_latents(self) -> bool:
+        """Whether kernels here run latent attention of it."""
+        return any(isinstance(layer, LayerSpec) and layer.attention.latent is not None for layer in self.every_kind)
+
     def check_device(self, device_type: str) -> None:
         """Raise `KernelsMissingError` where kernels here have what layers need on other devices alone."""
         if device_type == "cpu":

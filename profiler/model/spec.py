@@ -6,18 +6,61 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from profiler.model.experts import ExpertsMLP
+from profiler.model.fields import MAX_SIZE
 from profiler.model.mlp import Activation, DenseMLP
 from profiler.model.precision import FLOAT32, Precision
 from profiler.model.rope import WHOLE_HEADS, Rotation
 from profiler.model.tensors import AS_STORED, Cut, Dim, LinearSpec, NormSpec
-from profiler.model.whole.layer import seen_pairs
+from profiler.model.whole.layer import Mixer, seen_pairs
 
 ROUTER = "router"  # the product that chooses experts: plain in every precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """Keys and values of all heads made of one latent a token (MLA; DeepSeek-V2, 2405.04434).
+
+    What is kept of a token: the latent of `rank` features, normed, and one key of `turned` features that all heads
+    share. `expand` makes each head's own `plain` features of a key and `value` features of a value of the latent; `q`
+    makes queries, of hidden states or of a latent of their own.
+    """
+
+    rank: int
+    plain: int
+    turned: int
+    value: int
+    q: LinearSpec
+    expand: LinearSpec
+
+    @property
+    def kept(self) -> int:
+        """Numbers that are kept of a token."""
+        return self.rank + self.turned
+
+    def absorbs(self, chunk: int, context: int) -> bool:
+        """Whether a chunk takes fewer FLOPs over the latents themselves than over keys and values made of them.
+
+        For a head, in multiplications: over latents each pair takes rank + turned + rank, and each query its way to
+        the latents and back, rank * (plain + value); expanded, a pair takes plain + turned + value, and each key,
+        of context and chunk, that same rank * (plain + value). One token always goes over latents.
+        """
+        made = self.rank * (self.plain + self.value)
+        return seen_pairs(chunk, context) * (2 * self.rank - self.plain - self.value) < context * made
+
+    @property
+    def longest_absorbed(self) -> int:
+        """Tokens of the longest chunk that `absorbs` after a context without end."""
+        longer = 2 * self.rank - self.plain - self.value
+        return MAX_SIZE if longer <= 0 else -(-self.rank * (self.plain + self.value) // longer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
-    """Causal attention over all tokens before, in groups of query heads that share a KV head."""
+    """Causal attention over all tokens before, in groups of query heads that share a KV head.
+
+    With `latent` what is kept of a token stands in the place of its one KV head, and `qkv` makes it, beside the latent
+    of the queries where they have one; the norms are those of the latents.
+    """
 
     heads: Dim
     kv_heads: Dim
@@ -29,6 +72,7 @@ class AttentionSpec:
     softcap: float | None = field(default=None, repr=False)  # scores are bent to stay below it
     sinks: NormSpec | None = field(default=None, repr=False)  # a score of each head that goes to nothing
     rotation: Rotation = field(default=WHOLE_HEADS, repr=False)
+    latent: LatentSpec | None = None
 
     @property
     def head_dim(self) -> int:
@@ -42,21 +86,38 @@ class AttentionSpec:
         return {name: int(value) for name, value in traits.items() if value}
 
     @property
+    def turned_dim(self) -> int:
+        """Features of a head that the rotation is about."""
+        return self.latent.turned if self.latent else self.head_dim
+
+    @property
+    def kept_widths(self) -> tuple[int, int]:
+        """Features of a KV head that are kept as keys, and as values: none of latents, which are both."""
+        return (self.latent.kept, 0) if self.latent else (self.kv_heads.width, self.kv_heads.width)
+
+    @property
+    def pair_width(self) -> int:
+        """Multiplications of a head for a (query, key) pair."""
+        return self.head_dim + (self.latent.value if self.latent else self.head_dim)
+
+    @property
     def norms_all_heads(self) -> bool:
         """Whether q and k are normed over all their heads at once, which stand on all ranks of a group."""
         return self.q_norm is not None and self.q_norm.cut is Cut.COLUMN
 
     def sizes(self, tp_size: int) -> dict[str, int]:
         """The heads of a rank, as the rows of attention name them."""
-        return {
+        sizes = {
             "heads": self.heads.per_rank(tp_size),
             "kv_heads": self.kv_heads.per_rank(tp_size),
             "head_dim": self.head_dim,
         }
+        latent = self.latent
+        return sizes | ({"latent": latent.rank, "turned": latent.turned, "value": latent.value} if latent else {})
 
     def kv_elements(self, tp_size: int) -> int:
-        """Numbers that a rank keeps of one token: its key and its value."""
-        return 2 * self.kv_heads.per_rank(tp_size) * self.kv_heads.width
+        """Numbers that a rank keeps of one token: its key and its value, or its latent."""
+        return self.kv_heads.per_rank(tp_size) * sum(self.kept_widths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +141,8 @@ class LayerSpec:
         """Its matrix products that every token goes through, in the order in which they run."""
         mlp = self.mlp
         others = mlp.linears if isinstance(mlp, ExpertsMLP) else (mlp.gate_up, mlp.down)
-        return self.attention.qkv, self.attention.o, *others
+        queries = (self.attention.latent.q,) if self.attention.latent else ()
+        return self.attention.qkv, *queries, self.attention.o, *others
 
     @property
     def norms(self) -> tuple[NormSpec, ...]:
@@ -96,14 +158,20 @@ class LayerSpec:
     def variant(self) -> str:
         """What besides sizes and precision decides a layer's element-wise work, as the rows of a profile name it."""
         traits = {
+            "latent": self.attention.latent is not None,
             "post-norm": self.after_attention is not None or self.after_mlp is not None,
-            "qk-norm": self.attention.q_norm is not None and not self.attention.norms_all_heads,
+            "qk-norm": self._norms_heads,
             "qk-norm-all-heads": self.attention.norms_all_heads,
             "gelu": isinstance(self.mlp, DenseMLP) and self.mlp.activation is Activation.GELU_TANH,
             "experts": self.experts is not None,
         }
         traits |= {f"kept-{linear.name}": linear.kept for linear in self.linears if linear.name != ROUTER}
         return "+".join(name for name, present in traits.items() if present)
+
+    @property
+    def _norms_heads(self) -> bool:
+        attention = self.attention
+        return attention.q_norm is not None and attention.latent is None and not attention.norms_all_heads
 
     def sizes(self, tp_size: int) -> dict[str, int]:
         """The sizes of a rank's part, as the rows of `elementwise` and `layer` name them."""
@@ -117,9 +185,11 @@ class LayerSpec:
 
     def product_elements(self, tp_size: int = 1) -> int:
         """Numbers in the matrices of a rank that are multiplied and added for every token: of routed experts those
-        that it goes to."""
+        that it goes to, and what expands its latent, once."""
         routed = self.experts.active_elements(tp_size) if self.experts else 0
-        return sum(n * k for n, k in self.products(tp_size).values()) + routed
+        latent = self.attention.latent
+        expanding = latent.expand.num_elements(tp_size) if latent else 0
+        return sum(n * k for n, k in self.products(tp_size).values()) + routed + expanding
 
     def num_elements(self, tp_size: int = 1) -> int:
         """Numbers that a rank holds: matrices, biases and norms; with one rank, the layer's parameters."""
@@ -169,7 +239,8 @@ class LayerSpec:
     def kind(self) -> str:
         """In words, as tables name it."""
         attention = self.attention
-        words = [f"sliding window {attention.window}" if attention.window else "full attention"]
+        words = [f"sliding window {attention.window}" if attention.window else str(Mixer.FULL)]
+        words = [str(Mixer.LATENT)] if attention.latent else words
         words += ["sinks"] if attention.sinks else []
         words += [f"softcap {attention.softcap:g}"] if attention.softcap else []
         words += ["no rotation"] if attention.rotation.is_off else []
@@ -182,7 +253,8 @@ class LayerSpec:
     def lacks_on_cards(self) -> str | None:
         """What kernels here do of it on a CPU alone, or None."""
         named = {"window": "sliding windows", "softcap": "softcaps", "sinks": "attention sinks"}
-        found = [named[name] for name in self.attention.masking] + (["experts"] if self.experts else [])
+        found = [named[name] for name in self.attention.masking]
+        found += (["latent attention"] if self.attention.latent else []) + (["experts"] if self.experts else [])
         return " and ".join(found) or None
 
     @property
@@ -190,14 +262,16 @@ class LayerSpec:
         """Whether it runs with the very numbers of its checkpoint, under no mask but the causal one: what training,
         pruning and quantizing take."""
         folded = [*(linear.is_folded for linear in self.linears), *(norm.folding != AS_STORED for norm in self.norms)]
-        if isinstance(self.mlp, ExpertsMLP):
+        if isinstance(self.mlp, ExpertsMLP) or self.attention.latent:
             return False
         turned = self.attention.rotation == WHOLE_HEADS and self.mlp.activation is Activation.SILU
         return turned and not self.attention.masking and not any(folded)
 
     def attention_flops(self, chunk: int, context: int) -> int:
-        """FLOPs of all (query, key) pairs that the causal mask keeps: two for each multiplication."""
-        return 4 * self.attention.heads.size * seen_pairs(chunk, context, self.attention.window)
+        """FLOPs of all (query, key) pairs that the causal mask keeps: two for each multiplication; latents count as
+        expanded."""
+        attention = self.attention
+        return 2 * attention.heads.count * attention.pair_width * seen_pairs(chunk, context, attention.window)
 
     def keeping(self, names: Collection[str], *, group_size: int | None = None) -> LayerSpec:
         """The same layer with these of its linears plain in every precision, and scales for groups of inputs."""
@@ -235,4 +309,5 @@ class LayerSpec:
 
     @property
     def _weights(self) -> tuple[LinearSpec | NormSpec, ...]:
-        return *self.linears, *self.norms
+        expanding = (self.attention.latent.expand,) if self.attention.latent else ()
+        return *self.linears, *expanding, *self.norms

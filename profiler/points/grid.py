@@ -215,28 +215,29 @@ class Grid:
         own = layer.attention.sizes(tp_size)
         yield from self._attention_of(own, layer)
         for sp_size in self.sp_sizes:
-            if sp_size * tp_size > self.world_size or sp_size > own["heads"]:
+            if sp_size * tp_size > self.world_size or sp_size > own["heads"] or layer.attention.latent:
                 continue
             heads, kv_heads = most_heads(own["heads"], own["kv_heads"], sp_size)
             if heads % kv_heads == 0:  # others run as several calls
                 yield from self._attention_of(own | {"heads": heads, "kv_heads": kv_heads}, layer)
 
     def _attention_of(self, heads: Mapping[str, int], layer: LayerSpec) -> Iterator[Point]:
-        slab = self.precision.kv_bytes(
-            2 * heads["kv_heads"] * heads["head_dim"] * self.context_length, heads["head_dim"]
-        )
+        attention = layer.attention
+        kept = heads["kv_heads"] * sum(attention.kept_widths) * self.context_length
+        slab = self.precision.kv_bytes(kept, attention.head_dim)
+        masked = attention.masking or attention.latent
         for chunk, chunk_level in self.attention_levels.items():
             for context, context_level in self.context_levels(chunk, layer.window).items():
-                for kernel in (AttentionKernel.CPU_MASKED,) if layer.attention.masking else self.kernels:
+                for kernel in (AttentionKernel.CPU_MASKED,) if masked else self.kernels:
                     if self._dense_mask(kernel, chunk, context):
                         continue
                     yield Point(
                         op=Op.ATTENTION,
                         dtype=self.dtype,
-                        shape={**heads, **layer.attention.masking, "chunk": chunk, "context": context},
+                        shape={**heads, **attention.masking, "chunk": chunk, "context": context},
                         variant=kernel.value,
                         level=min(chunk_level + context_level, LAST_LEVEL),
-                        flops=4.0 * heads["heads"] * heads["head_dim"] * seen_pairs(chunk, context, layer.window),
+                        flops=2.0 * heads["heads"] * attention.pair_width * seen_pairs(chunk, context, layer.window),
                         size_bytes=slab + self._bytes(3 * chunk * heads["heads"] * heads["head_dim"]),
                     )
 
@@ -252,7 +253,7 @@ class Grid:
 
     def _layers(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
         sizes, weights = layer.sizes(tp_size), layer.product_elements(tp_size)
-        attention = 4.0 * sizes["heads"] * sizes["head_dim"]
+        attention = 2.0 * sizes["heads"] * layer.attention.pair_width
         width = 4 * sizes["hidden"] + 5 * sizes["intermediate"] + 4 * sizes["heads"] * sizes["head_dim"]
         fixed_bytes = 3 * layer.weights_bytes(self.precision, tp_size) + 2 * self._slab(layer, tp_size)
         for chunk, chunk_level in self.layer_levels.items():

@@ -33,7 +33,7 @@ COLLECTIVES = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, O
 _STRIDE = "stride-"
 EVEN, SKEWED = "even", "skewed"  # how tokens spread over experts: logits of routers are normal of standard deviation 1,
 # to which each expert adds nothing, or a number of its own of the same deviation
-MASKS = ("window", "softcap", "sinks")  # sizes that attention has where more than the causal mask counts
+MASKS = ("window", "softcap", "sinks", "latent")  # sizes that attention has where it is not the plain causal one
 KEPT = "kept"  # variant of a product that a model keeps plain among quantized ones
 WARM = "warm"  # variant of a product whose weights are still in the cache
 BESIDE = "beside"  # variant of a collective while products run, and of a product (its group_size tells of whose) while

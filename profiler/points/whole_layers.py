@@ -32,12 +32,13 @@ def whole_layer_points(
             for layer in kinds:
                 seen = layer.attention_flops(chunk, context)
                 stream = num_bytes(8 * chunk * layer.hidden_size)
-                kept = num_bytes(layer.cached_numbers * (layer.kept_tokens(context) + chunk))
+                numbers = layer.kv_numbers + layer.attended_numbers
+                kept = num_bytes(numbers * (layer.kept_tokens(context) + chunk))
                 yield Point(
                     op=Op.LAYER, dtype=precision.name, shape=at | whole_sizes(layer), variant=whole_variant(layer),
                     busy_ranks=busy_ranks, level=min(level + more, 4),
                     flops=2.0 * chunk * layer.product_elements() + seen,
-                    size_bytes=layer.weights_bytes(precision) + 2 * kept + mask + stream,
+                    size_bytes=layer.weights_bytes(precision) + kept + mask + stream,
                 )  # fmt: skip
             yield Point(
                 op=Op.LAYER, dtype=precision.name, shape=at | {"hidden": shape.hidden_size}, variant=BEFORE_LAYERS,

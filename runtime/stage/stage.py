@@ -103,7 +103,7 @@ class KernelStage(Stage):
         self.scheme = SCHEMES[job.parallel.sp_kind](job, groups, device, self._choose_kernel)
         layers = [job.shape.layers[index] for index in place.layers]
         self.slab = KVSlab(
-            [(self.scheme.kv_heads(layer), layer.attention.head_dim) for layer in layers],
+            [(self.scheme.kv_heads(layer), layer.attention.kept_widths) for layer in layers],
             self.scheme.kv_rows,
             device=device,
             dtype=self.dtype,

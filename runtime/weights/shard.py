@@ -15,6 +15,7 @@ from profiler.kernels.quantized.weight import QuantizedWeight, quantize_weight
 from profiler.layers.decoder_layer import DecoderLayer, Norms, projections
 from profiler.layers.experts import Experts, ExpertWeights
 from profiler.layers.head import Head
+from profiler.layers.latent import Latent
 from profiler.model import LayerSpec, ModelShape, Precision
 from profiler.model.experts import ExpertsMLP
 from profiler.model.mlp import DenseMLP
@@ -178,6 +179,7 @@ def _load_layer(
         model.place.parallel.tp_size,
         norms=Norms.of(spec, reader.norm, eps=shape.norm_eps),
         **projections(linears),
+        latent=_load_latent(spec, reader),
         reduce_o=group.reduce(reader.bias(spec.attention.o)),
         reduce_down=group.reduce(reader.bias(spec.mlp.down)),
         sum_ranks=group.reduce(None),
@@ -205,10 +207,16 @@ def _load_expert_layer(
         qkv=reader.linear(spec.attention.qkv),
         o=reader.linear(spec.attention.o),
         experts=experts,
+        latent=_load_latent(spec, reader),
         reduce_o=group.reduce(reader.bias(spec.attention.o)),
         reduce_down=group.reduce(None),
         sum_ranks=group.reduce(None),
     )
+
+
+def _load_latent(spec: LayerSpec, reader: _Reader) -> Latent | None:
+    latent = spec.attention.latent
+    return None if latent is None else Latent(latent, reader.linear(latent.q), reader.matrix(latent.expand))
 
 
 def _load_head(shape: ModelShape, reader: _Reader, group: RankGroup) -> Head:

@@ -12,11 +12,12 @@ Generate = Callable[[Path, tuple[int, ...], int], tuple[int, ...]]
 
 @pytest.fixture(scope="session")
 def generate() -> Generate:
-    """Transformers' own greedy tokens in float32."""
+    """Transformers' own greedy tokens in float32, made once."""
     from transformers import AutoModelForCausalLM
 
     load = cache(lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
+    @cache
     def run(folder: Path, prompt: tuple[int, ...], max_new_tokens: int) -> tuple[int, ...]:
         ids = torch.tensor([prompt])
         made = load(folder).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,

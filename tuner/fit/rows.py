@@ -110,7 +110,7 @@ class RankWork:
     def attention_sizes(self) -> dict[str, int]:
         """Sizes that an `attention` row names beside chunk and context: the most heads that a rank attends with."""
         attention = self.layer.attention
-        sizes = attention.sizes(self.tp_size) | dict.fromkeys(MASKS, 0) | attention.masking
+        sizes = dict.fromkeys(MASKS, 0) | attention.sizes(self.tp_size) | attention.masking
         if self.sp_kind is not SPKind.ULYSSES:
             return sizes
         heads, kv_heads = most_heads(sizes["heads"], sizes["kv_heads"], self.sp_size)
@@ -135,7 +135,7 @@ class RankWork:
     @property
     def whole_layer_sizes(self) -> dict[str, int]:
         """Sizes that `layer` rows name beside chunk and context."""
-        return self.layer_sizes | dict.fromkeys(MASKS, 0) | self.layer.traits(self.tp_size)
+        return dict.fromkeys(MASKS, 0) | self.layer_sizes | self.layer.traits(self.tp_size)
 
     @property
     def expert_sizes(self) -> dict[str, int]:

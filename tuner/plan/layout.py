@@ -95,6 +95,8 @@ def check_sequence_fits(shape: ModelShape, sp_kind: SPKind) -> None:
     if sp_kind is SPKind.ULYSSES and len(heads) > 1:
         raise UserError("sp_kind", sp_kind, f"none, gather, ring or megatron: heads of {shape.name}'s layers differ")
     for layer in shape.layer_kinds:
+        if layer.attention.latent and sp_kind in OWN_RANKS:
+            raise UserError("sp_kind", sp_kind, f"one of none, megatron: it runs no {layer.kind}")
         masked = layer.attention.masking
         if masked and (sp_kind is SPKind.RING or (sp_kind is SPKind.ULYSSES and "sinks" in masked)):
             others = "none, gather, megatron" if "sinks" in masked else "none, gather, ulysses, megatron"
@@ -102,13 +104,14 @@ def check_sequence_fits(shape: ModelShape, sp_kind: SPKind) -> None:
 
 
 def check_experts_fit(shape: ModelShape, precision: Precision, weights: Weights) -> None:
-    """Raise `UserError` where experts would have to be what kernels here do not run."""
-    if not shape.has_experts:
+    """Raise `UserError` where experts or latents would have to be what kernels here do not run."""
+    if not shape.has_experts and not shape.has_latents:
         return
-    if precision.linears is not None:
-        raise UserError("precision", precision.name, f"a plain one: experts of {shape.name} are not run in 8 bits")
+    what = "experts" if shape.has_experts else "latents"
+    if precision.linears is not None or precision.has_kv_scales:
+        raise UserError("precision", precision.name, f"a plain one: {what} of {shape.name} are not run in 8 bits")
     if weights is Weights.GATHERED:
-        raise UserError("parallel.weights", weights, f"whole: experts of {shape.name} are not gathered")
+        raise UserError("parallel.weights", weights, f"whole: {what} of {shape.name} are not gathered")
 
 
 def layout_of(parallel: Parallel) -> Layout:

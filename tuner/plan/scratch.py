@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from profiler.comm.links.buffers import GATHER_SLOTS
+from profiler.kernels.attention_kernel import EXPANDED_NUMBERS, MASKED_SCORES
 from profiler.model import LayerSpec, Precision, WholeLayer
 from profiler.model.precision import FLOAT32
 from profiler.sequence.heads import most_heads
@@ -22,14 +23,14 @@ def kept_bytes(layer: LayerSpec | WholeLayer, parallel: Parallel, sizes: RoundSi
     """Bytes that a rank keeps in a layer of all requests: those of each row of its slab, of a window, of a state."""
     if isinstance(layer, WholeLayer):
         rows = min(sizes.slab_rows, sizes.num_requests * layer.kept_tokens(sizes.slab_rows))
-        return precision.kv.num_bytes(rows * layer.cached_numbers + sizes.num_requests * layer.state_numbers)
+        return precision.kv.num_bytes(rows * layer.kv_numbers + sizes.num_requests * layer.state_numbers)
     return precision.kv_bytes(sizes.slab_rows * kv_elements(layer, parallel), layer.attention.head_dim)
 
 
 def kv_elements(layer: LayerSpec, parallel: Parallel) -> int:
-    """Numbers that a rank keeps of a token in its slab: key and value of its KV heads."""
+    """Numbers that a rank keeps of a token in its slab: key and value of its KV heads, or its latent."""
     _, kv_heads = _attending_heads(layer, parallel)
-    return 2 * kv_heads * layer.attention.head_dim
+    return kv_heads * sum(layer.attention.kept_widths)
 
 
 def scratch_bytes(layer: LayerSpec | WholeLayer, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
@@ -51,7 +52,7 @@ def _whole(layer: WholeLayer, sizes: RoundSizes, precision: Precision) -> int:
         _STREAM_ROWS * layer.hidden_size + 4 * per_token * (widest + layer.hidden_size)
     )
     context = layer.kept_tokens(sizes.slab_rows) + rows
-    return rows * row + precision.kv.num_bytes(context * layer.cached_numbers) + 2 * rows * sizes.slab_rows
+    return rows * row + precision.kv.num_bytes(context * layer.attended_numbers) + 2 * rows * sizes.slab_rows
 
 
 def gathered_bytes(layers: Iterable[LayerSpec], parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
@@ -75,6 +76,7 @@ def _own_rows(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision
     """A rank runs its rows alone. messages: bytes beside attention."""
     rows = sizes.most_rows
     attention = rows * _attention_row_bytes(layer, precision, *_own_heads(layer, parallel)) + messages
+    attention += _latent_bytes(layer, parallel, sizes)
     summed = _SUMMED_ROWS * layer.hidden_size if parallel.tp_size > 1 else 0
     stream = _stream(layer, precision, rows) + rows * precision.activations.num_bytes(summed)
     return max(attention, rows * _mlp_row_bytes(layer, precision, parallel.tp_size)) + stream
@@ -117,7 +119,7 @@ def _megatron(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision
     attention = _attention_row_bytes(layer, precision, *_own_heads(layer, parallel))
     block = max(attention, _mlp_row_bytes(layer, precision, parallel.tp_size))
     whole = block + precision.activations.num_bytes(2 * layer.hidden_size)
-    return padded * whole + _stream(layer, precision, sizes.most_rows)
+    return padded * whole + _stream(layer, precision, sizes.most_rows) + _latent_bytes(layer, parallel, sizes)
 
 
 _KINDS: dict[SPKind, Callable[[LayerSpec, Parallel, RoundSizes, Precision], int]] = {
@@ -146,10 +148,28 @@ def _stream(layer: LayerSpec, precision: Precision, rows: int) -> int:
 
 
 def _attention_row_bytes(layer: LayerSpec, precision: Precision, heads: int, kv_heads: int) -> int:
-    """q, k, v before and after rotation with both partial attentions in float32."""
+    """q, k, v before and after rotation with both partial attentions in float32; with latents q and what is kept as
+    products give them and side by side, scaled queries, and what is attended."""
+    if layer.attention.latent:
+        first, _ = layer.attention.qkv.sizes()
+        of_heads = heads * (3 * layer.attention.head_dim + 2 * layer.attention.latent.value)
+        return precision.activations.num_bytes(2 * first + of_heads)
     attended = heads * layer.attention.head_dim
     qkv = attended + 2 * kv_heads * layer.attention.head_dim
     return precision.activations.num_bytes(2 * qkv + attended) + FLOAT32.num_bytes(3 * attended)
+
+
+def _latent_bytes(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes) -> int:
+    """Keys and values of some heads, made of all latents of a request, with a copy of the keys, or the queries of a
+    chunk that attends to latents as they are; and a strip's scores and weights."""
+    latent = layer.attention.latent
+    if latent is None:
+        return 0
+    heads, pair = layer.attention.heads.per_rank(parallel.tp_size), layer.attention.pair_width
+    expanded = max(min(EXPANDED_NUMBERS, heads * sizes.most_passed * pair), sizes.most_passed * pair)
+    absorbed = heads * min(latent.longest_absorbed, sizes.most_tokens) * (3 * latent.kept + latent.rank)
+    scores = min(MASKED_SCORES, heads * sizes.most_tokens * sizes.most_passed)
+    return FLOAT32.num_bytes(max(2 * expanded, absorbed) + 3 * scores)
 
 
 def _mlp_row_bytes(layer: LayerSpec, precision: Precision, tp_size: int) -> int:

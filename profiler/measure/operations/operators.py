@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -19,6 +19,7 @@ from profiler.kernels.rotary import Rotary
 from profiler.layers.decoder_layer import DecoderLayer, Norms, Stream, projections
 from profiler.layers.experts import Experts, ExpertWeights, route
 from profiler.layers.head import Head, embed
+from profiler.layers.latent import Latent
 from profiler.layers.layer_inputs import LayerInputs
 from profiler.layers.prefill_inputs import ChooseKernel, RoundInputs, prepare_round
 from profiler.measure.operations.library_layers import LibraryLayers
@@ -26,7 +27,7 @@ from profiler.measure.operations.workspace import Slabs, Workspace
 from profiler.measure.timing import Prepared, Run
 from profiler.model import Backend, LayerSpec, ModelShape
 from profiler.model.experts import ExpertsMLP
-from profiler.model.spec import ROUTER
+from profiler.model.spec import ROUTER, LatentSpec
 from profiler.model.tensors import Cut, LinearSpec
 from profiler.points.point import KEPT, MASKS, SKEWED, WARM, Op, Point
 
@@ -157,14 +158,14 @@ class Operators:
 
     def _elementwise(self, point: Point) -> Run:
         tokens, sizes = point.shape["tokens"], point.shape
-        width = sizes["heads"] * sizes["head_dim"]
-        qkv = self.workspace.random(tokens, width + 2 * sizes["kv_heads"] * sizes["head_dim"])
+        spec, tp_size = self._layer_of(point)
+        made = {linear.name: linear.sizes(tp_size) for linear in spec.linears}
+        qkv = self.workspace.random(tokens, made["qkv"][0])
         hidden, gate_up = (self.workspace.random(tokens, size) for size in (sizes["hidden"], 2 * sizes["intermediate"]))
         projected = self.workspace.random(tokens, sizes["hidden"])
-        spec, tp_size = self._layer_of(point)
         # Quantizing is element-wise work, and so are they measured; products take what is quantized already.
         products = {
-            linear.name: self.workspace.linear(1, linear.sizes(tp_size)[1], kept=linear.kept) for linear in spec.linears
+            linear.name: self.workspace.linear(1, made[linear.name][1], kept=linear.kept) for linear in spec.linears
         }
         take = products["o"].entry.take
 
@@ -182,12 +183,13 @@ class Operators:
             gate_up=None if spec.experts else lambda _x: gate_up,
             down=None if spec.experts else lambda _x: projected,
             experts=(lambda _x: _with_shared(gate_up, projected)) if spec.experts else None,
+            latent=self._given_latent(spec, tp_size, tokens),
             entries=None if spec.experts else Entries.of(products),
             reduce_o=self._reduce(spec.attention.o),
             reduce_down=self._reduce(None if spec.experts else spec.dense.down),
             sum_ranks=lambda partial: partial,
         )
-        layer.mixed = self.workspace.random(tokens, width)
+        layer.mixed = self.workspace.random(tokens, made["o"][1])
         slabs = self._slabs(point)
         inputs = self.round_inputs([(0, 0, tokens)])
 
@@ -232,10 +234,34 @@ class Operators:
         """The mask of an `attention` point: of a softcap any finite one takes as long."""
         sinks = self.workspace.random(point.shape["heads"]) if point.shape.get("sinks") else None
         softcap = _SOFTCAP if point.shape.get("softcap") else None
-        return Masking(window=point.shape.get("window"), softcap=softcap, sinks=sinks)
+        return Masking(
+            window=point.shape.get("window"), softcap=softcap, sinks=sinks, latents=self._latent_of(point)
+        )  # fmt: skip
+
+    def _latent_of(self, point: Point) -> Latent | None:
+        """What expands the latents of an `attention` point, if it has any; its queries are given."""
+        for layer in self.shape.layer_kinds:
+            attention = layer.attention
+            tp_size = attention.heads.count // point.shape["heads"]
+            if attention.latent and attention.sizes(tp_size).items() <= point.shape.items():
+                return self._latent(attention.latent, tp_size, self.workspace.linear(1, 1))
+        return None
+
+    def _latent(self, spec: LatentSpec, tp_size: int, q: Callable[[Operand], torch.Tensor]) -> Latent:
+        return Latent(spec, q, self.workspace.random(*spec.expand.sizes(tp_size), scale=spec.rank**-0.5))
+
+    def _given_latent(self, spec: LayerSpec, tp_size: int, tokens: int) -> Latent | None:
+        """Latents whose queries are made without a product."""
+        latent = spec.attention.latent
+        if latent is None:
+            return None
+        q = self.workspace.random(tokens, latent.q.sizes(tp_size)[0])
+        return self._latent(latent, tp_size, lambda _x: q)
 
     def _slabs(self, point: Point) -> Slabs:
-        return self.workspace.slabs(point.shape["kv_heads"], self.context_length, point.shape["head_dim"])
+        width = point.shape["head_dim"]
+        widths = (point.shape["latent"] + point.shape["turned"], 0) if "latent" in point.shape else (width, width)
+        return self.workspace.slabs(point.shape["kv_heads"], self.context_length, widths)
 
     def _cold_layers(self, point: Point) -> list[DecoderLayer]:
         spec, tp_size = self._layer_of(point)
@@ -256,8 +282,8 @@ class Operators:
             if alike and point.op is Op.ELEMENTWISE:
                 return spec, tp_size
             for made in dict.fromkeys((spec, spec.spread(tp_size))) if alike else ():
-                traits = made.traits(tp_size)
-                if traits == {name: point.shape[name] for name in (*MASKS, *traits) if name in point.shape}:
+                named = made.sizes(tp_size) | made.traits(tp_size)
+                if all(point.shape.get(name, 0) == named.get(name, 0) for name in {*MASKS, *named}):
                     return made, tp_size
         raise ValueError(f"{self.shape.name} has no layer of {point.shape} {point.variant}")
 
@@ -275,6 +301,7 @@ class Operators:
             tp_size,
             norms=self._norms(spec, tp_size),
             **projections(linears),
+            latent=self._whole_latent(spec, tp_size, linears),
             reduce_o=self._reduce(spec.attention.o),
             reduce_down=self._reduce(spec.dense.down),
             sum_ranks=lambda partial: partial,
@@ -300,10 +327,15 @@ class Operators:
             qkv=linears["qkv"],
             o=linears["o"],
             experts=experts,
+            latent=self._whole_latent(spec, tp_size, linears),
             reduce_o=self._reduce(spec.attention.o),
             reduce_down=self._reduce(None),
             sum_ranks=lambda partial: partial,
         )
+
+    def _whole_latent(self, spec: LayerSpec, tp_size: int, linears: Mapping[str, Product]) -> Latent | None:
+        latent = spec.attention.latent
+        return None if latent is None else self._latent(latent, tp_size, linears["q"])
 
     def _norms(self, spec: LayerSpec, tp_size: int) -> Norms:
         return Norms.of(

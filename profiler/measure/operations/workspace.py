@@ -78,15 +78,15 @@ class Workspace:
             ("linear", n, k, kept), size * copies, lambda: [self.linear(n, k, kept=kept) for _ in range(copies)]
         )
 
-    def slabs(self, kv_heads: int, rows: int, head_dim: int) -> Slabs:
-        """KV slabs of one size, to be used in turn."""
-        size = self.precision.kv_bytes(2 * kv_heads * rows * head_dim, head_dim)
+    def slabs(self, kv_heads: int, rows: int, widths: tuple[int, int]) -> Slabs:
+        """KV slabs of one size, to be used in turn; widths: features of a key and of a value."""
+        size = self.precision.kv_bytes(kv_heads * rows * sum(widths), widths[0])
         copies = max(1, min(max(_MIN_SLABS, self.num_copies(size)), self.limit_bytes // 2 // size))
         return self.keep(
-            ("slabs", kv_heads, rows, head_dim),
+            ("slabs", kv_heads, rows, widths),
             size * copies,
             lambda: Slabs(
-                keys=self._slab(copies, kv_heads, rows, head_dim), values=self._slab(copies, kv_heads, rows, head_dim)
+                keys=self._slab(copies, kv_heads, rows, widths[0]), values=self._slab(copies, kv_heads, rows, widths[1])
             ),
         )
 

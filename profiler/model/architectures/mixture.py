@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from profiler.model.spec import ROUTER, LayerSpec
 from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, Part
 
 _LLAMA_NAMES = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj")
-_DENSE = " dense"
+DENSE = " dense"
 
 
 def mixture(
@@ -90,8 +90,8 @@ def _mixtral(config: Config, kind: str) -> LayerSpec:
 
 
 def _qwen_mixture(layer: LayerSpec, config: Config, kind: str) -> LayerSpec:
-    layer = windowed(layer, config, kind.removesuffix(_DENSE))
-    if kind.endswith(_DENSE):
+    layer = windowed(layer, config, kind.removesuffix(DENSE))
+    if kind.endswith(DENSE):
         return layer
     return mixture(
         layer, config, count=_count(config), features=positive(config, "moe_intermediate_size"),
@@ -116,7 +116,7 @@ def _sparse_steps(config: Config, types: Sequence[str]) -> Sequence[str]:
     """Which layers have experts: one in every few, and none of those listed."""
     step, dense = positive(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     return [
-        kind if index not in dense and (index + 1) % step == 0 else kind + _DENSE for index, kind in enumerate(types)
+        kind if index not in dense and (index + 1) % step == 0 else kind + DENSE for index, kind in enumerate(types)
     ]
 
 
@@ -166,17 +166,27 @@ def deepseek_mixture(layer: LayerSpec, config: Config) -> LayerSpec:
 def _glm4_moe(config: Config, kind: str) -> LayerSpec:
     layer = dense_layer(config, qkv_bias=bool(config.get("attention_bias", False)))
     layer = head_norms(layer) if config.get("use_qk_norm", False) else layer
-    layer = partly_turned(windowed(layer, config, kind.removesuffix(_DENSE)), config, default=0.5)
-    return layer if kind.endswith(_DENSE) else deepseek_mixture(layer, config)
+    layer = partly_turned(windowed(layer, config, kind.removesuffix(DENSE)), config, default=0.5)
+    return layer if kind.endswith(DENSE) else deepseek_mixture(layer, config)
 
 
-def _first_dense(config: Config, types: Sequence[str]) -> Sequence[str]:
-    dense = config.get("first_k_dense_replace", 1)
-    return [kind + _DENSE if index < dense else kind for index, kind in enumerate(types)]
+def first_dense(default: int) -> Callable[[Config, Sequence[str]], Sequence[str]]:
+    """The first layers have no experts: as many as the configuration says, or `default`."""
+
+    def refined(config: Config, types: Sequence[str]) -> Sequence[str]:
+        dense = config.get("first_k_dense_replace")
+        dense = default if dense is None else dense
+        if not isinstance(dense, int) or dense < 0:
+            raise UserError("first_k_dense_replace", dense, "must be a number of layers in config.json")
+        if (step := config.get("moe_layer_freq", 1)) != 1:
+            raise KernelsMissingError("moe_layer_freq", step, "must be 1")
+        return [kind + DENSE if index < dense else kind for index, kind in enumerate(types)]
+
+    return refined
 
 
 _SMALL = {"num_key_value_heads": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "pad_token_id": None}
-_GROUPED = _SMALL | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1, "head_dim": 16}
+GROUPED = _SMALL | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1, "head_dim": 16}
 
 MIXTURES = {
     "MixtralForCausalLM": Architecture(
@@ -199,7 +209,7 @@ MIXTURES = {
                           "layer_types": [SLIDING, FULL, SLIDING, FULL, SLIDING]},
     ),
     "Glm4MoeForCausalLM": Architecture(
-        layer=_glm4_moe, refined=_first_dense, norm_eps=1e-5,
-        example=_GROUPED | {"use_qk_norm": True, "n_shared_experts": 2, "routed_scaling_factor": 1.5},
+        layer=_glm4_moe, refined=first_dense(1), norm_eps=1e-5,
+        example=GROUPED | {"use_qk_norm": True, "n_shared_experts": 2, "routed_scaling_factor": 1.5},
     ),
 }  # fmt: skip

@@ -8,7 +8,8 @@ from types import MappingProxyType
 from profiler.model.architectures.architecture import Architecture
 from profiler.model.architectures.gemma import GEMMA
 from profiler.model.architectures.glm import GLM
+from profiler.model.architectures.latent import LATENT
 from profiler.model.architectures.llama import LLAMA
 from profiler.model.architectures.mixture import MIXTURES
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({**LLAMA, **GEMMA, **GLM, **MIXTURES})
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({**LLAMA, **GEMMA, **GLM, **MIXTURES, **LATENT})

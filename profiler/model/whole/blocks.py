@@ -52,15 +52,13 @@ def _decilm_layer(config: Config, index: int, block: Any) -> WholeLayer:
     if not mlp.get("no_op"):
         tensors.append(("post_attention_layernorm.weight", (hidden,)))
     window = attention.get("window_length")
-    kv_numbers = 2 * kv_heads * head_dim
     return WholeLayer(
         mixer=(Mixer.WINDOW if window else Mixer.FULL) if attends else Mixer.NONE,
         hidden_size=hidden,
         tensors=tuple(tensors),
         active_elements=sum(size[0] * size[1] for _, size in tensors if len(size) == 2),
         pair_numbers=2 * heads * head_dim if attends else 0,
-        kv_numbers=kv_numbers,
-        cached_numbers=kv_numbers,
+        kv_numbers=2 * kv_heads * head_dim,
         window=int(window) if window else None,
     )
 

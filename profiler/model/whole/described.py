@@ -102,11 +102,11 @@ def _layer(module: Any, kind: str, window: int | None, config: Any) -> WholeLaye
         window = int(config.attention_chunk_size)
     keeps_kv = mixer in (Mixer.FULL, Mixer.WINDOW, Mixer.CHUNKED, Mixer.HYBRID)
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    key, value, kv_numbers, cached = _kv(mixing, tensors, config, heads) if keeps_kv else (0, 0, 0, 0)
-    if mixer is Mixer.FULL and cached != kv_numbers:
+    key, value, kv_numbers = _kv(mixing, tensors, config, heads) if keeps_kv else (0, 0, 0)
+    if mixer is Mixer.FULL and _latent_rank(mixing, tensors, config):
         mixer = Mixer.LATENT
     if mixer is Mixer.SHARED:
-        key, value, _, _ = _kv(mixing, tensors, config, heads)
+        key, value, _ = _kv(mixing, tensors, config, heads)
     has_state = mixer in (Mixer.LINEAR, Mixer.CONVOLUTION, Mixer.HYBRID)
     indexed = kind == "indexed_attention"
     selector = int(config.index_n_heads * config.index_head_dim) if indexed else 0
@@ -120,7 +120,6 @@ def _layer(module: Any, kind: str, window: int | None, config: Any) -> WholeLaye
         idle_elements=idle,
         pair_numbers=heads * (key + value),
         kv_numbers=kv_numbers + cached_selector,
-        cached_numbers=cached + cached_selector,
         state_numbers=_state(module, config) if has_state else 0,
         window=window if mixer in (Mixer.WINDOW, Mixer.CHUNKED, Mixer.HYBRID) else None,
         selected=int(config.index_topk) if indexed else None,
@@ -173,21 +172,24 @@ def _mixing(module: Any) -> Any:
     return next((inner for inner in module.modules() if any(hasattr(inner, name) for name in names)), None)
 
 
-def _kv(mixing: Any, tensors: Any, config: Any, heads: int) -> tuple[int, int, int, int]:
-    """Features of a key and of a value head, and the numbers of a token that are kept: compressed, and as cached."""
+def _latent_rank(mixing: Any, tensors: Any, config: Any) -> int:
+    """Features that keys and values are compressed to, 0 where they are not."""
     rank = getattr(mixing, "kv_lora_rank", None) or getattr(config, "kv_lora_rank", None)
-    if rank and any("kv_a_proj" in name or "kv_b_proj" in name for name, _ in tensors):
+    return int(rank) if rank and any("kv_a_proj" in name or "kv_b_proj" in name for name, _ in tensors) else 0
+
+
+def _kv(mixing: Any, tensors: Any, config: Any, heads: int) -> tuple[int, int, int]:
+    """Features of a key and of a value head, and the numbers of a token that are kept: of latents compressed ones."""
+    if rank := _latent_rank(mixing, tensors, config):
         rotated = int(config.qk_rope_head_dim)
-        key, value = int(config.qk_nope_head_dim) + rotated, int(config.v_head_dim)
-        return key, value, int(rank) + rotated, heads * (key + value)
+        return int(config.qk_nope_head_dim) + rotated, int(config.v_head_dim), rank + rotated
     head_dim = getattr(mixing, "head_dim", None) or getattr(config, "head_dim", None)
     head_dim = int(head_dim or config.hidden_size // heads)
     value_dim = int(getattr(mixing, "v_head_dim", None) or head_dim)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if mixing is not None and hasattr(mixing, "k_proj"):
         kv_heads = mixing.k_proj.weight.shape[0] // head_dim
-    numbers = int(kv_heads) * (head_dim + value_dim)
-    return head_dim, value_dim, numbers, numbers
+    return head_dim, value_dim, int(kv_heads) * (head_dim + value_dim)
 
 
 def _state(module: Any, config: Any) -> int:

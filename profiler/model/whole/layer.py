@@ -38,8 +38,7 @@ class WholeLayer:
 
     active_elements: numbers of matrices that a token is multiplied with. idle_elements: of experts it does not go to.
     pair_numbers: multiplications of a (query, key) pair: query heads times the features of a key and of a value.
-    kv_numbers: what the architecture keeps of a token. cached_numbers: what Transformers keeps of it, which expands
-    compressed keys and values. state_numbers: what it keeps of a prompt, however long.
+    kv_numbers: what it keeps of a token. state_numbers: what it keeps of a prompt, however long.
     selected: keys that a sparse selection leaves of all, with `selector_numbers` multiplications a pair to choose them.
     """
 
@@ -50,7 +49,6 @@ class WholeLayer:
     idle_elements: int = 0
     pair_numbers: int = 0
     kv_numbers: int = 0
-    cached_numbers: int = 0
     state_numbers: int = 0
     window: int | None = None
     selected: int | None = None
@@ -91,6 +89,11 @@ class WholeLayer:
         pairs = seen_pairs(chunk, context, self.selected or self.window)
         selecting = self.selector_numbers * seen_pairs(chunk, context)
         return 2 * (self.pair_numbers * pairs + selecting)
+
+    @property
+    def attended_numbers(self) -> int:
+        """Keys and values of a token as attention takes them: latents are expanded for it."""
+        return self.pair_numbers if self.mixer is Mixer.LATENT else self.kv_numbers
 
     def kept_tokens(self, tokens: int) -> int:
         """Of so many tokens those whose keys and values are kept: with a window no more than it sees."""

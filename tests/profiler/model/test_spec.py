@@ -61,7 +61,7 @@ def test_layers_that_differ_are_counted_one_by_one() -> None:
 
     (weights, kv_bytes), last = memory(even)
     assert memory(shape) == [(weights - 2 * (mlp + kv * 2048), kv_bytes - 2 * 100 * kv), last]
-    heads = [(layer.attention.kv_heads.count, layer.attention.head_dim) for layer in shape.layers[:8]]
+    heads = [(layer.attention.kv_heads.count, layer.attention.kept_widths) for layer in shape.layers[:8]]
     slab = KVSlab(heads, KVRows(start=(0,), total=100), device=torch.device("cpu"), dtype=torch.bfloat16)
     assert sum(part.nbytes for part in (*slab.keys, *slab.values)) == kv_bytes - 2 * 100 * kv
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from profiler.comm.ranks.launch import run_ranks
 from profiler.model.architectures.table import ARCHITECTURES
+from profiler.sequence.kind import SPKind
 from runtime.run.rank import run_jobs
 from tests.runtime.cases import PARTITIONS, make_job
 from tests.runtime.conftest import Generate
@@ -16,7 +18,8 @@ from tuner.plan.plan import Parallel
 
 NEW_TOKENS = 4
 EXAMPLES = [name for name, architecture in ARCHITECTURES.items() if architecture.example]
-MIXTURES = [name for name in EXAMPLES if "Moe" in name or name in ("MixtralForCausalLM", "GptOssForCausalLM")]
+MIXTURES = [name for name in EXAMPLES if "num_experts_per_tok" in ARCHITECTURES[name].example]
+LATENTS = [name for name in EXAMPLES if "kv_lora_rank" in ARCHITECTURES[name].example]
 # (tp_size, pp_size, ep_size) by the number of ranks; experts are spread where there are any, unevenly in most examples.
 LAYOUTS = {2: [(1, 2, 1), (2, 1, 1), (2, 1, 2)], 3: [(1, 3, 1)], 4: [(4, 1, 4), (2, 2, 2)]}
 
@@ -35,6 +38,10 @@ def test_tokens_equal(world_size: int, checkpoint: Callable[[str], Path], genera
         )
         for name, (tp, pp, ep) in cases
     ]
+    spread = [index for index, (name, layout) in enumerate(cases) if name in LATENTS and layout == (2, 1, 2)]
+    cases += [cases[index] for index in spread]  # and with rows cut over the tensor-parallel group
+    of_spread = [replace(jobs[index].parallel, sp_kind=SPKind.MEGATRON) for index in spread]
+    jobs += [replace(jobs[index], parallel=parallel) for index, parallel in zip(spread, of_spread, strict=True)]
     reports = run_ranks(run_jobs, jobs, world_size=world_size, device_type="cpu", num_threads=1)
     for case, job, *ranks in zip(cases, jobs, *reports, strict=True):
         assert job.shape.backend == "own", case

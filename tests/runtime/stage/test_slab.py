@@ -20,16 +20,18 @@ from tuner.plan.memory import plan_memory
 from tuner.plan.plan import Chunk
 
 
-@pytest.mark.parametrize(("variant", "tp_size"), [("llama", 1), ("llama", 2), ("llama", 4), ("qwen3", 2)])
+@pytest.mark.parametrize(
+    ("variant", "tp_size"), [("llama", 1), ("llama", 2), ("llama", 4), ("qwen3", 2), ("DeepseekV3ForCausalLM", 2)]
+)
 def test_the_slab_is_as_large_as_counted(variant: str, tp_size: int, checkpoint: Callable[[str], Path]) -> None:
     plan = make_plan(checkpoint(variant), tp_size=tp_size, pp_size=2)
     shape = load_model_shape(str(checkpoint(variant)))
     counted = plan_memory(shape, plan, max_new_tokens=3, device_type="cpu")
     for stage in range(2):
         place = Place(stage=stage, sp_rank=0, tp_rank=0, parallel=plan.parallel)
-        heads = [shape.layers[index].attention.sizes(tp_size) for index in place.layers]
+        attentions = [shape.layers[index].attention for index in place.layers]
         slab = KVSlab(
-            [(sizes["kv_heads"], sizes["head_dim"]) for sizes in heads],
+            [(attention.kv_heads.per_rank(tp_size), attention.kept_widths) for attention in attentions],
             assign_rows(plan.requests, plan.rounds, max_new_tokens=3),
             device=torch.device("cpu"), dtype=torch.float32,
         )  # fmt: skip
