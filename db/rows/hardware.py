@@ -37,6 +37,11 @@ class Hardware:
     link: str  # what joins the devices
 
     @property
+    def device_type(self) -> str:
+        """Type of its devices, "cpu" or "cuda": NCCL joins cards."""
+        return "cuda" if self.backend == "nccl" else "cpu"
+
+    @property
     def fingerprint(self) -> str:
         """Equal for equal hardware. Memory counts in whole GiB, because reserved memory changes from boot to boot."""
         fields = asdict(self) | {"memory_bytes": round(self.memory_bytes / _GIB) * _GIB}

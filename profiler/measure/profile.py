@@ -35,7 +35,7 @@ from profiler.measure.session import ProfileJob
 from profiler.measure.summary import ProfileSummary, summarize_ops
 from profiler.model import Backend, ModelShape, load_model_shape, precision_of
 from profiler.model.shape import default_dtype
-from profiler.points.grid import Grid
+from profiler.points.grid import Grid, tp_sizes_of
 from profiler.points.point import Point
 from profiler.points.worklist import Worklist
 
@@ -167,7 +167,7 @@ def make_grid(options: ProfileOptions) -> Grid:
 
 def _tp_sizes(text: str | None, shape: ModelShape, world_size: int) -> tuple[int, ...]:
     if text is None:
-        return tuple(size for size in range(1, world_size + 1) if world_size % size == 0 and _splits(shape, size))
+        return tp_sizes_of(shape, world_size)
     sizes = tuple(sorted({whole_number("--tp-sizes", word, most=2**20) for word in text.split(",")}))
     for size in sizes:
         shape.check_tp_size(size)
@@ -183,14 +183,6 @@ def _sp_sizes(text: str | None, world_size: int) -> tuple[int, ...]:
         if size < 2 or world_size % size:
             raise UserError("sp_size", size, f"must be 2 or more and divide world_size = {world_size}")
     return sizes
-
-
-def _splits(shape: ModelShape, tp_size: int) -> bool:
-    try:
-        shape.check_tp_size(tp_size)
-    except UserError:
-        return False
-    return True
 
 
 def _context_length(asked: int | None, shape: ModelShape, device_type: str) -> int:

@@ -22,7 +22,7 @@ from profiler.measure.cpu_interference import CpuInterference
 from profiler.measure.expected_time import POINT_S, ROUGH_FLOPS, expected_seconds
 from profiler.measure.operations.collectives import (
     PeerMessages,
-    make_groups,
+    collective_groups,
     prepare_collective,
     prepare_message,
     prepare_round_overhead,
@@ -102,7 +102,7 @@ class RankSession:
             for busy in sorted({point.busy_ranks for point in job.points} | {context.world_size})
         }
         forms = rank_groups(job.grid.tp_sizes, job.grid.sp_sizes, context.world_size)
-        self.neighbours = make_groups(forms, context.world_size)
+        self.neighbours = collective_groups(forms, context.world_size)
         self.messages = self.make_messages()
         self.num_begun = 0
         context.progress.enter(Phase.RUN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from db.errors import UserError
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import PRECISIONS, Backend, LayerSpec, ModelShape, Precision
 from profiler.model.whole.layer import seen_pairs
@@ -390,3 +391,16 @@ def _bisect(values: Sequence[int], low: int, high: int, level: int, levels: dict
 def round_up(value: int, multiple: int) -> int:
     """The least multiple that is not smaller."""
     return -(-value // multiple) * multiple
+
+
+def tp_sizes_of(shape: ModelShape, world_size: int) -> tuple[int, ...]:
+    """Sizes of tensor-parallel groups that the ranks and the model can be divided into."""
+
+    def splits(size: int) -> bool:
+        try:
+            shape.check_tp_size(size)
+        except UserError:
+            return False
+        return True
+
+    return tuple(size for size in range(1, world_size + 1) if world_size % size == 0 and splits(size))

@@ -91,7 +91,7 @@ class RunResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timeline:
+class MeasuredTimeline:
     """Start and finish of each round in each group of layers (on each stage, where it holds one), [round][group], in
     seconds from the common start of a pass.
     """
@@ -104,7 +104,7 @@ class Timeline:
         return self.intervals[-1][-1][1]
 
 
-def merge_passes(passes: Sequence[tuple[int, str, Pass]]) -> Timeline:
+def merge_passes(passes: Sequence[tuple[int, str, Pass]]) -> MeasuredTimeline:
     """Join one pass of all ranks, (group, host, pass in that group) each.
 
     Ranks of one host read one clock: their passes are laid on it, from the first rank that left the barrier. Over
@@ -121,7 +121,7 @@ def merge_passes(passes: Sequence[tuple[int, str, Pass]]) -> Timeline:
         [(min(start for start, _ in ranks), max(finish for _, finish in ranks)) for ranks in zip(*rows, strict=True)]
         for _, rows in sorted(stages.items())
     ]
-    return Timeline(intervals=tuple(zip(*merged, strict=True)))
+    return MeasuredTimeline(intervals=tuple(zip(*merged, strict=True)))
 
 
 def make_result(
@@ -186,7 +186,7 @@ def cut_at_end(token_ids: Sequence[int], end_ids: frozenset[int]) -> tuple[int, 
     return tuple(token_ids)
 
 
-def _first_token_s(job: Job, timeline: Timeline) -> list[float]:
+def _first_token_s(job: Job, timeline: MeasuredTimeline) -> list[float]:
     done = [0.0] * len(job.requests)
     for chunks, stages in zip(job.rounds, timeline.intervals, strict=True):
         for chunk in chunks:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from service.cli.output import show_pairs, show_table, wrapped
 from service.reasons.precision import PrecisionStep
 from service.reasons.recommendation import gap_in_words
-from service.reasons.words import in_words
+from service.reasons.words import explanation_in_words, refusals_in_words
 from service.use_cases.tune_report import TuneReport, classes_json, replay_json
 from tuner.fit.uncertainty import widened
 from tuner.plan.layout import layout_of
@@ -63,7 +63,7 @@ def print_report(report: TuneReport) -> None:
     if report.candidates:
         _print_layouts(report)
     if report.explanation is not None:
-        print(f"{wrapped(in_words(report.explanation))}\n")
+        print(f"{wrapped(explanation_in_words(report.explanation))}\n")
     if report.plan.predicted is not None and report.plan.predicted.moves:
         move, now_s = report.plan.predicted.moves[0], report.plan.predicted.makespan_s
         gain = f"{1.0 - move.makespan_s / now_s:.1%} less"
@@ -221,14 +221,11 @@ def _print_layouts(report: TuneReport) -> None:
         [_candidate_row(report, candidate, several=several) for candidate in families],
         title="The best layout of each family (close: too close to tell), and GiB of its fullest rank",
     )
-    refused: dict[str, int] = {}
-    for candidate in report.candidates:
-        if candidate.refusal:
-            refused[candidate.refusal] = refused.get(candidate.refusal, 0) + 1
+    num_refused = sum(candidate.refusal is not None for candidate in report.candidates)
     print(
         wrapped(
             f"{len(report.candidates)} layouts: {report.num_planned} planned, {report.num_proven_worse} proven no "
-            f"better without being planned, {sum(refused.values())} that cannot run."
+            f"better without being planned, {num_refused} that cannot run."
         )
     )
     beyond = [str(candidate.layout) for candidate in families if candidate.extrapolates]
@@ -240,12 +237,11 @@ def _print_layouts(report: TuneReport) -> None:
         if candidate.assumed:
             assumed = ", ".join(map(str, candidate.assumed))
             print(wrapped(f"Not measured, estimated from the topology's links: {assumed}, in {candidate.layout}."))
-    for reason, count in list(refused.items())[:MOST_NAMED]:
-        example = next(str(each.layout) for each in report.candidates if each.refusal == reason)
-        others = f" and {count - 1} more" if count > 1 else ""
-        print(wrapped(f"{example}{others}: {reason}"))
-    if len(refused) > MOST_NAMED:
-        print(f"{len(refused) - MOST_NAMED} more reasons: --json has all of them")
+    refusals = refusals_in_words(report.candidates)
+    for line in refusals[:MOST_NAMED]:
+        print(wrapped(line))
+    if len(refusals) > MOST_NAMED:
+        print(f"{len(refusals) - MOST_NAMED} more reasons: --json has all of them")
     print()
 
 

@@ -129,10 +129,10 @@ class Recommendation:
     def _run(self) -> str:
         plan = self.plan
         name, ranks = str(plan.model.get("name") or "the cost model's engine"), plan.parallel.world_size
-        device = self.hardware.device if self.hardware else "ranks" if ranks > 1 else "rank"
+        device = f"x {self.hardware.device}" if self.hardware else "ranks" if ranks > 1 else "rank"
         window = "" if plan.window is None else f", at most {plan.window} in flight"
         rounds = f"{len(plan.rounds)} round{'s' if len(plan.rounds) > 1 else ''}"
-        return f"{name} on {ranks} x {device} as {layout_of(plan.parallel)}: {rounds} by {plan.policy}{window}"
+        return f"{name} on {ranks} {device} as {layout_of(plan.parallel)}: {rounds} by {plan.policy}{window}"
 
     def _takes(self) -> str:
         predicted = self.plan.predicted

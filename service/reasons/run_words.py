@@ -71,7 +71,7 @@ class RunDetails:
         return Times(work_s=sum(seconds.values()) / self.plan.parallel.pp_size, makespan_s=makespan_s)
 
 
-def in_words(details: RunDetails, profile_command: str, run_command: str) -> list[tuple[str, str]]:
+def run_in_words(details: RunDetails, profile_command: str, run_command: str) -> list[tuple[str, str]]:
     """A word and a sentence for each question; commands: what measures the hardware anew, and what runs the plan."""
     run = details.run
     pairs = [("run", f"{run.id}, {details.name}, {run.status}, {run.started_at:%Y-%m-%d %H:%M} UTC")]

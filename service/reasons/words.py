@@ -1,13 +1,14 @@
-"""Why a layout won, in words."""
+"""Why a layout won, or cannot run, in words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
     from tuner.search.explanation import Explanation, Parts, Winner
+    from tuner.search.layouts import Candidate
 
 MOST_RIVALS = 3
 SMALLEST_SHARE = 0.005
@@ -20,7 +21,7 @@ KINDS = (
 )
 
 
-def in_words(why: Explanation) -> str:
+def explanation_in_words(why: Explanation) -> str:
     """One paragraph: where the seconds of the best layout and of its rivals go."""
     if not why.families:
         return ""
@@ -75,3 +76,15 @@ def _links(winner: Winner) -> str:
     if factor == 1.0:
         return "these links"
     return f"links {factor:g} times as fast" if factor > 1.0 else f"1/{round(1 / factor)} of the links' speed"
+
+
+def refusals_in_words(candidates: Iterable[Candidate]) -> list[str]:
+    """Each reason once, beginning with a layout that it refuses and how many more there are."""
+    refused: dict[str, list[str]] = {}
+    for one in candidates:
+        if one.refusal:
+            refused.setdefault(one.refusal, []).append(str(one.layout))
+    return [
+        f"{layouts[0]}{f' and {len(layouts) - 1} more' if len(layouts) > 1 else ''}: {reason}"
+        for reason, layouts in refused.items()
+    ]

@@ -18,7 +18,7 @@ from service.pictures.accuracy import Pair, accuracy_panel
 from service.pictures.rounds import predicted_panels, run_panels
 from service.pictures.svg import document
 from service.reasons.recommendation import gap_in_words, layout_in_words
-from service.reasons.run_words import RunDetails, in_words
+from service.reasons.run_words import RunDetails, run_in_words
 from service.reasons.waterfall_chart import drawing
 from service.reports.charts import curves, triangle
 from service.reports.page import Section
@@ -54,7 +54,7 @@ def plan_sections(plan: Plan) -> list[Section]:
 
 def run_sections(database: Database, details: RunDetails) -> list[Section]:
     """What the run took and why, where its seconds went, its rounds beside those predicted, and the plan's sections."""
-    words = in_words(details, profile_command(details), "isochunk run-plan")
+    words = run_in_words(details, profile_command(details), "isochunk run-plan")
     found = [Section(title=f"Run {details.run.id}", rows=words), *_waterfall(database, details)]
     if details.rounds:
         found.append(Section(title="When rounds ran", picture=document(run_panels(details.plan, details.rounds))))

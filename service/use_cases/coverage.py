@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from db.errors import UserError
 from db.rows.hardware import get_hardware
 from db.rows.measurements import load_measurements
 from db.store.engine import Database
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import load_model_shape
-from profiler.model.shape import ModelShape, default_dtype
-from profiler.points.grid import Grid
+from profiler.model.shape import default_dtype
+from profiler.points.grid import Grid, tp_sizes_of
 from profiler.points.point import Op
 
 CONTEXTS = {"cpu": 8192, "cuda": 131072}
@@ -37,18 +36,17 @@ def coverage(database: Database, hardware_id: int, model: str) -> list[OpCoverag
     """
     hardware = get_hardware(database, hardware_id)
     shape = load_model_shape(model)
-    device_type = "cpu" if hardware.backend == "gloo" else "cuda"
     kept = {row.key: row for row in load_measurements(database, hardware)}
     tried = {row.variant for row in kept.values() if row.op == Op.ATTENTION}
     kernels = tuple(kernel for kernel in AttentionKernel if kernel.value in tried) or tuple(AttentionKernel)[:1]
     world_size = hardware.device_count
     points = Grid(
         shape=shape,
-        dtype=default_dtype(shape, device_type),
-        tp_sizes=tuple(size for size in range(1, world_size + 1) if world_size % size == 0 and _splits(shape, size)),
+        dtype=default_dtype(shape, hardware.device_type),
+        tp_sizes=tp_sizes_of(shape, world_size),
         world_size=world_size,
-        context_length=min(shape.max_positions, CONTEXTS[device_type]),
-        device_type=device_type,
+        context_length=min(shape.max_positions, CONTEXTS[hardware.device_type]),
+        device_type=hardware.device_type,
         kernels=kernels,
     ).points()
     all_points = Counter(point.op for point in points)
@@ -58,11 +56,3 @@ def coverage(database: Database, hardware_id: int, model: str) -> list[OpCoverag
         OpCoverage(op=op.value, num_points=count, num_kept=found[op], num_coarse_missing=coarse[op])
         for op, count in all_points.items()
     ]
-
-
-def _splits(shape: ModelShape, tp_size: int) -> bool:
-    try:
-        shape.check_tp_size(tp_size)
-    except UserError:
-        return False
-    return True

@@ -27,6 +27,7 @@ from profiler.model.shape import default_dtype
 from profiler.sequence.kind import SPKind
 from service.reasons.precision import AUTO, best_precision, compare_precisions, read_losses
 from service.reasons.recommendation import Recommendation
+from service.reasons.words import refusals_in_words
 from service.use_cases.contest import contest
 from service.use_cases.options import chosen, flag_of
 from service.use_cases.tune_options import TuneOptions, next_command
@@ -54,7 +55,6 @@ from tuner.waterfall.moves import moves
 # Rows that a card's products are tiled by: between multiples their rate falls, and so finely they are measured.
 CHUNK_MULTIPLE = {"cpu": 64, "cuda": 256}
 CONVERTED = {"bf16": "bfloat16", "fp8": "fp8"}
-DEVICE_TYPE = {"gloo": "cpu", "nccl": "cuda"}  # of ranks by what joins them
 
 
 def tune_model(
@@ -65,15 +65,7 @@ def tune_model(
     shape = load_model_shape(options.model, backend=options.backend)
     if options.precision == AUTO:
         return _tune_precisions(options, shape, requests, rules, echo)
-    dtype, notes = options.dtype, list[str]()
-    if dtype is not None:
-        precision_of(dtype, field=flag_of(options, "dtype"))
-    if options.precision is not None or shape.unread is not None:
-        dtype = CONVERTED[options.precision or "bf16"] if dtype is None else dtype
-        notes.append(f"Planned as if the weights, {shape.weight_format or shape.dtype}, were converted to {dtype}")
-        shape = replace(shape, quantization=None, unread=None)
-    if shape.unrun is not None:
-        notes.append(f"Planned only: {shape.unrun}")
+    shape, dtype, notes = _as_planned(options, shape)
     pins = pins_of(options)
     topology = None if options.topology is None else load_topology(options.topology)
     world_size = options.world_size or (topology.num_cards if topology and pins == ANY else pins.num_ranks)
@@ -82,7 +74,7 @@ def tune_model(
     layouts = enumerate_layouts(shape, world_size, pins)
     with open_database(options.db_url) as database:
         hardware = _hardware(database, options, world_size)
-        device_type = DEVICE_TYPE[hardware.backend]
+        device_type = hardware.device_type
         if options.chunk_multiple is None:
             rules = replace(rules, chunk_multiple=CHUNK_MULTIPLE[device_type])
         if shape.backend is Backend.OWN and options.backend == "auto":
@@ -136,6 +128,20 @@ def tune_model(
         return report
 
 
+def _as_planned(options: TuneOptions, shape: ModelShape) -> tuple[ModelShape, str | None, list[str]]:
+    """The model as it is planned, the precision asked for, and notes on how either differs from the checkpoint."""
+    dtype, notes = options.dtype, list[str]()
+    if dtype is not None:
+        precision_of(dtype, field=flag_of(options, "dtype"))
+    if options.precision is not None or shape.unread is not None:
+        dtype = CONVERTED[options.precision or "bf16"] if dtype is None else dtype
+        notes.append(f"Planned as if the weights, {shape.weight_format or shape.dtype}, were converted to {dtype}")
+        shape = replace(shape, quantization=None, unread=None)
+    if shape.unrun is not None:
+        notes.append(f"Planned only: {shape.unrun}")
+    return shape, dtype, notes
+
+
 def _tune_precisions(
     options: TuneOptions,
     shape: ModelShape,
@@ -148,7 +154,7 @@ def _tune_precisions(
     with open_database(options.db_url) as database:
         hardware = _hardware(database, options, options.world_size or pins.num_ranks)
         measured = sorted({row.dtype for row in load_measurements(database, hardware)} & set(PRECISIONS))
-    own = default_dtype(shape, DEVICE_TYPE[hardware.backend])
+    own = default_dtype(shape, hardware.device_type)
     losses = read_losses([path for path in (options.quantize_reports or "").split(",") if path])
 
     def planned(dtype: str, **changes: Any) -> TuneReport:
@@ -198,7 +204,7 @@ def _hardware(database: Database, options: TuneOptions, world_size: int) -> Hard
     known = [stored.hardware for stored in list_hardware(database) if stored.num_measurements]
     asked = options.device_type
     if asked is None or (asked == "cuda" and default_device_type() != "cuda"):  # no device here is meant
-        known = [one for one in known if asked in (None, DEVICE_TYPE[one.backend])]
+        known = [one for one in known if asked in (None, one.device_type)]
         if len(known) == 1:
             click.echo(f"Planning for {known[0].device}, the only hardware measured", err=True)
             return known[0]
@@ -285,7 +291,7 @@ def _report(
     """The best candidate's plan with its rivals and its uncertainty. Raises UserError when every layout is refused."""
     best = candidates[0]
     if best.refusal or best.rounds is None:
-        raise UserError("layouts", "", "none can run: " + "; ".join(f"{c.layout}: {c.refusal}" for c in candidates))
+        raise UserError("layouts", "", "none can run: " + "; ".join(refusals_in_words(candidates)))
     cost = best.layout_costs.cost_model(best.layer_partition)
     found = contest(cost, target.requests, best.rules(rules), compare=options.compare, planned=best.rounds)
     if found.planned is not best.rounds:

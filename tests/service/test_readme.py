@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import write_checkpoint
-from tests.service.test_tune import COST_MODEL
 from tests.structures import ROOT
 from tests.transcripts import is_shown, run, transcripts
 
 README = (ROOT / "README.md").read_text()
+COST_MODEL = README.partition("cat > cost.json <<'END'\n")[2].partition("END\n")[0]
 
 
 def blocks(language: str) -> list[str]:
@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_readme_work(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", "llama", max_position_embeddings=2048)
-    (tmp_path / "cost.json").write_text(json.dumps(COST_MODEL))
+    (tmp_path / "cost.json").write_text(COST_MODEL)
     environment = os.environ | {"ISOCHUNK_DB": f"sqlite:///{tmp_path / 'isochunk.db'}", "OMP_NUM_THREADS": "1"}
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("isochunk ")]
     assert {command.split()[1] for command in commands} == {"profile", "tune", "export", "run-plan", "db", "runs"}
@@ -61,7 +61,7 @@ def test_the_transcripts_of_the_readme_are_true(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(60)
 def test_the_python_of_the_readme_works(tmp_path: Path) -> None:
-    (tmp_path / "cost.json").write_text(json.dumps(COST_MODEL))
+    (tmp_path / "cost.json").write_text(COST_MODEL)
     for block in blocks("python"):
         subprocess.run(
             [sys.executable, "-c", block],

@@ -15,7 +15,7 @@ from benchmarks.fuzz_files import PLAN
 from db.store.engine import open_database
 from service.cli.main import cli
 from service.cli.output import show_table
-from service.reasons.run_words import in_words
+from service.reasons.run_words import run_in_words
 from service.use_cases.runs import run_details
 from tests.structures import ROOT
 
@@ -53,11 +53,11 @@ def test_runs_are_listed_compared_and_explained(url: str) -> None:
 def test_a_machine_that_was_faster_than_in_its_profile_is_said_to_be(url: str) -> None:
     with open_database(url) as database:
         details = run_details(database, 24)
-    words = dict(in_words(replace(details, run=replace(details.run, slowdown=0.96)), "profile", "run"))
+    words = dict(run_in_words(replace(details, run=replace(details.run, slowdown=0.96)), "profile", "run"))
     assert words["machine"].startswith("The machine, by one product beside the run: 4.0% faster than in its profile")
     assert words["machine"].endswith("the prediction is off by +0.3%")
     assert words["so"].startswith("the machine itself was faster") and words["next"] == "profile"
-    words = dict(in_words(replace(details, run=replace(details.run, slowdown=0.999)), "profile", "run"))
+    words = dict(run_in_words(replace(details, run=replace(details.run, slowdown=0.999)), "profile", "run"))
     assert "as fast as in its profile" in words["machine"] and "the machine itself" not in words["so"]
 
 

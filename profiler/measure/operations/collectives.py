@@ -45,7 +45,7 @@ class Neighbours:
         return self.ranks[1 - self.index]
 
 
-def make_groups(forms: Sequence[RankGroups], world_size: int) -> dict[RankGroups, Neighbours]:
+def collective_groups(forms: Sequence[RankGroups], world_size: int) -> dict[RankGroups, Neighbours]:
     """Groups of each form; every rank must call it with the same forms. Ranks left over have no group of that form."""
     found = {}
     for form in forms:

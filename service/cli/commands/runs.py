@@ -29,12 +29,12 @@ def command(context: click.Context, limit: int, db_url: str | None, as_json: boo
 def explain(run_id: int | None, db_url: str | None, as_json: bool) -> None:
     """Say why the run of ID, or the newest, took longer or shorter than its plan predicts."""
     from db.store.engine import open_database
-    from service.reasons.run_words import in_words
+    from service.reasons.run_words import run_in_words
     from service.use_cases.runs import profile_command, run_details
 
     with open_database(db_url, read_only=True) as database:
         details = run_details(database, run_id)
-    pairs = in_words(details, profile_command(details), "isochunk run-plan PLAN --repeat 3 ...")
+    pairs = run_in_words(details, profile_command(details), "isochunk run-plan PLAN --repeat 3 ...")
     if as_json:
         print_json({"run_id": details.run.id, "words": dict(pairs)})
     else:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from profiler.comm.ranks.rank import RankContext
 from profiler.measure.leader import profile_rank
-from profiler.measure.operations.collectives import make_groups, prepare_collective
+from profiler.measure.operations.collectives import collective_groups, prepare_collective
 from profiler.measure.session import ProfileJob, RankSession
 from profiler.measure.timing import Prepared
 from profiler.model import PRECISIONS
@@ -33,7 +33,7 @@ def products_do_not_fit(context: RankContext, job: ProfileJob) -> int:
 def ranks_gathered(context: RankContext, forms: list[RankGroups]) -> list[tuple[int, ...]]:
     """The ranks that this rank's group of each form gathers, in order; every collective of the form runs, too."""
     found = []
-    for form, group in make_groups(forms, context.world_size).items():
+    for form, group in collective_groups(forms, context.world_size).items():
         gathered = [torch.zeros(1, dtype=torch.int64) for _ in range(form.size)]
         dist.all_gather(gathered, torch.tensor([context.rank]), group=group.group)
         found.append(tuple(int(rank) for rank in gathered))
