@@ -85,7 +85,7 @@ def target_of(shape: ModelShape, requests: tuple[Request, ...], memory_bytes: in
 @pytest.mark.parametrize(
     ("name", "world_size", "link", "lengths", "skew", "objective"),
     [
-        ("llama-3.2-1b", 2, "quick", (4000,), (), Objective.MAKESPAN),
+        ("llama-3.2-1b", 8, "quick", (4000,), (), Objective.MAKESPAN),
         ("llama-3.2-1b", 4, "slow", (6000,), (), Objective.MAKESPAN),
         ("llama-3.2-1b", 4, "quick", (6000,), (1.0, 0.9, 0.95, 0.8), Objective.MAKESPAN),
         ("qwen3-0.6b", 3, "slow", (3000, 3000), (), Objective.MAKESPAN),
