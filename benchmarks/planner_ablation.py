@@ -37,7 +37,7 @@ from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rank_skew import RankSkew
 from tuner.fit.rows import RankWork, expected_s
-from tuner.online.online_planner import online_rounds
+from tuner.online.driven import online_rounds
 from tuner.rounds.problem import Problem
 from tuner.rounds.schedule import evaluate
 from tuner.search.partition import even_partition

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.planner_records import CASES, prompts
 from tests.tuner.atom import atom
-from tuner.online.online_planner import online_rounds
+from tuner.online.driven import online_rounds
 from tuner.rounds.problem import Problem
 from tuner.search.planner import make_rounds
 from tuner.workload.objective import Objective

@@ -15,7 +15,19 @@ FOLDERS = ("db", "profiler", "tuner", "runtime", "service", "benchmarks")
 ROOMS = {
     "db": ("files", "store", "rows"),
     "profiler": ("hardware", "library", "model", "sequence", "kernels", "layers", "comm", "points", "measure"),
-    "tuner": ("plan", "workload", "training", "serving", "rounds", "online", "policies", "fit", "search", "waterfall"),
+    "tuner": (
+        "plan",
+        "workload",
+        "training",
+        "serving",
+        "recurrence",
+        "rounds",
+        "online",
+        "policies",
+        "fit",
+        "search",
+        "waterfall",
+    ),
     "runtime": ("job", "weights", "stage", "run", "quantize", "prune", "train"),
     "service": ("pictures", "reasons", "use_cases", "reports", "engines", "jobs", "http", "cli"),
 }

@@ -10,7 +10,8 @@ from db.errors import UserError
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Plan
 from tuner.plan.task_order import task_order
-from tuner.rounds.schedule import Timeline, evaluate, simulate
+from tuner.recurrence.timeline import Timeline, simulate
+from tuner.rounds.schedule import evaluate
 from tuner.waterfall.steps import check_kinds
 
 

@@ -112,7 +112,7 @@ def _layout(one: Mapping[str, Any]) -> str:
         Layout(
             tp_size=one["tp_size"], pp_size=one["pp_size"], sp_size=one["sp_size"], sp_kind=SPKind(one["sp_kind"]),
             virtual_stages=one["virtual_stages"], stage_order=StageOrder(one["stage_order"]),
-            weights=Weights(one["weights"]),
+            weights=Weights(one["weights"]), ep_size=one.get("ep_size", 1),
         )
     )  # fmt: skip
 

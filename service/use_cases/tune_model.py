@@ -179,6 +179,7 @@ def pins_of(options: TuneOptions) -> Pins:
             raise UserError("--layer-partition", options.layer_partition, allowed)
     return Pins(
         tp_size=options.tp_size,
+        ep_size=options.ep_size,
         pp_size=pp_size,
         sp_size=options.sp_size,
         sp_kind=None if options.sp_kind == "auto" else SPKind(options.sp_kind),

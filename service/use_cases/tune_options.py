@@ -38,6 +38,9 @@ class TuneOptions:
     rate: float = option(1.0, "Speed the workload's arrivals up by this.")
     cost_model: str | None = option(None, "Plan with this cost model file instead.", is_file=True)
     tp_size: int | None = option(None, "Keep the tensor-parallel size at this.", above=0)
+    ep_size: int | None = option(
+        None, "Keep the groups of tensor-parallel ranks that experts are spread over at this.", above=0
+    )
     pp_size: int | None = option(None, "Keep the number of stages at this.", above=0)
     sp_size: int | None = option(None, "Keep the ranks that share the tokens of a stage at this.", above=0)
     sp_kind: str = option("auto", "How they share them.", choices=SP_KINDS)
@@ -111,6 +114,8 @@ class TuneOptions:
                 if value is not None:
                     raise UserError(flag, value, "goes with --precision auto")
         _ = self.most_loss
+        if self.cost_model is not None and (self.ep_size or 1) > 1:
+            raise UserError("--ep-size", self.ep_size, "a cost model alone knows no experts; give MODEL")
         if self.cost_model is not None and (self.sp_size or 1) > 1:
             raise UserError("--sp-size", self.sp_size, "a cost model alone has no sequence parallelism; give MODEL")
         if self.plot is not None and not self.plot.endswith(".svg"):

@@ -12,7 +12,7 @@ the makespan least when nothing else arrives; the first request's counts. While 
 start, the mean TTFT's caps keep the makespan within the limit that the batch planner keeps. Where requests keep
 arriving faster than the queue drains, those ahead of a long prompt are soon replaced by newcomers: then all that wait
 share one cap, that of the mean over them. Rounds no longer than those the pipeline is already busy with cost no
-latency: on equal stages a round waits behind the slowest one before it (`rounds.schedule`), so the cap never falls
+latency: on equal stages a round waits behind the slowest one before it (`recurrence.timeline`), so the cap never falls
 below what is in flight. Then the remaining work is shared out evenly over whole rounds.
 
 With few requests, where rounds and requests end matters: the rounds of all of them are planned under several scales of
@@ -25,23 +25,21 @@ import itertools
 import math
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass
-
-import numpy as np
 
 from db.errors import UserError
+from tuner.online.even_rounds import EvenRounds
+from tuner.online.in_flight import InFlight
 from tuner.online.lookahead import Lookahead
 from tuner.online.patience import running_order
-from tuner.online.queue import drive
 from tuner.online.settings import AS_IT_COMES, OnlineSettings
 from tuner.online.traffic import Outlook, Traffic
+from tuner.online.waiting import Waiting
 from tuner.plan.cost_model import CostModel
-from tuner.plan.plan import Chunk, Request, Round, check_window
+from tuner.plan.plan import Request, Round, check_window
 from tuner.rounds.packing import OpenRound, Packer
-from tuner.rounds.problem import NO_LIMITS, Limits, Problem
+from tuner.rounds.problem import NO_LIMITS, Limits
 from tuner.rounds.round_budgets import QueueBudgets, RoundExcess, context_token_s, round_overhead_s
 from tuner.serving.answers import NOTHING_BESIDE, Beside
-from tuner.serving.clock import Clock
 from tuner.workload.objective import Objective
 
 FIRST_TABLE_TOKENS = 131_072
@@ -49,10 +47,6 @@ FIRST_TABLE_TOKENS = 131_072
 FEW_WAITING, FEW_IN_PASSING = 32, 16
 """With no more requests than these, the rounds of all of them are planned whenever the queue has changed: where all
 were there at the start, and once they arrive over time."""
-ROUNDS_A_REQUEST = (0.5, 1, 2, 3, 4)
-"""How many rounds each of those that wait is cut into for a trial: its end then need not wait for others."""
-SIZES_IN_PASSING, WIDE = 2, (0.6, 1.0, 1.3)
-"""How many of those numbers rounds of equal tokens are made for too, and what their sizes are scaled by."""
 ENDS_WITHIN = 1.08
 """How much longer a round may be so that a prompt ends in it: what is left of one would take a chunk of its own."""
 IN_TIME, LATE_SHARE = 0.9, 0.5
@@ -60,25 +54,6 @@ IN_TIME, LATE_SHARE = 0.9, 0.5
 they may take at least: prompts go on however late the tokens beside them are."""
 STRETCH_SHARE = 0.125
 """Share of the latest round in the mean of what rounds take over their work."""
-TRIED_IN_PASSING = 4
-"""Numbers of rounds of a plan ahead once requests arrive over time: it is made anew for every one."""
-ROUNDS_TRIED = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0, 1.15)
-"""How many rounds what waits is cut into for a trial, as powers of the number that would be best if nobody came."""
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A request with tokens to run."""
-
-    index: int
-    request: Request
-    done: int
-    work_s: float
-    """Seconds that its remaining tokens take on the slowest stage, cut nowhere."""
-    context_work: float
-    """work_s times the mean context of its remaining tokens: what its chunks will read again."""
-    rank: float
-    """Its place in the running order, the smallest first; changes only when it runs."""
 
 
 class OnlinePlanner:
@@ -121,14 +96,13 @@ class OnlinePlanner:
         self._queue: list[tuple[float, int]] = []  # (rank, index), sorted
         self._order: list[int] = []  # of the next round, by index
         self._stretch = 1.0  # seconds of rounds over those of the work in them; running mean
-        self._waiting: dict[int, _Waiting] = {}
+        self._waiting: dict[int, Waiting] = {}
         self._started: set[int] = set()
-        self._ending: list[_Waiting] = []
+        self._ending: list[Waiting] = []
         self._held_tokens = 0
-        self._clock = Clock(cost, window=None)
-        self._in_flight: deque[float] = deque()  # when each round in flight should leave the last stage
-        self._late_s = 0.0  # how much later than the clock the engine is
+        self._in_flight = InFlight(cost, window)
         self._total_work_s = 0.0
+        self._left_tokens = 0
         self._traffic = Traffic()
         self._tokens, self._context = 0, 0.0  # of all that came: new ones, and the context of a token in the mean
         self._load = 0.0
@@ -160,7 +134,7 @@ class OnlinePlanner:
         self._makespan_weight = None
         self.requests.append(request)
         self._index_of[request.id] = index
-        self._enqueue(_Waiting(index, request, request.cached_tokens, 0.0, 0.0, 0.0))
+        self._enqueue(Waiting(index, request, request.cached_tokens))
         return index
 
     def abort(self, request_id: str) -> bool:
@@ -175,11 +149,7 @@ class OnlinePlanner:
 
     def finish_round(self, now_s: float | None = None) -> None:
         """The oldest round in flight has left the last stage; its time, if given, corrects the planner's clock."""
-        if not self._in_flight:
-            raise UserError("finish_round", "", "no round is in flight")
-        expected_s = self._in_flight.popleft()
-        if now_s is not None:
-            self._late_s = now_s - expected_s
+        self._in_flight.finish(now_s)
 
     def next_round(self, now_s: float = 0.0, beside: Beside = NOTHING_BESIDE) -> Round | None:
         """The round to run next on stage 0; None while the window is full or there is nothing to run.
@@ -187,18 +157,17 @@ class OnlinePlanner:
         beside: decoded tokens that ride in it; a round may have nothing else. Their TPOT limits shorten it: a token is
         back after about pp_size rounds, so each may take that share of the time in which the first of them is due.
         """
-        is_full = self.window is not None and len(self._in_flight) >= self.window
-        if is_full or not (self._waiting or beside.tokens):
+        if self._in_flight.is_full or not (self._waiting or beside.tokens):
             return None
-        start_s = max(now_s - self._late_s, self._clock.ready_s())
+        start_s = self._in_flight.start_s(now_s)
         chunks = self._next_chunks(start_s, beside) if self._waiting else ()
-        self._in_flight.append(self._clock.run(chunks, self.requests, start_s, beside))
+        self._in_flight.run(chunks, self.requests, start_s, beside)
         return chunks
 
     @property
     def expected_s(self) -> float:
         """When the oldest round in flight should leave the last stage; infinity without one."""
-        return self._in_flight[0] if self._in_flight else math.inf
+        return self._in_flight.expected_s
 
     def _next_chunks(self, start_s: float, beside: Beside) -> Round:
         most_s = self._most_s(start_s, beside)
@@ -243,7 +212,7 @@ class OnlinePlanner:
             return [index for _, index in self._queue]
         waiting = [self._waiting[index] for index in sorted(self._waiting)]  # as they came
         work_s = [self._stretch * each.work_s for each in waiting]
-        pass_s = max(self._clock.finish_s[-1] - self._clock.finish_s[0], self._overhead_s * self._stages_after)
+        pass_s = max(self._in_flight.pass_s, self._overhead_s * self._stages_after)
         ends_s = itertools.accumulate(work_s, initial=start_s + pass_s)
         next(ends_s)
         slack_s = [each.request.arrival_s + patience_s - end_s for each, end_s in zip(waiting, ends_s, strict=True)]
@@ -259,7 +228,7 @@ class OnlinePlanner:
     def _greedy_round(self, start_s: float, beside: Beside, most_s: float) -> Round:
         """The cap's fill of the queue in running order."""
         into = self._open_round(beside)
-        cap_s = max(self._cap_s(start_s), self._lag_s(start_s)) + max(into.added_s)
+        cap_s = max(self._cap_s(start_s), self._in_flight.lag_s(start_s, self._hop_share)) + max(into.added_s)
         cap_s = min(cap_s, most_s)
         for index in self._order:
             if not self._put(into, self._waiting[index], cap_s):
@@ -271,9 +240,9 @@ class OnlinePlanner:
                     break
         return tuple(into.chunks)
 
-    def _put(self, into: OpenRound, waiting: _Waiting, cap_s: float) -> bool:
+    def _put(self, into: OpenRound, waiting: Waiting, cap_s: float) -> bool:
         """Run as much of a request as fits; False once the round is full."""
-        left = waiting.request.prompt_tokens - waiting.done
+        left = waiting.left
         if not self._admissible(waiting):
             return False
         ends_s = cap_s if self._is_limited or into.num_tokens else ENDS_WITHIN * cap_s
@@ -288,47 +257,53 @@ class OnlinePlanner:
         self._take(into, waiting, tokens, tokens == left)
         return tokens == left
 
-    def _force(self, into: OpenRound, waiting: _Waiting) -> None:
-        left = waiting.request.prompt_tokens - waiting.done
+    def _force(self, into: OpenRound, waiting: Waiting) -> None:
+        left = waiting.left
         tokens = min(left, self.chunk_multiple)
         self._take(into, waiting, tokens, tokens == left)
 
-    def _take(self, into: OpenRound, waiting: _Waiting, tokens: int, final: bool) -> None:
+    def _take(self, into: OpenRound, waiting: Waiting, tokens: int, final: bool) -> None:
         self._packer.add(into, waiting.index, waiting.done, tokens, final)
         self._run(waiting, tokens)
 
-    def _run(self, waiting: _Waiting, tokens: int) -> None:
+    def _run(self, waiting: Waiting, tokens: int) -> None:
         self._dequeue(waiting.index)
         if waiting.index not in self._started:
             self._started.add(waiting.index)
             self._held_tokens += waiting.request.prompt_tokens
         waiting.done += tokens
-        if waiting.done == waiting.request.prompt_tokens:
+        if not waiting.left:
             self._ending.append(waiting)
         else:
             self._enqueue(waiting)
 
-    def _admissible(self, waiting: _Waiting) -> bool:
+    def _admissible(self, waiting: Waiting) -> bool:
         most = self.limits.max_kv_tokens
         fits = most is None or self._held_tokens + waiting.request.prompt_tokens <= most
         return fits or waiting.index in self._started
 
-    def _lag_s(self, start_s: float) -> float:
-        """What rounds may take without leaving any later than what is in flight makes them, their hand-offs beside."""
-        if not self._stages_after:
-            return 0.0
-        pass_s = (self._clock.finish_s[-1] - start_s) / self._stages_after - self.cost.hop_latency_s
-        return pass_s / (1.0 + self._hop_share)
-
     def _queue_budgets(self) -> QueueBudgets:
-        waiting = [self._waiting[index] for index in self._order]
+        waiting = self._in_order()
         return QueueBudgets(
             work_s=[each.work_s for each in waiting],
             context_work=[each.context_work for each in waiting],
             weights=[each.request.weight for each in waiting],
             overhead_s=self._overhead_s,
             context_token_s=self._context_token_s,
-            stages_after=self.cost.pp_size - 1,
+            stages_after=self._stages_after,
+        )
+
+    def _in_order(self) -> list[Waiting]:
+        return list(map(self._waiting.__getitem__, self._order))
+
+    def _even_rounds(self, budgets: QueueBudgets, start_s: float) -> EvenRounds:
+        return EvenRounds(
+            budgets=budgets,
+            num_tokens=self._left_tokens,
+            excess=self._excess,
+            outlook=self._outlook(start_s),
+            lag_s=self._in_flight.lag_s(start_s, self._hop_share),
+            hop_share=self._hop_share,
         )
 
     def _cap_s(self, start_s: float) -> float:
@@ -337,41 +312,12 @@ class OnlinePlanner:
         if self.objective is Objective.MAKESPAN:
             allowed = budgets.for_makespan()
         elif not self._is_limited:
-            return self._rounds_judged(budgets, start_s)[0][1]
+            return self._even_rounds(budgets, start_s).cap_s
         else:
             if self._is_limited and self._makespan_weight is None:
                 self._makespan_weight = budgets.makespan_weight()
             allowed = budgets.for_mean_ttft(self._makespan_weight or 0.0)
         return budgets.evened(allowed[0])
-
-    def _rounds_judged(self, budgets: QueueBudgets, start_s: float) -> list[tuple[float, float, int]]:
-        """(score, cap, number of rounds) of a few numbers of even rounds, the best first.
-
-        The score is how much all that wait and those to come are delayed: under each cap requests end when the round
-        with their last token has passed all stages, behind rounds that are as long at least; what their rounds and
-        overheads then keep busy delays those to come (`online.traffic`).
-        """
-        if not self._stages_after:
-            return [(0.0, math.inf, 1)]
-        work_s, weights = np.cumsum(budgets.work_s), np.array(budgets.weights)
-        total_s = max(float(work_s[-1]), 1e-12)
-        context = sum(budgets.context_work) / total_s
-        tokens = sum(self.requests[index].prompt_tokens - self._waiting[index].done for index in self._order)
-        outlook, lag_s = self._outlook(start_s), self._lag_s(start_s)
-        most = max(tokens / self._excess.least_tokens(context), 1.0)
-        numbers = {max(round(most**share), 1) for share in ROUNDS_TRIED}
-        whole = {int(share * len(weights)) for share in ROUNDS_A_REQUEST}
-        numbers |= {count for count in whole if 1 <= count <= most + 1.0}
-        tried = sorted(numbers)
-        excess_s = self._excess.seconds(tokens / np.array(tried), context).tolist()
-        before = np.ceil(np.outer(np.array(tried) / total_s, work_s) - 1e-9) @ weights
-        pass_s = self._stages_after * (1.0 + self._hop_share) * float(weights.sum())
-        judged = []
-        for num_rounds, rounds_before, per_round_s in zip(tried, before.tolist(), excess_s, strict=True):
-            cap_s = total_s / num_rounds + per_round_s
-            score = rounds_before * cap_s + pass_s * max(cap_s, lag_s) + outlook.cost_s(num_rounds * cap_s)
-            judged.append((score, cap_s if num_rounds > 1 else math.inf, num_rounds))
-        return sorted(judged)
 
     def _outlook(self, now_s: float) -> Outlook:
         return Outlook.of(self._traffic, now_s, self._load, self.settings.foresight)
@@ -411,39 +357,31 @@ class OnlinePlanner:
 
     def _plan_ahead(self, start_s: float) -> list[Round]:
         """Rounds of all that waits."""
-        budgets, least_s = self._queue_budgets(), self._lag_s(start_s)
+        budgets, least_s = self._queue_budgets(), self._in_flight.lag_s(start_s, self._hop_share)
         ahead = Lookahead(
             packer=self._packer,
             requests=self.requests,
             spans=[(i, self._waiting[i].done, self.requests[i].prompt_tokens) for i in self._order],
-            free_s=self._clock.finish_s,
+            free_s=self._in_flight.clock.finish_s,
             start_s=start_s,
             window=self.window,
             objective=self.objective,
             outlook=self._outlook(start_s),
             patience_s=self.settings.patience,
-            clock=self._clock,
+            clock=self._in_flight.clock,
         )
 
         if self.objective is Objective.MAKESPAN:
             return ahead.rounds(budgets.for_makespan(), least_s)
         if not self._is_limited:
-            judged = self._rounds_judged(budgets, start_s)[:TRIED_IN_PASSING]
-            total_s = sum(budgets.work_s)
-            even_s = {num_rounds: min(cap_s, 2.0 * total_s) for _, cap_s, num_rounds in judged}
-            tokens = sum(end - first for _, first, end in ahead.spans)
-            context = sum(budgets.context_work) / max(total_s, 1e-12)
-            sizes = dict.fromkeys(
-                self._excess.thrifty_tokens(wide * tokens / num_rounds, context)
-                for _, _, num_rounds in judged[:SIZES_IN_PASSING]
-                for wide in WIDE
-            )
-            return ahead.rounds_in_passing(budgets.for_mean_ttft(), even_s, list(sizes), least_s)
+            even_s, sizes = self._even_rounds(budgets, start_s).likely()
+            return ahead.rounds_in_passing(budgets.for_mean_ttft(), even_s, sizes, least_s)
         return ahead.limited_rounds(budgets.for_makespan(), [*budgets.choices(), budgets.for_makespan()], least_s)
 
-    def _enqueue(self, waiting: _Waiting) -> None:
+    def _enqueue(self, waiting: Waiting) -> None:
         request = waiting.request
-        left = request.prompt_tokens - waiting.done
+        left = waiting.left
+        self._left_tokens += left
         waiting.work_s = self._work_s(left, waiting.done)
         waiting.context_work = waiting.work_s * (waiting.done + left / 2.0)
         if self.objective.needs_deadlines:
@@ -459,15 +397,16 @@ class OnlinePlanner:
         tables = self._packer.tables
         return max(table.round_s(tokens) - table.tokens[0] + table.chunk_s(tokens, context) for table in tables)
 
-    def _dequeue(self, index: int) -> _Waiting:
+    def _dequeue(self, index: int) -> Waiting:
         waiting = self._waiting.pop(index)
         self._queue.remove((waiting.rank, index))
         self._total_work_s -= waiting.work_s
+        self._left_tokens -= waiting.left
         if not self._waiting:
             self._total_work_s = 0.0
         return waiting
 
-    def _release(self, waiting: _Waiting) -> None:
+    def _release(self, waiting: Waiting) -> None:
         if waiting.index in self._started:
             self._started.discard(waiting.index)
             self._held_tokens -= waiting.request.prompt_tokens
@@ -482,43 +421,3 @@ class OnlinePlanner:
             total_tokens=4 * longest_tokens,
             limits=self.limits,
         )
-
-
-class _Driven:
-    """The online planner as a scheduler: rounds are back when its own clock says so."""
-
-    def __init__(self, problem: Problem, settings: OnlineSettings) -> None:
-        self._problem = problem
-        self._planner = OnlinePlanner(
-            problem.cost,
-            window=problem.window,
-            chunk_multiple=problem.chunk_multiple,
-            limits=problem.limits,
-            objective=problem.objective,
-            settings=settings,
-            more_to_come=problem.is_timed,
-        )
-        self._index: list[int] = []  # of the problem's requests, by the planner's
-
-    @property
-    def has_work(self) -> bool:
-        """Whether any request that came has tokens to run."""
-        return self._planner.num_waiting > 0
-
-    def add(self, index: int, now_s: float) -> None:
-        """A request has arrived."""
-        self._planner.add(self._problem.requests[index], now_s)
-        self._index.append(index)
-
-    def next_round(self, now_s: float, beside: Beside) -> Round:
-        """The next round, with what is decoded beside it."""
-        while self._planner.expected_s + self._problem.cost.return_s <= now_s:
-            self._planner.finish_round()
-        chunks = self._planner.next_round(now_s, beside)
-        assert chunks is not None
-        return tuple(Chunk(self._index[chunk.request], chunk.start, chunk.tokens) for chunk in chunks)
-
-
-def online_rounds(problem: Problem, settings: OnlineSettings = AS_IT_COMES) -> list[Round]:
-    """The online planner's rounds: it sees a request when it arrives and is asked whenever stage 0 can take a round."""
-    return drive(problem, _Driven(problem, settings), is_timed=True)

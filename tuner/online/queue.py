@@ -130,7 +130,15 @@ def drive(problem: Problem, scheduler: Scheduler, *, is_timed: bool = False) -> 
 
 def run_queue(problem: Problem, num_tokens: int, take: Take, *, one_partial: bool = False) -> list[Round]:
     """The rounds of a `FirstComeQueue`."""
-    return drive(problem, FirstComeQueue(problem, num_tokens, take, one_partial=one_partial))
+    queue = FirstComeQueue(problem, num_tokens, take, one_partial=one_partial)
+    if problem.is_timed:
+        return drive(problem, queue)
+    for index in range(len(problem.requests)):
+        queue.add(index, 0.0)
+    rounds: list[Round] = []
+    while queue.has_work:
+        rounds.append(queue.next_round(0.0))
+    return rounds
 
 
 def _on_grid(tokens: int, left: int, room: int, multiple: int, may_skip: bool) -> int:

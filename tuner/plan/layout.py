@@ -125,6 +125,7 @@ class Pins:
     """The parts of a layout that a user fixes; None leaves a part to the search."""
 
     tp_size: int | None = None
+    ep_size: int | None = None
     pp_size: int | None = None
     sp_size: int | None = None
     sp_kind: SPKind | None = None
@@ -139,23 +140,39 @@ class Pins:
             raise UserError("sp_size", self.sp_size, f"1 with sp_kind {self.sp_kind}")
         if self.sp_kind is SPKind.MEGATRON and self.tp_size == 1:
             raise UserError("sp_kind", self.sp_kind, "cuts over the tensor-parallel group: tp_size must be 2 or more")
+        if self.tp_size and self.ep_size not in (None, 1, self.tp_size):
+            allowed = f"1 or tp_size = {self.tp_size}: experts are cut over tensor-parallel ranks, or spread over all"
+            raise UserError("ep_size", self.ep_size, allowed)
         if self.pp_size == 1 and (self.virtual_stages or 1) > 1:
             raise UserError("virtual_stages", self.virtual_stages, "1 with pp_size 1: there is no pipeline to fill")
 
     def __str__(self) -> str:
-        names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages")
+        names = ("tp_size", *(("ep_size",) if self.ep_size else ()), "pp_size", "sp_size", "sp_kind", "virtual_stages")
         return ", ".join(f"{name} {getattr(self, name) or 'any'}" for name in names)
+
+    @property
+    def spread_size(self) -> int | None:
+        """Tensor-parallel ranks that experts are to be spread over."""
+        return self.ep_size if (self.ep_size or 1) > 1 else None
+
+    def check_experts(self, shape: ModelShape) -> None:
+        """Raise `UserError` where experts of the model cannot be spread as wanted."""
+        if self.spread_size is None:
+            return
+        if not shape.has_experts:
+            raise UserError("ep_size", self.ep_size, f"1: kernels here run no experts of {shape.name}")
+        shape.spread(self.spread_size).check_tp_size(self.spread_size)
 
     @property
     def num_ranks(self) -> int:
         """Ranks that the sizes need at least."""
         sp_size = self.sp_size or (2 if self.sp_kind in OWN_RANKS else 1)
-        tp_size = self.tp_size or (2 if self.sp_kind is SPKind.MEGATRON else 1)
+        tp_size = self.tp_size or self.spread_size or (2 if self.sp_kind is SPKind.MEGATRON else 1)
         return tp_size * sp_size * (self.pp_size or (2 if (self.virtual_stages or 1) > 1 else 1))
 
     def allow(self, layout: Layout) -> bool:
         """Whether the layout has what is kept fixed; the order counts only where a stage holds several groups."""
-        names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages")
+        names = ("tp_size", "ep_size", "pp_size", "sp_size", "sp_kind", "virtual_stages")
         kept = all(getattr(self, name) in (None, getattr(layout, name)) for name in names)
         return kept and (layout.virtual_stages == 1 or self.stage_order in (None, layout.stage_order))
 
@@ -171,6 +188,7 @@ def enumerate_layouts(shape: ModelShape, world_size: int, pins: Pins = ANY) -> l
     """
     if not 1 <= world_size <= MAX_WORLD_SIZE:
         raise UserError("world_size", world_size, f"must be 1 or more, at most {MAX_WORLD_SIZE}")
+    pins.check_experts(shape)
     layouts = [layout for layout in _layouts(shape, world_size, pins) if pins.allow(layout)]
     if not layouts:
         raise UserError("world_size", world_size, f"must be a multiple of tp_size x sp_size x pp_size ({pins})")
@@ -181,7 +199,7 @@ def enumerate_layouts(shape: ModelShape, world_size: int, pins: Pins = ANY) -> l
 
 def _layouts(shape: ModelShape, world_size: int, pins: Pins) -> Iterator[Layout]:
     divisors = [divisor for divisor in range(1, world_size + 1) if world_size % divisor == 0]
-    wanted_tp, wanted_sp = ([size] if size else divisors for size in (pins.tp_size, pins.sp_size))
+    wanted_tp, wanted_sp = ([size] if size else divisors for size in (pins.tp_size or pins.spread_size, pins.sp_size))
     for tp_size in wanted_tp:
         refusal = _tp_refusal(shape, tp_size)
         for sp_size in wanted_sp:

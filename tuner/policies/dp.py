@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import add
 
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.policies.sweep import Search, shortest_first
-from tuner.rounds.packing import OpenRound, Packer, backward_cut
+from tuner.rounds.packing import Packer, backward_cuts
 from tuner.rounds.problem import Problem
 from tuner.rounds.schedule import MAKESPAN_SLACK
 from tuner.workload.objective import Objective
@@ -37,22 +38,13 @@ def pack_line(
     the cap long; chunks of one request in it join. D(j) = min over i of D(i) + t(round of the chunks i..j) is the
     least total time of the first j chunks.
     """
-    cuts = [backward_cut(packer, index, requests[index], caps_s[index]) for index in order]
+    cuts = backward_cuts(packer, requests, order, caps_s)
     held = packer.limits.max_kv_tokens
     if held is not None and held < sum(request.prompt_tokens for request in requests):
         line = [chunk for chunks in cuts for chunk in chunks]
     else:
         line = [chunks[0] for chunks in cuts] + [chunk for chunks in cuts for chunk in chunks[1:]]
-    least = [0.0] + [math.inf] * len(line)
-    came_from = [0] * (len(line) + 1)
-    for first in range(len(line)):
-        rounds, members = packer.open_round(), dict[int, Chunk]()
-        for last in range(first, len(line)):
-            if not _append(packer, requests, rounds, members, line[last], caps_s[line[first].request]) and last > first:
-                break
-            seconds = packer.filled_s(rounds)
-            if least[first] + seconds < least[last + 1]:
-                least[last + 1], came_from[last + 1] = least[first] + seconds, first
+    came_from = _cheapest_stretches(packer, requests, line, caps_s)
     stretches: list[Round] = []
     end = len(line)
     while end:
@@ -64,25 +56,50 @@ def pack_line(
     return stretches[::-1]
 
 
-def _append(
-    packer: Packer, requests: Sequence[Request], into: OpenRound, members: dict[int, Chunk], chunk: Chunk, cap_s: float
-) -> bool:
-    """Put the line's next chunk into the round, joined with its request's; whether cap and limits still hold."""
-    before = members.get(chunk.request)
-    joined = _joined(before, chunk)
-    members[chunk.request] = joined
-    into.num_tokens += chunk.tokens
-    final = joined.end == requests[chunk.request].prompt_tokens
-    for i, table in enumerate(packer.tables):
-        into.added_s[i] += table.chunk_s(joined.tokens, joined.start) + (table.stage.final_s if final else 0.0)
-        if before is not None:
-            into.added_s[i] -= table.chunk_s(before.tokens, before.start)
-    limits = packer.limits
-    if into.num_tokens > packer.max_round_tokens:
-        return False
-    if limits.max_kv_tokens is not None and sum(requests[i].prompt_tokens for i in members) > limits.max_kv_tokens:
-        return False
-    return packer.filled_s(into) <= cap_s * (1.0 + 1e-9)
+def _cheapest_stretches(
+    packer: Packer, requests: Sequence[Request], line: Sequence[Chunk], caps_s: Sequence[float]
+) -> list[int]:
+    """Where the last stretch of the first j chunks begins, for every j, in the cheapest division of these j."""
+    most_tokens = packer.max_round_tokens
+    most_held = math.inf if packer.limits.max_kv_tokens is None else packer.limits.max_kv_tokens
+    finals_s = packer.finals_s
+    before = _places_before(line)
+    is_final = [chunk.end == requests[chunk.request].prompt_tokens for chunk in line]
+    alone_s = [packer.chunk_s[chunk.tokens, chunk.start] for chunk in line]
+    alone_s = [list(map(add, one, finals_s)) if ends else one for one, ends in zip(alone_s, is_final, strict=True)]
+    least, came_from = [0.0] + [math.inf] * len(line), [0] * (len(line) + 1)
+    for first, opening in enumerate(line):
+        cap_s, so_far_s = caps_s[opening.request] * (1.0 + 1e-9), least[first]
+        tokens, held, added_s = 0, 0, [0.0] * len(finals_s)
+        joined: dict[int, Chunk] = {}
+        for last in range(first, len(line)):
+            chunk = line[last]
+            tokens += chunk.tokens
+            if before[last] < first:
+                held += requests[chunk.request].prompt_tokens
+                added_s = list(map(add, added_s, alone_s[last]))
+            else:
+                own = joined.get(chunk.request, line[before[last]])
+                both = joined[chunk.request] = _joined(own, chunk)
+                for i, both_s in enumerate(packer.chunk_s[both.tokens, both.start]):
+                    added_s[i] += both_s + finals_s[i] if is_final[last] else both_s
+                    added_s[i] -= packer.chunk_s[own.tokens, own.start][i]
+            seconds = max(map(add, packer.round_s[tokens], added_s))
+            if (seconds > cap_s or tokens > most_tokens or held > most_held) and last > first:
+                break
+            if so_far_s + seconds < least[last + 1]:
+                least[last + 1], came_from[last + 1] = so_far_s + seconds, first
+    return came_from
+
+
+def _places_before(line: Sequence[Chunk]) -> list[int]:
+    """Where in the line the chunk before of the same request is, -1 for each request's first."""
+    places: dict[int, int] = {}
+    found = []
+    for place, chunk in enumerate(line):
+        found.append(places.get(chunk.request, -1))
+        places[chunk.request] = place
+    return found
 
 
 def _joined(before: Chunk | None, chunk: Chunk) -> Chunk:

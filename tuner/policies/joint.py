@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from tuner.online.online_planner import online_rounds
+from tuner.online.driven import online_rounds
 from tuner.online.settings import OnlineSettings
 from tuner.plan.plan import Round
 from tuner.policies.dp import pack_line
@@ -72,7 +72,7 @@ def draft_rounds(problem: Problem) -> list[Round]:
 
 def draft_choices(problem: Problem, most: int) -> list[list[Round]]:
     """The best few of the sweeps for the makespan, each of another number of rounds."""
-    return [found.rounds for found in _drafted(problem, SKETCH_EFFORT).ranked()[:most]]
+    return [found.rounds for found in _drafted(problem, SKETCH_EFFORT, most).ranked()[:most]]
 
 
 def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
@@ -83,7 +83,7 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     """
     if len(problem.requests) == 1 and problem.objective is Objective.MEAN_TTFT:
         problem = replace(problem, objective=Objective.MAKESPAN)
-    search, objective = _drafted(problem), problem.objective
+    search, objective = _drafted(problem, num_needed=MOST_STARTS), problem.objective
     if problem.is_timed and len(problem.requests) <= FEW_REQUESTS:
         for foresight in FORESIGHTS:
             search.keep(online_rounds(problem, OnlineSettings(foresight=foresight)), objective)
@@ -126,8 +126,8 @@ def _keep_ramps(search: Search) -> None:
                 search.keep(rounds, problem.objective)
 
 
-def _drafted(problem: Problem, effort: float = 1.0) -> Search:
-    search, objective = Search.of(problem, effort), problem.objective
+def _drafted(problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Search:
+    search, objective = Search.of(problem, effort, num_needed), problem.objective
     if problem.is_timed:
         search.keep(online_rounds(problem), objective)
         return search

@@ -13,8 +13,8 @@ import numpy as np
 
 from tuner.plan.plan import Chunk, Round
 from tuner.plan.stage_cost import Floats
+from tuner.recurrence.timeline import order_of
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import order_of
 from tuner.workload.objective import Objective
 
 TIE = 1e-6

@@ -102,6 +102,7 @@ class Floor:
         # Of stages alike the last one: most stages lie before it.
         self._stages = [len(kinds) - 1 - kinds[::-1].index(kind) for kind in range(len(cost.kinds))]
         self._lines = [envelopes([kind], self._work) for kind in cost.kinds]
+        self._sums: dict[float, list[float]] = {}  # policies of one budget share them
 
     def score(self, policy: str) -> float:
         """The floor of `policy:N`."""
@@ -112,12 +113,18 @@ class Floor:
         if self._problem.objective is Objective.MEAN_TTFT:
             return max(self._mean_s(line, num_tokens) for lines in self._lines for line in lines)
         first_s = self._first_round_s(name, int(argument))
-        rounds = math.ceil(self._work.new_tokens / num_tokens)
-        sums = [
-            max(float(requests_s(line, self._work, num_tokens).sum()) + rounds * line.round_s for line in lines)
-            for lines in self._lines
-        ]
+        sums = self._sums_s(num_tokens)
         return max(sum(first_s[:stage]) + least_s for stage, least_s in zip(self._stages, sums, strict=True))
+
+    def _sums_s(self, num_tokens: float) -> list[float]:
+        """What rounds of at most so many tokens sum to at least, on each kind of stage."""
+        if num_tokens not in self._sums:
+            rounds = math.ceil(self._work.new_tokens / num_tokens)
+            self._sums[num_tokens] = [
+                max(float(requests_s(line, self._work, num_tokens).sum()) + rounds * line.round_s for line in lines)
+                for lines in self._lines
+            ]
+        return self._sums[num_tokens]
 
     def _mean_s(self, line: Envelope, num_tokens: float) -> float:
         """The least mean of when requests end that run one after the other; arrivals count against it."""

@@ -10,18 +10,20 @@ more runs after (before) them, for the others catch up (`rounds.uneven`): a roun
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import add
 
 import numpy as np
 
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats, StageCost
-from tuner.rounds.packing import Packer, pack_in_order
+from tuner.rounds.packing import EPSILON_S, Packer, pack_in_order
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Work, envelopes, likely_cap_s
 from tuner.rounds.round_budgets import QueueBudgets, context_token_s, round_overhead_s
-from tuner.rounds.schedule import Evaluation
+from tuner.rounds.schedule import Evaluation, FlatRounds, RoundTimes
 from tuner.rounds.uneven import busiest_stage, sides_of
 from tuner.workload.objective import Objective
 
@@ -41,6 +43,7 @@ SLOPES = (0.0, 0.5, 1.0)
 """Of the slope that the proof allows."""
 MANY_PROMPTS = 128
 """With more prompts fewer of both are tried."""
+ROUNDING = 1e-9
 LEVELS = (0.4, 0.55, 0.75, 0.9, 1.0, 1.3, 1.7)
 """Of the cap that is best for all rounds: that of the outermost one."""
 
@@ -65,14 +68,17 @@ class Search:
     """Where an earlier sweep of a large batch found its best plan; 0 if none did."""
     effort: float = 1.0
     """Share of the caps that a sweep tries."""
+    num_needed: int = 1
+    """How many of the best candidates will be looked at again."""
     limit_s: float = np.inf
     """Makespans above it count as worse than any below."""
     found: dict[int, ScoredRounds] = field(default_factory=dict)
+    _evaluations: dict[bytes, Evaluation] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, problem: Problem, effort: float = 1.0) -> Search:
+    def of(cls, problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Search:
         """A search that has found nothing yet."""
-        return cls(problem, Packer.of(problem), central_cap_s(problem), effort=effort)
+        return cls(problem, Packer.of(problem), central_cap_s(problem), effort=effort, num_needed=num_needed)
 
     def score(self, evaluation: Evaluation, objective: Objective) -> tuple[float, ...]:
         """What to minimise, the most important first."""
@@ -84,21 +90,22 @@ class Search:
 
     def sweep(self, pack: Pack, order: Sequence[int], profile: Sequence[float], objective: Objective) -> None:
         """Pack under caps around `cap_s`, then twice closer around the best; `profile` scales each request's cap."""
-        tried: dict[float, ScoredRounds] = {}
+        tried: dict[float, tuple[float, ...]] = {}
+        requests, most_s = self.problem.requests, np.inf
 
-        def attempt(cap: float) -> None:
-            if cap not in tried:
-                rounds = pack(self.packer, self.problem.requests, order, [cap * share for share in profile])
-                evaluation = self.problem.evaluate(rounds)
-                tried[cap] = ScoredRounds(self.score(evaluation, objective), evaluation, rounds)
+        def attempt(cap: float) -> int:
+            nonlocal most_s
+            rounds = pack(self.packer, requests, order, [cap * share for share in profile])
+            tried[cap] = self.keep(rounds, objective, most_s)
+            most_s = min(most_s, tried[cap][1])
+            return len(rounds)
 
         def best() -> float:
-            return min(tried, key=lambda cap: tried[cap].score)
+            return min(tried, key=tried.__getitem__)
 
         centre = self.best_cap_s or self.cap_s
-        attempt(centre)
-        rounds_swept = self.effort * ROUNDS_SWEPT
-        num_caps = int(np.clip(rounds_swept // len(tried[centre].rounds), LEAST_CAPS, self.effort * MOST_CAPS))
+        num_rounds = attempt(centre)
+        num_caps = int(np.clip(self.effort * ROUNDS_SWEPT // num_rounds, LEAST_CAPS, self.effort * MOST_CAPS))
         window, pp_size = self.problem.window, self.problem.cost.pp_size
         narrow = window is not None and window < pp_size
         if narrow or num_caps >= MANY_CAPS:  # a window below the number of stages wants longer rounds
@@ -115,13 +122,37 @@ class Search:
                 attempt(centre * float(factor))
         if num_caps < MANY_CAPS // 3:  # a large batch: later sweeps start where this one found its best
             self.best_cap_s = best()
-        for candidate in tried.values():
-            self._keep(candidate)
 
-    def keep(self, rounds: list[Round], objective: Objective) -> None:
-        """Take a plan made elsewhere as a candidate."""
-        evaluation = self.problem.evaluate(rounds)
-        self._keep(ScoredRounds(self.score(evaluation, objective), evaluation, rounds))
+    def keep(self, rounds: list[Round], objective: Objective, most_s: float = 0.0) -> tuple[float, ...]:
+        """Take a plan as a candidate; its score.
+
+        Of the makespan's, one that is provably above `most_s` and above all that will be looked at again is scored by
+        what proves it and left out.
+        """
+        problem, flat = self.problem, FlatRounds.of(rounds)
+        shape = flat.tobytes()
+        if shape in self._evaluations:
+            evaluation = self._evaluations[shape]
+        elif problem.is_timed:
+            evaluation = problem.evaluate(rounds)
+        else:
+            times = RoundTimes.of(problem.cost, problem.requests, flat)
+            if problem.objective is Objective.MAKESPAN and problem.cost.virtual_stages == 1:
+                least_s = (1.0 - ROUNDING) * times.least_makespan_s
+                if least_s > max(most_s, self._most_needed_s(len(rounds))):
+                    return (0.0, least_s, np.inf)
+            evaluation = times.evaluation(problem.cost, problem.requests, problem.window)
+        self._evaluations[shape] = evaluation
+        score = self.score(evaluation, objective)
+        self._keep(ScoredRounds(score, evaluation, rounds))
+        return score
+
+    def _most_needed_s(self, num_rounds: int) -> float:
+        """Above this makespan, a plan of so many rounds is not looked at again."""
+        makespans_s = sorted(candidate.evaluation.makespan_s for candidate in self.found.values())
+        worst_s = makespans_s[self.num_needed - 1] if len(makespans_s) >= self.num_needed else np.inf
+        known = self.found.get(num_rounds)
+        return min(worst_s, known.evaluation.makespan_s) if known else worst_s
 
     def limit(self, makespan_s: float, objective: Objective) -> None:
         """From now on prefer plans within a makespan, then by another objective; score what was found anew."""
@@ -240,45 +271,60 @@ def pack_shared(
 
     A round has the cap of the first request that has tokens left.
     """
-    at = [request.cached_tokens for request in requests]
-    done = [request.cached_tokens - request.prompt_tokens for request in requests]  # least where most is left
+    left = [requests[index].new_tokens for index in order]
+    by_left = sorted((-tokens, place) for place, tokens in enumerate(left))  # those with most left first
     rounds: list[Round] = []
-    going = list(order)
-    while going:
-        cap_s = caps_s[going[0]]
-        by_left = sorted(going, key=done.__getitem__)
-        tokens, chunks = chunk_tokens, _short_chunks(packer, requests, by_left, at, chunk_tokens, cap_s)
-        while len(chunks) == len(going) and any(chunk.end < requests[chunk.request].prompt_tokens for chunk in chunks):
+    opening = 0  # the first in order that has tokens left
+    while by_left:
+        while not left[opening]:
+            opening += 1
+        cap_s = caps_s[order[opening]]
+        tokens, chunks = chunk_tokens, _short_chunks(packer, requests, order, by_left, chunk_tokens, cap_s)
+        while len(chunks) == len(by_left) and any(chunk.tokens < -each for chunk, (each, _) in zip(chunks, by_left)):  # noqa: B905 - of one length
             tokens *= 2
-            longer = _short_chunks(packer, requests, by_left, at, tokens, cap_s)
-            if len(longer) < len(going):
+            longer = _short_chunks(packer, requests, order, by_left, tokens, cap_s)
+            if len(longer) < len(by_left):
                 break
             chunks = longer
         if not chunks:
-            first = by_left[0]
-            chunks = [Chunk(first, at[first], min(packer.multiple, requests[first].prompt_tokens - at[first]))]
-        for chunk in chunks:
-            at[chunk.request] = chunk.end
-            done[chunk.request] = chunk.end - requests[chunk.request].prompt_tokens
+            chunks = [_next_chunk(requests, order, *by_left[0], packer.multiple)]
+        places = [place for _, place in by_left[: len(chunks)]]
+        del by_left[: len(chunks)]
+        for place, chunk in zip(places, chunks, strict=True):
+            left[place] -= chunk.tokens
+            if left[place]:
+                insort(by_left, (-left[place], place))
         rounds.append(tuple(chunks))
-        going = [i for i in going if done[i]]
     return rounds
 
 
 def _short_chunks(
-    packer: Packer, requests: Sequence[Request], by_left: Sequence[int], at: Sequence[int], tokens: int, cap_s: float
+    packer: Packer,
+    requests: Sequence[Request],
+    order: Sequence[int],
+    by_left: Sequence[tuple[int, int]],
+    tokens: int,
+    cap_s: float,
 ) -> list[Chunk]:
     """A chunk of so many tokens of one request after the other while they fit under the cap."""
-    filled = packer.open_round()
-    for i in by_left:
-        left = requests[i].prompt_tokens - at[i]
-        count = min(tokens, left)
-        if filled.num_tokens + count > packer.max_round_tokens or not packer.fits(
-            filled, count, at[i], count == left, cap_s
-        ):
+    total, added_s, most_s = 0, [0.0] * len(packer.tables), cap_s + EPSILON_S
+    chunks: list[Chunk] = []
+    for minus_left, place in by_left:
+        chunk = _next_chunk(requests, order, minus_left, place, tokens)
+        total += chunk.tokens
+        added_s = list(map(add, added_s, packer.chunk_s[chunk.tokens, chunk.start]))
+        if chunk.tokens == -minus_left:
+            added_s = list(map(add, added_s, packer.finals_s))
+        if total > packer.max_round_tokens or max(map(add, packer.round_s[total], added_s)) > most_s:
             break
-        packer.add(filled, i, at[i], count, count == left)
-    return filled.chunks
+        chunks.append(chunk)
+    return chunks
+
+
+def _next_chunk(requests: Sequence[Request], order: Sequence[int], minus_left: int, place: int, tokens: int) -> Chunk:
+    """So many tokens, or the last ones, of a request that has `-minus_left` left."""
+    index = order[place]
+    return Chunk(index, requests[index].prompt_tokens + minus_left, min(tokens, -minus_left))
 
 
 def sloping_rounds(problem: Problem, packer: Packer, cap_s: float) -> Iterator[list[Round]]:

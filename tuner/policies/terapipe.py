@@ -14,6 +14,9 @@ MOST_UNITS = 512
 """Grid points of the longest prompt; TeraPipe uses 8 tokens of 2048, 256 points."""
 NUM_CAPS = 32
 """Caps t_max that are tried; TeraPipe enumerates them all, 0.1 ms apart."""
+EVEN_CHUNKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+"""Numbers of equal chunks that say which caps can still win."""
+ROUNDING = 1e-12
 
 
 def terapipe_rounds(problem: Problem) -> list[Round]:
@@ -66,27 +69,49 @@ def _best_split(stage: StageCost, size: int, units: int, grid: int, problem: Pro
     )  # [length, start]
     least = max(float(seconds[0].max()), 1e-12)
     caps = np.geomspace(least, max(float(seconds[-1].max()), least), NUM_CAPS)
+    stages_after, by_end = problem.cost.pp_size - 1, _by_end(seconds, units)
+    # A split whose slowest chunk a lower cap allows is found under that one.
+    free_s = next(_splits_under(by_end, units, np.array([np.inf])))[0] if stages_after else 0.0
+    known_s = min(_even_split_s(seconds, units, count, stages_after) for count in EVEN_CHUNKS)
+    lower = np.concatenate([[0.0], caps[:-1]])
+    caps = caps[free_s + stages_after * lower <= known_s * (1.0 + ROUNDING)]
     best: tuple[float, list[int]] = (np.inf, [])
-    for total, lengths in _splits_under(seconds, units, caps):
+    for total, lengths in _splits_under(by_end, units, caps):
         slowest = max(float(seconds[n - 1, s]) for n, s in zip(lengths, np.cumsum([0, *lengths[:-1]]), strict=True))
-        best = min(best, (total + (problem.cost.pp_size - 1) * slowest, lengths))
+        best = min(best, (total + stages_after * slowest, lengths))
     return best
 
 
-def _splits_under(seconds: Floats, units: int, caps: Floats) -> Iterator[tuple[float, list[int]]]:
+def _even_split_s(seconds: Floats, units: int, count: int, stages_after: int) -> float:
+    """Latency of chunks of equal length, about so many, the last one shorter."""
+    length = min(-(-units // count), len(seconds))
+    starts = np.arange(0, units, length)
+    taken = seconds[np.minimum(units - starts, length) - 1, starts]
+    return float(taken.sum() + stages_after * taken.max())
+
+
+def _by_end(seconds: Floats, units: int) -> Floats:
+    """Chunk times by where they end and how long they are, [units + 1, length]; infinite where none is so long."""
+    lengths = np.arange(1, len(seconds) + 1)
+    starts = np.arange(units + 1)[:, None] - lengths
+    found: Floats = np.where(starts >= 0, seconds[lengths - 1, np.maximum(starts, 0)], np.inf)
+    return found
+
+
+def _splits_under(by_end: Floats, units: int, caps: Floats) -> Iterator[tuple[float, list[int]]]:
     """TeraPipe's Algorithm 1 for every cap: the least sum of chunk times, none above the cap, and its chunks."""
+    rows, most = np.arange(len(caps)), caps[:, None] * (1.0 + ROUNDING)
     total = np.full((len(caps), units + 1), np.inf)
     total[:, 0] = 0.0
     choice = np.zeros((len(caps), units + 1), dtype=np.int64)
-    longest = len(seconds)
+    allowed = np.isfinite(by_end) & (by_end <= most[-1])
+    longest = by_end.shape[1] - np.argmax(allowed[:, ::-1], axis=1)
     for end in range(1, units + 1):
-        lengths = np.arange(1, min(longest, end) + 1)
-        chunk = seconds[lengths - 1, end - lengths]
-        within = int(np.flatnonzero(chunk <= caps[-1] * (1.0 + 1e-12))[-1]) + 1
-        lengths, chunk = lengths[:within], chunk[:within]
-        sums = np.where(chunk <= caps[:, None] * (1.0 + 1e-12), total[:, end - lengths] + chunk, np.inf)
+        within = int(longest[end])
+        chunk = by_end[end, :within]
+        sums = np.where(chunk <= most, total[:, end - within : end][:, ::-1] + chunk, np.inf)
         best = sums.argmin(axis=1)
-        total[:, end], choice[:, end] = sums[np.arange(len(caps)), best], best + 1
+        total[:, end], choice[:, end] = sums[rows, best], best + 1
     for row in range(len(caps)):
         lengths_taken, end = list[int](), units
         while end:

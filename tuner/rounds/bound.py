@@ -42,8 +42,8 @@ import numpy as np
 
 from tuner.plan.cost_model import CostModel
 from tuner.plan.stage_cost import Floats
-from tuner.rounds.grid_bound import grid_bound_s
-from tuner.rounds.grid_relaxation import is_curved
+from tuner.rounds.grid.bound import grid_bound_s
+from tuner.rounds.grid.relaxation import is_curved
 from tuner.rounds.passes_bound import passes_bound_s
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import (

@@ -6,9 +6,11 @@ several times faster than small numpy arrays.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import add
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +25,23 @@ TABLE_TOKENS = 2**18
 """Rounds up to so many tokens are looked up: short prompts share rounds far longer than themselves."""
 THRIFTY = 1.005
 """Costs of a token that differ by less are alike."""
+Key = TypeVar("Key")
+MOST_KEPT = 1 << 16
+"""Chunks and round sizes whose seconds are kept: sweeps meet most of them again."""
+
+
+class Kept(dict[Key, list[float]]):
+    """Seconds on each table's stage, found when first asked for."""
+
+    def __init__(self, find: Callable[[Key], list[float]]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, key: Key) -> list[float]:
+        if len(self) >= MOST_KEPT:
+            self.clear()
+        found = self[key] = self._find(key)
+        return found
 
 
 @dataclass(slots=True)
@@ -100,7 +119,18 @@ class Packer:
     Only stages that no other stage dominates term by term are looked at: 64 equal stages cost as much as one.
     """
 
-    __slots__ = ("_hint", "cost", "limits", "max_round_tokens", "multiple", "slowest", "tables")
+    __slots__ = (
+        "_hint",
+        "chunk_s",
+        "cost",
+        "finals_s",
+        "limits",
+        "max_round_tokens",
+        "multiple",
+        "round_s",
+        "slowest",
+        "tables",
+    )
 
     def __init__(
         self,
@@ -122,6 +152,12 @@ class Packer:
         round_units = min(self.max_round_tokens, max(2 * longest_tokens, TABLE_TOKENS)) // multiple + 1
         self.tables = _undominated([StageTable.of(kind, multiple, chunk_units, round_units) for kind in cost.kinds])
         self.slowest = max(self.tables, key=lambda table: table.tokens[-1] + table.base[-1])
+        tables = self.tables
+        self.finals_s = [table.stage.final_s for table in tables]
+        self.round_s = Kept[int](lambda tokens: [table.round_s(tokens) for table in tables])
+        """Overhead and token-wise seconds by a round's tokens."""
+        self.chunk_s = Kept[tuple[int, int]](lambda chunk: [table.chunk_s(*chunk) for table in tables])
+        """What a chunk adds beside, by its tokens and its context; what ends a prompt left out."""
 
     @classmethod
     def of(cls, problem: Problem) -> Packer:
@@ -140,12 +176,14 @@ class Packer:
 
     def fits(self, into: OpenRound, tokens: int, context: int, final: bool, cap_s: float) -> bool:
         """Whether a chunk keeps the round within the cap."""
-        total = into.num_tokens + tokens
-        for table, added in zip(self.tables, into.added_s, strict=True):
-            seconds = table.round_s(total) + added + table.chunk_s(tokens, context)
-            if seconds + (table.stage.final_s if final else 0.0) > cap_s + EPSILON_S:
-                return False
-        return True
+        most_s = cap_s + EPSILON_S
+        columns = zip(self.round_s[into.num_tokens + tokens], into.added_s, self.chunk_s[tokens, context], strict=True)
+        if not final:
+            return all(round_s + added_s + chunk_s <= most_s for round_s, added_s, chunk_s in columns)
+        return all(
+            round_s + added_s + chunk_s + final_s <= most_s
+            for (round_s, added_s, chunk_s), final_s in zip(columns, self.finals_s, strict=True)
+        )
 
     def longest(self, into: OpenRound, start: int, left: int, cap_s: float) -> int:
         """Tokens of a prompt, from token `start` with `left` to go, that keep the round within cap and limits.
@@ -178,15 +216,16 @@ class Packer:
 
     def _most_units(self, highest: int, spare_s: float, seconds: Callable[[int], float]) -> int:
         """Most units up to `highest` whose seconds are at most `spare_s`; looks near the last answer first."""
-        low, high, hint = 0, max(highest, 0), self._hint
-        step = 2 + (hint >> 4)
-        while low < hint < high:
-            if seconds(hint) <= spare_s:
-                low, hint = hint, hint + step
+        low, high, probe = 0, max(highest, 0), self._hint
+        step = 2 + (probe >> 4)
+        probe = min(probe, high)
+        while low < probe:
+            if seconds(probe) <= spare_s:
+                low, probe = probe, min(probe + step, high)
             else:
-                high, hint = hint - 1, hint - step
+                high, probe = probe - 1, probe - step
             step *= 4
-        units = bisect_right(range(high + 1), spare_s, lo=low + 1, key=seconds) - 1
+        units = bisect_right(range(high + 1), spare_s, lo=low + 1, key=seconds) - 1 if low < high else low
         self._hint = max(units, 1)
         return units
 
@@ -194,8 +233,9 @@ class Packer:
         """Put a chunk into the round."""
         into.chunks.append(Chunk(request, start, tokens))
         into.num_tokens += tokens
-        for i, table in enumerate(self.tables):
-            into.added_s[i] += table.chunk_s(tokens, start) + (table.stage.final_s if final else 0.0)
+        added_s = into.added_s
+        for i, seconds in enumerate(self.chunk_s[tokens, start]):
+            added_s[i] += seconds + self.finals_s[i] if final else seconds
 
     def seconds(self, chunks: Round, requests: Sequence[Request], filled: OpenRound | None = None) -> float:
         """Seconds of a round on the stage where it takes longest; `filled` holds what is in it beside the chunks."""
@@ -208,9 +248,7 @@ class Packer:
 
     def filled_s(self, filled: OpenRound) -> float:
         """Seconds of what a round holds so far, on the stage where it takes longest."""
-        longest = 0.0
-        for table, added in zip(self.tables, filled.added_s, strict=True):
-            longest = max(longest, table.round_s(filled.num_tokens) + added)
+        longest: float = max(map(add, self.round_s[filled.num_tokens], filled.added_s))
         return longest
 
     def earliest_start(self, end: int, cached: int, final: bool, cap_s: float) -> int:
@@ -221,13 +259,19 @@ class Packer:
         multiple = self.multiple
         units, rest = divmod(end - cached, multiple)
         if rest:  # the prompt's last tokens: off the grid, looked up with interpolation
-            empty = self.open_round()
+            most, share, last = min(units, (self.max_round_tokens - rest) // multiple), rest / multiple, end - rest
+            for table in self.tables:
+                base, slope, tokens = table.base, table.slope, table.tokens
 
-            def too_long(unit: int) -> bool:
-                return not self.fits(empty, unit * multiple + rest, end - unit * multiple - rest, final, cap_s)
+                def seconds(u: int) -> float:
+                    base_s = base[u] + (base[u + 1] - base[u]) * share  # noqa: B023 - called before the loop goes on
+                    context_s = slope[u] + (slope[u + 1] - slope[u]) * share  # noqa: B023 - called before the loop goes on
+                    round_s = tokens[u] + (tokens[u + 1] - tokens[u]) * share  # noqa: B023 - called before the loop goes on
+                    return base_s + context_s * (last - u * multiple) + round_s
 
-            most = min(units, (self.max_round_tokens - rest) // multiple)
-            chunk = (bisect_left(range(most + 1), True, lo=1, key=too_long) - 1) * multiple + rest
+                spare = cap_s + EPSILON_S - (table.stage.final_s if final else 0.0)
+                most = self._most_units(min(most, len(tokens) - 2), spare, seconds)
+            chunk = most * multiple + rest
         else:
             most = min(units, self.max_round_tokens // multiple)
             for table in self.tables:
@@ -268,22 +312,35 @@ def pack_tails(
     """
     fronts: list[tuple[int, int, int]] = []
     tails: list[Round] = []
-    for index in order:
-        request = requests[index]
-        late = backward_cut(packer, index, request, caps_s[index])
-        fronts.append((index, request.cached_tokens, late[0].end))
+    for index, late in zip(order, backward_cuts(packer, requests, order, caps_s), strict=True):
+        fronts.append((index, requests[index].cached_tokens, late[0].end))
         tails.extend((chunk,) for chunk in late[1:])
     return fill_rounds(packer, requests, fronts, caps_s) + tails
 
 
-def backward_cut(packer: Packer, index: int, request: Request, cap_s: float) -> list[Chunk]:
-    """One request cut backwards into the longest chunks that the cap allows, in running order."""
-    chunks, end = list[Chunk](), request.prompt_tokens
-    while end > request.cached_tokens:
-        start = packer.earliest_start(end, request.cached_tokens, end == request.prompt_tokens, cap_s)
-        chunks.append(Chunk(index, start, end - start))
+def backward_cuts(
+    packer: Packer, requests: Sequence[Request], order: Sequence[int], caps_s: Sequence[float]
+) -> list[list[Chunk]]:
+    """Requests cut backwards into the longest chunks that their caps allow, each in running order."""
+    known: dict[tuple[int, int, float], list[tuple[int, int]]] = {}  # requests alike are cut alike
+    cuts = []
+    for index in order:
+        request = requests[index]
+        alike = (request.prompt_tokens, request.cached_tokens, caps_s[index])
+        if alike not in known:
+            known[alike] = _backward_spans(packer, *alike)
+        cuts.append([Chunk(index, start, tokens) for start, tokens in known[alike]])
+    return cuts
+
+
+def _backward_spans(packer: Packer, prompt: int, cached: int, cap_s: float) -> list[tuple[int, int]]:
+    """(start, tokens) of the chunks of one prompt."""
+    spans, end = list[tuple[int, int]](), prompt
+    while end > cached:
+        start = packer.earliest_start(end, cached, end == prompt, cap_s)
+        spans.append((start, end - start))
         end = start
-    return chunks[::-1]
+    return spans[::-1]
 
 
 def fill_rounds(

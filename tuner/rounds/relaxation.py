@@ -141,7 +141,8 @@ def smooth_sums(envelope: Envelope, work: Work, caps_s: Floats) -> Floats:
     """S(m) without whole numbers: cuts as the integral of one over the chunk length. Not a bound; it finds good
     caps."""
     share = (np.arange(NUM_SAMPLES) + 0.5) / NUM_SAMPLES
-    (prompt, cached), alike = np.unique(np.stack([work.prompt, work.cached]), axis=1, return_counts=True)
+    differing, alike = np.unique(work.prompt + 1j * work.cached, return_counts=True)
+    prompt, cached = differing.real, differing.imag
     new = prompt - cached
     end = (cached[:, None] + new[:, None] * share).ravel()  # [requests that differ * samples]
     pair, context = envelope.pair_s, envelope.context_token_s

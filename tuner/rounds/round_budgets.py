@@ -4,11 +4,11 @@ For the makespan, C seconds of work in rounds with o seconds of overhead and con
 sqrt(C o / (K-1)). For the mean TTFT let request r, in running order, have `a(r)` seconds of work, times the overhead o
 of a round, times the weight of all requests that have not ended before it; rounds of m(r) seconds beside their overhead
 then delay all TTFTs by a(r) / m(r), weighted. On equal stages a round waits behind the longest before it
-(`rounds.schedule`), so rounds never need to shrink, and a request's TTFT also holds K - 1 times the m(r) it ends under.
-The sum of a(r) / m(r) + (K - 1) weight(r) m(r), m never falling, is least where neighbours that would fall are pooled
-and each pool takes m = sqrt(sum of a / ((K - 1) sum of weights)): isotonic regression, by pooling adjacent violators
-(Ayer and others, 1955). The makespan counts like one more request that has no work and ends last: the weight it is
-given moves the budgets from those of the mean TTFT to those of the makespan.
+(`recurrence.timeline`), so rounds never need to shrink, and a request's TTFT also holds K - 1 times the m(r) it ends
+under. The sum of a(r) / m(r) + (K - 1) weight(r) m(r), m never falling, is least where neighbours that would fall are
+pooled and each pool takes m = sqrt(sum of a / ((K - 1) sum of weights)): isotonic regression, by pooling adjacent
+violators (Ayer and others, 1955). The makespan counts like one more request that has no work and ends last: the weight
+it is given moves the budgets from those of the mean TTFT to those of the makespan.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class RoundExcess:
         self._round_s, self._context_s = self._columns(slowest, self._count)
         self._steps = multiple * np.arange(1.0, STEPS + 1.0)
         self._step_round_s, self._step_context_s = self._columns(slowest, self._steps)
+        self._known_context, self._known = math.nan, (self._round_s, self._round_s)  # of the last context asked for
 
     @staticmethod
     def _columns(kind: StageCost, tokens: Floats) -> tuple[Floats, Floats]:
@@ -84,11 +85,18 @@ class RoundExcess:
 
     def seconds(self, tokens: npt.ArrayLike, context: float) -> Floats:
         """Of rounds of so many tokens that are one chunk each, after so much context in the mean."""
-        count = self._count
-        round_s = self._round_s + self._context_s * context
-        rate = float(((round_s[-1] - round_s[:-2]) / (count[-1] - count[:-2])).min())
-        excess: Floats = np.maximum(np.interp(np.asarray(tokens, dtype=np.float64), count, round_s - rate * count), 0.0)
+        _, beyond_s = self._after(context)
+        excess: Floats = np.maximum(np.interp(np.asarray(tokens, dtype=np.float64), self._count, beyond_s), 0.0)
         return excess
+
+    def _after(self, context: float) -> tuple[Floats, Floats]:
+        """Seconds of rounds of the known numbers of tokens after so much context, and what of them is excess."""
+        if context != self._known_context:
+            count = self._count
+            round_s = self._round_s + self._context_s * context
+            rate = float(((round_s[-1] - round_s[:-2]) / (count[-1] - count[:-2])).min())
+            self._known_context, self._known = context, (round_s, round_s - rate * count)
+        return self._known
 
     def thrifty_tokens(self, most: float, context: float) -> int:
         """So many tokens, or somewhat fewer that cost less each: kernels fill a card in steps."""
@@ -101,9 +109,8 @@ class RoundExcess:
 
     def least_tokens(self, context: float) -> float:
         """Tokens of the shortest round of which no more than half is excess."""
-        excess, count = self.seconds(self._count, context), self._count
-        round_s = self._round_s + self._context_s * context
-        good = excess <= 0.5 * round_s
+        (round_s, beyond_s), count = self._after(context), self._count
+        good = np.maximum(beyond_s, 0.0) <= 0.5 * round_s
         return float(count[int(np.argmax(good))]) if good.any() else float(count[-1])
 
 
@@ -124,7 +131,10 @@ class QueueBudgets:
     @property
     def per_round_s(self) -> float:
         """Overhead of a round and the context that one more chunk reads."""
-        return self.overhead_s + self.context_token_s * sum(self.context_work) / max(sum(self.work_s), 1e-12)
+        return self._per_round_s(sum(self.work_s))
+
+    def _per_round_s(self, work_s: float) -> float:
+        return self.overhead_s + self.context_token_s * sum(self.context_work) / max(work_s, 1e-12)
 
     def for_makespan(self) -> list[float]:
         """One budget for all, that of the makespan."""
@@ -155,7 +165,8 @@ class QueueBudgets:
         """The budget, lowered so that all work that waits fills whole rounds."""
         if not math.isfinite(cap_s):
             return cap_s
-        work_s, per_round_s = sum(self.work_s), self.per_round_s
+        work_s = sum(self.work_s)
+        per_round_s = self._per_round_s(work_s)
         num_rounds = math.ceil(work_s / max(cap_s - per_round_s, 1e-12))
         return per_round_s + work_s / max(num_rounds, 1)
 

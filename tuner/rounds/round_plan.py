@@ -11,7 +11,7 @@ from profiler.sequence.kind import SequenceCut
 from tuner.plan.layout import Layout
 from tuner.plan.plan import Parallel, Plan, Predicted, Request, Round
 from tuner.rounds.bound import makespan_bound_s
-from tuner.rounds.grid_relaxation import is_curved
+from tuner.rounds.grid.relaxation import is_curved
 from tuner.rounds.problem import Problem
 from tuner.rounds.schedule import MAKESPAN_SLACK, Evaluation
 from tuner.workload.objective import Objective

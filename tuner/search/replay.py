@@ -9,7 +9,7 @@ from typing import Unpack
 
 import numpy as np
 
-from tuner.online.online_planner import online_rounds
+from tuner.online.driven import online_rounds
 from tuner.online.settings import OnlineSettings
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round

@@ -29,7 +29,7 @@ from tuner.plan.cost_model import CostModel, Ints
 from tuner.plan.plan import Plan
 from tuner.plan.stage_cost import MAX_SECONDS, Floats
 from tuner.plan.task_order import task_order
-from tuner.rounds.schedule import simulate
+from tuner.recurrence.timeline import simulate
 
 SIZES = (1024, 2048, 4096, 8192)  # rounds are grouped by their tokens
 PIPELINE = ("fill and drain", "uneven rounds", "uneven stages", "window", "hand-offs", "arrivals")

@@ -15,7 +15,7 @@ from runtime.run.result import RunResult, cut_at_end, make_result, merge_passes
 from runtime.weights.generation import end_ids
 from tests.runtime.cases import make_job, prompts, requests
 from tuner.plan.plan import Chunk
-from tuner.rounds.schedule import Timeline
+from tuner.recurrence.timeline import Timeline
 
 
 def _pass(origin_s: float, *rounds: tuple[float, float]) -> Pass:

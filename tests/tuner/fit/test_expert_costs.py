@@ -19,7 +19,7 @@ from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_costs import LayerCosts
 from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
-from tuner.plan.layout import enumerate_layouts
+from tuner.plan.layout import Pins, enumerate_layouts
 from tuner.plan.plan import Parallel
 
 CONFIG: dict[str, Any] = {
@@ -65,11 +65,21 @@ def test_parameters_flops_and_what_a_rank_holds() -> None:
 def test_layouts_spread_experts_beside_cutting_them() -> None:
     names = [str(layout) for layout in enumerate_layouts(SHAPE, 2) if not layout.refusal]
     assert {"TP2 PP1", "TP2 EP2 PP1", "TP2 EP2 megatron PP1", "TP1 PP2"} <= set(names)
+    kept = {size: {str(one) for one in enumerate_layouts(SHAPE, 2, Pins(ep_size=size))} for size in (1, 2)}
+    assert kept[1] == {name for name in names if "EP" not in name}
+    assert kept[2] == {name for name in names if "EP2" in name}
+    with pytest.raises(UserError, match=r"^ep_size: 2; 1 or tp_size = 4: experts are cut"):
+        Pins(tp_size=4, ep_size=2)
+    few = model_from_config(CONFIG | {"num_experts": 3}, name="few")
+    with pytest.raises(UserError, match=r"^ep_size: 4; must divide tp_size = 4, at most the 3 experts of few"):
+        enumerate_layouts(few, 4, Pins(ep_size=4))
     with pytest.raises(UserError, match=r"^ep_size: 3; must divide tp_size = 2"):
         Parallel(tp_size=2, pp_size=1, ep_size=3, layer_partition=(3,))
     assert Parallel(tp_size=2, pp_size=1, ep_size=2, layer_partition=(3,)).to_json()["ep_size"] == 2
     dense = model_from_config(CONFIG | {"architectures": ["Qwen3ForCausalLM"]}, name="dense")
     assert not any("EP" in str(layout) for layout in enumerate_layouts(dense, 2))
+    with pytest.raises(UserError, match=r"^ep_size: 2; 1: kernels here run no experts of dense"):
+        enumerate_layouts(dense, 2, Pins(ep_size=2))
 
 
 def test_experts_cost_the_mean_of_the_spreads_measured_and_tell_its_width() -> None:

@@ -9,7 +9,8 @@ from db.errors import UserError
 from tests.tuner.atom import ATOM, atom
 from tests.tuner.search.test_planner import prompts
 from tests.tuner.strategies import batches, cost_models, windows
-from tuner.online.online_planner import OnlinePlanner, online_rounds
+from tuner.online.driven import online_rounds
+from tuner.online.online_planner import OnlinePlanner
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, check_rounds
 from tuner.plan.stage_cost import PairAttention, StageCost

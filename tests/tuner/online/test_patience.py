@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuner.online.online_planner import online_rounds
+from tuner.online.driven import online_rounds
 from tuner.online.patience import running_order
 from tuner.online.settings import OnlineSettings
 from tuner.plan.cost_model import CostModel

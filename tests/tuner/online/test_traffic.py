@@ -4,7 +4,7 @@ import pytest
 
 from db.errors import UserError
 from tests.tuner.online.arrivals import OVERLOADED_BY_SHORT_ROUNDS, stream
-from tuner.online.online_planner import online_rounds
+from tuner.online.driven import online_rounds
 from tuner.online.settings import OnlineSettings
 from tuner.online.traffic import Outlook, Traffic
 from tuner.rounds.problem import Problem

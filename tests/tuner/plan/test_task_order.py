@@ -9,7 +9,7 @@ import pytest
 
 from tuner.plan.stage_order import StageOrder, stages_of_groups, visits_of
 from tuner.plan.task_order import MESSAGES, task_order
-from tuner.rounds.schedule import simulate
+from tuner.recurrence.timeline import simulate
 
 
 def test_stages_of_groups_are_passed_in_loops_or_up_and_down() -> None:

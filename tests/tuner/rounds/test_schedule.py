@@ -12,8 +12,9 @@ from tuner.plan.stage_cost import StageCost, scaled_stage
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.task_order import task_order
 from tuner.policies.fixed import fixed_rounds
+from tuner.recurrence.timeline import simulate
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import evaluate, simulate
+from tuner.rounds.schedule import evaluate
 from tuner.serving.clock import Clock
 from tuner.workload.objective import Objective
 

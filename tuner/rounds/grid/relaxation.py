@@ -19,7 +19,7 @@ cached tokens at once: only a prompt's last chunk may be off the grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,7 +27,8 @@ import numpy as np
 
 from tuner.plan.cost_model import Ints
 from tuner.plan.stage_cost import Floats, StageCost, TableAttention
-from tuner.rounds.relaxation import Work, pair_floor
+from tuner.rounds.grid.token_table import TokenTable
+from tuner.rounds.relaxation import Work
 
 NUM_PRICES, NUM_NUMBERS = 8, 160
 """Of a chunk, and of rounds, at which sums by their number are taken."""
@@ -35,8 +36,6 @@ MOST_STEPS = 3_000_000
 """(position, chunk) pairs, all cached lengths together, up to which the cuts are searched: about 0.1 s."""
 LARGE = 0.4
 """Share of all tokens above which the longest request's cuts are searched on their own."""
-PRICE_POWER = 1.5
-"""How the price of a second rises with what rounds of that length save."""
 SLACK = 1e-9
 
 
@@ -45,95 +44,7 @@ def is_curved(stages: Iterable[StageCost]) -> bool:
     return any(isinstance(stage.attention, TableAttention) or len(stage.token_count) > 2 for stage in stages)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """w: overhead and token-wise work of a round, by its tokens."""
-
-    count: Floats  # points, [n]
-    seconds: Floats  # at them, [n]
-    least_rate: Floats  # [n, n]: the least seconds a token at points i..k
-
-    @classmethod
-    def of(cls, stages: list[StageCost], most: float, grid: Floats) -> _Tokens:
-        inner = {float(n) for stage in stages for n in stage.token_count if 1 <= n < most}
-        count = np.array(sorted({1.0, most} | inner | set(grid.tolist())))
-        seconds = np.min([stage.round_overhead_s + stage.tokens_s(count) for stage in stages], axis=0)
-        rate = seconds / count
-        table = np.full((len(count), len(count)), np.inf)
-        for first in range(len(count)):
-            table[first, first:] = np.minimum.accumulate(rate[first:])
-        return cls(count, seconds, table)
-
-    def shares(self, tokens: Floats, at: Ints, spare_s: Floats, own_s: Floats) -> Floats:
-        """Least seconds of chunks' shares of w when their rounds may spend so much on it; inf where not even the chunk
-        alone fits.
-
-        at: index of the first point from each chunk's tokens on. own_s: w of each chunk alone.
-        """
-        last = np.searchsorted(self.seconds, spare_s, side="right") - 1
-        inside = np.clip(last, 0, len(self.count) - 2)
-        low_s, high_s = self.seconds[inside], self.seconds[inside + 1]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            part = np.where(high_s > low_s, (spare_s - low_s) / (high_s - low_s), 1.0)
-            reach = self.count[inside] + np.clip(part, 0.0, 1.0) * (self.count[inside + 1] - self.count[inside])
-            rate = np.minimum(own_s / tokens, np.minimum(spare_s, self.seconds[-1]) / np.maximum(reach, tokens))
-        rate = np.where(last >= at, np.minimum(rate, self.least_rate[at, np.maximum(last, at)]), rate)
-        return np.where(own_s <= spare_s, tokens * rate, np.inf)
-
-
-@dataclass(frozen=True, slots=True)
-class Corner:
-    """How much filling and draining the pipeline may add to the sum of the rounds, at most, and what follows."""
-
-    fill_s: float
-    drain_s: float
-    usual_s: tuple[float, ...]
-    """Caps up to which a second of rounds may be taken to cost the same."""
-    cap_after_s: Callable[[Floats], Floats]
-    """The longest that a round may be after so many seconds of rounds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Efficiency:
-    """How much of a batch's work a second of rounds can do, by the cap on these rounds.
-
-    Every chunk has a worth, and a batch's work is the worth of all chunks of any cut, at least. Rounds that run for x
-    seconds under a cap do work of at most x times the efficiency of that cap.
-    """
-
-    corner: Corner
-    work_s: float  # the least worth of all chunks of a cut; inf where the corner has no plan
-    caps_s: Floats  # rising
-    sums_s: Floats  # the least that all rounds can sum to under each cap
-    per_s: Floats  # the efficiency of each cap
-    beyond: float  # and of all higher ones
-
-    def least_sums(self, caps_s: Floats) -> Floats:
-        """The least sums under any caps, those of the next higher one known; 0 above all."""
-        found: Floats = np.append(self.sums_s, 0.0)[np.searchsorted(self.caps_s, caps_s)]
-        return found
-
-    def under(self, caps_s: Floats) -> Floats:
-        """The efficiency of any caps, that of the next higher one known."""
-        found: Floats = np.append(self.per_s, self.beyond)[np.searchsorted(self.caps_s, caps_s)]
-        return found
-
-
-def _step(before: Floats, cost: Floats, price: Floats, levels: Ints) -> tuple[Floats, Floats]:
-    """The cheapest way on, [rows], and the most worth a second under each cap, [rows, caps].
-
-    before: worth at each chunk's start, [rows, chunks]. cost: [caps, chunks]. price: [rows, caps]. levels: the last cap
-    that each chunk may have, [rows, chunks].
-    """
-    allowed = np.arange(len(cost))[:, None] <= levels[:, None, :]
-    done: Floats = (before + np.where(allowed, price[:, :, None] * cost, np.inf).min(axis=1)).min(axis=1)
-    with np.errstate(invalid="ignore"):
-        gained = (done[:, None] - before)[:, None, :] / cost  # nan where no way leads
-    most: Floats = np.where(allowed & np.isfinite(gained), gained, 0.0).max(axis=2)
-    return done, most
-
-
-def _grouped(work: Work) -> list[_Group]:
+def _grouped(work: Work) -> list[Group]:
     """By their cached tokens; a request with most of all tokens is a group of its own."""
     new = work.prompt - work.cached
     longest = int(np.argmax(new))
@@ -144,7 +55,7 @@ def _grouped(work: Work) -> list[_Group]:
     for each in np.unique(key):
         mine = key == each
         others = float(new.sum() - new[mine].min())
-        groups.append(_Group(float(work.cached[mine][0]), np.sort(work.prompt[mine]), others))
+        groups.append(Group(float(work.cached[mine][0]), np.sort(work.prompt[mine]), others))
     return groups
 
 
@@ -163,7 +74,7 @@ def _least_between(places: Floats, values: Floats) -> Floats:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class Group:
     """Requests whose cuts are searched at once: alike in their cached tokens, the longest last."""
 
     cached: float
@@ -190,9 +101,9 @@ class GridRelaxation:
         self._base = self._added_s(self._chunk, np.zeros_like(self._chunk))
         self._slope = self._added_s(self._chunk, np.ones_like(self._chunk)) - self._base
         self._groups = _grouped(work)
-        self._table: _Tokens | None = None
+        self._table: TokenTable | None = None
         if len(work.prompt) > 1 and self.num_steps <= MOST_STEPS:
-            self._table = _Tokens.of(self._stages, max(self._most, 1.0), self._chunk)
+            self._table = TokenTable.of(self._stages, max(self._most, 1.0), self._chunk)
             self._at = np.searchsorted(self._table.count, self._chunk)
 
     @property
@@ -306,99 +217,7 @@ class GridRelaxation:
             found[row] = np.where(tokens <= count[-1], np.interp(tokens, count[keep], seconds[keep]), np.inf)
         return found
 
-    def efficiencies(self, caps_s: Floats, corners: Sequence[Corner]) -> list[Efficiency]:
-        """Efficiencies of these caps, rising, in several prices of a second of rounds by their length, each within a
-        corner.
-
-        Longer rounds do more a second, and there is little time in which rounds may be long: up to some cap a second
-        costs the same, above it more, as a power of what the least sum under the cap is below. A chunk's worth is how
-        far it carries its request's cheapest path.
-        """
-        wide, sums = np.append(caps_s * (1.0 + SLACK), np.inf), self.sums(caps_s)
-        falling = np.minimum.accumulate(np.append(sums, sums[-1:]))
-        usable = np.flatnonzero(np.isfinite(falling))
-        if not usable.size:
-            return []
-        rows, prices = list[Corner](), list[Floats]()
-        for corner in corners:
-            for usual_s in corner.usual_s:
-                first = max(min(int(np.searchsorted(caps_s, usual_s)), len(caps_s) - 1), int(usable[0]))
-                rows.append(corner)
-                prices.append(np.maximum(falling[first] / np.maximum(falling, 1e-300), 1.0) ** PRICE_POWER)
-        price = np.stack(prices)  # [rows, caps + 1]
-        total, beyond, per_s = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(price.shape)
-        for group in self._groups:
-            num_units = self._units(group)
-            levels = self._levels(rows, group, wide)
-            worth = np.full((len(rows), num_units + 1), np.inf)
-            worth[:, 0] = 0.0
-            for end in range(1, num_units + 1):
-                width, cost = self._cost(group, end, wide)
-                starts = np.arange(end - 1, end - width - 1, -1)
-                worth[:, end], most = _step(worth[:, starts], cost, price, levels[:, starts])
-                per_s = np.maximum(per_s, most)
-            for length, count in zip(*np.unique(group.prompts, return_counts=True), strict=True):
-                starts, _, cost = self._last(group, length, wide)
-                done, most = _step(worth[:, starts], cost, price, levels[:, starts])
-                total += count * done
-                per_s = np.maximum(per_s, most)
-                for row, one in enumerate(worth):
-                    if not np.isfinite(done[row]):
-                        continue
-                    up_to_end = np.append(one[: int(starts[0]) + 1], done[row])
-                    beyond[row] = max(beyond[row], self._beyond(group.cached, up_to_end, float(length)))
-        per_s = np.maximum.accumulate(per_s, axis=1) * (1.0 + SLACK)
-        return [
-            Efficiency(
-                corner=rows[row],
-                work_s=float(total[row]) * (1.0 - SLACK),
-                caps_s=caps_s,
-                sums_s=sums,
-                per_s=per_s[row, :-1],
-                beyond=max(float(beyond[row]) * (1.0 + SLACK), float(per_s[row, -1])),
-            )
-            for row in range(len(rows))
-        ]
-
-    def _levels(self, rows: Sequence[Corner], group: _Group, wide: Floats) -> Ints:
-        """Up to which cap a chunk's round may go by where it starts, [rows, points]: what its request ran before took
-        at least its shortest path, each chunk in a round of its own."""
-        num_units = self._units(group)
-        least = np.zeros(num_units + 1)
-        for end in range(1, num_units + 1):
-            width = min(end, len(self._chunk))
-            context = group.cached + end * self._multiple - self._chunk[:width]
-            alone = self._own[:width] + self._base[:width] + self._slope[:width] * context
-            least[end] = (least[end - width : end][::-1] + alone).min()
-        return np.stack([np.searchsorted(wide, corner.cap_after_s(least)) for corner in rows])
-
-    def _beyond(self, cached: float, worth: Floats, length: float) -> float:
-        """Most worth a second of chunks longer than those known.
-
-        They cost at least a line in their tokens and the pairs of tokens in them, and can be divided into stretches
-        of half the longest known chunk to all of it, of which none is worth more a second than the best.
-        """
-        places = np.append(cached + np.arange(len(worth) - 1) * self._multiple, length)
-        token_s, pair_s = self._least_rates()
-        floor = token_s * places + pair_s * places * (places + 1.0) / 2.0
-        half, best = max(len(self._chunk) // 2, 1), 0.0
-        for units in range(half, min(2 * half + 1, len(worth))):
-            gained, seconds = worth[units:] - worth[:-units], floor[units:] - floor[:-units]
-            if (gained[seconds <= 0.0] > 0.0).any():
-                return np.inf
-            best = max(best, float(np.divide(gained, seconds, out=np.zeros_like(gained), where=seconds > 0.0).max()))
-        return best
-
-    def _least_rates(self) -> tuple[float, float]:
-        """Seconds a token and a pair of tokens that no round and no chunk undercuts."""
-        most, found = self._work.new_tokens, []
-        for stage in self._stages:
-            count = np.array([1.0, most, *(float(n) for n in stage.token_count if 1 <= n < most)])
-            pair_s, _, _ = pair_floor(stage)
-            found.append((float(((stage.round_overhead_s + stage.tokens_s(count)) / count).min()), pair_s))
-        return min(token_s for token_s, _ in found), min(pair_s for _, pair_s in found)
-
-    def _units(self, group: _Group, length: float | None = None) -> int:
+    def _units(self, group: Group, length: float | None = None) -> int:
         """Grid points after the cached tokens and before the end of a prompt, the longest if none is given."""
         return int(((group.prompts[-1] if length is None else length) - group.cached - 1) // self._multiple)
 
@@ -414,7 +233,7 @@ class GridRelaxation:
         added: Floats = min(stage.chunk_s for stage in self._stages) + base + slope * context
         return added
 
-    def _cost(self, group: _Group, end: int, caps_s: Floats, chunk_s: Floats | None = None) -> tuple[int, Floats]:
+    def _cost(self, group: Group, end: int, caps_s: Floats, chunk_s: Floats | None = None) -> tuple[int, Floats]:
         """How many chunks end at a grid point, and their costs, the shortest first: [caps, chunks]."""
         width = min(end, len(self._chunk))
         added = self._base[:width] + self._slope[:width] * (group.cached + end * self._multiple - self._chunk[:width])
@@ -426,7 +245,7 @@ class GridRelaxation:
         spare = np.minimum(spare, self._own_s(self._chunk[:width] + group.others))
         return width, added + self._table.shares(self._chunk[:width], self._at[:width], spare, own)
 
-    def _paths(self, group: _Group, caps_s: Floats, chunk_s: Floats | None = None) -> Floats:
+    def _paths(self, group: Group, caps_s: Floats, chunk_s: Floats | None = None) -> Floats:
         """D up to each grid point, [caps, num_units + 1]."""
         num_units = self._units(group)
         least = np.full((len(caps_s), num_units + 1), np.inf)
@@ -437,7 +256,7 @@ class GridRelaxation:
         return least
 
     def _last(
-        self, group: _Group, length: float, caps_s: Floats, chunk_s: Floats | None = None
+        self, group: Group, length: float, caps_s: Floats, chunk_s: Floats | None = None
     ) -> tuple[Ints, Floats, Floats]:
         """Grid points from which a prompt's last chunk may go, its tokens and its costs, [caps, points]; what ending
         the prompt costs leaves the round less, but is not counted."""

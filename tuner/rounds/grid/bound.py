@@ -1,7 +1,7 @@
 """A proven lower bound on the chunk grid, for cost tables as they are: stairs, floors and several kernels.
 
 With equal stages it is that of `rounds.bound`, S(m) + (pp_size - 1) m least over all caps m, S being the sum of
-`rounds.grid_relaxation`.
+`rounds.grid.relaxation`.
 
 Where stages differ it goes by `rounds.uneven`: paths through the stage k on which the batch takes longest show that
 makespan >= S + E + D + hops, and E and D cap each round by what ran before it (X) and by what runs after it (Y). Under
@@ -9,7 +9,7 @@ them S is bounded from below in three ways, of which the largest counts:
 
 1. by the longest round that they let through anywhere: S is at least the sum under that cap;
 2. by what rounds can do: up to any time before the end of the last round as the fill's caps allow, from there on as
-   the drain's do (`grid_relaxation.Efficiency`), until all is done. With E and D limited, a chunk comes after all that
+   the drain's do (`grid.efficiency`), until all is done. With E and D limited, a chunk comes after all that
    its request ran before it, so that late chunks of a long prompt only fit where the drain's caps are low; where no cut
    fits, no plan has such E and D;
 3. for one request, whose chunks run in order, by its shortest path under the cap at each place: a chunk from a to b has
@@ -29,7 +29,8 @@ import numpy as np
 
 from tuner.plan.cost_model import CostModel
 from tuner.plan.stage_cost import Floats, StageCost
-from tuner.rounds.grid_relaxation import MOST_STEPS, Corner, Efficiency, GridRelaxation, is_curved
+from tuner.rounds.grid.efficiency import Corner, Efficiency, RatedRelaxation
+from tuner.rounds.grid.relaxation import MOST_STEPS, is_curved
 from tuner.rounds.relaxation import Work, envelopes, least_sum, likely_cap_s
 from tuner.rounds.uneven import Side, busiest_stage, sides_of
 
@@ -93,7 +94,7 @@ def _corners(sides: list[Side], most_s: float, usual_s: float) -> list[Corner]:
     return [everywhere, *(corner(share) for share in CORNERS)]
 
 
-def _grid(stage: StageCost, work: Work, multiple: int, num_more: int) -> tuple[GridRelaxation, Floats] | None:
+def _grid(stage: StageCost, work: Work, multiple: int, num_more: int) -> tuple[RatedRelaxation, Floats] | None:
     """The relaxation and caps around the likely best one."""
     if not is_curved([stage]):
         return None
@@ -101,11 +102,11 @@ def _grid(stage: StageCost, work: Work, multiple: int, num_more: int) -> tuple[G
     if num_more:
         centre = max(likely_cap_s(envelope, work, num_more) for envelope in envelopes([stage], work))
         caps = centre * np.geomspace(LEAST_CAP, MOST_CAP, NUM_CAPS)
-    relaxation = GridRelaxation([stage], work, multiple, float(caps[-1]))
+    relaxation = RatedRelaxation([stage], work, multiple, float(caps[-1]))
     return (relaxation, caps) if relaxation.num_steps <= MOST_STEPS else None
 
 
-def _least_s(relaxation: GridRelaxation, stage: StageCost, work: Work, caps: Floats, num_more: int) -> float:
+def _least_s(relaxation: RatedRelaxation, stage: StageCost, work: Work, caps: Floats, num_more: int) -> float:
     """The least of S(m) + num_more * m."""
     sums = relaxation.sums(caps)
     if num_more == 0:
@@ -131,7 +132,7 @@ class _Cells:
 
     sides: list[Side]
     most_s: float
-    relaxation: GridRelaxation
+    relaxation: RatedRelaxation
     efficiencies: list[Efficiency]
 
     def least_s(self) -> float:
