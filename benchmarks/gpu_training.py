@@ -92,7 +92,7 @@ def run_ours(name: str, shape: ModelShape, tokens: int, device_type: str) -> dic
     compiled = device_type == "cuda"
     work = StepWork(shape=shape, parallel=parallel, requests=requests, rounds=plan.rounds, precision=precision,
                     recompute=recompute, compiled=compiled)  # fmt: skip
-    (memory,) = step_memory(work, device_type=device_type)
+    (memory,) = step_memory(work)
     return {
         "tokens": tokens,
         "seconds": [record.seconds for record in result.records],

@@ -45,7 +45,6 @@ class KernelTimes:
     """One pass over the rounds on one rank, in seconds."""
 
     by_kind: dict[str, float]
-    rounds_s: float  # from each round's start to its finish, added up
     pass_s: float
     span_s: float  # of the pass that was recorded, from the first kernel's start to the last one's end
     idle_s: float  # of it, without any kernel
@@ -92,7 +91,6 @@ def time_kernels(context: RankContext, jobs: Sequence[Job]) -> list[KernelTimes]
                 by_kind=by_kind,
                 span_s=max(end for _, end in busy) - min(start for start, _ in busy),
                 idle_s=idle_s(busy),
-                rounds_s=sum(finish - start for start, finish in intervals),
                 pass_s=intervals[-1][1],
             )
         )

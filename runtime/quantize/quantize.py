@@ -83,7 +83,7 @@ def quantize_checkpoint(
     with CheckpointWriter(output, source) as writer:
         _begin(checkpoint, shape, states, writer)
         for index, spec in enumerate(shape.layers):
-            done = _quantize_layer(index, spec, checkpoint, shape, precision, recipe, states, writer)
+            done = _quantize_layer(index, spec, checkpoint, shape, recipe, states, writer)
             reports += done
             kept += [
                 layer_prefix(index) + part.tensor
@@ -167,7 +167,6 @@ def _quantize_layer(
     spec: LayerSpec,
     checkpoint: Checkpoint,
     shape: ModelShape,
-    precision: Precision,
     recipe: Recipe,
     states: dict[str, HiddenStates],
     writer: CheckpointWriter,

@@ -219,7 +219,7 @@ class Trainer:
     def _forward(self, unit: Unit, step: int) -> None:
         job, stage, chunks = self.job, self.stage, self.job.rounds[unit.round_index]
         batch = self.batches.get(unit.batch) or self._begin_batch(unit.batch)
-        inputs = stage.round_inputs(chunks, job.requests, batch.starts)
+        inputs = stage.round_inputs(chunks, batch.starts)
         ids, targets = self._tokens(unit, step)
         entered = stage.embed(ids) if self.place.is_first else self._receive(self.ways.from_before, inputs, stage)
         if not self.place.is_first:
@@ -255,7 +255,7 @@ class Trainer:
         teacher = self.teacher
         if teacher is None:
             return None
-        inputs = teacher.round_inputs(self.job.rounds[unit.round_index], self.job.requests, batch.starts)
+        inputs = teacher.round_inputs(self.job.rounds[unit.round_index], batch.starts)
         entered = teacher.embed(ids) if self.place.is_first else self._receive(self.ways.from_before, inputs, teacher)
         hidden = teacher.run(entered, inputs, batch.teacher_caches)
         return (teacher.head if self.place.is_last else Head(weight=hidden, first_id=0)), hidden

@@ -24,7 +24,7 @@ from runtime.train.exchange import Way
 from runtime.train.head import Head
 from runtime.train.parameters import Parameter, Reader
 from runtime.weights.checkpoint import Checkpoint, RandomWeights
-from tuner.plan.plan import Request, Round
+from tuner.plan.plan import Round
 from tuner.training.order import Recompute
 
 T = TypeVar("T")
@@ -185,7 +185,7 @@ class Stage:
         like = torch.empty(0, device=self.device, dtype=self.dtype)
         return [LayerCache.empty(num_rows, layer.block.kv_heads, layer.block.head_dim, like) for layer in self.layers]
 
-    def round_inputs(self, chunks: Round, requests: Sequence[Request], starts: Sequence[int]) -> RoundInputs:
+    def round_inputs(self, chunks: Round, starts: Sequence[int]) -> RoundInputs:
         """A round of a plan; starts: each request's first row in the caches."""
         spans = make_spans([(starts[chunk.request], chunk.start, chunk.tokens) for chunk in chunks])
         positions = torch.cat([torch.arange(chunk.start, chunk.end, device=self.device) for chunk in chunks])

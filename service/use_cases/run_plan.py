@@ -12,7 +12,7 @@ from db.errors import UserError
 from db.files.documents import write_json
 from db.files.replacement import check_writable, replace_file
 from profiler.comm.ranks.launch import is_first_process
-from profiler.hardware.device import default_num_threads
+from profiler.hardware.device import check_device_type, default_num_threads
 from runtime.run.preparation import (
     attention_kernels,
     check_counts,
@@ -141,7 +141,8 @@ def _prompts(request: RunRequest, plan: Plan, tokenizer: Tokenizer) -> tuple[tup
 
 
 def _warn_of_missing_kernels(plan: Plan, device_type: str) -> None:
-    """One line on standard error where attention kernels of the plan are missing here."""
+    """One line on standard error where attention kernels of the plan are missing. Raises UserError for no device."""
+    check_device_type(device_type)
     kernels = attention_kernels(plan, device_type)
     missing = missing_kernels(plan, kernels)
     if missing and is_first_process():

@@ -69,7 +69,7 @@ def is_tied(shape: ModelShape) -> bool:
     return shape.head.parts[0].tensor == shape.embedding.parts[0].tensor
 
 
-def step_memory(work: StepWork, *, device_type: str) -> tuple[StepMemory, ...]:
+def step_memory(work: StepWork) -> tuple[StepMemory, ...]:
     """Of a rank of each stage."""
     shape, parallel = work.shape, work.parallel
     formats = PRECISIONS[work.precision]

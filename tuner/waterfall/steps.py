@@ -62,11 +62,6 @@ class Waterfall:
     steps: tuple[Step, ...]
     makespan_s: float
 
-    @property
-    def largest(self) -> Step:
-        """The step after the peak that adds most."""
-        return max(self.steps[1:], key=lambda step: step.seconds)
-
     def seconds_of(self, name: str) -> float:
         """Of a step; none where there is no such step."""
         return sum(step.seconds for step in self.steps if step.name == name)

@@ -38,7 +38,6 @@ class RankContext:
     """
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
     progress: Progress
@@ -143,9 +142,7 @@ def process_group(
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
-    yield RankContext(
-        rank=rank, local_rank=local_rank, world_size=world_size, device=device, progress=progress, report=report
-    )
+    yield RankContext(rank=rank, world_size=world_size, device=device, progress=progress, report=report)
     progress.enter(Phase.END)
     dist.destroy_process_group()
 

@@ -19,6 +19,15 @@ SIZES = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
+KIMI = YARN | {
+    "rope_theta": 5e4,
+    "factor": 32.0,
+    "beta_fast": 1.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
 
 @pytest.mark.parametrize(
     "config",
@@ -31,6 +40,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         },
         {"rope_parameters": dict(LLAMA3_ROPE) | {"rope_theta": 1e6, "original_max_position_embeddings": 8192}},
         {"rope_parameters": YARN | {"rope_theta": 1e6}},
+        {"rope_parameters": YARN | {"rope_theta": 150000.0, "truncate": False, "attention_factor": 1.2}},
+        {"rope_parameters": KIMI},
+        {"rope_parameters": KIMI | {"mscale": 0.707, "beta_fast": 32}},
     ],
 )
 def test_cosines_equal_transformers(config: dict[str, Any]) -> None:

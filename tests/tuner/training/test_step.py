@@ -88,10 +88,10 @@ def test_more_chunks_fill_the_pipeline_and_no_order_beats_the_bound() -> None:
 
 
 def test_what_is_computed_again_is_not_kept() -> None:
-    memories = [step_memory(work(recompute=recompute), device_type="cuda")[0] for recompute in Recompute]
+    memories = [step_memory(work(recompute=recompute))[0] for recompute in Recompute]
     kept = [memory.kept_bytes for memory in memories]
     assert kept == sorted(kept, reverse=True)
     assert len(set(kept)) == len(kept)
-    early, late = (step_memory(work(accumulate=4, order=order), device_type="cuda")[0] for order in reversed(Order))
+    early, late = (step_memory(work(accumulate=4, order=order))[0] for order in reversed(Order))
     assert early.kept_bytes < late.kept_bytes
     assert early.kv_bytes < late.kv_bytes
