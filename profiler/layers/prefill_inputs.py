@@ -77,7 +77,9 @@ class RoundInputs(LayerInputs):
             k, v = read_rows(keys, seen), read_rows(values, seen)
             outputs.append(attend(span.kernel, q[span.rows].transpose(0, 1), k, v, masking).transpose(0, 1))
         if self.padding:
-            outputs.append(q.new_zeros(self.padding, *outputs[0].shape[1:]))
+            # A rank without tokens has padding alone. Of latents, whose values have another width than queries, every
+            # rank has all tokens.
+            outputs.append(q.new_zeros(self.padding, *(outputs[0] if outputs else q).shape[1:]))
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return mixed.reshape(mixed.shape[0], -1)
 

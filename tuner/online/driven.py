@@ -10,7 +10,7 @@ from tuner.rounds.problem import Problem
 from tuner.serving.answers import Beside
 
 
-class _Driven:
+class Driven:
     """The online planner as a scheduler: rounds are back when its own clock says so."""
 
     def __init__(self, problem: Problem, settings: OnlineSettings) -> None:
@@ -47,4 +47,4 @@ class _Driven:
 
 def online_rounds(problem: Problem, settings: OnlineSettings = AS_IT_COMES) -> list[Round]:
     """The online planner's rounds: it sees a request when it arrives and is asked whenever stage 0 can take a round."""
-    return drive(problem, _Driven(problem, settings), is_timed=True)
+    return drive(problem, Driven(problem, settings), is_timed=True)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.tuner.strategies import batches, cost_models, windows
-from tuner.online.online_planner import _Driven
+from tuner.online.driven import Driven
 from tuner.online.queue import FirstComeQueue, Scheduler, drive
 from tuner.online.settings import AS_IT_COMES, OnlineSettings
 from tuner.plan.cost_model import CostModel
@@ -75,8 +75,8 @@ class _Watched:
 SCHEDULERS: list[Callable[[Problem], Scheduler]] = [
     lambda problem: FirstComeQueue(problem, 512, lambda index, start, left, room, first: min(left, room)),
     lambda problem: BatchByBatch(problem, gpipe_rounds),
-    lambda problem: _Driven(problem, AS_IT_COMES),
-    lambda problem: _Driven(problem, OnlineSettings(patience=0.5)),
+    lambda problem: Driven(problem, AS_IT_COMES),
+    lambda problem: Driven(problem, OnlineSettings(patience=0.5)),
 ]
 
 

@@ -160,6 +160,7 @@ def test_a_signal_to_the_launcher_ends_all_ranks_soon(tmp_path: Path, number: si
         "import signal, sys; from tests.profiler.comm.ranks import workers\n"
         "from profiler.comm.ranks.launch import run_ranks\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
         f"run_ranks(workers.wait_for_ever, {str(tmp_path)!r}, world_size=2, device_type='cpu', num_threads=1)"
     )
     command = [sys.executable, "-c", program]
