@@ -1,6 +1,6 @@
 """Perplexity of a small trained model in every precision, with outliers and without: a Llama learns Python's library.
 
-    python -m benchmarks.quantized_perplexity [--steps 5000] [--folder DIR]
+    python -m benchmarks.quantized_perplexity [--steps 800] [--folder DIR]
 
 The model is one of `benchmarks.trained_model`, kept in DIR. Outliers come from an exact rescaling: two channels of each
 layer's norms are 40 times as wide, and the columns behind them as much smaller; the function is the same.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from benchmarks.trained_model import CALIBRATION, CPU, FIRST, LAST, Size, pieces, texts, trained
+from profiler.kernels.quantized.weight import Observer
 from profiler.model import PRECISIONS, load_model_shape
 from profiler.model.precision import E4M3, INT8
 from runtime.quantize.quantize import quantize_checkpoint
@@ -36,6 +38,8 @@ CASES: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("w8a8", {"smooth": 0.5}, CALIBRATION),
     ("w8a8-static", {}, CALIBRATION),
     ("w8a8-static", {"asymmetric": True}, CALIBRATION),
+    ("w8a8-static", {"observer": Observer.PERCENTILE}, CALIBRATION),
+    ("w8a8-static", {"observer": Observer.MSE}, CALIBRATION),
     ("w8a8-static", {"smooth": 0.5}, CALIBRATION),
     ("w8a8-static", {"smooth": 0.5}, 70),
     ("fp8", {}, CALIBRATION),
@@ -73,15 +77,16 @@ def ngram_perplexity(learned: Sequence[int], held_out: Sequence[int], order: int
 
 def with_outliers(source: Path, folder: Path) -> None:
     """The same function with two wide channels in each norm before products."""
-    folder.mkdir()
-    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
-    tensors, channels = load_file(source / "model.safetensors"), list(OUTLIERS)
-    for name, tensor in tensors.items():
-        if name.endswith("layernorm.weight"):
-            tensor[channels] *= FACTOR
-        elif any(part in name for part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
-            tensor[:, channels] /= FACTOR
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(source, folder)
+    channels = list(OUTLIERS)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith("layernorm.weight"):
+                tensor[channels] *= FACTOR
+            elif any(part in name for part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+                tensor[:, channels] /= FACTOR
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def perplexity(
@@ -107,7 +112,7 @@ def _is_calibrated(name: str, recipe: dict[str, Any]) -> bool:
 def main() -> None:
     """Train, quantize in every way, print perplexities."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--folder", type=Path, default=Path("demo-out/smaller"), help="where trained models are kept")
     parser.add_argument("--only-train", action="store_true")
     options = parser.parse_args()
