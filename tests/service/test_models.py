@@ -17,9 +17,9 @@ from service.use_cases.models import model_report
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 # Billions of parameters that their publishers name; numbers that are kept of a token in all layers whose context grows.
 PUBLISHED = {
-    "DeepSeek-V3": (671.0, Backend.TRANSFORMERS, "fp8", 61 * 576),
+    "DeepSeek-V3": (671.0, Backend.OWN, "fp8", 61 * 576),
     "GLM-5.1": (744.0, Backend.TRANSFORMERS, "bfloat16", 78 * (576 + 128)),
-    "Kimi-K2-Instruct": (1026.4, Backend.TRANSFORMERS, "fp8", 61 * 576),
+    "Kimi-K2-Instruct": (1026.4, Backend.OWN, "fp8", 61 * 576),
     "Llama-3.1-70B-Instruct-FP8": (70.55, Backend.OWN, "fp8", 80 * 2048),
     "Llama-3_3-Nemotron-Super-49B-v1": (49.87, Backend.PLANNING, "bfloat16", 49 * 2048),
     "Llama-4-Scout-17B-16E-Instruct": (108.6, Backend.TRANSFORMERS, "bfloat16", 12 * 2048),
