@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -149,6 +150,21 @@ class ModelShape:
             return self
         made = {layer: layer.spread(ep_size) for layer in self.layer_kinds}
         return replace(self, every_layer=tuple(made[layer] for layer in self.layers))
+
+    def spread_sizes(self, tp_size: int) -> tuple[int, ...]:
+        """Every number of groups, from 1, that experts can be spread over in a tensor-parallel group; (1,) without any.
+
+        The model can be split over `tp_size` ranks.
+        """
+        if not self.has_experts:
+            return (1,)
+        return tuple(size for size in range(1, tp_size + 1) if tp_size % size == 0 and self._can_spread(size, tp_size))
+
+    def _can_spread(self, ep_size: int, tp_size: int) -> bool:
+        with suppress(UserError):
+            self.spread(ep_size).check_tp_size(tp_size)
+            return True
+        return False
 
     @property
     def has_experts(self) -> bool:
