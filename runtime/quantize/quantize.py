@@ -62,8 +62,12 @@ def quantize_checkpoint(
     held_out: Sequence[TokenIds] = (),
     device: torch.device,
     progress: Callable[[int], None] = lambda _layer: None,
+    partial: Path | None = None,
+    conclude: Callable[[QuantizeReport], None] = lambda _report: None,
 ) -> QuantizeReport:
     """Write the model at `source` to the folder `output` in 8 bits; `progress` is called with each layer that is done.
+
+    partial: the folder that is written to first. conclude: called when all is there, before it is moved to `output`.
 
     Ranges come from `calibration`, run through the layers in full precision; `held_out` runs through both, in the very
     kernels that a run uses. Raises `UserError` for what cannot be done, and leaves nothing half-written.
@@ -85,7 +89,7 @@ def quantize_checkpoint(
     }  # fmt: skip
     reports: list[LinearReport] = []
     kept: list[str] = []
-    with CheckpointWriter(output, source) as writer:
+    with CheckpointWriter(output, source, partial) as writer:
         _begin(checkpoint, shape, states, writer)
         for index, spec in enumerate(shape.layers):
             done = _quantize_layer(index, spec, checkpoint, shape, recipe, states, writer)
@@ -107,21 +111,21 @@ def quantize_checkpoint(
                 list(dict.fromkeys(kept)), has_kv_scales="calibration" in states
             )
         }
-        writer.finish(settings)
-    files = set(checkpoint.file_of.values())
-    return QuantizeReport(
-        model=shape.name,
-        precision=quantized_name(recipe.linears, precision.activations, recipe.kv),
-        folder=str(output),
-        linears=tuple(reports),
-        calibration_tokens=states["calibration"].num_tokens if calibration else 0,
-        held_out_tokens=states["before"].num_tokens if held_out else 0,
-        perplexity_before=before,
-        perplexity_after=after,
-        source_bytes=sum((source / file).stat().st_size for file in files),
-        written_bytes=writer.total_bytes,
-        elapsed_s=time.monotonic() - started,
-    )
+        report = QuantizeReport(
+            model=shape.name,
+            precision=quantized_name(recipe.linears, precision.activations, recipe.kv),
+            folder=str(output),
+            linears=tuple(reports),
+            calibration_tokens=states["calibration"].num_tokens if calibration else 0,
+            held_out_tokens=states["before"].num_tokens if held_out else 0,
+            perplexity_before=before,
+            perplexity_after=after,
+            source_bytes=sum((source / file).stat().st_size for file in set(checkpoint.file_of.values())),
+            written_bytes=writer.total_bytes,
+            elapsed_s=time.monotonic() - started,
+        )
+        writer.finish(settings, before=lambda: conclude(report))
+    return report
 
 
 def check_recipe(shape: ModelShape, recipe: Recipe, calibration: Sequence[TokenIds]) -> None:
