@@ -113,22 +113,17 @@ def test_own_kernels_on_a_cpu_are_not_taken_for_cards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "dense"), [("DeepSeek-V3", 3), ("Kimi-K2-Instruct", 1)])
-def test_plain_weights_of_latent_attention_run_on_own_kernels(name: str, dense: int, tmp_path: Path) -> None:
-    billions, backend, _, kept = PUBLISHED[name]
+def test_latent_attention_runs_on_own_kernels_on_a_cpu_alone(name: str, dense: int, tmp_path: Path) -> None:
     path = folder_of(name, tmp_path) / "config.json"
     config = json.loads(path.read_text())
     per_token, count = config["num_experts_per_tok"], config["n_routed_experts"]
-    path.write_text(json.dumps({field: value for field, value in config.items() if field != "quantization_config"}))
     report = model_report(str(path.parent))
     assert report.backend is Backend.OWN
-    assert report.parameters is not None
-    assert report.parameters / 1e9 == pytest.approx(billions, rel=0.005)
-    assert report.kv_bytes_a_token == 2 * kept
     assert {kind.kind: kind.layers for kind in report.kinds} == {
         "latent attention": dense,
         f"latent attention, {per_token} of {count} experts and shared": 61 - dense,
     }
-    assert load_model_shape(str(path.parent), device_type="cuda").backend is backend
+    assert load_model_shape(str(path.parent), device_type="cuda").backend is Backend.TRANSFORMERS
 
 
 def test_what_is_not_supported_is_told(tmp_path: Path) -> None:
