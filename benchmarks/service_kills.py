@@ -4,8 +4,10 @@
 
 A PostgreSQL server of its own, a service and workers of two machines with different hardware, all started again by a
 loop as a supervisor would. Jobs are handed in over HTTP, each a run of a plan of its own, so that the database tells
-how often each ran. After the last kill everything is left to end. Prints what came of the jobs; exit code 1 if one
-that was acknowledged is lost, ran on the wrong machine, ran twice at the same time, or left anything half-written.
+how often each ran. Every second kill of a worker waits for the moment at which one of its jobs has ended, before the
+worker can note that. After the last kill everything is left to end. Prints what came of the jobs; exit code 1 if one
+that was acknowledged is lost, ran on the wrong machine, ran twice at the same time, ran to its end twice, or left
+anything half-written.
 """
 
 from __future__ import annotations
@@ -21,28 +23,33 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import make_url, select
+
 from benchmarks.demo_model import SMALL, write_demo_model
 from db.errors import UserError
 from db.rows.plans import save_plan_row
 from db.rows.runs import RunStatus, StoredRun, list_runs
 from db.rows.tokens import save_token
-from db.store.engine import open_database
+from db.store.engine import Database, open_database
+from db.store.tables import JobEndRow
 from profiler.model import load_model_shape
 from service.cli.output import print_table
 from service.http.client import Client
 from service.http.door.access import hash_of, random_token
+from service.jobs.queue import JobQueue
 from tuner.plan.plan import Chunk, Parallel, Plan, Request
 
 MACHINES = ("left", "right")
 LIVE_JOBS = 4
 ENDS_WITHIN_S = 420.0
+NEXT_END_WITHIN_S = 30.0
 PORT = 8397
 
 
@@ -192,7 +199,11 @@ def _kill_at_random(
             jobs.hand_in(draw)
             time.sleep(0.3)
         target = draw.choice([*(one.name for one in kept), "PostgreSQL"])
-        targets[target] += 1
+        if target in MACHINES and draw.random() < 0.5 and (ended := _next_end(jobs, kept, draw)):
+            target = ended
+            targets["left or right, as its job ended"] += 1
+        else:
+            targets[target] += 1
         print(f"kill {sum(targets.values())}: {target}; {len(jobs.known)} jobs so far", file=sys.stderr, flush=True)
         if target == "PostgreSQL":
             postgres.kill()
@@ -201,6 +212,27 @@ def _kill_at_random(
         else:
             next(one for one in kept if one.name == target).kill()
     return targets
+
+
+def _next_end(jobs: Jobs, kept: list[Kept], draw: random.Random) -> str | None:
+    """The machine whose job has just ended, None where none does within a while."""
+    deadline = time.monotonic() + NEXT_END_WITHIN_S
+    with open_database(jobs.url) as database:
+        known = set(_ends(database))
+        while time.monotonic() < deadline:
+            for job in set(_ends(database)) - known:
+                return jobs.known[job][0]
+            for one in kept:
+                one.keep()
+            time.sleep(0.005)
+            if draw.random() < 0.02:
+                jobs.hand_in(draw)
+    return None
+
+
+def _ends(database: Database) -> Sequence[str]:
+    with database.reading() as session:
+        return session.scalars(select(JobEndRow.job)).all()
 
 
 def _wait(jobs: Jobs, kept: list[Kept]) -> dict[str, dict[str, Any]]:
@@ -222,10 +254,11 @@ def _wait(jobs: Jobs, kept: list[Kept]) -> dict[str, dict[str, Any]]:
 
 
 def _judge(jobs: Jobs, found: dict[str, dict[str, Any]], url: str) -> tuple[list[str], list[tuple[object, ...]]]:
-    problems, again, given_up = [], 0, 0
+    queue = JobQueue(make_url(url))
+    problems, twice, given_up, noted_late, refused = [], 0, 0, 0, 0
     with open_database(url) as database:
         database.check()
-        runs = list_runs(database)
+        runs, ends = list_runs(database), set(_ends(database))
     for job_id, (machine, plan_id) in jobs.known.items():
         job = found.get(job_id)
         if job is None:
@@ -233,7 +266,14 @@ def _judge(jobs: Jobs, found: dict[str, dict[str, Any]], url: str) -> tuple[list
             continue
         mine = sorted((run for run in runs if run.plan_id == plan_id), key=lambda run: run.started_at)
         done = [run for run in mine if run.status is RunStatus.DONE]
-        again += len(done) > 1
+        refused += sum("has ended already" in str(run.error) for run in mine)
+        said = [line for batch in queue.log(job_id, 0) for line in batch["lines"]]
+        noted_late += any(line.endswith(" notes that it has ended") for line in said)
+        if len(done) > 1:
+            twice += 1
+            problems.append(f"job {job_id}: ran to its end {len(done)} times")
+        if job_id not in ends:
+            problems.append(f"job {job_id}: over without an end of its own")
         given_up += job["status"] == "failed" and "ended without a word" in str(job["error"])
         if job["status"] == "done" and not done:
             problems.append(f"job {job_id}: done without a run")
@@ -244,12 +284,15 @@ def _judge(jobs: Jobs, found: dict[str, dict[str, Any]], url: str) -> tuple[list
         if any(run.status is RunStatus.RUNNING for run in mine):
             problems.append(f"job {job_id}: a run that never ended")
         problems += [f"job {job_id}: ran twice at once" for one, other in pairwise(mine) if _overlap(one, other)]
+    queue.close()
     rows: list[tuple[object, ...]] = [
         ("acknowledged", len(jobs.known)),
         ("done", sum(job["status"] == "done" for job in found.values())),
         ("taken up again", sum(job["attempts"] > 1 for job in found.values())),
         ("given up with the reason, after four workers", given_up),
-        ("run to its end a second time, its end not yet noted when it was killed", again),
+        ("taken up after its end, and not run again", noted_late),
+        ("run to its end twice", twice),
+        ("second runs refused at their end", refused),
         ("lost", len(jobs.known) - len(found)),
     ]
     return problems, rows

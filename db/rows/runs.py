@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -104,8 +104,13 @@ def start_run(
         return row.id
 
 
-def finish_run(database: Database, run_id: int, outcome: RunOutcome) -> None:
-    """Store the measurements of a run, its rounds included. Raises ValueError when the run is not running."""
+def finish_run(
+    database: Database, run_id: int, outcome: RunOutcome, *, also: Callable[[Session], None] | None = None
+) -> None:
+    """Store the measurements of a run, its rounds included. Raises ValueError when the run is not running.
+
+    also: writes more in the same transaction: all of it is kept, or nothing.
+    """
     with database.session() as session:
         ended = _end_run(
             session,
@@ -121,6 +126,8 @@ def finish_run(database: Database, run_id: int, outcome: RunOutcome) -> None:
             raise ValueError(f"run {run_id} is not running")
         if outcome.rounds:
             session.execute(insert(RoundTimeRow), [{"run_id": run_id} | asdict(time) for time in outcome.rounds])
+        if also is not None:
+            also(session)
 
 
 def fail_run(

@@ -19,6 +19,7 @@ REVISIONS = (
     "0003",
     "0004",
     "0005",
+    "0006",
 )  # oldest first; known here so that opening a current database need not import alembic
 HEAD = REVISIONS[-1]
 MIGRATIONS = Path(__file__).parent / "migrations"

@@ -169,6 +169,19 @@ class TokenRow(Base):
     revoked_at: Mapped[datetime | None]
 
 
+class JobEndRow(Base):
+    """How a job of the service ended: no job has two rows."""
+
+    __tablename__ = "job_ends"
+
+    job: Mapped[str] = mapped_column(primary_key=True)
+    exit_code: Mapped[int]
+    error: Mapped[str | None]
+    result: Mapped[Any] = mapped_column(JSON(none_as_null=True), nullable=True)
+    ended_at: Mapped[datetime]
+    code_version: Mapped[str]
+
+
 class RunRow(Base):
     """One execution of a plan: measured and predicted results."""
 

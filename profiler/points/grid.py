@@ -143,8 +143,8 @@ class Grid:
     def _parts(self) -> Iterator[Point]:
         """Parts of layers, whole layers and all that ranks do together, for kernels here."""
         for tp_size in self.tp_sizes:
-            for shape in self._spread(tp_size):
-                for layer in shape.layer_kinds:
+            for ep_size in self.shape.spread_sizes(tp_size):
+                for layer in self.shape.spread(ep_size).layer_kinds:
                     yield from self._layer_points(layer, tp_size)
             yield from self._end_points(tp_size)
         yield from self._round_overhead()
@@ -154,12 +154,6 @@ class Grid:
         if self.device_type == "cuda":
             for sp_size in self.sp_sizes:
                 yield from self._side_by_side(RankGroups(sp_size))
-
-    def _spread(self, tp_size: int) -> list[ModelShape]:
-        """The model with its experts cut over the ranks of a group, and spread over them."""
-        if not self.shape.has_experts or tp_size == 1:
-            return [self.shape]
-        return [self.shape, self.shape.spread(tp_size)] if can_spread(self.shape, tp_size) else [self.shape]
 
     def _layer_points(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
         """The parts of a layer and whole layers: with all ranks at work, and on a CPU coarsely with one.
@@ -200,7 +194,7 @@ class Grid:
     def _experts(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
         if layer.experts is None:
             return
-        sizes, weights = layer.experts.sizes(tp_size), layer.experts.matrix_elements(tp_size)
+        sizes, weights = layer.experts.sizes(tp_size), layer.experts.matrix_bytes(self.precision, tp_size)
         width = sizes["per_token"] * (2 * layer.hidden_size + 3 * sizes["features"])
         for tokens, level in self.product_levels.items():
             for variant in (EVEN, SKEWED):
@@ -208,7 +202,7 @@ class Grid:
                     op=Op.EXPERTS, dtype=self.dtype, shape={"tokens": tokens, "hidden": layer.hidden_size} | sizes,
                     variant=variant, level=min(level + (variant == SKEWED), LAST_LEVEL),
                     flops=2.0 * tokens * layer.experts.active_elements(tp_size),
-                    size_bytes=2 * self._weights(weights) + self._bytes(tokens * width),
+                    size_bytes=2 * weights + self._bytes(tokens * width),
                 )  # fmt: skip
 
     def _attention(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
@@ -354,11 +348,6 @@ class Grid:
     def _dense_mask(self, kernel: AttentionKernel, chunk: int, context: int) -> bool:
         dense = self.device_type == "cpu" and kernel is AttentionKernel.SDPA and context > 0
         return dense and chunk * (chunk + context) > _MAX_DENSE_PAIRS
-
-
-def can_spread(shape: ModelShape, ep_size: int) -> bool:
-    """Whether every layer with experts has one for each of so many ranks at least."""
-    return all(layer.experts is None or layer.experts.experts.count >= ep_size for layer in shape.layer_kinds)
 
 
 def rank_groups(tp_sizes: Iterable[int], sp_sizes: Iterable[int], world_size: int) -> list[RankGroups]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,13 +27,14 @@ _WRITTEN = ("config.json", INDEX, "hf_quant_config.json", "recipe.yaml")
 class CheckpointWriter:
     """Collects tensors into shards of about half a GiB; the folder appears whole at the end, or not at all.
 
-    A process that is killed leaves a hidden folder `.NAME.*.partial` beside it, which nothing takes for a checkpoint.
+    A process that is killed leaves a hidden folder `.NAME.*.partial` beside it, which nothing takes for a checkpoint;
+    `partial` gives it a name, under which nothing else may be written: what an earlier process left there is removed.
     """
 
-    def __init__(self, folder: Path, source: Path) -> None:
+    def __init__(self, folder: Path, source: Path, partial: Path | None = None) -> None:
         if not folder.absolute().parent.is_dir():
             raise UserError("--output", folder, "must be in a folder that exists")
-        self.folder, self.source = folder.absolute(), source
+        self.folder, self.source, self.named = folder.absolute(), source, partial
         self.held: dict[str, torch.Tensor] = {}
         self.places: set[int] = set()
         self.held_bytes, self.total_bytes = 0, 0
@@ -42,10 +44,15 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         try:
-            made = tempfile.mkdtemp(prefix=f".{self.folder.name[:40]}.", suffix=".partial", dir=self.folder.parent)
+            if self.named is None:
+                prefix = f".{self.folder.name[:40]}."
+                self.partial = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=self.folder.parent))
+            else:
+                shutil.rmtree(self.named, ignore_errors=True)
+                self.named.mkdir(0o700)
+                self.partial = self.named
         except OSError as error:
             raise UserError("--output", self.folder, f"cannot be written ({error.strerror})") from None
-        self.partial = Path(made)
         return self
 
     def __exit__(
@@ -66,8 +73,11 @@ class CheckpointWriter:
         self.held_bytes += size
         self.total_bytes += size
 
-    def finish(self, config: dict[str, Any]) -> None:
-        """Write the rest, the index and the configuration, copy what stands beside them, and move all into place."""
+    def finish(self, config: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
+        """Write the rest, the index and the configuration, copy what stands beside them, and move all into place.
+
+        before: called when all is written, before it is moved.
+        """
         assert self.partial is not None
         self._flush()
         for path in config_files(self.source):
@@ -79,6 +89,7 @@ class CheckpointWriter:
         self.partial.chmod(mode)
         for path in self.partial.iterdir():
             path.chmod(mode & 0o666)
+        before()
         self._written(os.rename, self.partial, self.folder)
         self.partial = None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, Unpack
+
+from sqlalchemy.orm import Session
 
 from db.errors import UserError
 from db.rows.hardware import Hardware, save_hardware
@@ -49,6 +51,8 @@ SETTLE_S = {"cpu": 0.0, "cuda": 1.0}
 SETTLES_ITSELF_S = 2.5  # in a plan that long the start is lost
 STALL_FACTOR = 20.0
 UNPREDICTED_LIMIT_S = 600.0
+Conclude = Callable[[RunResult], Callable[[Session], None]]
+"""Draws a conclusion from a result; what it returns writes that in the transaction that keeps the result."""
 
 
 class RunOptions(TypedDict, total=False):
@@ -66,6 +70,7 @@ class RunOptions(TypedDict, total=False):
     kind: RunKind | str
     study: str | None
     stall_timeout_s: float | None
+    conclude: Conclude | None
 
 
 def run_plan(plan: Plan, **options: Unpack[RunOptions]) -> RunResult:
@@ -89,6 +94,7 @@ def run_plans(
     kind: RunKind | str = RunKind.RUN_PLAN,
     study: str | None = None,
     stall_timeout_s: float | None = None,
+    conclude: Conclude | None = None,
 ) -> list[RunResult]:
     """Execute the rounds of plans of as many ranks, one after another on the same ones, each then decoding greedily.
 
@@ -96,6 +102,7 @@ def run_plans(
     plan, in the plans' order; random ids of the planned lengths if None. repeat: passes over the rounds.
 
     stall_timeout_s: the run fails when no rank moved for so long; None is a minute, or more for long rounds.
+    conclude: called with each result before it is kept; where it raises, the run failed.
 
     Raises `UserError` before any rank starts for whatever does not fit together, and `RanksFailedError` when a rank
     dies, raises or stalls; the rows of plans that had ended by then keep their results, those of the others say failed.
@@ -139,9 +146,9 @@ def run_plans(
                 stall_timeout_s=stall_timeout_s or max(map(stall_limit_s, plans)),
             )
         except RanksFailedError as error:
-            keep_results(records, error.reports.values(), rows, ends)
+            keep_results(records, error.reports.values(), rows, ends, conclude)
             raise
-        return keep_results(records, reports, rows, ends)
+        return keep_results(records, reports, rows, ends, conclude)
 
 
 def keep_results(
@@ -149,12 +156,14 @@ def keep_results(
     reports: Iterable[Sequence[RankReport]],
     rows: Sequence[Measurement],
     ends: frozenset[int],
+    conclude: Conclude | None = None,
 ) -> list[RunResult]:
     """Keep the results of the plans, in order, that all ranks have reported; reports: of each rank."""
     results = []
     for record, of_ranks in zip(records, zip(*reports, strict=False), strict=False):
         result = make_result(record.job, of_ranks, prediction=record.prediction, end_ids=ends)
-        results.append(record.finish(with_mfu(result, record.plan, record.job.shape, record.hardware, rows)))
+        result = with_mfu(result, record.plan, record.job.shape, record.hardware, rows)
+        results.append(record.finish(result, conclude))
     return results
 
 
@@ -253,10 +262,11 @@ class Record:
             database, plan_id, hardware, kind=kind, study=study, details=details, process_id=process_id
         )
 
-    def finish(self, result: RunResult) -> RunResult:
+    def finish(self, result: RunResult, conclude: Conclude | None = None) -> RunResult:
         """Keep the outcome, all of it at once."""
         if self.run_id is None:
             return result
+        result = replace(result, run_id=self.run_id)
         outcome = RunOutcome(
             makespan_s=result.makespan_s,
             predicted_makespan_s=result.predicted_makespan_s,
@@ -265,8 +275,8 @@ class Record:
             ttft_s=[request.ttft_s for request in result.requests],
             rounds=result.rounds,
         )
-        finish_run(self.database, self.run_id, outcome)
-        return replace(result, run_id=self.run_id)
+        finish_run(self.database, self.run_id, outcome, also=conclude and conclude(result))
+        return result
 
     def __enter__(self) -> Record:
         return self

@@ -70,21 +70,6 @@ class JobSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobOutcome:
-    """How a job's command ended."""
-
-    exit_code: int
-    error: str | None = None
-    """The last line that it said, where it failed."""
-    result: Any = None
-    """What it printed as JSON."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As it is kept."""
-        return {"exit_code": self.exit_code, "error": self.error, "result": self.result}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """A job and how far it came."""
 

@@ -1,4 +1,7 @@
-"""One job's process: started, followed line by line, ended when it is cancelled, and judged by its exit code."""
+"""One job's process: started, followed line by line, ended when it is cancelled, and judged by its exit code.
+
+What it printed and how it ended it keeps itself (`service.jobs.child`): the exit code judges those that could not.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
-from service.jobs.job import JobOutcome
+from db.rows.job_ends import JobOutcome
 
 POLL_S = 0.25
 END_WITHIN_S = 8.0
 """From the wish that a command ends to its kill: it may still say what it has."""
-_MOST_RESULT_BYTES = 8 << 20
 _MOST_LINES = 20_000
 _MOST_LINE = 2000
 
@@ -72,9 +74,7 @@ def run_command(
             end(process)
         if cancelled:
             return None
-        answer.seek(0)
-        code = process.returncode
-        return JobOutcome(exit_code=code, error=_reason(code, last), result=_result(answer))
+        return JobOutcome(exit_code=process.returncode, error=_reason(process.returncode, last))
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -125,13 +125,3 @@ def _reason(code: int, last: str) -> str | None:
     if code < 0:
         return f"ended by {signal.Signals(-code).name}" + (f" after: {last}" if last else "")
     return last or f"exit code {code}"
-
-
-def _result(answer: IO[bytes]) -> object:
-    data = answer.read(_MOST_RESULT_BYTES + 1)
-    if len(data) > _MOST_RESULT_BYTES:
-        return None
-    try:
-        return json.loads(data)
-    except ValueError:
-        return None

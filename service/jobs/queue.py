@@ -10,7 +10,8 @@ from typing import Any
 from dbos import DBOSClient, WorkflowStatus, error
 from sqlalchemy import URL
 
-from service.jobs.job import Job, JobOutcome, JobSpec, JobStatus
+from db.rows.job_ends import JobOutcome
+from service.jobs.job import Job, JobSpec, JobStatus
 from service.jobs.store import APP, LOG, VERSION, WORKFLOW, open_client
 
 _STATUS = {
@@ -19,7 +20,6 @@ _STATUS = {
     "PENDING": JobStatus.RUNNING,
     "CANCELLED": JobStatus.CANCELLED,
     "ERROR": JobStatus.FAILED,
-    "MAX_RECOVERY_ATTEMPTS_EXCEEDED": JobStatus.FAILED,
 }
 _LIVE = tuple(word for word, status in _STATUS.items() if not status.is_over)
 _MOST_BATCHES = 200
@@ -109,8 +109,6 @@ def _job(found: WorkflowStatus) -> Job:
 
 
 def _error(found: WorkflowStatus, outcome: JobOutcome | None) -> str | None:
-    if found.status == "MAX_RECOVERY_ATTEMPTS_EXCEEDED":
-        return f"its workers ended without a word, {found.recovery_attempts} times"
     if outcome is not None:
         return outcome.error
     return str(found.error) if found.error else None

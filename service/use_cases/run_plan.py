@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+from sqlalchemy.orm import Session
 
 from db.errors import UserError
 from db.files.documents import write_json
 from db.files.replacement import check_writable, replace_file
+from db.rows.job_ends import JobOutcome, add_end
 from profiler.comm.ranks.launch import is_first_process
 from profiler.hardware.device import check_device_type, default_num_threads
 from runtime.run.preparation import (
@@ -51,6 +54,8 @@ class RunRequest:
     dtype: str | None
     db_url: str | None
     stall_timeout_s: float | None = None
+    job: str | None = None
+    """The job of the service that this is: it ends where its result is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +71,11 @@ class Run:
     def tokens_equal(self) -> bool | None:
         """Whether all tokens equal those of Transformers; None when it was not checked."""
         return None if self.checks is None else all(check.equal for check in self.checks)
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command: 1 where tokens differ."""
+        return int(self.tokens_equal is False)
 
     def to_json(self) -> dict[str, Any]:
         """The content of `--output`."""
@@ -90,6 +100,14 @@ def execute(request: RunRequest) -> Run:
     tokenizer = Tokenizer(request.weights)
     prompts, is_text = _prompts(request, plan, tokenizer)
     _warn_of_missing_kernels(plan, request.device_type)
+    concluded: list[Run] = []
+
+    def conclude(result: RunResult) -> Callable[[Session], None]:
+        run = _checked(request, plan, result, prompts, tokenizer if is_text else None)
+        concluded.append(run)
+        outcome = JobOutcome(exit_code=run.exit_code, result=run.to_json())
+        return lambda session: add_end(session, str(request.job), outcome)
+
     result = run_plan(
         plan,
         weights=request.weights,
@@ -101,7 +119,15 @@ def execute(request: RunRequest) -> Run:
         num_threads=num_threads,
         db_url=request.db_url,
         stall_timeout_s=request.stall_timeout_s,
+        conclude=None if request.job is None else conclude,
     )
+    return concluded[0] if concluded else _checked(request, plan, result, prompts, tokenizer if is_text else None)
+
+
+def _checked(
+    request: RunRequest, plan: Plan, result: RunResult, prompts: tuple[TokenIds, ...], tokenizer: Tokenizer | None
+) -> Run:
+    """The run with its tokens compared and, where there is a tokenizer, as text."""
     checks = None
     if request.check and request.weights is not None and is_first_process():
         checks = check_tokens(
@@ -113,7 +139,7 @@ def execute(request: RunRequest) -> Run:
             end_ids=end_ids(request.weights),
             device_type=request.device_type,
         )
-    texts = tuple(tokenizer.decode(one.token_ids) for one in result.requests) if is_text else None
+    texts = None if tokenizer is None else tuple(tokenizer.decode(one.token_ids) for one in result.requests)
     return Run(plan=plan, result=result, texts=texts, checks=checks)
 
 

@@ -12,9 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from db.errors import UserError
+from db.rows.job_ends import VARIABLE, find_end
+from db.store.engine import open_database
 from profiler.model import load_model_shape
 from service.cli.checkpoints.quantize import command
 from service.cli.plot import command as plot
+from service.use_cases.checkpoints.quantize import move_what_is_whole, partial_of
 from tests.checkpoints import write_checkpoint, write_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 30
@@ -97,3 +100,26 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert str(refused.value).startswith(message)
     assert "\n" not in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_job_ends_when_its_checkpoint_is_whole_and_before_it_is_in_place(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISOCHUNK_DB", f"sqlite:///{tmp_path / 'rows.db'}")
+    monkeypatch.setenv(VARIABLE, "a")
+    made, partial = tmp_path / "made", partial_of(tmp_path / "made", "a")
+    partial.mkdir()
+    (partial / "left by a process that was killed").touch()
+    invoked = CliRunner().invoke(command, [str(model), "-o", str(made), "--json"], catch_exceptions=False)
+    with open_database() as database:
+        end = find_end(database, "a")
+    assert end is not None
+    assert end.result == json.loads(invoked.stdout)
+    whole = {path.name for path in made.iterdir()}
+    made.rename(partial)  # as it stands when the process is killed between its end and the move
+    move_what_is_whole(Path(end.result["folder"]), "a")
+    move_what_is_whole(made, "a")
+    assert {path.name for path in made.iterdir()} == whole
+    with pytest.raises(UserError, match="job: a; has ended already"):
+        CliRunner().invoke(command, [str(model), "-o", str(tmp_path / "twice")], catch_exceptions=False)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"made"}

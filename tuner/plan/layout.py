@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from db.errors import UserError
@@ -107,10 +106,9 @@ def check_experts_fit(shape: ModelShape, precision: Precision, weights: Weights)
     """Raise `UserError` where experts or latents would have to be what kernels here do not run."""
     if not shape.has_experts and not shape.has_latents:
         return
-    what = "experts" if shape.has_experts else "latents"
-    if precision.linears is not None or precision.has_kv_scales:
-        raise UserError("precision", precision.name, f"a plain one: {what} of {shape.name} are not run in 8 bits")
+    shape.check_precision(precision, field="precision")
     if weights is Weights.GATHERED:
+        what = shape.experts_or_latents
         raise UserError("parallel.weights", weights, f"whole: {what} of {shape.name} are not gathered")
 
 
@@ -140,9 +138,8 @@ class Pins:
             raise UserError("sp_size", self.sp_size, f"1 with sp_kind {self.sp_kind}")
         if self.sp_kind is SPKind.MEGATRON and self.tp_size == 1:
             raise UserError("sp_kind", self.sp_kind, "cuts over the tensor-parallel group: tp_size must be 2 or more")
-        if self.tp_size and self.ep_size not in (None, 1, self.tp_size):
-            allowed = f"1 or tp_size = {self.tp_size}: experts are cut over tensor-parallel ranks, or spread over all"
-            raise UserError("ep_size", self.ep_size, allowed)
+        if self.tp_size and self.tp_size % (self.ep_size or 1):
+            raise UserError("ep_size", self.ep_size, f"must divide tp_size = {self.tp_size}, whose ranks hold experts")
         if self.pp_size == 1 and (self.virtual_stages or 1) > 1:
             raise UserError("virtual_stages", self.virtual_stages, "1 with pp_size 1: there is no pipeline to fill")
 
@@ -150,24 +147,19 @@ class Pins:
         names = ("tp_size", *(("ep_size",) if self.ep_size else ()), "pp_size", "sp_size", "sp_kind", "virtual_stages")
         return ", ".join(f"{name} {getattr(self, name) or 'any'}" for name in names)
 
-    @property
-    def spread_size(self) -> int | None:
-        """Tensor-parallel ranks that experts are to be spread over."""
-        return self.ep_size if (self.ep_size or 1) > 1 else None
-
     def check_experts(self, shape: ModelShape) -> None:
         """Raise `UserError` where experts of the model cannot be spread as wanted."""
-        if self.spread_size is None:
+        if self.ep_size is None or self.ep_size == 1:
             return
         if not shape.has_experts:
             raise UserError("ep_size", self.ep_size, f"1: kernels here run no experts of {shape.name}")
-        shape.spread(self.spread_size).check_tp_size(self.spread_size)
+        shape.spread(self.ep_size).check_tp_size(self.tp_size or self.ep_size)
 
     @property
     def num_ranks(self) -> int:
         """Ranks that the sizes need at least."""
         sp_size = self.sp_size or (2 if self.sp_kind in OWN_RANKS else 1)
-        tp_size = self.tp_size or self.spread_size or (2 if self.sp_kind is SPKind.MEGATRON else 1)
+        tp_size = self.tp_size or max(self.ep_size or 1, 2 if self.sp_kind is SPKind.MEGATRON else 1)
         return tp_size * sp_size * (self.pp_size or (2 if (self.virtual_stages or 1) > 1 else 1))
 
     def allow(self, layout: Layout) -> bool:
@@ -199,9 +191,10 @@ def enumerate_layouts(shape: ModelShape, world_size: int, pins: Pins = ANY) -> l
 
 def _layouts(shape: ModelShape, world_size: int, pins: Pins) -> Iterator[Layout]:
     divisors = [divisor for divisor in range(1, world_size + 1) if world_size % divisor == 0]
-    wanted_tp, wanted_sp = ([size] if size else divisors for size in (pins.tp_size or pins.spread_size, pins.sp_size))
+    wanted_tp, wanted_sp = ([size] if size else divisors for size in (pins.tp_size, pins.sp_size))
     for tp_size in wanted_tp:
         refusal = _tp_refusal(shape, tp_size)
+        ep_sizes = () if refusal else shape.spread_sizes(tp_size)
         for sp_size in wanted_sp:
             for pp_size in [pins.pp_size] if pins.pp_size else divisors:
                 plain = Layout(tp_size=tp_size, sp_size=sp_size, pp_size=pp_size)
@@ -215,8 +208,8 @@ def _layouts(shape: ModelShape, world_size: int, pins: Pins) -> Iterator[Layout]
                         if sp_size == 1 or pins.sp_size or pins.sp_kind:
                             yield replace(layout, refusal=reason)
                         break
-                    for spread in _spread(shape, layout):
-                        yield from _interleaved(shape, spread, pins)
+                    for ep_size in ep_sizes:
+                        yield from _interleaved(shape, replace(layout, ep_size=ep_size), pins)
                 refusal = _tp_refusal(shape, tp_size)
 
 
@@ -252,15 +245,6 @@ def _of_kinds(shape: ModelShape, plain: Layout, pins: Pins) -> Iterator[Layout]:
                 yield replace(plain, sp_kind=kind, refusal=str(UserError("sp_size", plain.sp_size, allowed)))
             continue
         yield replace(plain, sp_kind=kind)
-
-
-def _spread(shape: ModelShape, layout: Layout) -> Iterator[Layout]:
-    """The layout with each expert cut over the tensor-parallel ranks, and with experts spread over them."""
-    yield layout
-    if layout.tp_size > 1 and shape.has_experts:
-        with suppress(UserError):
-            shape.spread(layout.tp_size).check_tp_size(layout.tp_size)
-            yield replace(layout, ep_size=layout.tp_size)
 
 
 def _interleaved(shape: ModelShape, layout: Layout, pins: Pins) -> Iterator[Layout]:

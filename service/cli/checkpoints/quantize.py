@@ -23,13 +23,16 @@ def command(options: QuantizeOptions, as_json: bool) -> None:
     One layer is in memory at a time. With --calibration the layers run over those texts in full precision: static
     ranges, --smooth and the errors of outputs come from them. --held-out gives the perplexity before and after.
     """
+    import os
+
+    from db.rows.job_ends import VARIABLE
     from service.cli.output import print_json
     from service.use_cases.checkpoints.quantize import quantize
 
     def progress(done: int, total: int) -> None:
         click.echo(f"layer {done} of {total}", err=True)
 
-    report = quantize(options, progress)
+    report = quantize(options, progress, os.environ.get(VARIABLE))
     if as_json:
         print_json(report.to_json())
     else:

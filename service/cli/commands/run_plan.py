@@ -43,6 +43,9 @@ def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) 
     Starts the plan's ranks on this machine; under torchrun, on any number of nodes, they are torchrun's.
     Every run leaves rows in the database: its plan, and the predicted and measured time of each round on each stage.
     """
+    import os
+
+    from db.rows.job_ends import VARIABLE
     from profiler.comm.ranks.failure import RanksFailedError
     from profiler.comm.ranks.launch import is_first_process
     from profiler.hardware.device import default_device_type
@@ -50,7 +53,8 @@ def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) 
     from service.cli.print_run import print_run
     from service.use_cases.run_plan import RunRequest, execute, write_files
 
-    request = RunRequest(plan=plan, device_type=device_type or default_device_type(), **options)
+    job = os.environ.get(VARIABLE)
+    request = RunRequest(plan=plan, device_type=device_type or default_device_type(), job=job, **options)
     try:
         run = execute(request)
     except RanksFailedError as error:
@@ -64,5 +68,5 @@ def command(plan: Path, device_type: str | None, as_json: bool, **options: Any) 
             print_run(run)
     finally:  # an output that cannot be printed is no reason to lose the files
         write_files(request, run)
-    if run.tokens_equal is False:
-        sys.exit(1)
+    if run.exit_code:
+        sys.exit(run.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,10 +48,28 @@ class QuantizeOptions:
             raise UserError("--asymmetric", self.precision, "only w8a8-static has ranges with an offset")
 
 
-def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | None = None) -> QuantizeReport:
-    """Quantize as the options say; `progress` is called with how many layers of how many are done."""
+def partial_of(output: Path, job: str) -> Path:
+    """Where a job of the service writes the checkpoint that is moved to `output`."""
+    return output.absolute().with_name(f".{output.name[:40]}.{job}.partial")
+
+
+def move_what_is_whole(output: Path, job: str) -> None:
+    """Move the checkpoint of a job that has ended into place, where it was ended before it did so itself."""
+    with suppress(OSError):
+        partial_of(output, job).rename(output)
+
+
+def quantize(
+    options: QuantizeOptions, progress: Callable[[int, int], None] | None = None, job: str | None = None
+) -> QuantizeReport:
+    """Quantize as the options say; `progress` is called with how many layers of how many are done.
+
+    job: of the service; it ends when all is written, just before that is moved into place (`move_what_is_whole`).
+    """
     import torch
 
+    from db.rows.job_ends import JobOutcome, add_end
+    from db.store.engine import open_database
     from profiler.hardware.device import check_device_type, default_device_type
     from profiler.kernels.quantized.support import check_precision
     from profiler.kernels.quantized.weight import Observer
@@ -88,6 +107,12 @@ def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | No
     check_recipe(shape, recipe, texts["--calibration"])
     check_checkpoint(source, shape, precision_of(shape.dtype))
     device = torch.device(device_type)
+
+    def conclude(report: QuantizeReport) -> None:
+        if job is not None:
+            with open_database() as database, database.session() as session:
+                add_end(session, job, JobOutcome(exit_code=0, result=report.to_json()))
+
     return quantize_checkpoint(
         source,
         Path(options.output or ""),
@@ -98,4 +123,6 @@ def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | No
         held_out=texts["--held-out"],
         device=device,
         progress=lambda layer: progress(layer + 1, shape.num_layers) if progress else None,
+        partial=None if job is None else partial_of(Path(options.output or ""), job),
+        conclude=conclude,
     )

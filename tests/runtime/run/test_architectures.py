@@ -22,6 +22,7 @@ MIXTURES = [name for name in EXAMPLES if "num_experts_per_tok" in ARCHITECTURES[
 LATENTS = [name for name in EXAMPLES if "kv_lora_rank" in ARCHITECTURES[name].example]
 # (tp_size, pp_size, ep_size) by the number of ranks; experts are spread where there are any, unevenly in most examples.
 LAYOUTS = {2: [(1, 2, 1), (2, 1, 1), (2, 1, 2)], 3: [(1, 3, 1)], 4: [(4, 1, 4), (2, 2, 2)]}
+BETWEEN = (4, 1, 2)  # experts over two halves of the ranks, each cut within its half
 
 
 @pytest.mark.timeout(300)
@@ -30,6 +31,7 @@ def test_tokens_equal(world_size: int, checkpoint: Callable[[str], Path], genera
     cases = [
         (name, layout) for layout in LAYOUTS[world_size] for name in (EXAMPLES if layout[2] == 1 else MIXTURES)
     ]  # fmt: skip
+    cases += [(MIXTURES[0], BETWEEN)] if world_size == 4 else []
     jobs = [
         make_job(
             checkpoint(name),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from db.rows.hardware import list_hardware
+from db.rows.job_ends import find_end
 from db.rows.plans import save_plan_row
 from db.rows.runs import RunStatus, list_runs
 from db.rows.workers import list_workers
@@ -95,33 +96,40 @@ def test_a_machine_has_one_worker(start_worker: StartWorker, tmp_path: Path, url
     assert "already has a worker" in (tmp_path / "worker-one.log").read_text()
 
 
-def test_the_job_of_a_killed_worker_is_taken_up_and_runs_once_at_a_time(
+def test_the_job_of_killed_workers_is_taken_up_and_runs_to_its_end_once(
     jobs: JobQueue, start_worker: StartWorker, url: str, models: Path
 ) -> None:
     with open_database(url) as database:
         plan_id = save_plan_row(database, make_plan(models / "tiny", pp_size=1).to_json())
-    first = start_worker("one")
-    job = jobs.submit(
-        JobSpec(
-            kind=JobKind.RUN_PLAN, plan_id=plan_id, flags=("--random-weights", "--threads-per-rank=1", "--repeat=10")
-        ),
-        "box x1",
-    )
+    flags = ("--random-weights", "--threads-per-rank=1", "--repeat=10")
+    job = jobs.submit(JobSpec(kind=JobKind.RUN_PLAN, plan_id=plan_id, flags=flags), "box x1")
 
     def runs() -> list[RunStatus]:
         with open_database(url) as database:
             return [run.status for run in list_runs(database)]
 
+    first = start_worker("one")
     eventually(lambda: runs() == [RunStatus.RUNNING])
-    os.kill(first.pid, signal.SIGKILL)
+    first.kill()
     first.wait(10)
     eventually(lambda: runs() == [RunStatus.LOST])  # the command ended with its worker
-    start_worker("two")
+    # The second worker is stopped while its command runs to the end, and so cannot note that before it is killed.
+    second = start_worker("two")
+    eventually(lambda: runs() == [RunStatus.RUNNING, RunStatus.LOST])
+    os.kill(second.pid, signal.SIGSTOP)
+    with open_database(url) as database:
+        left = eventually(lambda: find_end(database, job.id))
+    second.kill()
+    second.wait(10)
+    start_worker("three")
     done = ended(jobs, job, within_s=150)
     assert done.status is JobStatus.DONE, (done.error, lines(jobs, job))
-    assert str(done.worker).startswith("two-")
-    assert done.attempts == 2
+    assert str(done.worker).startswith("three-")
+    assert (done.attempts, done.result) == (3, left.result)
     assert runs() == [RunStatus.DONE, RunStatus.LOST]
+    said = [line.partition("-")[0] for line in lines(jobs, job) if line.endswith(" takes it up")]
+    assert said == ["one", "two"]
+    assert lines(jobs, job)[-1] == f"{done.worker} notes that it has ended"
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)

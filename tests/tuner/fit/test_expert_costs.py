@@ -60,6 +60,10 @@ def test_parameters_flops_and_what_a_rank_holds() -> None:
         rest = mixed.num_elements(2) - mixed.experts.matrix_elements(2) if mixed.experts else 0
         assert spread.weights_bytes(plain, 2) == 4 * (held + rest)
         assert spread.product_elements(2) == mixed.product_elements(2)
+    int8 = PRECISIONS["w8a8+float32"]  # numbers of a byte, and four bytes of scale for each output of each expert
+    experts = mixed.spread(2).weights_bytes(int8, 2) - replace(mixed.spread(2), mlp=dense.mlp).weights_bytes(int8, 2)
+    mlp = DENSE // 2 + 4 * (768 + 256)
+    assert experts == 5 * (EXPERTS + 4 * (2 * 128 + 256)) + 4 * 9 * 256 - mlp
 
 
 def test_layouts_spread_experts_beside_cutting_them() -> None:
@@ -68,8 +72,12 @@ def test_layouts_spread_experts_beside_cutting_them() -> None:
     kept = {size: {str(one) for one in enumerate_layouts(SHAPE, 2, Pins(ep_size=size))} for size in (1, 2)}
     assert kept[1] == {name for name in names if "EP" not in name}
     assert kept[2] == {name for name in names if "EP2" in name}
-    with pytest.raises(UserError, match=r"^ep_size: 2; 1 or tp_size = 4: experts are cut"):
-        Pins(tp_size=4, ep_size=2)
+    with pytest.raises(UserError, match=r"^ep_size: 3; must divide tp_size = 4, whose ranks hold experts"):
+        Pins(tp_size=4, ep_size=3)
+    four = {str(layout) for layout in enumerate_layouts(SHAPE, 4, Pins(tp_size=4)) if not layout.refusal}
+    assert {"TP4 PP1", "TP4 EP2 PP1", "TP4 EP4 PP1", "TP4 EP2 megatron PP1"} <= four
+    pinned = {(layout.tp_size, layout.ep_size) for layout in enumerate_layouts(SHAPE, 4, Pins(ep_size=2))}
+    assert pinned == {(2, 2), (4, 2)}
     few = model_from_config(CONFIG | {"num_experts": 3}, name="few")
     with pytest.raises(UserError, match=r"^ep_size: 4; must divide tp_size = 4, at most the 3 experts of few"):
         enumerate_layouts(few, 4, Pins(ep_size=4))
