@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_CACHE_BYTES = 32 * 2**20
 CARD_FILES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")
-"""On Linux one of these is there where torch finds cards: NVIDIA's, their embedded ones, AMD's, and those of Windows."""
+"""On Linux one of these is there where torch finds cards: NVIDIA's, their embedded ones, AMD's, those of Windows."""
 
 
 def describe_hardware(device_type: str, *, num_threads: int) -> Hardware:
