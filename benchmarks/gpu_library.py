@@ -1,11 +1,12 @@
-"""Models through Transformers on one card: plans never run before, predicted and measured, and their layers' time.
+"""Models through Transformers on cards: plans never run before, predicted and measured, and their layers' time.
 
-    python -m benchmarks.gpu_library CONFIG.json [--budget-s S] [--context-length N] [--layers N] [--own] [--device cpu]
+    python -m benchmarks.gpu_library CONFIG.json [--world-size N] [--budget-s S] [--context-length N] [--layers N]
+        [--own] [--device cpu]
 
 CONFIG.json is a published configuration; weights are random, in bfloat16. It is profiled as whole layers, planned for
-prompts of several lengths by several policies, and each plan is run once. `--layers` keeps the first layers alone,
-where all of them do not fit. `--own` profiles the model with kernels here as well, and prints both ways side by side.
-With experts, the rate of their grouped products is printed beside that of one large product.
+prompts of several lengths by several policies, and all plans are run on one launch, one pass each. `--layers` keeps the
+first layers alone, where all of them do not fit. `--own` profiles the model with kernels here as well, and prints both
+ways side by side. With experts, the rate of their grouped products is printed beside that of one large product.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from profiler.hardware.device import describe_hardware
 from profiler.measure.profile import ProfileOptions, profile_model
 from profiler.model import ModelShape, WholeLayer, load_model_shape
 from profiler.points.point import BEFORE_LAYERS, Op
-from runtime.run.run import run_plan
+from runtime.run.result import RunResult
+from runtime.run.run import run_plans
 from service.cli.output import print_table
 from service.use_cases.tune import tune
 from service.use_cases.tune_options import TuneOptions
+from tuner.plan.layout import layout_of
 
 LENGTHS = {"cuda": ("4096", "12000", "30000", "8192,8192", "3000,20000"), "cpu": ("300", "200,100")}
 POLICIES = {"cuda": ("fixed:1024", "fixed:4096", "joint"), "cpu": ("fixed:64", "joint")}
@@ -42,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Profile, plan, run, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
+    parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument("--budget-s", type=float, default=200.0)
     parser.add_argument("--context-length", type=int, default=32768)
     parser.add_argument("--layers", type=int)
@@ -76,9 +80,9 @@ def profile(folder: Path, db_url: str, options: argparse.Namespace, backend: str
     """Measure what the budget holds."""
     summary = profile_model(
         ProfileOptions(
-            model=str(folder), backend=backend, world_size=1, context_length=options.context_length,
+            model=str(folder), backend=backend, world_size=options.world_size, context_length=options.context_length,
             dtype=DTYPES[options.device], device_type=options.device, budget_s=options.budget_s,
-            db_url=db_url,
+            db_url=db_url, threads_per_rank=1,
         )
     )  # fmt: skip
     print(f"{backend}: {summary.num_new} points in {summary.elapsed_s:.0f} s, {summary.num_missing} missing")
@@ -99,40 +103,42 @@ def layer_table(db_url: str, device_type: str) -> None:
 
 def plan_table(folder: Path, db_url: str, options: argparse.Namespace, shape: ModelShape) -> None:
     """Plans of every length and policy, predicted and measured."""
+    cases = [(lengths, policy) for lengths in LENGTHS[options.device] for policy in POLICIES[options.device]]
+    plans = [
+        tune(
+            TuneOptions(
+                model=str(folder), backend="transformers", world_size=options.world_size, prompt_lens=lengths,
+                policy=policy, dtype=DTYPES[options.device], device_type=options.device, db_url=db_url, keep=False,
+                correct=False, threads_per_rank=1,
+            )
+        ).plan
+        for lengths, policy in cases
+    ]  # fmt: skip
+    results = dict[int, RunResult]()
+    for size in sorted({plan.parallel.world_size for plan in plans}):  # a tuned plan may leave ranks idle
+        of_size = [index for index, plan in enumerate(plans) if plan.parallel.world_size == size]
+        found = run_plans(
+            [plans[index] for index in of_size], random_weights=True, device_type=options.device, db_url=db_url,
+            num_threads=1, repeat=1,
+        )  # fmt: skip
+        results |= dict(zip(of_size, found, strict=True))
     rows, errors = list[tuple[object, ...]](), list[float]()
-    for lengths in LENGTHS[options.device]:
-        measured: dict[str, float] = {}
-        for policy in POLICIES[options.device]:
-            report = tune(
-                TuneOptions(
-                    model=str(folder), backend="transformers", world_size=1, prompt_lens=lengths, policy=policy,
-                    dtype=DTYPES[options.device], device_type=options.device, db_url=db_url, keep=False, correct=False,
-                )
-            )  # fmt: skip
-            result = run_plan(
-                report.plan, random_weights=True, device_type=options.device, db_url=db_url, num_threads=1, repeat=1
-            )
-            assert report.plan.predicted is not None
-            predicted_s = report.plan.predicted.makespan_s
-            errors.append(predicted_s / result.makespan_s - 1.0)
-            measured[policy] = result.makespan_s
-            utilisation = None if result.mfu is None else 100 * result.mfu
-            rows.append(
-                (
-                    lengths,
-                    policy,
-                    len(report.plan.rounds),
-                    predicted_s,
-                    result.makespan_s,
-                    100 * errors[-1],
-                    utilisation,
-                )
-            )
-            print(f"{lengths} {policy}: predicted {predicted_s:.4f} s, measured {result.makespan_s:.4f} s", flush=True)
-        chosen, best = measured["joint"], min(measured.values())
-        rows.append((lengths, "joint against the best", None, None, None, 100 * (chosen / best - 1.0), None))
-    columns = ("prompts", "policy", "rounds", "predicted s", "measured s", "error %", "MFU %")
-    print_table(columns, rows, title=f"{shape.name} on one rank")
+    measured: dict[str, dict[str, float]] = {}
+    for index, ((lengths, policy), plan) in enumerate(zip(cases, plans, strict=True)):
+        result = results[index]
+        assert plan.predicted is not None
+        predicted_s = plan.predicted.makespan_s
+        errors.append(predicted_s / result.makespan_s - 1.0)
+        measured.setdefault(lengths, {})[policy] = result.makespan_s
+        mfu = None if result.mfu is None else 100 * result.mfu
+        layout = str(layout_of(plan.parallel))
+        row = (layout, len(plan.rounds), predicted_s, result.makespan_s, 100 * errors[-1], mfu)
+        rows.append((lengths, policy, *row))
+    for lengths, times in measured.items():
+        lost = 100 * (times["joint"] / min(times.values()) - 1.0)
+        rows.append((lengths, "joint against the best", None, None, None, None, lost, None))
+    columns = ("prompts", "policy", "layout", "rounds", "predicted s", "measured s", "error %", "MFU %")
+    print_table(columns, rows, title=f"{shape.name} on {options.world_size} ranks")
     sizes = sorted(map(abs, errors))
     print(
         f"Median error {100 * median(sizes):.1f} %, worst {100 * sizes[-1]:.1f} %, {len(sizes)} plans never run before"

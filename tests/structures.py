@@ -14,7 +14,18 @@ FOLDERS = ("db", "profiler", "tuner", "runtime", "service", "benchmarks")
 # Folders and their rooms, from the bottom up: each may import those before it.
 ROOMS = {
     "db": ("files", "store", "rows"),
-    "profiler": ("hardware", "library", "model", "sequence", "kernels", "layers", "comm", "points", "measure"),
+    "profiler": (
+        "hardware",
+        "library",
+        "model",
+        "sequence",
+        "kernels",
+        "layers",
+        "experts",
+        "comm",
+        "points",
+        "measure",
+    ),
     "tuner": (
         "plan",
         "workload",

@@ -105,29 +105,54 @@ def _attend_latents(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartialAttention:
-    """Attention over a part of the keys, in float32, with the log-sum-exp of its scores: minus infinity for no keys."""
+    """Attention over a part of the keys, with the log-sum-exp of its scores: minus infinity for no keys."""
 
-    out: torch.Tensor  # [..., D]
-    lse: torch.Tensor  # [..., 1]
+    out: torch.Tensor  # [..., D], in the queries' dtype or float32
+    lse: torch.Tensor  # [..., 1], float32
 
     def merged(self, other: PartialAttention) -> PartialAttention:
-        """Attention over both parts."""
+        """Attention over both parts, in float32."""
+        if _fuses(self.out):
+            from profiler.kernels import triton_elementwise
+
+            out, lse = torch.empty_like(self.out, dtype=torch.float32), torch.empty_like(self.lse)
+            triton_elementwise.merge_partial(self.out, self.lse, other.out, other.lse, out, lse)
+            return PartialAttention(out=out, lse=lse)
         share = torch.sigmoid(other.lse - self.lse).nan_to_num(0.0)
-        return PartialAttention(out=torch.lerp(self.out, other.out, share), lse=torch.logaddexp(self.lse, other.lse))
+        out = torch.lerp(self.out.float(), other.out.float(), share)
+        return PartialAttention(out=out, lse=torch.logaddexp(self.lse, other.lse))
+
+    def merge_into(self, other: PartialAttention, out: torch.Tensor) -> None:
+        """Attention over both parts of [H, c, D], written to `out` of that shape and any strides of whole heads."""
+        if _fuses(self.out):
+            from profiler.kernels import triton_elementwise
+
+            triton_elementwise.merge_partial(self.out, self.lse, other.out, other.lse, out, None)
+        else:
+            out.copy_(self.merged(other).out)
+
+
+def _fuses(out: torch.Tensor) -> bool:
+    return out.is_cuda and has_triton() and out.dim() == 3
 
 
 def attend_partial(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> PartialAttention:
-    """Attention of q [H, c, D] over k and v [KV, n, D], under the causal mask of equal lengths or over all of them."""
+    """Attention of q [H, c, D] over k and v [KV, n, D]: over all rows, or causal, q being their last c rows."""
+    context = k.shape[1] - q.shape[1]
+    if q.is_cuda and q.dtype == torch.bfloat16 and flash3_attention.is_available(q.device):
+        out, lse = flash3_attention.attend_with_lse(q, k, v, causal=causal)
+        return PartialAttention(out=out, lse=lse)
+    if causal and context:
+        before = attend_partial(q, k[:, :context], v[:, :context], causal=False)
+        return before.merged(attend_partial(q, k[:, context:], v[:, context:], causal=True))
     q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     if not q.is_cuda:
         out, lse = _cpu_flash(q, k, v, causal)
-    elif q.dtype == torch.bfloat16 and flash3_attention.is_available(q.device):
-        out, lse = flash3_attention.attend_with_lse(q.squeeze(0), k.squeeze(0), v.squeeze(0), causal=causal)
     elif q.dtype in (torch.bfloat16, torch.float16):
         out, lse = _cudnn(q, k, v, causal)
     else:
         out, lse = _exact(q, k, v, causal)
-    return PartialAttention(out=out.reshape(q.shape[1:]).float(), lse=lse.reshape(*q.shape[1:3], 1).float())
+    return PartialAttention(out=out.reshape(q.shape[1:]), lse=lse.reshape(*q.shape[1:3], 1).float())
 
 
 def attend_tokens_partial(
@@ -150,7 +175,7 @@ def attend_tokens_partial(
             part = PartialAttention(out=q.new_zeros(shape, dtype=torch.float32), lse=nothing)
         parts.append(part)
     return PartialAttention(
-        out=torch.stack([part.out for part in parts]).squeeze(2),
+        out=torch.stack([part.out.float() for part in parts]).squeeze(2),
         lse=torch.stack([part.lse for part in parts]).squeeze(2),
     )
 

@@ -77,6 +77,10 @@ class Entries:
     down: Entry = PLAIN
 
     @classmethod
-    def of(cls, products: Mapping[str, Product]) -> Entries:
-        """Those of the products by name."""
-        return cls(qkv=products["qkv"].entry, gate_up=products["gate_up"].entry, down=products["down"].entry)
+    def of(cls, products: Mapping[str, Product], *, has_latent: bool = False) -> Entries:
+        """Those of the products by name; experts take plain rows, and so do the several products before latents."""
+
+        def entry(name: str) -> Entry:
+            return products[name].entry if name in products else PLAIN
+
+        return cls(qkv=PLAIN if has_latent else entry("qkv"), gate_up=entry("gate_up"), down=entry("down"))

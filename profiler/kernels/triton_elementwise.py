@@ -102,6 +102,51 @@ def write_gathered(gathered: torch.Tensor, rows: torch.Tensor, keys: torch.Tenso
     )  # fmt: skip
 
 
+def merge_partial(
+    first: torch.Tensor, first_lse: torch.Tensor, second: torch.Tensor, second_lse: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Attention over two sets of keys from that over each: see `PartialAttention`.
+
+    first, second, out: [H, c, D] with consecutive numbers of a head; log-sum-exp: [H, c, 1] in float32, None if unused.
+    """
+    num_heads, num_tokens, head_dim = first.shape
+    kept = first_lse if lse is None else lse
+    _merge_partial[(num_tokens, triton.cdiv(num_heads, HEADS_PER_PROGRAM))](
+        first, first_lse, second, second_lse, out, kept, num_heads,
+        *(stride for x in (first, first_lse, second, second_lse, out, kept) for stride in x.stride()[:2]),
+        DIM=head_dim, DIM_BLOCK=triton.next_power_of_2(head_dim), HEADS=HEADS_PER_PROGRAM, KEEPS_LSE=lse is not None,
+        num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _merge_partial(
+    first, first_lse, second, second_lse, out, lse, num_heads,
+    first_head, first_token, first_lse_head, first_lse_token, second_head, second_token, second_lse_head,
+    second_lse_token, out_head, out_token, lse_head, lse_token,
+    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, HEADS: tl.constexpr, KEEPS_LSE: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
+    at = tl.arange(0, DIM_BLOCK)[None, :]
+    inside = (head < num_heads)[:, None] & (at < DIM)
+    low = tl.load(first_lse + head * first_lse_head + token * first_lse_token, mask=head < num_heads, other=0.0)
+    high = tl.load(second_lse + head * second_lse_head + token * second_lse_token, mask=head < num_heads, other=0.0)
+    most = tl.maximum(low, high)
+    base = tl.where(most == float("-inf"), 0.0, most)  # neither saw a key
+    of_first, of_second = tl.exp(low - base), tl.exp(high - base)
+    total = of_first + of_second
+    share = tl.where(total > 0.0, of_second / total, 0.0)[:, None]
+    left = tl.load(first + head[:, None] * first_head + token * first_token + at, mask=inside, other=0.0)
+    right = tl.load(second + head[:, None] * second_head + token * second_token + at, mask=inside, other=0.0)
+    left, right = left.to(tl.float32), right.to(tl.float32)
+    merged = left + (right - left) * share
+    tl.store(out + head[:, None] * out_head + token * out_token + at, merged.to(out.dtype.element_ty), mask=inside)
+    if KEEPS_LSE:
+        tl.store(lse + head * lse_head + token * lse_token, base + tl.log(total), mask=head < num_heads)
+
+
 @triton.jit
 def _write_gathered(
     gathered, rows, keys, values, num_rows, num_kv_heads, rank_stride, key_stride, value_stride,

@@ -95,16 +95,16 @@ class Projections(TypedDict):
 
     qkv: Project
     o: Project
-    gate_up: Project
-    down: Project
+    gate_up: Project | None
+    down: Project | None
     entries: Entries
 
 
-def projections(products: Mapping[str, Product]) -> Projections:
-    """Products by name, each with its entry."""
+def projections(products: Mapping[str, Product], *, has_latent: bool = False) -> Projections:
+    """Products by name, each with its entry; none of an MLP where there are experts."""
     return Projections(
-        qkv=products["qkv"], o=products["o"], gate_up=products["gate_up"], down=products["down"],
-        entries=Entries.of(products),
+        qkv=products["qkv"], o=products["o"], gate_up=products.get("gate_up"), down=products.get("down"),
+        entries=Entries.of(products, has_latent=has_latent),
     )  # fmt: skip
 
 

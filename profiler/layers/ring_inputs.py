@@ -28,8 +28,32 @@ class RingPiece:
     """Consecutive rows of this rank, and what they see."""
 
     rows: slice  # of this rank's packed rows
-    own: slice  # of the rows that this rank passes on: the same tokens' keys
-    visible: tuple[tuple[int, int], ...]  # by rank: first and end row, of what that rank passes on, seen in full
+    visible: tuple[slice, ...]  # by rank, of the rows that it passes on; of this rank's the last ones are its own
+
+
+class Merging:
+    """A piece's partial attention as it comes, step by step; `end` writes what all of it gives.
+
+    out: [H, c, D]. The last two parts are merged into it at once.
+    """
+
+    def __init__(self, out: torch.Tensor) -> None:
+        self.out = out
+        self.parts: list[PartialAttention] = []
+
+    def add(self, part: PartialAttention) -> None:
+        """One more part."""
+        if len(self.parts) == 2:
+            self.parts = [self.parts[0].merged(self.parts[1])]
+        self.parts.append(part)
+
+    def end(self) -> None:
+        """Every piece sees its own rows at least."""
+        first, *second = self.parts
+        if second:
+            first.merge_into(second[0], self.out)
+        else:
+            self.out.copy_(first.out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +88,8 @@ class RingInputs(LayerInputs):
             q = layer.rotate(qkv[:num_tokens], self, keys, values)
         del qkv
         passed = self._passed(keys, values)
-        found: list[PartialAttention | None] = [None] * len(self.pieces)
+        mixed = keys.new_zeros(self.num_rows, layer.num_heads, keys.shape[2])
+        found = [Merging(mixed[piece.rows].transpose(0, 1)) for piece in self.pieces]
         for step in range(self.group.size):
             wait = None
             if step + 1 < self.group.size:
@@ -74,11 +99,9 @@ class RingInputs(LayerInputs):
                 self._attend(q, passed, source, found, is_own=step == 0)
             if wait is not None:
                 passed = wait()
-        mixed = keys.new_zeros(self.num_rows, layer.num_heads * keys.shape[2])
-        for piece, partial in zip(self.pieces, found, strict=True):
-            assert partial is not None
-            mixed[piece.rows] = partial.out.transpose(0, 1).flatten(1).to(mixed.dtype)
-        return mixed
+        for merging in found:
+            merging.end()
+        return mixed.flatten(1)
 
     def _passed(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """What goes around: [2, KV, most_passed, D], each chunk's rows one after the other."""
@@ -96,23 +119,14 @@ class RingInputs(LayerInputs):
         return self.buffers[step % 2][: size.numel()].view(size)
 
     def _attend(
-        self,
-        q: torch.Tensor,
-        passed: torch.Tensor,
-        source: int,
-        found: list[PartialAttention | None],
-        *,
-        is_own: bool,
+        self, q: torch.Tensor, passed: torch.Tensor, source: int, found: Sequence[Merging], *, is_own: bool
     ) -> None:
         """Add what the pieces see of the rows that `source` passed on."""
-        for index, piece in enumerate(self.pieces):
-            queries = q[piece.rows].transpose(0, 1)
-            first, end = piece.visible[source]
-            seen = [(slice(first, end), False)] if end > first else []
-            for rows, causal in [*seen, (piece.own, True)] if is_own else seen:
-                partial = attend_partial(queries, passed[0, :, rows], passed[1, :, rows], causal=causal)
-                before = found[index]
-                found[index] = partial if before is None else before.merged(partial)
+        for piece, merging in zip(self.pieces, found, strict=True):
+            rows = piece.visible[source]
+            if rows.stop > rows.start:
+                queries = q[piece.rows].transpose(0, 1)
+                merging.add(attend_partial(queries, passed[0, :, rows], passed[1, :, rows], causal=is_own))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

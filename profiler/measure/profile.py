@@ -146,10 +146,7 @@ def make_grid(options: ProfileOptions) -> Grid:
     check_precision(precision, device_type)
     if shape.backend is Backend.TRANSFORMERS and precision.linears is not None:
         raise UserError("--dtype", precision.name, "must be a plain one in a model that Transformers runs")
-    if shape.has_experts and precision.linears is not None:
-        raise UserError(
-            "--dtype", precision.name, f"must be a plain one: experts of {shape.name} are not run in 8 bits"
-        )
+    shape.check_precision(precision, field="--dtype")
     activations = precision.activations.torch_dtype
     world_size = options.world_size or default_world_size(device_type)
     check_world_size(world_size, device_type)

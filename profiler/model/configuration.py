@@ -9,6 +9,7 @@ from typing import Any
 from db.errors import UserError
 from profiler.model.architectures.architecture import Architecture
 from profiler.model.architectures.table import ARCHITECTURES
+from profiler.model.experts import EXPERTS
 from profiler.model.fields import KernelsMissingError, positive, positive_number
 from profiler.model.precision import plain_precision
 from profiler.model.quantization import FIELD, Quantization, UnreadFormatError, quantization_of, weight_format
@@ -152,6 +153,9 @@ def _layers(layers: Sequence[LayerSpec], quantization: Quantization | None) -> t
 def _kept(layer: LayerSpec, index: int, quantization: Quantization) -> frozenset[str]:
     """Names of the linears that are plain; raises `UserError` where one is in parts of either kind."""
     kept = set()
+    if layer.experts is not None and not layer.experts.tensors_of.is_stacked:
+        first = [part.tensor for matrix in layer.experts.matrices(0) for part in matrix.parts]
+        kept |= {EXPERTS} if all(quantization.keep(layer_prefix(index) + name) for name in first) else set()
     for linear in layer.linears:
         names = [layer_prefix(index) + part.tensor for part in linear.parts]
         plain = [name for name in names if quantization.keep(name)]

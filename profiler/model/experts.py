@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from profiler.model.mlp import DenseMLP
-from profiler.model.tensors import Dim, LinearSpec, NormSpec
+from profiler.model.precision import Precision
+from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, Part
+
+EXPERTS = "experts"  # the matrices of all of them, as those who keep linears plain name them
 
 
 class Scoring(StrEnum):
@@ -66,6 +69,7 @@ class ExpertsMLP:
 
     ep_size: groups of a tensor-parallel group's ranks among which experts are spread; within such a group the features
     of each are cut. 1 cuts them over all ranks.
+    kept, group_size: of the experts' matrices, as of a `LinearSpec`.
     """
 
     router: Router
@@ -79,6 +83,8 @@ class ExpertsMLP:
     shared: DenseMLP | None = None
     shared_gate: LinearSpec | None = None
     ep_size: int = field(default=1, repr=False)
+    kept: bool = field(default=False, repr=False)
+    group_size: int | None = field(default=None, repr=False)
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:
@@ -103,6 +109,24 @@ class ExpertsMLP:
             "per_token": self.router.per_token,
             "features": self.features.per_rank(tp_size // self.ep_size),
         }
+
+    def matrices(self, expert: int) -> tuple[LinearSpec, LinearSpec]:
+        """gate|up and down of an expert with tensors of its own, cut over the ranks that share it."""
+        gate, up, down = (name.format(expert) for name in self.tensors_of.names)
+        name, both = f"{EXPERTS}.{expert}", (Part(gate, self.features), Part(up, self.features))
+        made = (
+            LinearSpec(name=f"{name}.gate_up", cut=Cut.COLUMN, parts=both, inputs=self.hidden),
+            LinearSpec(name=f"{name}.down", cut=Cut.ROW, parts=(Part(down, self.hidden),), inputs=self.features),
+        )
+        first, second = (replace(each, kept=self.kept, group_size=self.group_size) for each in made)
+        return first, second
+
+    def matrix_bytes(self, precision: Precision, tp_size: int = 1) -> int:
+        """Bytes of the matrices of the experts that a rank holds, with the scales of those in 8 bits."""
+        sizes, hidden = self.sizes(tp_size), self.hidden.size
+        each = ((2 * sizes["features"], hidden), (hidden, sizes["features"]))
+        one = sum(precision.matrix_bytes(n, k, kept=self.kept, group_size=self.group_size) for n, k in each)
+        return sizes["held"] * one
 
     def matrix_elements(self, tp_size: int = 1) -> int:
         """Numbers in the matrices of the experts that a rank holds."""
@@ -131,7 +155,6 @@ class ExpertsMLP:
                 found |= {f"{gate_up}_bias": (count, 2 * features), f"{down}_bias": (count, hidden)}
         else:
             for expert in range(count):
-                gate, up, down = (name.format(expert) for name in self.tensors_of.names)
-                found |= {f"{gate}.weight": (features, hidden), f"{up}.weight": (features, hidden)}
-                found[f"{down}.weight"] = (hidden, features)
+                for matrix in self.matrices(expert):
+                    found |= matrix.tensors()
         return found if self.router.bias is None else found | self.router.bias.tensors()

@@ -13,7 +13,7 @@ from typing import Any
 from db.errors import UserError
 from profiler.model.experts import ExpertsMLP
 from profiler.model.fields import KernelsMissingError
-from profiler.model.precision import PRECISIONS
+from profiler.model.precision import PRECISIONS, Precision
 from profiler.model.quantization import Quantization
 from profiler.model.rope import rope_type
 from profiler.model.spec import LayerSpec
@@ -176,6 +176,24 @@ class ModelShape:
         """Whether kernels here run latent attention of it."""
         return any(isinstance(layer, LayerSpec) and layer.attention.latent is not None for layer in self.every_kind)
 
+    @property
+    def experts_or_latents(self) -> str:
+        """Which of both it has, in words."""
+        return "experts" if self.has_experts else "latents"
+
+    def check_precision(self, precision: Precision, *, field: str) -> None:
+        """Raise `UserError` where kernels here do not run experts or latents of it so."""
+        if precision.has_kv_scales and (self.has_experts or self.has_latents):
+            allowed = f"one of plain keys and values: {self.experts_or_latents} of {self.name} are run with them alone"
+            raise UserError(field, precision.name, allowed)
+        if not self.has_experts or precision.linears is None:
+            return
+        if any(layer.experts and layer.experts.tensors_of.is_stacked for layer in self.layer_kinds):
+            raise UserError(field, precision.name, f"a plain one: all experts of a layer of {self.name} are one tensor")
+        if precision.linears.is_calibrated:
+            allowed = f"w8a16, w8a8 or fp8: experts of {self.name} are not run with ranges found beforehand"
+            raise UserError(field, precision.name, allowed)
+
     def check_device(self, device_type: str) -> None:
         """Raise `KernelsMissingError` where kernels here have what layers need on other devices alone."""
         if device_type == "cpu":
@@ -185,10 +203,10 @@ class ModelShape:
                 allowed = f"kernels here run {layer.lacks_on_cards} on CPUs alone; take --backend transformers"
                 raise KernelsMissingError("MODEL", self.architecture, allowed)
 
-    def check_as_stored(self, field: str, purpose: str) -> None:
-        """Raise `UserError` where layers run otherwise than with their checkpoint's very numbers."""
+    def check_as_stored(self, field: str, purpose: str, *, with_experts: bool = False) -> None:
+        """Raise `UserError` where layers run otherwise than with their checkpoint's very numbers, or have experts."""
         for layer in self.layer_kinds:
-            if not layer.is_as_stored:
+            if not layer.is_as_stored or (layer.experts and not with_experts):
                 allowed = f"a model of plain dense layers: {layer.kind} of {self.architecture} is run, not {purpose}"
                 raise UserError(field, self.name, allowed)
         if self.embedding.is_folded or self.head.is_folded or self.final_norm.folding != AS_STORED:

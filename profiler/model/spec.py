@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-from profiler.model.experts import ExpertsMLP
+from profiler.model.experts import EXPERTS, ExpertsMLP
 from profiler.model.fields import MAX_SIZE
 from profiler.model.mlp import Activation, DenseMLP
 from profiler.model.precision import FLOAT32, Precision
@@ -145,6 +145,14 @@ class LayerSpec:
         return self.attention.qkv, *queries, self.attention.o, *others
 
     @property
+    def every_linear(self) -> tuple[LinearSpec, ...]:
+        """The same and those of each expert, where experts have tensors of their own."""
+        mlp = self.experts
+        if mlp is None or mlp.tensors_of.is_stacked:
+            return self.linears
+        return *self.linears, *(matrix for expert in range(mlp.experts.count) for matrix in mlp.matrices(expert))
+
+    @property
     def norms(self) -> tuple[NormSpec, ...]:
         """Those of its norms that it has."""
         attention = self.attention
@@ -166,6 +174,7 @@ class LayerSpec:
             "experts": self.experts is not None,
         }
         traits |= {f"kept-{linear.name}": linear.kept for linear in self.linears if linear.name != ROUTER}
+        traits |= {f"kept-{EXPERTS}": self.experts is not None and self.experts.kept}
         return "+".join(name for name, present in traits.items() if present)
 
     @property
@@ -259,13 +268,13 @@ class LayerSpec:
 
     @property
     def is_as_stored(self) -> bool:
-        """Whether it runs with the very numbers of its checkpoint, under no mask but the causal one: what training,
-        pruning and quantizing take."""
+        """Whether it runs with the very numbers of its checkpoint, under no mask but the causal one: what quantizing
+        takes, and without experts training and pruning."""
         folded = [*(linear.is_folded for linear in self.linears), *(norm.folding != AS_STORED for norm in self.norms)]
-        if isinstance(self.mlp, ExpertsMLP) or self.attention.latent:
-            return False
-        turned = self.attention.rotation == WHOLE_HEADS and self.mlp.activation is Activation.SILU
-        return turned and not self.attention.masking and not any(folded)
+        mlp, attention = self.mlp, self.attention
+        plain = not mlp.tensors_of.is_stacked if isinstance(mlp, ExpertsMLP) else mlp.activation is Activation.SILU
+        whole = attention.rotation == WHOLE_HEADS and not attention.latent and not attention.masking
+        return plain and whole and not any(folded)
 
     def attention_flops(self, chunk: int, context: int) -> int:
         """FLOPs of all (query, key) pairs that the causal mask keeps: two for each multiplication; latents count as
@@ -277,15 +286,20 @@ class LayerSpec:
         """The same layer with these of its linears plain in every precision, and scales for groups of inputs."""
 
         def kept(linear: LinearSpec) -> LinearSpec:
-            return replace(linear, kept=linear.name in names, group_size=group_size)
+            return replace(linear, kept=linear.kept or linear.name in names, group_size=group_size)
+
+        def of_mlp(mlp: DenseMLP) -> DenseMLP:
+            return replace(mlp, gate_up=kept(mlp.gate_up), down=kept(mlp.down))
 
         attention, mlp = self.attention, self.mlp
-        assert isinstance(mlp, DenseMLP)  # experts in 8 bits are not read
-        return replace(
-            self,
-            attention=replace(attention, qkv=kept(attention.qkv), o=kept(attention.o)),
-            mlp=replace(mlp, gate_up=kept(mlp.gate_up), down=kept(mlp.down)),
-        )
+        latent = attention.latent and replace(attention.latent, q=kept(attention.latent.q))
+        if isinstance(mlp, ExpertsMLP):
+            shared = mlp.shared and of_mlp(mlp.shared)
+            made: DenseMLP | ExpertsMLP = replace(mlp, shared=shared, kept=EXPERTS in names, group_size=group_size)
+        else:
+            made = of_mlp(mlp)
+        attention = replace(attention, qkv=kept(attention.qkv), o=kept(attention.o), latent=latent)
+        return replace(self, attention=attention, mlp=made)
 
     def weights_bytes(self, precision: Precision, tp_size: int = 1) -> int:
         """Bytes of all that a rank holds of it, scales of quantized matrices included."""
@@ -294,6 +308,9 @@ class LayerSpec:
             for linear in self.linears
         )
         counted = sum(n * k for n, k in self.products(tp_size).values())
+        if self.experts:
+            matrices += self.experts.matrix_bytes(precision, tp_size)
+            counted += self.experts.matrix_elements(tp_size)
         return matrices + precision.weights.num_bytes(self.num_elements(tp_size) - counted)
 
     def reduced_bytes(self, precision: Precision) -> tuple[int, ...]:

@@ -194,7 +194,7 @@ class Grid:
     def _experts(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
         if layer.experts is None:
             return
-        sizes, weights = layer.experts.sizes(tp_size), layer.experts.matrix_elements(tp_size)
+        sizes, weights = layer.experts.sizes(tp_size), layer.experts.matrix_bytes(self.precision, tp_size)
         width = sizes["per_token"] * (2 * layer.hidden_size + 3 * sizes["features"])
         for tokens, level in self.product_levels.items():
             for variant in (EVEN, SKEWED):
@@ -202,7 +202,7 @@ class Grid:
                     op=Op.EXPERTS, dtype=self.dtype, shape={"tokens": tokens, "hidden": layer.hidden_size} | sizes,
                     variant=variant, level=min(level + (variant == SKEWED), LAST_LEVEL),
                     flops=2.0 * tokens * layer.experts.active_elements(tp_size),
-                    size_bytes=2 * self._weights(weights) + self._bytes(tokens * width),
+                    size_bytes=2 * weights + self._bytes(tokens * width),
                 )  # fmt: skip
 
     def _attention(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:

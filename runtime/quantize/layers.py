@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from profiler.comm.links.group import RankGroup
+from profiler.experts.experts import Experts, ExpertWeights
+from profiler.experts.products import EachProduct
 from profiler.kernels.elementwise import rms_norm
 from profiler.kernels.entry import Operand, Product
 from profiler.kernels.linear import Linear
 from profiler.layers.decoder_layer import DecoderLayer, Norms, projections
 from profiler.model import LayerSpec, ModelShape
+from profiler.model.experts import ExpertsMLP
 from profiler.model.shape import layer_prefix
+from profiler.model.spec import ROUTER
 from profiler.model.tensors import LinearSpec, NormSpec
 from runtime.quantize.texts import HiddenStates
 from runtime.run.prompts import TokenIds
@@ -67,7 +71,7 @@ class Layer:
 
     def products(self) -> dict[str, Product]:
         """Its linears as they are, by their names."""
-        return {linear.name: Linear(self.weight(linear), self.bias(linear)) for linear in self.spec.linears}
+        return {linear.name: Linear(self.weight(linear), self.bias(linear)) for linear in self.spec.every_linear}
 
     def runner(self, shape: ModelShape, products: Mapping[str, Product]) -> DecoderLayer:
         """What runs it with these products."""
@@ -77,9 +81,24 @@ class Layer:
             1,
             norms=Norms.of(self.spec, self.norm, eps=shape.norm_eps),
             **projections(products),
+            experts=None if self.spec.experts is None else self._experts(self.spec.experts, products),
             reduce_o=alone.reduce(None),
             reduce_down=alone.reduce(None),
             sum_ranks=alone.sum,
+        )
+
+    def _experts(self, mlp: ExpertsMLP, products: Mapping[str, Product]) -> Experts:
+        pairs = [[products[matrix.name] for matrix in mlp.matrices(expert)] for expert in range(mlp.experts.count)]
+        gate_up, down = (EachProduct(each) for each in zip(*pairs, strict=True))
+        bias = mlp.router.bias
+        return Experts(
+            mlp,
+            ExpertWeights(gate_up=gate_up, down=down),
+            first=0,
+            router=products[ROUTER],
+            choice_bias=None if bias is None else self.tensors[self.name(bias.name)],
+            shared=None if mlp.shared is None else (products["shared_gate_up"], products["shared_down"]),
+            shared_gate=products.get("shared_gate"),
         )
 
 

@@ -19,7 +19,7 @@ from profiler.kernels.quantized.linear import make_linear
 from profiler.kernels.quantized.rounding import LARGEST, LEAST
 from profiler.kernels.quantized.weight import QuantizedWeight, quantize_weight
 from profiler.model import LayerSpec, ModelShape, Precision
-from profiler.model.precision import quantized_name
+from profiler.model.precision import BFLOAT16, precision_of, quantized_name
 from profiler.model.shape import layer_prefix
 from profiler.model.tensors import LinearSpec, NormSpec
 from runtime.quantize.layers import Layer, Watched, perplexity_of
@@ -32,6 +32,7 @@ from runtime.run.prompts import TokenIds
 from runtime.weights.checkpoint import Checkpoint
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_EXPERT_ROWS = 16  # of each call, that are sampled of an expert: there are many
 _LEAST_FACTOR, _MOST_FACTOR = 1e-4, 1e4
 
 
@@ -40,9 +41,13 @@ class _Layer(Layer):
 
     def __init__(self, index: int, spec: LayerSpec, checkpoint: Checkpoint) -> None:
         super().__init__(index, spec, checkpoint)
-        self.inputs = {linear.name: InputRanges() for linear in spec.linears}
+        all_tokens = {linear.name for linear in spec.linears}
+        self.inputs = {
+            linear.name: InputRanges() if linear.name in all_tokens else InputRanges(_EXPERT_ROWS)
+            for linear in spec.every_linear
+        }
         self.seen = dict[str, InputRanges]()  # the inputs before smoothing
-        self.held_out = {linear.name: InputRanges(1) for linear in spec.linears}
+        self.held_out = {linear.name: InputRanges(1) for linear in spec.every_linear}
 
 
 @torch.inference_mode()
@@ -91,7 +96,7 @@ def quantize_checkpoint(
             reports += done
             kept += [
                 layer_prefix(index) + part.tensor
-                for linear, report in zip(spec.linears, done, strict=True)
+                for linear, report in zip(spec.every_linear, done, strict=True)
                 for part in linear.parts
                 if report.kept
             ]
@@ -125,7 +130,8 @@ def quantize_checkpoint(
 
 def check_recipe(shape: ModelShape, recipe: Recipe, calibration: Sequence[TokenIds]) -> None:
     """Raise `UserError` for a recipe that this model does not allow."""
-    shape.check_as_stored("MODEL", "quantized")
+    shape.check_as_stored("MODEL", "quantized", with_experts=True)
+    shape.check_precision(precision_of(quantized_name(recipe.linears, BFLOAT16, recipe.kv)), field="--precision")
     if shape.quantization is not None:
         raise UserError("MODEL", shape.name, "is quantized already: quantize the checkpoint that it was made from")
     if not calibration and (recipe.linears.is_calibrated or recipe.smooth is not None):
@@ -134,7 +140,7 @@ def check_recipe(shape: ModelShape, recipe: Recipe, calibration: Sequence[TokenI
     names = [
         layer_prefix(index) + part.tensor
         for index, layer in enumerate(shape.layers)
-        for linear in layer.linears
+        for linear in layer.every_linear
         for part in linear.parts
     ]
     for pattern in recipe.keep:
@@ -144,7 +150,7 @@ def check_recipe(shape: ModelShape, recipe: Recipe, calibration: Sequence[TokenI
         return
     if recipe.linears.activations is not None:
         raise UserError("--group-size", recipe.group_size, "only w8a16 has scales for groups of inputs")
-    for linear in shape.layers[0].linears:
+    for linear in (linear for layer in shape.layer_kinds for linear in layer.every_linear):
         if linear.inputs.size % recipe.group_size:
             raise UserError("--group-size", recipe.group_size, f"must divide the {linear.inputs.size} inputs of all")
 
@@ -177,7 +183,7 @@ def _quantize_layer(
 ) -> list[LinearReport]:
     prefix = layer_prefix(index)
     layer = _Layer(index, spec, checkpoint)
-    kept = {linear.name for linear in spec.linears if _is_kept(layer, linear, recipe)}
+    kept = {linear.name for linear in spec.every_linear if _is_kept(layer, linear, recipe)}
     plain = layer.products() if states else {}
     kv_scales: tuple[float, float] | None = None
     if "calibration" in states:
@@ -195,14 +201,13 @@ def _quantize_layer(
     layer.seen = dict(layer.inputs)
     stored = {prefix + name: _DTYPES[checkpoint.format_of(prefix + name)] for name in spec.tensors()}
     if recipe.smooth is not None:
-        for norm, linear in (
-            (spec.before_attention, spec.attention.qkv),
-            (spec.before_mlp, spec.dense.gate_up),
-        ):
+        # Behind the norm before experts stand the router and all of them: it stays as it is.
+        into_mlp = () if spec.experts else ((spec.before_mlp, spec.dense.gate_up),)
+        for norm, linear in ((spec.before_attention, spec.attention.qkv), *into_mlp):
             if norm is not None and linear.name not in kept:
                 _smooth(layer, norm, linear, recipe.smooth, stored[layer.name(norm.tensor) + ".weight"])
     reports, products = [], dict[str, Product]()
-    for linear in spec.linears:
+    for linear in spec.every_linear:
         if linear.name in kept:
             product: Product | None = Linear(layer.weight(linear), layer.bias(linear)) if states else None
             error = 0.0
@@ -215,8 +220,9 @@ def _quantize_layer(
             products[linear.name] = product
         for name in linear.tensors():
             layer.tensors.pop(prefix + name, None)
-    for norm in spec.norms:
-        name = layer.name(norm.tensor) + ".weight"
+    choice = spec.experts.router.bias if spec.experts else None
+    for norm in (*spec.norms, *((choice,) if choice else ())):
+        name = layer.name(norm.name)
         writer.add(name, layer.tensors[name].to(stored[name]))
     if "after" in states:
         states["after"].run(layer.runner(shape, products), spec, kv_scales)
@@ -225,7 +231,7 @@ def _quantize_layer(
 
 def _is_kept(layer: _Layer, linear: LinearSpec, recipe: Recipe) -> bool:
     """Whether a linear stays plain: all its parts, for they run as one product."""
-    return any(recipe.keeps(layer.name(part.tensor)) for part in linear.parts)
+    return linear.kept or any(recipe.keeps(layer.name(part.tensor)) for part in linear.parts)
 
 
 def _quantize_linear(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from profiler.kernels.quantized.kv import QuantizedKV
 from profiler.kernels.quantized.rounding import quantize_rows, quantize_static, widened
@@ -71,7 +72,6 @@ def load_reference(weights: Path, precision: Precision) -> Any:
     Where linears are quantized it multiplies plain numbers that were rounded to 8 bits before: the same arithmetic,
     without any 8-bit product.
     """
-    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -79,34 +79,64 @@ def load_reference(weights: Path, precision: Precision) -> Any:
     if precision.linears is None and shape.quantization is None:
         kind = find(shape.config).model_class
         return kind.from_pretrained(weights, dtype=dtype, local_files_only=True)
-    config = {key: value for key, value in shape.config.items() if key != FIELD}
-    kind = transformers.AutoConfig.for_model(**config)
-    model = transformers.AutoModelForCausalLM.from_config(kind, dtype=dtype)
+    found = find({key: value for key, value in shape.config.items() if key != FIELD})
     checkpoint = open_checkpoint(weights, shape, dtype=dtype)
     state = {name: checkpoint.read(name) for name in shape.tensors()}
     if precision.linears is not None:
-        _round_linears(model, state, shape, checkpoint, precision.linears)
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()
+        _round_weights(state, shape, checkpoint, precision.linears)
+    # A copy: what is loaded is taken out of it.
+    model = found.model_class.from_pretrained(None, config=found.config, state_dict=dict(state), dtype=dtype)
+    if precision.linears is not None and precision.linears.activations is not None:
+        _round_inputs(model, shape, checkpoint, precision.linears)
     return model.eval()
 
 
-def _round_linears(
-    model: Any, state: dict[str, torch.Tensor], shape: ModelShape, checkpoint: Checkpoint, linears: LinearFormat
+def _round_weights(
+    state: dict[str, torch.Tensor], shape: ModelShape, checkpoint: Checkpoint, linears: LinearFormat
 ) -> None:
     for index, layer in enumerate(shape.layers):
-        for linear in layer.linears:
-            if linear.kept:
-                continue
-            names = dict.fromkeys(layer_prefix(index) + part.tensor for part in linear.parts)
-            for name in names:
+        for linear in layer.every_linear:
+            for name in (
+                () if linear.kept else dict.fromkeys(layer_prefix(index) + part.tensor for part in linear.parts)
+            ):
                 if checkpoint.stored(name) is None:
                     weight = f"{name}.weight"
                     made = quantize_weight(state[weight], linears.weights.torch_dtype)
                     state[weight] = made.dequantized(state[weight].dtype)
-                if linears.activations is not None:
-                    rounding = _rounding(linears, checkpoint, linear, layer_prefix(index))
-                    model.get_submodule(name).register_forward_pre_hook(rounding)
+
+
+def _round_inputs(model: Any, shape: ModelShape, checkpoint: Checkpoint, linears: LinearFormat) -> None:
+    assert linears.activations is not None
+    for index, layer in enumerate(shape.layers):
+        for linear in layer.linears:
+            for name in (
+                () if linear.kept else dict.fromkeys(layer_prefix(index) + part.tensor for part in linear.parts)
+            ):
+                rounding = _rounding(linears, checkpoint, linear, layer_prefix(index))
+                model.get_submodule(name).register_forward_pre_hook(rounding)
+        if layer.experts is not None and not layer.experts.kept:
+            modules = model.get_submodule(layer_prefix(index).removesuffix(".")).named_modules()
+            (experts,) = (module for name, module in modules if name.endswith(".experts"))
+            experts.forward = _rounding_experts(experts, linears.activations.torch_dtype)
+
+
+def _rounding_experts(experts: Any, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """What experts of Transformers do, all of a layer in one module, with the inputs of their products rounded."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        made = quantize_rows(x, dtype)
+        return (widened(made.values) * made.scales).to(x.dtype)
+
+    def forward(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(hidden)
+        for expert in chosen.unique().tolist():
+            token, place = torch.where(chosen == expert)
+            gate, up = F.linear(rounded(hidden[token]), experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            made = F.linear(rounded(experts.act_fn(gate) * up), experts.down_proj[expert])
+            out.index_add_(0, token, made * weights[token, place, None])
+        return out
+
+    return forward
 
 
 def _rounding(

@@ -260,7 +260,6 @@ class RingScheme(Scheme):
         ends = accumulate(piece.tokens for piece in share.pieces)
         for piece, end in zip(share.pieces, ends, strict=True):
             at = share.place(piece)
-            before = sum(passed_rows[me][: piece.chunk])  # rows passed on for the chunks before
             kept = self._seen(share, piece, me)  # of the same request, before the piece
             rows = slice(end - piece.tokens, end)
             first = self.kv_rows.start[at.request] + kept
@@ -268,9 +267,9 @@ class RingScheme(Scheme):
             visible = []
             for rank in ranks:
                 start = sum(passed_rows[rank][: piece.chunk])
-                visible.append((start, start + self._seen(share, piece, rank)))
-            own = slice(before + kept, before + kept + piece.tokens)
-            pieces.append(RingPiece(rows=rows, own=own, visible=tuple(visible)))
+                own = piece.tokens if rank == me else 0  # they follow what lies before them
+                visible.append(slice(start, start + self._seen(share, piece, rank) + own))
+            pieces.append(RingPiece(rows=rows, visible=tuple(visible)))
         tokens = [(self.kv_rows.start[at.request], at.start, at.tokens) for at in share.token_ranges()]
         spans = make_spans(tokens, self.choose_kernel)
         slab_rows = [torch.arange(place.start, place.stop, device=self.device) for _, place in places]

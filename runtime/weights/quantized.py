@@ -202,6 +202,8 @@ def _check_shape(checkpoint: Checkpoint, name: str, expected: tuple[int, ...]) -
 def _kept_tensors(shape: ModelShape) -> frozenset[str]:
     """Linears that the configuration says are plain, and the embedding."""
     kept = {part.tensor for part in shape.embedding.parts}
+    assert shape.quantization is not None  # plain checkpoints are not asked
     for index, layer in enumerate(shape.layers):
-        kept |= {layer_prefix(index) + part.tensor for linear in layer.linears if linear.kept for part in linear.parts}
+        names = {layer_prefix(index) + part.tensor for linear in layer.linears if linear.kept for part in linear.parts}
+        kept |= {name for name in names if shape.quantization.keep(name)}
     return frozenset(kept)

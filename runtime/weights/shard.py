@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from profiler.comm.links.group import Groups, RankGroup
+from profiler.experts.experts import Experts, ExpertWeights
+from profiler.experts.products import EachProduct, GroupedLinear
 from profiler.kernels.entry import Product
 from profiler.kernels.linear import Linear
 from profiler.kernels.quantized.linear import make_linear
 from profiler.kernels.quantized.weight import QuantizedWeight, quantize_weight
 from profiler.layers.decoder_layer import DecoderLayer, Norms, projections
-from profiler.layers.experts import Experts, ExpertWeights
 from profiler.layers.head import Head
 from profiler.layers.latent import Latent
-from profiler.model import LayerSpec, ModelShape, Precision
+from profiler.model import ModelShape, Precision
 from profiler.model.experts import ExpertsMLP
-from profiler.model.mlp import DenseMLP
 from profiler.model.precision import LinearFormat
 from profiler.model.shape import layer_prefix
+from profiler.model.spec import ROUTER
 from profiler.model.tensors import Cut, Folding, LinearSpec, NormSpec, Slice
 from runtime.job.place import Place
-from runtime.weights.checkpoint import ALL, Weights
+from runtime.weights.checkpoint import Weights
 from runtime.weights.gathered import GatheredWeights
 from tuner.plan.plan import Weights as WeightsPlace
 
@@ -40,7 +41,7 @@ class Shard:
 
 def load_shard(shape: ModelShape, place: Place, weights: Weights, groups: Groups, precision: Precision) -> Shard:
     """Read this rank's slices, no others."""
-    reader = _Reader(weights, place, precision)
+    reader = _Reader(weights, precision, place.tp_rank, place.parallel.tp_size)
     is_gathered = place.parallel.weights is WeightsPlace.GATHERED
     gathered = GatheredWeights(groups.sequence) if is_gathered else None
     return Shard(
@@ -66,8 +67,9 @@ class _Reader:
     """Reads a rank's part of what specs describe; `prefix` stands before the names of a layer's tensors."""
 
     weights: Weights
-    place: Place
     precision: Precision
+    tp_rank: int
+    tp_size: int
     prefix: str = ""
 
     def matrix(self, spec: LinearSpec) -> torch.Tensor:
@@ -121,30 +123,30 @@ class _Reader:
 
     def experts(self, mlp: ExpertsMLP) -> ExpertWeights:
         """Those of the rank's experts, and of each its features."""
-        held, features = mlp.held(self.place.tp_rank, self.place.parallel.tp_size)
+        held, features = mlp.held(self.tp_rank, self.tp_size)
         if mlp.tensors_of.is_stacked:
             return self._stacked_experts(mlp, held, features)
-        gate_up, down = [], []
-        for expert in range(held.start, held.stop):
-            names = [f"{self.prefix}{name.format(expert)}.weight" for name in mlp.tensors_of.names]
-            gate_up.append(torch.cat([self.weights.read(name, features) for name in names[:2]]))
-            down.append(self.weights.read(names[2], ALL, features))
-        return ExpertWeights(gate_up=torch.stack(gate_up), down=torch.stack(down))
+        cut = self.tp_size // mlp.ep_size
+        within = replace(self, tp_rank=self.tp_rank % cut, tp_size=cut)
+        pairs = [mlp.matrices(expert) for expert in range(held.start, held.stop)]
+        if self.precision.linears is not None and not mlp.kept:
+            gate_up, down = ([within.layer_linear(each) for each in matrices] for matrices in zip(*pairs, strict=True))
+            return ExpertWeights(gate_up=EachProduct(gate_up), down=EachProduct(down))
+        plain = (torch.stack([within.matrix(each) for each in matrices]) for matrices in zip(*pairs, strict=True))
+        return ExpertWeights(gate_up=GroupedLinear(next(plain)), down=GroupedLinear(next(plain)))
 
     def _stacked_experts(self, mlp: ExpertsMLP, held: slice, features: slice) -> ExpertWeights:
+        """Of tensors that hold all experts."""
         names = [f"{self.prefix}{name}" for name in mlp.tensors_of.names]
         pairs = torch.arange(2 * features.start, 2 * features.stop).view(-1, 2).t().flatten()  # gates, then ups
         gate_up = self.weights.read(names[0], held)[:, :, pairs].transpose(1, 2).contiguous()
         down = self.weights.read(names[1], held, features).transpose(1, 2).contiguous()
-        if not mlp.tensors_of.has_bias:
-            return ExpertWeights(gate_up=gate_up, down=down)
-        return ExpertWeights(
-            gate_up=gate_up,
-            down=down,
-            gate_up_bias=self.weights.read(f"{names[0]}_bias", held)[:, pairs].contiguous(),
+        biases: list[torch.Tensor | None] = [None, None]
+        if mlp.tensors_of.has_bias:
+            biases[0] = self.weights.read(f"{names[0]}_bias", held)[:, pairs].contiguous()
             # Ranks that share an expert add its bias once.
-            down_bias=self.weights.read(f"{names[1]}_bias", held) if features.start == 0 else None,
-        )
+            biases[1] = self.weights.read(f"{names[1]}_bias", held) if features.start == 0 else None
+        return ExpertWeights(gate_up=GroupedLinear(gate_up, biases[0]), down=GroupedLinear(down, biases[1]))
 
     def own_bias(self, spec: LinearSpec) -> torch.Tensor | None:
         """The bias that the rank's product adds."""
@@ -152,12 +154,12 @@ class _Reader:
 
     def norm(self, spec: NormSpec) -> torch.Tensor:
         """The rank's part of a norm's weight."""
-        rows = spec.rows(self.place.tp_rank, self.place.parallel.tp_size)
+        rows = spec.rows(self.tp_rank, self.tp_size)
         return folded(self.weights.read(f"{self.prefix}{spec.name}", rows), spec.folding)
 
     def slices(self, spec: LinearSpec) -> Iterator[Slice]:
         """Where the rank's part lies in the checkpoint."""
-        return spec.slices(self.place.tp_rank, self.place.parallel.tp_size)
+        return spec.slices(self.tp_rank, self.tp_size)
 
 
 def _load_layer(
@@ -165,58 +167,37 @@ def _load_layer(
 ) -> DecoderLayer:
     spec, reader = shape.layers[index], replace(model, prefix=layer_prefix(index))
     linears: dict[str, Product] = {}
-    if spec.experts is not None:
-        return _load_expert_layer(shape, spec, spec.experts, reader, group)
-    assert isinstance(spec.mlp, DenseMLP)
     if gathered is None:
         linears = {linear.name: reader.layer_linear(linear) for linear in spec.linears}
     else:
         views = gathered.add({linear.name: reader.matrix(linear) for linear in spec.linears})
         for linear in spec.linears:
             linears[linear.name] = Linear(views[linear.name], reader.own_bias(linear), reorder=False)
+    latent = spec.attention.latent
     return DecoderLayer(
         spec,
-        model.place.parallel.tp_size,
+        model.tp_size,
         norms=Norms.of(spec, reader.norm, eps=shape.norm_eps),
-        **projections(linears),
-        latent=_load_latent(spec, reader),
+        **projections(linears, has_latent=latent is not None),
+        experts=None if spec.experts is None else _load_experts(spec.experts, linears, reader),
+        latent=None if latent is None else Latent(latent, linears["q"], reader.matrix(latent.expand)),
         reduce_o=group.reduce(reader.bias(spec.attention.o)),
-        reduce_down=group.reduce(reader.bias(spec.mlp.down)),
+        reduce_down=group.reduce(None if spec.experts else reader.bias(spec.dense.down)),
         sum_ranks=group.reduce(None),
     )
 
 
-def _load_expert_layer(
-    shape: ModelShape, spec: LayerSpec, mlp: ExpertsMLP, reader: _Reader, group: RankGroup
-) -> DecoderLayer:
-    bias, shared, gate = mlp.router.bias, mlp.shared, mlp.shared_gate
-    held, _ = mlp.held(reader.place.tp_rank, reader.place.parallel.tp_size)
-    experts = Experts(
+def _load_experts(mlp: ExpertsMLP, linears: Mapping[str, Product], reader: _Reader) -> Experts:
+    held, _ = mlp.held(reader.tp_rank, reader.tp_size)
+    return Experts(
         mlp,
         reader.experts(mlp),
         first=held.start,
-        router=Linear(reader.matrix(mlp.router.gate), reader.bias(mlp.router.gate)),
-        choice_bias=None if bias is None else reader.norm(bias),
-        shared=None if shared is None else (reader.linear(shared.gate_up), reader.linear(shared.down)),
-        shared_gate=None if gate is None else reader.linear(gate),
+        router=linears[ROUTER],
+        choice_bias=None if mlp.router.bias is None else reader.norm(mlp.router.bias),
+        shared=None if mlp.shared is None else (linears["shared_gate_up"], linears["shared_down"]),
+        shared_gate=linears.get("shared_gate"),
     )
-    return DecoderLayer(
-        spec,
-        reader.place.parallel.tp_size,
-        norms=Norms.of(spec, reader.norm, eps=shape.norm_eps),
-        qkv=reader.linear(spec.attention.qkv),
-        o=reader.linear(spec.attention.o),
-        experts=experts,
-        latent=_load_latent(spec, reader),
-        reduce_o=group.reduce(reader.bias(spec.attention.o)),
-        reduce_down=group.reduce(None),
-        sum_ranks=group.reduce(None),
-    )
-
-
-def _load_latent(spec: LayerSpec, reader: _Reader) -> Latent | None:
-    latent = spec.attention.latent
-    return None if latent is None else Latent(latent, reader.linear(latent.q), reader.matrix(latent.expand))
 
 
 def _load_head(shape: ModelShape, reader: _Reader, group: RankGroup) -> Head:
@@ -226,5 +207,5 @@ def _load_head(shape: ModelShape, reader: _Reader, group: RankGroup) -> Head:
         shape.norm_eps,
         reader.linear(shape.head),
         first_id=mine.rows.start,
-        gather=group.gather if reader.place.parallel.tp_size > 1 else None,
+        gather=group.gather if reader.tp_size > 1 else None,
     )

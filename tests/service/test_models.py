@@ -17,9 +17,9 @@ from service.use_cases.models import model_report
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 # Billions of parameters that their publishers name; numbers that are kept of a token in all layers whose context grows.
 PUBLISHED = {
-    "DeepSeek-V3": (671.0, Backend.TRANSFORMERS, "fp8", 61 * 576),
+    "DeepSeek-V3": (671.0, Backend.OWN, "fp8", 61 * 576),
     "GLM-5.1": (744.0, Backend.TRANSFORMERS, "bfloat16", 78 * (576 + 128)),
-    "Kimi-K2-Instruct": (1026.4, Backend.TRANSFORMERS, "fp8", 61 * 576),
+    "Kimi-K2-Instruct": (1026.4, Backend.OWN, "fp8", 61 * 576),
     "Llama-3.1-70B-Instruct-FP8": (70.55, Backend.OWN, "fp8", 80 * 2048),
     "Llama-3_3-Nemotron-Super-49B-v1": (49.87, Backend.PLANNING, "bfloat16", 49 * 2048),
     "Llama-4-Scout-17B-16E-Instruct": (108.6, Backend.TRANSFORMERS, "bfloat16", 12 * 2048),
@@ -113,22 +113,17 @@ def test_own_kernels_on_a_cpu_are_not_taken_for_cards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "dense"), [("DeepSeek-V3", 3), ("Kimi-K2-Instruct", 1)])
-def test_plain_weights_of_latent_attention_run_on_own_kernels(name: str, dense: int, tmp_path: Path) -> None:
-    billions, backend, _, kept = PUBLISHED[name]
+def test_latent_attention_runs_on_own_kernels_on_a_cpu_alone(name: str, dense: int, tmp_path: Path) -> None:
     path = folder_of(name, tmp_path) / "config.json"
     config = json.loads(path.read_text())
     per_token, count = config["num_experts_per_tok"], config["n_routed_experts"]
-    path.write_text(json.dumps({field: value for field, value in config.items() if field != "quantization_config"}))
     report = model_report(str(path.parent))
     assert report.backend is Backend.OWN
-    assert report.parameters is not None
-    assert report.parameters / 1e9 == pytest.approx(billions, rel=0.005)
-    assert report.kv_bytes_a_token == 2 * kept
     assert {kind.kind: kind.layers for kind in report.kinds} == {
         "latent attention": dense,
         f"latent attention, {per_token} of {count} experts and shared": 61 - dense,
     }
-    assert load_model_shape(str(path.parent), device_type="cuda").backend is backend
+    assert load_model_shape(str(path.parent), device_type="cuda").backend is Backend.TRANSFORMERS
 
 
 def test_what_is_not_supported_is_told(tmp_path: Path) -> None:

@@ -106,10 +106,9 @@ def check_experts_fit(shape: ModelShape, precision: Precision, weights: Weights)
     """Raise `UserError` where experts or latents would have to be what kernels here do not run."""
     if not shape.has_experts and not shape.has_latents:
         return
-    what = "experts" if shape.has_experts else "latents"
-    if precision.linears is not None or precision.has_kv_scales:
-        raise UserError("precision", precision.name, f"a plain one: {what} of {shape.name} are not run in 8 bits")
+    shape.check_precision(precision, field="precision")
     if weights is Weights.GATHERED:
+        what = shape.experts_or_latents
         raise UserError("parallel.weights", weights, f"whole: {what} of {shape.name} are not gathered")
 
 

@@ -9,6 +9,9 @@ from functools import cached_property
 import torch
 
 from profiler.comm.links.group import RankGroup, Reduction
+from profiler.experts.experts import Experts, ExpertWeights
+from profiler.experts.products import EachProduct, GroupedLinear, GroupedProduct
+from profiler.experts.routing import route
 from profiler.kernels.attention import attend
 from profiler.kernels.attention_kernel import AttentionKernel, Masking
 from profiler.kernels.elementwise import silu_product
@@ -17,7 +20,6 @@ from profiler.kernels.linear import Linear
 from profiler.kernels.quantized.kv import KV, read_rows
 from profiler.kernels.rotary import Rotary
 from profiler.layers.decoder_layer import DecoderLayer, Norms, Stream, projections
-from profiler.layers.experts import Experts, ExpertWeights, route
 from profiler.layers.head import Head, embed
 from profiler.layers.latent import Latent
 from profiler.layers.layer_inputs import LayerInputs
@@ -104,7 +106,9 @@ class Operators:
         """Routed experts of the rank that gets most tokens: all but the router's product, whose logits are there."""
         spec = self._expert_spec(point)
         tokens, held, features = (point.shape[name] for name in ("tokens", "held", "features"))
-        size = self.workspace.precision.weights.num_bytes(3 * held * features * point.shape["hidden"])
+        hidden, precision = point.shape["hidden"], self.workspace.precision
+        each = ((2 * features, hidden), (hidden, features))
+        size = held * sum(precision.matrix_bytes(n, k, kept=spec.kept) for n, k in each)
         copies = self.workspace.num_copies(size)
         weights = self.workspace.keep(
             ("experts", held, features), size * copies,
@@ -121,10 +125,10 @@ class Operators:
         firsts = [min(spec.experts.of_rank(rank, groups).start, count - held) for rank in range(groups)]
         first = max(firsts, key=lambda first: int(got[first : first + held].sum()))
         router = Linear(x.new_zeros(1, point.shape["hidden"]))
-        each = [
+        layers = [
             Experts(replace(spec, shared=None), one, first=first, router=router, choice_bias=bias) for one in weights
         ]
-        return lambda call: each[call % copies].routed(x, *route(spec.router, logits, bias))
+        return lambda call: layers[call % copies].routed(x, *route(spec.router, logits, bias))
 
     def _expert_spec(self, point: Point) -> ExpertsMLP:
         names = ("experts", "per_token")
@@ -134,14 +138,15 @@ class Operators:
         raise ValueError(f"{self.shape.name} has no experts of {point.shape}")
 
     def _expert_weights(self, spec: ExpertsMLP, held: int, features: int) -> ExpertWeights:
-        hidden, random = spec.hidden.size, self.workspace.random
-        has_bias = spec.tensors_of.has_bias
-        return ExpertWeights(
-            gate_up=random(held, 2 * features, hidden, scale=hidden**-0.5),
-            down=random(held, hidden, features, scale=features**-0.5),
-            gate_up_bias=random(held, 2 * features) if has_bias else None,
-            down_bias=random(held, hidden) if has_bias else None,
-        )
+        hidden, workspace = spec.hidden.size, self.workspace
+
+        def product(n: int, k: int) -> GroupedProduct:
+            if workspace.precision.linears is not None and not spec.kept:
+                return EachProduct([workspace.linear(n, k) for _ in range(held)])
+            weight = workspace.random(held, n, k, scale=k**-0.5)
+            return GroupedLinear(weight, workspace.random(held, n) if spec.tensors_of.has_bias else None)
+
+        return ExpertWeights(gate_up=product(2 * features, hidden), down=product(hidden, features))
 
     def _attention(self, point: Point) -> Run:
         chunk, context = point.shape["chunk"], point.shape["context"]
@@ -184,7 +189,7 @@ class Operators:
             down=None if spec.experts else lambda _x: projected,
             experts=(lambda _x: _with_shared(gate_up, projected)) if spec.experts else None,
             latent=self._given_latent(spec, tp_size, tokens),
-            entries=None if spec.experts else Entries.of(products),
+            entries=Entries.of(products, has_latent=spec.attention.latent is not None),
             reduce_o=self._reduce(spec.attention.o),
             reduce_down=self._reduce(None if spec.experts else spec.dense.down),
             sum_ranks=lambda partial: partial,
@@ -281,7 +286,7 @@ class Operators:
             alike = spec.variant == point.variant and spec.sizes(tp_size).items() <= point.shape.items()
             if alike and point.op is Op.ELEMENTWISE:
                 return spec, tp_size
-            for made in dict.fromkeys((spec, spec.spread(tp_size))) if alike else ():
+            for made in map(spec.spread, self.shape.spread_sizes(tp_size)) if alike else ():
                 named = made.sizes(tp_size) | made.traits(tp_size)
                 if all(point.shape.get(name, 0) == named.get(name, 0) for name in {*MASKS, *named}):
                     return made, tp_size
@@ -294,24 +299,21 @@ class Operators:
             )
             for linear in spec.linears
         }
-        if spec.experts is not None:
-            return self._expert_layer(spec, tp_size, linears)
         return DecoderLayer(
             spec,
             tp_size,
             norms=self._norms(spec, tp_size),
-            **projections(linears),
+            **projections(linears, has_latent=spec.attention.latent is not None),
+            experts=None if spec.experts is None else self._whole_experts(spec.experts, tp_size, linears),
             latent=self._whole_latent(spec, tp_size, linears),
             reduce_o=self._reduce(spec.attention.o),
-            reduce_down=self._reduce(spec.dense.down),
+            reduce_down=self._reduce(None if spec.experts else spec.dense.down),
             sum_ranks=lambda partial: partial,
         )
 
-    def _expert_layer(self, spec: LayerSpec, tp_size: int, linears: Mapping[str, Product]) -> DecoderLayer:
-        mlp = spec.experts
-        assert mlp is not None
+    def _whole_experts(self, mlp: ExpertsMLP, tp_size: int, linears: Mapping[str, Product]) -> Experts:
         held, features = mlp.held(0, tp_size)
-        experts = Experts(
+        return Experts(
             mlp,
             self._expert_weights(mlp, held.stop - held.start, features.stop - features.start),
             first=held.start,
@@ -319,18 +321,6 @@ class Operators:
             choice_bias=None if mlp.router.bias is None else self.workspace.random(mlp.experts.count, scale=0.0),
             shared=None if mlp.shared is None else (linears["shared_gate_up"], linears["shared_down"]),
             shared_gate=linears.get("shared_gate"),
-        )
-        return DecoderLayer(
-            spec,
-            tp_size,
-            norms=self._norms(spec, tp_size),
-            qkv=linears["qkv"],
-            o=linears["o"],
-            experts=experts,
-            latent=self._whole_latent(spec, tp_size, linears),
-            reduce_o=self._reduce(spec.attention.o),
-            reduce_down=self._reduce(None),
-            sum_ranks=lambda partial: partial,
         )
 
     def _whole_latent(self, spec: LayerSpec, tp_size: int, linears: Mapping[str, Product]) -> Latent | None:

@@ -10,7 +10,6 @@ from profiler.model.architectures.dense import gated_mlp, number
 from profiler.model.architectures.mixture import DENSE, GROUPED, deepseek_mixture, first_dense
 from profiler.model.experts import Scoring
 from profiler.model.fields import KernelsMissingError, positive
-from profiler.model.quantization import FIELD
 from profiler.model.rope import head_order, rope_parameters, rope_type, yarn_scale
 from profiler.model.spec import AttentionSpec, LatentSpec, LayerSpec
 from profiler.model.tensors import Cut, Dim, Folding, LinearSpec, NormSpec, Part
@@ -18,8 +17,6 @@ from profiler.model.tensors import Cut, Dim, Folding, LinearSpec, NormSpec, Part
 
 def latent_layer(config: Config, *, interleaved: bool) -> LayerSpec:
     """Latent attention and SwiGLU with a norm before each."""
-    if config.get(FIELD):
-        raise KernelsMissingError(FIELD, "of latent attention", "kernels here run plain weights of it alone")
     hidden, num_heads = Dim(positive(config, "hidden_size")), positive(config, "num_attention_heads")
     rank, plain, turned, value = (
         positive(config, name) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")

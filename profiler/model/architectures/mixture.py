@@ -41,8 +41,8 @@ def mixture(
     **router: Any,
 ) -> LayerSpec:
     """The layer with `count` experts of so many features; router: arguments of `Router`."""
-    if config.get(FIELD):
-        raise KernelsMissingError(FIELD, "of experts", "kernels here run plain ones alone")
+    if config.get(FIELD) and len(names) == 2:
+        raise KernelsMissingError(FIELD, "of experts in one tensor", "kernels here read plain ones alone")
     hidden, experts, per_token = Dim(layer.hidden_size), Dim(count), positive(config, "num_experts_per_tok")
     if per_token > count:
         raise UserError("num_experts_per_tok", per_token, f"at most the {count} experts")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,12 @@ def packed_groups(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def blocks(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def blocks(weight: torch.Tensor, size: int = 16) -> dict[str, torch.Tensor]:
     n, k = weight.shape
-    ends = weight.view(n // 16, 16, k // 16, 16).abs().amax(dim=(1, 3))
+    rows = torch.nn.functional.pad(weight, (0, 0, 0, -n % size))  # the last block may have fewer
+    ends = rows.view(-1, size, k // size, size).abs().amax(dim=(1, 3))
     scales = ends / LARGEST[torch.float8_e4m3fn]
-    whole = scales.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    whole = scales.repeat_interleave(size, 0)[:n].repeat_interleave(size, 1)
     return {"weight": rounded(weight / whole, torch.float8_e4m3fn), "weight_scale_inv": scales}
 
 
@@ -67,6 +69,14 @@ LAYOUTS: dict[str, tuple[Callable[[torch.Tensor], dict[str, torch.Tensor]], dict
     "fp8 blocks": (blocks, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}, "w8a16"),
     "ModelOpt FP8": (per_tensor, None, "fp8-static"),
 }
+DEEPSEEK = "fp8 blocks of 128"
+PUBLISHED = LAYOUTS | {
+    DEEPSEEK: (
+        partial(blocks, size=128),
+        {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+        "w8a16",
+    )
+}
 
 
 def publish(
@@ -78,12 +88,12 @@ def publish(
     kv_scales: tuple[float, float] | None = None,
 ) -> Path:
     """The checkpoint at `source` as others would publish it; kv_scales: of keys and of values kept in fp8."""
-    store, config, _ = LAYOUTS[layout]
+    store, config, _ = PUBLISHED[layout]
     folder.mkdir()
     tensors: dict[str, torch.Tensor] = {}
     for path in source.glob("*.safetensors"):
         tensors |= load_file(path)
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+    for name in [name for name in tensors if name.endswith(("_proj.weight", "_mqa.weight"))]:
         linear = name.removesuffix(".weight")
         tensors |= {f"{linear}.{part}": tensor for part, tensor in store(tensors.pop(name)).items()}
     for which, scale in zip("kv", kv_scales or (), strict=False):

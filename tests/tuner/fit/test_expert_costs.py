@@ -60,6 +60,10 @@ def test_parameters_flops_and_what_a_rank_holds() -> None:
         rest = mixed.num_elements(2) - mixed.experts.matrix_elements(2) if mixed.experts else 0
         assert spread.weights_bytes(plain, 2) == 4 * (held + rest)
         assert spread.product_elements(2) == mixed.product_elements(2)
+    int8 = PRECISIONS["w8a8+float32"]  # numbers of a byte, and four bytes of scale for each output of each expert
+    experts = mixed.spread(2).weights_bytes(int8, 2) - replace(mixed.spread(2), mlp=dense.mlp).weights_bytes(int8, 2)
+    mlp = DENSE // 2 + 4 * (768 + 256)
+    assert experts == 5 * (EXPERTS + 4 * (2 * 128 + 256)) + 4 * 9 * 256 - mlp
 
 
 def test_layouts_spread_experts_beside_cutting_them() -> None:

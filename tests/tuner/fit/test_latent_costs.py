@@ -35,10 +35,10 @@ CONFIG: dict[str, Any] = {
 SHAPE = model_from_config(CONFIG, name="latents")
 
 
-def grid(shape: ModelShape, *, context_length: int, tp_sizes: tuple[int, ...] = (1, 2)) -> Grid:
+def grid(shape: ModelShape, *, context_length: int, tp_sizes: tuple[int, ...] = (1, 2), dtype: str = "float32") -> Grid:
     return Grid(
-        shape=shape, dtype="float32", tp_sizes=tp_sizes, world_size=2, context_length=context_length, device_type="cpu",
-        kernels=(AttentionKernel.CPU_FOLDED, AttentionKernel.CPU_FLASH),
+        shape=shape, dtype=dtype, tp_sizes=tp_sizes, world_size=tp_sizes[-1], context_length=context_length,
+        device_type="cpu", kernels=(AttentionKernel.CPU_FOLDED, AttentionKernel.CPU_FLASH),
     )  # fmt: skip
 
 
@@ -65,8 +65,8 @@ def test_counts_are_those_of_transformers_modules() -> None:
 def test_what_latents_do_not_run_in_is_refused() -> None:
     with pytest.raises(UserError, match=r"^sp_kind: gather; one of none, megatron: it runs no latent attention"):
         check_sequence_fits(SHAPE, SPKind.GATHER)
-    with pytest.raises(UserError, match=r"^precision: w8a8; a plain one"):
-        check_experts_fit(SHAPE, PRECISIONS["w8a8"], Weights.WHOLE)
+    with pytest.raises(UserError, match=r"^precision: float32\+kv-int8; one of plain keys and values: experts of"):
+        check_experts_fit(SHAPE, PRECISIONS["float32+kv-int8"], Weights.WHOLE)
     with pytest.raises(UserError, match=r"kernels here run latent attention on CPUs alone"):
         model_from_config(CONFIG | {"first_k_dense_replace": 3}, name="dense", backend="own", device_type="cuda")
     scaled = {"type": "yarn", "factor": 2.0, "mscale_all_dim": "much"}
@@ -74,24 +74,29 @@ def test_what_latents_do_not_run_in_is_refused() -> None:
         model_from_config(CONFIG | {"rope_scaling": scaled}, name="latents", backend="own")
 
 
-def test_every_point_of_a_layer_is_run() -> None:
-    device, precision = torch.device("cpu"), PRECISIONS["float32"]
+@pytest.mark.parametrize("dtype", ["float32", "w8a8+float32", "w8a16+float32"])
+def test_every_point_of_a_layer_is_run(dtype: str) -> None:
+    device, precision = torch.device("cpu"), PRECISIONS[dtype]
     workspace = Workspace(device, precision, cold_bytes=0, limit_bytes=1 << 26)
     operators = Operators(SHAPE, 64, workspace, lambda _chunk, _context: AttentionKernel.CPU_FOLDED)
-    wanted = (Op.ATTENTION, Op.ELEMENTWISE, Op.LAYER)
-    points = [point for point in grid(SHAPE, context_length=64).points() if point.op in wanted]
-    ran = set()
+    wanted = (Op.ATTENTION, Op.ELEMENTWISE, Op.LAYER, Op.EXPERTS)
+    all_points = grid(SHAPE, context_length=64, tp_sizes=(1, 2, 4), dtype=dtype).points()
+    points = [point for point in all_points if point.op in wanted]
+    ran, spreads = set(), set()
     for point in points:
         sizes = {name: size for name, size in point.shape.items() if name not in ("chunk", "tokens", "context")}
         if (work := (point.op, point.variant, *sizes.items())) not in ran:
             ran.add(work)
             width = sizes["value"] if point.op is Op.ATTENTION else 256
             assert operators.prepare(point).run(0).shape[-1] == width
+        if point.op is Op.EXPERTS:
+            spreads.add((sizes["held"], sizes["features"]))
+    assert spreads == {(8, 64), (8, 32), (4, 64), (8, 16), (4, 32), (2, 64)}
     assert {op for op, *_ in ran} == set(wanted)
     attention = [point for point in points if point.op is Op.ATTENTION]
     assert {point.variant for point in attention} == {AttentionKernel.CPU_MASKED}
     assert {(point.shape["heads"], point.shape["kv_heads"], point.shape["latent"]) for point in attention} == {
-        (8, 1, 128), (4, 1, 128),
+        (8, 1, 128), (4, 1, 128), (2, 1, 128),
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from tuner.fit.sequence.gather import GatherContiguous, GatherZigzag
 from tuner.fit.sequence.parts import LayerParts
 
 _LARGE_BYTES = 2.0**30  # where a message's time is that of its bytes
+_MANY_ROWS = 2.0**17  # the same of a copy
 
 
 class Ring(RowCosts):
@@ -36,11 +37,12 @@ class Ring(RowCosts):
     def compute_s(self, tokens: Floats) -> Floats:
         """The rank's rows, g - 1 merges of their partial attention (by log-sum-exp), and what goes around put together.
 
-        A merge reads two results and writes one, in float32.
+        A merge reads two results and writes one; sums that another merge follows are in float32.
         """
         parts, rows = self.parts, self.parts.rows(tokens)
-        moved = (parts.size - 1) * 3 * parts.row_bytes.attended_float32 + 2 * parts.row_bytes.kv
-        return super().compute_s(tokens) + parts.moved_s(rows, moved)
+        sizes = parts.row_bytes
+        merged = (parts.size + 1) * sizes.attended + 2 * (parts.size - 2) * sizes.attended_float32
+        return super().compute_s(tokens) + parts.moved_s(rows, merged + 2 * sizes.kv)
 
     def sent_s(self, tokens: Floats) -> Floats:
         """Latencies of g - 1 messages; their bytes count beside the attention of each chunk."""
@@ -52,9 +54,9 @@ class Ring(RowCosts):
         return self.parts.overlap.together(attention_s, chunk * self._passed_token_s)
 
     def slope_s(self, chunk: Floats) -> Floats:
-        """The chunk's pairs with a token of context, which goes around beside it."""
+        """The chunk's pairs with a token of context, which is copied to where it is sent from and goes around."""
         passed_s = np.full_like(chunk, self._passed_token_s)
-        return self.parts.overlap.together(self.pairs.slope_s(chunk), passed_s)
+        return self.parts.overlap.together(self.pairs.slope_s(chunk), passed_s) + self._copied_token_s
 
     def least_base_s(self, chunk: Floats) -> Floats:
         """See `CutCosts`."""
@@ -63,11 +65,18 @@ class Ring(RowCosts):
     def least_slope_s(self, chunk: Floats) -> Floats:
         """See `CutCosts`."""
         passed_s = np.full_like(chunk, self._passed_token_s)
-        return self.parts.overlap.together(self.pairs.least_slope_s(chunk), passed_s)
+        return self.parts.overlap.together(self.pairs.least_slope_s(chunk), passed_s) + self._copied_token_s
 
     def share_of_sum(self, chunk: Sequence[int], context: Sequence[int]) -> float:
         """See `CutCosts`: as the pairs are shared."""
         return self.pairs.share_of_sum(chunk, context)
+
+    @property
+    def _copied_token_s(self) -> float:
+        """A g-th of a token's keys and values, put where they are sent from."""
+        parts = self.parts
+        copied_s = parts.moved_s(np.full(1, _MANY_ROWS), 2 * parts.row_bytes.kv)
+        return float(copied_s[0]) / _MANY_ROWS / parts.size
 
     @property
     def _passed_token_s(self) -> float:

@@ -15,7 +15,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @needs_triton
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("kernel", ["quantize", "rms_norm", "silu", "product", "dequantizing", "kv"])
+@pytest.mark.parametrize("kernel", ["quantize", "rms_norm", "silu", "product", "dequantizing", "kv", "merge"])
 def test_a_kernel_equals_its_reference(kernel: str) -> None:
     """In a process of its own: Triton decides when it is imported whether it interprets."""
     program = Path(__file__).parent / "triton_checks.py"

@@ -166,6 +166,28 @@ def kv() -> None:
             )
 
 
+def merge() -> None:
+    """Two parts of attention into one, as rows of heads and as heads of rows; a row of which one part saw nothing."""
+    heads, tokens, dim = 9, 5, 24
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = []
+        for seed in (1, 2):
+            rows = random(tokens, heads, dim, seed=seed, dtype=dtype)
+            lse = 3.0 * random(heads, tokens, 1, seed=seed + 2)
+            parts.append((rows.transpose(0, 1) if seed == 1 else rows.transpose(0, 1).contiguous(), lse))
+        (first, first_lse), (second, second_lse) = parts
+        first_lse[1, 2], second_lse[3, 4] = float("-inf"), float("-inf")
+        share = torch.sigmoid(second_lse - first_lse)
+        expected = torch.lerp(first.float(), second.float(), share)
+        out, lse = torch.empty_like(expected), torch.empty_like(first_lse)
+        triton_elementwise.merge_partial(first, first_lse, second, second_lse, out, lse)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse, torch.logaddexp(first_lse, second_lse), rtol=1e-5, atol=1e-6)
+        rows = torch.full((tokens, heads, dim), float("nan"), device=DEVICE, dtype=dtype)
+        triton_elementwise.merge_partial(first, first_lse, second, second_lse, rows.transpose(0, 1), None)
+        torch.testing.assert_close(rows.transpose(0, 1).float(), expected, rtol=1e-2, atol=1e-2)
+
+
 if __name__ == "__main__":
-    {check.__name__: check for check in (quantize, rms_norm, silu, product, dequantizing, kv)}[sys.argv[1]]()
+    {check.__name__: check for check in (quantize, rms_norm, silu, product, dequantizing, kv, merge)}[sys.argv[1]]()
     print("equal")

@@ -154,13 +154,15 @@ def test_a_ring_passes_context_and_chunk_around_beside_attention(size: int) -> N
     passed_s = (size - 1) * (chunk + context) / size * BYTES.kv * byte_s
     counted = share_s(given, cut_round([chunk], SequenceCut.ZIGZAG, size)[0], (context,))
     launches_s = (size - 1) * float(given.base_s(at(1))[0])
-    predicted = float((ring.base_s(at(chunk)) + ring.slope_s(at(chunk)) * context)[0])
+    rows = 2.0**17
+    copied_s = float(given.moved_s(at(rows), 2 * BYTES.kv)[0]) / rows / size * context
+    predicted = float((ring.base_s(at(chunk)) + ring.slope_s(at(chunk)) * context)[0]) - copied_s
     # Where either takes longer in both the chunk's own part and the context's, the sum is exact; never below.
     assert max(counted, passed_s) * (1 - 1e-9) <= predicted <= (counted + launches_s + passed_s) * (1 + 1e-9)
     slow_link = parts(size, overlap=APART)
     added = costs(SPKind.RING, SequenceCut.ZIGZAG, slow_link)
     assert float((added.base_s(at(chunk)) + added.slope_s(at(chunk)) * context)[0]) == pytest.approx(
-        counted + launches_s + passed_s
+        counted + launches_s + passed_s + copied_s
     )
 
 
