@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from math import comb
 from typing import TypedDict
 
 from profiler.model.mlp import DenseMLP
@@ -148,6 +149,15 @@ class ExpertsMLP:
             whole = (replace(linear, cut=Cut.REPLICATED) for linear in (shared.gate_up, shared.down))
             shared = replace(shared, gate_up=next(whole), down=next(whole))
         return replace(self, shared=shared, ep_size=ep_size, beside=beside, dispatch=dispatch)
+
+    @property
+    def sent_share(self) -> float:
+        """The share of rows that some expert of the fullest group is chosen for, all experts being as likely.
+
+        A row goes to a group once, however many of its experts it is for.
+        """
+        count, per_token = self.experts.count, self.router.per_token
+        return 1.0 - comb(count - self.experts.per_rank(self.num_groups), per_token) / comb(count, per_token)
 
     def sizes(self, tp_size: int) -> dict[str, int]:
         """Of a rank's part, as the rows of `experts` name them."""
