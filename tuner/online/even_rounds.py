@@ -49,7 +49,7 @@ class EvenRounds:
         budgets, tokens = self.budgets, self.num_tokens
         if not budgets.stages_after:
             return [(0.0, math.inf, 1)]
-        work_s, weights = np.cumsum(budgets.work_s), np.array(budgets.weights)
+        work_s, weights = np.array(budgets.work_s).cumsum(), np.array(budgets.weights)
         total_s = max(float(work_s[-1]), 1e-12)
         context = sum(budgets.context_work) / total_s
         most = max(tokens / self.excess.least_tokens(context), 1.0)
@@ -57,8 +57,11 @@ class EvenRounds:
         whole = {int(share * len(weights)) for share in ROUNDS_A_REQUEST}
         numbers |= {count for count in whole if 1 <= count <= most + 1.0}
         tried = sorted(numbers)
-        excess_s = self.excess.seconds(tokens / np.array(tried), context).tolist()
-        before = np.ceil(np.outer(np.array(tried) / total_s, work_s) - 1e-9) @ weights
+        counts = np.array(tried, dtype=np.float64)
+        excess_s = self.excess.seconds(tokens / counts, context).tolist()
+        whole_rounds = (counts / total_s)[:, None] * work_s
+        whole_rounds -= 1e-9
+        before = np.ceil(whole_rounds, out=whole_rounds) @ weights
         pass_s = budgets.stages_after * (1.0 + self.hop_share) * float(weights.sum())
         judged = []
         for num_rounds, rounds_before, per_round_s in zip(tried, before.tolist(), excess_s, strict=True):

@@ -23,8 +23,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from bisect import insort
 from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
 
 from db.errors import UserError
 from tuner.online.even_rounds import EvenRounds
@@ -32,8 +34,8 @@ from tuner.online.in_flight import InFlight
 from tuner.online.lookahead import Lookahead
 from tuner.online.patience import running_order
 from tuner.online.settings import AS_IT_COMES, OnlineSettings
-from tuner.online.traffic import Outlook, Traffic
-from tuner.online.waiting import Waiting
+from tuner.online.traffic import ROUNDS_A_REQUEST, Outlook, Traffic
+from tuner.online.waiting import Waiting, WaitingOrder
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round, check_window
 from tuner.rounds.packing import OpenRound, Packer
@@ -93,7 +95,7 @@ class OnlinePlanner:
         self.requests: list[Request] = []
         """Every request ever added; a chunk's `request` is an index into it."""
         self._index_of: dict[str, int] = {}
-        self._queue: list[tuple[float, int]] = []  # (rank, index), sorted
+        self._queue = WaitingOrder()
         self._order: list[int] = []  # of the next round, by index
         self._stretch = 1.0  # seconds of rounds over those of the work in them; running mean
         self._waiting: dict[int, Waiting] = {}
@@ -209,7 +211,7 @@ class OnlinePlanner:
         """All that wait, those that run first at the start."""
         patience_s = self.settings.patience
         if not patience_s or self.objective.needs_deadlines:
-            return [index for _, index in self._queue]
+            return self._queue.indices.copy()
         waiting = [self._waiting[index] for index in sorted(self._waiting)]  # as they came
         work_s = [self._stretch * each.work_s for each in waiting]
         pass_s = max(self._in_flight.pass_s, self._overhead_s * self._stages_after)
@@ -229,9 +231,9 @@ class OnlinePlanner:
         """The cap's fill of the queue in running order."""
         into = self._open_round(beside)
         cap_s = max(self._cap_s(start_s), self._in_flight.lag_s(start_s, self._hop_share)) + max(into.added_s)
-        cap_s = min(cap_s, most_s)
+        cap_s, is_limited = min(cap_s, most_s), self._is_limited
         for index in self._order:
-            if not self._put(into, self._waiting[index], cap_s):
+            if not self._put(into, self._waiting[index], cap_s, is_limited):
                 break
         if not into.chunks:  # under the cap not even one grid unit fits
             for index in self._order:
@@ -240,18 +242,19 @@ class OnlinePlanner:
                     break
         return tuple(into.chunks)
 
-    def _put(self, into: OpenRound, waiting: Waiting, cap_s: float) -> bool:
+    def _put(self, into: OpenRound, waiting: Waiting, cap_s: float, is_limited: bool) -> bool:
         """Run as much of a request as fits; False once the round is full."""
         left = waiting.left
         if not self._admissible(waiting):
             return False
-        ends_s = cap_s if self._is_limited or into.num_tokens else ENDS_WITHIN * cap_s
         tokens = self._packer.longest(into, waiting.done, left, cap_s)
-        if tokens < left and self._packer.fits(into, left, waiting.done, True, ends_s):
-            tokens = min(left, self._packer.max_round_tokens - into.num_tokens)
+        if tokens < left:
+            ends_s = cap_s if is_limited or into.num_tokens else ENDS_WITHIN * cap_s
+            if self._packer.fits(into, left, waiting.done, True, ends_s):
+                tokens = min(left, self._packer.max_round_tokens - into.num_tokens)
         if not tokens:
             return False
-        if tokens < left and not self._is_limited:
+        if tokens < left and not is_limited:
             thrifty = self._excess.thrifty_tokens(into.num_tokens + tokens, waiting.done) - into.num_tokens
             tokens = min(tokens, max(thrifty // self.chunk_multiple * self.chunk_multiple, self.chunk_multiple))
         self._take(into, waiting, tokens, tokens == left)
@@ -279,22 +282,28 @@ class OnlinePlanner:
 
     def _admissible(self, waiting: Waiting) -> bool:
         most = self.limits.max_kv_tokens
-        fits = most is None or self._held_tokens + waiting.request.prompt_tokens <= most
-        return fits or waiting.index in self._started
+        if most is None or waiting.index in self._started:
+            return True
+        return self._held_tokens + waiting.request.prompt_tokens <= most
 
     def _queue_budgets(self) -> QueueBudgets:
-        waiting = self._in_order()
+        """What waits, in running order; read before the round at hand changes it."""
+        work_s: Sequence[float] = self._queue.work_s
+        context_work: Sequence[float] = self._queue.context_work
+        weights: Sequence[float] = self._queue.weights
+        if self._order != self._queue.indices:
+            waiting = list(map(self._waiting.__getitem__, self._order))
+            work_s = [each.work_s for each in waiting]
+            context_work = [each.context_work for each in waiting]
+            weights = [each.request.weight for each in waiting]
         return QueueBudgets(
-            work_s=[each.work_s for each in waiting],
-            context_work=[each.context_work for each in waiting],
-            weights=[each.request.weight for each in waiting],
+            work_s=work_s,
+            context_work=context_work,
+            weights=weights,
             overhead_s=self._overhead_s,
             context_token_s=self._context_token_s,
             stages_after=self._stages_after,
         )
-
-    def _in_order(self) -> list[Waiting]:
-        return list(map(self._waiting.__getitem__, self._order))
 
     def _even_rounds(self, budgets: QueueBudgets, start_s: float) -> EvenRounds:
         return EvenRounds(
@@ -338,9 +347,8 @@ class OnlinePlanner:
         if self._traffic.is_known:
             count = len(self.requests) + 1
             tokens, context = self._tokens / count, self._context / count
-            self._load = self._traffic.load(
-                lambda rounds: float(self._excess.seconds(tokens / rounds, context)), self.cost.pp_size - 1
-            )
+            overheads_s = self._excess.seconds(tokens / np.array(ROUNDS_A_REQUEST), context).tolist()
+            self._load = self._traffic.load(overheads_s, self.cost.pp_size - 1)
 
     @property
     def _is_limited(self) -> bool:
@@ -390,7 +398,7 @@ class OnlinePlanner:
             waiting.rank = waiting.work_s / max(request.weight, 1e-12) + self.settings.aging * request.arrival_s
         self._total_work_s += waiting.work_s
         self._waiting[waiting.index] = waiting
-        insort(self._queue, (waiting.rank, waiting.index))
+        self._queue.insert(waiting)
 
     def _work_s(self, tokens: int, context: int) -> float:
         """Seconds that these tokens take in one round on the slowest stage, its overhead left out."""
@@ -399,7 +407,7 @@ class OnlinePlanner:
 
     def _dequeue(self, index: int) -> Waiting:
         waiting = self._waiting.pop(index)
-        self._queue.remove((waiting.rank, index))
+        self._queue.remove(waiting)
         self._total_work_s -= waiting.work_s
         self._left_tokens -= waiting.left
         if not self._waiting:

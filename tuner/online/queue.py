@@ -51,31 +51,34 @@ class FirstComeQueue:
     def next_round(self, now_s: float, beside: Beside = NOTHING_BESIDE) -> Round:
         """The next round: nothing without work, and at least one step of the grid however much is decoded beside."""
         requests, done, waiting, running = self._requests, self._done, self._waiting, self._running
-        chunks: list[Chunk] = []
-        room, freed, place = max(self._budget - beside.tokens, min(self._multiple, self._budget)), 0, 0
+        multiple, take, chunks = self._multiple, self._take, list[Chunk]()
+        room, freed, place = max(self._budget - beside.tokens, min(multiple, self._budget)), 0, 0
         num_running = len(running)
         while room > 0 and (place < num_running or waiting):
             is_new = place >= num_running
             index = waiting[0] if is_new else running[place]
             place += 1
-            request = requests[index]
-            if is_new and self._held + request.prompt_tokens > self._most_held:
+            prompt, start = requests[index].prompt_tokens, done[index]
+            if is_new and self._held + prompt > self._most_held:
                 break
-            left = request.prompt_tokens - done[index]
-            tokens = self._take(index, done[index], left, room, not chunks)
-            tokens = _on_grid(tokens, left, room, self._multiple, bool(chunks))
+            left = prompt - start
+            tokens = min(take(index, start, left, room, not chunks), left, room)
+            if tokens < left:  # only what ends the prompt may be off the grid; the round's first chunk is never empty
+                tokens = tokens // multiple * multiple
+                if not tokens and not chunks:
+                    tokens = min(multiple, left, room)
             if not tokens:
                 if is_new:
                     break
                 continue
             if is_new:
                 running.append(waiting.popleft())
-                self._held += request.prompt_tokens
-            chunks.append(Chunk(index, done[index], tokens))
-            done[index] += tokens
+                self._held += prompt
+            chunks.append(Chunk(index, start, tokens))
+            done[index] = start + tokens
             room -= tokens
             if tokens == left:
-                freed += request.prompt_tokens
+                freed += prompt
             elif self._one_partial:
                 break
         if freed:
@@ -139,12 +142,3 @@ def run_queue(problem: Problem, num_tokens: int, take: Take, *, one_partial: boo
     while queue.has_work:
         rounds.append(queue.next_round(0.0))
     return rounds
-
-
-def _on_grid(tokens: int, left: int, room: int, multiple: int, may_skip: bool) -> int:
-    """Round a chunk down to the grid, unless it ends the prompt; the round's first chunk is never empty."""
-    tokens = min(tokens, left, room)
-    if tokens == left:
-        return tokens
-    tokens = tokens // multiple * multiple
-    return tokens if tokens or may_skip else min(multiple, left, room)

@@ -24,7 +24,7 @@ leave no backlog, and count in full.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MEMORY = 128
@@ -80,15 +80,14 @@ class Traffic:
         """Variance of the work of a request over its squared mean."""
         return max(self.work_square / self.work_s**2 - 1.0, 0.0) if self.work_s else 0.0
 
-    def load(self, overhead_s: Callable[[float], float], stages_after: int) -> float:
+    def load(self, overheads_s: Sequence[float], stages_after: int) -> float:
         """Seconds of work and overhead that arrive a second, in the rounds of the least time in the system.
 
-        overhead_s: of a round, by the rounds a request.
+        overheads_s: of a round, for each of ROUNDS_A_REQUEST.
         """
         best, load = math.inf, math.inf
         variation = (self.gap_variation + self.work_variation) / 2.0
-        for rounds in ROUNDS_A_REQUEST:
-            per_round_s = overhead_s(rounds)
+        for rounds, per_round_s in zip(ROUNDS_A_REQUEST, overheads_s, strict=True):
             busy_s = self.work_s + rounds * per_round_s
             share = busy_s / self.gap_s
             if share >= 1.0:
@@ -127,8 +126,9 @@ class Outlook:
         """The outlook at a time; `foresight` as in `OnlineSettings`."""
         if not traffic.is_known:
             return NONE_TO_COME
-        regularity = 1.0 - min(traffic.gap_variation, 1.0)
-        excess = (max(traffic.gap_variation, 1.0) - 1.0) / 2.0
+        variation = traffic.gap_variation
+        regularity = 1.0 - min(variation, 1.0)
+        excess = (max(variation, 1.0) - 1.0) / 2.0
         soon = excess * max(1.0 - (now_s - traffic.last_s) / (2.0 * traffic.gap_s), 0.0)
         return cls(
             soon=soon,

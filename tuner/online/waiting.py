@@ -1,7 +1,9 @@
-"""A request that waits, and what is left of it."""
+"""Requests that wait: what is left of each, and all of them in running order."""
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from tuner.plan.plan import Request
@@ -25,3 +27,34 @@ class Waiting:
     def left(self) -> int:
         """Tokens to run."""
         return self.request.prompt_tokens - self.done
+
+
+class WaitingOrder:
+    """Requests that wait, the smallest rank first, and what a decision sums up of them as columns in that order.
+
+    Columns are kept beside the order because a decision reads all of them, while a round changes a few places.
+    """
+
+    def __init__(self) -> None:
+        self._places: list[tuple[float, int]] = []  # (rank, index), sorted
+        self.indices: list[int] = []
+        self.work_s, self.context_work, self.weights = array("d"), array("d"), array("d")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def insert(self, waiting: Waiting) -> None:
+        """A request waits from here on."""
+        place = (waiting.rank, waiting.index)
+        at = bisect_left(self._places, place)
+        self._places.insert(at, place)
+        self.indices.insert(at, waiting.index)
+        self.work_s.insert(at, waiting.work_s)
+        self.context_work.insert(at, waiting.context_work)
+        self.weights.insert(at, waiting.request.weight)
+
+    def remove(self, waiting: Waiting) -> None:
+        """A request, unchanged since it was inserted, waits no more."""
+        at = bisect_left(self._places, (waiting.rank, waiting.index))
+        for column in (self._places, self.indices, self.work_s, self.context_work, self.weights):
+            del column[at]

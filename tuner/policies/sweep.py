@@ -13,7 +13,6 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import add
 
 import numpy as np
 
@@ -307,15 +306,20 @@ def _short_chunks(
     cap_s: float,
 ) -> list[Chunk]:
     """A chunk of so many tokens of one request after the other while they fit under the cap."""
-    total, added_s, most_s = 0, [0.0] * len(packer.tables), cap_s + EPSILON_S
+    total, added_s, most_s, finals_s = 0, [0.0] * len(packer.tables), cap_s + EPSILON_S, packer.finals_s
     chunks: list[Chunk] = []
     for minus_left, place in by_left:
         chunk = _next_chunk(requests, order, minus_left, place, tokens)
         total += chunk.tokens
-        added_s = list(map(add, added_s, packer.chunk_s[chunk.tokens, chunk.start]))
-        if chunk.tokens == -minus_left:
-            added_s = list(map(add, added_s, packer.finals_s))
-        if total > packer.max_round_tokens or max(map(add, packer.round_s[total], added_s)) > most_s:
+        if total > packer.max_round_tokens:
+            break
+        is_final, chunk_s, longest_s = chunk.tokens == -minus_left, packer.chunk_s[chunk.tokens, chunk.start], 0.0
+        for i, round_s in enumerate(packer.round_s[total]):
+            added_s[i] += chunk_s[i]
+            if is_final:
+                added_s[i] += finals_s[i]
+            longest_s = max(longest_s, round_s + added_s[i])
+        if longest_s > most_s:
             break
         chunks.append(chunk)
     return chunks
@@ -324,7 +328,7 @@ def _short_chunks(
 def _next_chunk(requests: Sequence[Request], order: Sequence[int], minus_left: int, place: int, tokens: int) -> Chunk:
     """So many tokens, or the last ones, of a request that has `-minus_left` left."""
     index = order[place]
-    return Chunk(index, requests[index].prompt_tokens + minus_left, min(tokens, -minus_left))
+    return Chunk(index, requests[index].prompt_tokens + minus_left, tokens if tokens < -minus_left else -minus_left)
 
 
 def sloping_rounds(problem: Problem, packer: Packer, cap_s: float) -> Iterator[list[Round]]:

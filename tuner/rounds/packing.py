@@ -103,14 +103,10 @@ class StageTable:
 class OpenRound:
     """A round being filled up to a cap."""
 
-    num_tables: int
+    added_s: list[float]
+    """Seconds the chunks add on each table's stage beside token-wise work."""
     chunks: list[Chunk] = field(default_factory=list)
     num_tokens: int = 0
-    added_s: list[float] = field(default_factory=list)
-    """Seconds the chunks add on each table's stage beside token-wise work."""
-
-    def __post_init__(self) -> None:
-        self.added_s = [0.0] * self.num_tables
 
 
 class Packer:
@@ -172,18 +168,16 @@ class Packer:
 
     def open_round(self) -> OpenRound:
         """An empty round."""
-        return OpenRound(len(self.tables))
+        return OpenRound([0.0] * len(self.tables))
 
     def fits(self, into: OpenRound, tokens: int, context: int, final: bool, cap_s: float) -> bool:
         """Whether a chunk keeps the round within the cap."""
-        most_s = cap_s + EPSILON_S
-        columns = zip(self.round_s[into.num_tokens + tokens], into.added_s, self.chunk_s[tokens, context], strict=True)
-        if not final:
-            return all(round_s + added_s + chunk_s <= most_s for round_s, added_s, chunk_s in columns)
-        return all(
-            round_s + added_s + chunk_s + final_s <= most_s
-            for (round_s, added_s, chunk_s), final_s in zip(columns, self.finals_s, strict=True)
-        )
+        most_s, added_s, chunk_s = cap_s + EPSILON_S, into.added_s, self.chunk_s[tokens, context]
+        for i, round_s in enumerate(self.round_s[into.num_tokens + tokens]):
+            seconds = round_s + added_s[i] + chunk_s[i]
+            if (seconds + self.finals_s[i] if final else seconds) > most_s:
+                return False
+        return True
 
     def longest(self, into: OpenRound, start: int, left: int, cap_s: float) -> int:
         """Tokens of a prompt, from token `start` with `left` to go, that keep the round within cap and limits.

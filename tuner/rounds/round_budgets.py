@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,9 @@ class RoundExcess:
         self._count = multiple * 2.0 ** (np.arange(count) / 2.0)
         slowest = max(cost.kinds, key=lambda kind: float(self._columns(kind, self._count)[0][-1]))
         self._round_s, self._context_s = self._columns(slowest, self._count)
+        self._below = self._count[-1] - self._count[:-2]
         self._steps = multiple * np.arange(1.0, STEPS + 1.0)
+        self._step_list = self._steps.tolist()
         self._step_round_s, self._step_context_s = self._columns(slowest, self._steps)
         self._known_context, self._known = math.nan, (self._round_s, self._round_s)  # of the last context asked for
 
@@ -92,16 +95,15 @@ class RoundExcess:
     def _after(self, context: float) -> tuple[Floats, Floats]:
         """Seconds of rounds of the known numbers of tokens after so much context, and what of them is excess."""
         if context != self._known_context:
-            count = self._count
             round_s = self._round_s + self._context_s * context
-            rate = float(((round_s[-1] - round_s[:-2]) / (count[-1] - count[:-2])).min())
-            self._known_context, self._known = context, (round_s, round_s - rate * count)
+            rate = float(((round_s[-1] - round_s[:-2]) / self._below).min())
+            self._known_context, self._known = context, (round_s, round_s - rate * self._count)
         return self._known
 
     def thrifty_tokens(self, most: float, context: float) -> int:
         """So many tokens, or somewhat fewer that cost less each: kernels fill a card in steps."""
         steps = self._steps
-        first, end = np.searchsorted(steps, (THRIFTY_FROM * most, most + 0.5))
+        first, end = bisect_left(self._step_list, THRIFTY_FROM * most), bisect_left(self._step_list, most + 0.5)
         if end == len(steps) or first == end:
             return int(most)
         each = (self._step_round_s[first:end] + self._step_context_s[first:end] * context) / steps[first:end]
@@ -109,9 +111,10 @@ class RoundExcess:
 
     def least_tokens(self, context: float) -> float:
         """Tokens of the shortest round of which no more than half is excess."""
-        (round_s, beyond_s), count = self._after(context), self._count
-        good = np.maximum(beyond_s, 0.0) <= 0.5 * round_s
-        return float(count[int(np.argmax(good))]) if good.any() else float(count[-1])
+        round_s, beyond_s = self._after(context)
+        good = beyond_s <= 0.5 * round_s
+        at = int(good.argmax())
+        return float(self._count[at if good[at] else -1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,18 +51,25 @@ class Clock:
 
     def run(self, chunks: Round, requests: Sequence[Request], ready_s: float, beside: Beside = NOTHING_BESIDE) -> float:
         """Run a round that starts on stage 0 at `ready_s` or later; return its finish on the last stage."""
-        total = beside.tokens
+        total, kinds, known, new = beside.tokens, self.cost.kinds, self._chunk, list[int]()
         for chunk in chunks:
             total += chunk.tokens
+            if chunk.tokens not in known:
+                new.append(chunk.tokens)
+        if new:
+            if len(known) >= MOST_KEPT:
+                known.clear()
+                new = [chunk.tokens for chunk in chunks]
+            self._keep_chunks(new)
         seconds = self.round_s(total).copy()
         for chunk in chunks:
             final = chunk.start + chunk.tokens == requests[chunk.request].prompt_tokens
-            for i, (base_s, context_s) in enumerate(self.chunk_s(chunk.tokens)):
+            for i, (base_s, context_s) in enumerate(known[chunk.tokens]):
                 seconds[i] += base_s + context_s * chunk.start
                 if final:
-                    seconds[i] += self.cost.kinds[i].final_s
+                    seconds[i] += kinds[i].final_s
         if beside.tokens:
-            for i, kind in enumerate(self.cost.kinds):
+            for i, kind in enumerate(kinds):
                 seconds[i] += beside.seconds(kind)
         self.round_seconds = seconds
         return self.run_seconds(seconds, total, ready_s)
@@ -89,13 +96,14 @@ class Clock:
             self._round[tokens] = kept
         return kept
 
-    def chunk_s(self, tokens: int) -> list[tuple[float, float]]:
-        """What a chunk of so many tokens adds on each kind of stage: seconds, and seconds a context token."""
-        kept = self._chunk.get(tokens)
-        if kept is None:
-            if len(self._chunk) >= MOST_KEPT:
-                self._chunk.clear()
-            kinds = self.cost.kinds
-            kept = [(float(k.attention.base(tokens)) + k.chunk_s, float(k.attention.slope(tokens))) for k in kinds]
-            self._chunk[tokens] = kept
-        return kept
+    def _keep_chunks(self, lengths: Sequence[int]) -> None:
+        """Find what chunks of these lengths add on each kind of stage: seconds, and seconds a context token."""
+        columns = [
+            zip(
+                (kind.attention.base(lengths) + kind.chunk_s).tolist(),
+                kind.attention.slope(lengths).tolist(),
+                strict=True,
+            )
+            for kind in self.cost.kinds
+        ]
+        self._chunk.update(zip(lengths, map(list, zip(*columns, strict=True)), strict=True))

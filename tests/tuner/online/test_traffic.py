@@ -6,7 +6,7 @@ from db.errors import UserError
 from tests.tuner.online.arrivals import OVERLOADED_BY_SHORT_ROUNDS, stream
 from tuner.online.driven import online_rounds
 from tuner.online.settings import OnlineSettings
-from tuner.online.traffic import Outlook, Traffic
+from tuner.online.traffic import ROUNDS_A_REQUEST, Outlook, Traffic
 from tuner.rounds.problem import Problem
 from tuner.workload.objective import Objective
 
@@ -24,7 +24,7 @@ def watched(gaps: list[float], work_s: float) -> Traffic:
 def test_what_regular_arrivals_wait_is_counted_one_by_one() -> None:
     """A backlog of several prompts that falls by 0.02 s an arrival."""
     traffic = watched([0.1] * 400, 0.06)
-    outlook = Outlook.of(traffic, traffic.last_s, load=traffic.load(lambda _: 0.02, 0))
+    outlook = Outlook.of(traffic, traffic.last_s, load=traffic.load([0.02] * len(ROUNDS_A_REQUEST), 0))
     assert outlook.load == pytest.approx(0.8, abs=0.02)
     for busy_s in (0.05, 0.3, 0.5):
         waited, left_s = 0.0, busy_s - 0.1
