@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -11,6 +12,7 @@ import pytest
 
 from db.rows.archive import import_hardware
 from db.store.engine import open_database
+from profiler.hardware.device import CARD_FILES
 from tests.structures import FOLDERS, ROOMS, ROOT, docstring, written
 from tests.tuner.atom import atom
 
@@ -140,7 +142,8 @@ def test_planning_needs_no_torch_and_from_a_cost_model_no_fit(module: str, unnee
     if module == "service.use_cases.tune_model":
         with open_database(url) as database:
             import_hardware(database, ROOT / "benchmarks/results/h100x2-pcie-like.profile.json.gz")
-        arguments = ["llama-3-8b", "--world-size", "2", "--prompt-lens", "4096", "--db", url]
+        asked = [] if any(map(os.path.exists, CARD_FILES)) else ["--device", "cuda"]  # no card here: that one is meant
+        arguments = ["llama-3-8b", "--world-size", "2", "--prompt-lens", "4096", "--db", url, *asked]
     program = (
         "import sys\n"
         "from service.cli.main import cli\n"

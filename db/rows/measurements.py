@@ -123,6 +123,13 @@ def load_measurements(
         return sorted((from_row(row) for row in session.scalars(query).all()), key=_order)
 
 
+def measured_dtypes(database: Database, hardware: Hardware) -> set[str]:
+    """The dtypes of a hardware's rows."""
+    query = select(MeasurementRow.dtype).where(MeasurementRow.hardware_id == id_of(hardware)).distinct()
+    with database.reading() as session:
+        return set(session.scalars(query))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredMeasurement:
     """A stored point with its id and its hardware's id."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 _DEFAULT_CACHE_BYTES = 32 * 2**20
+CARD_FILES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")
+"""On Linux one of these is there where torch finds cards: NVIDIA's, their embedded ones, AMD's, those of Windows."""
 
 
 def describe_hardware(device_type: str, *, num_threads: int) -> Hardware:
@@ -78,6 +81,8 @@ def check_world_size(world_size: int, device_type: str) -> None:
 
 def default_device_type() -> str:
     """CUDA where there is a card, else the CPU."""
+    if sys.platform == "linux" and not any(map(os.path.exists, CARD_FILES)):
+        return "cpu"  # torch would say so, too, and takes seconds to import
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,10 +13,13 @@ import traceback
 from importlib import import_module
 from typing import Any, TextIO
 
+from db.errors import UserError
 from profiler.comm.ranks.child import die_with
 
 INTERRUPTED = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
 """Exit codes of commands that were told to end: their jobs are not over, and others may go on with them."""
+NOT_KEPT = 75
+"""Exit code of a command whose end could not be written: its job has not ended (BSD's EX_TEMPFAIL)."""
 _MOST_RESULT_BYTES = 8 << 20
 _MOST_TOLD = 4000
 
@@ -57,7 +60,11 @@ def main(arguments: list[str]) -> int:
         traceback.print_exc()
         code = 1
     if code not in INTERRUPTED:
-        _keep(code, told.last)
+        try:
+            _keep(code, told.last)
+        except UserError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            return NOT_KEPT
     return code
 
 

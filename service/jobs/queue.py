@@ -20,6 +20,7 @@ _STATUS = {
     "PENDING": JobStatus.RUNNING,
     "CANCELLED": JobStatus.CANCELLED,
     "ERROR": JobStatus.FAILED,
+    "MAX_RECOVERY_ATTEMPTS_EXCEEDED": JobStatus.FAILED,
 }
 _LIVE = tuple(word for word, status in _STATUS.items() if not status.is_over)
 _MOST_BATCHES = 200

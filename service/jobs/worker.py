@@ -37,6 +37,7 @@ from db.rows.processes import process_row
 from db.rows.workers import WorkerHardware, save_worker
 from db.store.engine import Database, open_database
 from db.store.leases import is_held
+from service.jobs.child import NOT_KEPT
 from service.jobs.job import JobKind, JobSpec
 from service.jobs.log import Log
 from service.jobs.machine import hold_machine
@@ -81,6 +82,8 @@ class Worker:
                 outcome = self._outcome(spec, job_id)
                 if outcome is None and self.stopping.is_set():
                     threading.Event().wait()  # the job is not over: whoever takes it up goes on with it
+                if outcome is not None and outcome.exit_code == NOT_KEPT:
+                    raise UserError("database", self.database.location, f"an end was not kept: {outcome.error}")
                 if outcome is not None:
                     outcome = keep_end(self.database, job_id, outcome)
             else:

@@ -14,7 +14,7 @@ from db.errors import UserError
 from db.files.numbers import whole_number
 from db.rows.fits import save_fit
 from db.rows.hardware import Hardware, get_hardware, list_hardware, save_hardware
-from db.rows.measurements import Measurement, load_measurements
+from db.rows.measurements import Measurement, load_measurements, measured_dtypes
 from db.rows.plans import save_plan_row
 from db.rows.processes import process_row
 from db.rows.runs import RunStatus, list_runs
@@ -153,7 +153,7 @@ def _tune_precisions(
     pins = pins_of(options)
     with open_database(options.db_url) as database:
         hardware = _hardware(database, options, options.world_size or pins.num_ranks)
-        measured = sorted({row.dtype for row in load_measurements(database, hardware)} & set(PRECISIONS))
+        measured = sorted(measured_dtypes(database, hardware) & set(PRECISIONS))
     own = default_dtype(shape, hardware.device_type)
     losses = read_losses([path for path in (options.quantize_reports or "").split(",") if path])
 
@@ -271,7 +271,7 @@ def _fitter(
 def _other_precisions(database: Database, hardware: Hardware, target: Target, layout: Layout) -> dict[str, Costs]:
     """Costs of the layout in the other precisions that the model was measured in."""
     found = dict[str, Costs]()
-    for dtype in sorted({row.dtype for row in load_measurements(database, hardware)} - {target.dtype}):
+    for dtype in sorted(measured_dtypes(database, hardware) - {target.dtype}):
         rows = load_measurements(database, hardware, dtype=dtype)
         other = replace(target, dtype=dtype)
         with suppress(UserError):

@@ -98,9 +98,11 @@ def least_absolute(design: Floats, target: Floats) -> Floats:
     Iteratively reweighted least squares (Schlossmacher, 1973) over `scipy.optimize.nnls`.
     """
     weight = np.ones(len(target))
-    solution: Floats = np.zeros(design.shape[1])
+    solution: Floats = np.full(design.shape[1], np.nan)
     for _ in range(_ROUNDS_OF_WEIGHTS):
-        solution = nnls(design * weight[:, None], target * weight)[0]
+        before, (solution, _) = solution, nnls(design * weight[:, None], target * weight)
+        if (solution == before).all():
+            break  # all further ones are the same
         weight = np.maximum(np.abs(design @ solution - target), _LEAST_RESIDUAL) ** -0.5
     return solution
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -80,12 +80,14 @@ class LayerCosts:
 
     def interleaved(self, virtual_stages: int, stage_order: StageOrder) -> LayerCosts:
         """The same costs with several groups of layers a stage."""
-        return replace(self, virtual_stages=virtual_stages, stage_order=stage_order)
+        other = replace(self, virtual_stages=virtual_stages, stage_order=stage_order)
+        object.__setattr__(other, "_tables", self._tables)  # of one layer: the same however layers are grouped
+        return other
 
     @property
-    def kinds(self) -> dict[LayerSpec, LayerCosts]:
-        """Costs by kind of layer."""
-        return {self.work.layer: self, **self.others}
+    def kinds(self) -> tuple[LayerCosts, ...]:
+        """Costs of each kind of layer."""
+        return (self, *self.others.values())
 
     def changed(self, change: Callable[[LayerCosts], LayerCosts]) -> LayerCosts:
         """The same where a change applies to each kind of layer."""
@@ -93,6 +95,8 @@ class LayerCosts:
 
     def with_links(self, factor: float) -> LayerCosts:
         """The same costs with all communication `factor` times as fast; infinity makes it free."""
+        if factor == 1.0:
+            return self
 
         def shorter(curve: Curve) -> Curve:
             return replace(curve, seconds=curve.seconds / factor)
@@ -154,9 +158,9 @@ class LayerCosts:
 
         @cache
         def stage_of(
-            held: tuple[tuple[LayerSpec, int], ...], skew: float, scale: float, first: bool, last: bool
+            held: tuple[tuple[int, int], ...], skew: float, scale: float, first: bool, last: bool
         ) -> StageCost:
-            return self._stage(dict(held), skew, scale, first=first, last=last, cut=cut, least=least)
+            return self._stage(held, skew, scale, first=first, last=last, cut=cut, least=least)
 
         placed = stages_of_groups(pp_size, self.virtual_stages, self.stage_order)
         stages = tuple(
@@ -179,12 +183,15 @@ class LayerCosts:
             stage_order=self.stage_order,
         )
 
-    def _held(self, layer_partition: Sequence[int]) -> Iterator[tuple[tuple[LayerSpec, int], ...]]:
-        """The layers of each group by kind. Partitions of more layers than there are begin again with the first."""
+    def _held(self, layer_partition: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
+        """The layers of each group: (place in `kinds`, how many). Partitions of more layers than there are begin again
+        with the first.
+        """
         if not self.others:
-            yield from (((self.work.layer, num_layers),) for num_layers in layer_partition)
+            yield from (((0, num_layers),) for num_layers in layer_partition)
             return
-        layers, first = self.work.shape.layers, 0
+        place = {layer: index for index, layer in enumerate([self.work.layer, *self.others])}
+        layers, first = [place[layer] for layer in self.work.shape.layers], 0
         for num_layers in layer_partition:
             held = Counter(layers[index % len(layers)] for index in range(first, first + num_layers))
             first += num_layers
@@ -195,9 +202,9 @@ class LayerCosts:
 
         def least(skew: float, scale: float) -> StageCost:
             return _least_stage([
-                self._stage({layer: 1}, skew, scale, first=False, last=True, cut=cut, least=True)
+                self._stage([(kind, 1)], skew, scale, first=False, last=True, cut=cut, least=True)
                 for cut in CUTS[self.work.sp_kind]
-                for layer in self.kinds
+                for kind in range(len(self.kinds))
             ])  # fmt: skip
 
         places = [
@@ -209,7 +216,7 @@ class LayerCosts:
 
     def _stage(
         self,
-        held: Mapping[LayerSpec, int],
+        held: Iterable[tuple[int, int]],
         skew: float,
         stage_scale: float,
         *,
@@ -220,7 +227,7 @@ class LayerCosts:
     ) -> StageCost:
         grid, costs = table_grid(), self.cut_costs(cut)
         kinds = self.kinds
-        tables = [np.stack(kinds[layer]._layer_tables(skew, cut, least)) * count for layer, count in held.items()]
+        tables = [np.stack(kinds[kind]._layer_tables(skew, cut, least)) * count for kind, count in held]
         tokens, base_s, slope_s = np.sum(tables, axis=0)
         scale = stage_scale * self.correction.tokens_scale
         if first:
@@ -228,10 +235,10 @@ class LayerCosts:
         tokens = scale * tokens
         attention_scale = skew * stage_scale * self.correction.attention_scale
         return StageCost(
-            token_count=(0, *grid.tolist()),
+            token_count=(0, *_grid_points()),
             token_seconds=rising([tokens[0], *tokens]),
             attention=TableAttention(
-                count=tuple(grid.tolist()),
+                count=_grid_points(),
                 base_s=rising(attention_scale * base_s),
                 context_s=rising(attention_scale * slope_s),
             ),
@@ -334,6 +341,7 @@ def _least_stage(stages: Sequence[StageCost]) -> StageCost:
     )
 
 
+@cache
 def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Token counts at which the planner's tables hold a value, up to a million."""
     steps = range(DENSE_STEP, DENSE_END + 1, DENSE_STEP)
@@ -342,7 +350,14 @@ def table_grid() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     middle = np.arange(DENSE_END + MIDDLE_STEP, MIDDLE_END + 1, MIDDLE_STEP)
     num_sparse = int(np.ceil(np.log(TABLE_END / MIDDLE_END) / np.log(SPARSE_RATIO)))
     sparse = np.geomspace(MIDDLE_END, TABLE_END, num_sparse + 1)[1:].round().astype(np.int64)
-    return np.concatenate([dense, middle, sparse])
+    grid = np.concatenate([dense, middle, sparse])
+    grid.flags.writeable = False
+    return grid
+
+
+@cache
+def _grid_points() -> tuple[int, ...]:
+    return tuple(table_grid().tolist())
 
 
 def rising(seconds: Floats | Sequence[float]) -> tuple[float, ...]:

@@ -61,10 +61,13 @@ class CostModel:
         check_seconds("hop.latency_s", self.hop_latency_s)
         check_seconds("hop.token_s", self.hop_token_s)
         check_seconds("return_s", self.return_s)
-        kinds = tuple(dict.fromkeys(self.stages))
-        index = {stage: i for i, stage in enumerate(kinds)}
-        object.__setattr__(self, "kinds", kinds)
-        object.__setattr__(self, "kind_of_stage", np.array([index[stage] for stage in self.stages], dtype=np.int64))
+        places = dict[StageCost, int]()
+        # Most equal stages are one object: comparing tables of hundreds of points takes longer.
+        place_of = {
+            key: places.setdefault(stage, len(places)) for key, stage in {id(x): x for x in self.stages}.items()
+        }
+        object.__setattr__(self, "kinds", tuple(places))
+        object.__setattr__(self, "kind_of_stage", np.array([place_of[id(x)] for x in self.stages], dtype=np.int64))
 
     @property
     def pp_size(self) -> int:

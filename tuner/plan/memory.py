@@ -64,7 +64,8 @@ def rank_memory(
         weights = shape.embedding.num_elements(parallel.tp_size) if groups[0] in held else 0
         if groups[-1] in held:
             weights += shape.final_norm.num_elements() + shape.head.num_elements(parallel.tp_size)
-        scratch = max(scratch_bytes(layer, parallel, sizes, precision) for layer in set(layers))
+        kinds = {id(layer): layer for layer in layers}.values()  # most layers are one and the same object
+        scratch = max(scratch_bytes(layer, parallel, sizes, precision) for layer in kinds)
         boundaries = _num_boundary_buffers(parallel, stage, device_type) * sizes.most_rows * hidden_bytes
         sends = parallel.pp_size > 1 and (parallel.virtual_stages > 1 or groups[-1] not in held)
         stages.append(
@@ -166,7 +167,9 @@ def _groups(shape: ModelShape, parallel: Parallel) -> Iterator[_Group]:
 
 def _layer_weights(layers: Sequence[Layer], parallel: Parallel, precision: Precision) -> int:
     """Bytes that a rank holds of its layers' weights: all, or its share, the layer that runs and the next one."""
-    sizes = [layer.weights_bytes(precision, parallel.tp_size) for layer in layers]
+    kinds = {id(layer): layer for layer in layers}
+    size_of = {key: layer.weights_bytes(precision, parallel.tp_size) for key, layer in kinds.items()}
+    sizes = [size_of[id(layer)] for layer in layers]
     if parallel.weights is Weights.WHOLE:
         return sum(sizes)
     return sum(-(-size // parallel.sp_size) for size in sizes) + 2 * max(sizes)

@@ -67,8 +67,7 @@ class TableAttention:
     _table: tuple[Floats, Floats, Floats] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_table("attention", self.count, {"base_s": self.base_s, "context_s": self.context_s}, first=1)
-        table = tuple(np.asarray(x, dtype=np.float64) for x in (self.count, self.base_s, self.context_s))
+        table = _checked("attention", self.count, {"base_s": self.base_s, "context_s": self.context_s}, first=1)
         object.__setattr__(self, "_table", table)
 
     def base(self, tokens: npt.ArrayLike) -> Floats:
@@ -111,8 +110,7 @@ class StageCost:
     def __post_init__(self) -> None:
         for name in ("round_overhead_s", "chunk_s", "final_s"):
             check_seconds(name, getattr(self, name))
-        _check_table("tokens", self.token_count, {"seconds": self.token_seconds}, first=0)
-        table = tuple(np.asarray(x, dtype=np.float64) for x in (self.token_count, self.token_seconds))
+        table = _checked("tokens", self.token_count, {"seconds": self.token_seconds}, first=0)
         object.__setattr__(self, "_table", table)
 
     def tokens_s(self, tokens: npt.ArrayLike) -> Floats:
@@ -209,21 +207,23 @@ def check_seconds(name: str, value: float) -> None:
         raise UserError(name, value, f"a finite number of seconds, at least 0 and at most {MAX_SECONDS:g}, is needed")
 
 
-def _check_table(name: str, count: Sequence[int], columns: Mapping[str, Sequence[float]], *, first: int) -> None:
-    """Points rise strictly from at least `first`; no column is negative or falls."""
+def _checked(
+    name: str, count: Sequence[int], columns: Mapping[str, Sequence[float]], *, first: int
+) -> tuple[Floats, ...]:
+    """The points and the columns as arrays: points rise strictly from `first` on, no column is negative or falls."""
     if not count:
         raise UserError(f"{name}.count", "[]", "at least one point is needed")
     if len(count) > MAX_POINTS:
         raise UserError(f"{name}.count", f"{len(count)} points", f"at most {MAX_POINTS}")
-    for i, point in enumerate(count):
-        if point < first or (i and point <= count[i - 1]):
-            raise UserError(f"{name}.count[{i}]", point, f"whole numbers from {first} up, each above the one before")
-        if point > MAX_TOKENS:
-            raise UserError(f"{name}.count[{i}]", point, f"at most {MAX_TOKENS} tokens")
+    points = np.asarray(count, dtype=np.float64)  # exact up to MAX_TOKENS and far beyond
+    if points[0] < first or points[-1] > MAX_TOKENS or not (points[1:] > points[:-1]).all():
+        _refuse_points(name, count, first)
+    table = [points]
     for column, values in columns.items():
         if len(values) != len(count):
             raise UserError(f"{name}.{column}", f"{len(values)} values", f"one value a point ({len(count)}) is needed")
         seconds = np.asarray(values, dtype=np.float64)
+        table.append(seconds)
         if seconds[0] >= 0.0 and seconds[-1] <= MAX_SECONDS and (seconds[1:] >= seconds[:-1]).all():
             continue  # so all are finite; the loop finds which one is not as it should be
         for i, value in enumerate(values):
@@ -231,3 +231,13 @@ def _check_table(name: str, count: Sequence[int], columns: Mapping[str, Sequence
             if i and value < values[i - 1]:
                 allowed = f"time may not fall with more tokens (the point before has {values[i - 1]})"
                 raise UserError(f"{name}.{column}[{i}]", value, allowed)
+    return tuple(table)
+
+
+def _refuse_points(name: str, count: Sequence[int], first: int) -> None:
+    """Raise `UserError` for the first point that is not as it should be."""
+    for i, point in enumerate(count):
+        if not point >= first or (i and not point > count[i - 1]):
+            raise UserError(f"{name}.count[{i}]", point, f"whole numbers from {first} up, each above the one before")
+        if point > MAX_TOKENS:
+            raise UserError(f"{name}.count[{i}]", point, f"at most {MAX_TOKENS} tokens")

@@ -120,6 +120,12 @@ def evaluate(
     return RoundTimes.of(cost, requests, FlatRounds.of(rounds), round_s).evaluation(cost, requests, window)
 
 
+def makespan_of(cost: CostModel, requests: Sequence[Request], flat: FlatRounds, window: int | None) -> float:
+    """The makespan alone, as `evaluate` gives it, of requests without answers."""
+    times = RoundTimes.of(cost, requests, flat)
+    return times.timeline(cost, requests, window).makespan_s
+
+
 @dataclass(frozen=True, slots=True)
 class RoundTimes:
     """What each round takes, before it is known when rounds run."""
@@ -146,14 +152,18 @@ class RoundTimes:
     def evaluation(self, cost: CostModel, requests: Sequence[Request], window: int | None) -> Evaluation:
         """By the exact recurrence."""
         flat, final, round_s = self.flat, self.final, self.round_s
-        arrival = np.array([request.arrival_s for request in requests])
-        ready = np.zeros(len(round_s))
-        np.maximum.at(ready, flat.round_index, arrival[flat.request])
-        order = order_of(cost, len(round_s), window)
-        timeline = simulate(round_s, self.hop_s, window, cost.return_s, ready, order=order, in_order=not ready.any())
+        timeline = self.timeline(cost, requests, window)
         end = np.full(len(requests), np.inf)
         end[flat.request[final]] = timeline.finish_s[flat.round_index[final], -1]
         return _evaluation(requests, end, timeline, round_s, cost.pp_size)
+
+    def timeline(self, cost: CostModel, requests: Sequence[Request], window: int | None) -> Timeline:
+        """Start and finish of each round in each group."""
+        arrival = np.array([request.arrival_s for request in requests])
+        ready = np.zeros(len(self.round_s))
+        np.maximum.at(ready, self.flat.round_index, arrival[self.flat.request])
+        order = order_of(cost, len(self.round_s), window)
+        return simulate(self.round_s, self.hop_s, window, cost.return_s, ready, order=order, in_order=not ready.any())
 
     @property
     def least_makespan_s(self) -> float:

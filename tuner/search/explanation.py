@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from tuner.plan.cost_model import CostModel
 from tuner.plan.layout import Layout
-from tuner.plan.plan import Request, Round
+from tuner.plan.plan import Request
 from tuner.policies.fixed import fixed_rounds
 from tuner.rounds.problem import Problem, arrive_over_time
-from tuner.rounds.schedule import evaluate
+from tuner.rounds.schedule import FlatRounds, evaluate, makespan_of
 from tuner.search.layouts import Candidate
 from tuner.search.partition import even_partition
 from tuner.search.rules import Rules
@@ -186,7 +186,8 @@ class Arena:
     def __init__(self, target: Target, candidates: Sequence[Candidate], rules: Rules) -> None:
         self._target, self._rules = target, rules
         self._models: dict[tuple[Layout, float], CostModel] = {}
-        self._rounds: dict[tuple[object, ...], list[Round]] = {}
+        self._rounds: dict[tuple[object, ...], FlatRounds] = {}
+        self._winners: dict[tuple[object, ...], Winner] = {}
         runs = [candidate for candidate in candidates if not candidate.refusal and candidate.costs is not None]
         most = max((candidate.layout.world_size for candidate in runs), default=1)
         first: dict[tuple[object, ...], Candidate] = {}
@@ -200,6 +201,12 @@ class Arena:
 
     def winner(self, requests: Sequence[Request], link_factor: float = 1.0) -> Winner:
         """The best layout for these requests over links so much faster."""
+        key = (link_factor, *(replace(request, id="") for request in requests))
+        if key not in self._winners:
+            self._winners[key] = self._winner(requests, link_factor)
+        return self._winners[key]
+
+    def _winner(self, requests: Sequence[Request], link_factor: float) -> Winner:
         scored = sorted(
             ((self._makespan_s(candidate, requests, link_factor), index)
              for index, candidate in enumerate(self.contenders)),
@@ -244,17 +251,18 @@ class Arena:
             size = size if most is None else min(size, most)
             if size not in tried:
                 tried.add(size)
-                makespan_s = problem.evaluate(self._fixed(problem, size)).makespan_s
+                flat = self._fixed(problem, size)
+                makespan_s = makespan_of(problem.cost, problem.requests, flat, problem.window)
                 if makespan_s > 1.2 * best:  # smaller chunks are worse still
                     break
                 best = min(best, makespan_s)
         return best
 
-    def _fixed(self, problem: Problem, size: int) -> list[Round]:
+    def _fixed(self, problem: Problem, size: int) -> FlatRounds:
         """Rounds of so many tokens; of requests that are all there they are the same on every layout."""
         key = (size, *((request.prompt_tokens, request.cached_tokens) for request in problem.requests))
         if key not in self._rounds:
-            self._rounds[key] = fixed_rounds(problem, size)
+            self._rounds[key] = FlatRounds.of(fixed_rounds(problem, size))
         return self._rounds[key]
 
     def _model(self, candidate: Candidate, link_factor: float) -> CostModel:

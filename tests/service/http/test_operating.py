@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
 import click
 import pytest
@@ -13,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.cli.main import cli
 from service.jobs.log import Log
 from tests.service.http.conftest import Served
-from tests.structures import ROOT
+from tests.structures import ROOT, modules
 
 
 def test_figures_count_requests_by_route_and_say_what_waits(served: Served) -> None:
@@ -71,3 +77,30 @@ def test_what_is_deployed_starts_with_options_that_the_commands_have() -> None:
         parsed = command.make_context(name, words).params
         assert parsed["log"] == "json", line
         assert parsed["models"] in ("/models", "/srv/models")
+
+
+def test_what_is_deployed_names_nothing_that_does_not_exist(tmp_path: Path) -> None:
+    deploy = ROOT / "deploy"
+    dockerfile, compose, unit = (
+        (deploy / name).read_text() for name in ("Dockerfile", "compose.yaml", "isochunk.service")
+    )
+    code = "".join(path.read_text() for folder in ("db", "service") for path in modules(folder))
+    named = set(re.findall(r"ISOCHUNK_[A-Z_]+", dockerfile + compose + unit))
+    assert named == {"ISOCHUNK_DB"}
+    assert all(f'"{name}"' in code for name in named)
+    for line in re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE):
+        assert all((ROOT / name).exists() for name in line.split()), line
+    (extras,) = re.findall(r"'\.\[([a-z,]+)\]'", dockerfile)
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(extras.split(",")) <= set(known["optional-dependencies"])
+    assert json.loads(re.findall(r"^ENTRYPOINT (.+)$", dockerfile, re.MULTILINE)[0])[0] in known["scripts"]
+    services = yaml.safe_load(compose)["services"]
+    assert services["service"]["build"] == services["worker"]["build"] == {
+        "context": "..", "dockerfile": "deploy/Dockerfile",
+    }  # fmt: skip
+    assert set(services["worker"]["depends_on"]) <= set(services)
+    (tmp_path / "isochunk.service").write_text(unit.replace("/opt/isochunk/bin/isochunk", sys.executable))
+    if shutil.which("systemd-analyze"):
+        words = ["systemd-analyze", "verify", str(tmp_path / "isochunk.service")]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, "")

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from db.rows.hardware import list_hardware
-from db.rows.job_ends import find_end
+from db.rows.job_ends import VARIABLE, JobOutcome, find_end
 from db.rows.plans import save_plan_row
 from db.rows.runs import RunStatus, list_runs
 from db.rows.workers import list_workers
 from db.store.engine import open_database
+from service.jobs.child import NOT_KEPT
 from service.jobs.job import JobKind, JobSpec, JobStatus
 from service.jobs.queue import JobQueue
 from tests.runtime.cases import make_plan
 from tests.service.jobs.conftest import StartWorker, ended, eventually, lines
+from tests.structures import ROOT
 
 pytestmark = pytest.mark.timeout(290)
 SHORT = ("--world-size=1", "--context-length=32", "--budget-s=20", "--device=cpu")
@@ -159,3 +163,26 @@ def test_a_worker_that_is_told_to_end_leaves_its_job_to_the_next(jobs: JobQueue,
     eventually(lambda: any(line.startswith("two-") for line in lines(jobs, job)))
     jobs.cancel(job.id)
     assert ended(jobs, job).status is JobStatus.CANCELLED
+
+
+def test_the_process_of_a_job_keeps_its_end_or_says_that_it_could_not(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'rows.db'}"
+    open_database(url).close()
+
+    def run(job: str, *words: str, url: str = url) -> int:
+        command = [sys.executable, "-m", "service.jobs.child", str(os.getpid()), *words]
+        with (tmp_path / "answer").open("w+b") as answer:
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "ISOCHUNK_DB": url, VARIABLE: job}
+            done = subprocess.run(command, env=environment, stdout=answer, timeout=60, check=False)
+        return done.returncode
+
+    assert run("a", "db", "list", "hardware", "--json") == 0
+    assert run("b", "db", "list", "nothing") == 2
+    assert run("c", "db", "path", url=f"sqlite:///{tmp_path / 'no' / 'rows.db'}") == NOT_KEPT
+    with open_database(url) as database:
+        assert find_end(database, "a") == JobOutcome(exit_code=0, result=[])
+        failed = find_end(database, "b")
+        assert find_end(database, "c") is None
+    assert failed is not None
+    assert failed.exit_code == 2
+    assert "'nothing' is not one of" in str(failed.error)

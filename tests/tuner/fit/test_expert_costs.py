@@ -103,7 +103,7 @@ def test_experts_cost_the_mean_of_the_spreads_measured_and_tell_its_width() -> N
     for ep_size, share in ((1, 1 / 2), (2, 5 / 9)):
         work = RankWork(shape=SHAPE.spread(ep_size), dtype="float32", tp_size=2)
         costs = fit_layer_costs(rows, work, busy_ranks=2)
-        experts_s = costs.kinds[work.shape.layers[1]].projections[-1]
+        experts_s = costs.others[work.shape.layers[1]].projections[-1]
         even_us = 50.0 + 2.0 * 1024 * 2 * share * EXPERTS / 50e3
         assert relative(1e6 * float(experts_s(1024)), even_us * (1 + SKEW) / 2) < 0.06
         (cost,) = costs.cost_model((3,)).stages

@@ -116,6 +116,20 @@ def fit_attention(
     its neighbours' cost of a (query, key) pair, of those with its kernel if there are any. A larger chunk could run as
     several smaller ones: where its pairs cost far more than theirs, the machine was disturbed.
     """
+    kernels = tuple((each, kernel_of(each)) for each in dict.fromkeys(map(int, chunk)))
+    return _fitted(tuple(chunk), tuple(context), tuple(seconds), kernels, waves)
+
+
+@lru_cache(maxsize=1024)
+def _fitted(
+    chunk: tuple[int, ...],
+    context: tuple[int, ...],
+    seconds: tuple[float, ...],
+    kernels: tuple[tuple[int, str], ...],
+    waves: Waves,
+) -> AttentionCurve:
+    """Fit the curve; cached, because many layouts use the same points."""
+    kernel_of = dict(kernels)
     c, p = np.asarray(chunk, dtype=np.float64), np.asarray(context, dtype=np.float64)
     measured = np.maximum(np.asarray(seconds, dtype=np.float64), SHORTEST_S)
     chunks = np.unique(c)
@@ -123,7 +137,7 @@ def fit_attention(
         at: np.array(_line(tuple(p[mine].tolist()), tuple(measured[mine].tolist())))
         for at in chunks
         for mine in [c == at]
-        if len(np.unique(p[mine])) > 1
+        if (p[mine] != p[mine][0]).any()
     }
     for at, line in lines.items():
         line[1] /= waves(at)
@@ -150,9 +164,9 @@ def _line(context: tuple[float, ...], seconds: tuple[float, ...]) -> tuple[float
     return float(base), float(slope)
 
 
-def _pair_seconds(chunk: float, lines: Mapping[float, Floats], kernel_of: Callable[[int], str]) -> float:
+def _pair_seconds(chunk: float, lines: Mapping[float, Floats], kernel_of: Mapping[int, str]) -> float:
     """Seconds that a context token adds for each token of a chunk: the chunk's own, or between its neighbours'."""
-    known = [at for at in lines if kernel_of(int(at)) == kernel_of(int(chunk))] or list(lines)
+    known = [at for at in lines if kernel_of[int(at)] == kernel_of[int(chunk)]] or list(lines)
     per_pair = [lines[at][1] / at for at in known]
     return float(np.interp(np.log(chunk), np.log(known), per_pair))
 
