@@ -63,3 +63,11 @@ def test_no_plan_is_below_the_bound_of_any_tables(first: int) -> None:
         assert bound_s <= best_s * (1.0 + 1e-9), seed
         tight += bound_s >= 0.98 * best_s
     assert tight >= 10  # it is no bound that says little
+
+
+def test_prompts_that_end_before_the_first_grid_point_have_a_bound() -> None:
+    stage = StageCost(token_count=(0, 128, 512), token_seconds=(0.0, 0.00128, 0.00512), round_overhead_s=0.0064)
+    requests = (Request(id="a", prompt_tokens=18), Request(id="b", prompt_tokens=68))
+    one = Instance(cost=CostModel(stages=(stage,)).for_pp_size(6), requests=requests, window=None)
+    bound_s = makespan_bound_s(Problem(cost=one.cost, requests=requests, chunk_multiple=UNIT))
+    assert 0.98 * best_makespan_s(one) <= bound_s <= best_makespan_s(one) * (1.0 + 1e-9)

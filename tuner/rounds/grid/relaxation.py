@@ -205,7 +205,7 @@ class GridRelaxation:
     @cached_property
     def prices(self) -> Floats:
         """What a chunk costs more when sums are taken by the number of rounds."""
-        usual_s = float(np.median(self._base)) / max(len(self._chunk), 1) + float(self._own[0])
+        usual_s = float(np.median(self._base)) / max(len(self._chunk), 1) + float(self._own_s(self._chunk[:1])[0])
         return np.concatenate([[0.0], usual_s * np.geomspace(1e-3, 0.5, NUM_PRICES - 1)])
 
     @cached_property
