@@ -49,7 +49,7 @@ def check_blocks(sizes: Sizes) -> None:
         "w8a8": (triton_product._scaled_product, (8, 60, 300, 2048)),
         "fp8": (triton_product._scaled_product, (8, 60)),
         "w8a16": (triton_weight._dequantizing_product, (8, 60, 300, 2048)),
-        "w8a16 few rows": (triton_weight._few_rows, (1, 3)),
+        "w8a16 few rows": (triton_weight._few_words, (1, 3)),
     }
     for product in ("qkv", "down"):
         arms = Arms(sizes, *sizes.products[product])

@@ -21,6 +21,7 @@ ROOMS = {
         "sequence",
         "kernels",
         "layers",
+        "library_layers",
         "experts",
         "comm",
         "points",

@@ -1,8 +1,8 @@
 """Routed experts on one rank: tokens sorted by expert, products of each group of them, and their weighted sums.
 
-Every rank of a tensor-parallel group has all rows: each adds what its own experts, or its part of each, make of them,
-and the group's sum combines them. Under Megatron's sequence parallelism that is an all-gather before and a
-reduce-scatter after.
+Where every rank of a tensor-parallel group has all rows, each adds what its own experts, or its part of each, make of
+them, and the group's sum combines them. Under Megatron's sequence parallelism that is an all-gather before and a
+reduce-scatter after. `exchange` sends rows to their experts instead.
 """
 
 from __future__ import annotations
@@ -50,8 +50,14 @@ class Experts:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [T, hidden] -> this rank's part of the sum [T, hidden]."""
-        experts, weights = route(self.spec.router, self.router(x), self.choice_bias)
-        out = self.routed(x, experts, weights)
+        return self.with_shared(self.routed(x, *self.choose(x)), x)
+
+    def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: [T, hidden] -> the experts of each token [T, k] int64 and their weights in float32."""
+        return route(self.spec.router, self.router(x), self.choice_bias)
+
+    def with_shared(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """out [T, hidden] and what the shared expert makes of x, in place."""
         if self.shared is not None:
             gate_up, down = self.shared
             added = down(silu_product(gate_up(x)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 import torch
 
@@ -90,6 +90,13 @@ class Stream:
         return self.hidden if self.update is None else self.hidden + self.update
 
 
+class Exchange(Protocol):
+    """Experts on the ranks that share the rows of a round."""
+
+    def __call__(self, x: torch.Tensor, *, is_cut: bool) -> torch.Tensor:
+        """This rank's rows x [P, hidden], or all where they are not cut -> their sums."""
+
+
 class Projections(TypedDict):
     """A layer's products and the work before them, as `DecoderLayer` takes them."""
 
@@ -112,8 +119,8 @@ class DecoderLayer:
     """A layer of any `LayerSpec`, as one rank of a tensor-parallel group holds it.
 
     The projections are given from outside (fused q|k|v and gate|up, sharded by the caller), or experts in the place of
-    the last two, and latents beside the first; `reduce_o` and `reduce_down` sum the partial results of the group and
-    add a row-parallel bias once, `sum_ranks` adds no bias.
+    the last two (`exchange` where rows are sent to them), and latents beside the first; `reduce_o` and `reduce_down`
+    sum the partial results of the group and add a row-parallel bias once, `sum_ranks` adds no bias.
     `entries` say in which formats the projections take their operands.
     One layer knows nothing of pipelines.
     """
@@ -129,6 +136,7 @@ class DecoderLayer:
         gate_up: Project | None = None,
         down: Project | None = None,
         experts: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        exchange: Exchange | None = None,
         latent: Latent | None = None,
         reduce_o: Reduce,
         reduce_down: Reduce,
@@ -146,7 +154,8 @@ class DecoderLayer:
             self.masking = Masking(latents=latent)
         self.latent = latent
         self.norms, self.entries = norms, entries or Entries()
-        self.qkv, self.o, self.gate_up, self.down, self.experts = qkv, o, gate_up, down, experts
+        self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
+        self.experts, self.exchange = experts, exchange
         self.reduce_o, self.reduce_down, self.sum_ranks = reduce_o, reduce_down, sum_ranks
 
     def __call__(self, stream: Stream, inputs: LayerInputs, keys: KV, values: KV) -> Stream:
@@ -158,7 +167,11 @@ class DecoderLayer:
         attended = norms.after(attended, norms.after_attention)
         hidden, normed = Stream(hidden, attended).add_and_norm(norms.before_mlp, norms.eps, self.entries.gate_up)
         del attended
-        output = inputs.join(self.reduce_down, self.feed(inputs.spread(normed)))
+        if self.exchange is None:
+            output = inputs.join(self.reduce_down, self.feed(inputs.spread(normed)))
+        else:
+            assert isinstance(normed, torch.Tensor)  # experts take plain rows
+            output = self.exchange(normed, is_cut=inputs.cuts_rows)
         return Stream(hidden, norms.after(output, norms.after_mlp))
 
     def feed(self, normed: Operand) -> torch.Tensor:

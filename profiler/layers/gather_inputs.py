@@ -7,6 +7,7 @@ query and key. Llama 3's context parallelism gathers so (Dubey et al., 2024, sec
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -36,6 +37,7 @@ class StagedRows:
 class GatherInputs(RoundInputs):
     """This rank's rows of a round. See `RoundInputs`, whose spans are this rank's pieces."""
 
+    cuts_rows: ClassVar[bool] = True
     group: RowGroup
     staged: StagedRows
     runs: tuple[GatheredRun, ...]  # of all ranks' rows

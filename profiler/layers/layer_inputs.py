@@ -7,7 +7,7 @@ of sequence parallelism.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -59,6 +59,8 @@ class LayerInputs:
 
     __slots__ = ()
 
+    cuts_rows: ClassVar[bool] = False
+    """Whether each rank of the group that shares the round's rows has some of its own."""
     rotary: Turns
     slab_rows: torch.Tensor
 

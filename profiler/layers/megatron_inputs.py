@@ -7,6 +7,7 @@ after them move as much as an all-reduce; norms, additions and what goes to the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -22,6 +23,7 @@ from profiler.layers.row_group import RowGroup
 class MegatronInputs(LayerInputs):
     """A round of which this rank keeps a contiguous part of the rows between its products."""
 
+    cuts_rows: ClassVar[bool] = True
     whole: RoundInputs  # the whole round, padded to as many rows as all ranks keep together
     group: RowGroup
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -59,6 +60,8 @@ class Merging:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RingInputs(LayerInputs):
     """This rank's rows of a round; for each of its T tokens rotation and place in this rank's slab."""
+
+    cuts_rows: ClassVar[bool] = True
 
     pieces: tuple[RingPiece, ...]
     rotary: Turns

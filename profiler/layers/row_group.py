@@ -29,6 +29,9 @@ class RowGroup(Protocol):
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same, waited for."""
 
+    def sum(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors, in place."""
+
     def exchange(self, parts: Sequence[torch.Tensor], received: Sequence[int]) -> list[torch.Tensor]:
         """Send part i to rank i; received: how many numbers each rank sends here -> flat tensors, one a rank."""
 

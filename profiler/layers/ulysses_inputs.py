@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -63,6 +64,8 @@ def attend_share(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UlyssesInputs(LayerInputs):
     """A round of which this rank runs a contiguous part of the rows, P with padding, and all rows of its heads."""
+
+    cuts_rows: ClassVar[bool] = True
 
     whole: LayerInputs  # the whole round
     num_tokens: int  # of the whole round

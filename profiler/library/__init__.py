@@ -1,4 +1,4 @@
-"""Decoders of the installed Transformers: found by a configuration, built on the meta device, run layer by layer.
+"""Decoders of the installed Transformers: found by a configuration, built on the meta device.
 
-Their modules are unmodified. This room knows no architecture's name: the library's own tables do.
+This room knows no architecture's name: the library's own tables do.
 """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from math import comb
+from typing import TypedDict
 
 from profiler.model.mlp import DenseMLP
 from profiler.model.precision import Precision
@@ -18,6 +20,30 @@ class Scoring(StrEnum):
     SOFTMAX = "softmax"  # over all experts, before the choice
     SIGMOID = "sigmoid"
     CHOSEN = "softmax of the chosen"  # over those that a token goes to
+
+
+class Dispatch(StrEnum):
+    """How rows come to experts on other ranks."""
+
+    NONE = "none"
+    """All ranks of a tensor-parallel group have all rows; their sum combines what the experts of each made."""
+    ALL_TO_ALL = "all-to-all"
+    """Ranks that share the rows of a round send each row to its experts, and get its sum back."""
+
+
+class ExpertSpread(TypedDict):
+    """Where experts lie, as arguments of `spread`: see `ExpertsMLP`."""
+
+    ep_size: int
+    beside: int
+    dispatch: Dispatch
+
+
+def expert_spread(ep_size: int, dispatch: Dispatch, sp_size: int) -> ExpertSpread:
+    """Of a layout whose `sp_size` ranks beside the tensor-parallel group share the rows, if there are any."""
+    if dispatch is Dispatch.ALL_TO_ALL and sp_size > 1:
+        return ExpertSpread(ep_size=1, beside=sp_size, dispatch=dispatch)
+    return ExpertSpread(ep_size=ep_size, beside=1, dispatch=dispatch)
 
 
 class ExpertGate(StrEnum):
@@ -69,6 +95,8 @@ class ExpertsMLP:
 
     ep_size: groups of a tensor-parallel group's ranks among which experts are spread; within such a group the features
     of each are cut. 1 cuts them over all ranks.
+    beside: ranks beside the group, each with rows of its own, among which they are spread besides.
+    dispatch: whether rows are sent to them. Where the group's own rows are cut and sent, shared experts are whole.
     kept, group_size: of the experts' matrices, as of a `LinearSpec`.
     """
 
@@ -83,6 +111,8 @@ class ExpertsMLP:
     shared: DenseMLP | None = None
     shared_gate: LinearSpec | None = None
     ep_size: int = field(default=1, repr=False)
+    beside: int = field(default=1, repr=False)
+    dispatch: Dispatch = field(default=Dispatch.NONE, repr=False)
     kept: bool = field(default=False, repr=False)
     group_size: int | None = field(default=None, repr=False)
 
@@ -93,18 +123,46 @@ class ExpertsMLP:
         gate = () if self.shared_gate is None else (self.shared_gate,)
         return self.router.gate, *shared, *gate
 
-    def held(self, tp_rank: int, tp_size: int) -> tuple[slice, slice]:
+    @property
+    def num_groups(self) -> int:
+        """Groups of ranks that experts are spread over."""
+        return self.ep_size * self.beside
+
+    @property
+    def owners(self) -> list[int]:
+        """For each expert the group that holds it."""
+        held = [self.experts.of_rank(group, self.num_groups) for group in range(self.num_groups)]
+        return [group for group, experts in enumerate(held) for _ in range(experts.start, experts.stop)]
+
+    def held(self, tp_rank: int, tp_size: int, sp_rank: int = 0) -> tuple[slice, slice]:
         """The experts of a rank, and of each the features."""
-        cut = tp_size // self.ep_size
+        cut, beside = tp_size // self.ep_size, sp_rank if self.beside > 1 else 0
         return (
-            self.experts.of_rank(tp_rank // cut, self.ep_size),
+            self.experts.of_rank(beside * self.ep_size + tp_rank // cut, self.num_groups),
             self.features.of_rank(tp_rank % cut, cut),
         )
+
+    def spread(self, ep_size: int, *, beside: int = 1, dispatch: Dispatch = Dispatch.NONE) -> ExpertsMLP:
+        """The same spread so."""
+        shared = self.shared
+        if shared is not None and dispatch is Dispatch.ALL_TO_ALL and beside == 1:
+            whole = (replace(linear, cut=Cut.REPLICATED) for linear in (shared.gate_up, shared.down))
+            shared = replace(shared, gate_up=next(whole), down=next(whole))
+        return replace(self, shared=shared, ep_size=ep_size, beside=beside, dispatch=dispatch)
+
+    @property
+    def sent_share(self) -> float:
+        """The share of rows that some expert of the fullest group is chosen for, all experts being as likely.
+
+        A row goes to a group once, however many of its experts it is for.
+        """
+        count, per_token = self.experts.count, self.router.per_token
+        return 1.0 - comb(count - self.experts.per_rank(self.num_groups), per_token) / comb(count, per_token)
 
     def sizes(self, tp_size: int) -> dict[str, int]:
         """Of a rank's part, as the rows of `experts` name them."""
         return {
-            "held": self.experts.per_rank(self.ep_size),
+            "held": self.experts.per_rank(self.num_groups),
             "experts": self.experts.count,
             "per_token": self.router.per_token,
             "features": self.features.per_rank(tp_size // self.ep_size),
@@ -142,7 +200,7 @@ class ExpertsMLP:
 
     def active_elements(self, tp_size: int = 1) -> int:
         """Numbers of routed experts that a rank multiplies and adds for each token, in the mean."""
-        return 3 * self.router.per_token * self.features.size * self.hidden.size // tp_size
+        return 3 * self.router.per_token * self.features.size * self.hidden.size // (tp_size * self.beside)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of the checkpoint's tensors, those of `linears` left out."""

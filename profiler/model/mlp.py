@@ -27,3 +27,7 @@ class DenseMLP:
     def intermediate(self) -> Dim:
         """Features between gate|up and down."""
         return self.down.inputs
+
+    def features(self, tp_size: int) -> int:
+        """Of these the most that a rank holds."""
+        return self.gate_up.sizes(tp_size)[0] // 2

@@ -11,13 +11,13 @@ from enum import StrEnum
 from typing import Any
 
 from db.errors import UserError
-from profiler.model.experts import ExpertsMLP
+from profiler.model.experts import Dispatch, ExpertsMLP
 from profiler.model.fields import KernelsMissingError
 from profiler.model.precision import PRECISIONS, Precision
 from profiler.model.quantization import Quantization
 from profiler.model.rope import rope_type
 from profiler.model.spec import LayerSpec
-from profiler.model.tensors import AS_STORED, LinearSpec, NormSpec
+from profiler.model.tensors import AS_STORED, Cut, LinearSpec, NormSpec
 from profiler.model.whole.layer import WholeLayer
 
 Layer = LayerSpec | WholeLayer
@@ -144,11 +144,11 @@ class ModelShape:
         """Those of the text decoder: what a plan is about."""
         return self.counted.text if self.counted else self.num_parameters
 
-    def spread(self, ep_size: int) -> ModelShape:
-        """The same with experts spread over so many groups of the ranks of a tensor-parallel group."""
-        if ep_size == 1:
+    def spread(self, ep_size: int, *, beside: int = 1, dispatch: Dispatch = Dispatch.NONE) -> ModelShape:
+        """The same with experts spread so: see `ExpertsMLP`."""
+        if ep_size * beside == 1 or not self.has_experts:
             return self
-        made = {layer: layer.spread(ep_size) for layer in self.layer_kinds}
+        made = {layer: layer.spread(ep_size, beside=beside, dispatch=dispatch) for layer in self.layer_kinds}
         return replace(self, every_layer=tuple(made[layer] for layer in self.layers))
 
     def spread_sizes(self, tp_size: int) -> tuple[int, ...]:
@@ -237,10 +237,13 @@ class ModelShape:
                 raise UserError("tp_size", tp_size, allowed)
             if isinstance(mlp, ExpertsMLP):
                 ep_size = mlp.ep_size
+                if mlp.num_groups > mlp.experts.count and mlp.beside > 1:
+                    allowed = f"at most the {mlp.experts.count} experts of {self.name}"
+                    raise UserError("ep_size", mlp.num_groups, allowed)
                 if tp_size % ep_size or ep_size > mlp.experts.count:
                     allowed = f"must divide tp_size = {tp_size}, at most the {mlp.experts.count} experts of {self.name}"
                     raise UserError("ep_size", ep_size, allowed)
-                if mlp.shared and mlp.shared.intermediate.count % tp_size:
+                if mlp.shared and mlp.shared.gate_up.cut is Cut.COLUMN and mlp.shared.intermediate.count % tp_size:
                     allowed = f"must divide the {mlp.shared.intermediate.count} features of shared experts"
                     raise UserError("tp_size", tp_size, allowed)
                 if intermediate % (tp_size // ep_size):

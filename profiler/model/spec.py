@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-from profiler.model.experts import EXPERTS, ExpertsMLP
+from profiler.model.experts import EXPERTS, Dispatch, ExpertsMLP
 from profiler.model.fields import MAX_SIZE
 from profiler.model.mlp import Activation, DenseMLP
 from profiler.model.precision import FLOAT32, Precision
@@ -185,7 +185,7 @@ class LayerSpec:
     def sizes(self, tp_size: int) -> dict[str, int]:
         """The sizes of a rank's part, as the rows of `elementwise` and `layer` name them."""
         mlp = self.mlp.shared if isinstance(self.mlp, ExpertsMLP) else self.mlp
-        intermediate = mlp.intermediate.per_rank(tp_size) if mlp else 0
+        intermediate = mlp.features(tp_size) if mlp else 0
         return {"hidden": self.hidden_size, "intermediate": intermediate} | self.attention.sizes(tp_size)
 
     def products(self, tp_size: int = 1) -> dict[str, tuple[int, int]]:
@@ -236,9 +236,11 @@ class LayerSpec:
         """Its routed experts, if it has any."""
         return self.mlp if isinstance(self.mlp, ExpertsMLP) else None
 
-    def spread(self, ep_size: int) -> LayerSpec:
-        """The same with its experts spread over so many groups of the tensor-parallel ranks."""
-        return self if self.experts is None else replace(self, mlp=replace(self.experts, ep_size=ep_size))
+    def spread(self, ep_size: int, *, beside: int = 1, dispatch: Dispatch = Dispatch.NONE) -> LayerSpec:
+        """The same with its experts spread so, if it has any: see `ExpertsMLP`."""
+        if self.experts is None:
+            return self
+        return replace(self, mlp=self.experts.spread(ep_size, beside=beside, dispatch=dispatch))
 
     def traits(self, tp_size: int) -> dict[str, int]:
         """What besides `sizes` tells whole layers apart: masks, and experts."""

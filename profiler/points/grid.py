@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from db.errors import UserError
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.model import PRECISIONS, Backend, LayerSpec, ModelShape, Precision
+from profiler.model.experts import Dispatch
 from profiler.model.whole.layer import seen_pairs
 from profiler.points.order import by_need
 from profiler.points.point import BESIDE, COLLECTIVES, EVEN, KEPT, SKEWED, WARM, Op, Point, strided
@@ -143,9 +144,8 @@ class Grid:
     def _parts(self) -> Iterator[Point]:
         """Parts of layers, whole layers and all that ranks do together, for kernels here."""
         for tp_size in self.tp_sizes:
-            for ep_size in self.shape.spread_sizes(tp_size):
-                for layer in self.shape.spread(ep_size).layer_kinds:
-                    yield from self._layer_points(layer, tp_size)
+            for layer in dict.fromkeys(layer for shape in self._spread(tp_size) for layer in shape.layer_kinds):
+                yield from self._layer_points(layer, tp_size)
             yield from self._end_points(tp_size)
         yield from self._round_overhead()
         yield from self._ceiling()
@@ -154,6 +154,16 @@ class Grid:
         if self.device_type == "cuda":
             for sp_size in self.sp_sizes:
                 yield from self._side_by_side(RankGroups(sp_size))
+
+    def _spread(self, tp_size: int) -> Iterator[ModelShape]:
+        """The model with its experts everywhere that they may lie; beside the group where ranks are to share rows."""
+        for ep_size in self.shape.spread_sizes(tp_size):
+            yield self.shape.spread(ep_size)
+            if ep_size == tp_size:
+                yield self.shape.spread(ep_size, dispatch=Dispatch.ALL_TO_ALL)
+        for sp_size in self.sp_sizes:
+            if self.shape.has_experts and sp_size * tp_size <= self.world_size:
+                yield self.shape.spread(1, beside=sp_size, dispatch=Dispatch.ALL_TO_ALL)
 
     def _layer_points(self, layer: LayerSpec, tp_size: int) -> Iterator[Point]:
         """The parts of a layer and whole layers: with all ranks at work, and on a CPU coarsely with one.

@@ -88,7 +88,7 @@ def check_layout(plan: Plan, shape: ModelShape, *, max_new_tokens: int, device_t
             if parallel.sp_size > heads:
                 allowed = f"at most {heads} with sp_kind ulysses: the query heads at tp_size {parallel.tp_size}"
                 raise UserError("parallel.sp_size", parallel.sp_size, allowed)
-    shape.spread(parallel.ep_size).check_tp_size(parallel.tp_size)
+    shape.spread(**parallel.spread).check_tp_size(parallel.tp_size)
     if parallel.pp_size > shape.num_layers:
         raise UserError("parallel.pp_size", parallel.pp_size, f"at most {shape.num_layers}, the model's layers")
     if sum(parallel.layer_partition) != shape.num_layers:

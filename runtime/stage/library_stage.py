@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from profiler.comm.links.group import Groups
-from profiler.library.cache import RequestCache
 from profiler.library.found import find
-from profiler.library.part import Part
+from profiler.library_layers.cache import RequestCache
+from profiler.library_layers.part import Part
 from profiler.model import PRECISIONS
 from runtime.job.job import Job
 from runtime.job.place import Place

@@ -91,7 +91,7 @@ class KernelStage(Stage):
     def __init__(self, job: Job, place: Place, groups: Groups, device: torch.device) -> None:
         super().__init__(job, device)
         self.kernels = job.kernels
-        self.shape = job.shape.spread(job.parallel.ep_size)
+        self.shape = job.shape.spread(**job.parallel.spread)
         precision = PRECISIONS[job.dtype]
         self.dtype, weights_dtype = precision.activations.torch_dtype, precision.weights.torch_dtype
         weights = (

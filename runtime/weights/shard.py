@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from profiler.comm.links.group import Groups, RankGroup
+from profiler.experts.exchange import ExpertExchange
 from profiler.experts.experts import Experts, ExpertWeights
 from profiler.experts.products import EachProduct, GroupedLinear
 from profiler.kernels.entry import Product
@@ -18,7 +19,7 @@ from profiler.layers.decoder_layer import DecoderLayer, Norms, projections
 from profiler.layers.head import Head
 from profiler.layers.latent import Latent
 from profiler.model import ModelShape, Precision
-from profiler.model.experts import ExpertsMLP
+from profiler.model.experts import Dispatch, ExpertsMLP
 from profiler.model.precision import LinearFormat
 from profiler.model.shape import layer_prefix
 from profiler.model.spec import ROUTER
@@ -41,11 +42,11 @@ class Shard:
 
 def load_shard(shape: ModelShape, place: Place, weights: Weights, groups: Groups, precision: Precision) -> Shard:
     """Read this rank's slices, no others."""
-    reader = _Reader(weights, precision, place.tp_rank, place.parallel.tp_size)
+    reader = _Reader(weights, precision, place.tp_rank, place.parallel.tp_size, place.sp_rank)
     is_gathered = place.parallel.weights is WeightsPlace.GATHERED
     gathered = GatheredWeights(groups.sequence) if is_gathered else None
     return Shard(
-        layers=tuple(_load_layer(shape, index, reader, groups.tensor, gathered) for index in place.layers),
+        layers=tuple(_load_layer(shape, index, reader, groups, gathered) for index in place.layers),
         gathered=gathered,
         embedding=reader.matrix(shape.embedding) if place.is_first else None,
         head=_load_head(shape, reader, groups.tensor) if place.is_last else None,
@@ -70,6 +71,7 @@ class _Reader:
     precision: Precision
     tp_rank: int
     tp_size: int
+    sp_rank: int
     prefix: str = ""
 
     def matrix(self, spec: LinearSpec) -> torch.Tensor:
@@ -123,7 +125,7 @@ class _Reader:
 
     def experts(self, mlp: ExpertsMLP) -> ExpertWeights:
         """Those of the rank's experts, and of each its features."""
-        held, features = mlp.held(self.tp_rank, self.tp_size)
+        held, features = mlp.held(self.tp_rank, self.tp_size, self.sp_rank)
         if mlp.tensors_of.is_stacked:
             return self._stacked_experts(mlp, held, features)
         cut = self.tp_size // mlp.ep_size
@@ -163,9 +165,9 @@ class _Reader:
 
 
 def _load_layer(
-    shape: ModelShape, index: int, model: _Reader, group: RankGroup, gathered: GatheredWeights | None
+    shape: ModelShape, index: int, model: _Reader, groups: Groups, gathered: GatheredWeights | None
 ) -> DecoderLayer:
-    spec, reader = shape.layers[index], replace(model, prefix=layer_prefix(index))
+    spec, reader, group = shape.layers[index], replace(model, prefix=layer_prefix(index)), groups.tensor
     linears: dict[str, Product] = {}
     if gathered is None:
         linears = {linear.name: reader.layer_linear(linear) for linear in spec.linears}
@@ -173,13 +175,21 @@ def _load_layer(
         views = gathered.add({linear.name: reader.matrix(linear) for linear in spec.linears})
         for linear in spec.linears:
             linears[linear.name] = Linear(views[linear.name], reader.own_bias(linear), reorder=False)
-    latent = spec.attention.latent
+    latent, mlp = spec.attention.latent, spec.experts
+    experts = None if mlp is None else _load_experts(mlp, linears, reader)
+    exchange = None
+    if experts is not None and mlp is not None and mlp.dispatch is Dispatch.ALL_TO_ALL:
+        over_tensor = mlp.beside == 1
+        exchange = ExpertExchange(
+            experts, group if over_tensor else groups.sequence, None if over_tensor else group.reduce(None)
+        )
     return DecoderLayer(
         spec,
         model.tp_size,
         norms=Norms.of(spec, reader.norm, eps=shape.norm_eps),
         **projections(linears, has_latent=latent is not None),
-        experts=None if spec.experts is None else _load_experts(spec.experts, linears, reader),
+        experts=experts,
+        exchange=exchange,
         latent=None if latent is None else Latent(latent, linears["q"], reader.matrix(latent.expand)),
         reduce_o=group.reduce(reader.bias(spec.attention.o)),
         reduce_down=group.reduce(None if spec.experts else reader.bias(spec.dense.down)),
@@ -188,7 +198,7 @@ def _load_layer(
 
 
 def _load_experts(mlp: ExpertsMLP, linears: Mapping[str, Product], reader: _Reader) -> Experts:
-    held, _ = mlp.held(reader.tp_rank, reader.tp_size)
+    held, _ = mlp.held(reader.tp_rank, reader.tp_size, reader.sp_rank)
     return Experts(
         mlp,
         reader.experts(mlp),

@@ -103,6 +103,7 @@ def _print(report: Mapping[str, Any]) -> None:
 
 def _layout(one: Mapping[str, Any]) -> str:
     """The layout by its short name."""
+    from profiler.model.experts import Dispatch
     from profiler.sequence.kind import SPKind
     from tuner.plan.layout import Layout
     from tuner.plan.plan import Weights
@@ -113,6 +114,7 @@ def _layout(one: Mapping[str, Any]) -> str:
             tp_size=one["tp_size"], pp_size=one["pp_size"], sp_size=one["sp_size"], sp_kind=SPKind(one["sp_kind"]),
             virtual_stages=one["virtual_stages"], stage_order=StageOrder(one["stage_order"]),
             weights=Weights(one["weights"]), ep_size=one.get("ep_size", 1),
+            dispatch=Dispatch(one.get("dispatch", "none")),
         )
     )  # fmt: skip
 

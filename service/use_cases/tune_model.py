@@ -227,7 +227,7 @@ def _fitter(
         check_experts_fit(target.shape, precision_of(target.dtype), layout.weights)
         work = RankWork.on(
             hardware,
-            shape=target.shape.spread(layout.ep_size),
+            shape=target.shape.spread(**layout.spread),
             dtype=target.dtype,
             tp_size=layout.tp_size,
             sp_size=layout.sp_size,
@@ -251,6 +251,7 @@ def _fitter(
             layout.sp_kind,
             layout.weights,
             layout.ep_size,
+            layout.dispatch,
             layout.pp_size > 1,
             *links.key(layout),
         )

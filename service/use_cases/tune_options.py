@@ -38,9 +38,7 @@ class TuneOptions:
     rate: float = option(1.0, "Speed the workload's arrivals up by this.")
     cost_model: str | None = option(None, "Plan with this cost model file instead.", is_file=True)
     tp_size: int | None = option(None, "Keep the tensor-parallel size at this.", above=0)
-    ep_size: int | None = option(
-        None, "Keep the groups of tensor-parallel ranks that experts are spread over at this.", above=0
-    )
+    ep_size: int | None = option(None, "Keep the groups of ranks that experts are spread over at this.", above=0)
     pp_size: int | None = option(None, "Keep the number of stages at this.", above=0)
     sp_size: int | None = option(None, "Keep the ranks that share the tokens of a stage at this.", above=0)
     sp_kind: str = option("auto", "How they share them.", choices=SP_KINDS)

@@ -162,6 +162,7 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "stage_order",
         "weights",
         "ep_size",
+        "dispatch",
         "family",
     )
     found: dict[str, Any] = {name: getattr(layout, name) for name in names} | {

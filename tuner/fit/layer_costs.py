@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 
 from profiler.model import PRECISIONS, LayerSpec
+from profiler.model.precision import FLOAT32
 from profiler.points.kernel_choice import KernelChoice
 from profiler.points.point import Op
 from profiler.sequence.kind import CUTS, SequenceCut, usual_cut
@@ -24,7 +25,7 @@ from tuner.fit.sequence.cut_costs import CutCosts
 from tuner.fit.sequence.kinds import COSTS
 from tuner.fit.sequence.messages import layer_weight_bytes, row_bytes
 from tuner.fit.sequence.overlap import COPIED, Overlap
-from tuner.fit.sequence.parts import LayerParts, Seconds
+from tuner.fit.sequence.parts import ExchangeParts, LayerParts, Seconds
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Weights
 from tuner.plan.stage_cost import StageCost, TableAttention
@@ -112,7 +113,7 @@ class LayerCosts:
 
     def compute_s(self, tokens: Floats) -> Floats:
         """Token-wise seconds of a layer without collectives: matmuls and element-wise work, uncalibrated."""
-        return np.asarray(sum(curve(tokens) for curve in self.projections)) + self.elementwise(tokens)
+        return _sum_s(self.projections, tokens) + self.elementwise(tokens)
 
     def cut_costs(self, cut: SequenceCut | None = None, *, skew: float = 1.0) -> CutCosts:
         """What a cut of this kind costs in a layer, at the rank's skew; left out, the usual cut."""
@@ -271,12 +272,28 @@ class LayerCosts:
         width = 4 * sizes["hidden"] + 3 * sizes["intermediate"] + 3 * n_queries
         squares, hidden = self.work.squares_bytes, self.work.reduced_bytes
 
-        def calibrated(curve: Curve, share: float = 1.0) -> Seconds:
+        def calibrated(curve: Seconds, share: float = 1.0) -> Seconds:
             return lambda rows: share * skew * curve(rows) * calibration.tokens_factor(rows)
+
+        exchanged, exchange, token_wise = self.work.exchanged, None, self.compute_s
+        if exchanged is not None:
+            *others, experts = self.projections
+            of_own_rows = others[-len(exchanged.linears) :]
+            sent = exchanged.sent_share
+            exchange = ExchangeParts(
+                experts_s=calibrated(experts),
+                own_rows_s=calibrated(lambda rows: _sum_s(of_own_rows, rows)),
+                row_bytes=sent * self.work.hidden_bytes,
+                choice_bytes=sent * FLOAT32.num_bytes(2 * exchanged.router.per_token),
+                is_beside=exchanged.beside > 1,
+            )
+
+            def token_wise(tokens: Floats) -> Floats:
+                return _sum_s(others, tokens) + self.elementwise(tokens)
 
         return LayerParts(
             size=self.work.sequence_size,
-            token_wise_s=lambda rows: skew * self.compute_s(rows) * calibration.tokens_factor(rows),
+            token_wise_s=calibrated(token_wise),
             elementwise_s=calibrated(self.elementwise),
             queries_s=calibrated(self.projections[0], n_queries / n_all),
             reduce_s=lambda rows: self._reduced_s(rows, hidden),
@@ -289,6 +306,7 @@ class LayerCosts:
             traffic_bytes=PRECISIONS[self.work.dtype].activations.num_bytes(width),
             overlap=self.overlap,
             gather_overlap=COPIED if self.work.has_peer_memory else self.overlap,
+            exchange=exchange,
         )
 
     def _reduced_s(self, rows: Floats, sizes: Sequence[int]) -> Floats:
@@ -296,6 +314,11 @@ class LayerCosts:
         if self.all_reduce is None:
             return np.zeros_like(rows)
         return np.asarray(sum((self.all_reduce(rows * size) for size in sizes), start=np.zeros_like(rows)))
+
+
+def _sum_s(curves: Sequence[Curve], tokens: Floats) -> Floats:
+    """The sum of several products of as many rows."""
+    return np.asarray(sum(curve(tokens) for curve in curves))
 
 
 def _least_stage(stages: Sequence[StageCost]) -> StageCost:

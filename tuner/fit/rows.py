@@ -12,6 +12,7 @@ from db.rows.hardware import Hardware
 from db.rows.measurements import Measurement
 from profiler.hardware.datasheet import published_multiprocessors
 from profiler.model import PRECISIONS, LayerSpec, ModelShape
+from profiler.model.experts import Dispatch, ExpertsMLP
 from profiler.points.point import KEPT, MASKS
 from profiler.sequence.heads import most_heads
 from profiler.sequence.kind import SPKind
@@ -117,6 +118,12 @@ class RankWork:
         return sizes | {"heads": heads, "kv_heads": kv_heads}
 
     @property
+    def exchanged(self) -> ExpertsMLP | None:
+        """The layer's experts, if rows are sent to them."""
+        experts = self.layer.experts
+        return experts if experts is not None and experts.dispatch is Dispatch.ALL_TO_ALL else None
+
+    @property
     def without_sequence(self) -> Self:
         """The same with tensor parallelism alone."""
         return replace(self, sp_size=1, sp_kind=SPKind.NONE, weights=Weights.WHOLE)
@@ -125,6 +132,7 @@ class RankWork:
         words = f"{self.shape.name} at tp_size {self.tp_size}"
         if self.sp_kind is not SPKind.NONE:
             words += f", sp_size {self.sp_size} {self.sp_kind}" if self.sp_size > 1 else f", sp_kind {self.sp_kind}"
+        words += f", experts over {self.exchanged.num_groups} ranks that share rows" if self.exchanged else ""
         return f"{words} in {self.dtype}"
 
     @property

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 from db.errors import UserError
 from profiler.model import Backend, ModelShape, Precision
+from profiler.model.experts import Dispatch, ExpertSpread, expert_spread
 from profiler.sequence.kind import SPKind
 from tuner.plan.plan import Parallel, Weights
 from tuner.plan.stage_order import StageOrder
@@ -36,12 +37,23 @@ class Layout:
     stage_order: StageOrder = StageOrder.LOOP
     weights: Weights = Weights.WHOLE
     ep_size: int = 1
+    dispatch: Dispatch = Dispatch.NONE
     refusal: str | None = None
 
     @property
     def world_size(self) -> int:
         """Ranks that take part."""
         return self.pp_size * self.stage_size
+
+    @property
+    def sequence_size(self) -> int:
+        """Ranks of a stage that share the rows of a round."""
+        return self.tp_size if self.sp_kind is SPKind.MEGATRON else self.sp_size
+
+    @property
+    def spread(self) -> ExpertSpread:
+        """Where experts lie, as `ModelShape.spread` takes it."""
+        return expert_spread(self.ep_size, self.dispatch, self.sp_size)
 
     @property
     def stage_size(self) -> int:
@@ -58,16 +70,18 @@ class Layout:
         """The parallel schemes of the layout, without their sizes."""
         schemes = []
         if self.tp_size > 1:
-            spread = " x EP" if self.ep_size > 1 else ""
-            schemes.append(("TP+SP" if self.sp_kind is SPKind.MEGATRON else "TP") + spread)
+            schemes.append("TP+SP" if self.sp_kind is SPKind.MEGATRON else "TP")
         if self.sp_size > 1:
             schemes.append(f"SP {self.sp_kind}")
+        if self.ep_size > 1:
+            schemes.append("EP" if self.dispatch is Dispatch.NONE else f"EP {self.dispatch}")
         if self.pp_size > 1:
             schemes.append("PP" if self.virtual_stages == 1 else "PP interleaved")
         return " x ".join(schemes) or "one rank"
 
     def __str__(self) -> str:
         words = [f"TP{self.tp_size}", *([f"EP{self.ep_size}"] if self.ep_size > 1 else [])]
+        words += [str(self.dispatch)] if self.dispatch is not Dispatch.NONE else []
         if self.sp_kind is not SPKind.NONE:
             words.append(f"SP{self.sp_size} {self.sp_kind}" if self.sp_size > 1 else str(self.sp_kind))
         words.append(f"PP{self.pp_size}")
@@ -114,7 +128,7 @@ def check_experts_fit(shape: ModelShape, precision: Precision, weights: Weights)
 
 def layout_of(parallel: Parallel) -> Layout:
     """The layout of a plan, without the layers of its groups."""
-    names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights", "ep_size")
+    names = (field.name for field in fields(Layout) if field.name != "refusal")
     return Layout(**{name: getattr(parallel, name) for name in names})
 
 
@@ -138,8 +152,9 @@ class Pins:
             raise UserError("sp_size", self.sp_size, f"1 with sp_kind {self.sp_kind}")
         if self.sp_kind is SPKind.MEGATRON and self.tp_size == 1:
             raise UserError("sp_kind", self.sp_kind, "cuts over the tensor-parallel group: tp_size must be 2 or more")
-        if self.tp_size and self.tp_size % (self.ep_size or 1):
-            raise UserError("ep_size", self.ep_size, f"must divide tp_size = {self.tp_size}, whose ranks hold experts")
+        if self.tp_size and self.tp_size % (self.ep_size or 1) and self.ep_size != self.sp_size and not own_ranks:
+            allowed = f"must divide tp_size = {self.tp_size}, whose ranks hold experts, or be sp_size"
+            raise UserError("ep_size", self.ep_size, allowed)
         if self.pp_size == 1 and (self.virtual_stages or 1) > 1:
             raise UserError("virtual_stages", self.virtual_stages, "1 with pp_size 1: there is no pipeline to fill")
 
@@ -153,13 +168,18 @@ class Pins:
             return
         if not shape.has_experts:
             raise UserError("ep_size", self.ep_size, f"1: kernels here run no experts of {shape.name}")
-        shape.spread(self.ep_size).check_tp_size(self.tp_size or self.ep_size)
+        if self.sp_size not in (None, 1) or self.sp_kind in OWN_RANKS:
+            shape.spread(1, beside=self.ep_size, dispatch=Dispatch.ALL_TO_ALL).check_tp_size(self.tp_size or 1)
+        else:
+            shape.spread(self.ep_size).check_tp_size(self.tp_size or self.ep_size)
 
     @property
     def num_ranks(self) -> int:
         """Ranks that the sizes need at least."""
-        sp_size = self.sp_size or (2 if self.sp_kind in OWN_RANKS else 1)
-        tp_size = self.tp_size or max(self.ep_size or 1, 2 if self.sp_kind is SPKind.MEGATRON else 1)
+        own_ranks, ep_size = self.sp_kind in OWN_RANKS, self.ep_size or 1
+        sp_size = self.sp_size or (max(2, ep_size) if own_ranks else 1)
+        least_tp = 1 if own_ranks or ep_size == sp_size else ep_size
+        tp_size = self.tp_size or max(least_tp, 2 if self.sp_kind is SPKind.MEGATRON else 1)
         return tp_size * sp_size * (self.pp_size or (2 if (self.virtual_stages or 1) > 1 else 1))
 
     def allow(self, layout: Layout) -> bool:
@@ -208,9 +228,19 @@ def _layouts(shape: ModelShape, world_size: int, pins: Pins) -> Iterator[Layout]
                         if sp_size == 1 or pins.sp_size or pins.sp_kind:
                             yield replace(layout, refusal=reason)
                         break
-                    for ep_size in ep_sizes:
-                        yield from _interleaved(shape, replace(layout, ep_size=ep_size), pins)
+                    for spread in _spreads(shape, layout, ep_sizes):
+                        yield from _interleaved(shape, spread, pins)
                 refusal = _tp_refusal(shape, tp_size)
+
+
+def _spreads(shape: ModelShape, layout: Layout, ep_sizes: Sequence[int]) -> Iterator[Layout]:
+    """The layout with experts over as many groups of tensor-parallel ranks as there can be, and over the ranks that
+    share the rows, where those are sent to them."""
+    for ep_size in ep_sizes:
+        yield replace(layout, ep_size=ep_size)
+    size, mixtures = layout.sequence_size, [layer.experts for layer in shape.layer_kinds if layer.experts]
+    if size > 1 and mixtures and all(mlp.experts.count >= size for mlp in mixtures):
+        yield replace(layout, ep_size=size, dispatch=Dispatch.ALL_TO_ALL)
 
 
 def _tp_refusal(shape: ModelShape, tp_size: int) -> str | None:

@@ -42,7 +42,7 @@ def rank_memory(
     shape: ModelShape, parallel: Parallel, sizes: RoundSizes, *, dtype: str, device_type: str
 ) -> tuple[RankMemory, ...]:
     """Memory of a rank of each stage."""
-    precision, shape = PRECISIONS[dtype], shape.spread(parallel.ep_size)
+    precision, shape = PRECISIONS[dtype], shape.spread(**parallel.spread)
     hidden_bytes = precision.activations.num_bytes(shape.hidden_size)
     # The buffer may be overrun by the round that fills it.
     unsent = min(sizes.all_rows * hidden_bytes, SEND_BUFFER_BYTES + sizes.most_rows * hidden_bytes)

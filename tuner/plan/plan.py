@@ -10,6 +10,7 @@ from typing import Any
 
 from db.errors import UserError
 from db.files.documents import located, of_schema, parse, read_json, write_json
+from profiler.model.experts import Dispatch, ExpertSpread, expert_spread
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind, round_cuts
 from tuner.plan.attention_kernels import AttentionKernels
 from tuner.plan.stage_cost import MAX_SECONDS, MAX_TOKENS
@@ -116,7 +117,9 @@ class Parallel:
     stage_order: StageOrder = StageOrder.LOOP
     weights: Weights = Weights.WHOLE
     ep_size: int = 1
-    """Groups of a tensor-parallel group's ranks among which experts are spread; 1 cuts each expert over all ranks."""
+    """Groups of ranks among which experts are spread: of a tensor-parallel group, 1 cutting each expert over all of its
+    ranks; or the ranks that share the rows, where those are sent to their experts."""
+    dispatch: Dispatch = Dispatch.NONE
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "pp_size", "sp_size", "virtual_stages", "ep_size"):
@@ -137,7 +140,13 @@ class Parallel:
         if not own_ranks and self.sp_size > 1:
             allowed = f"1 with sp_kind {self.sp_kind}; gather, ulysses and ring take ranks of their own"
             raise UserError("sp_size", self.sp_size, allowed)
-        if self.tp_size % self.ep_size:
+        if self.dispatch is Dispatch.ALL_TO_ALL:
+            if self.sequence_size == 1:
+                raise UserError("dispatch", self.dispatch, "none, where no ranks share the rows: sp_kind is none")
+            if self.ep_size != self.sequence_size:
+                allowed = f"{self.sequence_size} with dispatch all-to-all, the ranks that share the rows"
+                raise UserError("ep_size", self.ep_size, allowed)
+        elif self.tp_size % self.ep_size:
             raise UserError("ep_size", self.ep_size, f"must divide tp_size = {self.tp_size}, whose ranks hold experts")
         if self.weights is Weights.GATHERED and self.sp_size == 1:
             raise UserError("weights", self.weights, "are gathered over a sequence-parallel group: sp_size 2 or more")
@@ -162,10 +171,16 @@ class Parallel:
         """Ranks of a stage that share the rows of a round."""
         return self.tp_size if self.sp_kind is SPKind.MEGATRON else self.sp_size
 
+    @property
+    def spread(self) -> ExpertSpread:
+        """Where experts lie, as `ModelShape.spread` takes it."""
+        return expert_spread(self.ep_size, self.dispatch, self.sp_size)
+
     def to_json(self) -> dict[str, Any]:
         """The `parallel` object of a plan file."""
         names = ("tp_size", "pp_size", "sp_size", "sp_kind", "virtual_stages", "stage_order", "weights")
-        spread = {"ep_size": self.ep_size} if self.ep_size > 1 else {}
+        spread: dict[str, Any] = {"ep_size": self.ep_size} if self.ep_size > 1 else {}
+        spread |= {"dispatch": self.dispatch} if self.dispatch is not Dispatch.NONE else {}
         named = {name: getattr(self, name) for name in names}
         return named | spread | {"layer_partition": list(self.layer_partition)}
 

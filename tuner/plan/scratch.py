@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from profiler.comm.links.buffers import GATHER_SLOTS
 from profiler.kernels.attention_kernel import EXPANDED_NUMBERS, MASKED_SCORES
 from profiler.model import LayerSpec, Precision, WholeLayer
+from profiler.model.experts import Dispatch
 from profiler.model.precision import FLOAT32
 from profiler.sequence.heads import most_heads
 from profiler.sequence.kind import SPKind
@@ -79,7 +80,7 @@ def _own_rows(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision
     attention += _latent_bytes(layer, parallel, sizes)
     summed = _SUMMED_ROWS * layer.hidden_size if parallel.tp_size > 1 else 0
     stream = _stream(layer, precision, rows) + rows * precision.activations.num_bytes(summed)
-    return max(attention, rows * _mlp_row_bytes(layer, precision, parallel.tp_size)) + stream
+    return max(attention, _mlp_bytes(layer, precision, parallel, rows)) + stream
 
 
 def _gather(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision: Precision) -> int:
@@ -96,7 +97,7 @@ def _ulysses(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision:
     attention = all_rows * _attention_row_bytes(layer, precision, heads, kv_heads)
     repeated = parallel.sp_size * (heads + 2 * kv_heads) * layer.attention.head_dim
     exchange = rows * precision.activations.num_bytes(4 * repeated)
-    mlp = rows * _mlp_row_bytes(layer, precision, parallel.tp_size)
+    mlp = _mlp_bytes(layer, precision, parallel, rows)
     # What the exchanges give lies beside what they took.
     received = all_rows * precision.activations.num_bytes(_SUMMED_ROWS * layer.hidden_size)
     return max(attention, exchange, mlp) + received + _stream(layer, precision, rows)
@@ -117,9 +118,11 @@ def _megatron(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes, precision
     if sizes.most_rows == sizes.most_tokens:  # no round is cut
         return _own_rows(layer, parallel, sizes, precision)
     attention = _attention_row_bytes(layer, precision, *_own_heads(layer, parallel))
-    block = max(attention, _mlp_row_bytes(layer, precision, parallel.tp_size))
-    whole = block + precision.activations.num_bytes(2 * layer.hidden_size)
-    return padded * whole + _stream(layer, precision, sizes.most_rows) + _latent_bytes(layer, parallel, sizes)
+    sends = layer.experts is not None and layer.experts.dispatch is Dispatch.ALL_TO_ALL
+    mlp = _mlp_bytes(layer, precision, parallel, sizes.most_rows if sends else padded)
+    whole = padded * precision.activations.num_bytes(2 * layer.hidden_size)
+    stream = _stream(layer, precision, sizes.most_rows)
+    return max(padded * attention, mlp) + whole + stream + _latent_bytes(layer, parallel, sizes)
 
 
 _KINDS: dict[SPKind, Callable[[LayerSpec, Parallel, RoundSizes, Precision], int]] = {
@@ -170,6 +173,15 @@ def _latent_bytes(layer: LayerSpec, parallel: Parallel, sizes: RoundSizes) -> in
     absorbed = heads * min(latent.longest_absorbed, sizes.most_tokens) * (3 * latent.kept + latent.rank)
     scores = min(MASKED_SCORES, heads * sizes.most_tokens * sizes.most_passed)
     return FLOAT32.num_bytes(max(2 * expanded, absorbed) + 3 * scores)
+
+
+def _mlp_bytes(layer: LayerSpec, precision: Precision, parallel: Parallel, rows: int) -> int:
+    """Of a rank with so many rows of its own; experts that rows are sent to may get those of all ranks, and hold each
+    as it came and as it goes back."""
+    row = _mlp_row_bytes(layer, precision, parallel.tp_size)
+    if layer.experts is None or layer.experts.dispatch is Dispatch.NONE:
+        return rows * row
+    return parallel.sequence_size * rows * (row + precision.activations.num_bytes(2 * layer.hidden_size))
 
 
 def _mlp_row_bytes(layer: LayerSpec, precision: Precision, tp_size: int) -> int:

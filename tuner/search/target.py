@@ -201,6 +201,7 @@ def parallel_of(layout: Layout, layer_partition: tuple[int, ...]) -> Parallel:
         stage_order=layout.stage_order,
         weights=layout.weights,
         ep_size=layout.ep_size,
+        dispatch=layout.dispatch,
     )
 
 

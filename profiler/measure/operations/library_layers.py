@@ -12,7 +12,7 @@ from profiler.points.point import BEFORE_LAYERS, Point
 from profiler.points.whole_layers import whole_sizes, whole_variant
 
 if TYPE_CHECKING:
-    from profiler.library.timed import TimedLayer
+    from profiler.library_layers.timed import TimedLayer
 
 
 class LibraryLayers:
@@ -31,7 +31,7 @@ class LibraryLayers:
     def _timed(self, index: int) -> TimedLayer:
         layer, precision = self.shape.every_layer[index], self.workspace.precision
         size = layer.weights_bytes(precision)
-        from profiler.library.timed import TimedLayer  # imports Transformers, which takes seconds
+        from profiler.library_layers.timed import TimedLayer  # imports Transformers, which takes seconds
 
         return self.workspace.keep(
             ("library layer", index),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -28,7 +28,7 @@ from profiler.measure.operations.library_layers import LibraryLayers
 from profiler.measure.operations.workspace import Slabs, Workspace
 from profiler.measure.timing import Prepared, Run
 from profiler.model import Backend, LayerSpec, ModelShape
-from profiler.model.experts import ExpertsMLP
+from profiler.model.experts import Dispatch, ExpertsMLP
 from profiler.model.spec import ROUTER, LatentSpec
 from profiler.model.tensors import Cut, LinearSpec
 from profiler.points.point import KEPT, MASKS, SKEWED, WARM, Op, Point
@@ -283,14 +283,22 @@ class Operators:
         """Which layer of the model an `elementwise` or `layer` point is, and the tp_size that gives it such sizes."""
         for spec in self.shape.layer_kinds:
             tp_size = spec.attention.heads.count // point.shape["heads"]
-            alike = spec.variant == point.variant and spec.sizes(tp_size).items() <= point.shape.items()
-            if alike and point.op is Op.ELEMENTWISE:
-                return spec, tp_size
-            for made in map(spec.spread, self.shape.spread_sizes(tp_size)) if alike else ():
+            for made in self._spreads(spec, point, tp_size) if spec.variant == point.variant else ():
+                if not made.sizes(tp_size).items() <= point.shape.items():
+                    continue
                 named = made.sizes(tp_size) | made.traits(tp_size)
-                if all(point.shape.get(name, 0) == named.get(name, 0) for name in {*MASKS, *named}):
+                alike = (point.shape.get(name, 0) == named.get(name, 0) for name in {*MASKS, *named})
+                if point.op is Op.ELEMENTWISE or all(alike):
                     return made, tp_size
         raise ValueError(f"{self.shape.name} has no layer of {point.shape} {point.variant}")
+
+    def _spreads(self, spec: LayerSpec, point: Point, tp_size: int) -> Iterator[LayerSpec]:
+        """The layer with its experts wherever they may lie in the point."""
+        yield from map(spec.spread, self.shape.spread_sizes(tp_size))
+        if spec.experts is not None:
+            yield spec.spread(tp_size, dispatch=Dispatch.ALL_TO_ALL)
+            if held := point.shape.get("held"):
+                yield spec.spread(1, beside=-(-spec.experts.experts.count // held), dispatch=Dispatch.ALL_TO_ALL)
 
     def _decoder_layer(self, spec: LayerSpec, tp_size: int) -> DecoderLayer:
         linears = {

@@ -76,8 +76,12 @@ def test_layouts_spread_experts_beside_cutting_them() -> None:
         Pins(tp_size=4, ep_size=3)
     four = {str(layout) for layout in enumerate_layouts(SHAPE, 4, Pins(tp_size=4)) if not layout.refusal}
     assert {"TP4 PP1", "TP4 EP2 PP1", "TP4 EP4 PP1", "TP4 EP2 megatron PP1"} <= four
-    pinned = {(layout.tp_size, layout.ep_size) for layout in enumerate_layouts(SHAPE, 4, Pins(ep_size=2))}
-    assert pinned == {(2, 2), (4, 2)}
+    pinned = {str(layout) for layout in enumerate_layouts(SHAPE, 4, Pins(ep_size=2, pp_size=1)) if not layout.refusal}
+    assert {"TP4 EP2 PP1", "TP2 EP2 SP2 gather PP1", "TP2 EP2 all-to-all SP2 gather PP1"} <= pinned
+    assert not any("EP2" not in layout for layout in pinned)
+    assert "TP1 EP4 all-to-all SP4 ulysses PP1" in {str(one) for one in enumerate_layouts(SHAPE, 4, Pins(ep_size=4))}
+    with pytest.raises(UserError, match=r"^ep_size: 16; at most the 9 experts of mixture"):
+        enumerate_layouts(SHAPE, 16, Pins(ep_size=16, sp_size=16))
     few = model_from_config(CONFIG | {"num_experts": 3}, name="few")
     with pytest.raises(UserError, match=r"^ep_size: 4; must divide tp_size = 4, at most the 3 experts of few"):
         enumerate_layouts(few, 4, Pins(ep_size=4))

@@ -74,7 +74,7 @@ def test_what_latents_do_not_run_in_is_refused() -> None:
         model_from_config(CONFIG | {"rope_scaling": scaled}, name="latents", backend="own")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "w8a8+float32", "w8a16+float32"])
+@pytest.mark.parametrize("dtype", ["float32", "w8a8+float32"])
 def test_every_point_of_a_layer_is_run(dtype: str) -> None:
     device, precision = torch.device("cpu"), PRECISIONS[dtype]
     workspace = Workspace(device, precision, cold_bytes=0, limit_bytes=1 << 26)

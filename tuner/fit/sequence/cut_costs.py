@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from profiler.points.point import Op
 from profiler.sequence.cut import cut_round
 from profiler.sequence.kind import SequenceCut
 from tuner.fit.curve import Floats
@@ -22,13 +23,29 @@ class CutCosts(ABC):
 
     calls_a_chunk = 1
     """Pieces of a chunk that a rank attends to one by one."""
+    cuts_rows = True
+    """Whether each rank has rows of its own."""
 
     def __init__(self, parts: LayerParts) -> None:
         self.parts = parts
 
     def tokens_s(self, tokens: Floats) -> Floats:
         """Token-wise work and what is sent beside or after it, for rounds of so many tokens."""
-        return self.compute_s(tokens) + self.sent_s(tokens)
+        return self.compute_s(tokens) + self.sent_s(tokens) + self.exchange_s(tokens)
+
+    def exchange_s(self, tokens: Floats) -> Floats:
+        """Experts that rows are sent to: their choices, the rows there and back, how many told before; or their sum."""
+        parts, exchange = self.parts, self.parts.exchange
+        if exchange is None:
+            return np.zeros_like(tokens)
+        seconds = exchange.experts_s(tokens)
+        if not self.cuts_rows:
+            beside = exchange.is_beside
+            return seconds + (parts.message_s(Op.ALL_REDUCE, tokens * parts.row_bytes.hidden) if beside else 0.0)
+        told = np.full_like(tokens, 8.0 * parts.size)
+        for size_bytes in (told, *(tokens * size for size in (exchange.choice_bytes, *(exchange.row_bytes,) * 2))):
+            seconds = seconds + parts.message_s(Op.ALL_TO_ALL, size_bytes)
+        return seconds
 
     @abstractmethod
     def compute_s(self, tokens: Floats) -> Floats:
@@ -61,6 +78,8 @@ class CutCosts(ABC):
 
 class WholeCosts(CutCosts):
     """Every rank runs all rows: nothing is sent but what tensor parallelism sums."""
+
+    cuts_rows = False
 
     def compute_s(self, tokens: Floats) -> Floats:
         """All rows."""

@@ -50,18 +50,23 @@ class LayerMessage:
 
 def layer_messages(work: RankWork) -> tuple[LayerMessage, ...]:
     """The collectives of a layer whose size goes with the rows of a round; what a ring passes goes with the context."""
-    size, carried = work.sequence_size, row_bytes(work)
+    size, carried, exchanged = work.sequence_size, row_bytes(work), work.exchanged
+    sent = tuple[LayerMessage, ...]()
+    if exchanged is not None:
+        products_rows = 1 if work.sp_kind is SPKind.MEGATRON else size
+        token_bytes = exchanged.sent_share * carried.hidden * products_rows
+        sent = (LayerMessage(op=Op.ALL_TO_ALL, token_bytes=token_bytes, count=2),)
     match work.sp_kind:
         case SPKind.GATHER:
-            return (LayerMessage(op=Op.ALL_GATHER, token_bytes=size * carried.kv, count=1),)
+            return LayerMessage(op=Op.ALL_GATHER, token_bytes=size * carried.kv, count=1), *sent
         case SPKind.ULYSSES:
             mean = (carried.ulysses_in + carried.attended) / 2
-            return (LayerMessage(op=Op.ALL_TO_ALL, token_bytes=mean, count=2),)
+            return LayerMessage(op=Op.ALL_TO_ALL, token_bytes=mean, count=2), *sent
         case SPKind.MEGATRON:
-            ops = (Op.ALL_GATHER, Op.REDUCE_SCATTER)
-            return tuple(LayerMessage(op=op, token_bytes=carried.hidden, count=2) for op in ops)
+            ops, count = (Op.ALL_GATHER, Op.REDUCE_SCATTER), 1 if sent else 2
+            return *(LayerMessage(op=op, token_bytes=carried.hidden, count=count) for op in ops), *sent
         case _:
-            return ()
+            return sent
 
 
 def layer_weight_bytes(work: RankWork) -> int:
@@ -77,6 +82,8 @@ def fit_messages(rows: Rows, work: RankWork, *, busy_ranks: int, why: str) -> di
     needed = dict.fromkeys(MESSAGES[work.sp_kind])
     if work.weights is Weights.GATHERED:
         needed[Op.ALL_GATHER] = None
+    if work.exchanged is not None:
+        needed |= dict.fromkeys((Op.ALL_TO_ALL, Op.ALL_REDUCE) if work.exchanged.beside > 1 else (Op.ALL_TO_ALL,))
     found = {op: _fit(op, message_rows(rows, op, work, busy_ranks=busy_ranks, why=why)) for op in needed}
     if work.sequence_size > 1:
         sums = message_rows(rows, Op.ALL_REDUCE, work, busy_ranks=busy_ranks)

@@ -31,6 +31,22 @@ class RowBytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeParts:
+    """Routed experts on ranks that share the rows, where rows are sent to them."""
+
+    experts_s: Seconds
+    """Those of the rank that gets most, for so many rows of all ranks."""
+    own_rows_s: Seconds
+    """Products of the router and of shared experts, which run on a rank's own rows."""
+    row_bytes: float
+    """Bytes of an all-to-all of hidden states for each row of all ranks."""
+    choice_bytes: float
+    """The same of the experts of each row and their weights."""
+    is_beside: bool
+    """Whether the ranks stand beside a tensor-parallel group: what is not cut takes a sum of their own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerParts:
     """Calibrated seconds of the parts of a layer on a rank, each a function of an array of sizes.
 
@@ -39,7 +55,7 @@ class LayerParts:
 
     size: int
     token_wise_s: Seconds
-    """Products and element-wise work of so many rows."""
+    """Products and element-wise work of so many rows; without experts that rows are sent to."""
     elementwise_s: Seconds
     """Of that the element-wise work."""
     queries_s: Seconds
@@ -63,6 +79,7 @@ class LayerParts:
     """Of collectives beside work."""
     gather_overlap: Overlap
     """Of the gather of keys and values, where copy engines may do it."""
+    exchange: ExchangeParts | None = None
 
     def rows(self, tokens: Floats) -> Floats:
         """Rows of a rank where `tokens` are cut: the largest share."""

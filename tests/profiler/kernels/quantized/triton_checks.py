@@ -119,7 +119,7 @@ def product() -> None:
 
 
 def dequantizing() -> None:
-    with_few_blocks(triton_weight._dequantizing_product, triton_weight._few_rows)
+    with_few_blocks(triton_weight._dequantizing_product, triton_weight._few_rows, triton_weight._few_words)
     for m, n, k in ((1, 24, 64), (3, 24, 192), (19, 40, 192), (70, 136, 128)):
         for fmt in FORMATS:
             for group_size in (None, 64, 32):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -14,7 +15,7 @@ from tuner.fit.curve import Curve, Floats
 from tuner.fit.sequence.cut_costs import CutCosts, WholeCosts
 from tuner.fit.sequence.kinds import COSTS
 from tuner.fit.sequence.overlap import APART, ON_A_CARD, Overlap
-from tuner.fit.sequence.parts import LayerParts, RowBytes
+from tuner.fit.sequence.parts import ExchangeParts, LayerParts, RowBytes
 
 PAIR_S, LAUNCH_S = 2e-12, 5e-6
 CUT = [(kind, cut) for kind, cuts in CUTS.items() for cut in cuts if cut is not SequenceCut.WHOLE]
@@ -143,6 +144,28 @@ def test_megatron_gathers_and_scatters_twice_and_norms_its_own_rows() -> None:
     assert megatron.sent_s(at(1003)) == pytest.approx(2 * pair_s)
     saved = tensor.compute_s(at(10_000)) - megatron.compute_s(at(10_000))
     assert saved == pytest.approx(0.2 * 0.75 * given.elementwise_s(at(10_000)))
+
+
+@pytest.mark.parametrize("is_beside", [False, True])
+def test_rows_that_are_sent_to_experts_are_not_gathered_for_them(is_beside: bool) -> None:
+    plain, rows = parts(4), 1003
+    exchange = ExchangeParts(
+        experts_s=lambda rows: 1e-7 * rows, own_rows_s=lambda rows: 2e-8 * rows, row_bytes=0.4 * BYTES.hidden,
+        choice_bytes=12.8, is_beside=is_beside,
+    )  # fmt: skip
+    given, messages = replace(plain, exchange=exchange), plain.messages
+    kind, cut = (SPKind.GATHER, SequenceCut.ZIGZAG) if is_beside else (SPKind.MEGATRON, SequenceCut.CONTIGUOUS)
+    sizes = (32.0, rows * 12.8, *(rows * 0.4 * BYTES.hidden,) * 2)  # counts, choices, there and back
+    expected = 1e-7 * rows + sum(float(messages[Op.ALL_TO_ALL](size)) for size in sizes)
+    if not is_beside:
+        padded = 4 * 251 * BYTES.hidden
+        expected -= float(messages[Op.ALL_GATHER](padded) + messages[Op.REDUCE_SCATTER](padded))
+        expected -= 2e-8 * (rows - 251)  # the router's and shared experts' products of other ranks' rows
+    added = costs(kind, cut, given).tokens_s(at(rows)) - costs(kind, cut, plain).tokens_s(at(rows))
+    assert float(added[0]) == pytest.approx(expected)
+    whole, without = (costs(kind, SequenceCut.WHOLE, one).tokens_s(at(rows)) for one in (given, plain))
+    summed = float(messages[Op.ALL_REDUCE](rows * BYTES.hidden)) if is_beside else 0.0
+    assert float((whole - without)[0]) == pytest.approx(1e-7 * rows + summed)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from db.errors import UserError
-from profiler.library.cache import RequestCache
 from profiler.library.found import Found
 from profiler.library.skeleton import Skeleton, build
+from profiler.library_layers.attention import use_kernels
+from profiler.library_layers.cache import RequestCache
 
 
 class _LeaveError(Exception):
@@ -54,6 +55,7 @@ class Part:
         self.found, self.layers, self.device, self.dtype = found, layers, device, dtype
         self.is_first, self.is_last = layers.start == 0, layers.stop == found.num_layers
         self.skeleton = build(found, dtype=dtype)
+        use_kernels(self.skeleton.model)
         _strip(self.skeleton, layers, embeds=self.is_first, heads=self.is_last)
         self.entered: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         """Told what the first layer is called with, each time."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from profiler.library.found import find
-from profiler.library.timed import TimedLayer
+from profiler.library_layers.timed import TimedLayer
 from tests.library_models import make_model
 
 ROWS = 96

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.masking_utils import sdpa_mask
 
 from profiler.library.found import find
-from profiler.library.part import Part
 from profiler.library.verified import VERIFIED
+from profiler.library_layers import attention
+from profiler.library_layers.part import Part
 from tests.library_models import TRAITS, write_model
 
 NEW_TOKENS = 4
@@ -72,3 +74,24 @@ def _chunked(parts: Sequence[Part], prompts: Sequence[torch.Tensor]) -> list[lis
         for request, chosen in enumerate(tokens):
             chosen.append(int(run(request, torch.tensor(chosen[-1:]))))
     return tokens
+
+
+@pytest.mark.parametrize(("architecture", "masks"), [("LlamaForCausalLM", False), ("Gemma3ForCausalLM", True)])
+@torch.inference_mode()
+def test_only_what_is_more_than_causal_has_a_mask(
+    architecture: str, masks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model(tmp_path / "model", architecture)
+    found = find(json.loads((folder / "config.json").read_text()))
+    part = Part(found, range(found.num_layers), device=torch.device("cpu"), dtype=torch.float32, weights=folder)
+    made: list[object] = []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        made.append(sdpa_mask(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(attention, "sdpa_mask", noted)
+    cache = part.cache(LENGTHS[0])
+    for start, count in ((0, 100), (100, 102)):
+        part.run(part.embed(torch.arange(start, start + count)), cache, start)
+    assert any(mask is not None for mask in made) == masks

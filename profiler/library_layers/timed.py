@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from profiler.library.found import Found
-from profiler.library.part import Part
+from profiler.library_layers.part import Part
 
 Run = Callable[[int], torch.Tensor]
 
