@@ -19,16 +19,18 @@ from tuner.rounds.round_plan import Bound, RoundPlan
 from tuner.rounds.schedule import Evaluation
 from tuner.workload.objective import Objective
 
+BY_ARRIVAL = 100.0
+"""Aging under which requests run first come first served."""
 TRIED = tuple(
     OnlineSettings(aging=aging, foresight=foresight)
     for aging, foresight in (
         (0.01, 0.3),
         (0.1, 0.3),
         (0.3, 0.3),
-        (100.0, 0.1),
-        (100.0, 0.3),
-        (100.0, 1.0),
-        (100.0, 3.0),
+        (BY_ARRIVAL, 0.1),
+        (BY_ARRIVAL, 0.3),
+        (BY_ARRIVAL, 1.0),
+        (BY_ARRIVAL, 3.0),
     )
 )
 """Settings of the online planner that are tried: from least work first to first come first served."""
@@ -38,6 +40,9 @@ somewhat after its limit, for rounds are longer than the running order knows."""
 FORESIGHTS_TRIED, NEARBY = (0.1, 1.0), (0.985, 1.01)
 """What is tried beside 0.3, under the best of those limits; and what that limit is scaled by where the 99th percentile
 is above it all the same."""
+FORESIGHTS_BETWEEN, FORESIGHT_IN_TIME = (0.7, 1.4, 2.0), 3.0
+"""What is tried, first come first served, where nothing has kept within both limits; and what beside a limit on
+waiting."""
 AGINGS, FORESIGHTS, MOST_PATIENCE = (1e-3, 1e3), (1e-2, 1e1), 1.5
 """Ranges in which a study looks for settings, the last as a share of the most that the 99th percentile may be."""
 LEAST_PATIENCE = 0.5
@@ -128,6 +133,7 @@ def replay_variants(
         policies = _shortlist(problem, policies)
     variants = {policy: _sweep(problem, names, bound) for policy, names in policies.items()}
     variants["joint"] += _patient(problem, variants, bound)
+    variants["joint"] += _between(problem, variants, bound)
     variants["joint"] += _tuned(problem, variants, num_trials, bound)
     return variants
 
@@ -166,6 +172,30 @@ def _patient(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: 
     return found
 
 
+def _between(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: Bound) -> list[Replay]:
+    """Replays of the online planner under more settings, one by one, while none is within the limits of `best_of`: what
+    is best in the mean and what is best in the 99th percentile may lie far apart."""
+    if problem.objective is not Objective.MEAN_TTFT:
+        return []
+    simpler = [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
+    most_mean_s, most_p99_s = _limits_s(simpler)
+    in_time = OnlineSettings(aging=BY_ARRIVAL, foresight=FORESIGHT_IN_TIME, patience=most_p99_s)
+    tried = [OnlineSettings(aging=BY_ARRIVAL, foresight=foresight) for foresight in FORESIGHTS_BETWEEN]
+    found: list[Replay] = []
+    for settings in [*tried, in_time]:
+        best = best_of([*variants["joint"], *simpler, *found], simpler, problem.objective)
+        if best.evaluation.mean_ttft_s <= most_mean_s and best.ttft_s(99) <= most_p99_s:
+            break
+        found.append(_replay(problem, f"joint:{settings}", bound))
+    return found
+
+
+def _limits_s(simpler: Sequence[Replay]) -> tuple[float, float]:
+    """Most mean TTFT and most 99th percentile of a policy that is behind none of these by more than is allowed."""
+    mean_s = min(one.evaluation.mean_ttft_s for one in simpler)
+    return MEAN_SLACK * mean_s, P99_SLACK * min(one.ttft_s(99) for one in simpler)
+
+
 def _are_alike(requests: Sequence[Request]) -> bool:
     """Whether no running order is better than another but by arrival."""
     return len({(one.new_tokens, one.cached_tokens, one.weight) for one in requests}) == 1
@@ -192,8 +222,7 @@ def best_of(replays: Sequence[Replay], simpler: Sequence[Replay], objective: Obj
     """
     if objective is not Objective.MEAN_TTFT:
         return min(replays, key=lambda one: one.evaluation.score(objective))
-    most_mean_s = MEAN_SLACK * min(one.evaluation.mean_ttft_s for one in simpler)
-    most_p99_s = P99_SLACK * min(one.ttft_s(99) for one in simpler)
+    most_mean_s, most_p99_s = _limits_s(simpler)
 
     def score(one: Replay) -> tuple[float, float, float]:
         mean_s = one.evaluation.mean_ttft_s

@@ -5,7 +5,7 @@ With equal stages it is that of `rounds.bound`, S(m) + (pp_size - 1) m least ove
 
 Where stages differ it goes by `rounds.uneven`: paths through the stage k on which the batch takes longest show that
 makespan >= S + E + D + hops, and E and D cap each round by what ran before it (X) and by what runs after it (Y). Under
-them S is bounded from below in three ways, of which the largest counts:
+them S is bounded from below in four ways, of which the largest counts:
 
 1. by the longest round that they let through anywhere: S is at least the sum under that cap;
 2. by what rounds can do: up to any time before the end of the last round as the fill's caps allow, from there on as
@@ -15,7 +15,9 @@ them S is bounded from below in three ways, of which the largest counts:
 3. for one request, whose chunks run in order, by its shortest path under the cap at each place: a chunk from a to b has
    at most H - rest(a) before it and H - least(b) after it, least and rest being shortest paths under the longest cap
    of all, if the rounds sum to at most H. H is the bound that is hoped for: where a path needs more, all that is proven
-   is H.
+   is H;
+4. for several requests, by the number of rounds, each chunk under the cap of what its request ran before it
+   (`grid.placed`).
 
 S falls as E and D rise, so on a cell of (E, D) the bound is S at its upper corner plus its lower corner. Cells with the
 least bounds are divided, best first.
@@ -29,8 +31,9 @@ import numpy as np
 
 from tuner.plan.cost_model import CostModel
 from tuner.plan.stage_cost import Floats, StageCost
-from tuner.rounds.grid.efficiency import Corner, Efficiency, RatedRelaxation
-from tuner.rounds.grid.relaxation import MOST_STEPS, is_curved
+from tuner.rounds.grid.efficiency import Corner, Efficiency
+from tuner.rounds.grid.placed import PlacedRelaxation
+from tuner.rounds.grid.relaxation import MOST_STEPS, SLACK, is_curved
 from tuner.rounds.relaxation import Work, envelopes, least_sum, likely_cap_s
 from tuner.rounds.uneven import Side, busiest_stage, sides_of
 
@@ -62,6 +65,7 @@ def grid_bound_s(cost: CostModel, work: Work, multiple: int, known_s: float) -> 
         return hops + _least_s(relaxation, reference, work, caps, num_more)
     best = int(np.argmin(relaxation.sums(caps) + num_more * caps))
     levels, sides, bound_s = np.sort(np.append(caps, _between(caps, best))), sides_of(cost, work, stage), known_s
+    own_s = relaxation.own_by_number(levels * (1.0 + SLACK)) if relaxation.knows_places else np.zeros(0)
     for gain in MOST_GAINS:
         for _ in range(MOST_REPEATS):
             most_s = gain * bound_s
@@ -69,7 +73,7 @@ def grid_bound_s(cost: CostModel, work: Work, multiple: int, known_s: float) -> 
             efficiencies = relaxation.efficiencies(levels, corners)
             if not efficiencies:
                 return None
-            proven_s = hops + _Cells(sides, most_s, relaxation, efficiencies).least_s()
+            proven_s = hops + _Cells(sides, most_s, relaxation, efficiencies, own_s).least_s()
             bound_s = max(bound_s, min(most_s, proven_s))
             if proven_s < most_s:
                 break
@@ -94,7 +98,7 @@ def _corners(sides: list[Side], most_s: float, usual_s: float) -> list[Corner]:
     return [everywhere, *(corner(share) for share in CORNERS)]
 
 
-def _grid(stage: StageCost, work: Work, multiple: int, num_more: int) -> tuple[RatedRelaxation, Floats] | None:
+def _grid(stage: StageCost, work: Work, multiple: int, num_more: int) -> tuple[PlacedRelaxation, Floats] | None:
     """The relaxation and caps around the likely best one."""
     if not is_curved([stage]):
         return None
@@ -102,11 +106,11 @@ def _grid(stage: StageCost, work: Work, multiple: int, num_more: int) -> tuple[R
     if num_more:
         centre = max(likely_cap_s(envelope, work, num_more) for envelope in envelopes([stage], work))
         caps = centre * np.geomspace(LEAST_CAP, MOST_CAP, NUM_CAPS)
-    relaxation = RatedRelaxation([stage], work, multiple, float(caps[-1]))
+    relaxation = PlacedRelaxation([stage], work, multiple, float(caps[-1]))
     return (relaxation, caps) if relaxation.num_steps <= MOST_STEPS else None
 
 
-def _least_s(relaxation: RatedRelaxation, stage: StageCost, work: Work, caps: Floats, num_more: int) -> float:
+def _least_s(relaxation: PlacedRelaxation, stage: StageCost, work: Work, caps: Floats, num_more: int) -> float:
     """The least of S(m) + num_more * m."""
     sums = relaxation.sums(caps)
     if num_more == 0:
@@ -132,8 +136,10 @@ class _Cells:
 
     sides: list[Side]
     most_s: float
-    relaxation: RatedRelaxation
+    relaxation: PlacedRelaxation
     efficiencies: list[Efficiency]
+    own_s: Floats
+    """w of so many equal rounds under each of the efficiencies' caps, [num_caps, numbers]."""
 
     def least_s(self) -> float:
         """Best first: the cells with the least bounds are divided."""
@@ -179,7 +185,28 @@ class _Cells:
         if self.relaxation.is_single and open_.size:
             by_place = self._by_place(fill[open_], drain[open_]) + cells[open_, 0] + cells[open_, 2]
             bounds[open_] = np.maximum(bounds[open_], by_place)
+        elif self.relaxation.knows_places and open_.size:
+            in_place = self._in_place(fill[open_], drain[open_], longest[open_]) + cells[open_, 0] + cells[open_, 2]
+            bounds[open_] = np.maximum(bounds[open_], in_place)
         return bounds
+
+    def _in_place(self, fill_s: Floats, drain_s: Floats, longest_s: Floats) -> Floats:
+        """S of several requests for each fill and drain, whose longest rounds are known."""
+        numbers, most_s, rows = self.relaxation.numbers, self.most_s, np.arange(len(fill_s))[:, None]
+        reach = numbers * longest_s[:, None]
+        for side, excess_s in zip(self.sides, (fill_s, drain_s), strict=True):
+            if len(side.ratio):
+                grown = side.grown_s(excess_s)
+                steps = np.minimum(numbers, grown.shape[1] - 1).astype(np.int64)
+                reach = np.minimum(reach, grown[rows, steps] + (numbers - steps) * longest_s[:, None])
+        before = np.minimum(self.sides[0].caps_s(fill_s, np.full(len(fill_s), most_s)), longest_s)
+
+        def cap_after_s(done_s: Floats) -> Floats:
+            after = self.sides[1].caps_s(drain_s[:, None], np.maximum(most_s - done_s, 0.0))
+            return np.minimum(before[:, None], after)
+
+        levels = np.searchsorted(self.efficiencies[0].caps_s, longest_s)  # the next higher cap known
+        return self.relaxation.sums_in_place(cap_after_s, self.own_s[levels], reach)
 
     def _longest(self, fill_s: Floats, drain_s: Floats) -> Floats:
         places = np.linspace(0.0, self.most_s, NUM_SPANS + 1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from tuner.plan.cost_model import Ints
 from tuner.plan.stage_cost import Floats
-from tuner.rounds.grid.relaxation import SLACK, GridRelaxation, Group
+from tuner.rounds.grid.relaxation import SLACK, GridRelaxation
 from tuner.rounds.relaxation import pair_floor
 
 PRICE_POWER = 1.5
@@ -92,9 +92,10 @@ class RatedRelaxation(GridRelaxation):
                 prices.append(np.maximum(falling[first] / np.maximum(falling, 1e-300), 1.0) ** PRICE_POWER)
         price = np.stack(prices)  # [rows, caps + 1]
         total, beyond, per_s = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(price.shape)
-        for group in self._groups:
+        for group, alone in zip(self._groups, self.alone, strict=True):
             num_units = self._units(group)
-            levels = self._levels(rows, group, wide)
+            # what a request ran before took at least its shortest path: up to which cap a chunk's round may go
+            levels = np.stack([np.searchsorted(wide, corner.cap_after_s(alone)) for corner in rows])
             worth = np.full((len(rows), num_units + 1), np.inf)
             worth[:, 0] = 0.0
             for end in range(1, num_units + 1):
@@ -124,18 +125,6 @@ class RatedRelaxation(GridRelaxation):
             )
             for row in range(len(rows))
         ]
-
-    def _levels(self, rows: Sequence[Corner], group: Group, wide: Floats) -> Ints:
-        """Up to which cap a chunk's round may go by where it starts, [rows, points]: what its request ran before took
-        at least its shortest path, each chunk in a round of its own."""
-        num_units = self._units(group)
-        least = np.zeros(num_units + 1)
-        for end in range(1, num_units + 1):
-            width = min(end, len(self._chunk))
-            context = group.cached + end * self._multiple - self._chunk[:width]
-            alone = self._own[:width] + self._base[:width] + self._slope[:width] * context
-            least[end] = (least[end - width : end][::-1] + alone).min()
-        return np.stack([np.searchsorted(wide, corner.cap_after_s(least)) for corner in rows])
 
     def _beyond(self, cached: float, worth: Floats, length: float) -> float:
         """Most worth a second of chunks longer than those known.

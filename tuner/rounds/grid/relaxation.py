@@ -30,7 +30,7 @@ from tuner.plan.stage_cost import Floats, StageCost, TableAttention
 from tuner.rounds.grid.token_table import TokenTable
 from tuner.rounds.relaxation import Work
 
-NUM_PRICES, NUM_NUMBERS = 8, 160
+NUM_PRICES, NUM_NUMBERS = 8, 600
 """Of a chunk, and of rounds, at which sums by their number are taken."""
 MOST_STEPS = 3_000_000
 """(position, chunk) pairs, all cached lengths together, up to which the cuts are searched: about 0.1 s."""
@@ -133,6 +133,19 @@ class GridRelaxation:
             rest[before] = np.minimum(rest[before], cost[0][::-1] + rest[end])
         return np.append(least, rest[0]), rest
 
+    @cached_property
+    def alone(self) -> list[Floats]:
+        """Of each group: the least seconds up to each grid point where every chunk has a round of its own, [points]."""
+        found = []
+        for group in self._groups:
+            least = np.zeros(self._units(group) + 1)
+            for end in range(1, len(least)):
+                added = self._added_before(group, end)
+                width = len(added)
+                least[end] = (least[end - width : end][::-1] + self._own[:width] + added).min()
+            found.append(least)
+        return found
+
     def path_under(self, from_s: Floats, to_s: Floats) -> Floats:
         """Of one request: the least its rounds sum to, [num_rows], when each is capped by where it starts and ends.
 
@@ -180,23 +193,51 @@ class GridRelaxation:
         convex hull of w, and no request has more than N chunks; [num_caps].
 
         The least that a request's chunks add with at most N of them is at least D(p) - p N, D(p) being the least where
-        each costs p more, for any p. The first part is convex in N, the second falls.
+        each costs p more, for any p. And N rounds under a cap m sum to at most N m.
         """
-        assert self._table is not None
-        usual_s = float(np.median(self._base)) / max(len(self._chunk), 1) + float(self._own[0])
-        prices = np.concatenate([[0.0], usual_s * np.geomspace(1e-3, 0.5, NUM_PRICES - 1)])
+        prices, number = self.prices, self.numbers
         rows, price_of = np.repeat(caps_s, len(prices)), np.tile(prices, len(caps_s))
-        most = max(self._work.new_tokens, 1.0)
-        number = np.unique(np.geomspace(1.0, most, NUM_NUMBERS).round())
         added = np.zeros((len(caps_s), len(number)))
         for count, least in self._least_of_each(rows, price_of):
-            by_price = least.reshape(len(caps_s), len(prices))
-            with np.errstate(invalid="ignore"):
-                bounds = by_price[:, :, None] - prices[:, None] * number
-            added += count * np.maximum(bounds.max(axis=1), 0.0)
-        own = number * self._hull_s(caps_s, most / number)  # [num_caps, numbers]
-        inner = _least_between(number, own) + added[:, 1:]
-        found: Floats = np.minimum(inner.min(axis=1), own[:, -1])  # at most one round a token
+            added += count * self._added_by_number(least.reshape(len(caps_s), len(prices)))
+        return self._least_of_numbers(self.own_by_number(caps_s), added, number * caps_s[:, None])
+
+    @cached_property
+    def prices(self) -> Floats:
+        """What a chunk costs more when sums are taken by the number of rounds."""
+        usual_s = float(np.median(self._base)) / max(len(self._chunk), 1) + float(self._own[0])
+        return np.concatenate([[0.0], usual_s * np.geomspace(1e-3, 0.5, NUM_PRICES - 1)])
+
+    @cached_property
+    def numbers(self) -> Floats:
+        """Numbers of rounds at which sums are taken; there is at most one round a token."""
+        found: Floats = np.unique(np.geomspace(1.0, max(self._work.new_tokens, 1.0), NUM_NUMBERS).round())
+        return found
+
+    def own_by_number(self, caps_s: Floats) -> Floats:
+        """w of so many equal rounds under each cap, inf where they cannot hold all tokens: [num_caps, numbers]."""
+        return self.numbers * self._hull_s(caps_s, max(self._work.new_tokens, 1.0) / self.numbers)
+
+    def _added_by_number(self, by_price: Floats) -> Floats:
+        """What a request's chunks add at least when there are at most so many: [rows, numbers] from D(p), [rows,
+        prices]."""
+        with np.errstate(invalid="ignore"):
+            bounds = by_price[:, :, None] - self.prices[:, None] * self.numbers
+        found: Floats = np.maximum(bounds.max(axis=1), 0.0)
+        return found
+
+    def _least_of_numbers(self, own_s: Floats, added_s: Floats, reach_s: Floats) -> Floats:
+        """The least sum, [rows], over all numbers of rounds that can sum to it: the columns are numbers of rounds.
+
+        own_s is convex in the number, added_s falls, and reach_s, what so many rounds sum to at most, rises. So between
+        two numbers the sum is at least the least of own_s there and added_s of the larger one.
+        """
+        at = own_s + added_s
+        between = _least_between(self.numbers, own_s) + added_s[:, 1:]
+        between = np.where(np.diff(self.numbers) > 1.0, between, np.inf)
+        reach_s = reach_s * (1.0 + SLACK)
+        possible = [np.where(at <= reach_s, at, np.inf), np.where(between <= reach_s[:, 1:], between, np.inf)]
+        found: Floats = np.concatenate(possible, axis=1).min(axis=1)
         return found
 
     def _hull_s(self, caps_s: Floats, tokens: Floats) -> Floats:
@@ -233,10 +274,16 @@ class GridRelaxation:
         added: Floats = min(stage.chunk_s for stage in self._stages) + base + slope * context
         return added
 
+    def _added_before(self, group: Group, end: int) -> Floats:
+        """A of the chunks that end at a grid point, the shortest first."""
+        chunk = self._chunk[: min(end, len(self._chunk))]
+        context = group.cached + end * self._multiple - chunk
+        return self._base[: len(chunk)] + self._slope[: len(chunk)] * context
+
     def _cost(self, group: Group, end: int, caps_s: Floats, chunk_s: Floats | None = None) -> tuple[int, Floats]:
         """How many chunks end at a grid point, and their costs, the shortest first: [caps, chunks]."""
-        width = min(end, len(self._chunk))
-        added = self._base[:width] + self._slope[:width] * (group.cached + end * self._multiple - self._chunk[:width])
+        added = self._added_before(group, end)
+        width = len(added)
         own, spare = self._own[:width], caps_s[:, None] - added
         if chunk_s is not None:
             return width, np.where(own <= spare, added + chunk_s[:, None], np.inf)
@@ -255,16 +302,20 @@ class GridRelaxation:
             least[:, end] = (least[:, end - width : end][:, ::-1] + cost).min(axis=1)
         return least
 
+    def _added_last(self, group: Group, length: float) -> tuple[Ints, Floats, Floats]:
+        """Grid points from which a prompt's last chunk may go, its tokens and its A, what ending it costs left out."""
+        last = self._units(group, length)
+        starts: Ints = np.arange(last, max(last - len(self._chunk), -1), -1, dtype=np.int64)
+        before: Floats = starts.astype(np.float64) * self._multiple
+        chunk: Floats = length - group.cached - before
+        return starts, chunk, self._added_s(chunk, group.cached + before)
+
     def _last(
         self, group: Group, length: float, caps_s: Floats, chunk_s: Floats | None = None
     ) -> tuple[Ints, Floats, Floats]:
         """Grid points from which a prompt's last chunk may go, its tokens and its costs, [caps, points]; what ending
         the prompt costs leaves the round less, but is not counted."""
-        last = self._units(group, length)
-        starts: Ints = np.arange(last, max(last - len(self._chunk), -1), -1, dtype=np.int64)
-        before: Floats = starts.astype(np.float64) * self._multiple
-        chunk: Floats = length - group.cached - before
-        added = self._added_s(chunk, group.cached + before)
+        starts, chunk, added = self._added_last(group, length)
         own = np.where(chunk <= self._most, self._own_s(chunk), np.inf)
         spare = caps_s[:, None] - added - self._final_s
         if chunk_s is not None:
