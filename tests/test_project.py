@@ -132,7 +132,7 @@ def test_running_a_plan_needs_no_fit() -> None:
     ("module", "unneeded"),
     [
         ("service.use_cases.tune", {"torch", "pandas", "scipy", "sqlalchemy", "optuna"}),
-        ("service.use_cases.tune_model", {"torch"}),
+        ("service.use_cases.tune_model", {"torch", "pandas", "scipy", "optuna"}),
     ],
 )
 def test_planning_needs_no_torch_and_from_a_cost_model_no_fit(module: str, unneeded: set[str], tmp_path: Path) -> None:

@@ -141,13 +141,14 @@ def _quantization(config: Mapping[str, Any]) -> tuple[Quantization | None, str |
 
 
 def _layers(layers: Sequence[LayerSpec], quantization: Quantization | None) -> tuple[LayerSpec, ...]:
-    """The layers, each with the linears that the checkpoint keeps plain."""
+    """The layers, each with the linears that the checkpoint keeps plain; equal ones are one object."""
     if quantization is None:
         return tuple(layers)
-    group_size = quantization.scale_columns
-    return tuple(
+    group_size, alike = quantization.scale_columns, dict[LayerSpec, LayerSpec]()
+    kept = (
         layer.keeping(_kept(layer, index, quantization), group_size=group_size) for index, layer in enumerate(layers)
     )
+    return tuple(alike.setdefault(layer, layer) for layer in kept)
 
 
 def _kept(layer: LayerSpec, index: int, quantization: Quantization) -> frozenset[str]:

@@ -101,15 +101,15 @@ class ModelShape:
     @property
     def layer_kinds(self) -> tuple[LayerSpec, ...]:
         """The layers that differ, each once; see `layers`."""
-        return tuple(dict.fromkeys(self.layers)) if len(self.every_kind) > 1 else self.layers[:1]
+        found = self.every_kind
+        own = tuple(layer for layer in found if isinstance(layer, LayerSpec))
+        return own if len(own) == len(found) else self.layers  # which says what is missing
 
     @property
     def every_kind(self) -> tuple[Layer, ...]:
         """The layers that differ, each once, whoever runs them."""
-        first = self.every_layer[0]
-        if all(layer is first for layer in self.every_layer):  # as most models are made: nothing to hash
-            return (first,)
-        return tuple(dict.fromkeys(self.every_layer))
+        objects = {id(layer): layer for layer in self.every_layer}  # few, as most models are made, and little to hash
+        return tuple(dict.fromkeys(objects.values()))
 
     @property
     def layer(self) -> LayerSpec:
@@ -148,8 +148,10 @@ class ModelShape:
         """The same with experts spread so: see `ExpertsMLP`."""
         if ep_size * beside == 1 or not self.has_experts:
             return self
-        made = {layer: layer.spread(ep_size, beside=beside, dispatch=dispatch) for layer in self.layer_kinds}
-        return replace(self, every_layer=tuple(made[layer] for layer in self.layers))
+        layers = self.layers
+        alike = {id(layer): layer for layer in layers}  # hashing all of them would take most of a plan's counting
+        made = {key: layer.spread(ep_size, beside=beside, dispatch=dispatch) for key, layer in alike.items()}
+        return replace(self, every_layer=tuple(made[id(layer)] for layer in layers))
 
     def spread_sizes(self, tp_size: int) -> tuple[int, ...]:
         """Every number of groups, from 1, that experts can be spread over in a tensor-parallel group; (1,) without any.

@@ -15,7 +15,7 @@ from tuner.fit.uncertainty import widened
 from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 
-if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
+if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor the fit
     from tuner.fit.whole.costs import Costs
     from tuner.rounds.schedule import Evaluation
     from tuner.search.autotune import Trial
@@ -157,7 +157,7 @@ def _print_fits(report: TuneReport) -> None:
         rows,
         title=f"Held-out errors on {report.hardware.device}",
     )
-    from tuner.fit.holdout import UNTESTED  # imports SciPy
+    from tuner.fit.holdout import UNTESTED  # imports the database
 
     untested = [error.op for error in report.held_out if not error.num_points]
     if untested:

@@ -12,7 +12,7 @@ from tuner.plan.layout import Layout, layout_of
 from tuner.plan.plan import Plan, Weights
 from tuner.rounds.round_plan import Alternative
 
-if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
+if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor the fit
     from db.rows.hardware import Hardware
     from tuner.search.explanation import Explanation
 

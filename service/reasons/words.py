@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
+if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor the fit
     from tuner.search.explanation import Explanation, Parts, Winner
     from tuner.search.layouts import Candidate
 

@@ -48,7 +48,7 @@ def tune(options: TuneOptions, *, echo: Echo = None) -> TuneReport:
         cost, smoothed = load_measured_model(options.cost_model)
         report, notes = _tune_cost_model(cost, requests, rules, options), notes + smoothed
     else:
-        from service.use_cases.tune_model import tune_model  # brings the fit along: SciPy and the database
+        from service.use_cases.tune_model import tune_model  # brings the fit and the database along
 
         report = tune_model(options, requests, rules, echo)
         notes += report.notes

@@ -17,7 +17,7 @@ from tuner.rounds.round_plan import RoundPlan
 from tuner.rounds.schedule import Evaluation
 from tuner.search.replay import Replay
 
-if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor SciPy
+if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor the fit
     from db.rows.hardware import Hardware
     from tuner.fit.holdout import HeldOutError
     from tuner.fit.whole.costs import Costs

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import lsq_linear
 
 from db.rows.measurements import Measurement
-from tuner.fit.curve import Floats
+from tuner.fit.curve import Floats, bounded_least_squares
 from tuner.fit.rows import expected_s
 
 LEAST_FACTOR, MOST_FACTOR = 0.5, 2.0  # larger deviations are a measurement error, not a correction
@@ -86,7 +85,7 @@ def fit_calibration(
     *,
     ranks: int,
 ) -> Calibration:
-    """Fit the factors to `layer` rows (bounded least squares on relative errors, `scipy.optimize.lsq_linear`).
+    """Fit the factors to `layer` rows (bounded least squares on relative errors).
 
     Layers of one chunk after several contexts tell its factors apart.
     ranks: that wait for one another after each layer's parts.
@@ -110,12 +109,13 @@ def fit_calibration(
         PULL_ALONG * np.hstack([steps, np.zeros((len(steps), 2 * len(knots)))]),
         PULL_TOGETHER * np.hstack([nothing, one, -one]),
     ])  # fmt: skip
-    solution = lsq_linear(
+    solution = bounded_least_squares(
         np.concatenate([design * (weight / measured)[:, None], pulls]),
         np.concatenate([weight, np.where(pulls.sum(axis=1) > 0, PULL_TO_ONE, 0.0)]),
-        bounds=(LEAST_FACTOR, MOST_FACTOR),
+        [LEAST_FACTOR] * design.shape[1],
+        [MOST_FACTOR] * design.shape[1],
     )
-    factors, base_factors, context_factors = np.split(np.asarray(solution.x, dtype=np.float64), 3)
+    factors, base_factors, context_factors = np.split(solution, 3)
     return Calibration(
         tokens=knots,
         factors=factors,

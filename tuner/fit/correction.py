@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import lsq_linear
 
 from db.errors import UserError
 from db.rows.hardware import Hardware, list_hardware
@@ -18,7 +17,7 @@ from db.rows.runs import RunStatus, StoredRun, list_runs, load_round_times
 from db.store.engine import Database
 from profiler.model import model_from_config
 from profiler.sequence.kind import usual_cut
-from tuner.fit.curve import Floats
+from tuner.fit.curve import Floats, bounded_least_squares
 from tuner.fit.rows import RankWork
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Plan
@@ -95,13 +94,14 @@ def fit_correction(rounds: MeasuredRounds) -> Correction:
     parts = np.stack([rounds.tokens_s, rounds.attention_s, np.ones(len(weight))], axis=1)
     typical_s = float(np.median(rounds.measured_s))
     pull = np.sqrt(ROUNDS_OF_BELIEF) * np.diag([1.0, 1.0, OVERHEAD_DOUBT / typical_s])
-    solution = lsq_linear(
+    solution = bounded_least_squares(
         np.concatenate([parts * weight[:, None], pull]),
         np.concatenate([np.ones(len(weight)), pull @ np.array([1.0, 1.0, 0.0])]),
-        bounds=([LEAST_SCALE, LEAST_SCALE, 0.0], [MOST_SCALE, MOST_SCALE, typical_s]),
+        [LEAST_SCALE, LEAST_SCALE, 0.0],
+        [MOST_SCALE, MOST_SCALE, typical_s],
     )
-    tokens_scale, attention_scale, round_s = (float(value) for value in solution.x)
-    corrected_s = parts @ solution.x
+    tokens_scale, attention_scale, round_s = solution.tolist()
+    corrected_s = parts @ solution
     ratio = rounds.measured_s / corrected_s
     stage_scales = []
     for (pp_size, stage), mine in rounds.by_place().items():

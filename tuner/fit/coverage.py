@@ -77,7 +77,7 @@ def _near(grid: Grid, work: RankWork, layout: Layout, rounds: Sequence[Round]) -
     """Points of what the layout runs, at most NEAR times as far from the rounds' tokens."""
     tokens = [sum(chunk.tokens for chunk in chunks) for chunks in rounds]
     least, most = min(tokens) / layout.sp_size / NEAR, NEAR * max(tokens)
-    from tuner.fit.sequence.messages import layer_messages  # imports SciPy
+    from tuner.fit.sequence.messages import layer_messages  # imports the database
 
     messages = {message.op for message in layer_messages(work)}
     if layout.tp_size > 1 and layout.sp_kind is not SPKind.MEGATRON:

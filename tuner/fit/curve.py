@@ -1,4 +1,7 @@
-"""A piecewise linear, non-decreasing time curve, fitted with non-negative least squares."""
+"""A piecewise linear, non-decreasing time curve, fitted with least squares; and lines that fall nowhere.
+
+Both are solved here, exactly and in a few lines: SciPy's solvers take longer to import than all fits take.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 
 from db.rows.measurements import Measurement
 from tuner.fit.rows import expected_s
@@ -17,6 +19,8 @@ Floats = npt.NDArray[np.float64]
 SPIKE = 1.15  # times its neighbours' cost of a unit: kernels differ by less, interference by more
 _ROUNDS_OF_WEIGHTS = 30
 _LEAST_RESIDUAL = 1e-4
+_IN_PROPORTION = 1e-20
+"""Share of a column's square that is rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +43,9 @@ class Curve:
 
 
 def fit_curve(x: Sequence[float], seconds: Sequence[float]) -> Curve:
-    """Fit a curve through measured points, minimising relative errors.
+    """Fit a curve through measured points, minimising relative errors: of all curves that fall nowhere the best.
 
-    The value at the first knot and each rise to the next are unknowns that may not be negative (Lawson and Hanson's
-    active set, `scipy.optimize.nnls`): where a noisy point lies below its predecessor the two share a level, elsewhere
-    the curve goes through the points.
+    Where a noisy point lies below its predecessor the two share a level, elsewhere the curve goes through the points.
     """
     return _fitted(tuple(x), tuple(seconds))
 
@@ -51,15 +53,26 @@ def fit_curve(x: Sequence[float], seconds: Sequence[float]) -> Curve:
 @lru_cache(maxsize=4096)
 def _fitted(x: tuple[float, ...], seconds: tuple[float, ...]) -> Curve:
     """Fit the curve; cached, because many layouts use the same points."""
-    at = np.asarray(x, dtype=np.float64)
+    knots, place = np.unique(np.asarray(x, dtype=np.float64), return_inverse=True)
     measured = np.asarray(seconds, dtype=np.float64)
-    knots = np.unique(at)
-    steps = np.ones((len(at), len(knots)))
-    for j in range(1, len(knots)):
-        steps[:, j] = np.clip((at - knots[j - 1]) / (knots[j] - knots[j - 1]), 0.0, 1.0)
-    weight = 1.0 / np.maximum(measured, 1e-12)
-    rises, _ = nnls(steps * weight[:, None], measured * weight)
-    return Curve(knots=knots, seconds=np.cumsum(rises))
+    weight = np.maximum(measured, 1e-12) ** -2.0
+    weights = np.bincount(place, weight).astype(np.float64)
+    return Curve(knots=knots, seconds=non_decreasing(np.bincount(place, weight * measured) / weights, weights))
+
+
+def non_decreasing(values: Floats, weights: Floats) -> Floats:
+    """The nearest values by weighted squares that nowhere fall and are not negative.
+
+    Pool adjacent violators (Ayer, Brunk, Ewing, Reid and Silverman, 1955): neighbours that fall share their mean.
+    """
+    pools: list[tuple[float, float, int]] = []  # mean, weight, number of values
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        mean, heavy, count = value, weight, 1
+        while pools and pools[-1][0] >= mean:
+            before, its, more = pools.pop()
+            mean, heavy, count = (before * its + mean * heavy) / (its + heavy), its + heavy, count + more
+        pools.append((mean, heavy, count))
+    return np.repeat([max(mean, 0.0) for mean, _, _ in pools], [count for _, _, count in pools])
 
 
 def fit_rows(rows: Sequence[Measurement], at: str, *, ranks: int = 1) -> Curve:
@@ -93,14 +106,15 @@ def without_spikes(x: Sequence[float], seconds: Sequence[float]) -> list[float]:
 
 
 def least_absolute(design: Floats, target: Floats) -> Floats:
-    """Non-negative solution of the least sum of absolute residuals, which single outliers do not move.
+    """Non-negative multiples of two columns with least absolute residuals in sum, which single outliers do not move.
 
-    Iteratively reweighted least squares (Schlossmacher, 1973) over `scipy.optimize.nnls`.
+    Iteratively reweighted least squares (Schlossmacher, 1973).
     """
     weight = np.ones(len(target))
-    solution: Floats = np.full(design.shape[1], np.nan)
+    solution: Floats = np.full(2, np.nan)
     for _ in range(_ROUNDS_OF_WEIGHTS):
-        before, (solution, _) = solution, nnls(design * weight[:, None], target * weight)
+        first, second = (design * weight[:, None]).T
+        before, solution = solution, least_squares_of_two(first, second, target * weight)
         if (solution == before).all():
             break  # all further ones are the same
         weight = np.maximum(np.abs(design @ solution - target), _LEAST_RESIDUAL) ** -0.5
@@ -111,5 +125,37 @@ def fit_line(x: Sequence[float], seconds: Sequence[float]) -> tuple[float, float
     """(latency_s, seconds per unit of x), both non-negative, minimising relative errors."""
     at, measured = np.asarray(x, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
     weight = 1.0 / np.maximum(measured, 1e-12)
-    (latency, per_unit), _ = nnls(np.stack([weight, at * weight], axis=1), measured * weight)
+    latency, per_unit = least_squares_of_two(weight, at * weight, measured * weight)
     return float(latency), float(per_unit)
+
+
+def least_squares_of_two(first: Floats, second: Floats, target: Floats) -> Floats:
+    """The non-negative multiples of two columns whose sum is nearest to a third, by squares.
+
+    Where the best multiples are not both positive, one of them is zero: the problem is convex. Of columns in proportion
+    the one that goes with the target more is taken.
+    """
+    own, other, mixed = float(first @ first), float(second @ second), float(first @ second)
+    alike = max(float(first @ target), 0.0), max(float(second @ target), 0.0)
+    rest = second - mixed / own * first  # what is at right angles to the first column
+    size = float(rest @ rest)
+    if size > _IN_PROPORTION * other:
+        of_second = float(rest @ target) / size
+        of_first = (float(first @ target) - mixed * of_second) / own
+        if of_first >= 0.0 and of_second >= 0.0:
+            return np.array([of_first, of_second])
+        nearer = alike[0] ** 2 * other > alike[1] ** 2 * own
+        takes_first = of_second < 0.0 and (of_first >= 0.0 or nearer)
+    else:
+        takes_first = alike[0] >= alike[1]
+    return np.array([alike[0] / own, 0.0] if takes_first else [0.0, alike[1] / other])
+
+
+def bounded_least_squares(design: Floats, target: Floats, least: Sequence[float], most: Sequence[float]) -> Floats:
+    """The solution within bounds; SciPy finds it where the one without them is outside."""
+    free = np.asarray(np.linalg.lstsq(design, target, rcond=-1)[0], dtype=np.float64)
+    if (free >= np.asarray(least)).all() and (free <= np.asarray(most)).all():
+        return free
+    from scipy.optimize import lsq_linear
+
+    return np.asarray(lsq_linear(design, target, bounds=(least, most)).x, dtype=np.float64)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # both import SciPy
+if TYPE_CHECKING:  # both import the database
     from tuner.fit.correction import Correction
     from tuner.fit.holdout import HeldOutError
 

@@ -137,7 +137,8 @@ def _begin(service_pid: int, memory_bytes: int) -> None:
 
 
 def _warm() -> None:
-    import service.use_cases.tune_model  # noqa: F401 - brings SciPy and the database along, once
+
+    import service.use_cases.tune_model  # noqa: F401 - brings the fit and the database along
 
 
 def _make(request: PlanRequest, cpu_s: float) -> MadePlan | _Refusal | None:

@@ -36,14 +36,17 @@ GATHER = {size: parallel(1, size, SPKind.GATHER) for size in (2, 4)}
 FORCED = {"all": {0: 100.0, 1: 100.0}, "none": dict.fromkeys(range(4), -100.0)}
 CASES: dict[int, list[tuple[str, Parallel]]] = {
     2: [
-        *((name, layout) for name in ("Qwen2MoeForCausalLM", "all", "none") for layout in (MEGATRON[2], GATHER[2])),
+        *((name, layout) for name in ("Qwen2MoeForCausalLM", "all") for layout in (MEGATRON[2], GATHER[2])),
+        ("none", GATHER[2]),
         ("GptOssForCausalLM", MEGATRON[2]),
         ("DeepseekV3ForCausalLM", MEGATRON[2]),
         ("MixtralForCausalLM", parallel(1, 2, SPKind.ULYSSES)),
     ],
     4: [
-        *((name, layout) for name in ("Qwen2MoeForCausalLM", "all", "none") for layout in (MEGATRON[4], GATHER[4])),
-        *((name, parallel(2, 2, SPKind.GATHER)) for name in ("Qwen2MoeForCausalLM", "all", "GptOssForCausalLM")),
+        *(("all", layout) for layout in (MEGATRON[4], GATHER[4])),
+        ("none", MEGATRON[4]),
+        ("Qwen2MoeForCausalLM", GATHER[4]),
+        *((name, parallel(2, 2, SPKind.GATHER)) for name in ("Qwen2MoeForCausalLM", "GptOssForCausalLM")),
         ("Qwen3MoeForCausalLM", parallel(2, 1, SPKind.MEGATRON, pp=2)),
     ],
 }

@@ -10,6 +10,8 @@ import torch
 
 from db.errors import UserError
 from profiler.model import PRECISIONS, load_model_shape
+from profiler.model.experts import Dispatch
+from profiler.sequence.kind import SPKind
 from runtime.quantize.quantize import quantize_checkpoint
 from runtime.quantize.recipe import Recipe
 from runtime.weights.quantized import check_checkpoint
@@ -24,6 +26,11 @@ BLOCKS = {
     "hidden_size": 128, "intermediate_size": 256, "q_lora_rank": 128, "kv_lora_rank": 128, "v_head_dim": 64,
     "moe_intermediate_size": 128, "num_hidden_layers": 5,
 }  # fmt: skip
+# Rows are sent to experts on two ranks that share them.
+SENT = Parallel(
+    tp_size=1, pp_size=1, sp_size=2, sp_kind=SPKind.GATHER, ep_size=2, dispatch=Dispatch.ALL_TO_ALL,
+    layer_partition=(5,),
+)  # fmt: skip
 
 
 def layout(tp_size: int, pp_size: int, ep_size: int = 1) -> Parallel:
@@ -58,6 +65,7 @@ def test_tokens_of_published_and_of_quantized_mixtures(checkpoint: Callable[[str
             (int8, "w8a8+float32", layout(1, 2)),
             (int8, "w8a16+float32", layout(2, 1, 2)),
             (deepseek, "w8a16+float32", layout(2, 1, 2)),
+            (int8, "w8a16+float32", SENT),
             (made, "fp8+float32", layout(1, 2)),
             (checkpoint("MixtralForCausalLM"), "w8a16+float32", layout(2, 1)),
         ],

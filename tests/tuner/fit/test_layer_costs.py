@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pytest
+from scipy.optimize import nnls
 
 from db.errors import UserError
 from db.rows.measurements import Measurement
@@ -14,7 +15,7 @@ from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, relative
 from tuner.fit.attention.curve import IN_PROPORTION, Waves, fit_attention
 from tuner.fit.attention.kernels import chosen_kernels, kernel_choice, with_kernels
 from tuner.fit.calibration import fit_calibration
-from tuner.fit.curve import Floats, fit_curve, fit_line, without_spikes
+from tuner.fit.curve import Floats, fit_curve, fit_line, least_squares_of_two, without_spikes
 from tuner.fit.holdout import UNTESTED, held_out_errors
 from tuner.fit.layer_costs import LayerCosts, table_grid
 from tuner.fit.layer_fit import fit_layer_costs
@@ -49,6 +50,28 @@ def test_line_has_no_negative_latency() -> None:
     latency, per_unit = fit_line([1, 2, 3], [0.5, 2.0, 3.5])
     assert latency == 0.0
     assert per_unit > 0.0
+
+
+def test_curves_and_lines_are_those_of_scipys_general_solver() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        design = np.abs(rng.normal(size=(rng.integers(2, 9), 2))) * [1.0, 10.0 ** rng.uniform(0, 5)]
+        target = rng.normal(size=len(design)) + rng.choice([-1, 0, 1])
+        best, residual = nnls(design, target)
+        found = least_squares_of_two(*design.T, target)
+        assert (found >= 0.0).all()
+        assert float(np.linalg.norm(design @ found - target)) == pytest.approx(residual, rel=1e-9, abs=1e-12), best
+        x = np.sort(rng.integers(1, 60, size=rng.integers(1, 30))).astype(np.float64)
+        seconds = x * np.abs(1.0 + 0.3 * rng.normal(size=len(x))) + 1e-6
+        curve = fit_curve(x.tolist(), seconds.tolist())
+        steps = (x[:, None] >= curve.knots).astype(np.float64)
+        rises, _ = nnls(steps / seconds[:, None], np.ones(len(x)))
+        assert curve.seconds == pytest.approx(np.cumsum(rises), rel=1e-9)
+
+
+def test_columns_in_proportion_are_one() -> None:
+    assert fit_line([4], [2.0]) == pytest.approx((0.0, 0.5))
+    assert least_squares_of_two(np.ones(3), np.zeros(3), np.full(3, 2.0)).tolist() == [2.0, 0.0]
 
 
 def test_a_spike_is_a_disturbance_and_a_slope_is_not() -> None:
