@@ -11,7 +11,7 @@ from db.errors import UserError
 from db.rows.hardware import Hardware
 from db.rows.measurements import Measurement
 from profiler.hardware.datasheet import published_multiprocessors
-from profiler.model import PRECISIONS, LayerSpec, ModelShape
+from profiler.model import PRECISIONS, Backend, LayerSpec, ModelShape
 from profiler.model.experts import Dispatch, ExpertsMLP
 from profiler.points.point import KEPT, MASKS
 from profiler.sequence.heads import most_heads
@@ -119,7 +119,9 @@ class RankWork:
 
     @property
     def exchanged(self) -> ExpertsMLP | None:
-        """The layer's experts, if rows are sent to them."""
+        """The layer's experts, if rows are sent to them; layers known as wholes send none."""
+        if self.kind is None and self.shape.backend is not Backend.OWN:
+            return None
         experts = self.layer.experts
         return experts if experts is not None and experts.dispatch is Dispatch.ALL_TO_ALL else None
 
