@@ -97,7 +97,7 @@ def perplexity(
     assert precision.linears is not None
     report = quantize_checkpoint(
         source, folder, load_model_shape(str(source)), precision, Recipe(linears=precision.linears, **recipe),
-        calibration=pieces(calibration), held_out=pieces(held_out), device=CPU,
+        calibration=pieces(calibration, SIZE.sequence), held_out=pieces(held_out, SIZE.sequence), device=CPU,
     )  # fmt: skip
     assert report.perplexity_before is not None and report.perplexity_after is not None
     return report.perplexity_before, report.perplexity_after
