@@ -93,9 +93,7 @@ def _kernel_for(query: torch.Tensor, value: torch.Tensor, scaling: float | None)
     return kernels[0]
 
 
-def _lower_right(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-) -> torch.Tensor:  # fmt: skip
+def _lower_right(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
     chunk, tokens, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     if key.shape[3] != value.shape[3] and group > 1:  # the kernels that take it know no groups
         key, value, group = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1), 1
