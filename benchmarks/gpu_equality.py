@@ -26,7 +26,7 @@ from profiler.comm.ranks.launch import run_ranks
 from profiler.comm.ranks.rank import RankContext
 from profiler.kernels.attention import available_kernels
 from profiler.model import PRECISIONS, load_model_shape
-from runtime.job.job import Job, RankReport
+from runtime.job.job import RankReport, RunJob
 from runtime.job.place import Place, mesh_of
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
@@ -66,7 +66,7 @@ class LogitStage(KernelStage):
 
 
 @torch.inference_mode()
-def logits_of(context: RankContext, jobs: Sequence[Job]) -> list[list[torch.Tensor]]:
+def logits_of(context: RankContext, jobs: Sequence[RunJob]) -> list[list[torch.Tensor]]:
     """The logits at the end of each prompt, in the order in which the prompts end; [] on ranks without a head."""
     kept = []
     for job in jobs:
@@ -81,13 +81,13 @@ def logits_of(context: RankContext, jobs: Sequence[Job]) -> list[list[torch.Tens
 
 
 def tokens_and_logits(
-    context: RankContext, exact: Sequence[Job], rough: Sequence[Job]
+    context: RankContext, exact: Sequence[RunJob], rough: Sequence[RunJob]
 ) -> tuple[list[RankReport], list[list[torch.Tensor]]]:
     """Tokens of the jobs in float32 and logits of those in bfloat16, on the same ranks."""
     return run_jobs(context, exact), logits_of(context, rough)
 
 
-def tokens_equal(job: Job, reports: Sequence[RankReport], device_type: str) -> bool:
+def tokens_equal(job: RunJob, reports: Sequence[RankReport], device_type: str) -> bool:
     """Whether all new tokens are those of `generate`."""
     assert job.weights is not None
     ids = next(report.token_ids for report in reports if report.token_ids is not None)
@@ -99,7 +99,7 @@ def tokens_equal(job: Job, reports: Sequence[RankReport], device_type: str) -> b
     return all(check.equal for check in checks)
 
 
-def make_job(folder: Path, layout: tuple[int, int], dtype: str, device: torch.device) -> Job:
+def make_job(folder: Path, layout: tuple[int, int], dtype: str, device: torch.device) -> RunJob:
     """All prompts in chunks of CHUNK tokens, two requests a round where they go on together."""
     shape = load_model_shape(str(folder))
     tp_size, pp_size = layout
@@ -116,7 +116,7 @@ def make_job(folder: Path, layout: tuple[int, int], dtype: str, device: torch.de
             rounds.append(tuple(chunks))
     base, rest = divmod(shape.num_layers, pp_size)
     partition = tuple(base + (stage < rest) for stage in range(pp_size))
-    return Job(
+    return RunJob(
         shape=shape,
         parallel=Parallel(tp_size=tp_size, pp_size=pp_size, layer_partition=partition),
         requests=tuple(Request(id=f"r{i}", prompt_tokens=length) for i, length in enumerate(LENGTHS)),
@@ -131,7 +131,7 @@ def make_job(folder: Path, layout: tuple[int, int], dtype: str, device: torch.de
     )
 
 
-def end_order(job: Job) -> list[int]:
+def end_order(job: RunJob) -> list[int]:
     """Requests in the order in which their prompts end."""
     return [
         chunk.request
@@ -143,7 +143,7 @@ def end_order(job: Job) -> list[int]:
 
 @torch.inference_mode()
 def transformers_logits(
-    job: Job, device: torch.device, *, chunk: int | None = None, attention: str = "sdpa"
+    job: RunJob, device: torch.device, *, chunk: int | None = None, attention: str = "sdpa"
 ) -> list[torch.Tensor]:
     """Logits of the last prompt token, [V] float32: one forward, or forwards of `chunk` tokens over a cache."""
     from transformers import AutoModelForCausalLM

@@ -13,9 +13,9 @@ import torch
 from benchmarks.trained_model import CPU, SMALL, plan_of, texts, trained
 from profiler.model import load_model_shape
 from runtime.prune.importance import Measure
-from runtime.prune.prices import Work
+from runtime.prune.prices import ChunkWork
 from runtime.prune.prune import Wanted, prune_checkpoint
-from runtime.train.recipe import Recipe
+from runtime.train.recipe import TrainingRecipe
 from runtime.train.train import train
 
 RECOVERY = 0.05  # of the training's tokens
@@ -50,7 +50,7 @@ class Study:
         output = self.folder / f"{name} by {measure}".replace(" %", "").replace(" ", "-")
         prune_checkpoint(
             self.model, output, load_model_shape(str(self.model)), CUTS[name], measure=measure,
-            calibration=texts().calibration, work=Work(chunk=512, context=0, dtype=torch.float32, device=CPU),
+            calibration=texts().calibration, work=ChunkWork(chunk=512, context=0, dtype=torch.float32, device=CPU),
             seed=self.seed, measures_speed=False,
         )  # fmt: skip
         return output
@@ -58,7 +58,7 @@ class Study:
     def recover(self, pruned: Path, *, precision: str = "float32") -> Path:
         """Distil the unpruned model into it, with a share of the training's tokens."""
         steps = max(1, round(RECOVERY * self.steps))
-        recipe = Recipe(
+        recipe = TrainingRecipe(
             steps=steps, learning_rate=2e-3, warmup_steps=steps // 10, seed=self.seed + 100, save_every=steps,
             precision=precision,
         )  # fmt: skip

@@ -26,7 +26,7 @@ from profiler.kernels.quantized.weight import Observer
 from profiler.model import PRECISIONS, load_model_shape
 from profiler.model.precision import E4M3, INT8
 from runtime.quantize.quantize import quantize_checkpoint
-from runtime.quantize.recipe import Recipe
+from runtime.quantize.recipe import QuantizationRecipe
 from service.cli.output import print_table
 
 SIZE = Size(layers=4, hidden=192, channels=576, batch=16)
@@ -96,7 +96,8 @@ def perplexity(
     precision = PRECISIONS[name]
     assert precision.linears is not None
     report = quantize_checkpoint(
-        source, folder, load_model_shape(str(source)), precision, Recipe(linears=precision.linears, **recipe),
+        source, folder, load_model_shape(str(source)), precision,
+        QuantizationRecipe(linears=precision.linears, **recipe),
         calibration=pieces(calibration, SIZE.sequence), held_out=pieces(held_out, SIZE.sequence), device=CPU,
     )  # fmt: skip
     assert report.perplexity_before is not None and report.perplexity_after is not None

@@ -18,7 +18,7 @@ import torch
 from profiler.model import load_model_shape
 from runtime.quantize.layers import perplexity
 from runtime.run.prompts import TokenIds
-from runtime.train.recipe import Recipe
+from runtime.train.recipe import TrainingRecipe
 from runtime.train.train import train
 from tuner.plan.plan import Chunk, Parallel, Plan, Request
 
@@ -110,7 +110,7 @@ def trained(place: Path, seed: int, steps: int, size: Size = SMALL) -> Path:
     """
     folder = place / f"{size.name}-{steps}-steps-seed-{seed}"
     if not folder.exists():
-        recipe = Recipe(steps=steps, learning_rate=3e-3, warmup_steps=steps // 12, seed=seed, save_every=100)
+        recipe = TrainingRecipe(steps=steps, learning_rate=3e-3, warmup_steps=steps // 12, seed=seed, save_every=100)
         begun = place / f"begun-{size.name}-{seed}"
         if not begun.exists():
             begin(begun, seed, size)

@@ -9,11 +9,11 @@ import torch
 
 from profiler.comm.links.group import Groups
 from profiler.kernels.attention_kernel import AttentionKernel
-from profiler.layers.decoder_layer import Stream
+from profiler.layers.decoder_layer import ResidualStream
 from profiler.layers.head import embed
 from profiler.layers.layer_inputs import LayerInputs
 from profiler.model import PRECISIONS
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.job.place import Place
 from runtime.stage.sequence import SCHEMES, Scheme
 from runtime.stage.share import RoundShare
@@ -33,7 +33,7 @@ class Stage(ABC):
     is_recordable: bool
     """Whether its rounds do the same work on the same memory each time."""
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    def __init__(self, job: RunJob, device: torch.device) -> None:
         self.shape, self.requests, self.device = job.shape, job.requests, device
 
     @abstractmethod
@@ -88,7 +88,7 @@ class KernelStage(Stage):
 
     is_recordable = True
 
-    def __init__(self, job: Job, place: Place, groups: Groups, device: torch.device) -> None:
+    def __init__(self, job: RunJob, place: Place, groups: Groups, device: torch.device) -> None:
         super().__init__(job, device)
         self.kernels = job.kernels
         self.shape = job.shape.spread(**job.parallel.spread)
@@ -146,7 +146,7 @@ class KernelStage(Stage):
                 self.next_ids(self.final_hidden(share, hidden))
 
     def _run_layers(self, hidden: torch.Tensor, inputs: LayerInputs, layers: slice) -> torch.Tensor:
-        stream = Stream(hidden)
+        stream = ResidualStream(hidden)
         gathered, indices = self.shard.gathered, range(*layers.indices(len(self.shard.layers)))
         if gathered is not None:
             gathered.begin(indices.start)
