@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.trained_model import CPU, SMALL, plan_of, texts, trained
+from benchmarks.trained_model import CPU, SMALL, Training, plan_of, texts, trained
 from profiler.model import load_model_shape
 from runtime.prune.importance import Measure
 from runtime.prune.prices import ChunkWork
@@ -25,7 +25,6 @@ CUTS: Mapping[str, Wanted] = {  # what goes, by name
     f"1 of {SMALL.layers} layers": Wanted(layers=1 / SMALL.layers),
     f"2 of {SMALL.layers} layers": Wanted(layers=2 / SMALL.layers),
 }
-FOLDER = Path("demo-out/smaller")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,15 +34,15 @@ class Study:
     folder: Path
     model: Path
     seed: int
-    steps: int
+    training: Training
 
     @classmethod
     def of(cls, options: argparse.Namespace, folder: Path, seed: int) -> Study:
         """With a model that is trained unless it is there; smaller ones go to `folder`."""
         for each in (options.folder, folder):
             each.mkdir(parents=True, exist_ok=True)
-        model = trained(options.folder, seed, options.steps)
-        return cls(folder=folder, model=model, seed=seed, steps=options.steps)
+        training = Training.of(options)
+        return cls(folder=folder, model=trained(options.folder, seed, training), seed=seed, training=training)
 
     def cut(self, name: str, measure: Measure = Measure.ACTIVATION) -> Path:
         """Prune by a measure."""
@@ -55,9 +54,12 @@ class Study:
         )  # fmt: skip
         return output
 
-    def recover(self, pruned: Path, *, precision: str = "float32") -> Path:
-        """Distil the unpruned model into it, with a share of the training's tokens."""
-        steps = max(1, round(RECOVERY * self.steps))
+    def recover(self, pruned: Path, *, rounds_as: str | None = None) -> Path:
+        """Distil the unpruned model into it, with a share of the training's tokens; products may round as a
+        precision's."""
+        steps = max(1, round(RECOVERY * self.training.steps))
+        plain = self.training.precision
+        precision = f"{rounds_as}+{plain}" if rounds_as else plain
         recipe = TrainingRecipe(
             steps=steps, learning_rate=2e-3, warmup_steps=steps // 10, seed=self.seed + 100, save_every=steps,
             precision=precision,
@@ -65,7 +67,7 @@ class Study:
         output = pruned.with_name(f"{pruned.name}-recovered-{precision}".replace("+", "-"))
         train(
             plan_of(pruned), recipe, weights=pruned, sequences=[texts().learned], output=output, teacher=self.model,
-            num_threads=1,
+            device_type=self.training.device_type, num_threads=1,
         )  # fmt: skip
         shutil.rmtree(output.with_name(f"{output.name}.state"))
         return output
@@ -74,13 +76,3 @@ class Study:
 def loss_percent(perplexity: float, before: float) -> float:
     """Rise of perplexity."""
     return 100.0 * (perplexity / before - 1.0)
-
-
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that these benchmarks share. One thread: on busy cores threads wait longer than they work."""
-    torch.set_num_threads(1)
-    made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    made.add_argument("--steps", type=int, default=400, help="of the training")
-    made.add_argument("--folder", type=Path, default=FOLDER, help="where trained models are kept")
-    made.add_argument("--output", type=Path)
-    return made

@@ -68,7 +68,7 @@ def prepared(folder: Path, steps: int) -> list[str]:
     weights = begin(folder / "begun", 0)
     shape = load_model_shape(str(weights))
     plan = Plan(
-        model=dict(shape.config), precision="float32", parallel=Parallel(tp_size=1, pp_size=2, layer_partition=(3, 3)),
+        model=dict(shape.config), precision="float32", parallel=Parallel(tp_size=1, pp_size=2, layer_partition=(2, 2)),
         requests=(Request(id="r0", prompt_tokens=LENGTH), Request(id="r1", prompt_tokens=LENGTH)),
         rounds=tuple((Chunk(0, at, CHUNK), Chunk(1, at, CHUNK)) for at in range(0, LENGTH, CHUNK)),
     )  # fmt: skip
