@@ -94,7 +94,8 @@ def perplexity(
     precision = PRECISIONS[name]
     assert precision.linears is not None
     report = quantize_checkpoint(
-        source, folder, load_model_shape(str(source)), precision, QuantizationRecipe(linears=precision.linears, **recipe),
+        source, folder, load_model_shape(str(source)), precision,
+        QuantizationRecipe(linears=precision.linears, **recipe),
         calibration=pieces(calibration), held_out=pieces(held_out), device=CPU,
     )  # fmt: skip
     assert report.perplexity_before is not None and report.perplexity_after is not None
