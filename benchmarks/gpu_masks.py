@@ -23,7 +23,7 @@ from profiler.kernels.attention import attend, available_kernels
 from profiler.kernels.attention_kernel import Masking
 from profiler.kernels.recording import new_scratch, record
 from profiler.library.found import find
-from profiler.library_layers.part import Part
+from profiler.library_layers.part import StagePart
 from service.cli.output import print_table
 
 HEADS, KV_HEADS, HEAD_DIM = 64, 8, 64  # of gpt-oss
@@ -73,7 +73,7 @@ def attention_error(mask: tuple[int | None, bool], case: tuple[int, int], device
 def compare(config: Path, layers: int, device: torch.device) -> None:
     """A model's first layers, launched and recorded."""
     found = find(plain(json.loads(config.read_text()), layers))
-    part = Part(found, range(layers), device=device, dtype=torch.bfloat16)
+    part = StagePart(found, range(layers), device=device, dtype=torch.bfloat16)
     chunks, total = CHUNKS[device.type], sum(CHUNKS[device.type])
     ids = torch.randint(int(found.text.vocab_size), (total,), device=device)
     starts = [sum(chunks[:index]) for index in range(len(chunks))]

@@ -26,7 +26,7 @@ from profiler.hardware.datasheet import published_peak_flops
 from profiler.model import ModelShape, load_model_shape, model_from_config
 from profiler.model.flops import prefill_flops
 from runtime.run.prompts import random_prompts
-from runtime.train.recipe import Recipe
+from runtime.train.recipe import TrainingRecipe
 from runtime.train.train import train
 from service.cli.output import print_table
 from tuner.plan.plan import Chunk, Parallel, Plan, Request
@@ -84,7 +84,7 @@ def run_ours(name: str, shape: ModelShape, tokens: int, device_type: str) -> dic
         model=dict(shape.config), precision=precision, parallel=parallel, requests=requests,
         rounds=tuple((chunk,) for chunk in chunks),
     )  # fmt: skip
-    recipe = Recipe(steps=STEPS, learning_rate=RATE, precision=precision, recompute=recompute)
+    recipe = TrainingRecipe(steps=STEPS, learning_rate=RATE, precision=precision, recompute=recompute)
     data = random_prompts((Request(id="all", prompt_tokens=3 * tokens),), shape.vocab_size)
     result = train(
         plan, recipe, weights=None, sequences=data, output=None, device_type=device_type, num_threads=2

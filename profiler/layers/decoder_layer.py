@@ -65,7 +65,7 @@ class Norms:
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class ResidualStream:
     """The residual stream between blocks: hidden states [T, hidden] and the last block's output, not yet added.
 
     Adding belongs to the next norm, which reads both anyway: one pass over memory instead of two.
@@ -158,21 +158,23 @@ class DecoderLayer:
         self.experts, self.exchange = experts, exchange
         self.reduce_o, self.reduce_down, self.sum_ranks = reduce_o, reduce_down, sum_ranks
 
-    def __call__(self, stream: Stream, inputs: LayerInputs, keys: KV, values: KV) -> Stream:
+    def __call__(self, stream: ResidualStream, inputs: LayerInputs, keys: KV, values: KV) -> ResidualStream:
         """keys, values: this layer's slab [KV, rows, head_dim]."""
         norms = self.norms
         hidden, normed = stream.add_and_norm(norms.before_attention, norms.eps, self.entries.qkv)
         # No names for what is large and used once: it would live through the MLP.
         attended = inputs.join(self.reduce_o, self.o(inputs.mix(self, normed, keys, values)))
         attended = norms.after(attended, norms.after_attention)
-        hidden, normed = Stream(hidden, attended).add_and_norm(norms.before_mlp, norms.eps, self.entries.gate_up)
+        hidden, normed = ResidualStream(hidden, attended).add_and_norm(
+            norms.before_mlp, norms.eps, self.entries.gate_up
+        )
         del attended
         if self.exchange is None:
             output = inputs.join(self.reduce_down, self.feed(inputs.spread(normed)))
         else:
             assert isinstance(normed, torch.Tensor)  # experts take plain rows
             output = self.exchange(normed, is_cut=inputs.cuts_rows)
-        return Stream(hidden, norms.after(output, norms.after_mlp))
+        return ResidualStream(hidden, norms.after(output, norms.after_mlp))
 
     def feed(self, normed: Operand) -> torch.Tensor:
         """normed: [T, hidden] through the MLP or the experts -> this rank's part of the sum [T, hidden]."""

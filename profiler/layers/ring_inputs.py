@@ -161,7 +161,7 @@ class RingStepInputs(LayerInputs):
 
 
 class RingStep:
-    """Where the requests stand on this rank between two decode steps; see `profiler.layers.decode_inputs.Step`.
+    """Where the requests stand on this rank between two decode steps; see `profiler.layers.decode_inputs.DecodeState`.
 
     Request i's new tokens are kept by rank i mod size. dump_row: of the slab, read by no one.
     """

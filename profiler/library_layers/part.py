@@ -47,7 +47,7 @@ class _Passed(torch.nn.Module):
         return (hidden_states, None) if self.gives_more else hidden_states
 
 
-class Part:
+class StagePart:
     """Runs chunks of one request at a time: hidden states in, hidden states out, its cache advanced.
 
     The library's own forward makes masks, positions and what else its layers are given. Layers before the part pass

@@ -15,7 +15,7 @@ from profiler.comm.links.group import Groups, make_groups
 from profiler.comm.ranks.mark import Doing, Phase
 from profiler.comm.ranks.rank import RankContext
 from profiler.model import Backend
-from runtime.job.job import Job, Pass, RankReport
+from runtime.job.job import Pass, RankReport, RunJob
 from runtime.job.place import Place, mesh_of
 from runtime.run.card_marks import CardMarks
 from runtime.run.clock import make_clock
@@ -24,7 +24,7 @@ from runtime.stage.stage import KernelStage, Stage
 
 
 @torch.inference_mode()
-def run_jobs(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
+def run_jobs(context: RankContext, jobs: Sequence[RunJob]) -> list[RankReport]:
     """Run jobs as one of their ranks; the function that `profiler.comm.ranks.launch.run_ranks` starts on each.
 
     All take as many ranks; starting them takes seconds, and so does joining them, which jobs of one layout share.
@@ -41,7 +41,7 @@ def run_jobs(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
     return reports
 
 
-def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
+def _run_job(context: RankContext, job: RunJob, groups: Groups) -> RankReport:
     place = Place.of(context.rank, job.parallel)
     clock = make_clock(context.device)
     progress = context.progress
@@ -113,7 +113,7 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     )
 
 
-def _make_stage(job: Job, place: Place, groups: Groups, device: torch.device) -> Stage:
+def _make_stage(job: RunJob, place: Place, groups: Groups, device: torch.device) -> Stage:
     if job.shape.backend is Backend.OWN:
         return KernelStage(job, place, groups, device)
     from runtime.stage.library_stage import LibraryStage  # brings Transformers along: seconds of every start
@@ -121,7 +121,7 @@ def _make_stage(job: Job, place: Place, groups: Groups, device: torch.device) ->
     return LibraryStage(job, place, groups, device)
 
 
-def _slowdown(job: Job, device: torch.device) -> float | None:
+def _slowdown(job: RunJob, device: torch.device) -> float | None:
     """Of the machine since its profile; all ranks ask at once, as they did there."""
     if job.probe is None:
         return None
@@ -139,7 +139,7 @@ def _memory_bytes(device: torch.device) -> int | None:
     return beside + torch.cuda.max_memory_reserved(device)
 
 
-def _settle(job: Job, run_pass: Callable[[], Pass], groups: Groups) -> Pass | None:
+def _settle(job: RunJob, run_pass: Callable[[], Pass], groups: Groups) -> Pass | None:
     """Run passes that do not count; the first rank tells all when it is enough. Returns the very first, if any."""
     first: Pass | None = None
     started = time.perf_counter()

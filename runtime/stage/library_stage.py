@@ -9,9 +9,9 @@ import torch
 from profiler.comm.links.group import Groups
 from profiler.library.found import find
 from profiler.library_layers.cache import RequestCache
-from profiler.library_layers.part import Part
+from profiler.library_layers.part import StagePart
 from profiler.model import PRECISIONS
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.job.place import Place
 from runtime.stage.sequence import Scheme
 from runtime.stage.share import RoundShare
@@ -22,12 +22,12 @@ from tuner.plan.plan import Request
 class LibraryStage(Stage):
     """Its layers are the library's own, unmodified; each request has a cache of its own."""
 
-    def __init__(self, job: Job, place: Place, groups: Groups, device: torch.device) -> None:
+    def __init__(self, job: RunJob, place: Place, groups: Groups, device: torch.device) -> None:
         super().__init__(job, device)
         self.dtype = PRECISIONS[job.dtype].activations.torch_dtype
         self.scheme = Scheme(job, groups, device, job.kernels)
         layers = range(place.layers[0], place.layers[-1] + 1)
-        self.part = Part(find(job.shape.config), layers, device=device, dtype=self.dtype, weights=job.weights)
+        self.part = StagePart(find(job.shape.config), layers, device=device, dtype=self.dtype, weights=job.weights)
         self.caches = [self._cache(request, job.max_new_tokens) for request in job.requests]
 
     @property

@@ -9,11 +9,11 @@ import torch
 
 from profiler.comm.links.group import Groups
 from profiler.kernels.attention_kernel import AttentionKernel
-from profiler.layers.decoder_layer import Stream
+from profiler.layers.decoder_layer import ResidualStream
 from profiler.layers.head import embed
 from profiler.layers.layer_inputs import LayerInputs
 from profiler.model import PRECISIONS
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.job.place import Place
 from runtime.stage.sequence import SCHEMES, Scheme
 from runtime.stage.share import RoundShare
@@ -44,7 +44,7 @@ class Stage(ABC):
     def replayed(self, share: RoundShare) -> None:  # noqa: B027 - most keep nothing on the host
         """A recorded round was replayed: what the host keeps of it follows."""
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    def __init__(self, job: RunJob, device: torch.device) -> None:
         self.shape, self.requests, self.device = job.shape, job.requests, device
 
     @abstractmethod
@@ -97,7 +97,7 @@ class Stage(ABC):
 class KernelStage(Stage):
     """A stage whose layers run through this project's kernels, over a KV slab."""
 
-    def __init__(self, job: Job, place: Place, groups: Groups, device: torch.device) -> None:
+    def __init__(self, job: RunJob, place: Place, groups: Groups, device: torch.device) -> None:
         super().__init__(job, device)
         self.kernels = job.kernels
         self.shape = job.shape.spread(**job.parallel.spread)
@@ -160,7 +160,7 @@ class KernelStage(Stage):
                 self.next_ids(self.final_hidden(share, hidden))
 
     def _run_layers(self, hidden: torch.Tensor, inputs: LayerInputs, layers: slice) -> torch.Tensor:
-        stream = Stream(hidden)
+        stream = ResidualStream(hidden)
         gathered, indices = self.shard.gathered, range(*layers.indices(len(self.shard.layers)))
         if gathered is not None:
             gathered.begin(indices.start)

@@ -33,11 +33,11 @@ from service.use_cases.options import chosen, flag_of
 from service.use_cases.tune_options import TuneOptions, next_command
 from service.use_cases.tune_report import TuneReport
 from tuner.fit.correction import PlansRun, fit_correction, load_measured_rounds
-from tuner.fit.coverage import coverage
+from tuner.fit.coverage import plan_coverage
 from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
-from tuner.fit.uncertainty import share_missing, widened
+from tuner.fit.uncertainty import share_missing, widened_uncertainty
 from tuner.fit.whole.costs import Costs, fit_whole_costs, whole_held_out
 from tuner.plan.layout import ANY, Layout, Pins, check_experts_fit, check_precision_fits, enumerate_layouts, layout_of
 from tuner.plan.plan import Request
@@ -302,8 +302,8 @@ def _report(
     work, layout = best.layout_costs.work, best.layout
     errors_of = held_out_errors if target.shape.backend is Backend.OWN else whole_held_out
     held_out = errors_of(rows, work, busy_ranks=layout.world_size)
-    covered = coverage(rows, work, layout, best.rounds.rounds, device_type=target.device_type)
-    width = widened(best.uncertainty(held_out), share_missing(covered))
+    covered = plan_coverage(rows, work, layout, best.rounds.rounds, device_type=target.device_type)
+    width = widened_uncertainty(best.uncertainty(held_out), share_missing(covered))
     plan = with_kinds(to_plan(target, best, rules, uncertainty=width), best)
     assert plan.predicted is not None
     plan = replace(

@@ -29,7 +29,7 @@ from tuner.search.floors import Batch, Floors
 from tuner.search.links import Assumed
 from tuner.search.partition import BuildCost, balanced_partition, choose_partition, even_partition
 from tuner.search.rules import Rules
-from tuner.search.target import Room, Target, gathered, least_memory_refusal, parallel_of
+from tuner.search.target import Room, Target, least_memory_refusal, parallel_of, with_gathered_weights
 from tuner.workload.objective import Objective
 
 NEAR_SKETCH, NEAR_DRAFT = 1.025, 1.015
@@ -183,7 +183,7 @@ def search_layouts(
         else:
             candidates[index] = sketched = replace(_sketched(target, candidate, rules, best), floor=floor)
             best = min(best, sketched.score(rules.objective))
-            if sketched.refusal and (layout := gathered(candidate.layout)):
+            if sketched.refusal and (layout := with_gathered_weights(candidate.layout)):
                 candidates[index] = shared = fitted(layout)
                 if shared.costs is not None:
                     heapq.heappush(waiting, (floor_of(shared, close=False), False, index))
@@ -230,7 +230,7 @@ def _fitted(layout: Layout, memory_refusal_of: Callable[[Layout], str | None], f
     Weights that do not fit whole are gathered where ranks share them.
     """
     refusal = layout.refusal or memory_refusal_of(layout)
-    if refusal and not layout.refusal and (shared := gathered(layout)):
+    if refusal and not layout.refusal and (shared := with_gathered_weights(layout)):
         return _fitted(shared, memory_refusal_of, fit_layout)
     if refusal:
         return Candidate(layout=layout, refusal=refusal)

@@ -65,7 +65,7 @@ def run_ranks(
         return join_ranks(function, args, device_type, num_threads, stall_timeout_s)
     from torch._C._distributed_c10d import TCPStore
 
-    from profiler.comm.ranks.rank import Task
+    from profiler.comm.ranks.rank import RankTask
 
     sweep_folders()
     with run_folder() as folder, socket.socket() as listener:
@@ -77,7 +77,7 @@ def run_ranks(
             "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno()),
             timeout=timedelta(seconds=60),
         )  # fmt: skip
-        task = Task(
+        task = RankTask(
             function=function,
             args=args,
             world_size=world_size,

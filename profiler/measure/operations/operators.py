@@ -19,7 +19,7 @@ from profiler.kernels.entry import Entries, Operand, Product
 from profiler.kernels.linear import Linear
 from profiler.kernels.quantized.kv import KV, read_rows
 from profiler.kernels.rotary import Rotary
-from profiler.layers.decoder_layer import DecoderLayer, Norms, Stream, projections
+from profiler.layers.decoder_layer import DecoderLayer, Norms, ResidualStream, projections
 from profiler.layers.head import Head, embed
 from profiler.layers.latent import Latent
 from profiler.layers.layer_inputs import LayerInputs
@@ -204,7 +204,7 @@ class Operators:
 
         def run(call: int) -> torch.Tensor:
             copy = call % slabs.num_copies
-            return layer(Stream(hidden, projected), inputs, slabs.keys[copy], slabs.values[copy]).hidden
+            return layer(ResidualStream(hidden, projected), inputs, slabs.keys[copy], slabs.values[copy]).hidden
 
         return run
 
@@ -213,7 +213,7 @@ class Operators:
         chunk, context = point.shape["chunk"], point.shape["context"]
         layers, slabs = self._cold_layers(point), self._slabs(point)
         inputs = self.round_inputs([(0, context, chunk)])
-        first = Stream(*(self.workspace.random(chunk, point.shape["hidden"]) for _ in range(2)))
+        first = ResidualStream(*(self.workspace.random(chunk, point.shape["hidden"]) for _ in range(2)))
         stream = first
 
         def run(call: int) -> torch.Tensor:
