@@ -35,8 +35,7 @@ from runtime.run.prompts import PromptLine, Tokenizer, read_prompts
 from runtime.weights.checkpoint import Checkpoint, WeightIndex
 from runtime.weights.generation import end_ids
 from service.cli.output import print_table
-from tuner.fit.smoothing import load_measured_model
-from tuner.plan.cost_model import CostModelFile
+from tuner.plan.cost_model import CostModelFile, load_cost_model
 from tuner.plan.layout import Layout
 from tuner.plan.memory import check_memory
 from tuner.plan.plan import Plan, Request, load_plan
@@ -163,7 +162,7 @@ def _read_plan(path: Path) -> None:
 
 
 def _read_cost_model(path: Path) -> None:
-    cost, _ = load_measured_model(path)
+    cost = load_cost_model(path)
     plan_rounds(cost.for_pp_size(max(2, cost.pp_size)), [Request(id="a", prompt_tokens=1000)], window=3)
 
 

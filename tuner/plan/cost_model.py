@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from db.errors import UserError
-from db.files.documents import of_schema, parse
+from db.files.documents import located, of_schema, parse, read_json
 from tuner.plan.stage_cost import (
     Floats,
     PairAttention,
@@ -163,6 +164,13 @@ class CostModel:
             hop_token_s=file.hop.token_s,
             return_s=file.return_s,
         )
+
+
+def load_cost_model(path: str | Path) -> CostModel:
+    """Read an isochunk.cost-model/1 file. Raises UserError naming the field, its value and what is allowed."""
+    content = read_json(path, field="cost model")
+    with located(path):
+        return CostModel.from_json(content)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

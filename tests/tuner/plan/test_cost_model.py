@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from db.errors import UserError
 from db.files.documents import write_json
 from tests.tuner.strategies import cost_models
-from tuner.fit.smoothing import load_measured_model
-from tuner.plan.cost_model import CostModel
+from tuner.plan.cost_model import CostModel, load_cost_model
 from tuner.plan.stage_cost import PairAttention, StageCost, TableAttention
 from tuner.plan.stage_order import StageOrder
 
@@ -64,7 +63,7 @@ def test_one_entry_stands_for_all_stages() -> None:
 def test_files_hold_the_whole_model(model: CostModel, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("cost") / "cost.json"
     write_json(path, model.to_json())
-    assert load_measured_model(path)[0].for_pp_size(model.pp_size) == model
+    assert load_cost_model(path).for_pp_size(model.pp_size) == model
     assert [entry.name for entry in path.parent.iterdir()] == ["cost.json"]
 
 
@@ -148,13 +147,13 @@ def test_bad_stages_are_refused_by_field(change: dict[str, Any], message: str) -
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
-        load_measured_model(tmp_path / "none.json")
+        load_cost_model(tmp_path / "none.json")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match="must be JSON"):
-        load_measured_model(tmp_path / "broken.json")
+        load_cost_model(tmp_path / "broken.json")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="must be JSON nested at most 64 deep"):
-        load_measured_model(tmp_path / "deep.json")
+        load_cost_model(tmp_path / "deep.json")
 
 
 def test_unknown_fields_are_ignored() -> None:
