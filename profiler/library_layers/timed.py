@@ -27,6 +27,11 @@ class TimedLayer:
         self.hidden_size = int(found.text.hidden_size)
         self.part.run(self._random(1), self.cache, 0)  # sizes of keys, values and states
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether its rounds are recorded in a run."""
+        return self.part.is_recordable
+
     def run(self, chunk: int, context: int) -> Run:
         """The layer alone over a chunk: what the forward gives it is made once."""
         called: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

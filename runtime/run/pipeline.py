@@ -12,7 +12,7 @@ from profiler.comm.links.boundary import MessageSizes, make_links
 from profiler.comm.links.group import Groups
 from profiler.comm.ranks.mark import Doing, Progress
 from profiler.kernels.attention import attends_on_device
-from profiler.kernels.recording import new_scratch, record
+from profiler.kernels.recording import Scratch, new_scratch, record
 from profiler.sequence.kind import usual_cut
 from runtime.job.job import RunJob
 from runtime.job.place import Place
@@ -96,13 +96,11 @@ class Pipeline:
             torch.cuda.empty_cache()  # recordings keep their scratch memory elsewhere
         scratch = new_scratch(self.stage.device)
         self.recorded = {
-            (task.round_index, task.group): record(
-                partial(self._compute, task, self.rounds[task.round_index]), self.stage.device, scratch
-            )
+            (task.round_index, task.group): self._recorded(task, scratch)
             for task in self.tasks.tasks
             if task.round_index < MOST_RECORDED
         }
-        if self.job.max_new_tokens > 1 and attends_on_device(self.stage.device):
+        if self.job.max_new_tokens > 1 and self.stage.is_step_recordable and attends_on_device(self.stage.device):
             self.recorded_steps = {
                 task.group: record(partial(self._compute_step, task), self.stage.device, scratch)
                 for task in self.step_tasks.tasks
@@ -111,6 +109,17 @@ class Pipeline:
                 self.stage.scheme.step.restart()
                 for run_step in self.recorded_steps.values():
                     run_step()  # a graph's first launch also brings it to the card
+
+    def _recorded(self, task: RoundTask, scratch: Scratch) -> Callable[[], torch.Tensor]:
+        share = self.rounds[task.round_index]
+        replay = record(partial(self._compute, task, share), self.stage.device, scratch)
+
+        def run() -> torch.Tensor:
+            hidden = replay()
+            self.stage.replayed(share)
+            return hidden
+
+        return run
 
     def close(self) -> None:
         """Drop the recordings: a NCCL group cannot be left while a graph holds its work."""

@@ -30,8 +30,19 @@ class Stage(ABC):
 
     scheme: Scheme
     dtype: torch.dtype  # of hidden states
-    is_recordable: bool
-    """Whether its rounds do the same work on the same memory each time."""
+
+    @property
+    @abstractmethod
+    def is_recordable(self) -> bool:
+        """Whether its rounds do the same work on the same memory each time."""
+
+    @property
+    def is_step_recordable(self) -> bool:
+        """Whether decode steps do, as requests grow."""
+        return self.is_recordable
+
+    def replayed(self, share: RoundShare) -> None:  # noqa: B027 - most keep nothing on the host
+        """A recorded round was replayed: what the host keeps of it follows."""
 
     def __init__(self, job: RunJob, device: torch.device) -> None:
         self.shape, self.requests, self.device = job.shape, job.requests, device
@@ -86,8 +97,6 @@ class Stage(ABC):
 class KernelStage(Stage):
     """A stage whose layers run through this project's kernels, over a KV slab."""
 
-    is_recordable = True
-
     def __init__(self, job: RunJob, place: Place, groups: Groups, device: torch.device) -> None:
         super().__init__(job, device)
         self.kernels = job.kernels
@@ -110,6 +119,11 @@ class KernelStage(Stage):
             kept=precision.kv.torch_dtype if precision.has_kv_scales else None,
             static=weights.kv_scales(place.layers) if precision.has_kv_scales else None,
         )
+
+    @property
+    def is_recordable(self) -> bool:
+        """See `Stage`."""
+        return True
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """See `Stage`."""
