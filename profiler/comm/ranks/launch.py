@@ -96,11 +96,13 @@ def run_ranks(
 def _processes(folder: RunFolder, world_size: int, module: str) -> Iterator[list[ForkServerProcess]]:
     """Processes of the ranks; none is left at the end, whatever ends it.
 
-    They are forked from a server that has imported torch and `module`, and that runs nothing itself: imports of some
-    3 s of CPU time are paid once, not by each rank and each launch of this process.
+    They are forked from a server that has imported torch, `module` and what checks files, and that runs nothing itself:
+    imports of some 3 s of CPU time are paid once, not by each rank and each launch of this process.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["profiler.comm.ranks.fork_server", "profiler.comm.ranks.rank", module])
+    context.set_forkserver_preload(
+        ["profiler.comm.ranks.fork_server", "profiler.comm.ranks.rank", module, "pydantic.type_adapter"]
+    )
     processes = [
         context.Process(
             target=child.main, args=(str(folder.path), rank, dict(os.environ)), name=f"rank {rank}", daemon=True
