@@ -93,8 +93,8 @@ class ResidualStream:
 class Exchange(Protocol):
     """Experts on the ranks that share the rows of a round."""
 
-    def __call__(self, x: torch.Tensor, *, is_cut: bool) -> torch.Tensor:
-        """This rank's rows x [P, hidden], or all where they are not cut -> their sums."""
+    def __call__(self, x: torch.Tensor, *, num_tokens: int, is_cut: bool) -> torch.Tensor:
+        """This rank's rows x [P, hidden], or all where they are not cut -> their sums; tokens are the first ones."""
 
 
 class Projections(TypedDict):
@@ -135,7 +135,7 @@ class DecoderLayer:
         o: Project,
         gate_up: Project | None = None,
         down: Project | None = None,
-        experts: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        experts: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
         exchange: Exchange | None = None,
         latent: Latent | None = None,
         reduce_o: Reduce,
@@ -170,17 +170,17 @@ class DecoderLayer:
         )
         del attended
         if self.exchange is None:
-            output = inputs.join(self.reduce_down, self.feed(inputs.spread(normed)))
+            output = inputs.join(self.reduce_down, self.feed(inputs.spread(normed), inputs))
         else:
             assert isinstance(normed, torch.Tensor)  # experts take plain rows
-            output = self.exchange(normed, is_cut=inputs.cuts_rows)
+            output = self.exchange(normed, num_tokens=inputs.own_tokens(normed.shape[0]), is_cut=inputs.cuts_rows)
         return ResidualStream(hidden, norms.after(output, norms.after_mlp))
 
-    def feed(self, normed: Operand) -> torch.Tensor:
+    def feed(self, normed: Operand, inputs: LayerInputs) -> torch.Tensor:
         """normed: [T, hidden] through the MLP or the experts -> this rank's part of the sum [T, hidden]."""
         if self.experts is not None:
             assert isinstance(normed, torch.Tensor)  # experts are plain
-            return self.experts(normed)
+            return self.experts(normed, inputs.product_tokens(normed.shape[0]))
         assert self.gate_up is not None and self.down is not None
         return self.down(self.gated(self.gate_up(normed)))
 

@@ -60,6 +60,10 @@ class RoundInputs(LayerInputs):
         """Rows of the packed round, without padding."""
         return sum(span.num_tokens for span in self.spans)
 
+    def own_tokens(self, rows: int) -> int:
+        """See `LayerInputs`."""
+        return rows - self.padding
+
     def write(self, rows: torch.Tensor, slab: KV) -> None:
         """Copy the round's rows [T, KV, D] to each request's place in the slab [KV, rows, D]."""
         for span in self.spans:

@@ -75,6 +75,10 @@ class RingInputs(LayerInputs):
     recording."""
     group: RowGroup
 
+    def own_tokens(self, rows: int) -> int:
+        """See `LayerInputs`."""
+        return self.slab_rows.shape[0]
+
     def write(self, rows: torch.Tensor, slab: KV) -> None:
         """See `LayerInputs`."""
         assert isinstance(slab, torch.Tensor)  # plans are checked for it

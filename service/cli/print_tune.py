@@ -237,6 +237,8 @@ def _print_layouts(report: TuneReport) -> None:
         if candidate.assumed:
             assumed = ", ".join(map(str, candidate.assumed))
             print(wrapped(f"Not measured, estimated from the topology's links: {assumed}, in {candidate.layout}."))
+        if candidate.alike:
+            print(wrapped(f"Not measured, taken to be alike: {'; '.join(candidate.alike)}, in {candidate.layout}."))
     refusals = refusals_in_words(report.candidates)
     for line in refusals[:MOST_NAMED]:
         print(wrapped(line))

@@ -71,7 +71,6 @@ def tune_model(
     world_size = options.world_size or (topology.num_cards if topology and pins == ANY else pins.num_ranks)
     if topology is not None:
         topology.check_world(world_size)
-    layouts = enumerate_layouts(shape, world_size, pins)
     with open_database(options.db_url) as database:
         hardware = _hardware(database, options, world_size)
         device_type = hardware.device_type
@@ -80,6 +79,7 @@ def tune_model(
         if shape.backend is Backend.OWN and options.backend == "auto":
             on_device = load_model_shape(options.model, backend=options.backend, device_type=device_type)
             shape = on_device if on_device.backend is not Backend.OWN else shape
+        layouts = enumerate_layouts(shape, world_size, pins)
         target = Target(
             shape=shape,
             dtype=dtype or default_dtype(shape, device_type),
@@ -98,10 +98,14 @@ def tune_model(
         if not rows:
             allowed = f"measure them first: isochunk profile {options.model} --world-size {world_size} --dtype {timed}"
             raise UserError("measurements", f"none in {timed} on {hardware.device}", allowed)
-        links = Links(Rows(rows), topology)
+        num_cards = hardware.device_count if device_type == "cuda" else None
+        links = Links(Rows(rows), topology, num_cards=num_cards)
         fit = _fitter(database, hardware, target, links, correct=options.correct)
         candidates = search_layouts(target, layouts, rules, fit)
-        candidates = [replace(one, assumed=links.assumed(one.layout)) if one.rounds else one for one in candidates]
+        candidates = [
+            replace(one, assumed=links.assumed(one.layout), alike=links.alike(one.layout)) if one.rounds else one
+            for one in candidates
+        ]
         precisions = _other_precisions(database, hardware, target, candidates[0].layout)
         report = _report(target, candidates, rules, hardware, rows, options, precisions)
         why = explain(target, report.candidates, rules, with_map=options.plot is not None)

@@ -62,6 +62,8 @@ class Candidate:
     """Of rounds, where memory sets them."""
     assumed: tuple[Assumed, ...] = ()
     """Messages whose times no rows tell."""
+    alike: tuple[str, ...] = ()
+    """In words, what was measured elsewhere and is taken to be alike."""
 
     @property
     def layout_costs(self) -> Costs:
@@ -103,7 +105,7 @@ class Candidate:
     def uncertainty(self, held_out: Sequence[HeldOutError]) -> float:
         """How far the prediction of the makespan may be off, as a share of it."""
         assert self.costs is not None
-        guessed = self.extrapolates or bool(self.assumed) or not self.is_near_layers
+        guessed = self.extrapolates or bool(self.assumed or self.alike) or not self.is_near_layers
         return makespan_uncertainty(held_out, self.costs.correction, extrapolates=guessed)
 
     @property

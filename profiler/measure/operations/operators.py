@@ -191,7 +191,7 @@ class Operators:
             o=attended,
             gate_up=None if spec.experts else lambda _x: gate_up,
             down=None if spec.experts else lambda _x: projected,
-            experts=(lambda _x: _with_shared(gate_up, projected)) if spec.experts else None,
+            experts=(lambda _x, _tokens: _with_shared(gate_up, projected)) if spec.experts else None,
             latent=self._given_latent(spec, tp_size, tokens),
             entries=Entries.of(products, has_latent=spec.attention.latent is not None),
             reduce_o=self._reduce(spec.attention.o),
