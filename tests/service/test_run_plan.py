@@ -188,7 +188,9 @@ def test_without_weights_it_says_what_to_give(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(_plan(weights)))
-    monkeypatch.setattr(sys, "argv", ["isochunk", "run-plan", str(tmp_path / "plan.json"), "--db", f"sqlite:///{tmp_path}/runs.db"])
+    monkeypatch.setattr(
+        sys, "argv", ["isochunk", "run-plan", str(tmp_path / "plan.json"), "--db", f"sqlite:///{tmp_path}/runs.db"]
+    )
     with pytest.raises(SystemExit) as ended:
         main()
     printed = capsys.readouterr()
