@@ -214,9 +214,19 @@ class LayerCosts:
         kinds = {place: least(*place) for place in dict.fromkeys(places)}
         return tuple(kinds[place] for place in places)
 
+    def cut_layers(self, pp_size: int, stage: int) -> tuple[StageCost, ...]:
+        """A layer on this stage in each cut of a round, the mean of the kinds of layers that the model has."""
+        layers = Counter(self.work.shape.layers) if self.others else {self.work.layer: 1}
+        total = sum(layers.values())
+        held = [(place, layers[layer] / total) for place, layer in enumerate([self.work.layer, *self.others])]
+        skew, scale = self.rank_skew.of_stage(stage, self.work.stage_size), self.correction.of_stage(pp_size, stage)
+        return tuple(
+            self._stage(held, skew, scale, first=False, last=False, cut=cut) for cut in CUTS[self.work.sp_kind]
+        )
+
     def _stage(
         self,
-        held: Iterable[tuple[int, int]],
+        held: Iterable[tuple[int, float]],
         skew: float,
         stage_scale: float,
         *,

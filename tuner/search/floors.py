@@ -30,6 +30,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -38,6 +39,7 @@ from tuner.plan.layout import Layout
 from tuner.plan.plan import Request
 from tuner.plan.stage_cost import Floats
 from tuner.plan.stage_order import StageOrder
+from tuner.rounds.estimate import Group, LayerRounds
 from tuner.rounds.relaxation import Envelope, Work, envelopes
 from tuner.rounds.uneven import least_ratio
 from tuner.workload.objective import Objective
@@ -53,15 +55,17 @@ class Batch:
     work: Work
     weights: Floats
     arrival_s: Floats
+    chunk_multiple: int
 
     @classmethod
-    def of(cls, requests: Sequence[Request], max_round_tokens: int | None) -> Batch:
-        """The columns of these requests."""
+    def of(cls, requests: Sequence[Request], max_round_tokens: int | None, chunk_multiple: int = 64) -> Batch:
+        """The columns of these requests, whose chunks end on multiples of so many tokens."""
         weights = np.array([request.weight for request in requests])
         return cls(
             Work.of(requests, max_round_tokens),
             weights if weights.any() else np.ones(len(weights)),
             np.array([request.arrival_s for request in requests]),
+            chunk_multiple,
         )
 
 
@@ -71,6 +75,7 @@ class LayerFloor:
     def __init__(self, costs: Costs, pp_size: int, batch: Batch) -> None:
         work = batch.work
         self.batch = batch
+        self._costs, self._pp_size = costs, pp_size
         stages = costs.least_layers(pp_size)
         kinds = list(dict.fromkeys(stages))
         bare = [replace(stage, round_overhead_s=0.0, chunk_s=0.0, final_s=0.0) for stage in kinds]
@@ -83,11 +88,18 @@ class LayerFloor:
         self.final_s = min(stage.final_s for stage in stages)
         self.token_s = min(float(each.tokens_s(1)) for each in bare)
         self.hop_s = costs.hop_latency_s
+        self.hop_token_s = costs.hop_byte_s * costs.work.hidden_bytes / costs.work.sequence_size
         self.request_s = np.max([self.requests_s(line) for line in self.lines], axis=0)
         self.num_rounds = max(1, math.ceil(work.new_tokens / work.max_round_tokens))
         held = [float(self.requests_s(line).sum()) + self.num_rounds * line.round_s for line in self.lines]
         self.layer_s = max(held)
         self.layer_of_stage_s = tuple(max(ratio * self.layer_s, self.token_s) for ratio in self.ratios)
+
+    @cached_property
+    def layer_rounds(self) -> LayerRounds:
+        """What rounds of several sizes take in a layer of the slowest stage."""
+        layers = self._costs.cut_layers(self._pp_size, int(np.argmax(self.ratios)))
+        return LayerRounds(layers, self.batch.work, self.batch.chunk_multiple)
 
     def requests_s(self, line: Envelope) -> Floats:
         """Least seconds of each request in a layer, cut nowhere, beside what each round costs."""
@@ -165,6 +177,27 @@ class LayoutFloor:
         held = self.most_layers * lowest * float((self.layer.requests_s(line) - line.chunk_s).sum())
         overhead = self.most_layers * lowest * (line.round_s + line.chunk_s) + self.layer.group_s + self.layer.chunk_s
         return held + others * overhead + 2.0 * math.sqrt(others * overhead * held)
+
+    def likely_s(self, max_round_tokens: int | None = None) -> float:
+        """An estimate of the least makespan, no bound: a few percent below what plans reach (`rounds.estimate`).
+
+        max_round_tokens: what memory allows, where it is known.
+        """
+        layer, layout = self.layer, self.layout
+        given = layer.batch.work.max_round_tokens
+        group = Group(
+            layers=least_fullest(layer.ratios, self.num_layers) / layout.virtual_stages,
+            round_s=layer.group_s,
+            chunk_s=layer.chunk_s,
+            hop_latency_s=layer.hop_s,
+            hop_token_s=layer.hop_token_s,
+        )
+        return layer.layer_rounds.likely_makespan_s(
+            group,
+            passes=layout.virtual_stages,
+            bubbles=layout.pp_size - 1,
+            max_round_tokens=given if max_round_tokens is None else min(given, max_round_tokens),
+        )
 
     def mean_ttft_s(self) -> float:
         """Seconds that no weighted mean of TTFTs is below.
