@@ -76,6 +76,7 @@ class LayerFloor:
         work = batch.work
         self.batch = batch
         self._costs, self._pp_size = costs, pp_size
+        self._likely_s: dict[tuple[int, int, float], float] = {}
         stages = costs.least_layers(pp_size)
         kinds = list(dict.fromkeys(stages))
         bare = [replace(stage, round_overhead_s=0.0, chunk_s=0.0, final_s=0.0) for stage in kinds]
@@ -100,6 +101,22 @@ class LayerFloor:
         """What rounds of several sizes take in a layer of the slowest stage."""
         layers = self._costs.cut_layers(self._pp_size, int(np.argmax(self.ratios)))
         return LayerRounds(layers, self.batch.work, self.batch.chunk_multiple)
+
+    def likely_s(self, num_layers: int, virtual_stages: int, max_round_tokens: float) -> float:
+        """An estimate of the least makespan of so many layers, that of a loop and of V order alike."""
+        asked = (num_layers, virtual_stages, max_round_tokens)
+        if asked not in self._likely_s:
+            group = Group(
+                layers=least_fullest(self.ratios, num_layers) / virtual_stages,
+                round_s=self.group_s,
+                chunk_s=self.chunk_s,
+                hop_latency_s=self.hop_s,
+                hop_token_s=self.hop_token_s,
+            )
+            self._likely_s[asked] = self.layer_rounds.likely_makespan_s(
+                group, passes=virtual_stages, bubbles=len(self.ratios) - 1, max_round_tokens=max_round_tokens
+            )
+        return self._likely_s[asked]
 
     def requests_s(self, line: Envelope) -> Floats:
         """Least seconds of each request in a layer, cut nowhere, beside what each round costs."""
@@ -183,21 +200,9 @@ class LayoutFloor:
 
         max_round_tokens: what memory allows, where it is known.
         """
-        layer, layout = self.layer, self.layout
-        given = layer.batch.work.max_round_tokens
-        group = Group(
-            layers=least_fullest(layer.ratios, self.num_layers) / layout.virtual_stages,
-            round_s=layer.group_s,
-            chunk_s=layer.chunk_s,
-            hop_latency_s=layer.hop_s,
-            hop_token_s=layer.hop_token_s,
-        )
-        return layer.layer_rounds.likely_makespan_s(
-            group,
-            passes=layout.virtual_stages,
-            bubbles=layout.pp_size - 1,
-            max_round_tokens=given if max_round_tokens is None else min(given, max_round_tokens),
-        )
+        given = self.layer.batch.work.max_round_tokens
+        most_tokens = given if max_round_tokens is None else min(given, max_round_tokens)
+        return self.layer.likely_s(self.num_layers, self.layout.virtual_stages, most_tokens)
 
     def mean_ttft_s(self) -> float:
         """Seconds that no weighted mean of TTFTs is below.

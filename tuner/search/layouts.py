@@ -36,9 +36,8 @@ NEAR_SKETCH, NEAR_DRAFT = 1.025, 1.015
 """Layouts whose sketches are within this factor of the best are drafted, since other partitions gain a few percent;
 those whose drafts are within the other one are planned in full, which gains less."""
 NEAR_ESTIMATE, NEAR_FAMILY = 1.025, 1.1
-"""Layouts whose estimated makespans are within this factor of the best sketch are sketched, too; the other factor is for
-the first of each family, so that what is told of the rivals leaves no near one out. Sketches are hardly ever below
-their estimates."""
+"""Layouts whose estimated makespans are within this factor of the best sketch are sketched, too: sketches are hardly
+ever below their estimates. The other factor is for the first of each family, which is told of as a rival."""
 MOST_DRAFTS, MOST_PLANS = 3, 2
 """How many are drafted at most, and how many of these are planned in full."""
 NEAR_LIMIT = 0.9  # of the largest round that fits: a plan's largest above it might be larger
@@ -55,7 +54,7 @@ class Candidate:
     layout: Layout
     refusal: str | None = None
     floor: tuple[float, ...] | None = None
-    """A bound on the score of all its plans, no better than the best one: what it was left out for."""
+    """A bound on the score of all its plans; where it was left out without an estimate, no better than the best."""
     likely_s: float | None = None
     """An estimate of its makespan, clearly above the best one: what it was left out for."""
     costs: Costs | None = None
@@ -174,7 +173,7 @@ def search_layouts(
     candidates, objective = list(map(fitted, layouts)), rules.objective
     batch = Batch.of(target.requests, rules.limits.max_round_tokens, rules.chunk_multiple)
     floors = Floors(batch, target.shape.num_layers)
-    waiting: list[tuple[float, int]] = []
+    waiting: list[tuple[float, bool, int]] = []
     families: set[str] = set()
     best: tuple[float, ...] = (math.inf,)
 
@@ -185,7 +184,8 @@ def search_layouts(
     def wait(index: int) -> None:
         floor = floor_of(candidates[index])
         likely_s = floor.likely_s() if objective is Objective.MAKESPAN else floor.score(objective, close=False)[0]
-        heapq.heappush(waiting, (likely_s, index))
+        # V order, of the same estimate as a loop, usually comes out better.
+        heapq.heappush(waiting, (likely_s, candidates[index].layout.stage_order is StageOrder.LOOP, index))
 
     def left_out(candidate: Candidate) -> Candidate | None:
         """With the reason why it need not be sketched; None where it has to be."""
@@ -203,7 +203,7 @@ def search_layouts(
         if candidate.costs is not None:
             wait(index)
     while waiting:
-        _, index = heapq.heappop(waiting)
+        *_, index = heapq.heappop(waiting)
         if not every and (known := left_out(candidates[index])):
             candidates[index] = known
             continue
@@ -212,6 +212,7 @@ def search_layouts(
             candidates[index] = known
             continue
         if roomy.refusal is None:
+            roomy = replace(roomy, floor=floor_of(roomy).score(objective, close=True))
             candidates[index] = roomy = _sketched(target, roomy, rules, best)
             best = min(best, roomy.score(objective))
             families.add(roomy.layout.family)
@@ -226,6 +227,9 @@ def _improved(target: Target, candidates: list[Candidate], rules: Rules) -> list
     """The candidates ranked, the best few of them drafted and planned in full."""
 
     def score(candidate: Candidate) -> tuple[float, ...]:
+        """Those left out come after those planned: first by their estimates, then by their floors."""
+        if candidate.likely_s is not None and candidate.rounds is None:
+            return (math.inf, -math.inf, candidate.likely_s)
         return (*candidate.score(rules.objective), *(candidate.floor or ()))
 
     for step, most, near_factor in ((_drafted, MOST_DRAFTS, NEAR_SKETCH), (_planned, MOST_PLANS, NEAR_DRAFT)):

@@ -141,7 +141,7 @@ class WholeCosts:
         return tuple(made[scale] for scale in scales)
 
     def cut_layers(self, pp_size: int, stage: int) -> tuple[StageCost, ...]:
-        """A layer on this stage, the mean of the kinds of layers that the model has: there is one way to cut a round."""
+        """A layer on this stage, the mean of the model's kinds of layers: there is one way to cut a round."""
         layers, points = Counter(self._layers), table_grid().astype(np.float64)
         share = {layer: count / layers.total() for layer, count in layers.items()}
         base = np.sum([share[layer] * self.kinds[layer].base(points) for layer in layers], axis=0)
