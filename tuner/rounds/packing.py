@@ -117,6 +117,7 @@ class Packer:
 
     __slots__ = (
         "_hint",
+        "_longest",
         "chunk_s",
         "cost",
         "finals_s",
@@ -141,6 +142,7 @@ class Packer:
         self.multiple = multiple
         self.limits = limits
         self._hint = 1
+        self._longest: dict[tuple[float, ...], int] = {}
         self.max_round_tokens = total_tokens
         if limits.max_round_tokens is not None:
             self.max_round_tokens = min(total_tokens, limits.max_round_tokens)
@@ -182,8 +184,17 @@ class Packer:
     def longest(self, into: OpenRound, start: int, left: int, cap_s: float) -> int:
         """Tokens of a prompt, from token `start` with `left` to go, that keep the round within cap and limits.
 
-        The most that do, or fewer that cost less each.
+        The most that do, or fewer that cost less each. Kept: prompts alike meet the same rounds again and again.
         """
+        asked = (start, left, cap_s, into.num_tokens, *into.added_s)
+        found = self._longest.get(asked)
+        if found is None:
+            if len(self._longest) >= MOST_KEPT:
+                self._longest.clear()
+            found = self._longest[asked] = self._find_longest(into, start, left, cap_s)
+        return found
+
+    def _find_longest(self, into: OpenRound, start: int, left: int, cap_s: float) -> int:
         room = self.max_round_tokens - into.num_tokens
         if left <= room and left <= 2 * self.multiple * self._hint and self.fits(into, left, start, True, cap_s):
             return left
