@@ -184,17 +184,8 @@ class Packer:
     def longest(self, into: OpenRound, start: int, left: int, cap_s: float) -> int:
         """Tokens of a prompt, from token `start` with `left` to go, that keep the round within cap and limits.
 
-        The most that do, or fewer that cost less each. Kept: prompts alike meet the same rounds again and again.
+        The most that do, or fewer that cost less each.
         """
-        asked = (start, left, cap_s, into.num_tokens, *into.added_s)
-        found = self._longest.get(asked)
-        if found is None:
-            if len(self._longest) >= MOST_KEPT:
-                self._longest.clear()
-            found = self._longest[asked] = self._find_longest(into, start, left, cap_s)
-        return found
-
-    def _find_longest(self, into: OpenRound, start: int, left: int, cap_s: float) -> int:
         room = self.max_round_tokens - into.num_tokens
         if left <= room and left <= 2 * self.multiple * self._hint and self.fits(into, left, start, True, cap_s):
             return left
@@ -218,6 +209,16 @@ class Packer:
         return self.multiple * table.thriftier(
             units, lambda u: table.base[u] + table.slope[u] * start + table.tokens[first + u] - before_s
         )
+
+    def longest_again(self, into: OpenRound, start: int, left: int, cap_s: float) -> int:
+        """The same, kept: in a batch of prompts alike the same rounds come again and again."""
+        asked = (start, left, cap_s, into.num_tokens, *into.added_s)
+        found = self._longest.get(asked)
+        if found is None:
+            if len(self._longest) >= MOST_KEPT:
+                self._longest.clear()
+            found = self._longest[asked] = self.longest(into, start, left, cap_s)
+        return found
 
     def _most_units(self, highest: int, spare_s: float, seconds: Callable[[int], float]) -> int:
         """Most units up to `highest` whose seconds are at most `spare_s`; looks near the last answer first."""
@@ -370,7 +371,7 @@ def fill_rounds(
         while start < end:
             if not current.chunks:
                 cap_s = caps_s[index]
-            tokens = min(packer.longest(current, start, request.prompt_tokens - start, cap_s), end - start)
+            tokens = min(packer.longest_again(current, start, request.prompt_tokens - start, cap_s), end - start)
             if not tokens:
                 if current.chunks:
                     rounds.append(tuple(current.chunks))
