@@ -40,6 +40,7 @@ from tuner.plan.plan import Request
 from tuner.plan.stage_cost import Floats
 from tuner.plan.stage_order import StageOrder
 from tuner.rounds.estimate import Group, LayerRounds
+from tuner.rounds.problem import check_chunk_multiple
 from tuner.rounds.relaxation import Envelope, Work, envelopes
 from tuner.rounds.uneven import least_ratio
 from tuner.workload.objective import Objective
@@ -60,6 +61,7 @@ class Batch:
     @classmethod
     def of(cls, requests: Sequence[Request], max_round_tokens: int | None, chunk_multiple: int = 64) -> Batch:
         """The columns of these requests, whose chunks end on multiples of so many tokens."""
+        check_chunk_multiple(chunk_multiple)
         weights = np.array([request.weight for request in requests])
         return cls(
             Work.of(requests, max_round_tokens),
