@@ -18,8 +18,10 @@ demo: install
 serve: install
 	.venv/bin/isochunk serve
 
+# One thread a process: with tests on all cores, torch's threads mostly wait for each other. Files in their order: by
+# the number of their tests, which is xdist's order, the few long tests that start ranks would come last and alone.
 test: install
-	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	.venv/bin/ruff check .

@@ -24,7 +24,7 @@ from profiler.comm.ranks.launch import run_ranks
 from profiler.comm.ranks.rank import RankContext
 from profiler.hardware.device import describe_hardware
 from profiler.model import PRECISIONS, ModelShape, load_model_shape
-from runtime.job.job import Job, RankReport
+from runtime.job.job import RankReport, RunJob
 from runtime.run.prediction import Prediction
 from runtime.run.rank import run_jobs
 from runtime.run.result import make_result
@@ -50,7 +50,7 @@ class Decoded:
     first_s: float  # from the barrier to the first step's token
 
 
-def both_ways(context: RankContext, jobs: Sequence[Job]) -> tuple[list[RankReport], list[RankReport]]:
+def both_ways(context: RankContext, jobs: Sequence[RunJob]) -> tuple[list[RankReport], list[RankReport]]:
     """Run jobs as they are, and with all kernels launched one by one."""
     recorded = run_jobs(context, jobs)
     with patch("runtime.run.pipeline.record", _launched):
@@ -80,7 +80,7 @@ def make_plan(shape: ModelShape, layout: tuple[int, int], prompt_lens: Sequence[
     )
 
 
-def read_bytes(job: Job) -> int:
+def read_bytes(job: RunJob) -> int:
     """Bytes that the ranks of one tp_rank read in a step, all stages together, at the middle of the decode."""
     shape, tp_size, precision = job.shape, job.parallel.tp_size, PRECISIONS[job.dtype]
     weights = sum(layer.num_elements(tp_size) for layer in shape.layers) + shape.head.num_elements(tp_size)
@@ -92,7 +92,7 @@ def read_bytes(job: Job) -> int:
     return precision.weights.num_bytes(weights) + kv
 
 
-def decoded(job: Job, reports: Sequence[RankReport]) -> Decoded:
+def decoded(job: RunJob, reports: Sequence[RankReport]) -> Decoded:
     """What a job's ranks measured."""
     nothing = Prediction(makespan_s=None, timeline=None)
     first, *others = make_result(job, reports, prediction=nothing, end_ids=frozenset()).decode_s

@@ -1,6 +1,6 @@
-"""Tokens and logits on cards against Transformers: one card, PP2 and TP2, on a checkpoint written on the spot.
+"""Tokens and logits on cards against Transformers: layouts of every kind, on a checkpoint written on the spot.
 
-    python -m benchmarks.gpu_equality [--device cpu] [--small]
+    python -m benchmarks.gpu_equality [--device cpu] [--small] [--world-sizes 1,2,4]
 
 In float32 the tokens must equal those of `generate`. In bfloat16 random weights flip near ties, so logits are compared:
 the teacher-forced logits at the end of each prompt against Transformers' full forward, beside the largest difference
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,8 @@ from profiler.comm.ranks.launch import run_ranks
 from profiler.comm.ranks.rank import RankContext
 from profiler.kernels.attention import available_kernels
 from profiler.model import PRECISIONS, load_model_shape
-from runtime.job.job import Job, RankReport
+from profiler.sequence.kind import SPKind
+from runtime.job.job import RankReport, RunJob
 from runtime.job.place import Place, mesh_of
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
@@ -47,7 +48,29 @@ SIZES = {
     "cuda": DemoSize(hidden_size=2048, intermediate_size=8192, num_layers=4, num_heads=16, num_kv_heads=4),
     "cpu": SMALL,
 }
-LAYOUTS = {"one": (1, 1), "PP2": (1, 2), "TP2": (2, 1)}
+# By the number of ranks: what `Parallel` is told beside the layers.
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one": {}},
+    2: {
+        "PP2": {"pp_size": 2},
+        "PP2 in two groups": {"pp_size": 2, "virtual_stages": 2},
+        "TP2": {"tp_size": 2},
+        "TP2 Megatron": {"tp_size": 2, "sp_kind": SPKind.MEGATRON},
+        "SP2 gather": {"sp_size": 2, "sp_kind": SPKind.GATHER},
+        "SP2 Ulysses": {"sp_size": 2, "sp_kind": SPKind.ULYSSES},
+        "SP2 ring": {"sp_size": 2, "sp_kind": SPKind.RING},
+    },
+    4: {
+        "PP4": {"pp_size": 4},
+        "TP4": {"tp_size": 4},
+        "PP2 TP2 Megatron": {"pp_size": 2, "tp_size": 2, "sp_kind": SPKind.MEGATRON},
+        "TP2 SP2 gather": {"tp_size": 2, "sp_size": 2, "sp_kind": SPKind.GATHER},
+        "PP2 SP2 gather": {"pp_size": 2, "sp_size": 2, "sp_kind": SPKind.GATHER},
+        "SP4 gather": {"sp_size": 4, "sp_kind": SPKind.GATHER},
+        "SP4 Ulysses": {"sp_size": 4, "sp_kind": SPKind.ULYSSES},
+        "SP4 ring": {"sp_size": 4, "sp_kind": SPKind.RING},
+    },
+}
 
 
 class LogitStage(KernelStage):
@@ -66,7 +89,7 @@ class LogitStage(KernelStage):
 
 
 @torch.inference_mode()
-def logits_of(context: RankContext, jobs: Sequence[Job]) -> list[list[torch.Tensor]]:
+def logits_of(context: RankContext, jobs: Sequence[RunJob]) -> list[list[torch.Tensor]]:
     """The logits at the end of each prompt, in the order in which the prompts end; [] on ranks without a head."""
     kept = []
     for job in jobs:
@@ -81,13 +104,13 @@ def logits_of(context: RankContext, jobs: Sequence[Job]) -> list[list[torch.Tens
 
 
 def tokens_and_logits(
-    context: RankContext, exact: Sequence[Job], rough: Sequence[Job]
+    context: RankContext, exact: Sequence[RunJob], rough: Sequence[RunJob]
 ) -> tuple[list[RankReport], list[list[torch.Tensor]]]:
     """Tokens of the jobs in float32 and logits of those in bfloat16, on the same ranks."""
     return run_jobs(context, exact), logits_of(context, rough)
 
 
-def tokens_equal(job: Job, reports: Sequence[RankReport], device_type: str) -> bool:
+def tokens_equal(job: RunJob, reports: Sequence[RankReport], device_type: str) -> bool:
     """Whether all new tokens are those of `generate`."""
     assert job.weights is not None
     ids = next(report.token_ids for report in reports if report.token_ids is not None)
@@ -99,10 +122,17 @@ def tokens_equal(job: Job, reports: Sequence[RankReport], device_type: str) -> b
     return all(check.equal for check in checks)
 
 
-def make_job(folder: Path, layout: tuple[int, int], dtype: str, device: torch.device) -> Job:
+def make_parallel(num_layers: int, layout: Mapping[str, Any]) -> Parallel:
+    """A layout with its layers in shares as even as can be."""
+    groups = layout.get("pp_size", 1) * layout.get("virtual_stages", 1)
+    base, rest = divmod(num_layers, groups)
+    partition = tuple(base + (group < rest) for group in range(groups))
+    return replace(Parallel(tp_size=1, pp_size=groups, layer_partition=partition), **({"pp_size": 1} | dict(layout)))
+
+
+def make_job(folder: Path, layout: Mapping[str, Any], dtype: str, device: torch.device) -> RunJob:
     """All prompts in chunks of CHUNK tokens, two requests a round where they go on together."""
     shape = load_model_shape(str(folder))
-    tp_size, pp_size = layout
     source = random.Random(1)
     prompts = tuple(tuple(source.choices(range(shape.vocab_size), k=length)) for length in LENGTHS)
     rounds: list[Round] = []
@@ -114,11 +144,9 @@ def make_job(folder: Path, layout: tuple[int, int], dtype: str, device: torch.de
                 if start < LENGTHS[index]
             ]
             rounds.append(tuple(chunks))
-    base, rest = divmod(shape.num_layers, pp_size)
-    partition = tuple(base + (stage < rest) for stage in range(pp_size))
-    return Job(
+    return RunJob(
         shape=shape,
-        parallel=Parallel(tp_size=tp_size, pp_size=pp_size, layer_partition=partition),
+        parallel=make_parallel(shape.num_layers, layout),
         requests=tuple(Request(id=f"r{i}", prompt_tokens=length) for i, length in enumerate(LENGTHS)),
         rounds=tuple(rounds),
         window=None,
@@ -131,7 +159,7 @@ def make_job(folder: Path, layout: tuple[int, int], dtype: str, device: torch.de
     )
 
 
-def end_order(job: Job) -> list[int]:
+def end_order(job: RunJob) -> list[int]:
     """Requests in the order in which their prompts end."""
     return [
         chunk.request
@@ -143,7 +171,7 @@ def end_order(job: Job) -> list[int]:
 
 @torch.inference_mode()
 def transformers_logits(
-    job: Job, device: torch.device, *, chunk: int | None = None, attention: str = "sdpa"
+    job: RunJob, device: torch.device, *, chunk: int | None = None, attention: str = "sdpa"
 ) -> list[torch.Tensor]:
     """Logits of the last prompt token, [V] float32: one forward, or forwards of `chunk` tokens over a cache."""
     from transformers import AutoModelForCausalLM
@@ -175,50 +203,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="take the model for a CPU")
+    parser.add_argument("--world-sizes", default="1,2", help="numbers of ranks, after commas")
     options = parser.parse_args()
     device_type = options.device
     device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
-    rows: list[list[object]] = []
+    rows: list[tuple[object, ...]] = []
     with TemporaryDirectory() as name:
         folder = Path(name) / "model"
         write_demo_model(folder, SIZES["cpu" if options.small else device_type])
-        theirs = make_job(folder, LAYOUTS["one"], "bfloat16", device)
+        theirs = make_job(folder, LAYOUTS[1]["one"], "bfloat16", device)
         full, eager = (transformers_logits(theirs, device, attention=kernel) for kernel in ("sdpa", "eager"))
         exactly = transformers_logits(replace(theirs, dtype="float32"), device)
         chunked = [transformers_logits(theirs, device, chunk=chunk) for chunk in THEIR_CHUNKS]
-        for layouts in (["one"], ["PP2", "TP2"]):
-            exact = [
-                replace(make_job(folder, LAYOUTS[one], "float32", device), max_new_tokens=NEW_TOKENS) for one in layouts
-            ]
-            rough = [make_job(folder, LAYOUTS[one], "bfloat16", device) for one in layouts]
-            ranks = exact[0].parallel.world_size
+        rows.append(("Transformers, whole prompts", None, None, difference(full, exactly)))
+        rows.append(("Transformers, eager attention", None, difference(eager, full), difference(eager, exactly)))
+        rows.append((
+            "Transformers, chunks", None, *(max(difference(one, to) for one in chunked) for to in (full, exactly))
+        ))  # fmt: skip
+        for ranks in map(int, options.world_sizes.split(",")):
+            layouts = LAYOUTS[ranks]
+            exact, rough = (
+                [make_job(folder, layout, dtype, device) for layout in layouts.values()]
+                for dtype in ("float32", "bfloat16")
+            )
+            exact = [replace(job, max_new_tokens=NEW_TOKENS) for job in exact]
             found = run_ranks(tokens_and_logits, exact, rough, world_size=ranks, device_type=device_type, num_threads=1)
             for index, layout in enumerate(layouts):
                 equal = tokens_equal(exact[index], [reports[index] for reports, _ in found], device_type)
-                rows.append([layout, "float32", equal, *[None] * 6])
-            for index, layout in enumerate(layouts):
                 job = rough[index]
-                slices = [kept[index] for _, kept in found if kept[index]]
+                # Ranks that share rows all keep the logits; those of a tensor-parallel group have a slice each.
+                slices = [kept[index] for _, kept in found if kept[index]][: job.parallel.tp_size]
                 joined = [torch.cat(parts, dim=-1)[0] for parts in zip(*slices, strict=True)]
                 ours = [joined[end_order(job).index(request)] for request in range(len(LENGTHS))]
-                rows.append([
-                    layout, "bfloat16", None, difference(ours, full),
-                    max(difference(logits, full) for logits in chunked), difference(eager, full),
-                    difference(ours, exactly), difference(full, exactly),
-                    max(difference(logits, exactly) for logits in chunked),
-                ])  # fmt: skip
+                rows.append((layout, equal, difference(ours, full), difference(ours, exactly)))
     print_table(
-        [
-            "layout",
-            "dtype",
-            "tokens equal",
-            "logits to full forward",
-            "Transformers chunked to full",
-            "eager to full",
-            "logits to float32",
-            "full to float32",
-            "chunked to float32",
-        ],
+        ("layout", "float32 tokens equal", "bfloat16 logits to whole", "to float32"),
         rows,
         title=f"{len(LENGTHS)} prompts of {LENGTHS} tokens against Transformers on {device_type}",
     )

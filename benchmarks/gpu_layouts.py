@@ -24,7 +24,7 @@ from profiler.comm.ranks.launch import run_ranks
 from profiler.kernels.attention import available_kernels
 from profiler.model import ModelShape, load_model_shape
 from profiler.sequence.kind import CUTS, SPKind
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.run.rank import run_jobs
 from runtime.run.reference import check_tokens
 from runtime.run.result import RequestResult
@@ -76,7 +76,7 @@ def kinds(tp_size: int, sp_size: int) -> list[SPKind]:
     return [SPKind.NONE, SPKind.MEGATRON] if tp_size > 1 else [SPKind.NONE]
 
 
-def make_job(folder: Path, shape: ModelShape, parallel: Parallel, number: int, device: torch.device) -> Job:
+def make_job(folder: Path, shape: ModelShape, parallel: Parallel, number: int, device: torch.device) -> RunJob:
     """The plan with this number: chunks of uneven length, now one and now several requests a round."""
     draw = random.Random(number)
     source = random.Random(0)
@@ -92,7 +92,7 @@ def make_job(folder: Path, shape: ModelShape, parallel: Parallel, number: int, d
         starts = {request: start for request, start in starts.items() if start < LENGTHS[request]}
         rounds.append(tuple(chunks))
     cuts = CUTS[parallel.sp_kind]
-    return Job(
+    return RunJob(
         shape=shape,
         parallel=parallel,
         requests=tuple(Request(id=f"r{index}", prompt_tokens=length) for index, length in enumerate(LENGTHS)),

@@ -1,11 +1,12 @@
 """Models through Transformers on cards: plans never run before, predicted and measured, and their layers' time.
 
     python -m benchmarks.gpu_library CONFIG.json [--world-size N] [--budget-s S] [--context-length N] [--layers N]
-        [--own] [--device cpu]
+        [--own] [--output FOLDER] [--device cpu]
 
 CONFIG.json is a published configuration; weights are random, in bfloat16. It is profiled as whole layers, planned for
-prompts of several lengths by several policies, and all plans are run on one launch, one pass each. `--layers` keeps the
-first layers alone, where all of them do not fit. `--own` profiles the model with kernels here as well, and prints both
+prompts of several lengths by several policies, and each plan is run once. `--layers` keeps the
+first layers alone, where all of them do not fit. `--output` keeps the rows, and each plan with its result as soon as
+the plans of its lengths ran. `--own` profiles the model with kernels here as well, and prints both
 ways side by side. With experts, the rate of their grouped products is printed beside that of one large product.
 """
 
@@ -21,6 +22,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from db.rows.archive import export_hardware
+from db.rows.hardware import save_hardware
 from db.rows.measurements import load_measurements
 from db.store.engine import open_database
 from profiler.hardware.device import describe_hardware
@@ -33,6 +36,7 @@ from service.cli.output import print_table
 from service.use_cases.tune import tune
 from service.use_cases.tune_options import TuneOptions
 from tuner.plan.layout import layout_of
+from tuner.plan.plan import Plan
 
 LENGTHS = {"cuda": ("4096", "12000", "30000", "8192,8192", "3000,20000"), "cpu": ("300", "200,100")}
 POLICIES = {"cuda": ("fixed:1024", "fixed:4096", "joint"), "cpu": ("fixed:64", "joint")}
@@ -50,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--context-length", type=int, default=32768)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--own", action="store_true")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     options = parser.parse_args(arguments)
     with TemporaryDirectory() as scratch:
@@ -62,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         experts_rate(shape, options.device)
         for backend in ("transformers", "own") if options.own else ("transformers",):
             profile(folder, db_url, options, backend)
-        layer_table(db_url, options.device)
+        layer_table(db_url, options)
         plan_table(folder, db_url, options, shape)
 
 
@@ -88,10 +93,15 @@ def profile(folder: Path, db_url: str, options: argparse.Namespace, backend: str
     print(f"{backend}: {summary.num_new} points in {summary.elapsed_s:.0f} s, {summary.num_missing} missing")
 
 
-def layer_table(db_url: str, device_type: str) -> None:
-    """Microseconds of whole layers, by kind, chunk and context."""
+def layer_table(db_url: str, options: argparse.Namespace) -> None:
+    """Microseconds of whole layers, by kind, chunk and context; all rows go to the output."""
     with open_database(db_url) as database:
-        found = load_measurements(database, describe_hardware(device_type, num_threads=1))
+        hardware = describe_hardware(options.device, num_threads=1)
+        found = load_measurements(database, hardware)
+        if options.output is not None:
+            options.output.mkdir(parents=True, exist_ok=True)
+            name = options.config.name.removesuffix(".config.json")
+            export_hardware(database, save_hardware(database, hardware), options.output / f"{name}.profile.json.gz")
     rows = [
         (row.variant or "own", row.shape["chunk"], row.shape["context"], row.median_us)
         for row in found
@@ -115,13 +125,20 @@ def plan_table(folder: Path, db_url: str, options: argparse.Namespace, shape: Mo
         for lengths, policy in cases
     ]  # fmt: skip
     results = dict[int, RunResult]()
-    for size in sorted({plan.parallel.world_size for plan in plans}):  # a tuned plan may leave ranks idle
-        of_size = [index for index, plan in enumerate(plans) if plan.parallel.world_size == size]
+    # A tuned plan may leave ranks idle. In two launches, so that half of the results are there early.
+    halves = (LENGTHS[options.device][:3], LENGTHS[options.device][3:])
+    launches = [(size, half) for size in sorted({plan.parallel.world_size for plan in plans}) for half in halves]
+    for size, half in launches:
+        alike = [at for at, plan in enumerate(plans) if plan.parallel.world_size == size and cases[at][0] in half]
+        if not alike:
+            continue
         found = run_plans(
-            [plans[index] for index in of_size], random_weights=True, device_type=options.device, db_url=db_url,
+            [plans[index] for index in alike], random_weights=True, device_type=options.device, db_url=db_url,
             num_threads=1, repeat=1,
         )  # fmt: skip
-        results |= dict(zip(of_size, found, strict=True))
+        results |= dict(zip(alike, found, strict=True))
+        for index in alike:
+            keep_result(options, cases[index], plans[index], results[index])
     rows, errors = list[tuple[object, ...]](), list[float]()
     measured: dict[str, dict[str, float]] = {}
     for index, ((lengths, policy), plan) in enumerate(zip(cases, plans, strict=True)):
@@ -143,6 +160,17 @@ def plan_table(folder: Path, db_url: str, options: argparse.Namespace, shape: Mo
     print(
         f"Median error {100 * median(sizes):.1f} %, worst {100 * sizes[-1]:.1f} %, {len(sizes)} plans never run before"
     )
+
+
+def keep_result(options: argparse.Namespace, case: tuple[str, str], plan: Plan, result: RunResult) -> None:
+    """A line of the output's results, and of what is printed."""
+    assert plan.predicted is not None
+    print(f"{case[0]} {case[1]}: {plan.predicted.makespan_s:.4f} s predicted, {result.makespan_s:.4f} s", flush=True)
+    if options.output is None:
+        return
+    document = {"config": options.config.name, "case": case, "plan": plan.to_json(), "result": result.to_json()}
+    with (options.output / "results.jsonl").open("a") as file:
+        file.write(json.dumps(document) + "\n")
 
 
 def experts_rate(shape: ModelShape, device_type: str) -> None:

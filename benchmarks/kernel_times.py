@@ -20,7 +20,7 @@ from profiler.comm.links.group import make_groups
 from profiler.comm.ranks.launch import run_ranks
 from profiler.comm.ranks.rank import RankContext
 from profiler.hardware.device import describe_hardware
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.job.place import Place, mesh_of
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
@@ -56,7 +56,7 @@ class KernelTimes:
 
 
 @torch.inference_mode()
-def time_kernels(context: RankContext, jobs: Sequence[Job]) -> list[KernelTimes]:
+def time_kernels(context: RankContext, jobs: Sequence[RunJob]) -> list[KernelTimes]:
     """Run each job as one of its ranks, a pass to warm up, one timed by events, and one under torch's profiler."""
     found = []
     for job in jobs:
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--no-overlap", action="store_true", help="exchanges wait for compute, and compute for them")
     options = parser.parse_args()
     hardware = describe_hardware("cuda", num_threads=1)
-    of_size: dict[int, list[tuple[str, Job]]] = defaultdict(list)
+    of_size: dict[int, list[tuple[str, RunJob]]] = defaultdict(list)
     for path in options.plans:
         job = make_job(load_plan(path), hardware, (), device_type="cuda")
         of_size[job.parallel.world_size].append((path.stem, replace(job, overlaps=not options.no_overlap)))

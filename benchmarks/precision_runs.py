@@ -26,9 +26,9 @@ from profiler.kernels.quantized import linear as quantized_linear
 from profiler.kernels.quantized.entry import QuantizingEntry
 from profiler.kernels.quantized.linear import DequantizingLinear, QuantizedLinear
 from profiler.model import ModelShape
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.job.place import Place, mesh_of
-from runtime.run.clock import Clock, make_clock
+from runtime.run.clock import RoundClock, make_clock
 from runtime.run.pipeline import Pipeline
 from runtime.run.run import make_job
 from runtime.stage.stage import KernelStage
@@ -83,7 +83,7 @@ def make_plan(shape: ModelShape, case: Case, precision: str) -> Plan:
 
 
 @torch.inference_mode()
-def time_arms(context: RankContext, arms: Sequence[str], jobs: Sequence[Job], repeats: int) -> None:
+def time_arms(context: RankContext, arms: Sequence[str], jobs: Sequence[RunJob], repeats: int) -> None:
     """As the only rank: build every arm, then run them in turn, then look at the kernels of each."""
     with ExitStack() as stack:
         groups = stack.enter_context(make_groups(mesh_of(jobs[0].parallel), context.rank, context.device))
@@ -121,7 +121,7 @@ def guarded(arm: str) -> Iterator[None]:
         emit(part="failure", arm=arm, error=f"{type(error).__name__}: {error}"[:2000])
 
 
-def make_pipeline(arm: str, job: Job, groups: Groups, clock: Clock, context: RankContext) -> Pipeline:
+def make_pipeline(arm: str, job: RunJob, groups: Groups, clock: RoundClock, context: RankContext) -> Pipeline:
     """Weights, slab and recordings of one arm."""
     place = Place.of(context.rank, job.parallel)
     make_linear: Callable[..., Product] = unfused_linear if arm.endswith(UNFUSED) else quantized_linear.make_linear
@@ -144,7 +144,7 @@ def unfused_linear(*arguments: Any, **options: Any) -> Product:
     return made
 
 
-def time_pass(pipeline: Pipeline, clock: Clock, groups: Groups) -> tuple[float, float | None]:
+def time_pass(pipeline: Pipeline, clock: RoundClock, groups: Groups) -> tuple[float, float | None]:
     """Seconds to the first token, and seconds a token after it."""
     begin(clock, groups)
     pipeline.prefill()
@@ -158,7 +158,7 @@ def time_pass(pipeline: Pipeline, clock: Clock, groups: Groups) -> tuple[float, 
     return first_s, (intervals[-1][1] - intervals[0][0]) / steps
 
 
-def begin(clock: Clock, groups: Groups) -> None:
+def begin(clock: RoundClock, groups: Groups) -> None:
     """Start a pass on an idle device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -166,7 +166,7 @@ def begin(clock: Clock, groups: Groups) -> None:
     clock.begin()
 
 
-def emit_times(arm: str, job: Job, samples: Sequence[tuple[float, float | None]]) -> None:
+def emit_times(arm: str, job: RunJob, samples: Sequence[tuple[float, float | None]]) -> None:
     """Medians of an arm, and how far its passes were apart."""
     firsts = [first for first, _ in samples]
     steps = [step for _, step in samples if step is not None]
@@ -181,7 +181,7 @@ def emit_times(arm: str, job: Job, samples: Sequence[tuple[float, float | None]]
     )
 
 
-def emit_kernels(arm: str, pipeline: Pipeline, clock: Clock, groups: Groups) -> None:
+def emit_kernels(arm: str, pipeline: Pipeline, clock: RoundClock, groups: Groups) -> None:
     """Milliseconds of each kernel in one pass; of a decode where there is one."""
     steps = pipeline.job.max_new_tokens - 1
     begin(clock, groups)

@@ -18,7 +18,7 @@ from db.files.documents import write_json
 from profiler.model import ModelShape, load_model_shape, model_from_config
 from runtime.prune.budget import Losses, Sizes, cut_by_shares
 from runtime.prune.importance import Importance, LayerImportance
-from runtime.prune.prices import Prices, Work, config_of, find_prices, measured_speedup
+from runtime.prune.prices import ChunkWork, Prices, config_of, find_prices, measured_speedup
 from runtime.prune.prune import Wanted, choose_sizes
 from service.cli.output import print_table
 
@@ -75,7 +75,7 @@ def main() -> None:
     if not on_card:
         torch.set_num_threads(1)
     multiple = 128 if on_card else 16
-    work = Work(
+    work = ChunkWork(
         chunk=options.chunk, context=options.context, dtype=torch.bfloat16 if on_card else torch.float32,
         device=torch.device(options.device),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """What pruning loses by each measure of importance, and what a short distillation wins back, over several seeds.
 
-    python -m benchmarks.pruning_study [--steps 400] [--seeds 3] [--folder DIR] [--output FILE]
+    python -m benchmarks.pruning_study [--steps 400] [--seeds 3] [--device cuda] [--folder DIR] [--output FILE]
 
 Models of `benchmarks.trained_model`, one a seed. Each is pruned by every measure; what activations chose is recovered
 with 5 % of the training's tokens, the unpruned model as its teacher.
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pruning_chain import CUTS, Study, loss_percent, parser
-from benchmarks.trained_model import HELD_OUT, SMALL, judge
+from benchmarks.pruning_chain import CUTS, Study, loss_percent
+from benchmarks.trained_model import HELD_OUT, SMALL, judge, parser
 from db.files.documents import write_json
 from runtime.prune.importance import Measure
 from service.cli.output import print_table
@@ -49,8 +49,9 @@ def _rises(values: Sequence[float], befores: Sequence[float]) -> str:
 
 def main() -> None:
     """Train what is not there, prune, recover, print."""
-    options_of = parser(__doc__)
+    options_of = parser(__doc__, steps=400)
     options_of.add_argument("--seeds", type=int, default=3)
+    options_of.add_argument("--output", type=Path)
     options = options_of.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as place:

@@ -8,7 +8,6 @@ layer's norms are 40 times as wide, and the columns behind them as much smaller;
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
 import statistics
@@ -21,15 +20,14 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from benchmarks.trained_model import CALIBRATION, CPU, FIRST, LAST, Size, pieces, texts, trained
+from benchmarks.trained_model import CALIBRATION, CPU, FIRST, LAST, Training, parser, pieces, texts, trained
 from profiler.kernels.quantized.weight import Observer
 from profiler.model import PRECISIONS, load_model_shape
 from profiler.model.precision import E4M3, INT8
 from runtime.quantize.quantize import quantize_checkpoint
-from runtime.quantize.recipe import Recipe
+from runtime.quantize.recipe import QuantizationRecipe
 from service.cli.output import print_table
 
-SIZE = Size(layers=4, hidden=192, channels=576, batch=16)
 OUTLIERS, FACTOR = (5, 77), 40.0
 # Precision, recipe, characters to calibrate on.
 CASES: tuple[tuple[str, dict[str, Any], int], ...] = (
@@ -96,8 +94,9 @@ def perplexity(
     precision = PRECISIONS[name]
     assert precision.linears is not None
     report = quantize_checkpoint(
-        source, folder, load_model_shape(str(source)), precision, Recipe(linears=precision.linears, **recipe),
-        calibration=pieces(calibration, SIZE.sequence), held_out=pieces(held_out, SIZE.sequence), device=CPU,
+        source, folder, load_model_shape(str(source)), precision,
+        QuantizationRecipe(linears=precision.linears, **recipe),
+        calibration=pieces(calibration), held_out=pieces(held_out), device=CPU,
     )  # fmt: skip
     assert report.perplexity_before is not None and report.perplexity_after is not None
     return report.perplexity_before, report.perplexity_after
@@ -111,15 +110,9 @@ def _is_calibrated(name: str, recipe: dict[str, Any]) -> bool:
 
 def main() -> None:
     """Train, quantize in every way, print perplexities."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--folder", type=Path, default=Path("demo-out/smaller"), help="where trained models are kept")
-    parser.add_argument("--only-train", action="store_true")
-    options = parser.parse_args()
+    options = parser(__doc__, steps=800).parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    plain = trained(options.folder, 0, options.steps, SIZE)
-    if options.only_train:
-        return
+    plain = trained(options.folder, 0, Training.of(options))
     learned, held_out = texts().learned, list(chain.from_iterable(texts().held_out))
     rows = []
     with TemporaryDirectory() as place:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pruning_chain import Study, loss_percent, parser
-from benchmarks.trained_model import HELD_OUT, SMALL, judge, texts, write_texts
+from benchmarks.pruning_chain import Study, loss_percent
+from benchmarks.trained_model import HELD_OUT, SMALL, judge, parser, texts, write_texts
 from db.errors import UserError
 from db.files.documents import write_json
 from profiler.measure.profile import ProfileOptions, profile_model
@@ -126,7 +126,7 @@ def made(study: Study) -> list[Variant]:
             plain(f"{name}: recovered", recovered),
             quantized(f"{name}: recovered, W8A8", recovered, is_pruned=True),
         ]
-    aware = study.recover(pruned, precision="w8a8+float32")
+    aware = study.recover(pruned, rounds_as="w8a8")
     found.append(quantized(f"{name}: recovered for W8A8, W8A8", aware, is_pruned=True))
     layers = study.recover(study.cut(f"1 of {SMALL.layers} layers"))
     found.append(plain(f"1 of {SMALL.layers} layers: recovered", layers))
@@ -171,8 +171,9 @@ def contest_rows(bench: Bench, variants: Sequence[Variant]) -> list[tuple[Any, .
 
 def main() -> None:
     """Make the models, profile, plan and run them, print both tables."""
-    options_of = parser(__doc__)
+    options_of = parser(__doc__, steps=400)
     options_of.add_argument("--seed", type=int, default=0)
+    options_of.add_argument("--output", type=Path)
     options_of.add_argument("--profile-seconds", type=float, default=40.0, help="for each shape and format")
     options = options_of.parse_args()
     started = time.monotonic()

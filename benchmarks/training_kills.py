@@ -25,6 +25,9 @@ from service.cli.output import print_table
 from tuner.plan.plan import Chunk, Parallel, Plan, Request
 
 LENGTH, CHUNK = 256, 64
+SAVE_EVERY = 5
+MIDWAY = 0.8  # share of the kills that wait until the training has saved something; the others may hit its start
+WAIT_S = 300.0
 
 
 def main() -> None:
@@ -47,7 +50,9 @@ def main() -> None:
                 [*command, "-o", str(folder / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
             try:
-                process.wait(timeout=source.uniform(0.3, 1.0) * alone_s)
+                if source.random() < MIDWAY:
+                    await_progress(process, folder / "killed.state")
+                process.wait(timeout=source.uniform(0.0, 2.0 * SAVE_EVERY / options.steps) * alone_s)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -68,7 +73,7 @@ def prepared(folder: Path, steps: int) -> list[str]:
     weights = begin(folder / "begun", 0)
     shape = load_model_shape(str(weights))
     plan = Plan(
-        model=dict(shape.config), precision="float32", parallel=Parallel(tp_size=1, pp_size=2, layer_partition=(3, 3)),
+        model=dict(shape.config), precision="float32", parallel=Parallel(tp_size=1, pp_size=2, layer_partition=(2, 2)),
         requests=(Request(id="r0", prompt_tokens=LENGTH), Request(id="r1", prompt_tokens=LENGTH)),
         rounds=tuple((Chunk(0, at, CHUNK), Chunk(1, at, CHUNK)) for at in range(0, LENGTH, CHUNK)),
     )  # fmt: skip
@@ -77,15 +82,24 @@ def prepared(folder: Path, steps: int) -> list[str]:
     (folder / "data.jsonl").write_text(json.dumps({"id": "0", "token_ids": list(ids)}) + "\n")
     return [
         sys.executable, "-m", "service", "train", str(folder / "plan.json"), "--weights", str(weights), "--data",
-        str(folder / "data.jsonl"), "--steps", str(steps), "--learning-rate", "1e-3", "--save-every", "5", "--device",
-        "cpu", "--threads-per-rank", "1",
+        str(folder / "data.jsonl"), "--steps", str(steps), "--learning-rate", "1e-3", "--save-every", str(SAVE_EVERY),
+        "--device", "cpu", "--threads-per-rank", "1",
     ]  # fmt: skip
+
+
+def await_progress(process: subprocess.Popen[bytes], state: Path) -> None:
+    """Until a checkpoint is there that was not, or the training is done."""
+    before, limit = steps_of(state), time.monotonic() + WAIT_S
+    while steps_of(state) == before and process.poll() is None:
+        if time.monotonic() > limit:
+            raise SystemExit(f"no checkpoint after step {before} in {WAIT_S:.0f} s")
+        time.sleep(0.01)
 
 
 def steps_of(state: Path) -> int:
     """Steps that the newest checkpoint has."""
     found = latest(state) if state.exists() else None
-    return 0 if found is None else int(read_notes(found)["step"])
+    return 0 if found is None else int(found.name.removeprefix("step-"))
 
 
 def compare(folder: Path) -> float:

@@ -19,7 +19,7 @@ from profiler.measure.profile import ProfileOptions, profile_model
 from profiler.model import load_model_shape, model_from_config
 from profiler.model.shape import ModelShape
 from runtime.run.prompts import random_prompts
-from runtime.train.recipe import Recipe
+from runtime.train.recipe import TrainingRecipe
 from runtime.train.train import train
 from service.cli.output import print_table
 from service.use_cases.checkpoints.step_prediction import predict
@@ -66,7 +66,7 @@ def measure(shape: ModelShape, url: str) -> list[tuple[Any, ...]]:
     texts = random_prompts((Request(id="all", prompt_tokens=20_000),), shape.vocab_size)
     for parallel, sequences, chunks, order, recompute in CASES:
         plan = plan_of(shape, parallel, sequences, chunks)
-        recipe = Recipe(steps=STEPS, order=order, recompute=recompute)
+        recipe = TrainingRecipe(steps=STEPS, order=order, recompute=recompute)
         step = predict(plan, recipe, shape, device_type="cpu", num_threads=1, db_url=url).step
         assert step is not None
         result = train(plan, recipe, weights=None, sequences=texts, output=None, num_threads=1)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -98,6 +99,15 @@ def test_every_folder_says_what_lives_there_and_none_is_crowded() -> None:
         files = [path for path in folder.glob("*.py") if path.name not in ("__init__.py", "__main__.py")]
         assert len(files) <= MOST_FILES, f"{folder}: {len(files)} files"
         assert docstring(folder / "__init__.py"), folder
+
+
+def test_no_two_classes_share_a_name() -> None:
+    places: dict[str, list[str]] = defaultdict(list)
+    for path in modules():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
 
 
 def test_no_other_distribution_owns_our_names() -> None:

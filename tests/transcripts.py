@@ -21,7 +21,7 @@ REST = "..."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class ShownCommand:
     """A command and what the README says that it prints."""
 
     command: str
@@ -38,19 +38,19 @@ class Step:
         return self.printed.rstrip("\n").removesuffix(REST).rstrip()
 
 
-def transcripts(text: str) -> list[list[Step]]:
+def transcripts(text: str) -> list[list[ShownCommand]]:
     """The blocks of a text."""
     return [_steps(part.split("```")[0]) for part in text.split(FENCE)[1:]]
 
 
-def _steps(block: str) -> list[Step]:
+def _steps(block: str) -> list[ShownCommand]:
     found = []
     for part in f"\n{block}".split("\n$ ")[1:]:
         command, _, printed = part.partition("\n")
         while command.endswith("\\"):
             more, _, printed = printed.partition("\n")
             command = f"{command[:-1]}{more.strip()}"
-        found.append(Step(command=command, printed=printed))
+        found.append(ShownCommand(command=command, printed=printed))
     return found
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     README.write_text(FENCE.join([before, *parts]))
 
 
-def _shown(step: Step, folder: Path) -> str:
+def _shown(step: ShownCommand, folder: Path) -> str:
     printed = run(step.command, folder)
     if step.is_cut:
         printed = "\n".join([*printed.splitlines()[: len(step.shown.splitlines())], REST])

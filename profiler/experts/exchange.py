@@ -24,18 +24,21 @@ class ExpertExchange:
         self.experts, self.group, self.reduce = experts, group, reduce
         self.owner = torch.tensor(experts.spec.owners)  # [experts]: the rank of the group that holds each
 
-    def __call__(self, x: torch.Tensor, *, is_cut: bool) -> torch.Tensor:
-        """Rows x [P, hidden] of this rank, or of all where none are cut -> their sums [P, hidden]."""
+    def __call__(self, x: torch.Tensor, *, num_tokens: int, is_cut: bool) -> torch.Tensor:
+        """Rows x [P, hidden] of this rank, or of all where none are cut -> their sums [P, hidden].
+
+        num_tokens: rows that are tokens; those behind them go to no expert.
+        """
         chosen, weights = self.experts.choose(x)
         if is_cut:
-            made = self._exchanged(x, chosen, weights)
+            made = self._exchanged(x, chosen[:num_tokens], weights[:num_tokens])
         else:
             made = self.group.sum(self.experts.routed(x, chosen, weights))
         made = self.experts.with_shared(made, x)
         return made if self.reduce is None else self.reduce(made)
 
     def _exchanged(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """chosen [P, k] int64, weights [P, k] float32."""
+        """chosen [T, k] int64, weights [T, k] float32, of the first rows of x [P, hidden]."""
         group, width, per_token = self.group, x.shape[1], chosen.shape[1]
         owner = self.owner[chosen]
         going = [(owner == rank).any(dim=1).nonzero().flatten() for rank in range(group.size)]

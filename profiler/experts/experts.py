@@ -48,9 +48,9 @@ class Experts:
         self.router, self.choice_bias = router, choice_bias
         self.shared, self.shared_gate = shared, shared_gate
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [T, hidden] -> this rank's part of the sum [T, hidden]."""
-        return self.with_shared(self.routed(x, *self.choose(x)), x)
+    def __call__(self, x: torch.Tensor, num_tokens: int | None = None) -> torch.Tensor:
+        """x: [T, hidden] -> this rank's part of the sum [T, hidden]; of rows behind the tokens no expert is asked."""
+        return self.with_shared(self.routed(x, *self.choose(x), num_tokens), x)
 
     def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [T, hidden] -> the experts of each token [T, k] int64 and their weights in float32."""
@@ -64,11 +64,15 @@ class Experts:
             out += added if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * added
         return out
 
-    def routed(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def routed(
+        self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, num_tokens: int | None = None
+    ) -> torch.Tensor:
         """What the held experts make of x [T, hidden], by the experts [T, k] of each token and their weights."""
         held, per_token = self.weights.down.held, experts.shape[1]
         local = experts.flatten() - self.first
         local = torch.where((local >= 0) & (local < held), local, held)
+        if num_tokens is not None:
+            local[num_tokens * per_token :] = held
         order = torch.argsort(local, stable=True)
         counts = torch.bincount(local, minlength=held + 1)[:held]
         ends = counts.cumsum(0).to(torch.int32)

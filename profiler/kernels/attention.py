@@ -45,7 +45,7 @@ def attend(
     if masking.latents is not None:
         return masking.latents.attend(q, k.squeeze(0))
     if kernel is AttentionKernel.CPU_MASKED or not masking.is_plain(k.shape[1]):
-        return cpu_attention.attend_masked(q, k, v, masking)
+        return attend_masked(q, k, v, masking)
     if kernel is AttentionKernel.CPU_FOLDED:
         return cpu_attention.attend(q, k, v)
     if kernel is AttentionKernel.FLASH3:
@@ -122,6 +122,12 @@ class PartialAttention:
         out = torch.lerp(self.out.float(), other.out.float(), share)
         return PartialAttention(out=out, lse=torch.logaddexp(self.lse, other.lse))
 
+    def with_sinks(self, sinks: torch.Tensor) -> torch.Tensor:
+        """The output [H, c, D] where a score of each head, sinks [H], takes its share of the softmax and goes to
+        nothing: what is left of each weight is exp(lse) / (exp(lse) + exp(sink))."""
+        kept = torch.sigmoid(self.lse - sinks.float().view(-1, 1, 1))
+        return (self.out * kept).to(self.out.dtype)
+
     def merge_into(self, other: PartialAttention, out: torch.Tensor) -> None:
         """Attention over both parts of [H, c, D], written to `out` of that shape and any strides of whole heads."""
         if _fuses(self.out):
@@ -134,6 +140,27 @@ class PartialAttention:
 
 def _fuses(out: torch.Tensor) -> bool:
     return out.is_cuda and has_triton() and out.dim() == 3
+
+
+def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking) -> torch.Tensor:
+    """As `attend` under a mask that is more than causal: in half precision on a card by kernels that give their
+    log-sum-exp, in which sinks are settled; elsewhere, and with a softcap, by strips of whole rows."""
+    fits = q.shape[2] == v.shape[2] <= flash3_attention.LARGEST_HEAD and q.shape[2] % 8 == 0
+    halves = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    if not halves or not fits or masking.softcap is not None:
+        return cpu_attention.attend_masked(q, k, v, masking)
+    windowed = masking.window is not None and masking.window < k.shape[1]
+    part = _in_window(q, k, v, masking.window or 0) if windowed else attend_partial(q, k, v, causal=True)
+    return part.out if masking.sinks is None else part.with_sinks(masking.sinks)
+
+
+def _in_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> PartialAttention:
+    """Causal attention on a card, each query over its last `window` keys alone, by torch's FlashAttention-2."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out, lse, *_ = aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, window_size_left=window - 1, window_size_right=0
+    )
+    return PartialAttention(out=out.squeeze(0).transpose(0, 1), lse=lse.view(q.shape[2], q.shape[1], 1))
 
 
 def attend_partial(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> PartialAttention:

@@ -56,6 +56,17 @@ def record(work: Callable[[], T], device: torch.device, scratch: Scratch) -> Cal
     return Recording(work, device, scratch) if device.type == "cuda" else work
 
 
+def can_record(work: Callable[[], object], device: torch.device) -> bool:
+    """Whether work that is not of this project can be recorded: nothing in it waits for the host. It runs once."""
+    work()
+    try:
+        record(work, device, new_scratch(device))
+    except RuntimeError:
+        torch.cuda.synchronize(device)
+        return False
+    return True
+
+
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

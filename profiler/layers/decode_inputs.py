@@ -36,7 +36,7 @@ class StepInputs(LayerInputs):
         return attend_tokens(q, keys, values, self.starts, self.lengths, masking).flatten(1)
 
 
-class Step:
+class DecodeState:
     """Where the requests stand between two steps. Its tensors keep their addresses: a recorded step moves them on."""
 
     def __init__(self, *, starts: Sequence[int], prompt_tokens: Sequence[int], device: torch.device) -> None:

@@ -65,7 +65,7 @@ class Norms:
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class ResidualStream:
     """The residual stream between blocks: hidden states [T, hidden] and the last block's output, not yet added.
 
     Adding belongs to the next norm, which reads both anyway: one pass over memory instead of two.
@@ -93,8 +93,8 @@ class Stream:
 class Exchange(Protocol):
     """Experts on the ranks that share the rows of a round."""
 
-    def __call__(self, x: torch.Tensor, *, is_cut: bool) -> torch.Tensor:
-        """This rank's rows x [P, hidden], or all where they are not cut -> their sums."""
+    def __call__(self, x: torch.Tensor, *, num_tokens: int, is_cut: bool) -> torch.Tensor:
+        """This rank's rows x [P, hidden], or all where they are not cut -> their sums; tokens are the first ones."""
 
 
 class Projections(TypedDict):
@@ -135,7 +135,7 @@ class DecoderLayer:
         o: Project,
         gate_up: Project | None = None,
         down: Project | None = None,
-        experts: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        experts: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
         exchange: Exchange | None = None,
         latent: Latent | None = None,
         reduce_o: Reduce,
@@ -158,27 +158,29 @@ class DecoderLayer:
         self.experts, self.exchange = experts, exchange
         self.reduce_o, self.reduce_down, self.sum_ranks = reduce_o, reduce_down, sum_ranks
 
-    def __call__(self, stream: Stream, inputs: LayerInputs, keys: KV, values: KV) -> Stream:
+    def __call__(self, stream: ResidualStream, inputs: LayerInputs, keys: KV, values: KV) -> ResidualStream:
         """keys, values: this layer's slab [KV, rows, head_dim]."""
         norms = self.norms
         hidden, normed = stream.add_and_norm(norms.before_attention, norms.eps, self.entries.qkv)
         # No names for what is large and used once: it would live through the MLP.
         attended = inputs.join(self.reduce_o, self.o(inputs.mix(self, normed, keys, values)))
         attended = norms.after(attended, norms.after_attention)
-        hidden, normed = Stream(hidden, attended).add_and_norm(norms.before_mlp, norms.eps, self.entries.gate_up)
+        hidden, normed = ResidualStream(hidden, attended).add_and_norm(
+            norms.before_mlp, norms.eps, self.entries.gate_up
+        )
         del attended
         if self.exchange is None:
-            output = inputs.join(self.reduce_down, self.feed(inputs.spread(normed)))
+            output = inputs.join(self.reduce_down, self.feed(inputs.spread(normed), inputs))
         else:
             assert isinstance(normed, torch.Tensor)  # experts take plain rows
-            output = self.exchange(normed, is_cut=inputs.cuts_rows)
-        return Stream(hidden, norms.after(output, norms.after_mlp))
+            output = self.exchange(normed, num_tokens=inputs.own_tokens(normed.shape[0]), is_cut=inputs.cuts_rows)
+        return ResidualStream(hidden, norms.after(output, norms.after_mlp))
 
-    def feed(self, normed: Operand) -> torch.Tensor:
+    def feed(self, normed: Operand, inputs: LayerInputs) -> torch.Tensor:
         """normed: [T, hidden] through the MLP or the experts -> this rank's part of the sum [T, hidden]."""
         if self.experts is not None:
             assert isinstance(normed, torch.Tensor)  # experts are plain
-            return self.experts(normed)
+            return self.experts(normed, inputs.product_tokens(normed.shape[0]))
         assert self.gate_up is not None and self.down is not None
         return self.down(self.gated(self.gate_up(normed)))
 

@@ -79,6 +79,14 @@ class LayerInputs:
         """
         return layer.attend(layer.rotate(layer.project(normed), self, keys, values), self, keys, values)
 
+    def own_tokens(self, rows: int) -> int:
+        """How many of this rank's rows are tokens; the others, behind them, only fill its share."""
+        return rows
+
+    def product_tokens(self, rows: int) -> int:
+        """The same of the rows that its products run on."""
+        return self.own_tokens(rows)
+
     def spread(self, normed: Operand) -> Operand:
         """This rank's rows -> the rows that its products run on."""
         return normed

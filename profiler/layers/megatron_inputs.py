@@ -27,6 +27,14 @@ class MegatronInputs(LayerInputs):
     whole: RoundInputs  # the whole round, padded to as many rows as all ranks keep together
     group: RowGroup
 
+    def own_tokens(self, rows: int) -> int:
+        """See `LayerInputs`: the last rank or ranks have fewer."""
+        return min(max(self.whole.num_tokens - self.group.rank * rows, 0), rows)
+
+    def product_tokens(self, rows: int) -> int:
+        """See `LayerInputs`."""
+        return self.whole.num_tokens
+
     def mix(self, layer: AttentionLayer, normed: Operand, keys: KV, values: KV) -> torch.Tensor:
         """See `LayerInputs`: of all rows, which the reduce-scatter after o takes."""
         qkv = layer.project(self.spread(normed))[: self.whole.num_tokens]

@@ -18,7 +18,7 @@ ChooseKernel = Callable[[int, int], AttentionKernel]  # (chunk tokens, context) 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class RequestSpan:
     """Where consecutive tokens of one request lie: rows of the packed round, and rows of the KV slab."""
 
     first_row: int  # of the tokens in the round
@@ -50,7 +50,7 @@ class RoundInputs(LayerInputs):
     spans: in packed order; for each of their T tokens rotation and place. Rows of padding may follow them.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[RequestSpan, ...]
     rotary: Turns  # cos and sin, [T, head_dim / 2]
     slab_rows: torch.Tensor  # [T] int64
     padding: int = 0  # rows after the tokens, which no one reads
@@ -59,6 +59,10 @@ class RoundInputs(LayerInputs):
     def num_tokens(self) -> int:
         """Rows of the packed round, without padding."""
         return sum(span.num_tokens for span in self.spans)
+
+    def own_tokens(self, rows: int) -> int:
+        """See `LayerInputs`."""
+        return rows - self.padding
 
     def write(self, rows: torch.Tensor, slab: KV) -> None:
         """Copy the round's rows [T, KV, D] to each request's place in the slab [KV, rows, D]."""
@@ -84,11 +88,11 @@ class RoundInputs(LayerInputs):
         return mixed.reshape(mixed.shape[0], -1)
 
 
-def make_spans(tokens: Sequence[tuple[int, int, int]], choose_kernel: ChooseKernel) -> tuple[Span, ...]:
+def make_spans(tokens: Sequence[tuple[int, int, int]], choose_kernel: ChooseKernel) -> tuple[RequestSpan, ...]:
     """tokens: (slab_start, context, num_tokens) of consecutive tokens of a request each, in packed order."""
     ends = accumulate(count for _, _, count in tokens)
     return tuple(
-        Span(
+        RequestSpan(
             first_row=end - count,
             num_tokens=count,
             slab_start=slab_start,
@@ -99,7 +103,7 @@ def make_spans(tokens: Sequence[tuple[int, int, int]], choose_kernel: ChooseKern
     )
 
 
-def positions(spans: Sequence[Span], device: torch.device, *, padding: int = 0) -> torch.Tensor:
+def positions(spans: Sequence[RequestSpan], device: torch.device, *, padding: int = 0) -> torch.Tensor:
     """The position of each token in its request, [T + padding] int64; 0 in the padding."""
     ranges = [torch.arange(span.context, span.context + span.num_tokens, device=device) for span in spans]
     return torch.cat([*ranges, torch.zeros(padding, device=device, dtype=torch.int64)])

@@ -75,6 +75,10 @@ class RingInputs(LayerInputs):
     recording."""
     group: RowGroup
 
+    def own_tokens(self, rows: int) -> int:
+        """See `LayerInputs`."""
+        return self.slab_rows.shape[0]
+
     def write(self, rows: torch.Tensor, slab: KV) -> None:
         """See `LayerInputs`."""
         assert isinstance(slab, torch.Tensor)  # plans are checked for it
@@ -161,7 +165,7 @@ class RingStepInputs(LayerInputs):
 
 
 class RingStep:
-    """Where the requests stand on this rank between two decode steps; see `profiler.layers.decode_inputs.Step`.
+    """Where the requests stand on this rank between two decode steps; see `profiler.layers.decode_inputs.DecodeState`.
 
     Request i's new tokens are kept by rank i mod size. dump_row: of the slab, read by no one.
     """

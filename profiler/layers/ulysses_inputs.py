@@ -73,6 +73,10 @@ class UlyssesInputs(LayerInputs):
     columns: HeadColumns
     group: RowGroup
 
+    def own_tokens(self, rows: int) -> int:
+        """See `LayerInputs`: the last rank or ranks have fewer."""
+        return min(max(self.num_tokens - self.group.rank * rows, 0), rows)
+
     def mix(self, layer: AttentionLayer, normed: Operand, keys: KV, values: KV) -> torch.Tensor:
         """See `LayerInputs`."""
         share = self.columns.shares[self.group.rank]

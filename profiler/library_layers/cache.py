@@ -53,6 +53,41 @@ class SlabLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no type
         self.length = 0
 
 
+class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The keys and values of the last `sliding_window - 1` tokens, in memory that stays where it is.
+
+    What it holds follows from how many tokens there were, so that recorded chunks can be replayed in order.
+    """
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate by the first keys and values."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        rows = self.sliding_window - 1
+        self.keys = key_states.new_zeros(*key_states.shape[:-2], rows, key_states.shape[-1])
+        self.values = value_states.new_zeros(*value_states.shape[:-2], rows, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the newest rows -> those that were kept, and the new ones behind them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before = min(self.cumulative_length, self.sliding_window - 1)
+        self.cumulative_length += key_states.shape[-2]
+        left = min(self.cumulative_length, self.sliding_window - 1)
+        seen = []
+        for kept, new in ((self.keys, key_states), (self.values, value_states)):
+            rows = torch.cat([kept[..., :before, :], new], dim=-2) if before else new
+            kept[..., :left, :] = rows[..., rows.shape[-2] - left :, :]
+            seen.append(rows)
+        return seen[0], seen[1]
+
+    def reset(self) -> None:
+        """Forget the tokens, keep the memory."""
+        self.cumulative_length = 0
+
+
 class RequestCache:
     """One request's cache over a stage's layers.
 
@@ -69,10 +104,34 @@ class RequestCache:
                 self._stand_in(layer)
             elif type(layer) is DynamicLayer:
                 layer = SlabLayer(rows)
+            elif type(layer) is DynamicSlidingWindowLayer:
+                layer = WindowLayer(**kwargs)
             made.append(layer)
         self.cache = Cache(layers=made)
         self._kept: dict[int, Any] = {}
         self._pretended: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+
+    @property
+    def is_static(self) -> bool:
+        """Whether its memory stays where it is, and all else about it is how many tokens there were.
+
+        Windows of cached tokens are restored before each pass, which a recording would not do.
+        """
+        own = [self.cache.layers[index] for index in self.layers]
+        has_windows = any(isinstance(layer, WindowLayer) for layer in own)
+        return all(isinstance(layer, (SlabLayer, WindowLayer)) for layer in own) and not (
+            has_windows and self.cached_tokens
+        )
+
+    def stand_behind(self, tokens: int) -> None:
+        """So many tokens are there, by a recording that was replayed."""
+        for index in self.layers:
+            layer = self.cache.layers[index]
+            if isinstance(layer, SlabLayer):
+                layer.length = tokens
+            elif isinstance(layer, WindowLayer):
+                layer.cumulative_length = tokens
+        self._set_length(tokens)
 
     def begin(self, context: int) -> None:
         """Make ready for tokens after `context` ones: a pass over a prompt may begin again."""
@@ -98,15 +157,10 @@ class RequestCache:
         """
         for index in self.layers:
             layer = self.cache.layers[index]
-            if isinstance(layer, SlabLayer):
-                layer.length = context
-            elif isinstance(layer, DynamicSlidingWindowLayer):
-                layer.keys, layer.values = self._zeros(index, min(context, layer.sliding_window - 1))
-                layer.cumulative_length = context
-            elif isinstance(layer, DynamicIndexedLayer):
+            if isinstance(layer, DynamicIndexedLayer):
                 layer.keys, layer.values = self._zeros(index, context)
                 (layer.indexer_keys,) = self._zeros(-1 - index, context)
-        self._set_length(context)
+        self.stand_behind(context)
 
     def _zeros(self, index: int, tokens: int) -> tuple[torch.Tensor, ...]:
         """Of the sizes of a layer's keys and values (below zero: of its selector's keys), made once."""

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from db.errors import UserError
+from profiler.kernels.recording import can_record
 from profiler.library.found import Found
 from profiler.library.skeleton import Skeleton, build
 from profiler.library_layers.attention import use_kernels
 from profiler.library_layers.cache import RequestCache
+
+# Deviation of random embeddings. Next to the library's own, of 0.02, what attention adds is large and alike for all
+# tokens: behind some layers all go to the same few experts. These stay apart, and routers spread them.
+_APART = 8.0
+_TRIED = 16  # tokens of a chunk that shows whether it can be recorded
 
 
 class _LeaveError(Exception):
@@ -40,7 +47,7 @@ class _Passed(torch.nn.Module):
         return (hidden_states, None) if self.gives_more else hidden_states
 
 
-class Part:
+class StagePart:
     """Runs chunks of one request at a time: hidden states in, hidden states out, its cache advanced.
 
     The library's own forward makes masks, positions and what else its layers are given. Layers before the part pass
@@ -65,12 +72,21 @@ class Part:
             self.skeleton.layers[layers.stop - 1].register_forward_hook(_leave)
         if weights is None:
             _randomize(self.skeleton.model, device)
+            if self.is_first:
+                torch.nn.init.normal_(self.skeleton.embedding.weight, std=_APART)
         else:
             _load(self.skeleton.model, weights, device=device, dtype=dtype)
 
     def cache(self, rows: int, *, cached_tokens: int = 0) -> RequestCache:
         """An empty cache for a request of at most so many tokens."""
         return RequestCache(self.found.text, self.layers, rows=rows, cached_tokens=cached_tokens)
+
+    @cached_property
+    def is_recordable(self) -> bool:
+        """Whether its chunks can be recorded: memory stays where it is, and no layer waits for the host."""
+        cache = self.cache(_TRIED)
+        hidden = torch.zeros(_TRIED, self.found.text.hidden_size, device=self.device, dtype=self.dtype)
+        return cache.is_static and can_record(lambda: self.run(hidden, cache, 0), self.device)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids [T] -> hidden states [T, hidden] as the decoder takes them."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from profiler.library.found import Found
-from profiler.library_layers.part import Part
+from profiler.library_layers.part import StagePart
 
 Run = Callable[[int], torch.Tensor]
 
@@ -21,11 +21,16 @@ class TimedLayer:
     """The layer at one index, with random weights and one request's cache of `rows` tokens."""
 
     def __init__(self, found: Found, index: int, *, rows: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.part = Part(found, range(index, index + 1), device=device, dtype=dtype)
+        self.part = StagePart(found, range(index, index + 1), device=device, dtype=dtype)
         self.cache = self.part.cache(rows + 1)
         self.layer = self.part.skeleton.layers[index]
         self.hidden_size = int(found.text.hidden_size)
         self.part.run(self._random(1), self.cache, 0)  # sizes of keys, values and states
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether its rounds are recorded in a run."""
+        return self.part.is_recordable
 
     def run(self, chunk: int, context: int) -> Run:
         """The layer alone over a chunk: what the forward gives it is made once."""

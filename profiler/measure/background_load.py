@@ -28,10 +28,16 @@ _MOST_SHIFT = 0.3  # beyond it something else disturbed the card
 class BackgroundLoad:
     """Whole layers over a round of middling size, LOAD_S of them."""
 
-    def __init__(self, layer: Callable[[int], object], layer_s: float, device: torch.device) -> None:
+    def __init__(
+        self, layer: Callable[[int], object], layer_s: float, device: torch.device, *, recordable: bool = True
+    ) -> None:
         self.device = device
         self.num_layers = max(1, math.ceil(LOAD_S / layer_s))
-        self.run = record(lambda: [layer(call) for call in range(self.num_layers)][-1], device, new_scratch(device))
+
+        def work() -> object:
+            return [layer(call) for call in range(self.num_layers)][-1]
+
+        self.run = record(work, device, new_scratch(device)) if recordable else work
         self.run()
         self.usual_us = self._listen()
 

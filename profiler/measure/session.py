@@ -118,9 +118,10 @@ class RankSession:
         else:
             sizes, variant = layer.sizes(1) | layer.traits(1), layer.variant
         point = Point(op=Op.LAYER, dtype=grid.dtype, shape=at | sizes, variant=variant)
-        run = self.operators.prepare(point).run
+        prepared = self.operators.prepare(point)
+        run = prepared.run
         call_seconds(run, self.device)
-        return BackgroundLoad(run, call_seconds(run, self.device), self.device)
+        return BackgroundLoad(run, call_seconds(run, self.device), self.device, recordable=prepared.recordable)
 
     def make_messages(self) -> PeerMessages | None:
         """The shared memory for a pair's messages where cards reach each other's memory, as in a pipeline."""

@@ -28,6 +28,7 @@ SUSTAINED_S = {"cpu": 0.0, "cuda": 0.06}
 LONG_SAMPLE_S = 5e-3  # brings a card to its own power; shorter ones are taken at that of the load between them
 OWN_LOAD_S = 0.6  # of samples under the work's own load: clocks swing by two percent within tenths of a second
 RECORDED_CALL_S = 2e-3  # shorter calls on a card are replayed: launched one by one they would time the host
+RECORDED_LAYER_S = 2e-2  # the same of whole layers, of many launches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +157,7 @@ def plan_own_load(call_s: float) -> Sampling:
         num_samples=1 if call_s > OWN_LOAD_S else max(MIN_SAMPLES, min(MAX_SAMPLES, int(OWN_LOAD_S / sample_s))),
         inner_repeats=inner_repeats,
         sample_s=sample_s,
-        recorded=call_s < RECORDED_CALL_S,
+        recorded=call_s < RECORDED_LAYER_S,
         settle_s=SETTLE_S,
     )
 

@@ -16,7 +16,7 @@ from profiler.model.quantization import FIELD, Quantization, UnreadFormatError, 
 from profiler.model.rope import check_rope, longest_prompt
 from profiler.model.shape import Backend, Counted, ModelShape, layer_prefix
 from profiler.model.spec import LayerSpec
-from profiler.model.tensors import Cut, Dim, Folding, LinearSpec, NormSpec, Part
+from profiler.model.tensors import Cut, Dim, Folding, LinearSpec, NormSpec, TensorPart
 from profiler.model.whole.blocks import PLANNED
 from profiler.model.whole.described import described
 
@@ -114,8 +114,8 @@ def _whole(config: Mapping[str, Any], named: str, name: str) -> ModelShape:
 def _ends(config: Mapping[str, Any], text: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
     """What stands around the layers, by the fields of the text decoder."""
     hidden, vocab = Dim(hidden_size), Dim(positive(text, "vocab_size"))
-    embedding = Part("model.embed_tokens", vocab)
-    head = embedding if text.get("tie_word_embeddings", False) else Part("lm_head", vocab)
+    embedding = TensorPart("model.embed_tokens", vocab)
+    head = embedding if text.get("tie_word_embeddings", False) else TensorPart("lm_head", vocab)
     return {
         "embedding": LinearSpec(name="embedding", cut=Cut.REPLICATED, parts=(embedding,), inputs=hidden),
         "final_norm": NormSpec("model.norm", hidden),

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from profiler.model.mlp import DenseMLP
 from profiler.model.precision import Precision
-from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, Part
+from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, TensorPart
 
 EXPERTS = "experts"  # the matrices of all of them, as those who keep linears plain name them
 
@@ -171,10 +171,10 @@ class ExpertsMLP:
     def matrices(self, expert: int) -> tuple[LinearSpec, LinearSpec]:
         """gate|up and down of an expert with tensors of its own, cut over the ranks that share it."""
         gate, up, down = (name.format(expert) for name in self.tensors_of.names)
-        name, both = f"{EXPERTS}.{expert}", (Part(gate, self.features), Part(up, self.features))
+        name, both = f"{EXPERTS}.{expert}", (TensorPart(gate, self.features), TensorPart(up, self.features))
         made = (
             LinearSpec(name=f"{name}.gate_up", cut=Cut.COLUMN, parts=both, inputs=self.hidden),
-            LinearSpec(name=f"{name}.down", cut=Cut.ROW, parts=(Part(down, self.hidden),), inputs=self.features),
+            LinearSpec(name=f"{name}.down", cut=Cut.ROW, parts=(TensorPart(down, self.hidden),), inputs=self.features),
         )
         first, second = (replace(each, kept=self.kept, group_size=self.group_size) for each in made)
         return first, second

@@ -55,7 +55,7 @@ AS_STORED = Folding()
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorPart:
     """Outputs of a linear that lie together in a tensor of the checkpoint, from `first_row` on."""
 
     tensor: str  # without ".weight" or ".bias"
@@ -80,7 +80,7 @@ class LinearSpec:
 
     name: str
     cut: Cut
-    parts: tuple[Part, ...]  # from the first output to the last
+    parts: tuple[TensorPart, ...]  # from the first output to the last
     inputs: Dim
     has_bias: bool = False
     kept: bool = field(default=False, repr=False)  # plain in every precision

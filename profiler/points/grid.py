@@ -23,6 +23,7 @@ LAST_LEVEL = 4
 TILE_TOKENS = 128
 _WAVE_STEP, _WAVES_END = 256, 4096
 _LAYERS_FROM = 256
+_BETWEEN = (768, 1536, 3072, 6144, 12288)
 _KNEE = 192  # where products bend between their cost of reading weights, flat in the rows, and that of arithmetic
 _FINE_END, _FINE_STEP, _MIDDLE_END, _MIDDLE_STEP = 2048, 128, 8192, 512
 # What today's plans use of the collectives is measured more finely than the others.
@@ -103,6 +104,14 @@ class Grid:
             if level <= 1 or (size >= fine and size not in OFF_GRID_CHUNKS)
         }
 
+    @property
+    def whole_levels(self) -> dict[int, int]:
+        """Chunks of layers that are run as wholes: nothing but these tells of what lies between them."""
+        levels = {chunk: level for chunk, level in self.chunk_levels.items() if level < LAST_LEVEL}
+        if self.device_type == "cuda":
+            levels |= {size: 2 for size in _BETWEEN if size < self.context_length}
+        return dict(sorted(levels.items()))
+
     def _with_levels(self, fine: Mapping[int, int]) -> dict[int, int]:
         """Sizes below the context with their levels; of the usual levels and the given ones the lower counts."""
         levels = self.chunk_levels
@@ -127,7 +136,7 @@ class Grid:
             yield from whole_layer_points(
                 self.shape,
                 self.precision,
-                chunks={chunk: level for chunk, level in self.chunk_levels.items() if level < LAST_LEVEL},
+                chunks=self.whole_levels,
                 context_length=self.context_length,
                 busy_ranks=self.world_size,
             )

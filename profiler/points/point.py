@@ -38,7 +38,7 @@ KEPT = "kept"  # variant of a product that a model keeps plain among quantized o
 WARM = "warm"  # variant of a product whose weights are still in the cache
 BESIDE = "beside"  # variant of a collective while products run, and of a product (its group_size tells of whose) while
 # collectives run: what each loses to the other
-BEFORE_LAYERS = "before layers"  # variant of a layer that stands for what a forward does once for all of them
+BEFORE_LAYERS = "before layers/2"  # variant of a layer that stands for what a forward does once for all of them
 RANK_LAYER = "rank_layer"  # rows that come with those of LAYER on cards: each rank's own times, its number in the shape
 
 

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from profiler.model import ModelShape, Precision, WholeLayer
 from profiler.points.point import BEFORE_LAYERS, Op, Point
 
+WAY = 2
+"""In the variant of whole layers' rows: raised whenever such layers are run or timed in another way, so that rows of
+before are not taken for them."""
+
 
 def whole_sizes(layer: WholeLayer) -> dict[str, int]:
     """Sizes that the rows of a kind of layer name beside chunk and context."""
@@ -15,7 +19,7 @@ def whole_sizes(layer: WholeLayer) -> dict[str, int]:
 
 def whole_variant(layer: WholeLayer) -> str:
     """The variant of a kind's rows."""
-    return f"transformers: {layer.kind}"
+    return f"transformers/{WAY}: {layer.kind}"
 
 
 def whole_layer_points(

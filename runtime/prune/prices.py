@@ -14,7 +14,7 @@ from profiler.comm.links.group import RankGroup
 from profiler.kernels.attention import available_kernels
 from profiler.kernels.linear import Linear
 from profiler.kernels.rotary import Rotary
-from profiler.layers.decoder_layer import DecoderLayer, Norms, Stream, projections
+from profiler.layers.decoder_layer import DecoderLayer, Norms, ResidualStream, projections
 from profiler.layers.prefill_inputs import prepare_round
 from profiler.model import LayerSpec, ModelShape, model_from_config
 from profiler.model.tensors import NormSpec
@@ -24,7 +24,7 @@ _STD = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class ChunkWork:
     """What is timed: a chunk of so many tokens after so much context, in a format on a device."""
 
     chunk: int
@@ -78,7 +78,7 @@ def seconds_of(calls: Mapping[str, Callable[[], object]], device: torch.device, 
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def layer_call(shape: ModelShape, spec: LayerSpec, work: Work) -> Callable[[], object]:
+def layer_call(shape: ModelShape, spec: LayerSpec, work: ChunkWork) -> Callable[[], object]:
     """A layer of random weights over the chunk."""
 
     def random(*size: int) -> torch.Tensor:
@@ -103,7 +103,7 @@ def layer_call(shape: ModelShape, spec: LayerSpec, work: Work) -> Callable[[], o
 
     @torch.inference_mode()
     def call() -> object:
-        return layer(Stream(hidden), inputs, keys, values).added()
+        return layer(ResidualStream(hidden), inputs, keys, values).added()
 
     return call
 
@@ -129,7 +129,7 @@ class Prices:
         return self.widths[-1][1]
 
 
-def find_prices(shape: ModelShape, work: Work, *, multiple: int, repeats: int = 15) -> Prices:
+def find_prices(shape: ModelShape, work: ChunkWork, *, multiple: int, repeats: int = 15) -> Prices:
     """Time layers of several widths, and with each number of KV heads; widths between are interpolated."""
     whole = Sizes.of(shape)
     step = max(multiple, whole.channels // 8 // multiple * multiple)
@@ -151,7 +151,7 @@ def find_prices(shape: ModelShape, work: Work, *, multiple: int, repeats: int = 
     return Prices(widths=tuple(zip(widths, by_width, strict=True)), groups=tuple(groups))
 
 
-def measured_speedup(before: ModelShape, after: ModelShape, work: Work, *, repeats: int = 31) -> float:
+def measured_speedup(before: ModelShape, after: ModelShape, work: ChunkWork, *, repeats: int = 31) -> float:
     """How many times as fast the layers of the smaller model are, timed in turn; the head's rows are few in both."""
     kinds = Counter(after.layers)
     calls = {"before": layer_call(before, before.layer, work)}

@@ -18,7 +18,7 @@ from profiler.model.shape import layer_prefix
 from profiler.model.tensors import LinearSpec
 from runtime.prune.budget import Losses, Sizes, Widths, cut_by_cost, cut_by_shares, cut_each_layer, layer_order
 from runtime.prune.importance import Importance, Measure, find_importance
-from runtime.prune.prices import Prices, Work, config_of, find_prices, measured_speedup
+from runtime.prune.prices import ChunkWork, Prices, config_of, find_prices, measured_speedup
 from runtime.quantize.layers import perplexity
 from runtime.quantize.writer import CheckpointWriter
 from runtime.run.prompts import TokenIds
@@ -106,7 +106,7 @@ def prune_checkpoint(
     measure: Measure = Measure.ACTIVATION,
     calibration: Sequence[TokenIds] = (),
     held_out: Sequence[TokenIds] = (),
-    work: Work,
+    work: ChunkWork,
     seed: int = 0,
     measures_speed: bool = True,
     progress: Callable[[str], None] = lambda _what: None,

@@ -24,7 +24,7 @@ from profiler.model.shape import layer_prefix
 from profiler.model.tensors import LinearSpec, NormSpec
 from runtime.quantize.layers import Layer, Watched, perplexity_of
 from runtime.quantize.ranges import InputRanges
-from runtime.quantize.recipe import Recipe
+from runtime.quantize.recipe import QuantizationRecipe
 from runtime.quantize.report import LinearReport, QuantizeReport
 from runtime.quantize.texts import HiddenStates
 from runtime.quantize.writer import CheckpointWriter
@@ -56,7 +56,7 @@ def quantize_checkpoint(
     output: Path,
     shape: ModelShape,
     precision: Precision,
-    recipe: Recipe,
+    recipe: QuantizationRecipe,
     *,
     calibration: Sequence[TokenIds] = (),
     held_out: Sequence[TokenIds] = (),
@@ -128,7 +128,7 @@ def quantize_checkpoint(
     return report
 
 
-def check_recipe(shape: ModelShape, recipe: Recipe, calibration: Sequence[TokenIds]) -> None:
+def check_recipe(shape: ModelShape, recipe: QuantizationRecipe, calibration: Sequence[TokenIds]) -> None:
     """Raise `UserError` for a recipe that this model does not allow."""
     shape.check_as_stored("MODEL", "quantized", with_experts=True)
     shape.check_precision(precision_of(quantized_name(recipe.linears, BFLOAT16, recipe.kv)), field="--precision")
@@ -144,7 +144,7 @@ def check_recipe(shape: ModelShape, recipe: Recipe, calibration: Sequence[TokenI
         for part in linear.parts
     ]
     for pattern in recipe.keep:
-        if not any(Recipe(linears=recipe.linears, keep=(pattern,)).keeps(name) for name in names):
+        if not any(QuantizationRecipe(linears=recipe.linears, keep=(pattern,)).keeps(name) for name in names):
             raise UserError("--keep", pattern, f"fits no linear; there are {', '.join(names[:7])} and so on")
     if recipe.group_size is None:
         return
@@ -177,7 +177,7 @@ def _quantize_layer(
     spec: LayerSpec,
     checkpoint: Checkpoint,
     shape: ModelShape,
-    recipe: Recipe,
+    recipe: QuantizationRecipe,
     states: dict[str, HiddenStates],
     writer: CheckpointWriter,
 ) -> list[LinearReport]:
@@ -229,7 +229,7 @@ def _quantize_layer(
     return reports
 
 
-def _is_kept(layer: _Layer, linear: LinearSpec, recipe: Recipe) -> bool:
+def _is_kept(layer: _Layer, linear: LinearSpec, recipe: QuantizationRecipe) -> bool:
     """Whether a linear stays plain: all its parts, for they run as one product."""
     return linear.kept or any(recipe.keeps(layer.name(part.tensor)) for part in linear.parts)
 
@@ -237,7 +237,7 @@ def _is_kept(layer: _Layer, linear: LinearSpec, recipe: Recipe) -> bool:
 def _quantize_linear(
     layer: _Layer,
     linear: LinearSpec,
-    recipe: Recipe,
+    recipe: QuantizationRecipe,
     stored: dict[str, torch.dtype],
     writer: CheckpointWriter,
     *,

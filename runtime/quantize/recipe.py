@@ -12,7 +12,7 @@ from profiler.model.precision import INT8, Format, LinearFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class QuantizationRecipe:
     """How to quantize the linears of all layers.
 
     smooth: the strength of SmoothQuant (0.5: ranges of activations and weights meet in the middle); None: none.

@@ -14,7 +14,7 @@ from db.files.documents import read_json_lines, read_utf8
 from profiler.kernels.attention import available_kernels
 from profiler.kernels.quantized.kv import KV, QuantizedKV, read_rows
 from profiler.kernels.rotary import Rotary
-from profiler.layers.decoder_layer import DecoderLayer, Stream
+from profiler.layers.decoder_layer import DecoderLayer, ResidualStream
 from profiler.layers.prefill_inputs import RoundInputs, prepare_round
 from profiler.model import LayerSpec, ModelShape
 from runtime.run.prompts import PromptLine, TokenIds, Tokenizer
@@ -123,7 +123,7 @@ class HiddenStates:
                     QuantizedKV.zeros(size, kept=self.kv, dtype=self.dtype, device=self.device, static=scale)
                     for scale in kv_scales or (None, None)
                 ]
-            self.states[index] = layer(Stream(hidden), batch.inputs, *slabs).added()
+            self.states[index] = layer(ResidualStream(hidden), batch.inputs, *slabs).added()
             ends = [max(end, float(read_rows(slab, ALL).abs().max())) for end, slab in zip(ends, slabs, strict=True)]
         return ends[0], ends[1]
 

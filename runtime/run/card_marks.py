@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from profiler.comm.ranks.mark import Doing, Progress
-from runtime.run.clock import Clock, EventClock
+from runtime.run.clock import EventClock, RoundClock
 
 if TYPE_CHECKING:
     from runtime.run.pipeline import Pipeline
@@ -26,7 +26,7 @@ class CardMarks(threading.Thread):
         self._seen: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, clock: Clock, pipeline: Pipeline, progress: Progress) -> CardMarks:
+    def of(cls, clock: RoundClock, pipeline: Pipeline, progress: Progress) -> CardMarks:
         """Marks for the clock of a device."""
         return cls(clock if isinstance(clock, EventClock) else None, pipeline, progress)
 

@@ -10,7 +10,7 @@ import torch
 from runtime.job.job import Interval
 
 
-class Clock(Protocol):
+class RoundClock(Protocol):
     """Records the times of rounds in order. Nothing is synchronised between `begin` and `intervals`."""
 
     origin_s: float  # of the host's clock, when the pass began
@@ -36,18 +36,18 @@ class HostClock:
         self._times: list[float] = []
 
     def begin(self) -> None:
-        """See `Clock`."""
+        """See `RoundClock`."""
         self._times = []
         self.origin_s = time.perf_counter()
 
     def start(self) -> None:
-        """See `Clock`."""
+        """See `RoundClock`."""
         self._times.append(time.perf_counter())
 
     finish = start
 
     def intervals(self) -> list[Interval]:
-        """See `Clock`."""
+        """See `RoundClock`."""
         seconds = [at - self.origin_s for at in self._times]
         return list(zip(seconds[::2], seconds[1::2], strict=True))
 
@@ -62,7 +62,7 @@ class EventClock:
         self._passes = 0
 
     def begin(self) -> None:
-        """See `Clock`; the device must be idle, so that its origin is the host's."""
+        """See `RoundClock`; the device must be idle, so that its origin is the host's."""
         self._events = []
         self._passes += 1
         self._origin = _event()
@@ -70,7 +70,7 @@ class EventClock:
         self.origin_s = time.perf_counter()
 
     def start(self) -> None:
-        """See `Clock`."""
+        """See `RoundClock`."""
         event = _event()
         event.record()
         self._events.append(event)
@@ -78,7 +78,7 @@ class EventClock:
     finish = start
 
     def intervals(self) -> list[Interval]:
-        """See `Clock`."""
+        """See `RoundClock`."""
         torch.cuda.synchronize()
         seconds = [self._origin.elapsed_time(event) / 1e3 for event in self._events]
         return list(zip(seconds[::2], seconds[1::2], strict=True))
@@ -93,7 +93,7 @@ class EventClock:
         return (passes, low) if events else None
 
 
-def make_clock(device: torch.device) -> Clock:
+def make_clock(device: torch.device) -> RoundClock:
     """The clock of a device."""
     return EventClock() if device.type == "cuda" else HostClock()
 

@@ -12,12 +12,12 @@ from profiler.comm.links.boundary import MessageSizes, make_links
 from profiler.comm.links.group import Groups
 from profiler.comm.ranks.mark import Doing, Progress
 from profiler.kernels.attention import attends_on_device
-from profiler.kernels.recording import new_scratch, record
+from profiler.kernels.recording import Scratch, new_scratch, record
 from profiler.sequence.kind import usual_cut
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.job.place import Place
-from runtime.run.clock import Clock
-from runtime.run.task import Task, Tasks, tasks_of
+from runtime.run.clock import RoundClock
+from runtime.run.task import RoundTask, StageTasks, tasks_of
 from runtime.stage.share import RoundShare
 from runtime.stage.stage import Stage
 from tuner.plan.memory import MOST_RECORDED
@@ -27,7 +27,9 @@ from tuner.plan.plan import Round
 class Pipeline:
     """Prefills and decodes on one rank. A rank waits for others only for the data it needs."""
 
-    def __init__(self, job: Job, place: Place, groups: Groups, stage: Stage, clock: Clock, progress: Progress) -> None:
+    def __init__(
+        self, job: RunJob, place: Place, groups: Groups, stage: Stage, clock: RoundClock, progress: Progress
+    ) -> None:
         self.job, self.place, self.stage, self.clock, self.progress = job, place, stage, clock, progress
         device = stage.device
         self.prompts = [torch.tensor(ids, device=device) for ids in job.prompts] if place.is_first else []
@@ -94,13 +96,11 @@ class Pipeline:
             torch.cuda.empty_cache()  # recordings keep their scratch memory elsewhere
         scratch = new_scratch(self.stage.device)
         self.recorded = {
-            (task.round_index, task.group): record(
-                partial(self._compute, task, self.rounds[task.round_index]), self.stage.device, scratch
-            )
+            (task.round_index, task.group): self._recorded(task, scratch)
             for task in self.tasks.tasks
             if task.round_index < MOST_RECORDED
         }
-        if self.job.max_new_tokens > 1 and attends_on_device(self.stage.device):
+        if self.job.max_new_tokens > 1 and self.stage.is_step_recordable and attends_on_device(self.stage.device):
             self.recorded_steps = {
                 task.group: record(partial(self._compute_step, task), self.stage.device, scratch)
                 for task in self.step_tasks.tasks
@@ -109,6 +109,17 @@ class Pipeline:
                 self.stage.scheme.step.restart()
                 for run_step in self.recorded_steps.values():
                     run_step()  # a graph's first launch also brings it to the card
+
+    def _recorded(self, task: RoundTask, scratch: Scratch) -> Callable[[], torch.Tensor]:
+        share = self.rounds[task.round_index]
+        replay = record(partial(self._compute, task, share), self.stage.device, scratch)
+
+        def run() -> torch.Tensor:
+            hidden = replay()
+            self.stage.replayed(share)
+            return hidden
+
+        return run
 
     def close(self) -> None:
         """Drop the recordings: a NCCL group cannot be left while a graph holds its work."""
@@ -166,7 +177,7 @@ class Pipeline:
         self.links.drain()
         return torch.stack(chosen)
 
-    def task_at(self, number: int, *, is_decoding: bool) -> tuple[int, Task]:
+    def task_at(self, number: int, *, is_decoding: bool) -> tuple[int, RoundTask]:
         """The round (steps counted after the plan's rounds) and the task of the `number`-th work of a pass; after the
         last one the first of what follows."""
         rounds, tasks = len(self.job.rounds), self.step_tasks.tasks if is_decoding else self.tasks.tasks
@@ -177,7 +188,7 @@ class Pipeline:
         """When the last request of a round arrives, on the host's clock."""
         return self.clock.origin_s + max(self.job.requests[chunk.request].arrival_s for chunk in chunks)
 
-    def _begin(self, tasks: Tasks, num_rows: Sequence[int]) -> None:
+    def _begin(self, tasks: StageTasks, num_rows: Sequence[int]) -> None:
         """A pass over rounds of so many rows each begins; messages are counted from 0."""
         for source, inbound in self.inbound.items():
             announced = tasks.announced.get(source, [])
@@ -185,7 +196,7 @@ class Pipeline:
         for outbound in self.outbound.values():
             outbound.begin()
 
-    def _run(self, number: int, task: Task, compute: Callable[[], torch.Tensor]) -> None:
+    def _run(self, number: int, task: RoundTask, compute: Callable[[], torch.Tensor]) -> None:
         """Run the `number`-th task of a pass."""
         inbound = outbound = None
         if task.source is not None:
@@ -207,7 +218,7 @@ class Pipeline:
         for each in self.inbound.values():
             each.queued(number + 1)
 
-    def _compute(self, task: Task, share: RoundShare) -> torch.Tensor:
+    def _compute(self, task: RoundTask, share: RoundShare) -> torch.Tensor:
         """Everything of a task that the device does, between its hidden states' arrival and their departure."""
         received = self._received(task, share.num_rows)
         if received is None:
@@ -217,7 +228,7 @@ class Pipeline:
             self._choose(share, hidden)
         return self._lay_out(task, hidden)
 
-    def _compute_step(self, task: Task) -> torch.Tensor:
+    def _compute_step(self, task: RoundTask) -> torch.Tensor:
         """Everything of a decode step in one group that the device does: the same work on the same memory each time.
 
         Each step is announced by itself, so its messages are always the first of the links.
@@ -230,16 +241,16 @@ class Pipeline:
             self.next_ids.copy_(self.stage.next_ids(hidden))
         return self._lay_out(task, hidden)
 
-    def _is_last(self, task: Task) -> bool:
+    def _is_last(self, task: RoundTask) -> bool:
         return task.group == self.job.parallel.num_groups - 1
 
-    def _received(self, task: Task, rows: int) -> torch.Tensor | None:
+    def _received(self, task: RoundTask, rows: int) -> torch.Tensor | None:
         """The buffer with a task's input hidden states, [rows, hidden]; None in the first group."""
         if task.source is not None:
             return self.inbound[task.source].buffer(task.received, rows)
         return self.fold[:rows] if task.group else None
 
-    def _lay_out(self, task: Task, hidden: torch.Tensor) -> torch.Tensor:
+    def _lay_out(self, task: RoundTask, hidden: torch.Tensor) -> torch.Tensor:
         """Copy a task's hidden states to the send buffer, or to the input of the next group on this rank."""
         if self._is_last(task):
             return self.next_ids  # nothing leaves: a recording would hold on to the hidden states

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,21 +16,27 @@ from profiler.comm.links.group import Groups, make_groups
 from profiler.comm.ranks.mark import Doing, Phase
 from profiler.comm.ranks.rank import RankContext
 from profiler.model import Backend
-from runtime.job.job import Job, Pass, RankReport
+from runtime.job.job import Pass, RankReport, RunJob
 from runtime.job.place import Place, mesh_of
 from runtime.run.card_marks import CardMarks
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
-from runtime.stage.stage import KernelStage, Stage
+from runtime.stage.stage import KernelStage
+
+if TYPE_CHECKING:
+    from runtime.stage.library_stage import LibraryStage
 
 
 @torch.inference_mode()
-def run_jobs(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
+def run_jobs(context: RankContext, jobs: Sequence[RunJob]) -> list[RankReport]:
     """Run jobs as one of their ranks; the function that `profiler.comm.ranks.launch.run_ranks` starts on each.
 
     All take as many ranks; starting them takes seconds, and so does joining them, which jobs of one layout share.
     Each report is also handed on at once: it outlives the failure of a later job.
     """
+    for job in jobs:
+        _stage_kind(job.shape.backend)
+    gc.freeze()  # all that the imports made: a collection walks what the jobs make, and may come among the rounds
     reports: list[RankReport] = []
     for mesh, alike in groupby(jobs, key=lambda job: mesh_of(job.parallel)):
         context.progress.enter(Phase.GROUPS, job=len(reports))
@@ -41,7 +48,7 @@ def run_jobs(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
     return reports
 
 
-def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
+def _run_job(context: RankContext, job: RunJob, groups: Groups) -> RankReport:
     place = Place.of(context.rank, job.parallel)
     clock = make_clock(context.device)
     progress = context.progress
@@ -70,7 +77,7 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     begin()
     before = None if context.device.type == "cuda" else _slowdown(job, context.device)  # a card at rest is faster
     begin()
-    stage = _make_stage(job, place, groups, context.device)
+    stage = _stage_kind(job.shape.backend)(job, place, groups, context.device)
     progress.enter(Phase.LINKS)
     pipeline = Pipeline(job, place, groups, stage, clock, progress)
     begin()
@@ -82,7 +89,6 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     if context.device.type == "cuda":
         torch.cuda.synchronize()
     gc.collect()
-    gc.freeze()  # a collection among the rounds would walk all that the imports made
     warm_up_s = time.perf_counter() - clock.origin_s
     progress.enter(Phase.RUN)
     with CardMarks.of(clock, pipeline, progress) as marks:
@@ -97,7 +103,6 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     begin()
     slowdowns = [each for each in (before, _slowdown(job, context.device)) if each is not None]
     pipeline.close()
-    gc.unfreeze()
     reports_tokens = place.is_last and place.tp_rank == place.sp_rank == 0
     return RankReport(
         stage=place.stage,
@@ -113,15 +118,15 @@ def _run_job(context: RankContext, job: Job, groups: Groups) -> RankReport:
     )
 
 
-def _make_stage(job: Job, place: Place, groups: Groups, device: torch.device) -> Stage:
-    if job.shape.backend is Backend.OWN:
-        return KernelStage(job, place, groups, device)
+def _stage_kind(backend: Backend) -> type[KernelStage] | type[LibraryStage]:
+    if backend is Backend.OWN:
+        return KernelStage
     from runtime.stage.library_stage import LibraryStage  # brings Transformers along: seconds of every start
 
-    return LibraryStage(job, place, groups, device)
+    return LibraryStage
 
 
-def _slowdown(job: Job, device: torch.device) -> float | None:
+def _slowdown(job: RunJob, device: torch.device) -> float | None:
     """Of the machine since its profile; all ranks ask at once, as they did there."""
     if job.probe is None:
         return None
@@ -139,7 +144,7 @@ def _memory_bytes(device: torch.device) -> int | None:
     return beside + torch.cuda.max_memory_reserved(device)
 
 
-def _settle(job: Job, run_pass: Callable[[], Pass], groups: Groups) -> Pass | None:
+def _settle(job: RunJob, run_pass: Callable[[], Pass], groups: Groups) -> Pass | None:
     """Run passes that do not count; the first rank tells all when it is enough. Returns the very first, if any."""
     first: Pass | None = None
     started = time.perf_counter()

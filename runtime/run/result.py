@@ -9,9 +9,9 @@ from statistics import median_low
 from typing import Any
 
 from db.rows.runs import RoundTime
-from runtime.job.job import Interval, Job, Pass, RankReport
+from runtime.job.job import Interval, Pass, RankReport, RunJob
 from runtime.run.prediction import Prediction
-from tuner.plan.plan import Move
+from tuner.plan.plan import WhatIf
 from tuner.waterfall.steps import Waterfall
 
 
@@ -42,7 +42,7 @@ class RunResult:
     mfu_of_ceiling: float | None = None  # of the fastest matmul measured on this hardware
     planned_waterfall: Waterfall | None = None  # from the chip's peak to the makespan, as predicted
     waterfall: Waterfall | None = None  # and as measured
-    moves: tuple[Move, ...] = ()  # what would make the plan quicker, as predicted
+    moves: tuple[WhatIf, ...] = ()  # what would make the plan quicker, as predicted
     run_id: int | None = None
 
     @property
@@ -125,7 +125,7 @@ def merge_passes(passes: Sequence[tuple[int, str, Pass]]) -> MeasuredTimeline:
 
 
 def make_result(
-    job: Job,
+    job: RunJob,
     reports: Sequence[RankReport],
     *,
     prediction: Prediction,
@@ -186,7 +186,7 @@ def cut_at_end(token_ids: Sequence[int], end_ids: frozenset[int]) -> tuple[int, 
     return tuple(token_ids)
 
 
-def _first_token_s(job: Job, timeline: MeasuredTimeline) -> list[float]:
+def _first_token_s(job: RunJob, timeline: MeasuredTimeline) -> list[float]:
     done = [0.0] * len(job.requests)
     for chunks, stages in zip(job.rounds, timeline.intervals, strict=True):
         for chunk in chunks:

@@ -24,7 +24,7 @@ from profiler.hardware.device import describe_hardware
 from profiler.kernels.quantized.support import check_precision
 from profiler.model import PRECISIONS, Backend, ModelShape, precision_of
 from profiler.model.flops import fastest_product_flops, prefill_flops
-from runtime.job.job import Job, RankReport
+from runtime.job.job import RankReport, RunJob
 from runtime.job.probe import find_probe
 from runtime.run.prediction import Prediction, read_prediction
 from runtime.run.preparation import (
@@ -190,7 +190,7 @@ def make_job(
     prompts: Sequence[Sequence[int]] | None = None,
     max_new_tokens: int = 1,
     repeat: int = 1,
-) -> Job:
+) -> RunJob:
     """The job of the ranks, checked against the model, the weights, the prompts and the machine.
 
     weights: None for random ones; prompts: None for random ids. Raises `UserError` for what does not fit together.
@@ -209,7 +209,7 @@ def make_job(
     check_memory(
         shape, plan, max_new_tokens=max_new_tokens, device_type=device_type, memory_bytes=hardware.memory_bytes
     )
-    return Job(
+    return RunJob(
         shape=shape,
         parallel=plan.parallel,
         requests=plan.requests,
@@ -238,7 +238,7 @@ class Record:
         *,
         kind: RunKind | str,
         study: str | None,
-        job: Job,
+        job: RunJob,
         prediction: Prediction,
         index: int,
         process_id: int | None,

@@ -10,7 +10,7 @@ from tuner.plan.task_order import task_order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class RoundTask:
     """A round in one group of layers, and the links that its hidden states come and go by; None: on this rank."""
 
     round_index: int
@@ -30,10 +30,10 @@ class Announced:
 
 
 @dataclass(frozen=True, slots=True)
-class Tasks:
+class StageTasks:
     """The tasks of a stage in a pass, in order, and the messages that its links receive."""
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[RoundTask, ...]
     announced: dict[int, list[Announced]]
     """By the stage that hands on."""
 
@@ -43,7 +43,7 @@ class Tasks:
         return sorted(range(len(self.tasks)), key=lambda at: (self.tasks[at].round_index, self.tasks[at].group))
 
 
-def tasks_of(parallel: Parallel, stage: int, num_rounds: int, window: int | None = None) -> Tasks:
+def tasks_of(parallel: Parallel, stage: int, num_rounds: int, window: int | None = None) -> StageTasks:
     """The tasks of a stage.
 
     A message's sender waits, directly or not, only for tasks that are earlier than it in the order of all tasks. With
@@ -52,7 +52,7 @@ def tasks_of(parallel: Parallel, stage: int, num_rounds: int, window: int | None
     """
     order = task_order(num_rounds, parallel.pp_size, parallel.virtual_stages, parallel.stage_order, window)
     stages, last = order.stages, parallel.num_groups - 1
-    tasks = list[Task]()
+    tasks = list[RoundTask]()
     announced: dict[int, list[Announced]] = {}
     counts: Counter[tuple[str, int]] = Counter()
     queued = 0
@@ -67,7 +67,7 @@ def tasks_of(parallel: Parallel, stage: int, num_rounds: int, window: int | None
         target = stages[group + 1] if group < last and stages[group + 1] != stage else None
         places = ("received", -1 if source is None else source), ("sent", -1 if target is None else target)
         tasks.append(
-            Task(
+            RoundTask(
                 round_index=i,
                 group=group,
                 source=source,
@@ -80,4 +80,4 @@ def tasks_of(parallel: Parallel, stage: int, num_rounds: int, window: int | None
         if source is not None:
             announced.setdefault(source, []).append(Announced(i, sent_after[i, group - 1]))
         queued += 1
-    return Tasks(tuple(tasks), announced)
+    return StageTasks(tuple(tasks), announced)

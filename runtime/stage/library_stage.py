@@ -9,9 +9,9 @@ import torch
 from profiler.comm.links.group import Groups
 from profiler.library.found import find
 from profiler.library_layers.cache import RequestCache
-from profiler.library_layers.part import Part
+from profiler.library_layers.part import StagePart
 from profiler.model import PRECISIONS
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.job.place import Place
 from runtime.stage.sequence import Scheme
 from runtime.stage.share import RoundShare
@@ -22,15 +22,28 @@ from tuner.plan.plan import Request
 class LibraryStage(Stage):
     """Its layers are the library's own, unmodified; each request has a cache of its own."""
 
-    is_recordable = False  # the size of a cache is kept in Python
-
-    def __init__(self, job: Job, place: Place, groups: Groups, device: torch.device) -> None:
+    def __init__(self, job: RunJob, place: Place, groups: Groups, device: torch.device) -> None:
         super().__init__(job, device)
         self.dtype = PRECISIONS[job.dtype].activations.torch_dtype
         self.scheme = Scheme(job, groups, device, job.kernels)
         layers = range(place.layers[0], place.layers[-1] + 1)
-        self.part = Part(find(job.shape.config), layers, device=device, dtype=self.dtype, weights=job.weights)
+        self.part = StagePart(find(job.shape.config), layers, device=device, dtype=self.dtype, weights=job.weights)
         self.caches = [self._cache(request, job.max_new_tokens) for request in job.requests]
+
+    @property
+    def is_recordable(self) -> bool:
+        """See `Stage`: the caches' sizes are kept in Python, and `replayed` tells of them."""
+        return all(cache.is_static for cache in self.caches) and self.part.is_recordable
+
+    @property
+    def is_step_recordable(self) -> bool:
+        """See `Stage`: each step finds longer caches."""
+        return False
+
+    def replayed(self, share: RoundShare) -> None:
+        """See `Stage`."""
+        for chunk in share.chunks:
+            self.caches[chunk.request].stand_behind(chunk.end)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """See `Stage`."""
@@ -57,7 +70,8 @@ class LibraryStage(Stage):
         return self.part.next_ids(hidden)
 
     def warm_up(self, rounds: Iterable[RoundShare]) -> None:
-        """Run one token of each request, which allocates its slabs, and one round of each shape for the first one."""
+        """Run one token of each request, which allocates its slabs, and one round of each shape for the first one; and
+        the ends of the model."""
         for cache in self.caches:
             self._run_zeros(cache, 1)
         for tokens in sorted({chunk.tokens for share in rounds for chunk in share.chunks}):
@@ -65,8 +79,12 @@ class LibraryStage(Stage):
             self._run_zeros(first, tokens)
 
     def _run_zeros(self, cache: RequestCache, tokens: int) -> None:
-        zeros = torch.zeros(tokens, self.shape.hidden_size, device=self.device, dtype=self.dtype)
-        self.part.run(zeros, cache, 0)
+        hidden = torch.zeros(tokens, self.shape.hidden_size, device=self.device, dtype=self.dtype)
+        if self.part.is_first:
+            hidden = self.embed(torch.zeros(tokens, device=self.device, dtype=torch.int64))
+        hidden = self.part.run(hidden, cache, 0)
+        if self.part.is_last:
+            self.next_ids(hidden[-1:])
         cache.begin(0)
 
     def _cache(self, request: Request, max_new_tokens: int) -> RequestCache:

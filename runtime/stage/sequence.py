@@ -13,7 +13,7 @@ import torch
 from profiler.comm.links.group import Groups, RankGroup
 from profiler.kernels.elementwise import GatheredRun
 from profiler.kernels.rotary import Rotary
-from profiler.layers.decode_inputs import Step
+from profiler.layers.decode_inputs import DecodeState
 from profiler.layers.gather_inputs import GatherInputs, StagedRows
 from profiler.layers.layer_inputs import LayerInputs
 from profiler.layers.megatron_inputs import MegatronInputs
@@ -24,7 +24,7 @@ from profiler.model import PRECISIONS, LayerSpec
 from profiler.sequence.cut import Piece, cut_round, share_tokens
 from profiler.sequence.heads import most_heads, share_heads
 from profiler.sequence.kind import SequenceCut, SPKind, usual_cut
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.stage.share import RoundShare, sharing_size
 from tuner.plan.kv_rows import KVRows, assign_rows
 from tuner.plan.plan import Round
@@ -43,7 +43,7 @@ class StepState(Protocol):
 class Scheme:
     """No sequence parallelism: every rank of a stage runs all rows. Base class of the kinds."""
 
-    def __init__(self, job: Job, groups: Groups, device: torch.device, choose_kernel: ChooseKernel) -> None:
+    def __init__(self, job: RunJob, groups: Groups, device: torch.device, choose_kernel: ChooseKernel) -> None:
         self.job, self.device, self.choose_kernel = job, device, choose_kernel
         self.dtype = PRECISIONS[job.dtype].activations.torch_dtype
         self.group = self.group_of(groups)
@@ -82,11 +82,11 @@ class Scheme:
     def make_step(self) -> StepState:
         """Positions of the requests between two decode steps."""
         prompt_tokens = [request.prompt_tokens for request in self.job.requests]
-        return Step(starts=self.kv_rows.start, prompt_tokens=prompt_tokens, device=self.device)
+        return DecodeState(starts=self.kv_rows.start, prompt_tokens=prompt_tokens, device=self.device)
 
     def step_inputs(self) -> LayerInputs:
         """Decode inputs; positions are read on the device at execution time."""
-        assert isinstance(self.step, Step)
+        assert isinstance(self.step, DecodeState)
         return self.step.inputs(self.rotary, self.dtype)
 
     def round_inputs(self, share: RoundShare) -> LayerInputs:

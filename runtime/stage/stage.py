@@ -9,11 +9,11 @@ import torch
 
 from profiler.comm.links.group import Groups
 from profiler.kernels.attention_kernel import AttentionKernel
-from profiler.layers.decoder_layer import Stream
+from profiler.layers.decoder_layer import ResidualStream
 from profiler.layers.head import embed
 from profiler.layers.layer_inputs import LayerInputs
 from profiler.model import PRECISIONS
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.job.place import Place
 from runtime.stage.sequence import SCHEMES, Scheme
 from runtime.stage.share import RoundShare
@@ -30,10 +30,21 @@ class Stage(ABC):
 
     scheme: Scheme
     dtype: torch.dtype  # of hidden states
-    is_recordable: bool
-    """Whether its rounds do the same work on the same memory each time."""
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    @property
+    @abstractmethod
+    def is_recordable(self) -> bool:
+        """Whether its rounds do the same work on the same memory each time."""
+
+    @property
+    def is_step_recordable(self) -> bool:
+        """Whether decode steps do, as requests grow."""
+        return self.is_recordable
+
+    def replayed(self, share: RoundShare) -> None:  # noqa: B027 - most keep nothing on the host
+        """A recorded round was replayed: what the host keeps of it follows."""
+
+    def __init__(self, job: RunJob, device: torch.device) -> None:
         self.shape, self.requests, self.device = job.shape, job.requests, device
 
     @abstractmethod
@@ -86,9 +97,7 @@ class Stage(ABC):
 class KernelStage(Stage):
     """A stage whose layers run through this project's kernels, over a KV slab."""
 
-    is_recordable = True
-
-    def __init__(self, job: Job, place: Place, groups: Groups, device: torch.device) -> None:
+    def __init__(self, job: RunJob, place: Place, groups: Groups, device: torch.device) -> None:
         super().__init__(job, device)
         self.kernels = job.kernels
         self.shape = job.shape.spread(**job.parallel.spread)
@@ -110,6 +119,11 @@ class KernelStage(Stage):
             kept=precision.kv.torch_dtype if precision.has_kv_scales else None,
             static=weights.kv_scales(place.layers) if precision.has_kv_scales else None,
         )
+
+    @property
+    def is_recordable(self) -> bool:
+        """See `Stage`."""
+        return True
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """See `Stage`."""
@@ -146,7 +160,7 @@ class KernelStage(Stage):
                 self.next_ids(self.final_hidden(share, hidden))
 
     def _run_layers(self, hidden: torch.Tensor, inputs: LayerInputs, layers: slice) -> torch.Tensor:
-        stream = Stream(hidden)
+        stream = ResidualStream(hidden)
         gathered, indices = self.shard.gathered, range(*layers.indices(len(self.shard.layers)))
         if gathered is not None:
             gathered.begin(indices.start)

@@ -14,7 +14,7 @@ from tuner.plan.plan import Request
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stream:
+class TokenStream:
     """All tokens of a data set one after another, cut into windows as long as the sequence that is asked for.
 
     Each pass over the data has an order of its own, and begins some tokens later, so that cuts fall elsewhere.
@@ -24,7 +24,7 @@ class Stream:
     seed: int
 
     @classmethod
-    def of(cls, sequences: Sequence[TokenIds], requests: Sequence[Request], *, seed: int) -> Stream:
+    def of(cls, sequences: Sequence[TokenIds], requests: Sequence[Request], *, seed: int) -> TokenStream:
         """Raises `UserError` where the longest sequence of a plan does not fit in."""
         ids = torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64)
         longest = max(request.prompt_tokens for request in requests)

@@ -13,7 +13,7 @@ from tuner.training.work import LOGITS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class LearningTarget:
     """What is learned: the next tokens, and a teacher's distribution over them as far as `distill_weight` says.
 
     The loss of a token is (1 - w) CE + w T^2 KL(teacher || student), both at temperature T in the second term (Hinton
@@ -25,7 +25,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
+class TrainingHead:
     """A rank's rows of the output matrix [V, hidden]: ids from `first_id` on.
 
     group: of the ranks that hold the others; None where one holds all.
@@ -57,14 +57,14 @@ class Head:
 
 @torch.no_grad()
 def loss_and_grads(
-    head: Head,
+    head: TrainingHead,
     normed: torch.Tensor,
     target_ids: torch.Tensor,
     *,
-    target: Target,
+    target: LearningTarget,
     scale: float,
     weight_grads: torch.Tensor,
-    teacher: tuple[Head, torch.Tensor] | None = None,
+    teacher: tuple[TrainingHead, torch.Tensor] | None = None,
     compiles: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """normed [T, hidden], target_ids [T] int64, -1 where there is none -> its gradient, and sums over
@@ -111,12 +111,12 @@ def _compiled() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[to
 
 
 def _loss(
-    head: Head,
+    head: TrainingHead,
     made: torch.Tensor,
     ids: torch.Tensor,
     scale: float,
-    target: Target,
-    teacher: tuple[Head, torch.Tensor] | None,
+    target: LearningTarget,
+    teacher: tuple[TrainingHead, torch.Tensor] | None,
     block: slice,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `_cross_entropy`, over a vocabulary that ranks share, and with a teacher: both sums [2]."""
@@ -139,7 +139,11 @@ def _loss(
 
 
 def _distilled(
-    head: Head, logits: torch.Tensor, teacher: Head, teacher_logits: torch.Tensor, target: Target
+    head: TrainingHead,
+    logits: torch.Tensor,
+    teacher: TrainingHead,
+    teacher_logits: torch.Tensor,
+    target: LearningTarget,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """T^2 KL [T, 1] of each token, and its gradient with respect to the student's logits."""
     heat = target.temperature

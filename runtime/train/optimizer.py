@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.train.parameters import Parameter
-from runtime.train.recipe import LARGEST_SCALE, Recipe
+from runtime.train.recipe import LARGEST_SCALE, TrainingRecipe
 
 FIRST_SCALE = 2.0**16
 GROWS_AFTER = 1000  # steps in a row that were not skipped
@@ -30,7 +30,7 @@ class LossScale:
     skipped_steps: int = 0
 
     @classmethod
-    def of(cls, recipe: Recipe) -> LossScale:
+    def of(cls, recipe: TrainingRecipe) -> LossScale:
         """As the recipe begins."""
         is_dynamic = recipe.loss_scale is None and recipe.formats.activations.name == "float16"
         return cls(recipe.loss_scale or (FIRST_SCALE if is_dynamic else 1.0), is_dynamic)
@@ -55,7 +55,7 @@ class Optimizer:
     """
 
     def __init__(
-        self, parameters: Sequence[Parameter], recipe: Recipe, *, is_first_tp: bool, everyone: dist.ProcessGroup
+        self, parameters: Sequence[Parameter], recipe: TrainingRecipe, *, is_first_tp: bool, everyone: dist.ProcessGroup
     ) -> None:
         self.parameters, self.recipe, self.everyone = parameters, recipe, everyone
         self.counts = [parameter.is_cut or is_first_tp for parameter in parameters]

@@ -11,7 +11,7 @@ from profiler.model import ModelShape
 from profiler.model.shape import layer_prefix
 from profiler.model.tensors import Cut, LinearSpec, NormSpec
 from runtime.job.place import Place
-from runtime.weights.checkpoint import Weights
+from runtime.weights.checkpoint import WeightSource
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -50,7 +50,7 @@ class Parameter:
 class Reader:
     """Reads parameters of a rank."""
 
-    def __init__(self, checkpoint: Weights, place: Place, dtype: torch.dtype, *, keeps_master: bool) -> None:
+    def __init__(self, checkpoint: WeightSource, place: Place, dtype: torch.dtype, *, keeps_master: bool) -> None:
         self.checkpoint, self.dtype, self.keeps_master = checkpoint, dtype, keeps_master
         self.tp_rank, self.tp_size = place.tp_rank, place.parallel.tp_size
 

@@ -19,15 +19,15 @@ from profiler.comm.ranks.rank import RankContext
 from profiler.model import ModelShape
 from runtime.job.place import Place, mesh_of
 from runtime.train.attention import LayerCache
-from runtime.train.data import Stream
+from runtime.train.data import TokenStream
 from runtime.train.exchange import Way, make_ways
-from runtime.train.head import Head, Target, loss_and_grads
+from runtime.train.head import LearningTarget, TrainingHead, loss_and_grads
 from runtime.train.optimizer import LossScale, Optimizer
-from runtime.train.recipe import Recipe
+from runtime.train.recipe import TrainingRecipe
 from runtime.train.saving import folder_of, read_notes, read_state, save
-from runtime.train.stage import Kept, RoundInputs, Stage
+from runtime.train.stage import KeptRound, TrainingRound, TrainingStage
 from tuner.plan.plan import Parallel, Request, Round
-from tuner.training.order import Task, Unit, stage_tasks, step_units
+from tuner.training.order import TrainingTask, Unit, stage_tasks, step_units
 
 LOG = "steps.jsonl"
 
@@ -50,8 +50,8 @@ class TrainJob:
     parallel: Parallel
     requests: tuple[Request, ...]
     rounds: tuple[Round, ...]
-    recipe: Recipe
-    stream: Stream
+    recipe: TrainingRecipe
+    stream: TokenStream
     state: Path  # checkpoints to resume from
     resume: Path | None  # one of them
     teacher: Teacher | None = None
@@ -97,7 +97,7 @@ class _Batch:
     starts: list[int]
     caches: Sequence[LayerCache]
     teacher_caches: Sequence[LayerCache]
-    kept: dict[int, Kept] = field(default_factory=dict)
+    kept: dict[int, KeptRound] = field(default_factory=dict)
 
 
 def train_rank(context: RankContext, job: TrainJob) -> TrainReport:
@@ -124,7 +124,7 @@ class Trainer:
             compiles = device.type == "cuda" and job.parallel.tp_size == 1 and rounded is None
         self.compiles = compiles
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.stage = Stage(
+        self.stage = TrainingStage(
             job.shape, job.weights, self.place, groups, rounded=rounded, recompute=recipe.recompute, compiles=compiles,
             **options,
         )  # fmt: skip
@@ -135,7 +135,9 @@ class Trainer:
         self.teacher = None
         if job.teacher is not None:
             place = Place.of(context.rank, job.teacher.parallel)
-            self.teacher = Stage(job.teacher.shape, job.teacher.weights, place, groups, is_trained=False, **options)
+            self.teacher = TrainingStage(
+                job.teacher.shape, job.teacher.weights, place, groups, is_trained=False, **options
+            )
         self.scale = LossScale.of(recipe)
         self.records: list[StepRecord] = []
         self.folder: Path | None = None
@@ -199,7 +201,7 @@ class Trainer:
         self.stage.sum_shared()
         self.stage.join_tied(self.ways.ends)
 
-    def _run(self, task: Task, step: int) -> None:
+    def _run(self, task: TrainingTask, step: int) -> None:
         unit = task.unit
         if not task.is_backward:
             self._forward(unit, step)
@@ -238,7 +240,7 @@ class Trainer:
                 stage.head,
                 output.detach(),
                 targets,
-                target=Target(distill_weight=recipe.distill_weight, temperature=recipe.temperature),
+                target=LearningTarget(distill_weight=recipe.distill_weight, temperature=recipe.temperature),
                 scale=self.scale.value / job.num_targets,
                 weight_grads=matrix.grads,
                 teacher=teacher,
@@ -250,7 +252,7 @@ class Trainer:
         batch.kept[unit.index] = kept
 
     @torch.no_grad()
-    def _teach(self, unit: Unit, ids: torch.Tensor, batch: _Batch) -> tuple[Head, torch.Tensor] | None:
+    def _teach(self, unit: Unit, ids: torch.Tensor, batch: _Batch) -> tuple[TrainingHead, torch.Tensor] | None:
         """The teacher's hidden states of a round after this stage, and its head where it is the last."""
         teacher = self.teacher
         if teacher is None:
@@ -258,9 +260,9 @@ class Trainer:
         inputs = teacher.round_inputs(self.job.rounds[unit.round_index], batch.starts)
         entered = teacher.embed(ids) if self.place.is_first else self._receive(self.ways.from_before, inputs, teacher)
         hidden = teacher.run(entered, inputs, batch.teacher_caches)
-        return (teacher.head if self.place.is_last else Head(weight=hidden, first_id=0)), hidden
+        return (teacher.head if self.place.is_last else TrainingHead(weight=hidden, first_id=0)), hidden
 
-    def _receive(self, way: Way, inputs: RoundInputs, stage: Stage) -> torch.Tensor:
+    def _receive(self, way: Way, inputs: TrainingRound, stage: TrainingStage) -> torch.Tensor:
         self.context.progress.wait(Doing.RECEIVE, way.peer)
         received = way.receive((inputs.num_rows, stage.shape.hidden_size), stage.dtype, self.context.device)
         self.context.progress.work()

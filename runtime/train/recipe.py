@@ -14,7 +14,7 @@ LARGEST_SCALE = 2.0**24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class TrainingRecipe:
     """Raises `UserError` for what is not allowed."""
 
     steps: int

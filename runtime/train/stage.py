@@ -21,7 +21,7 @@ from runtime.job.place import Place
 from runtime.train.attention import CacheView, LayerCache, Span, attend, kernel_for, make_spans
 from runtime.train.blocks import Block, Halves, Rotation, weights_of
 from runtime.train.exchange import Way
-from runtime.train.head import Head
+from runtime.train.head import TrainingHead
 from runtime.train.parameters import Parameter, Reader
 from runtime.weights.checkpoint import Checkpoint, RandomWeights
 from tuner.plan.plan import Round
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoundInputs:
+class TrainingRound:
     """A round made ready for all layers."""
 
     spans: tuple[Span, ...]
@@ -48,17 +48,17 @@ class _Layer:
 
 
 @dataclass(slots=True)
-class Kept:
+class KeptRound:
     """What a round leaves for its backward."""
 
-    inputs: RoundInputs
+    inputs: TrainingRound
     entered: torch.Tensor  # the stage's input, a leaf
     caches: Sequence[LayerCache]
     output: torch.Tensor | None  # None where the round is recomputed
     outer: torch.Tensor | None = field(default=None)  # the output's gradient, where the stage has the loss
 
 
-class Stage:
+class TrainingStage:
     """Layers of one rank, and the ends of the model that it holds.
 
     A model whose weights stay as they are (a teacher) is a stage whose parameters keep no gradients.
@@ -122,10 +122,10 @@ class Stage:
         return self.shape.head.parts[0].tensor == self.shape.embedding.parts[0].tensor
 
     @property
-    def head(self) -> Head:
+    def head(self) -> TrainingHead:
         """The rank's part of the output matrix, on the last stage."""
         assert self.head_matrix is not None
-        return Head(weight=self.head_matrix.weight, first_id=self._head_rows.start, group=self.group)
+        return TrainingHead(weight=self.head_matrix.weight, first_id=self._head_rows.start, group=self.group)
 
     @property
     def _head_rows(self) -> slice:
@@ -185,12 +185,12 @@ class Stage:
         like = torch.empty(0, device=self.device, dtype=self.dtype)
         return [LayerCache.empty(num_rows, layer.block.kv_heads, layer.block.head_dim, like) for layer in self.layers]
 
-    def round_inputs(self, chunks: Round, starts: Sequence[int]) -> RoundInputs:
+    def round_inputs(self, chunks: Round, starts: Sequence[int]) -> TrainingRound:
         """A round of a plan; starts: each request's first row in the caches."""
         spans = make_spans([(starts[chunk.request], chunk.start, chunk.tokens) for chunk in chunks])
         positions = torch.cat([torch.arange(chunk.start, chunk.end, device=self.device) for chunk in chunks])
         rotation = self.rotary(positions, self.dtype)[WHOLE_HEADS]
-        return RoundInputs(
+        return TrainingRound(
             spans=spans,
             rotation=rotation,
             num_rows=sum(chunk.tokens for chunk in chunks),
@@ -201,16 +201,16 @@ class Stage:
         assert self.embedding is not None
         return F.embedding(token_ids, self.embedding.weight)
 
-    def forward(self, entered: torch.Tensor, inputs: RoundInputs, caches: Sequence[LayerCache]) -> Kept:
+    def forward(self, entered: torch.Tensor, inputs: TrainingRound, caches: Sequence[LayerCache]) -> KeptRound:
         """Run a round: the stage's input [T, hidden] -> what its backward needs, with the output."""
         if self.recompute is Recompute.ROUND:
             with torch.no_grad():
                 output = self.run(entered, inputs, caches)
         else:
             output = self.run(entered, inputs, caches)
-        return Kept(inputs, entered, caches, output)
+        return KeptRound(inputs, entered, caches, output)
 
-    def run(self, hidden: torch.Tensor, inputs: RoundInputs, caches: Sequence[LayerCache]) -> torch.Tensor:
+    def run(self, hidden: torch.Tensor, inputs: TrainingRound, caches: Sequence[LayerCache]) -> torch.Tensor:
         """Through all layers, and the last norm on the last stage: [T, hidden] -> [T, hidden]."""
         keeps = self.recompute in (Recompute.NONE, Recompute.ROUND) or not torch.is_grad_enabled()
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -229,11 +229,11 @@ class Stage:
             hidden = F.rms_norm(hidden, weight.shape, weight, self.shape.norm_eps)
         return hidden
 
-    def _run_layer(self, hidden: torch.Tensor, layer: _Layer, inputs: RoundInputs, view: CacheView) -> torch.Tensor:
+    def _run_layer(self, hidden: torch.Tensor, layer: _Layer, inputs: TrainingRound, view: CacheView) -> torch.Tensor:
         q, k, v = self.halves.before(layer.block, hidden, inputs.rotation, layer.weights)
         return self.halves.after(layer.block, hidden, attend(q, k, v, view), layer.weights)
 
-    def backward(self, kept: Kept, outer: torch.Tensor) -> torch.Tensor | None:
+    def backward(self, kept: KeptRound, outer: torch.Tensor) -> torch.Tensor | None:
         """outer: the gradient of the round's output [T, hidden] -> that of its input, where a stage is before."""
         output = kept.output
         if self.recompute is Recompute.ROUND:

@@ -17,9 +17,9 @@ from profiler.model.flops import prefill_flops
 from profiler.sequence.kind import SPKind
 from runtime.run.preparation import check_layout, model_shape
 from runtime.run.prompts import TokenIds
-from runtime.train.data import Stream
+from runtime.train.data import TokenStream
 from runtime.train.rank import StepRecord, Teacher, TrainJob, train_rank
-from runtime.train.recipe import Recipe
+from runtime.train.recipe import TrainingRecipe
 from runtime.train.saving import latest, read_notes, take_model
 from runtime.weights.quantized import check_checkpoint
 from tuner.plan.plan import Parallel, Plan
@@ -65,7 +65,7 @@ class TrainResult:
 
 def train(
     plan: Plan,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     *,
     weights: Path | None,
     sequences: Sequence[TokenIds],
@@ -105,7 +105,7 @@ def train(
         requests=plan.requests,
         rounds=plan.rounds,
         recipe=recipe,
-        stream=Stream.of(sequences, plan.requests, seed=recipe.seed),
+        stream=TokenStream.of(sequences, plan.requests, seed=recipe.seed),
         state=state.absolute(),
         resume=resume,
         teacher=_teacher(teacher, shape, plan.parallel) if teacher is not None else None,
@@ -168,7 +168,7 @@ def _teacher(folder: Path, shape: ModelShape, parallel: Parallel) -> Teacher:
     return Teacher(shape=found, weights=folder, parallel=replace(parallel, layer_partition=partition))
 
 
-def _check_resumable(folder: Path, recipe: Recipe, parallel: Parallel) -> None:
+def _check_resumable(folder: Path, recipe: TrainingRecipe, parallel: Parallel) -> None:
     notes = read_notes(folder)
     changed = recipe.differs(notes["recipe"])
     if changed is not None:

@@ -35,7 +35,7 @@ class WeightIndex:
                 raise UserError(f"weight_map.{name}", file, "must be the name of a file in the folder")
 
 
-class Weights(Protocol):
+class WeightSource(Protocol):
     """A source of a rank's weights."""
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
@@ -60,22 +60,22 @@ class Checkpoint:
         self._open: dict[str, Any] = {}
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
-        """See `Weights`. Raises `UserError` when the checkpoint has no such tensor."""
+        """See `WeightSource`. Raises `UserError` when the checkpoint has no such tensor."""
         part = self._slice(name)
         tensor: torch.Tensor = part[rows] if len(part.get_shape()) == 1 else part[rows, columns]
         # The file is mapped: without a copy, a slice would keep its pages and their layout.
         return tensor.to(device=self.device, dtype=self.dtype).contiguous()
 
     def stored(self, name: str, rows: slice = ALL, columns: slice = ALL) -> QuantizedWeight | None:
-        """See `Weights`: none is."""
+        """See `WeightSource`: none is."""
         return None
 
     def input_range(self, name: str) -> tuple[float, float]:
-        """See `Weights`: there is none."""
+        """See `WeightSource`: there is none."""
         raise UserError(f"{name}.input_scale", "missing", f"must be in the weights at {self.folder}")
 
     def kv_scales(self, layers: Sequence[int]) -> list[tuple[float, float]] | None:
-        """See `Weights`: there are none."""
+        """See `WeightSource`: there are none."""
         return None
 
     def raw(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
@@ -123,7 +123,7 @@ class RandomWeights:
         self.shapes, self.device, self.dtype = shape.tensors(), device, dtype
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
-        """See `Weights`."""
+        """See `WeightSource`."""
         sizes = self.shapes[name]
         cuts = (rows, columns, *(ALL for _ in sizes[2:]))
         size = tuple(len(range(*part.indices(length))) for part, length in zip(cuts, sizes, strict=False))
@@ -134,15 +134,15 @@ class RandomWeights:
         return tensor.normal_(std=RANDOM_STD, generator=generator)
 
     def stored(self, name: str, rows: slice = ALL, columns: slice = ALL) -> QuantizedWeight | None:
-        """See `Weights`: none is."""
+        """See `WeightSource`: none is."""
         return None
 
     def input_range(self, name: str) -> tuple[float, float]:
-        """See `Weights`: one that normal data fill most of, in either format."""
+        """See `WeightSource`: one that normal data fill most of, in either format."""
         return RANDOM_RANGE / 127.0, 0.0
 
     def kv_scales(self, layers: Sequence[int]) -> list[tuple[float, float]] | None:
-        """See `Weights`: there are none."""
+        """See `WeightSource`: there are none."""
         return None
 
 

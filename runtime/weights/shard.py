@@ -25,7 +25,7 @@ from profiler.model.shape import layer_prefix
 from profiler.model.spec import ROUTER
 from profiler.model.tensors import Cut, Folding, LinearSpec, NormSpec, Slice
 from runtime.job.place import Place
-from runtime.weights.checkpoint import Weights
+from runtime.weights.checkpoint import WeightSource
 from runtime.weights.gathered import GatheredWeights
 from tuner.plan.plan import Weights as WeightsPlace
 
@@ -40,7 +40,7 @@ class Shard:
     head: Head | None  # a slice of the vocabulary
 
 
-def load_shard(shape: ModelShape, place: Place, weights: Weights, groups: Groups, precision: Precision) -> Shard:
+def load_shard(shape: ModelShape, place: Place, weights: WeightSource, groups: Groups, precision: Precision) -> Shard:
     """Read this rank's slices, no others."""
     reader = _Reader(weights, precision, place.tp_rank, place.parallel.tp_size, place.sp_rank)
     is_gathered = place.parallel.weights is WeightsPlace.GATHERED
@@ -67,7 +67,7 @@ def folded(numbers: torch.Tensor, folding: Folding) -> torch.Tensor:
 class _Reader:
     """Reads a rank's part of what specs describe; `prefix` stands before the names of a layer's tensors."""
 
-    weights: Weights
+    weights: WeightSource
     precision: Precision
     tp_rank: int
     tp_size: int

@@ -11,7 +11,7 @@ from service.reasons.precision import PrecisionStep
 from service.reasons.recommendation import gap_in_words
 from service.reasons.words import explanation_in_words, refusals_in_words
 from service.use_cases.tune_report import TuneReport, classes_json, replay_json
-from tuner.fit.uncertainty import widened
+from tuner.fit.uncertainty import widened_uncertainty
 from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 
@@ -238,6 +238,8 @@ def _print_layouts(report: TuneReport) -> None:
         if candidate.assumed:
             assumed = ", ".join(map(str, candidate.assumed))
             print(wrapped(f"Not measured, estimated from the topology's links: {assumed}, in {candidate.layout}."))
+        if candidate.alike:
+            print(wrapped(f"Not measured, taken to be alike: {'; '.join(candidate.alike)}, in {candidate.layout}."))
     refusals = refusals_in_words(report.candidates)
     for line in refusals[:MOST_NAMED]:
         print(wrapped(line))
@@ -266,7 +268,7 @@ def _candidate_row(report: TuneReport, candidate: Candidate, *, several: bool) -
     planned, recommended = candidate.rounds, report.recommendation
     assert planned is not None
     evaluation, name = planned.evaluation, str(candidate.layout)
-    width = widened(candidate.uncertainty(report.held_out), recommended.share_missing)
+    width = widened_uncertainty(candidate.uncertainty(report.held_out), recommended.share_missing)
     return [
         name, planned.makespan_s, round(100 * width, 1), "close" if name in recommended.close else "",
         100 * evaluation.bubble_share, candidate.peak_memory_bytes / 2**30, len(planned.rounds),

@@ -20,7 +20,7 @@ from db.files.json_text import key_path
 MEDIA_TYPE = "application/problem+json"
 
 
-class Problem(BaseModel):
+class ProblemDetails(BaseModel):
     """What went wrong, as RFC 9457 tells it; `field`, `value` and `allowed` where a value was at fault."""
 
     type: str = "about:blank"
@@ -33,7 +33,7 @@ class Problem(BaseModel):
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    code: {"model": Problem, "description": HTTPStatus(code).phrase, "content": {MEDIA_TYPE: {}}}
+    code: {"model": ProblemDetails, "description": HTTPStatus(code).phrase, "content": {MEDIA_TYPE: {}}}
     for code in (400, 401, 403, 404, 408, 413, 422, 429, 503)
 }
 

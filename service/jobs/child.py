@@ -24,7 +24,7 @@ _MOST_RESULT_BYTES = 8 << 20
 _MOST_TOLD = 4000
 
 
-class Told:
+class RememberedText:
     """A stream of text that remembers what was written to it last."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -48,7 +48,7 @@ class Told:
 def main(arguments: list[str]) -> int:
     """Run the command line and keep the end of its job -> the exit code."""
     sys.argv[1:] = arguments
-    told = Told(sys.stderr)
+    told = RememberedText(sys.stderr)
     sys.stderr = told
     code = 0
     try:

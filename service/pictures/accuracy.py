@@ -12,7 +12,7 @@ MOST_DOTS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class AccuracyPair:
     """One prediction with its measurement; pairs of one group have one colour."""
 
     group: str
@@ -21,7 +21,7 @@ class Pair:
     name: str
 
 
-def accuracy_panel(pairs: Sequence[Pair], what: str) -> list[Panel]:
+def accuracy_panel(pairs: Sequence[AccuracyPair], what: str) -> list[Panel]:
     """One panel in milliseconds, none without pairs. what: the noun for the pairs, in the title."""
     if not pairs:
         return []

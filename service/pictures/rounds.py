@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from db.rows.runs import RoundTime
 from runtime.run.prediction import read_prediction
-from service.pictures.accuracy import Pair, accuracy_panel
+from service.pictures.accuracy import AccuracyPair, accuracy_panel
 from service.pictures.svg import Panel
 from service.pictures.timeline import Bars, timeline_panel
 from tuner.plan.plan import Plan
@@ -33,7 +33,7 @@ def run_panels(plan: Plan, rounds: Sequence[RoundTime]) -> list[Panel]:
     end_s = max([finish for *_, finish in bars] + ([] if timeline is None else [timeline.makespan_s]))
     measured = timeline_panel(plan, Bars("Measured", bars, end_s))
     pairs = [
-        Pair(f"stage {one.stage}", one.predicted_s, one.finish_s - one.start_s, f"round {one.round}")
+        AccuracyPair(f"stage {one.stage}", one.predicted_s, one.finish_s - one.start_s, f"round {one.round}")
         for one in rounds
         if one.predicted_s is not None
     ]

@@ -14,7 +14,7 @@ from db.store.engine import Database
 from profiler.hardware.datasheet import published_peak_flops
 from profiler.model import PRECISIONS
 from runtime.run.preparation import model_shape
-from service.pictures.accuracy import Pair, accuracy_panel
+from service.pictures.accuracy import AccuracyPair, accuracy_panel
 from service.pictures.rounds import predicted_panels, run_panels
 from service.pictures.svg import document
 from service.reasons.recommendation import gap_in_words, layout_in_words
@@ -133,7 +133,7 @@ def _reached(hardware: Hardware, rows: Sequence[Measurement], dtype: str) -> lis
 def _plans_and_runs(database: Database, hardware: Hardware) -> list[Section]:
     runs = [run for run in list_runs(database, hardware=hardware, status=RunStatus.DONE) if run.predicted_makespan_s]
     pairs = [
-        Pair("this hardware", run.predicted_makespan_s, run.makespan_s, f"run {run.id}")
+        AccuracyPair("this hardware", run.predicted_makespan_s, run.makespan_s, f"run {run.id}")
         for run in runs
         if run.predicted_makespan_s is not None and run.makespan_s is not None
     ]

@@ -33,11 +33,11 @@ from service.use_cases.options import chosen, flag_of
 from service.use_cases.tune_options import TuneOptions, next_command
 from service.use_cases.tune_report import TuneReport
 from tuner.fit.correction import PlansRun, fit_correction, load_measured_rounds
-from tuner.fit.coverage import coverage
+from tuner.fit.coverage import plan_coverage
 from tuner.fit.holdout import held_out_errors
 from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork, Rows
-from tuner.fit.uncertainty import share_missing, widened
+from tuner.fit.uncertainty import share_missing, widened_uncertainty
 from tuner.fit.whole.costs import Costs, fit_whole_costs, whole_held_out
 from tuner.plan.layout import ANY, Layout, Pins, check_experts_fit, check_precision_fits, enumerate_layouts, layout_of
 from tuner.plan.plan import Request
@@ -71,7 +71,6 @@ def tune_model(
     world_size = options.world_size or (topology.num_cards if topology and pins == ANY else pins.num_ranks)
     if topology is not None:
         topology.check_world(world_size)
-    layouts = enumerate_layouts(shape, world_size, pins)
     with open_database(options.db_url) as database:
         hardware = _hardware(database, options, world_size)
         device_type = hardware.device_type
@@ -80,6 +79,7 @@ def tune_model(
         if shape.backend is Backend.OWN and options.backend == "auto":
             on_device = load_model_shape(options.model, backend=options.backend, device_type=device_type)
             shape = on_device if on_device.backend is not Backend.OWN else shape
+        layouts = enumerate_layouts(shape, world_size, pins)
         target = Target(
             shape=shape,
             dtype=dtype or default_dtype(shape, device_type),
@@ -98,10 +98,14 @@ def tune_model(
         if not rows:
             allowed = f"measure them first: isochunk profile {options.model} --world-size {world_size} --dtype {timed}"
             raise UserError("measurements", f"none in {timed} on {hardware.device}", allowed)
-        links = Links(Rows(rows), topology)
+        num_cards = hardware.device_count if device_type == "cuda" else None
+        links = Links(Rows(rows), topology, num_cards=num_cards)
         fit = _fitter(database, hardware, target, links, correct=options.correct)
         candidates = search_layouts(target, layouts, rules, fit)
-        candidates = [replace(one, assumed=links.assumed(one.layout)) if one.rounds else one for one in candidates]
+        candidates = [
+            replace(one, assumed=links.assumed(one.layout), alike=links.alike(one.layout)) if one.rounds else one
+            for one in candidates
+        ]
         precisions = _other_precisions(database, hardware, target, candidates[0].layout)
         report = _report(target, candidates, rules, hardware, rows, options, precisions)
         why = explain(target, report.candidates, rules, with_map=options.plot is not None)
@@ -302,8 +306,8 @@ def _report(
     work, layout = best.layout_costs.work, best.layout
     errors_of = held_out_errors if target.shape.backend is Backend.OWN else whole_held_out
     held_out = errors_of(rows, work, busy_ranks=layout.world_size)
-    covered = coverage(rows, work, layout, best.rounds.rounds, device_type=target.device_type)
-    width = widened(best.uncertainty(held_out), share_missing(covered))
+    covered = plan_coverage(rows, work, layout, best.rounds.rounds, device_type=target.device_type)
+    width = widened_uncertainty(best.uncertainty(held_out), share_missing(covered))
     plan = with_kinds(to_plan(target, best, rules, uncertainty=width), best)
     assert plan.predicted is not None
     plan = replace(

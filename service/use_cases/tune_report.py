@@ -176,6 +176,7 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "refusal": candidate.refusal,
         "extrapolates": candidate.extrapolates,
         "assumed": [str(group) for group in candidate.assumed],
+        "alike": list(candidate.alike),
         "memory_bytes": candidate.peak_memory_bytes,
         "bound_by_memory": candidate.is_bound_by_memory,
         "memory_limits": _limits_json(candidate),

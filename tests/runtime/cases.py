@@ -11,7 +11,7 @@ import torch
 from profiler.comm.links.group import Groups, RankGroup
 from profiler.kernels.attention import available_kernels
 from profiler.model import load_model_shape
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from tuner.plan.attention_kernels import AttentionKernels
 from tuner.plan.plan import Chunk, Parallel, Plan, Request, Round
 
@@ -47,7 +47,7 @@ def prompts(*lengths: int, vocab_size: int = 211) -> tuple[tuple[int, ...], ...]
     return tuple(tuple(source.choices(range(vocab_size), k=length)) for length in lengths)
 
 
-def make_job(weights: Path, *, tp_size: int = 1, pp_size: int = 2, **fields: Any) -> Job:
+def make_job(weights: Path, *, tp_size: int = 1, pp_size: int = 2, **fields: Any) -> RunJob:
     defaults: dict[str, Any] = {
         "shape": load_model_shape(str(weights)),
         "parallel": Parallel(tp_size=tp_size, pp_size=pp_size, layer_partition=PARTITIONS[pp_size]),
@@ -61,7 +61,7 @@ def make_job(weights: Path, *, tp_size: int = 1, pp_size: int = 2, **fields: Any
         "repeat": 1,
         "kernels": AttentionKernels(usual=CPU_KERNEL),
     }
-    return Job(**defaults | fields)
+    return RunJob(**defaults | fields)
 
 
 def make_plan(weights: Path, *, tp_size: int = 1, pp_size: int = 2, **fields: Any) -> Plan:

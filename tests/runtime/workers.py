@@ -9,19 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 from profiler.comm.ranks.rank import RankContext
-from runtime.job.job import Job, RankReport
+from runtime.job.job import RankReport, RunJob
 from runtime.run.rank import run_jobs
 
 
-def raise_in_round_two(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
+def raise_in_round_two(context: RankContext, jobs: Sequence[RunJob]) -> list[RankReport]:
     return run_jobs(_failing(context, _raise), jobs)
 
 
-def die_in_round_two(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
+def die_in_round_two(context: RankContext, jobs: Sequence[RunJob]) -> list[RankReport]:
     return run_jobs(_failing(context, _die), jobs)
 
 
-def raise_in_the_second_plan(context: RankContext, jobs: Sequence[Job]) -> list[RankReport]:
+def raise_in_the_second_plan(context: RankContext, jobs: Sequence[RunJob]) -> list[RankReport]:
     return run_jobs(_failing(context, _raise, job=1), jobs)
 
 

@@ -12,6 +12,9 @@ import pytest
 from db.rows.measurements import Measurement, save_measurements
 from db.store.engine import open_database
 from profiler.kernels.attention_kernel import AttentionKernel
+from profiler.measure.point_rows import row_of
+from profiler.measure.timing import Samples, summarize
+from profiler.model import load_model_shape
 from profiler.points.grid import Grid
 from profiler.points.point import Op
 from runtime.run.preparation import check_layout, model_shape
@@ -67,3 +70,24 @@ def test_a_mixture_is_planned_with_its_experts_cut_and_spread(tmp_path: Path) ->
     (most,), (least,) = (plan_memory(shape, one, max_new_tokens=1, device_type="cpu") for one in (spread, cut))
     expert = 3 * 256 * 128
     assert most.weights_bytes - least.weights_bytes == 2 * 4 * expert // 2  # five of nine in each layer against a half
+
+
+def test_layers_that_transformers_runs_on_cards_are_planned_over_stages_alone(tmp_path: Path) -> None:
+    """On a card such a mixture has no kernels here; what was measured on one machine stands for two."""
+    model = folder(tmp_path, CONFIG | {"num_hidden_layers": 5})
+    grid = Grid(
+        shape=load_model_shape(model, backend="transformers"), dtype="float32", tp_sizes=(1,), world_size=2,
+        context_length=4096, device_type="cuda", kernels=(AttentionKernel.SDPA,),
+    )  # fmt: skip
+    rows = [row_of(point, summarize(Samples([20.0 + 1e-6 * point.flops] * 3, [False] * 3))) for point in grid.points()]
+    url = f"sqlite:///{tmp_path / 'rows.db'}"
+    with open_database(url) as opened:
+        save_measurements(opened, replace(HARDWARE, backend="nccl", device_count=2), rows)
+    report = tune_json(model, "--world-size", "4", "--prompt-lens", "3000", "--dtype", "float32", "--db", url)
+    planned = [layout for layout in report["layouts"] if not layout["refusal"]]
+    assert {(layout["tp_size"], layout["virtual_stages"]) for layout in planned} == {(1, 1)}
+    (found,) = (layout["alike"] for layout in planned if layout["pp_size"] == 4)
+    assert found == [
+        "4 ranks at work, as 2",
+        "messages between hosts, as those of one with 2 cards (--topology tells more)",
+    ]

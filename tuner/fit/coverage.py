@@ -25,7 +25,7 @@ _PARTS = (Op.MATMUL, Op.ATTENTION, Op.ELEMENTWISE)
 _SIZE = {Op.MATMUL: "m", Op.ATTENTION: "chunk", Op.ELEMENTWISE: "tokens", **dict.fromkeys(COLLECTIVES, "bytes")}
 
 
-def coverage(
+def plan_coverage(
     rows: Sequence[Measurement], work: RankWork, layout: Layout, rounds: Sequence[Round], *, device_type: str
 ) -> list[Coverage]:
     """Points of the profile's own grid that lie near the rounds on this layout, by operation.

@@ -21,6 +21,7 @@ from tuner.fit.correction import Correction
 from tuner.fit.curve import Curve, Floats
 from tuner.fit.rank_skew import RankSkew
 from tuner.fit.rows import RankWork
+from tuner.fit.sequence.busiest import busiest_share
 from tuner.fit.sequence.cut_costs import CutCosts
 from tuner.fit.sequence.kinds import COSTS
 from tuner.fit.sequence.messages import layer_weight_bytes, row_bytes
@@ -297,7 +298,7 @@ class LayerCosts:
         if exchanged is not None:
             *others, experts = self.projections
             of_own_rows = others[-len(exchanged.linears) :]
-            sent = exchanged.sent_share
+            sent = busiest_share(exchanged)
             exchange = ExchangeParts(
                 experts_s=calibrated(experts),
                 own_rows_s=calibrated(lambda rows: _sum_s(of_own_rows, rows)),

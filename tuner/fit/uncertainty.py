@@ -50,7 +50,7 @@ def share_missing(found: Sequence[Coverage]) -> float:
     return sum(one.num_missing for one in found) / num_points if num_points else 0.0
 
 
-def widened(uncertainty: float, missing: float) -> float:
+def widened_uncertainty(uncertainty: float, missing: float) -> float:
     """The relative half-width of a prediction with such a share of its points missing: all of it where it is a guess.
 
     Few points leave few out, so that held-out errors alone would call them good.

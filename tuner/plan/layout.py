@@ -238,8 +238,11 @@ def _spreads(shape: ModelShape, layout: Layout, ep_sizes: Sequence[int]) -> Iter
     share the rows, where those are sent to them."""
     for ep_size in ep_sizes:
         yield replace(layout, ep_size=ep_size)
-    size, mixtures = layout.sequence_size, [layer.experts for layer in shape.layer_kinds if layer.experts]
-    if size > 1 and mixtures and all(mlp.experts.count >= size for mlp in mixtures):
+    size = layout.sequence_size
+    if size == 1:
+        return
+    mixtures = [layer.experts for layer in shape.layer_kinds if layer.experts]
+    if mixtures and all(mlp.experts.count >= size for mlp in mixtures):
         yield replace(layout, ep_size=size, dispatch=Dispatch.ALL_TO_ALL)
 
 

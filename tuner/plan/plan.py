@@ -186,7 +186,7 @@ class Parallel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Move:
+class WhatIf:
     """The predicted makespan if one kind of work was faster."""
 
     change: str
@@ -208,7 +208,7 @@ class Predicted:
     """Relative error to expect of makespan_s, from the fit's residuals."""
     round_kinds: Mapping[str, tuple[float, ...]] | None = None
     """Of each round by kind of work (`tuner.waterfall.steps.Kind`), seconds in the mean over the stages."""
-    moves: tuple[Move, ...] = ()
+    moves: tuple[WhatIf, ...] = ()
     """Changes that would shorten the makespan, the largest gain first."""
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class LayerGroup:
     """A group of layers on one stage, and what a round costs beside them."""
 
     layers: float
@@ -63,7 +63,7 @@ class LayerRounds:
         ]
         self._layer_s: Floats = np.min(in_each_cut, axis=0)  # [sizes, places]
 
-    def likely_makespan_s(self, group: Group, *, passes: int, bubbles: int, max_round_tokens: float) -> float:
+    def likely_makespan_s(self, group: LayerGroup, *, passes: int, bubbles: int, max_round_tokens: float) -> float:
         """The estimate where each stage holds `passes` such groups, and the longest round goes through `bubbles` of
         them while the pipeline fills and drains."""
         sizes = self._sizes[self._sizes <= max(max_round_tokens, self._sizes[0])]

@@ -30,7 +30,7 @@ MOST_KEPT = 1 << 16
 """Chunks and round sizes whose seconds are kept: sweeps meet most of them again."""
 
 
-class Kept(dict[Key, list[float]]):
+class StageSeconds(dict[Key, list[float]]):
     """Seconds on each table's stage, found when first asked for."""
 
     def __init__(self, find: Callable[[Key], list[float]]) -> None:
@@ -152,9 +152,9 @@ class Packer:
         self.slowest = max(self.tables, key=lambda table: table.tokens[-1] + table.base[-1])
         tables = self.tables
         self.finals_s = [table.stage.final_s for table in tables]
-        self.round_s = Kept[int](lambda tokens: [table.round_s(tokens) for table in tables])
+        self.round_s = StageSeconds[int](lambda tokens: [table.round_s(tokens) for table in tables])
         """Overhead and token-wise seconds by a round's tokens."""
-        self.chunk_s = Kept[tuple[int, int]](lambda chunk: [table.chunk_s(*chunk) for table in tables])
+        self.chunk_s = StageSeconds[tuple[int, int]](lambda chunk: [table.chunk_s(*chunk) for table in tables])
         """What a chunk adds beside, by its tokens and its context; what ends a prompt left out."""
 
     @classmethod

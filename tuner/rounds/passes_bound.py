@@ -50,7 +50,7 @@ TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class LinearBound:
     """before_weight X + after_weight Y + round_weight m + constant_s, which no makespan is below."""
 
     before_weight: float
@@ -90,7 +90,7 @@ class _Pipeline:
             for held in self.held
         ]
 
-    def lines(self, ratio: Floats) -> Iterator[Line]:
+    def lines(self, ratio: Floats) -> Iterator[LinearBound]:
         """Those of kind 2 from and to the ends of passes."""
         through = np.concatenate([[0.0], np.cumsum(ratio)])
         pp_size, num_groups = self.cost.pp_size, len(self.stages)
@@ -101,7 +101,7 @@ class _Pipeline:
                     continue
                 before = float(sum(ratio[g] for g in self.held[self.stages[a]] if g <= a))
                 after = float(sum(ratio[g] for g in self.held[self.stages[b]] if g >= b))
-                yield Line(
+                yield LinearBound(
                     before_weight=before,
                     after_weight=after,
                     round_weight=before - ratio[a] + float(through[b + 1] - through[a]) + after - ratio[b],
@@ -111,7 +111,7 @@ class _Pipeline:
                 )
 
 
-def _balanced(lines: list[Line]) -> Iterator[tuple[float, float, float]]:
+def _balanced(lines: list[LinearBound]) -> Iterator[tuple[float, float, float]]:
     """(A, B, constant) of lines, and of two together, in which X and Y weigh the same."""
     for one in lines:
         for other in lines:

@@ -39,7 +39,7 @@ from tuner.plan.layout import Layout
 from tuner.plan.plan import Request
 from tuner.plan.stage_cost import Floats
 from tuner.plan.stage_order import StageOrder
-from tuner.rounds.estimate import Group, LayerRounds
+from tuner.rounds.estimate import LayerGroup, LayerRounds
 from tuner.rounds.problem import check_chunk_multiple
 from tuner.rounds.relaxation import Envelope, Work, envelopes
 from tuner.rounds.uneven import least_ratio
@@ -108,7 +108,7 @@ class LayerFloor:
         """An estimate of the least makespan of so many layers, that of a loop and of V order alike."""
         asked = (num_layers, virtual_stages, max_round_tokens)
         if asked not in self._likely_s:
-            group = Group(
+            group = LayerGroup(
                 layers=least_fullest(self.ratios, num_layers) / virtual_stages,
                 round_s=self.group_s,
                 chunk_s=self.chunk_s,

@@ -29,7 +29,7 @@ from tuner.search.floors import Batch, Floors, LayoutFloor
 from tuner.search.links import Assumed
 from tuner.search.partition import BuildCost, balanced_partition, choose_partition, even_partition
 from tuner.search.rules import Rules
-from tuner.search.target import Room, Target, gathered, least_memory_refusal, parallel_of
+from tuner.search.target import Room, Target, least_memory_refusal, parallel_of, with_gathered_weights
 from tuner.workload.objective import Objective
 
 NEAR_SKETCH, NEAR_DRAFT = 1.025, 1.015
@@ -67,6 +67,8 @@ class Candidate:
     """Of rounds, where memory sets them."""
     assumed: tuple[Assumed, ...] = ()
     """Messages whose times no rows tell."""
+    alike: tuple[str, ...] = ()
+    """In words, what was measured elsewhere and is taken to be alike."""
 
     @property
     def layout_costs(self) -> Costs:
@@ -113,7 +115,7 @@ class Candidate:
     def uncertainty(self, held_out: Sequence[HeldOutError]) -> float:
         """How far the prediction of the makespan may be off, as a share of it."""
         assert self.costs is not None
-        guessed = self.extrapolates or bool(self.assumed) or not self.is_near_layers
+        guessed = self.extrapolates or bool(self.assumed or self.alike) or not self.is_near_layers
         return makespan_uncertainty(held_out, self.costs.correction, extrapolates=guessed)
 
     @property
@@ -216,7 +218,7 @@ def search_layouts(
             candidates[index] = roomy = _sketched(target, roomy, rules, best)
             best = min(best, roomy.score(objective))
             families.add(roomy.layout.family)
-        if roomy.refusal and (layout := gathered(roomy.layout)):
+        if roomy.refusal and (layout := with_gathered_weights(roomy.layout)):
             candidates[index] = shared = fitted(layout)
             if shared.costs is not None:
                 wait(index)
@@ -266,7 +268,7 @@ def _fitted(layout: Layout, memory_refusal_of: Callable[[Layout], str | None], f
     Weights that do not fit whole are gathered where ranks share them.
     """
     refusal = layout.refusal or memory_refusal_of(layout)
-    if refusal and not layout.refusal and (shared := gathered(layout)):
+    if refusal and not layout.refusal and (shared := with_gathered_weights(layout)):
         return _fitted(shared, memory_refusal_of, fit_layout)
     if refusal:
         return Candidate(layout=layout, refusal=refusal)

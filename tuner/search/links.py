@@ -66,6 +66,8 @@ class Links:
 
     rows: Rows
     topology: Topology | None
+    num_cards: int | None = None
+    """Of the hardware that was measured; None: its ranks are no cards."""
     _measured: frozenset[tuple[str, int]] = field(init=False, repr=False, compare=False)
     _most_busy: int = field(init=False, repr=False, compare=False)
 
@@ -96,6 +98,18 @@ class Links:
         if passes_on and (hosts > 1 or (Op.SEND_RECV, 2) not in self._measured):
             found.append(Assumed(2, 0, hosts))
         return tuple(dict.fromkeys(found))
+
+    def alike(self, layout: Layout) -> tuple[str, ...]:
+        """In words, what no row tells and is taken to be as it was measured elsewhere."""
+        found = []
+        if layout.world_size > self._most_busy:
+            found.append(f"{layout.world_size} ranks at work, as {self._most_busy}")
+        if self._leaves_machine(layout):
+            found.append(f"messages between hosts, as those of one with {self.num_cards} cards (--topology tells more)")
+        return tuple(found)
+
+    def _leaves_machine(self, layout: Layout) -> bool:
+        return self.topology is None and self.num_cards is not None and layout.world_size > self.num_cards
 
     def leaves_host(self, layout: Layout) -> bool:
         """Whether ranks that share rows stand on several hosts, as far as a topology says."""

@@ -230,7 +230,7 @@ def least_memory_refusal(target: Target, layout: Layout, given: Limits, chunk_mu
     return room.refusal(given)
 
 
-def gathered(layout: Layout) -> Layout | None:
+def with_gathered_weights(layout: Layout) -> Layout | None:
     """The layout with weights cut over the ranks of a sequence-parallel group, where these held them whole."""
     whole = layout.sp_size > 1 and layout.weights is Weights.WHOLE
     return replace(layout, weights=Weights.GATHERED) if whole else None

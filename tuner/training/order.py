@@ -36,7 +36,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class TrainingTask:
     """A unit run forward or backward."""
 
     unit: Unit
@@ -69,7 +69,7 @@ def _batches(rounds: Sequence[Round]) -> list[int]:
     return groups
 
 
-def stage_tasks(units: Sequence[Unit], *, stage: int, pp_size: int, order: Order) -> Iterator[Task]:
+def stage_tasks(units: Sequence[Unit], *, stage: int, pp_size: int, order: Order) -> Iterator[TrainingTask]:
     """The tasks of a stage. Batches run backward in turn, the rounds of each from its last to its first.
 
     `1f1b` follows Seq1F1B (Sun et al., 2024): before its i-th backward a stage has run as many rounds forward as the
@@ -84,9 +84,9 @@ def stage_tasks(units: Sequence[Unit], *, stage: int, pp_size: int, order: Order
         if order is Order.ONE_EACH:
             needed = min(needed, max(ends[unit.batch], position + longest) + pp_size - 1 - stage)
         while done < needed:
-            yield Task(units[done], is_backward=False)
+            yield TrainingTask(units[done], is_backward=False)
             done += 1
-        yield Task(unit, is_backward=True)
+        yield TrainingTask(unit, is_backward=True)
 
 
 def most_kept(units: Sequence[Unit], *, stage: int, pp_size: int, order: Order) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuner.plan.cost_model import CostModel
-from tuner.training.order import Recompute, Task, stage_tasks
+from tuner.training.order import Recompute, TrainingTask, stage_tasks
 from tuner.training.work import StepWork
 
 # Products of a backward for each of a forward: two for the gradients of both operands; attention has two products
@@ -14,7 +14,7 @@ PRODUCTS_BACKWARD, ATTENTION_BACKWARD = 2.0, 2.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class PredictedStep:
     """A step by the cost model."""
 
     seconds: float
@@ -48,13 +48,13 @@ class _Seconds:
     hop: list[float]
 
 
-def predict_step(work: StepWork, cost: CostModel, *, ends: Ends = NO_ENDS) -> Step:
+def predict_step(work: StepWork, cost: CostModel, *, ends: Ends = NO_ENDS) -> PredictedStep:
     """Run the step's tasks by the cost model of its forward rounds."""
     if cost.pp_size != work.parallel.pp_size:
         cost = cost.for_pp_size(work.parallel.pp_size)
     seconds = _seconds(work, cost, ends)
     makespan, busy = _simulate(work, seconds)
-    return Step(
+    return PredictedStep(
         seconds=makespan + ends.update_s,
         lower_bound_s=_bound(work, seconds) + ends.update_s,
         bubble_share=1.0 - sum(busy) / (makespan * len(busy)),
@@ -115,7 +115,7 @@ def _simulate(work: StepWork, seconds: _Seconds) -> tuple[float, list[float]]:
 
 
 def _ready(
-    task: Task, stage: int, count: int, ends: dict[tuple[int, bool, int], float], seconds: _Seconds
+    task: TrainingTask, stage: int, count: int, ends: dict[tuple[int, bool, int], float], seconds: _Seconds
 ) -> float | None:
     """When what a task takes in has arrived; None where it has not been made."""
     before = stage + 1 if task.is_backward else stage - 1

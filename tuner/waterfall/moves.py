@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tuner.fit.curve import Curve
 from tuner.fit.whole.costs import Costs, WholeCosts
-from tuner.plan.plan import Move
+from tuner.plan.plan import WhatIf
 from tuner.rounds.problem import NO_LIMITS, arrive_over_time
 from tuner.rounds.schedule import evaluate
 from tuner.search.layouts import Candidate
@@ -32,7 +32,7 @@ def moves(
     *,
     rivals: list[Candidate] | None = None,
     precisions: Mapping[str, Costs] | None = None,
-) -> tuple[Move, ...]:
+) -> tuple[WhatIf, ...]:
     """What would make the plan's makespan least; of requests that arrive over time nothing.
 
     First what the one who runs it can change, then what faster kernels would bring, each by its gain.
@@ -43,14 +43,14 @@ def moves(
         return ()
     base_s = candidate.rounds.makespan_s
     found = [
-        Move(change=change, makespan_s=_planned_s(target, candidate, costs, its_rules))
+        WhatIf(change=change, makespan_s=_planned_s(target, candidate, costs, its_rules))
         for change, costs, its_rules in _changes(candidate, rules, precisions or {})
     ]
     others = [one for one in rivals or () if one.rounds is not None and not one.refusal]
     if others:
         best = min(others, key=lambda one: one.rounds.makespan_s if one.rounds else base_s)
         assert best.rounds is not None
-        found.append(Move(change=f"the layout {best.layout}", makespan_s=best.rounds.makespan_s))
+        found.append(WhatIf(change=f"the layout {best.layout}", makespan_s=best.rounds.makespan_s))
     gains = [move for move in found if move.makespan_s < (1.0 - LEAST_GAIN) * base_s]
     return tuple(sorted(gains, key=lambda move: (move.change in KERNELS, move.makespan_s)))
 

@@ -48,7 +48,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class WaterfallStep:
     """Seconds that one thing adds."""
 
     name: str
@@ -59,7 +59,7 @@ class Step:
 class Waterfall:
     """Steps that add up to the makespan, the first at the chip's peak."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[WaterfallStep, ...]
     makespan_s: float
 
     def seconds_of(self, name: str) -> float:
@@ -90,20 +90,25 @@ def waterfall(
     flops = flops_of_rounds(shape, plan)
     ideal_s = {kind: values / (peak_flops * plan.parallel.world_size) for kind, values in flops.items()}
     by_kind = _seconds_by_kind(plan, stage_s, flops)
-    steps = [Step(PEAK, float(sum(values.sum() for values in ideal_s.values())))]
+    steps = [WaterfallStep(PEAK, float(sum(values.sum() for values in ideal_s.values())))]
     tokens = np.array([sum(chunk.tokens for chunk in chunks) for chunks in plan.rounds])
     for kind, seconds in by_kind.items():
         lost = seconds / slowdown - ideal_s.get(kind, np.zeros_like(seconds))
         if kind in ideal_s and kind is not Kind.ENDS:
-            steps += [Step(f"{kind} below peak, {words}", float(lost[rows].sum())) for words, rows in _by_size(tokens)]
+            steps += [
+                WaterfallStep(f"{kind} below peak, {words}", float(lost[rows].sum()))
+                for words, rows in _by_size(tokens)
+            ]
         else:
-            steps.append(Step("collectives not hidden" if kind is Kind.COLLECTIVES else kind, float(lost.sum())))
-    steps.append(Step(DRIFT, float(stage_s.sum()) * (1.0 - 1.0 / slowdown)))
+            steps.append(
+                WaterfallStep("collectives not hidden" if kind is Kind.COLLECTIVES else kind, float(lost.sum()))
+            )
+    steps.append(WaterfallStep(DRIFT, float(stage_s.sum()) * (1.0 - 1.0 / slowdown)))
     steps += _pipeline_steps(plan, round_s, makespan_s)
     return Waterfall(steps=tuple(step for step in steps if step.seconds), makespan_s=makespan_s)
 
 
-class RoundTime(Protocol):
+class TimedRound(Protocol):
     """When a round ran in a group of layers, and how long it should have run."""
 
     @property
@@ -130,7 +135,7 @@ class RoundTime(Protocol):
 def waterfalls(
     plan: Plan,
     shape: ModelShape,
-    rounds: Iterable[RoundTime],
+    rounds: Iterable[TimedRound],
     makespan_s: float,
     predicted_s: float | None,
     *,
@@ -193,7 +198,7 @@ def _by_size(tokens: Ints) -> Iterable[tuple[str, Ints]]:
             yield f"rounds of {least} {most}", rows
 
 
-def _pipeline_steps(plan: Plan, round_s: Floats, makespan_s: float) -> list[Step]:
+def _pipeline_steps(plan: Plan, round_s: Floats, makespan_s: float) -> list[WaterfallStep]:
     """What waiting adds to the mean work of a stage."""
     parallel = plan.parallel
     num_rounds, num_groups = round_s.shape
@@ -225,7 +230,7 @@ def _pipeline_steps(plan: Plan, round_s: Floats, makespan_s: float) -> list[Step
     reached.append(run(round_s, window=plan.window, hops=True) if arrivals.any() else makespan_s)
     reached.append(makespan_s)
     return [
-        Step(name, after - before) for name, (before, after) in zip(PIPELINE, pairwise(reached), strict=True)
+        WaterfallStep(name, after - before) for name, (before, after) in zip(PIPELINE, pairwise(reached), strict=True)
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from profiler.comm.links.buffers import STAGED
-from profiler.comm.links.group import Groups, Pair, RankGroup
+from profiler.comm.links.group import Groups, PeerPair, RankGroup
 from profiler.comm.links.link import (
     CollectiveInbound,
     CollectiveOutbound,
@@ -25,7 +25,7 @@ from profiler.comm.links.peer_memory import Lane, PeerMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Links:
+class RankLinks:
     """From and to other stages, by their index, and from the last stage to the first; None where there is none."""
 
     inbound: Mapping[int, Inbound]
@@ -52,7 +52,7 @@ class MessageSizes:
     gathered: int = 0
 
 
-def make_links(groups: Groups, sizes: MessageSizes, device: torch.device, dtype: torch.dtype) -> Links:
+def make_links(groups: Groups, sizes: MessageSizes, device: torch.device, dtype: torch.dtype) -> RankLinks:
     """Make the links of a rank; all ranks of a host call it together, whatever each of them needs."""
     sequence, members = groups.sequence, groups.sequence_ranks
     memory = None
@@ -75,7 +75,7 @@ def make_links(groups: Groups, sizes: MessageSizes, device: torch.device, dtype:
             sequence = PeerGatherGroup(sequence, members, memory, len(lanes) - len(members))
     size = (sizes.max_tokens, sizes.hidden_size)
 
-    def inbound_of(pair: Pair) -> Inbound:
+    def inbound_of(pair: PeerPair) -> Inbound:
         if pair.transport is Transport.PEER_MEMORY:
             assert memory is not None
             return PeerInbound(memory, pair.peer, HIDDEN[pair.source])
@@ -84,7 +84,7 @@ def make_links(groups: Groups, sizes: MessageSizes, device: torch.device, dtype:
             pair.group, pair.peer, max_tokens=size[0], hidden_size=size[1], device=device, dtype=dtype
         )
 
-    def outbound_of(pair: Pair) -> Outbound:
+    def outbound_of(pair: PeerPair) -> Outbound:
         if pair.transport is Transport.PEER_MEMORY:
             assert memory is not None
             staging = torch.empty(SLOTS, *size, device=device, dtype=dtype)
@@ -101,7 +101,7 @@ def make_links(groups: Groups, sizes: MessageSizes, device: torch.device, dtype:
         else:
             assert pair.group is not None
             back = CollectiveReturn(pair.group, pair.peer, device=device)
-    return Links(
+    return RankLinks(
         inbound={stage: inbound_of(pair) for stage, pair in groups.inbound.items()},
         outbound={stage: outbound_of(pair) for stage, pair in groups.outbound.items()},
         back=back,

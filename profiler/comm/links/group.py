@@ -118,7 +118,7 @@ def _waiting(work: dist.Work, result: torch.Tensor, sent: torch.Tensor) -> Calla
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class PeerPair:
     """Another rank, the transport to it, and the process group with it if the transport needs one."""
 
     peer: int
@@ -145,10 +145,10 @@ class Groups:
     tensor: RankGroup
     sequence: RankGroup
     sequence_ranks: tuple[int, ...]  # its members; only this rank where there is no group
-    inbound: Mapping[int, Pair]  # by the stage that hands on to this one
-    outbound: Mapping[int, Pair]  # by the stage that this one hands on to
+    inbound: Mapping[int, PeerPair]  # by the stage that hands on to this one
+    outbound: Mapping[int, PeerPair]  # by the stage that this one hands on to
     hand_offs: Sequence[tuple[int, int]]  # all directed links between stages, in the same order on all ranks
-    back: Pair | None  # on the first stage the last one, and the other way round
+    back: PeerPair | None  # on the first stage the last one, and the other way round
     everyone: dist.ProcessGroup  # all ranks, over gloo: barriers
     sharing: HostGroup | None  # the ranks whose memory this rank can write into
 
@@ -165,13 +165,13 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
             mine.append(group)
         return group
 
-    def pair_of(one: int, other: int, *, few_blocks: bool = False, source: int = 0) -> Pair | None:
+    def pair_of(one: int, other: int, *, few_blocks: bool = False, source: int = 0) -> PeerPair | None:
         transport = hosts.transport(one, other)
         by_group = transport is Transport.COLLECTIVE
         group = group_of((one, other), few_blocks=few_blocks) if by_group else None
         if rank not in (one, other):
             return None
-        return Pair(peer=other if rank == one else one, transport=transport, group=group, source=source)
+        return PeerPair(peer=other if rank == one else one, transport=transport, group=group, source=source)
 
     everyone = group_of(tuple(range(mesh.world_size)), backend="gloo")
     hosts = find_hosts(everyone, device)
@@ -188,7 +188,7 @@ def make_groups(mesh: Mesh, rank: int, device: torch.device) -> Iterator[Groups]
         group = group_of(ranks)
         if rank in ranks:
             sequence, sequence_ranks = group, ranks
-    inbound, outbound = dict[int, Pair](), dict[int, Pair]()
+    inbound, outbound = dict[int, PeerPair](), dict[int, PeerPair]()
     for first, second in mesh.boundaries():
         before, after = mesh.place(first)[0], mesh.place(second)[0]
         pair = pair_of(first, second, few_blocks=True, source=mesh.sources(after).index(before))

@@ -24,6 +24,8 @@ from profiler.comm.ranks.folder import RunFolder, read_whole, run_folder, sweep_
 from profiler.comm.ranks.mark import Mark, Progress
 from profiler.comm.ranks.stall import LEAST_LIMIT_S, Stall, find_stall, is_stopped
 
+PRELOADED = ("profiler.comm.ranks.fork_server", "profiler.comm.ranks.rank", "pydantic.type_adapter")
+"""What the fork server imports before it forks ranks, beside the module of their function."""
 _POLL_S = 0.1
 _STALL_POLL_S = 1.0
 _OTHERS_S = 0.3  # after a failure: what other ranks that failed at the same moment may take to say so
@@ -65,7 +67,7 @@ def run_ranks(
         return join_ranks(function, args, device_type, num_threads, stall_timeout_s)
     from torch._C._distributed_c10d import TCPStore
 
-    from profiler.comm.ranks.rank import Task
+    from profiler.comm.ranks.rank import RankTask
 
     sweep_folders()
     with run_folder() as folder, socket.socket() as listener:
@@ -77,7 +79,7 @@ def run_ranks(
             "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno()),
             timeout=timedelta(seconds=60),
         )  # fmt: skip
-        task = Task(
+        task = RankTask(
             function=function,
             args=args,
             world_size=world_size,
@@ -96,11 +98,11 @@ def run_ranks(
 def _processes(folder: RunFolder, world_size: int, module: str) -> Iterator[list[ForkServerProcess]]:
     """Processes of the ranks; none is left at the end, whatever ends it.
 
-    They are forked from a server that has imported torch and `module`, and that runs nothing itself: imports of some
-    3 s of CPU time are paid once, not by each rank and each launch of this process.
+    They are forked from a server that has imported `PRELOADED` and `module`, and that runs nothing itself: imports of
+    some 3 s of CPU time are paid once, not by each rank and each launch of this process.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["profiler.comm.ranks.fork_server", "profiler.comm.ranks.rank", module])
+    context.set_forkserver_preload([*PRELOADED, module])
     processes = [
         context.Process(
             target=child.main, args=(str(folder.path), rank, dict(os.environ)), name=f"rank {rank}", daemon=True

@@ -48,7 +48,7 @@ RankFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class RankTask:
     """The function that the launcher runs on its ranks; `function` and `args` must be picklable."""
 
     function: RankFunction
@@ -77,7 +77,7 @@ def _run_task(folder: RunFolder, rank: int) -> None:
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     try:
         signal.signal(signal.SIGTERM, _end)
-        task: Task = read_whole(folder.task)
+        task: RankTask = read_whole(folder.task)
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(task.world_size),
             "LOCAL_WORLD_SIZE": str(task.world_size), "GROUP_RANK": "0",

@@ -24,9 +24,12 @@ class LibraryLayers:
     def run(self, point: Point) -> Run:
         """The work of a `layer` point."""
         chunk, context = point.shape["chunk"], point.shape["context"]
-        if point.variant == BEFORE_LAYERS:
-            return self._timed(0).before(chunk, context)
-        return self._timed(self._index_of(point)).run(chunk, context)
+        timed = self._timed(self._index_of(point))
+        return timed.before(chunk, context) if point.variant == BEFORE_LAYERS else timed.run(chunk, context)
+
+    def is_recordable(self, point: Point) -> bool:
+        """Whether a run records the work of a `layer` point."""
+        return self._timed(self._index_of(point)).is_recordable
 
     def _timed(self, index: int) -> TimedLayer:
         layer, precision = self.shape.every_layer[index], self.workspace.precision
@@ -46,6 +49,8 @@ class LibraryLayers:
         )
 
     def _index_of(self, point: Point) -> int:
+        if point.variant == BEFORE_LAYERS:
+            return 0
         for index, layer in enumerate(self.shape.every_layer):
             assert isinstance(layer, WholeLayer)
             if whole_variant(layer) == point.variant and whole_sizes(layer).items() <= point.shape.items():

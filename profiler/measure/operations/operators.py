@@ -19,7 +19,7 @@ from profiler.kernels.entry import Entries, Operand, Product
 from profiler.kernels.linear import Linear
 from profiler.kernels.quantized.kv import KV, read_rows
 from profiler.kernels.rotary import Rotary
-from profiler.layers.decoder_layer import DecoderLayer, Norms, Stream, projections
+from profiler.layers.decoder_layer import DecoderLayer, Norms, ResidualStream, projections
 from profiler.layers.head import Head, embed
 from profiler.layers.latent import Latent
 from profiler.layers.layer_inputs import LayerInputs
@@ -31,7 +31,7 @@ from profiler.model import Backend, LayerSpec, ModelShape
 from profiler.model.experts import Dispatch, ExpertsMLP
 from profiler.model.spec import ROUTER, LatentSpec
 from profiler.model.tensors import Cut, LinearSpec
-from profiler.points.point import KEPT, MASKS, SKEWED, WARM, Op, Point
+from profiler.points.point import BEFORE_LAYERS, KEPT, MASKS, SKEWED, WARM, Op, Point
 
 _SOFTCAP = 50.0
 _MANY_ROWS = 384  # a card's FLOPs for each byte it reads, with two bytes a weight
@@ -55,7 +55,8 @@ class Operators:
     def prepare(self, point: Point) -> Prepared:
         """The work of a point that needs no other rank. A call of `layer` runs one layer, the next call the next."""
         own_load = has_own_load(point, self.workspace.device.type)
-        return Prepared(run=self._run(point), follows_clock=_follows_clock(point), own_load=own_load)
+        run, recordable = self._run(point), not self._is_of_library(point) or self.library.is_recordable(point)
+        return Prepared(run=run, recordable=recordable, follows_clock=_follows_clock(point), own_load=own_load)
 
     def _run(self, point: Point) -> Run:
         match point.op:
@@ -70,13 +71,16 @@ class Operators:
             case Op.ELEMENTWISE:
                 return self._elementwise(point)
             case Op.LAYER:
-                return self._layer(point) if self.shape.backend is Backend.OWN else self.library.run(point)
+                return self.library.run(point) if self._is_of_library(point) else self._layer(point)
             case Op.EMBEDDING:
                 return self._embedding(point)
             case Op.HEAD:
                 return self._head(point)
             case _:
                 raise ValueError(f"{point.op} needs other ranks")
+
+    def _is_of_library(self, point: Point) -> bool:
+        return point.op is Op.LAYER and self.shape.backend is not Backend.OWN
 
     def round_inputs(self, chunks: Sequence[tuple[int, int, int]]) -> RoundInputs:
         """chunks: (slab_start, context, num_tokens) as `prepare_round` takes them."""
@@ -187,7 +191,7 @@ class Operators:
             o=attended,
             gate_up=None if spec.experts else lambda _x: gate_up,
             down=None if spec.experts else lambda _x: projected,
-            experts=(lambda _x: _with_shared(gate_up, projected)) if spec.experts else None,
+            experts=(lambda _x, _tokens: _with_shared(gate_up, projected)) if spec.experts else None,
             latent=self._given_latent(spec, tp_size, tokens),
             entries=Entries.of(products, has_latent=spec.attention.latent is not None),
             reduce_o=self._reduce(spec.attention.o),
@@ -200,7 +204,7 @@ class Operators:
 
         def run(call: int) -> torch.Tensor:
             copy = call % slabs.num_copies
-            return layer(Stream(hidden, projected), inputs, slabs.keys[copy], slabs.values[copy]).hidden
+            return layer(ResidualStream(hidden, projected), inputs, slabs.keys[copy], slabs.values[copy]).hidden
 
         return run
 
@@ -209,7 +213,7 @@ class Operators:
         chunk, context = point.shape["chunk"], point.shape["context"]
         layers, slabs = self._cold_layers(point), self._slabs(point)
         inputs = self.round_inputs([(0, context, chunk)])
-        first = Stream(*(self.workspace.random(chunk, point.shape["hidden"]) for _ in range(2)))
+        first = ResidualStream(*(self.workspace.random(chunk, point.shape["hidden"]) for _ in range(2)))
         stream = first
 
         def run(call: int) -> torch.Tensor:
@@ -363,8 +367,11 @@ def _with_shared(gate_up: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
 
 
 def has_own_load(point: Point, device_type: str) -> bool:
-    """Whether the point is the mix of work that a run consists of: a card is timed while it does nothing else."""
-    return device_type == "cuda" and point.op is Op.LAYER
+    """Whether the point is the mix of work that a run consists of: a card is timed while it does nothing else.
+
+    What comes before layers is too little to bring a card to a power of its own.
+    """
+    return device_type == "cuda" and point.op is Op.LAYER and point.variant != BEFORE_LAYERS
 
 
 def _follows_clock(point: Point) -> bool:

@@ -12,7 +12,7 @@ from profiler.model.fields import KernelsMissingError, positive, positive_number
 from profiler.model.mlp import Activation, DenseMLP
 from profiler.model.rope import Rotation, head_order, turned_share
 from profiler.model.spec import AttentionSpec, LayerSpec
-from profiler.model.tensors import AS_STORED, Cut, Dim, Folding, LinearSpec, NormSpec, Part
+from profiler.model.tensors import AS_STORED, Cut, Dim, Folding, LinearSpec, NormSpec, TensorPart
 
 
 def dense_layer(config: Config, *, qkv_bias: bool = False, o_bias: bool = False, mlp_bias: bool = False) -> LayerSpec:
@@ -26,8 +26,10 @@ def dense_layer(config: Config, *, qkv_bias: bool = False, o_bias: bool = False,
     if head_dim % 2:
         raise UserError("head_dim", head_dim, "must be even: the rotation turns its numbers in pairs")
     heads, kv_heads = Dim(num_heads, head_dim), Dim(num_kv_heads, head_dim)
-    q, k, v = (Part(f"self_attn.{name}_proj", rows) for name, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
-    o = Part("self_attn.o_proj", hidden)
+    q, k, v = (
+        TensorPart(f"self_attn.{name}_proj", rows) for name, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+    )
+    o = TensorPart("self_attn.o_proj", hidden)
     return LayerSpec(
         attention=AttentionSpec(
             heads=heads,
@@ -43,8 +45,8 @@ def dense_layer(config: Config, *, qkv_bias: bool = False, o_bias: bool = False,
 
 def gated_mlp(hidden: Dim, intermediate: Dim, *, prefix: str = "mlp", has_bias: bool = False) -> DenseMLP:
     """SwiGLU of `intermediate` features."""
-    gate, up = Part(f"{prefix}.gate_proj", intermediate), Part(f"{prefix}.up_proj", intermediate)
-    down = Part(f"{prefix}.down_proj", hidden)
+    gate, up = TensorPart(f"{prefix}.gate_proj", intermediate), TensorPart(f"{prefix}.up_proj", intermediate)
+    down = TensorPart(f"{prefix}.down_proj", hidden)
     return DenseMLP(
         gate_up=LinearSpec(name="gate_up", cut=Cut.COLUMN, parts=(gate, up), inputs=hidden, has_bias=has_bias),
         down=LinearSpec(name="down", cut=Cut.ROW, parts=(down,), inputs=intermediate, has_bias=has_bias),

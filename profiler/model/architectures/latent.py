@@ -12,7 +12,7 @@ from profiler.model.experts import Scoring
 from profiler.model.fields import KernelsMissingError, positive
 from profiler.model.rope import head_order, rope_parameters, rope_type, yarn_scale
 from profiler.model.spec import AttentionSpec, LatentSpec, LayerSpec
-from profiler.model.tensors import Cut, Dim, Folding, LinearSpec, NormSpec, Part
+from profiler.model.tensors import Cut, Dim, Folding, LinearSpec, NormSpec, TensorPart
 
 
 def latent_layer(config: Config, *, interleaved: bool) -> LayerSpec:
@@ -28,16 +28,16 @@ def latent_layer(config: Config, *, interleaved: bool) -> LayerSpec:
     whole = None if order is None else (*range(plain), *(plain + index for index in order))
     heads, folding = Dim(num_heads, plain + turned), Folding(order=whole, scale=_score_scale(config))
     kept = (
-        Part("self_attn.kv_a_proj_with_mqa", Dim(rank)),
-        Part("self_attn.kv_a_proj_with_mqa", Dim(1, turned), first_row=rank, folding=Folding(order=order)),
+        TensorPart("self_attn.kv_a_proj_with_mqa", Dim(rank)),
+        TensorPart("self_attn.kv_a_proj_with_mqa", Dim(1, turned), first_row=rank, folding=Folding(order=order)),
     )
-    queries, of_queries, q_norm = hidden, tuple[Part, ...](), None
+    queries, of_queries, q_norm = hidden, tuple[TensorPart, ...](), None
     name = "self_attn.q_proj"
     if config.get("q_lora_rank") is not None:
         queries, name = Dim(positive(config, "q_lora_rank")), "self_attn.q_b_proj"
-        of_queries, q_norm = (Part("self_attn.q_a_proj", queries),), NormSpec("self_attn.q_a_layernorm", queries)
-    expand = Part("self_attn.kv_b_proj", Dim(num_heads, plain + value))
-    o = Part("self_attn.o_proj", hidden)
+        of_queries, q_norm = (TensorPart("self_attn.q_a_proj", queries),), NormSpec("self_attn.q_a_layernorm", queries)
+    expand = TensorPart("self_attn.kv_b_proj", Dim(num_heads, plain + value))
+    o = TensorPart("self_attn.o_proj", hidden)
     return LayerSpec(
         attention=AttentionSpec(
             heads=heads,
@@ -53,7 +53,9 @@ def latent_layer(config: Config, *, interleaved: bool) -> LayerSpec:
                 plain=plain,
                 turned=turned,
                 value=value,
-                q=LinearSpec(name="q", cut=Cut.COLUMN, parts=(Part(name, heads, folding=folding),), inputs=queries),
+                q=LinearSpec(
+                    name="q", cut=Cut.COLUMN, parts=(TensorPart(name, heads, folding=folding),), inputs=queries
+                ),
                 expand=LinearSpec(name="expand", cut=Cut.COLUMN, parts=(expand,), inputs=Dim(rank)),
             ),
         ),

@@ -22,7 +22,7 @@ from profiler.model.experts import ExpertGate, ExpertsMLP, ExpertTensors, Router
 from profiler.model.fields import KernelsMissingError, positive
 from profiler.model.quantization import FIELD
 from profiler.model.spec import ROUTER, LayerSpec
-from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, Part
+from profiler.model.tensors import Cut, Dim, LinearSpec, NormSpec, TensorPart
 
 _LLAMA_NAMES = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj")
 DENSE = " dense"
@@ -46,7 +46,7 @@ def mixture(
     hidden, experts, per_token = Dim(layer.hidden_size), Dim(count), positive(config, "num_experts_per_tok")
     if per_token > count:
         raise UserError("num_experts_per_tok", per_token, f"at most the {count} experts")
-    parts = (Part(gate, experts),)
+    parts = (TensorPart(gate, experts),)
     made = LinearSpec(name=ROUTER, cut=Cut.REPLICATED, parts=parts, inputs=hidden, has_bias=gate_bias, kept=True)
     return replace(
         layer,
@@ -71,7 +71,7 @@ def with_shared(layer: LayerSpec, features: int, prefix: str, *, gate: str | Non
     shared_gate = None
     if gate is not None:
         shared_gate = LinearSpec(
-            name="shared_gate", cut=Cut.REPLICATED, parts=(Part(gate, Dim(1)),), inputs=hidden, kept=True
+            name="shared_gate", cut=Cut.REPLICATED, parts=(TensorPart(gate, Dim(1)),), inputs=hidden, kept=True
         )
     return replace(layer, mlp=replace(layer.experts, shared=shared, shared_gate=shared_gate))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from db.errors import UserError
 from profiler.model.fields import MAX_SIZE
-from profiler.model.whole.layer import Experts, Mixer, WholeLayer
+from profiler.model.whole.layer import Mixer, RoutedExperts, WholeLayer
 
 # How configurations call one thing.
 _PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token", "experts_per_token")
@@ -134,7 +134,7 @@ def _is_routed(name: str) -> bool:
     return "experts." in name and "shared_expert" not in name
 
 
-def _experts(tensors: tuple[tuple[str, tuple[int, ...]], ...], config: Any) -> Experts | None:
+def _experts(tensors: tuple[tuple[str, tuple[int, ...]], ...], config: Any) -> RoutedExperts | None:
     routed = [(name, size) for name, size in tensors if _is_routed(name)]
     if not routed:
         return None
@@ -144,14 +144,14 @@ def _experts(tensors: tuple[tuple[str, tuple[int, ...]], ...], config: Any) -> E
     per_token = next((value for name in _PER_TOKEN if isinstance(value := getattr(config, name, None), int)), None)
     if per_token is None:
         raise UserError("num_experts_per_tok", None, "must tell how many experts a token goes to")
-    return Experts(
+    return RoutedExperts(
         count=count,
         per_token=per_token,
         shared=any("shared_expert" in name or "shared_mlp" in name for name, _ in tensors),
     )
 
 
-def _active(tensors: tuple[tuple[str, tuple[int, ...]], ...], experts: Experts | None) -> tuple[int, int]:
+def _active(tensors: tuple[tuple[str, tuple[int, ...]], ...], experts: RoutedExperts | None) -> tuple[int, int]:
     """Numbers of matrices that a token is multiplied with, and of experts that it does not go to."""
     total = idle = 0
     for name, size in tensors:

@@ -24,7 +24,7 @@ class Mixer(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Experts:
+class RoutedExperts:
     """Routed experts: each token goes to `per_token` of `count`; shared ones see every token."""
 
     count: int
@@ -53,7 +53,7 @@ class WholeLayer:
     window: int | None = None
     selected: int | None = None
     selector_numbers: int = 0
-    experts: Experts | None = None
+    experts: RoutedExperts | None = None
     has_sinks: bool = False
     softcap: float | None = None
 

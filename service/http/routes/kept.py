@@ -126,7 +126,7 @@ def read_rounds(run_id: Id, service: Shared) -> list[RoundTime]:
 
 @router.get("/runs/{run_id}/trace", response_class=Response)
 @open_to(Scope.READ)
-def read_trace(run_id: Id, service: Shared) -> Response:
+def read_run_trace(run_id: Id, service: Shared) -> Response:
     """A run beside its prediction as a Chrome Trace file, which Perfetto opens."""
     run = find_run(service.database, run_id)
     plan = None if run is None else find_plan(service.database, run.plan_id)

@@ -15,7 +15,7 @@ from service.http.state import Shared
 router = APIRouter(responses=RESPONSES, tags=["operating"])
 
 
-class Told(BaseModel):
+class Health(BaseModel):
     """Whether the service is there."""
 
     status: str
@@ -23,19 +23,19 @@ class Told(BaseModel):
 
 @router.get("/healthz")
 @open_to_all
-def health() -> Told:
+def health() -> Health:
     """Whether the process answers."""
-    return Told(status="ok")
+    return Health(status="ok")
 
 
 @router.get("/readyz")
 @open_to_all
-def ready(service: Shared) -> Told:
+def ready(service: Shared) -> Health:
     """Whether the database and the queue answer too."""
     with service.database.reading() as session:
         session.execute(text("SELECT 1"))
     service.jobs.page(limit=1)
-    return Told(status="ok")
+    return Health(status="ok")
 
 
 @router.get("/metrics", response_class=Response)

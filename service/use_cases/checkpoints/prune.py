@@ -60,7 +60,7 @@ def prune(options: PruneOptions, progress: Callable[[str], None] = lambda _what:
     from profiler.model.precision import plain_precision
     from profiler.model.shape import default_dtype
     from runtime.prune.importance import Measure
-    from runtime.prune.prices import Work
+    from runtime.prune.prices import ChunkWork
     from runtime.prune.prune import Wanted, check_wanted, prune_checkpoint
     from runtime.quantize.texts import read_sequences
     from runtime.run.prompts import Tokenizer
@@ -85,7 +85,7 @@ def prune(options: PruneOptions, progress: Callable[[str], None] = lambda _what:
     check_wanted(shape, wanted, measure, texts["--calibration"], output)
     check_checkpoint(source, shape, precision_of(shape.dtype))
     dtype = plain_precision(options.dtype or default_dtype(shape, device_type), field="--dtype")
-    work = Work(
+    work = ChunkWork(
         chunk=options.chunk, context=options.context, dtype=dtype.activations.torch_dtype,
         device=torch.device(device_type),
     )  # fmt: skip

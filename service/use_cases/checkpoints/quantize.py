@@ -76,7 +76,7 @@ def quantize(
     from profiler.model import load_model_shape, precision_of
     from profiler.model.precision import KV_FORMATS
     from runtime.quantize.quantize import check_recipe, quantize_checkpoint
-    from runtime.quantize.recipe import Recipe
+    from runtime.quantize.recipe import QuantizationRecipe
     from runtime.quantize.texts import read_sequences
     from runtime.run.prompts import Tokenizer
     from runtime.weights.quantized import check_checkpoint
@@ -90,7 +90,7 @@ def quantize(
     precision = precision_of(options.precision)
     check_precision(precision, device_type, field="--precision")
     assert precision.linears is not None
-    recipe = Recipe(
+    recipe = QuantizationRecipe(
         linears=precision.linears,
         observer=Observer(options.observer),
         group_size=options.group_size,

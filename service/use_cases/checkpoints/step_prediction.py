@@ -9,22 +9,22 @@ from db.errors import UserError
 
 if TYPE_CHECKING:
     from profiler.model import ModelShape
-    from runtime.train.recipe import Recipe
+    from runtime.train.recipe import TrainingRecipe
     from tuner.plan.plan import Plan
-    from tuner.training.step import Step
+    from tuner.training.step import PredictedStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPrediction:
     """A step by the fitted cost model; why there is none, where the profile does not tell."""
 
-    step: Step | None = None
+    step: PredictedStep | None = None
     why: str | None = None
     fastest_flops: float | None = None  # FLOP/s of the fastest product in the profile
 
 
 def predict(
-    plan: Plan, recipe: Recipe, shape: ModelShape, *, device_type: str, num_threads: int, db_url: str | None
+    plan: Plan, recipe: TrainingRecipe, shape: ModelShape, *, device_type: str, num_threads: int, db_url: str | None
 ) -> StepPrediction:
     """From the rows that the database holds of this hardware, in the format of the activations."""
     from db.rows.measurements import load_measurements

@@ -11,7 +11,7 @@ from service.use_cases.checkpoints.step_prediction import StepPrediction, predic
 from service.use_cases.options import check_options, db_url, option
 
 if TYPE_CHECKING:
-    from runtime.train.recipe import Recipe
+    from runtime.train.recipe import TrainingRecipe
     from runtime.train.train import TrainResult
     from tuner.plan.plan import Plan
 
@@ -119,12 +119,12 @@ def train(options: TrainOptions, *, logs: bool) -> Training:
     return Training(result=result, prediction=prediction)
 
 
-def recipe_of(options: TrainOptions, plan: Plan) -> Recipe:
+def recipe_of(options: TrainOptions, plan: Plan) -> TrainingRecipe:
     """How the options say to train."""
-    from runtime.train.recipe import Recipe
+    from runtime.train.recipe import TrainingRecipe
     from tuner.training.order import Order, Recompute
 
-    return Recipe(
+    return TrainingRecipe(
         steps=options.steps,
         learning_rate=options.learning_rate,
         warmup_steps=options.warmup_steps,

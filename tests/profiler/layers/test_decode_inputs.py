@@ -6,7 +6,7 @@ import torch
 
 from profiler.kernels.attention_kernel import AttentionKernel
 from profiler.kernels.rotary import Rotary
-from profiler.layers.decode_inputs import Step, StepInputs
+from profiler.layers.decode_inputs import DecodeState, StepInputs
 from profiler.layers.prefill_inputs import RoundInputs, prepare_round
 from profiler.model import load_model_shape
 
@@ -15,8 +15,8 @@ STARTS, PROMPT_TOKENS = (70, 0, 31), (12, 31, 9)
 ROTARY = Rotary(load_model_shape("llama-3.2-1b"), CPU)
 
 
-def _step() -> Step:
-    return Step(starts=STARTS, prompt_tokens=PROMPT_TOKENS, device=CPU)
+def _step() -> DecodeState:
+    return DecodeState(starts=STARTS, prompt_tokens=PROMPT_TOKENS, device=CPU)
 
 
 def _both(num_steps: int) -> tuple[StepInputs, RoundInputs]:

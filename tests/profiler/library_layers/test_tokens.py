@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from profiler.library.found import find
 from profiler.library.verified import VERIFIED
 from profiler.library_layers import attention
-from profiler.library_layers.part import Part
+from profiler.library_layers.part import StagePart
 from tests.library_models import TRAITS, write_model
 
 NEW_TOKENS = 4
@@ -36,7 +36,7 @@ def test_chunks_through_two_parts_give_the_librarys_tokens(architecture: str, tm
     prompts = [torch.randint(0, 211, (length,), generator=generator) for length in LENGTHS]
     cut = found.num_layers // 2
     parts = [
-        Part(found, layers, device=torch.device("cpu"), dtype=torch.float32, weights=folder)
+        StagePart(found, layers, device=torch.device("cpu"), dtype=torch.float32, weights=folder)
         for layers in (range(cut), range(cut, found.num_layers))
     ]
     expected = _generated(found.model_class, folder, prompts)
@@ -56,7 +56,7 @@ def _generated(kind: Any, folder: Path, prompts: Sequence[torch.Tensor]) -> list
     return [ids[0, len(prompt) :].tolist() for ids, prompt in zip(made, prompts, strict=True)]
 
 
-def _chunked(parts: Sequence[Part], prompts: Sequence[torch.Tensor]) -> list[list[int]]:
+def _chunked(parts: Sequence[StagePart], prompts: Sequence[torch.Tensor]) -> list[list[int]]:
     caches = [[part.cache(len(prompt) + NEW_TOKENS) for part in parts] for prompt in prompts]
 
     def run(request: int, ids: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_only_what_is_more_than_causal_has_a_mask(
 ) -> None:
     folder = write_model(tmp_path / "model", architecture)
     found = find(json.loads((folder / "config.json").read_text()))
-    part = Part(found, range(found.num_layers), device=torch.device("cpu"), dtype=torch.float32, weights=folder)
+    part = StagePart(found, range(found.num_layers), device=torch.device("cpu"), dtype=torch.float32, weights=folder)
     made: list[object] = []
 
     def noted(*arguments: Any, **options: Any) -> Any:

@@ -14,7 +14,7 @@ from db.errors import UserError
 from profiler.model import PRECISIONS, load_model_shape
 from runtime.prune.budget import Losses, Sizes, layer_order
 from runtime.prune.importance import Measure, find_importance
-from runtime.prune.prices import Prices, Work
+from runtime.prune.prices import ChunkWork, Prices
 from runtime.prune.prune import PruneReport, Wanted, choose_sizes, prune_checkpoint
 from runtime.quantize.layers import perplexity
 from runtime.run.reference import load_reference
@@ -22,7 +22,7 @@ from tests.runtime.cases import prompts
 
 CPU = torch.device("cpu")
 CALIBRATION, HELD_OUT = prompts(300, 211), prompts(90, 150)
-WORK = Work(chunk=32, context=0, dtype=torch.float32, device=CPU)
+WORK = ChunkWork(chunk=32, context=0, dtype=torch.float32, device=CPU)
 
 
 def prune(source: Path, output: Path, measure: Measure = Measure.ACTIVATION, **wanted: Any) -> PruneReport:

@@ -19,14 +19,14 @@ from unittest import mock
 import torch
 
 from profiler.comm.links import peer_link
-from profiler.comm.links.boundary import Links
-from profiler.comm.links.group import Groups, Pair, RankGroup
+from profiler.comm.links.boundary import RankLinks
+from profiler.comm.links.group import Groups, PeerPair, RankGroup
 from profiler.comm.links.mesh import Mesh, Transport
 from profiler.comm.links.peer_link import HIDDEN, PeerInbound, PeerOutbound, PeerReturn
 from profiler.comm.links.peer_memory import Queue
 from profiler.comm.ranks.mark import Progress
 from profiler.sequence.kind import SequenceCut
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.job.place import Place, mesh_of
 from runtime.run import pipeline as pipeline_module
 from runtime.run.pipeline import Pipeline
@@ -236,12 +236,12 @@ class Case:
                     pipeline.decode(self.decode_steps)
         return [rank.program for rank in ranks]
 
-    def _job(self) -> Job:
+    def _job(self) -> RunJob:
         total = sum(self.round_tokens)
         starts = [sum(self.round_tokens[:index]) for index in range(len(self.round_tokens))]
         shape: Any = mock.Mock(hidden_size=WIDTH)
         kernels: Any = None
-        return Job(
+        return RunJob(
             shape=shape,
             parallel=Parallel(
                 tp_size=1,
@@ -265,14 +265,14 @@ class Case:
     def mesh(self) -> Mesh:
         return mesh_of(self._job().parallel)
 
-    def _links(self, rank: FakeRank) -> Links:
+    def _links(self, rank: FakeRank) -> RankLinks:
         mesh, me = self.mesh, rank.rank
 
         def lane(source: int, target: int) -> int:
             return HIDDEN[mesh.sources(target).index(source)]
 
         to, ends = [target for source, target in mesh.hand_offs() if source == me], (0, mesh.last_stage)
-        return Links(
+        return RankLinks(
             inbound={source: PeerInbound(rank, source, lane(source, me)) for source in mesh.sources(me)},
             outbound={target: NotedOutbound(rank, target, rank.staging_of(target), lane(me, target)) for target in to},
             back=PeerReturn(rank, mesh.last_stage - me) if me in ends and mesh.last_stage else None,
@@ -281,8 +281,8 @@ class Case:
     def _groups(self, rank: int) -> Groups:
         mesh = self.mesh
 
-        def pair(peer: int) -> Pair:
-            return Pair(peer=peer, transport=Transport.PEER_MEMORY, group=None)
+        def pair(peer: int) -> PeerPair:
+            return PeerPair(peer=peer, transport=Transport.PEER_MEMORY, group=None)
 
         everyone: Any = None
         has_back = rank in (0, mesh.last_stage) and mesh.last_stage > 0

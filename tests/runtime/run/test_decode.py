@@ -11,7 +11,7 @@ import torch
 
 from profiler.comm.ranks.mark import Progress
 from profiler.sequence.kind import SequenceCut
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.job.place import Place
 from runtime.run.clock import make_clock
 from runtime.run.pipeline import Pipeline
@@ -27,7 +27,7 @@ NEW_TOKENS = 12
 
 
 @pytest.fixture
-def job(checkpoint: Callable[[str], Path]) -> Job:
+def job(checkpoint: Callable[[str], Path]) -> RunJob:
     """Many requests of unequal lengths on one rank."""
     whole = tuple((Chunk(index, 0, length),) for index, length in enumerate(LENGTHS))
     return make_job(
@@ -36,12 +36,12 @@ def job(checkpoint: Callable[[str], Path]) -> Job:
     )  # fmt: skip
 
 
-def _stage(job: Job) -> KernelStage:
+def _stage(job: RunJob) -> KernelStage:
     return KernelStage(job, Place.of(0, job.parallel), ALONE, CPU)
 
 
 @pytest.fixture
-def pipeline(job: Job, tmp_path: Path) -> Pipeline:
+def pipeline(job: RunJob, tmp_path: Path) -> Pipeline:
     clock = make_clock(CPU)
     clock.begin()
     place = Place.of(0, job.parallel)
@@ -55,7 +55,7 @@ def whole(chunks: Round) -> RoundShare:
 
 
 @torch.inference_mode()
-def test_steps_equal_forwards(job: Job) -> None:
+def test_steps_equal_forwards(job: RunJob) -> None:
     torch.manual_seed(0)
     stepped, forwarded = _stage(job), _stage(job)
     for stage in (stepped, forwarded):
@@ -71,7 +71,7 @@ def test_steps_equal_forwards(job: Job) -> None:
 
 
 @torch.inference_mode()
-def test_decode_equals_generate_again_and_again(job: Job, pipeline: Pipeline, generate: Generate) -> None:
+def test_decode_equals_generate_again_and_again(job: RunJob, pipeline: Pipeline, generate: Generate) -> None:
     pipeline.record()
     expected = [generate(job.weights, prompt, NEW_TOKENS) for prompt in job.prompts]
     for _ in range(2):
@@ -82,7 +82,7 @@ def test_decode_equals_generate_again_and_again(job: Job, pipeline: Pipeline, ge
 
 @torch.inference_mode()
 def test_decode_replays_one_recording_on_memory_that_stays(
-    job: Job, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+    job: RunJob, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded: list[Callable[[], Any]] = []
 

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from db.errors import UserError
+from profiler.comm.ranks.launch import run_ranks
 from profiler.hardware.device import describe_hardware
 from profiler.model import load_model_shape
-from runtime.run.reference import check_tokens
-from runtime.run.run import make_job, run_plan
+from runtime.run.rank import run_jobs
+from runtime.run.run import make_job
 from tests.library_models import write_model
 from tests.runtime.cases import INTERLEAVED, LENGTHS, prompts
+from tests.runtime.conftest import Generate
 from tuner.plan.plan import Chunk, Parallel, Plan, Request
 
 NEW_TOKENS = 4
@@ -37,17 +39,20 @@ def library_plan(folder: Path, **parallel: int) -> Plan:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("architecture", ["GptOssForCausalLM", "NemotronHForCausalLM"])
-def test_three_stages_give_the_librarys_tokens(architecture: str, tmp_path: Path, db_url: str) -> None:
-    folder = write_model(tmp_path / "model", architecture)
-    asked = prompts(*LENGTHS)
-    result = run_plan(
-        library_plan(folder), weights=folder, prompts=asked, max_new_tokens=NEW_TOKENS, repeat=2, db_url=db_url
-    )
-    checks = check_tokens(
-        result.requests, asked, folder, dtype="float32", max_new_tokens=NEW_TOKENS, end_ids=frozenset()
-    )
-    assert [check.equal for check in checks] == [True, True]
+def test_three_stages_give_the_librarys_tokens(tmp_path: Path, generate: Generate) -> None:
+    folders = [write_model(tmp_path / name, name) for name in ("GptOssForCausalLM", "NemotronHForCausalLM")]
+    asked, hardware = prompts(*LENGTHS), describe_hardware("cpu", num_threads=1)
+    jobs = [
+        make_job(
+            library_plan(folder), hardware, [], weights=folder, prompts=asked, max_new_tokens=NEW_TOKENS, repeat=2,
+            device_type="cpu",
+        )
+        for folder in folders
+    ]  # fmt: skip
+    reports = run_ranks(run_jobs, jobs, world_size=3, device_type="cpu", num_threads=1)
+    for folder, *ranks in zip(folders, *reports, strict=True):
+        expected = [generate(folder, prompt, NEW_TOKENS) for prompt in asked]
+        assert [list(rank.token_ids) for rank in ranks if rank.token_ids is not None] == [expected], folder.name
 
 
 def test_what_whole_layers_do_not_take_is_refused(tmp_path: Path) -> None:

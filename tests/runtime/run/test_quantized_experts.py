@@ -13,7 +13,7 @@ from profiler.model import PRECISIONS, load_model_shape
 from profiler.model.experts import Dispatch
 from profiler.sequence.kind import SPKind
 from runtime.quantize.quantize import quantize_checkpoint
-from runtime.quantize.recipe import Recipe
+from runtime.quantize.recipe import QuantizationRecipe
 from runtime.weights.quantized import check_checkpoint
 from tests.checkpoints import write_checkpoint
 from tests.runtime.cases import PARTITIONS, prompts
@@ -51,7 +51,7 @@ def test_tokens_of_published_and_of_quantized_mixtures(checkpoint: Callable[[str
     source, made = checkpoint("Qwen2MoeForCausalLM"), tmp_path / "made"
     report = quantize_checkpoint(
         source, made, load_model_shape(str(source)), PRECISIONS["fp8"],
-        Recipe(linears=PRECISIONS["fp8"].linears, smooth=0.5),  # type: ignore[arg-type]
+        QuantizationRecipe(linears=PRECISIONS["fp8"].linears, smooth=0.5),  # type: ignore[arg-type]
         calibration=prompts(150), held_out=prompts(120), device=torch.device("cpu"),
     )  # fmt: skip
     experts = [linear for linear in report.linears if linear.linear.startswith("experts.")]

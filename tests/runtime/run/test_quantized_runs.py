@@ -15,7 +15,7 @@ from profiler.model import PRECISIONS, load_model_shape
 from profiler.model.shape import default_dtype
 from profiler.sequence.kind import SPKind
 from runtime.quantize.quantize import quantize_checkpoint
-from runtime.quantize.recipe import Recipe
+from runtime.quantize.recipe import QuantizationRecipe
 from runtime.run.preparation import check_layout
 from runtime.run.rank import run_jobs
 from runtime.run.reference import check_tokens
@@ -46,7 +46,7 @@ def made(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
         folder = tmp_path_factory.mktemp("quantized") / precision
         quantize_checkpoint(
             source, folder, load_model_shape(str(source)), PRECISIONS[precision],
-            Recipe(linears=linears, smooth=0.5, asymmetric=precision == "w8a8-static"),
+            QuantizationRecipe(linears=linears, smooth=0.5, asymmetric=precision == "w8a8-static"),
             calibration=prompts(300, 211), device=torch.device("cpu"),
         )  # fmt: skip
         return folder

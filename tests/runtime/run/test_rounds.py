@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from profiler.comm.ranks.launch import run_ranks
-from runtime.job.job import Job, RankReport
+from runtime.job.job import RankReport, RunJob
 from runtime.run.prediction import Prediction
 from runtime.run.rank import run_jobs
 from runtime.run.result import RunResult, make_result
@@ -23,12 +23,12 @@ ARRIVAL_S = 0.4
 
 @dataclass(frozen=True)
 class Ran:
-    job: Job
+    job: RunJob
     reports: tuple[RankReport, ...]
     result: RunResult
 
 
-def _jobs(weights: Path) -> dict[str, Job]:
+def _jobs(weights: Path) -> dict[str, RunJob]:
     job = make_job(weights, max_new_tokens=3)
     one = replace(job, requests=requests(202), prompts=prompts(202), rounds=FIXED)
     late = requests(202) + requests(97, arrival_s=ARRIVAL_S)

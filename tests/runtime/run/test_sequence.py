@@ -10,7 +10,7 @@ import pytest
 
 from profiler.comm.ranks.launch import run_ranks
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.run.rank import run_jobs
 from tests.runtime.cases import PARTITIONS, make_job, prompts, requests
 from tests.runtime.conftest import Generate
@@ -84,7 +84,7 @@ def cases(world_size: int) -> Iterator[Case]:
         yield Case(variant=other, parallel=parallel, cuts=tuple(reversed(mixed)), cached_tokens=CACHED)
 
 
-def job_of(case: Case, folder: Path) -> Job:
+def job_of(case: Case, folder: Path) -> RunJob:
     asked = requests(*LENGTHS)
     rounds, cuts = ROUNDS, case.cuts
     if case.cached_tokens:

@@ -10,7 +10,7 @@ import pytest
 
 from profiler.comm.ranks.launch import run_ranks
 from profiler.sequence.kind import SPKind
-from runtime.job.job import Job
+from runtime.job.job import RunJob
 from runtime.job.place import Place
 from runtime.run.rank import run_jobs
 from runtime.run.task import tasks_of
@@ -73,7 +73,7 @@ def cases(layouts: list[Parallel], variants: tuple[str, ...]) -> Iterator[Case]:
         yield Case(variant=variants[0], parallel=parallel, window=2, is_cached=True)
 
 
-def job_of(case: Case, folder: Path) -> Job:
+def job_of(case: Case, folder: Path) -> RunJob:
     asked, rounds = requests(*LENGTHS), ROUNDS
     if case.is_cached:
         asked = (replace(asked[0], cached_tokens=CACHED), *asked[1:])

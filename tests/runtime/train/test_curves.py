@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from profiler.comm.ranks.launch import run_ranks
 from profiler.model import load_model_shape
-from runtime.train.data import Stream
+from runtime.train.data import TokenStream
 from runtime.train.rank import Teacher, TrainJob, TrainReport
-from runtime.train.recipe import Recipe
+from runtime.train.recipe import TrainingRecipe
 from tests.checkpoints import write_checkpoint
 from tests.runtime.cases import INTERLEAVED, LENGTHS, requests
 from tests.runtime.train.workers import curves
@@ -21,7 +21,7 @@ from tuner.plan.plan import Parallel
 
 STEPS, SHORT = 50, 15
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.05}
-RECIPE = Recipe(steps=STEPS, learning_rate=3e-3, warmup_steps=5, clip_norm=0.5, weight_decay=0.05)
+RECIPE = TrainingRecipe(steps=STEPS, learning_rate=3e-3, warmup_steps=5, clip_norm=0.5, weight_decay=0.05)
 # A text with something to learn: each token says what comes next, but for every fifth.
 TOKENS = (tuple((37 * position // 5 + position % 5) % 211 for position in range(4000)),)
 Curve = tuple[TrainReport, dict[str, torch.Tensor]]
@@ -78,11 +78,11 @@ def vanishing(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_job(weights: Path, recipe: Recipe) -> TrainJob:
+def make_job(weights: Path, recipe: TrainingRecipe) -> TrainJob:
     return TrainJob(
         shape=load_model_shape(str(weights)), weights=weights,
         parallel=Parallel(tp_size=1, pp_size=2, layer_partition=(1, 1)), requests=requests(*LENGTHS),
-        rounds=INTERLEAVED, recipe=recipe, stream=Stream.of(TOKENS, requests(*LENGTHS), seed=0), state=weights,
+        rounds=INTERLEAVED, recipe=recipe, stream=TokenStream.of(TOKENS, requests(*LENGTHS), seed=0), state=weights,
         resume=None, saves=False,
     )  # fmt: skip
 
@@ -150,7 +150,7 @@ def test_a_model_learns_nothing_from_itself(trained: dict[str, list[Curve]]) -> 
 
 
 def test_a_sequence_is_seen_once_a_pass() -> None:
-    stream = Stream.of((tuple(range(100)),), requests(10), seed=3)
+    stream = TokenStream.of((tuple(range(100)),), requests(10), seed=3)
     passes = [[stream.sequence(number, 10).tolist() for number in range(first, first + 9)] for first in (0, 9)]
     for windows in passes:
         seen = [token for window in windows for token in window]

@@ -12,9 +12,9 @@ import torch
 
 from profiler.comm.ranks.launch import run_ranks
 from profiler.model import load_model_shape
-from runtime.train.data import Stream
+from runtime.train.data import TokenStream
 from runtime.train.rank import TrainJob
-from runtime.train.recipe import Recipe
+from runtime.train.recipe import TrainingRecipe
 from tests.runtime.cases import INTERLEAVED, LENGTHS, PARTITIONS, prompts, requests
 from tests.runtime.train.workers import gradients
 from tuner.plan.plan import Parallel
@@ -28,8 +28,8 @@ def make_job(weights: Path, *, tp_size: int = 1, pp_size: int = 1, **recipe: Any
     return TrainJob(
         shape=load_model_shape(str(weights)), weights=weights,
         parallel=Parallel(tp_size=tp_size, pp_size=pp_size, layer_partition=PARTITIONS[pp_size]),
-        requests=requests(*LENGTHS), rounds=INTERLEAVED, recipe=Recipe(steps=1, **recipe),
-        stream=Stream.of(TOKENS, requests(*LENGTHS), seed=0), state=weights, resume=None,
+        requests=requests(*LENGTHS), rounds=INTERLEAVED, recipe=TrainingRecipe(steps=1, **recipe),
+        stream=TokenStream.of(TOKENS, requests(*LENGTHS), seed=0), state=weights, resume=None,
     )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def exact() -> Callable[[Path, int], Gradients]:
     @cache
     def run(folder: Path, accumulate: int) -> Gradients:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
-        stream = Stream.of(TOKENS, requests(*LENGTHS), seed=0)
+        stream = TokenStream.of(TOKENS, requests(*LENGTHS), seed=0)
         count = accumulate * sum(length - 1 for length in LENGTHS)
         for number in range(accumulate * len(LENGTHS)):
             ids = stream.sequence(number, LENGTHS[number % 2])

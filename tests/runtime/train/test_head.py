@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.train import head as module
-from runtime.train.head import Head, Target, loss_and_grads
+from runtime.train.head import LearningTarget, TrainingHead, loss_and_grads
 
 
 @pytest.mark.parametrize("weight", [None, 0.0, 0.7, 1.0])
@@ -27,9 +27,9 @@ def test_loss_and_gradients_are_torchs(weight: float | None, monkeypatch: pytest
     torch.autograd.backward(0.1 * expected)
     weight_grads = torch.zeros(50, 16, dtype=torch.float64)
     grads, sums = loss_and_grads(
-        Head(weight=matrix.detach(), first_id=0), normed.detach(), ids,
-        target=Target(distill_weight=w, temperature=heat), scale=0.1, weight_grads=weight_grads,
-        teacher=None if weight is None else (Head(weight=theirs, first_id=0), states),
+        TrainingHead(weight=matrix.detach(), first_id=0), normed.detach(), ids,
+        target=LearningTarget(distill_weight=w, temperature=heat), scale=0.1, weight_grads=weight_grads,
+        teacher=None if weight is None else (TrainingHead(weight=theirs, first_id=0), states),
     )  # fmt: skip
     assert sums.tolist() == pytest.approx([expected.item(), cross_entropy.item()])
     assert normed.grad is not None

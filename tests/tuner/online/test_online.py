@@ -27,7 +27,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("objective", [Objective.MAKESPAN, Objective.MEAN_TTFT])
-@pytest.mark.parametrize("pp_size", [2, 4, 8])
+@pytest.mark.parametrize("pp_size", [2, 8])
 @pytest.mark.parametrize("name", BATCHES)
 def test_with_all_known_at_the_start_it_plans_as_well_as_the_batch_planner(
     name: str, pp_size: int, objective: Objective
@@ -35,9 +35,11 @@ def test_with_all_known_at_the_start_it_plans_as_well_as_the_batch_planner(
     _check_against_batch(BATCHES[name], pp_size, pp_size + 1, objective)
 
 
-@pytest.mark.parametrize("objective", [Objective.MAKESPAN, Objective.MEAN_TTFT])
-@pytest.mark.parametrize("seed", range(24))
-def test_random_mixes_are_planned_as_well_as_by_the_batch_planner(seed: int, objective: Objective) -> None:
+@pytest.mark.parametrize(
+    ("objective", "seed"),
+    [*((Objective.MAKESPAN, seed) for seed in range(24)), *((Objective.MEAN_TTFT, seed) for seed in range(8))],
+)
+def test_random_mixes_are_planned_as_well_as_by_the_batch_planner(objective: Objective, seed: int) -> None:
     rng = random.Random(1000 + seed)
     num_requests, pp_size = rng.choice([1, 2, 3, 5, 9, 16, 28, 40]), rng.choice([2, 3, 4, 8])
     lengths = [int(1024 * 2 ** (7 * rng.random())) for _ in range(num_requests)]

@@ -13,10 +13,9 @@ LAYOUTS, POLICIES = ("TP1 PP2", "TP2 PP1"), ("fixed:256", "fixed:512", "joint")
 
 
 def choices() -> list[Choice]:
+    plan = planned()
     return [
-        Choice(layout=layout, policy=policy, plan=planned(), predicted_s=1.0)
-        for layout in LAYOUTS
-        for policy in POLICIES
+        Choice(layout=layout, policy=policy, plan=plan, predicted_s=1.0) for layout in LAYOUTS for policy in POLICIES
     ]
 
 

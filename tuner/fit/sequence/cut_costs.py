@@ -76,7 +76,7 @@ class CutCosts(ABC):
         return 1.0
 
 
-class WholeCosts(CutCosts):
+class UncutCosts(CutCosts):
     """Every rank runs all rows: nothing is sent but what tensor parallelism sums."""
 
     cuts_rows = False

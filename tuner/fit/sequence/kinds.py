@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from profiler.points.point import Op
 from profiler.sequence.kind import SequenceCut, SPKind
-from tuner.fit.sequence.cut_costs import CutCosts, WholeCosts
+from tuner.fit.sequence.cut_costs import CutCosts, UncutCosts
 from tuner.fit.sequence.gather import GatherContiguous, GatherZigzag
 from tuner.fit.sequence.megatron import Megatron
 from tuner.fit.sequence.ring import RingContiguous, RingZigzag
 from tuner.fit.sequence.ulysses import Ulysses, UlyssesWhole
 
 COSTS: dict[tuple[SPKind, SequenceCut], type[CutCosts]] = {
-    (SPKind.NONE, SequenceCut.WHOLE): WholeCosts,
+    (SPKind.NONE, SequenceCut.WHOLE): UncutCosts,
     (SPKind.GATHER, SequenceCut.ZIGZAG): GatherZigzag,
     (SPKind.GATHER, SequenceCut.CONTIGUOUS): GatherContiguous,
-    (SPKind.GATHER, SequenceCut.WHOLE): WholeCosts,
+    (SPKind.GATHER, SequenceCut.WHOLE): UncutCosts,
     (SPKind.ULYSSES, SequenceCut.CONTIGUOUS): Ulysses,
     (SPKind.ULYSSES, SequenceCut.WHOLE): UlyssesWhole,
     (SPKind.RING, SequenceCut.ZIGZAG): RingZigzag,
     (SPKind.RING, SequenceCut.CONTIGUOUS): RingContiguous,
     (SPKind.MEGATRON, SequenceCut.CONTIGUOUS): Megatron,
-    (SPKind.MEGATRON, SequenceCut.WHOLE): WholeCosts,
+    (SPKind.MEGATRON, SequenceCut.WHOLE): UncutCosts,
 }
 
 MESSAGES: dict[SPKind, tuple[Op, ...]] = {

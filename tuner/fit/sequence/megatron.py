@@ -10,10 +10,10 @@ import numpy as np
 
 from profiler.points.point import Op
 from tuner.fit.curve import Floats
-from tuner.fit.sequence.cut_costs import WholeCosts
+from tuner.fit.sequence.cut_costs import UncutCosts
 
 
-class Megatron(WholeCosts):
+class Megatron(UncutCosts):
     """Products of all rows with a share of their features; norms and residual of a share of the rows.
 
     Rows that are sent to experts are not gathered for them: one gather and one scatter are left.

@@ -15,6 +15,7 @@ from profiler.points.point import BESIDE, Op, strided
 from profiler.sequence.kind import SPKind
 from tuner.fit.curve import Curve, fit_line, fit_rows
 from tuner.fit.rows import RankWork, Rows, expected_s
+from tuner.fit.sequence.busiest import busiest_share
 from tuner.fit.sequence.kinds import MESSAGES
 from tuner.fit.sequence.overlap import APART, ON_A_CARD, Overlap
 from tuner.fit.sequence.parts import RowBytes
@@ -54,7 +55,7 @@ def layer_messages(work: RankWork) -> tuple[LayerMessage, ...]:
     sent = tuple[LayerMessage, ...]()
     if exchanged is not None:
         products_rows = 1 if work.sp_kind is SPKind.MEGATRON else size
-        token_bytes = exchanged.sent_share * carried.hidden * products_rows
+        token_bytes = busiest_share(exchanged) * carried.hidden * products_rows
         sent = (LayerMessage(op=Op.ALL_TO_ALL, token_bytes=token_bytes, count=2),)
     match work.sp_kind:
         case SPKind.GATHER:

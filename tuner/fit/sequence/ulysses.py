@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from profiler.points.point import Op
 from tuner.fit.curve import Floats
-from tuner.fit.sequence.cut_costs import RowCosts, WholeCosts
+from tuner.fit.sequence.cut_costs import RowCosts, UncutCosts
 
 
 class Ulysses(RowCosts):
@@ -36,7 +36,7 @@ class Ulysses(RowCosts):
         return self.parts.slope_s(chunk)
 
 
-class UlyssesWhole(WholeCosts):
+class UlyssesWhole(UncutCosts):
     """All rows on every rank, attention with its own heads: what they give is gathered from all ranks."""
 
     def sent_s(self, tokens: Floats) -> Floats:

@@ -12,7 +12,7 @@ from profiler.points.point import Op
 from profiler.sequence.cut import Share, cut_round, rows_per_rank
 from profiler.sequence.kind import CUTS, SequenceCut, SPKind
 from tuner.fit.curve import Curve, Floats
-from tuner.fit.sequence.cut_costs import CutCosts, WholeCosts
+from tuner.fit.sequence.cut_costs import CutCosts, UncutCosts
 from tuner.fit.sequence.kinds import COSTS
 from tuner.fit.sequence.overlap import APART, ON_A_CARD, Overlap
 from tuner.fit.sequence.parts import ExchangeParts, LayerParts, RowBytes
@@ -138,7 +138,7 @@ def test_an_all_to_all_moves_a_ranks_own_rows_there_and_back() -> None:
 
 def test_megatron_gathers_and_scatters_twice_and_norms_its_own_rows() -> None:
     given = parts(4)
-    megatron, tensor = costs(SPKind.MEGATRON, SequenceCut.CONTIGUOUS, given), WholeCosts(given)
+    megatron, tensor = costs(SPKind.MEGATRON, SequenceCut.CONTIGUOUS, given), UncutCosts(given)
     message = 4 * 251 * BYTES.hidden
     pair_s = given.messages[Op.ALL_GATHER](message) + given.messages[Op.REDUCE_SCATTER](message)
     assert megatron.sent_s(at(1003)) == pytest.approx(2 * pair_s)
@@ -192,7 +192,7 @@ def test_a_ring_passes_context_and_chunk_around_beside_attention(size: int) -> N
 @pytest.mark.parametrize(("kind", "cut"), CUT)
 def test_one_rank_costs_what_a_rank_without_a_group_does(kind: SPKind, cut: SequenceCut) -> None:
     given = parts(1, row_bytes=NOTHING, launch_s=0.0)
-    alone, found = WholeCosts(given), costs(kind, cut, given)
+    alone, found = UncutCosts(given), costs(kind, cut, given)
     tokens = np.array([1.0, 64.0, 100.0, 4096.0])
     assert found.tokens_s(tokens) == pytest.approx(alone.tokens_s(tokens))
     assert found.base_s(tokens) == pytest.approx(alone.base_s(tokens))
