@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ from tuner.training.order import Recompute
 from tuner.training.work import StepWork, step_memory
 
 MODEL = "llama-3.2-1b"
-STEPS, WARM_UP = 7, 3
+STEPS, LONG_STEPS = 7, 3  # the first half of them, rounded down, warms up
 RATE = 1e-5
+LONG = 4  # times the tokens: one step of it takes as long as many
 # Name: precision, chunks of a sequence, what is recomputed, how long the sequence is against `--tokens`.
 OURS: dict[str, tuple[str, int, Recompute, int]] = {
     "whole": ("bfloat16", 1, Recompute.NONE, 1),
@@ -67,6 +68,17 @@ def shape_of(size: str, tokens: int) -> ModelShape:
     return model_from_config(config, name=MODEL)
 
 
+def num_steps(times: int) -> int:
+    """Steps of an arm whose sequence is so many times `--tokens`."""
+    return LONG_STEPS if times >= LONG else STEPS
+
+
+def measured(result: Mapping[str, Any]) -> list[float]:
+    """Seconds of the steps after those that warm up."""
+    seconds: list[float] = result["seconds"]
+    return seconds[len(seconds) // 2 :]
+
+
 def step_flops(shape: ModelShape, tokens: int) -> float:
     """FLOPs of a step, forward and backward."""
     return 3.0 * prefill_flops(shape, [(tokens, 0)], tokens - 1)
@@ -84,7 +96,7 @@ def run_ours(name: str, shape: ModelShape, tokens: int, device_type: str) -> dic
         model=dict(shape.config), precision=precision, parallel=parallel, requests=requests,
         rounds=tuple((chunk,) for chunk in chunks),
     )  # fmt: skip
-    recipe = TrainingRecipe(steps=STEPS, learning_rate=RATE, precision=precision, recompute=recompute)
+    recipe = TrainingRecipe(steps=num_steps(times), learning_rate=RATE, precision=precision, recompute=recompute)
     data = random_prompts((Request(id="all", prompt_tokens=3 * tokens),), shape.vocab_size)
     result = train(
         plan, recipe, weights=None, sequences=data, output=None, device_type=device_type, num_threads=2
@@ -122,7 +134,7 @@ def run_plain(name: str, shape: ModelShape, tokens: int, device_type: str) -> di
     data = random_prompts((Request(id="all", prompt_tokens=tokens),), shape.vocab_size)
     ids = torch.tensor(data, device=device_type)
     seconds, losses = [], []
-    for _ in range(STEPS):
+    for _ in range(num_steps(times)):
         started = time.perf_counter()
         with torch.autocast(device_type, dtype=torch.bfloat16):
             loss = run(input_ids=ids, labels=ids, use_cache=False).loss
@@ -179,8 +191,12 @@ def run_arm(name: str, options: argparse.Namespace, limit_s: float) -> dict[str,
                "--size", options.size, "--device", options.device]  # fmt: skip
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {limit_s:.0f} s"}
+    except subprocess.TimeoutExpired as error:
+        said = (error.stderr or b"").decode(errors="replace").splitlines()
+        return {
+            "failed": f"took more than {limit_s:.0f} s; last: {said[-1] if said else 'nothing said'}",
+            "tail": said[-25:],
+        }
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
@@ -194,7 +210,7 @@ def summary(result: dict[str, Any]) -> str:
     """One line of an arm."""
     if "failed" in result:
         return f"failed: {result['failed']}"
-    return f"{statistics.median(result['seconds'][WARM_UP:]):.3f} s a step, losses {result['losses'][0]:.3f}"
+    return f"{statistics.median(measured(result)):.3f} s a step, losses {result['losses'][0]:.3f}"
 
 
 def report(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
@@ -206,7 +222,7 @@ def report(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> Non
         if "failed" in result:
             rows.append((name, None, None, None, None, None, None, None, result["failed"][:60]))
             continue
-        tokens, step_s = result["tokens"], statistics.median(result["seconds"][WARM_UP:])
+        tokens, step_s = result["tokens"], statistics.median(measured(result))
         mfu = step_flops(shape_of(options.size, tokens), tokens) / step_s / peak if peak else None
         memory = [x / 2**30 if x else None for x in (result[k] for k in ("predicted", "allocated", "reserved"))]
         rows.append((name, tokens, step_s, tokens / step_s, 100.0 * mfu if mfu else None, *memory, ""))

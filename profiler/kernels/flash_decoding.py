@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from profiler.kernels.quantized.kv import KV, QuantizedKV
+from profiler.kernels.quantized.triton_launch import begin, early
 
 TILE_BYTES = 16 << 10  # of keys, and of values, that a program holds at once: three programs fit a multiprocessor
 PROGRAMS = 1024  # enough for some to end late and others early on 132 multiprocessors
@@ -32,7 +33,14 @@ def attend(q: torch.Tensor, keys: KV, values: KV, starts: torch.Tensor, lengths:
     num_requests, num_heads, splits, head_dim = partial.shape
     out = torch.empty((num_requests, num_heads, head_dim), device=q.device, dtype=q.dtype)
     _merge_splits[(num_requests * num_heads,)](
-        partial, lse, out, SPLITS=splits, DIM=head_dim, DIM_BLOCK=triton.next_power_of_2(head_dim), num_warps=8
+        partial,
+        lse,
+        out,
+        SPLITS=splits,
+        DIM=head_dim,
+        DIM_BLOCK=triton.next_power_of_2(head_dim),
+        num_warps=8,
+        **early(num_requests),
     )
     return out
 
@@ -72,6 +80,7 @@ def _split(
         LOG2_E / math.sqrt(head_dim), SCALED=scaled,
         GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), DIM=head_dim, DIM_BLOCK=dim_block,
         ROWS=max(16, min(128, TILE_BYTES // (dim_block * q.element_size()))), num_warps=4, num_stages=3,
+        **early(num_requests),
     )  # fmt: skip
     return partial, lse
 
@@ -85,8 +94,9 @@ def num_splits(num_blocks: int) -> int:
 def _attend_split(
     q, keys, values, key_scales, value_scales, starts, lengths, partial, lse, key_stride, value_stride, scale_stride,
     scale, SCALED: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     split, splits = tl.program_id(0), tl.num_programs(0)
     kv_head, num_kv_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     request = tl.program_id(2).to(tl.int64)
@@ -133,7 +143,10 @@ def _attend_split(
 
 
 @triton.jit
-def _merge_splits(partial, lse, out, SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr):
+def _merge_splits(
+    partial, lse, out, SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    begin(EARLY)
     head = tl.program_id(0).to(tl.int64)  # of all requests' heads
     split, at = tl.arange(0, SPLITS), tl.arange(0, DIM_BLOCK)
     shares = tl.load(lse + head * SPLITS + split)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from profiler.kernels.quantized.kv import KV, QuantizedKV
 from profiler.kernels.quantized.rounding import LARGEST, LEAST, ROUNDER
+from profiler.kernels.quantized.triton_launch import begin, early
 from profiler.kernels.quantized.triton_quantize import quantized, swish
 
 HEADS_PER_PROGRAM = 8
@@ -21,7 +22,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty_like(x)
     block = triton.next_power_of_2(hidden)
     num_warps = 4 if block <= 2048 else 8
-    _rms_norm[(num_rows,)](x, weight, out, hidden, eps, BLOCK=block, num_warps=num_warps)
+    _rms_norm[(num_rows,)](x, weight, out, hidden, eps, BLOCK=block, num_warps=num_warps, **early(num_rows))
     return out
 
 
@@ -34,7 +35,7 @@ def add_rms_norm(
     block = triton.next_power_of_2(hidden)
     num_warps = 4 if block <= 2048 else 8
     _add_rms_norm[(num_rows,)](
-        stream, update, weight, added, normed, hidden, eps, BLOCK=block, num_warps=num_warps
+        stream, update, weight, added, normed, hidden, eps, BLOCK=block, num_warps=num_warps, **early(num_rows)
     )  # fmt: skip
     return added, normed
 
@@ -44,7 +45,9 @@ def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
     num_rows, doubled = gate_up.shape
     width = doubled // 2
     out = torch.empty((num_rows, width), device=gate_up.device, dtype=gate_up.dtype)
-    _silu_product[(num_rows, triton.cdiv(width, SILU_BLOCK))](gate_up, out, width, BLOCK=SILU_BLOCK, num_warps=8)
+    _silu_product[(num_rows, triton.cdiv(width, SILU_BLOCK))](
+        gate_up, out, width, BLOCK=SILU_BLOCK, num_warps=8, **early(num_rows)
+    )
     return out
 
 
@@ -80,7 +83,7 @@ def rotate_into_slab(
         QUANTIZES=isinstance(keys, QuantizedKV), STATIC=k_static > 0.0, INTEGER=k.dtype == torch.int8,
         LARGEST=LARGEST.get(k.dtype, 0.0), LEAST=LEAST, ROUNDER=ROUNDER,
         HALF=head_dim // 2, HALF_BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=HEADS_PER_PROGRAM,
-        HAS_NORM=has_norm, num_warps=4,
+        HAS_NORM=has_norm, num_warps=4, **early(num_tokens),
     )  # fmt: skip
     return q
 
@@ -168,7 +171,8 @@ def _write_gathered(
 
 
 @triton.jit
-def _rms_norm(x, weight, out, hidden, eps, BLOCK: tl.constexpr):
+def _rms_norm(x, weight, out, hidden, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < hidden
@@ -180,8 +184,9 @@ def _rms_norm(x, weight, out, hidden, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _add_rms_norm(
-    stream, update, weight, added, normed, hidden, eps, BLOCK: tl.constexpr
+    stream, update, weight, added, normed, hidden, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < hidden
@@ -196,7 +201,8 @@ def _add_rms_norm(
 
 
 @triton.jit
-def _silu_product(gate_up, out, width, BLOCK: tl.constexpr):
+def _silu_product(gate_up, out, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -211,8 +217,9 @@ def _rotate_into_slab(
     num_heads, num_kv_heads, key_stride, value_stride, scale_stride, eps, key_static, value_static,
     QUANTIZES: tl.constexpr, STATIC: tl.constexpr, INTEGER: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
     ROUNDER: tl.constexpr,
-    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     at = tl.arange(0, HALF_BLOCK)[None, :]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-GROUP_ROWS = 8  # blocks of rows that run one after another over the same columns, for the L2 cache
-_TUNING_MS = (10, 40)  # of warm-up and of measuring, for each choice of block sizes
+from profiler.kernels.quantized.triton_launch import tuned
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GROUP_ROWS = 8  # blocks of rows that run one after another over the same columns, for the L2 cache
 
 _SCALED = [
     triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
@@ -29,30 +26,6 @@ _SCALED = [
         (16, 64, 256, 4, 4),
     )
 ]
-
-
-def suiting(configs: list[triton.Config], named: dict[str, int], **_kwargs: object) -> list[triton.Config]:
-    """Those whose blocks suit so many rows: neither mostly empty nor many where few would do."""
-    bucket = named["bucket"]
-    least, most = (64, 256) if bucket > 128 else (16, max(16, bucket))
-    return [config for config in configs if least <= config.kwargs["BLOCK_M"] <= most] or configs
-
-
-def tuned(configs: list[triton.Config], key: list[str], *, suits: Any = suiting) -> Any:
-    """Decorates a kernel that measures its block sizes once for each `key`; interpreted, it takes the last ones."""
-    if INTERPRETED:  # there is no card to measure on
-        return triton.heuristics({name: _always(value) for name, value in configs[-1].kwargs.items()})
-    prune = {"early_config_prune": suits} if suits else None
-    return triton.autotune(configs=configs, key=key, prune_configs_by=prune, do_bench=_measured)
-
-
-def _measured(call: Callable[[], object], quantiles: tuple[float, ...]) -> Any:
-    warmup_ms, measure_ms = _TUNING_MS
-    return triton.testing.do_bench(call, warmup=warmup_ms, rep=measure_ms, quantiles=quantiles)
-
-
-def _always(value: int) -> Callable[[object], int]:
-    return lambda _arguments: value
 
 
 def scaled_product(

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from profiler.kernels.quantized.rounding import LARGEST, LEAST, ROUNDER
 from profiler.kernels.quantized.rows import QuantizedRows
-from profiler.kernels.quantized.triton_product import INTERPRETED, tuned
+from profiler.kernels.quantized.triton_launch import INTERPRETED, tuned
 
 _COMPILED = tl.constexpr(not INTERPRETED)  # for a card: Triton's interpreter knows no assembly
 

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from profiler.kernels.quantized.triton_product import GROUP_ROWS, block_place, bucket, grid, tuned
+from profiler.kernels.quantized.triton_launch import begin, early, tuned
+from profiler.kernels.quantized.triton_product import GROUP_ROWS, block_place, bucket, grid
 
 MOST_FEW = 4  # rows up to which a product only reads its weights: each is used too rarely for matrix instructions
 
@@ -67,7 +68,7 @@ def dequantizing_product(
         words = weight.view(torch.int32)
         _few_words[lambda meta: (triton.cdiv(n, meta["BLOCK_N"]),)](
             x, words, out, weight_scales, added, m, n, k, x.stride(0), words.stride(0),
-            HAS_BIAS=bias is not None, ROWS=triton.next_power_of_2(m),
+            HAS_BIAS=bias is not None, ROWS=triton.next_power_of_2(m), **early(m),
         )  # fmt: skip
         return out
     if m <= MOST_FEW:
@@ -185,8 +186,10 @@ def _few_rows(
 @triton.jit(do_not_specialize=["m"])
 def _few_words(
     x, words, out, weight_scales, bias, m, n, k, x_stride, word_stride,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     # A byte b in the last place of 2**23 is 2**23 + b, which takes no conversion: a card turns integers to floats at a
     # fraction of its rate of additions. On an H200 large weights come in at 3.4 instead of 2.9 TB/s.
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
