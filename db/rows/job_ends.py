@@ -1,4 +1,4 @@
-"""How jobs of the service ended: a row a job, written once, in the transaction of what the job leaves where it can be.
+"""How jobs of the service ended: one row a job, written once, where possible in the transaction of the job's own rows.
 
 The process that runs a job's command has the job's id in the variable `ISOCHUNK_JOB`.
 """

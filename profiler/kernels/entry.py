@@ -1,4 +1,4 @@
-"""How a product takes its operand: the element-wise work before it ends in whatever format that is."""
+"""The format in which a product takes its operand; the element-wise work before it writes that format."""
 
 from __future__ import annotations
 

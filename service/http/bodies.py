@@ -1,4 +1,4 @@
-"""Request bodies made of options classes, so that the command line and HTTP take the same, declared once.
+"""Request bodies made from options classes, so that the command line and HTTP accept the same options.
 
 Options that name files are left out: what they hold comes in the body itself, and no path comes from a caller.
 """

@@ -1,4 +1,4 @@
-"""Calls of a service elsewhere, with what comes with Python: no more than a token and a URL is needed.
+"""Calls a remote service with Python's standard library; it needs only a URL and a token.
 
 client = Client.at("http://127.0.0.1:8321/#token=...")
 made = client.post("plans", {"model": "llama-3-8b", "world_size": 2, "prompt_lens": "32768"})

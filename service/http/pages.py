@@ -1,4 +1,4 @@
-"""Pages of lists, and answers that say whether they have changed."""
+"""Pagination of lists, and ETags that say whether an answer has changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A service from its options to its end: database, token, planning processes, a worker beside it, and the server."""
+"""Runs a service: database, token, planning processes, a worker beside it, and the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process of a job: the command line, bound to the life of its worker. It keeps the job's end before it ends.
+"""The process of a job: runs the command line, ends with its worker, and stores the job's result before it exits.
 
 `python -m service.jobs.child WORKER_PID COMMAND ARGUMENTS...`, the job's id in `ISOCHUNK_JOB`, standard output a file.
 """

@@ -1,4 +1,4 @@
-"""A command's options as jobs have them, and the words of a command line that say the same."""
+"""Options of a command as jobs store them, and the same as words of a command line."""
 
 from __future__ import annotations
 

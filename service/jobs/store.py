@@ -1,4 +1,4 @@
-"""Where the queue is kept: beside a SQLite file in one of its own, in a schema of its own on PostgreSQL.
+"""Where the queue is stored: in its own file beside a SQLite database, in its own schema on PostgreSQL.
 
 DBOS keeps it. What it keeps of ours is JSON: nothing that is read from the database is ever executed.
 """

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from profiler.measure.profile import ProfileOptions, profile_model
 from profiler.model.precision import SUPPORTED
 from profiler.points.point import COLLECTIVES, Op
 from service.cli.commands.profile import command as profile_command
+from service.cli.main import main
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -165,12 +165,12 @@ def test_two_profiles_at_once_on_one_database_both_finish(model: Path, tmp_path:
 
 
 def test_a_budget_too_small_for_one_point_says_what_is_needed(model: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        command(model, tmp_path / "profile.db", "--world-size", "1", "--budget-s", "0.001"),
-        capture_output=True, text=True, timeout=120,
+    options = ProfileOptions(
+        model=str(model), world_size=1, context_length=16, device_type="cpu", threads_per_rank=1, budget_s=0.001,
+        db_url=f"sqlite:///{tmp_path / 'profile.db'}",
     )  # fmt: skip
-    assert done.returncode == 2
-    assert re.search(r"--budget-s: 0\.001; at least \d+ for one point", done.stderr)
+    with pytest.raises(UserError, match=r"^--budget-s: 0\.001; at least \d+ for one point"):
+        profile_model(options)
 
 
 def test_out_of_budget_it_says_what_is_missing(model: Path, tmp_path: Path) -> None:
@@ -221,9 +221,12 @@ def test_a_budget_is_finite(seconds: str, tmp_path: Path) -> None:
     assert str(refused.exception) == f"--budget-s: {seconds}; must be a finite number of seconds, 0 or more"
 
 
-def test_an_error_is_one_line_and_exit_code_2(model: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        command(model, tmp_path / "profile.db", "--dtype", "int3"), capture_output=True, text=True, timeout=TIMEOUT_S
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"Error: dtype: int3; supported are {SUPPORTED}\n"
+def test_an_error_is_one_line_and_exit_code_2(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["isochunk", *command(model, tmp_path / "profile.db", "--dtype", "int3")[3:]])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (2, "")
+    assert printed.err == f"Error: dtype: int3; supported are {SUPPORTED}\n"

@@ -184,7 +184,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert all(word in line for word in words), line
 
 
-def test_without_weights_it_says_what_to_give(weights: Path, tmp_path: Path) -> None:
-    done = _run(tmp_path, _plan(weights))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "Error: --weights: give either a folder of weights or --random-weights\n"
+def test_without_weights_it_says_what_to_give(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(_plan(weights)))
+    monkeypatch.setattr(
+        sys, "argv", ["isochunk", "run-plan", str(tmp_path / "plan.json"), "--db", f"sqlite:///{tmp_path}/runs.db"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (2, "")
+    assert printed.err == "Error: --weights: give either a folder of weights or --random-weights\n"

@@ -17,7 +17,7 @@ import torch
 from runtime.train.saving import latest, read_notes
 from tests.runtime.cases import make_plan, prompts
 
-STEPS, KILLS = 12, 3
+STEPS, KILLS = 12, 2
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A piecewise linear, non-decreasing time curve, fitted with least squares; and lines that fall nowhere.
+"""A piecewise linear, non-decreasing time curve, fitted with least squares; and non-decreasing lines.
 
 Both are solved here, exactly and in a few lines: SciPy's solvers take longer to import than all fits take.
 """

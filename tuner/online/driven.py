@@ -1,4 +1,4 @@
-"""The online planner in simulated time: what its rounds are when requests arrive as a problem says."""
+"""Runs the online planner in simulated time, with a problem's arrivals, and returns its rounds."""
 
 from __future__ import annotations
 

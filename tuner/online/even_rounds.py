@@ -1,4 +1,4 @@
-"""Even rounds for what waits: which number of them delays all requests least, those to come included."""
+"""Cuts waiting requests into even rounds: as many as delay all requests least, later arrivals included."""
 
 from __future__ import annotations
 

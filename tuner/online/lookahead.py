@@ -1,4 +1,4 @@
-"""Rounds for what waits right now: requests packed in their running order under a few caps, judged by the recurrence.
+"""Plans rounds for the waiting requests: packed in running order under several caps, the best by the recurrence.
 
 Caps come in lists, one cap a request (`rounds.round_budgets`); each list is tried at several scales. Where the
 makespan is limited, caps for the makespan alone say first how short it can be, and lists of several weights of the

@@ -1,4 +1,4 @@
-"""The running order under a limit on waiting: least work first as long as none has to wait for longer.
+"""The running order under a limit on waiting: least work first, unless a request would wait longer than the limit.
 
 Every request is given the same time from its arrival on, so that by deadline they run as they came. What runs in that
 order leaves each of them some slack: its deadline less when it would end. A request may run before all that came

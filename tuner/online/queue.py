@@ -1,4 +1,4 @@
-"""Schedulers in simulated time, round by round, and first come first served: the loop that the field's share.
+"""Simulates schedulers round by round; first come first served, the loop that the field's policies share.
 
 A scheduler sees only the requests that have arrived, so with arrivals the loop needs the time at which stage 0 takes
 its next round (`serving.clock`). Where answers are decoded beside prefill, every round first takes the next token of

@@ -1,4 +1,4 @@
-"""What of the online planner can be tuned, as the text that names it: `joint:aging=0.1,foresight=2`."""
+"""Settings of the online planner, and their text form: `joint:aging=0.1,foresight=2`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What arrivals so far say of those to come: how long they will wait for what is decided now.
+"""Forecasts later arrivals from those so far: how long they would wait for a decision made now.
 
 While `V` seconds of work wait, requests arrive at a rate `a` and bring a load `r` (seconds of work a second), `V` falls
 by 1 - r a second. All that arrive before it is gone wait for what is left of it: a V^2 / (2 (1 - r)) seconds in all.

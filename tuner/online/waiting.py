@@ -1,4 +1,4 @@
-"""Requests that wait: what is left of each, and all of them in running order."""
+"""The waiting requests: the remaining tokens of each, and all of them in running order."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 from db.errors import UserError
 from profiler.model import Backend, ModelShape, Precision
-from profiler.model.experts import Dispatch, ExpertSpread, expert_spread
+from profiler.model.experts import Dispatch
 from profiler.sequence.kind import SPKind
-from tuner.plan.plan import Parallel, Weights
+from tuner.plan.plan import Degrees, Parallel, Weights
 from tuner.plan.stage_order import StageOrder
 
 MAX_WORLD_SIZE = 100_000
@@ -23,47 +23,10 @@ PASSES_KV = (SPKind.GATHER, SPKind.RING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """pp_size x sp_size x tp_size ranks; `refusal` says why it cannot run, None when it can.
+class Layout(Degrees):
+    """A plan's degrees without the layers of its groups; `refusal` says why it cannot run, None when it can."""
 
-    The words are those of `tuner.plan.plan.Parallel`, which adds the layers of each group.
-    """
-
-    tp_size: int
-    pp_size: int
-    sp_size: int = 1
-    sp_kind: SPKind = SPKind.NONE
-    virtual_stages: int = 1
-    stage_order: StageOrder = StageOrder.LOOP
-    weights: Weights = Weights.WHOLE
-    ep_size: int = 1
-    dispatch: Dispatch = Dispatch.NONE
     refusal: str | None = None
-
-    @property
-    def world_size(self) -> int:
-        """Ranks that take part."""
-        return self.pp_size * self.stage_size
-
-    @property
-    def sequence_size(self) -> int:
-        """Ranks of a stage that share the rows of a round."""
-        return self.tp_size if self.sp_kind is SPKind.MEGATRON else self.sp_size
-
-    @property
-    def spread(self) -> ExpertSpread:
-        """Where experts lie, as `ModelShape.spread` takes it."""
-        return expert_spread(self.ep_size, self.dispatch, self.sp_size)
-
-    @property
-    def stage_size(self) -> int:
-        """Ranks that hold a stage together."""
-        return self.sp_size * self.tp_size
-
-    @property
-    def num_groups(self) -> int:
-        """Groups of consecutive layers that a round goes through."""
-        return self.pp_size * self.virtual_stages
 
     @property
     def family(self) -> str:
@@ -128,8 +91,7 @@ def check_experts_fit(shape: ModelShape, precision: Precision, weights: Weights)
 
 def layout_of(parallel: Parallel) -> Layout:
     """The layout of a plan, without the layers of its groups."""
-    names = (field.name for field in fields(Layout) if field.name != "refusal")
-    return Layout(**{name: getattr(parallel, name) for name in names})
+    return Layout(**{field.name: getattr(parallel, field.name) for field in fields(Degrees)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

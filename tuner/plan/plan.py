@@ -100,17 +100,14 @@ class Weights(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parallel:
-    """How the model is spread: `pp_size` stages, each held by sp_size x tp_size ranks.
+class Degrees:
+    """How many ranks share what: `pp_size` stages, each held by sp_size x tp_size ranks.
 
-    A stage holds `virtual_stages` groups of consecutive layers; `layer_partition` has the layers of each group, in the
-    order in which rounds go through them. Under Megatron's sequence parallelism the tensor-parallel group cuts the
-    rows, and `sp_size` is 1.
+    Under Megatron's sequence parallelism the tensor-parallel group cuts the rows, and `sp_size` is 1.
     """
 
     tp_size: int
     pp_size: int
-    layer_partition: tuple[int, ...]
     sp_size: int = 1
     sp_kind: SPKind = SPKind.NONE
     virtual_stages: int = 1
@@ -120,6 +117,41 @@ class Parallel:
     """Groups of ranks among which experts are spread: of a tensor-parallel group, 1 cutting each expert over all of its
     ranks; or the ranks that share the rows, where those are sent to their experts."""
     dispatch: Dispatch = Dispatch.NONE
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of consecutive layers that a round goes through."""
+        return self.pp_size * self.virtual_stages
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that take part."""
+        return self.pp_size * self.stage_size
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks that hold a stage together."""
+        return self.sp_size * self.tp_size
+
+    @property
+    def sequence_size(self) -> int:
+        """Ranks of a stage that share the rows of a round."""
+        return self.tp_size if self.sp_kind is SPKind.MEGATRON else self.sp_size
+
+    @property
+    def spread(self) -> ExpertSpread:
+        """Where experts lie, as `ModelShape.spread` takes it."""
+        return expert_spread(self.ep_size, self.dispatch, self.sp_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel(Degrees):
+    """How the model is spread: its degrees, and the layers of each group in the order in which rounds go through them.
+
+    A stage holds `virtual_stages` groups of consecutive layers.
+    """
+
+    layer_partition: tuple[int, ...]
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "pp_size", "sp_size", "virtual_stages", "ep_size"):
@@ -152,29 +184,9 @@ class Parallel:
             raise UserError("weights", self.weights, "are gathered over a sequence-parallel group: sp_size 2 or more")
 
     @property
-    def num_groups(self) -> int:
-        """Groups of consecutive layers that a round goes through."""
-        return self.pp_size * self.virtual_stages
-
-    @property
     def stage_of_group(self) -> tuple[int, ...]:
         """The stage that holds each group."""
         return stages_of_groups(self.pp_size, self.virtual_stages, self.stage_order)
-
-    @property
-    def world_size(self) -> int:
-        """Ranks that take part."""
-        return self.pp_size * self.sp_size * self.tp_size
-
-    @property
-    def sequence_size(self) -> int:
-        """Ranks of a stage that share the rows of a round."""
-        return self.tp_size if self.sp_kind is SPKind.MEGATRON else self.sp_size
-
-    @property
-    def spread(self) -> ExpertSpread:
-        """Where experts lie, as `ModelShape.spread` takes it."""
-        return expert_spread(self.ep_size, self.dispatch, self.sp_size)
 
     def to_json(self) -> dict[str, Any]:
         """The `parallel` object of a plan file."""

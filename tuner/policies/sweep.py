@@ -43,6 +43,8 @@ SLOPES = (0.0, 0.5, 1.0)
 MANY_PROMPTS = 128
 """With more prompts fewer of both are tried."""
 ROUNDING = 1e-9
+FAR = 1.01
+"""Of a large batch, a way to pack whose plan at the best known cap is above this factor of the best is not swept."""
 LEVELS = (0.4, 0.55, 0.75, 0.9, 1.0, 1.3, 1.7)
 """Of the cap that is best for all rounds: that of the outermost one."""
 
@@ -94,6 +96,8 @@ class Search:
 
         def attempt(cap: float) -> int:
             nonlocal most_s
+            if cap in tried:
+                return 0
             rounds = pack(self.packer, requests, order, [cap * share for share in profile])
             tried[cap] = self.keep(rounds, objective, most_s)
             most_s = min(most_s, tried[cap][1])
@@ -104,6 +108,9 @@ class Search:
 
         centre = self.best_cap_s or self.cap_s
         num_rounds = attempt(centre)
+        far = objective is Objective.MAKESPAN and self.best_cap_s > 0.0
+        if far and most_s > FAR * min(each.evaluation.makespan_s for each in self.found.values()):
+            return  # caps a few percent longer or shorter, which are all that is tried, change less
         num_caps = int(np.clip(self.effort * ROUNDS_SWEPT // num_rounds, LEAST_CAPS, self.effort * MOST_CAPS))
         window, pp_size = self.problem.window, self.problem.cost.pp_size
         narrow = window is not None and window < pp_size

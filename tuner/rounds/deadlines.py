@@ -1,4 +1,4 @@
-"""Deadlines that no plan meets: each beside the least TTFT that its prompt can have."""
+"""Finds deadlines that no plan can meet, with the least TTFT that each prompt can have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounds with what they are expected to take and how far from the best they can be; as a plan file's content."""
+"""Rounds with their predicted times and their gap to the lower bound, also as the content of a plan file."""
 
 from __future__ import annotations
 

@@ -120,12 +120,6 @@ def evaluate(
     return RoundTimes.of(cost, requests, FlatRounds.of(rounds), round_s).evaluation(cost, requests, window)
 
 
-def makespan_of(cost: CostModel, requests: Sequence[Request], flat: FlatRounds, window: int | None) -> float:
-    """The makespan alone, as `evaluate` gives it, of requests without answers."""
-    times = RoundTimes.of(cost, requests, flat)
-    return times.timeline(cost, requests, window).makespan_s
-
-
 @dataclass(frozen=True, slots=True)
 class RoundTimes:
     """What each round takes, before it is known when rounds run."""
@@ -164,6 +158,10 @@ class RoundTimes:
         np.maximum.at(ready, self.flat.round_index, arrival[self.flat.request])
         order = order_of(cost, len(self.round_s), window)
         return simulate(self.round_s, self.hop_s, window, cost.return_s, ready, order=order, in_order=not ready.any())
+
+    def busiest_s(self, cost: CostModel) -> float:
+        """What the stage with most work runs in all: no makespan is below it."""
+        return float(np.bincount(cost.stage_of_group, weights=self.round_s.sum(axis=0)).max())
 
     @property
     def least_makespan_s(self) -> float:

@@ -1,4 +1,4 @@
-"""What a plan is compared with: one card alone, and the best of the simple settings that people type."""
+"""Baselines of a plan: one card alone, and the best of the simple settings that users commonly choose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What would move a makespan most: the same requests planned anew where one thing is better."""
+"""Which improvement would shorten a makespan most: the same requests planned again with one thing made better."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objectives: what a plan of a workload makes least."""
+"""Objectives: the quantity that a plan minimises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prefix cache over a trace's block hashes: which tokens of each prompt are there when it arrives.
+"""A prefix cache over a trace's block hashes: which tokens of each prompt are cached when it arrives.
 
 Traces name a prompt's blocks of tokens by hashes of everything up to their end, so that equal hashes are equal
 prefixes. A prompt hits as many of its first blocks as are cached; then all its blocks are, the least recently used

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ def main(folder: str, rank: int, environment: Mapping[str, str]) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     from profiler.comm.ranks.rank import run_child  # torch: seconds, where the server has not imported it
 
+    gc.freeze()  # what the imports made: collections walk what the rank makes
     run_child(Path(folder), rank)
 
 

@@ -24,6 +24,8 @@ from profiler.comm.ranks.folder import RunFolder, read_whole, run_folder, sweep_
 from profiler.comm.ranks.mark import Mark, Progress
 from profiler.comm.ranks.stall import LEAST_LIMIT_S, Stall, find_stall, is_stopped
 
+PRELOADED = ("profiler.comm.ranks.fork_server", "profiler.comm.ranks.rank", "pydantic.type_adapter")
+"""What the fork server imports before it forks ranks, beside the module of their function."""
 _POLL_S = 0.1
 _STALL_POLL_S = 1.0
 _OTHERS_S = 0.3  # after a failure: what other ranks that failed at the same moment may take to say so
@@ -96,13 +98,11 @@ def run_ranks(
 def _processes(folder: RunFolder, world_size: int, module: str) -> Iterator[list[ForkServerProcess]]:
     """Processes of the ranks; none is left at the end, whatever ends it.
 
-    They are forked from a server that has imported torch, `module` and what checks files, and that runs nothing itself:
-    imports of some 3 s of CPU time are paid once, not by each rank and each launch of this process.
+    They are forked from a server that has imported `PRELOADED` and `module`, and that runs nothing itself: imports of
+    some 3 s of CPU time are paid once, not by each rank and each launch of this process.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["profiler.comm.ranks.fork_server", "profiler.comm.ranks.rank", module, "pydantic.type_adapter"]
-    )
+    context.set_forkserver_preload([*PRELOADED, module])
     processes = [
         context.Process(
             target=child.main, args=(str(folder.path), rank, dict(os.environ)), name=f"rank {rank}", daemon=True

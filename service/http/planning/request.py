@@ -1,4 +1,4 @@
-"""A plan made for a caller elsewhere: what files would hold comes as content, and the answer goes back as JSON."""
+"""Makes a plan for a remote caller: contents of files come in the request, the answer is JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading what is kept: hardware, measurements, fits and runs with their rounds."""
+"""Reads stored rows: hardware, measurements, fits and runs with their rounds."""
 
 from __future__ import annotations
 

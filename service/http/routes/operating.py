@@ -1,4 +1,4 @@
-"""What operators ask of a service: whether it answers, whether it can work, and its figures."""
+"""Health, readiness and metrics for operators."""
 
 from __future__ import annotations
 

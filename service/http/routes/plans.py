@@ -1,4 +1,4 @@
-"""Plans: made in seconds, compared, kept, read and taken away as files."""
+"""Plans: made, compared, stored, read, and downloaded as files."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from profiler.measure.timing import (
     MAX_SAMPLES,
     MIN_SAMPLES,
     OWN_LOAD_S,
+    RECORDED_LAYER_S,
     Prepared,
     Samples,
     Sampling,
@@ -105,7 +106,7 @@ def test_under_its_own_load_work_settles_and_is_sampled_for_as_long_whatever_it_
     sampled_s = sampling.num_samples * sampling.inner_repeats * call_s
     assert sampling.settle_s > 0 and MIN_SAMPLES <= sampling.num_samples <= MAX_SAMPLES
     assert 0.75 * OWN_LOAD_S <= sampled_s <= 1.05 * OWN_LOAD_S or sampling.num_samples == MIN_SAMPLES
-    assert sampling.recorded == (call_s < 2e-3)
+    assert sampling.recorded == (call_s < RECORDED_LAYER_S)
 
 
 def test_a_collective_between_other_work_is_sampled_one_by_one() -> None:
