@@ -90,7 +90,7 @@ def main(name: str, paths: list[str]) -> int:
     with TemporaryDirectory() as scratch, _one_rank(engine):
         model, text = Path(scratch) / "model", Path(scratch) / "text.txt"
         write_demo_model(model, SMALL)
-        text.write_text("\n".join(Path(__file__).read_text().splitlines() * 4))
+        text.write_text("\n".join(Path(__file__).read_text().splitlines()[:40]))
         for variant, options in _VARIANTS.items():
             folder = Path(scratch) / f"q{len(rows)}"
             quantize(
