@@ -143,8 +143,8 @@ class Search:
             evaluation = problem.evaluate(rounds)
         else:
             times = RoundTimes.of(problem.cost, problem.requests, flat)
-            if problem.objective is Objective.MAKESPAN and problem.cost.virtual_stages == 1:
-                least_s = (1.0 - ROUNDING) * times.least_makespan_s
+            if problem.objective is Objective.MAKESPAN:
+                least_s = (1.0 - ROUNDING) * times.least_makespan_s(problem.cost)
                 if least_s > max(most_s, self._most_needed_s(len(rounds))):
                     return (0.0, least_s, np.inf)
             evaluation = times.evaluation(problem.cost, problem.requests, problem.window)
