@@ -17,7 +17,6 @@ Every candidate is judged by the exact recurrence: uneven stages, hand-offs, the
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 from tuner.online.driven import online_rounds
 from tuner.online.settings import OnlineSettings
@@ -31,9 +30,7 @@ from tuner.policies.sweep import (
     Pack,
     Search,
     budget_profiles,
-    pack_shared,
     request_orders,
-    short_chunks,
     shortest_first,
     sloping_rounds,
 )
@@ -136,8 +133,6 @@ def _drafted(problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Sear
     for pack in packs:
         search.sweep(pack, shortest_first(problem), flat, Objective.MAKESPAN)
     if pack_line in packs:
-        for tokens in short_chunks(problem, search.packer, search.cap_s):
-            search.sweep(partial(pack_shared, tokens), shortest_first(problem), flat, Objective.MAKESPAN)
         for rounds in sloping_rounds(problem, search.packer, search.cap_s):
             search.keep(rounds, Objective.MAKESPAN)
     if objective is not Objective.MAKESPAN:
