@@ -88,7 +88,10 @@ class Search:
         return sorted(self.found.values(), key=lambda candidate: candidate.score)
 
     def sweep(self, pack: Pack, order: Sequence[int], profile: Sequence[float], objective: Objective) -> None:
-        """Pack under caps around `cap_s`, then twice closer around the best; `profile` scales each request's cap."""
+        """Pack under caps around `cap_s`, then twice closer around the best; `profile` scales each request's cap.
+
+        Where every chunk costs much whatever its length, `cap_s` is far too small: it is doubled while that helps.
+        """
         tried: dict[float, tuple[float, ...]] = {}
         requests, most_s = self.problem.requests, np.inf
 
@@ -104,6 +107,11 @@ class Search:
 
         centre = self.best_cap_s or self.cap_s
         num_rounds = attempt(centre)
+        while not self.best_cap_s:
+            fewer, doubled = attempt(2.0 * centre), 2.0 * centre
+            if tried[doubled] >= tried[centre]:
+                break
+            num_rounds, centre = fewer, doubled
         num_caps = int(np.clip(self.effort * ROUNDS_SWEPT // num_rounds, LEAST_CAPS, self.effort * MOST_CAPS))
         window, pp_size = self.problem.window, self.problem.cost.pp_size
         narrow = window is not None and window < pp_size

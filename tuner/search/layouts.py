@@ -260,15 +260,23 @@ def _sketched(target: Target, candidate: Candidate, rules: Rules, best: tuple[fl
         )
     else:
         partition = target.layer_partition or even_partition(target.shape.num_layers, layout.num_groups)
-    cost = build_cost(partition)
     assert candidate.costs is not None
     room = Room(
         target=target, layout=layout, layer_partition=partition, chunk_multiple=rules.chunk_multiple,
         measured_tokens=candidate.costs.max_chunk,
     )  # fmt: skip
-    limits = room.limits(rules.limits)
-    if limits is None:
-        return replace(candidate, layer_partition=partition, refusal=room.refusal(rules.limits))
+    own = replace(candidate, layer_partition=partition)
+    sketches = [_within(target, own, rules, room, limits, best) for limits in room.choices(rules.limits)]
+    if not sketches:
+        return replace(own, refusal=room.refusal(rules.limits))
+    return min(sketches, key=lambda sketch: sketch.score(rules.objective))
+
+
+def _within(
+    target: Target, candidate: Candidate, rules: Rules, room: Room, limits: Limits, best: tuple[float, ...]
+) -> Candidate:
+    """The candidate with rounds within the limits, or within tighter ones where they still took too much memory."""
+    layout, cost = candidate.layout, _build_cost(candidate)(candidate.layer_partition)
     while True:
         bounded = replace(rules, limits=limits)
         if layout.virtual_stages == 1:
@@ -276,7 +284,7 @@ def _sketched(target: Target, candidate: Candidate, rules: Rules, best: tuple[fl
         else:
             hopeful_s = HOPEFUL * best[0] if rules.objective is Objective.MAKESPAN else math.inf
             rounds = bounded.sketch(cost, _shorter(cost), target.requests, SKETCHED_ROUNDS, hopeful_s)
-        own = replace(candidate, layer_partition=partition, limits=None if limits == rules.limits else limits)
+        own = replace(candidate, limits=None if limits == rules.limits else limits)
         sketched = with_rounds(target, own, rounds, rules)
         if sketched.refusal is None or (tighter := room.tighter(limits, rules.limits)) is None:
             return sketched
