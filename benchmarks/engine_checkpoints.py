@@ -1,25 +1,32 @@
-"""Holds written quantized checkpoints against vLLM's own loader: its configuration class, schemes and parameters.
+"""Holds written quantized checkpoints against an engine's own loader: its configuration class, schemes and parameters.
 
     pip download --no-deps -d wheels vllm==0.33.0; python -m zipfile -e wheels/vllm-*.whl unpacked
     pip install --no-deps --target imports compressed-tensors==0.17.0 ...  # what its modules import, one by one
-    python -m benchmarks.engine_checkpoints unpacked imports
+    python -m benchmarks.engine_checkpoints vllm unpacked imports
+    python -m benchmarks.engine_checkpoints sglang unpacked imports
 
-A small model is quantized to every precision. vLLM's `CompressedTensorsConfig` reads `quantization_config`, names the
-scheme of each linear as on a card of capability 9.0, and the scheme makes the parameters that its loader fills: names,
-shapes and kinds of numbers are compared with the tensors written. Its kernels, which need a card, are not made.
-Prints a row a precision; exit code 1 if one does not fit.
+A small model is quantized to every precision. The engine's `CompressedTensorsConfig` reads `quantization_config`, names
+the scheme of each linear as on a card of capability 9.0, and the scheme makes the parameters that its loader fills:
+names, shapes and kinds of numbers are compared with the tensors written. Its kernels, which need a card, are not made:
+packages of kernels stand empty. Prints a row a precision; exit code 1 if one does not fit.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock, patch
 
@@ -41,7 +48,6 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "fp8, KV in e4m3": {"kv": "fp8"},
 }
 _PACKED = 4  # 8-bit weights in an int32
-_SCHEMES = "vllm.model_executor.layers.quantization.compressed_tensors.schemes"
 _OF_AN_ENGINE = (
     "init_int8_linear_kernel", "init_fp8_linear_kernel", "init_wfp8_a16_linear_kernel", "choose_mp_linear_kernel",
     "get_current_vllm_config",
@@ -49,16 +55,42 @@ _OF_AN_ENGINE = (
 """What schemes ask for that only an engine on a card has: kernels, and the model's 16-bit format."""
 
 
-def main(paths: list[str]) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """Where an engine keeps what reads such checkpoints."""
+
+    room: str  # of its configuration class
+    parameters: str
+    scheme_of: str  # the method that names a linear's scheme
+    kernels: tuple[str, ...] = ()  # packages of kernels and pictures that it imports and nothing here needs
+
+
+_ENGINES = {
+    "vllm": Engine(
+        room="vllm.model_executor.layers.quantization.compressed_tensors", parameters="vllm.model_executor.parameter",
+        scheme_of="get_scheme",
+    ),
+    "sglang": Engine(
+        room="sglang.srt.layers.quantization.compressed_tensors", parameters="sglang.srt.layers.parameter",
+        scheme_of="get_linear_scheme", kernels=("sgl_kernel", "flashinfer", "torchvision"),
+    ),
+}  # fmt: skip
+
+
+def main(name: str, paths: list[str]) -> int:
     """Quantize, compare, print -> the exit code."""
+    engine = _ENGINES[name]
     sys.path[:0] = [str(Path(path).resolve()) for path in paths]
+    if engine.kernels:
+        import_module("transformers").AutoConfig  # noqa: B018 - looks for packages that stand empty after this
+        sys.meta_path.insert(0, Empty(engine.kernels))
     os.environ |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}
     warnings.filterwarnings("ignore")
     rows, fits = list[tuple[object, ...]](), True
-    with TemporaryDirectory() as scratch, _one_rank():
+    with TemporaryDirectory() as scratch, _one_rank(engine):
         model, text = Path(scratch) / "model", Path(scratch) / "text.txt"
         write_demo_model(model, SMALL)
-        text.write_text("\n".join(Path(__file__).read_text().splitlines() * 4))
+        text.write_text("\n".join(Path(__file__).read_text().splitlines()[:40]))
         for variant, options in _VARIANTS.items():
             folder = Path(scratch) / f"q{len(rows)}"
             quantize(
@@ -67,56 +99,80 @@ def main(paths: list[str]) -> int:
                     device_type="cpu", **options,
                 )
             )  # fmt: skip
-            schemes, count, wrong = compared(folder)
+            schemes, count, wrong = compared(engine, folder)
             fits = fits and not wrong
             rows.append((variant, ", ".join(schemes), count, wrong[0] if wrong else "all fit"))
-    import vllm
-
-    print_table(("precision", "scheme", "linears", "parameters"), rows, title=f"vLLM {vllm.__version__}")
+    title = f"{name} {import_module(name).__version__}"
+    print_table(("precision", "scheme", "linears", "parameters"), rows, title=title)
     return 0 if fits else 1
 
 
-@contextmanager
-def _one_rank() -> Iterator[None]:
-    """A world of one, a card of capability 9.0 as far as the schemes ask, and no kernels."""
-    from vllm.platforms import current_platform
-    from vllm.platforms.interface import DeviceCapability
+class Empty(MetaPathFinder, Loader):
+    """Finds packages that hold whatever they are asked for, and none of it works."""
 
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        """Of a package that stands empty, or of a part of one."""
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in self.names else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """A module all of whose names are there."""
+        module = ModuleType(spec.name)
+        module.__dict__["__getattr__"] = lambda name: _nothing(f"{spec.name}.{name}")
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing to run."""
+
+
+def _nothing(name: str) -> MagicMock:
+    if name.rpartition(".")[2].startswith("__"):
+        raise AttributeError(name)
+    return MagicMock(name=name)
+
+
+@contextmanager
+def _one_rank(engine: Engine) -> Iterator[None]:
+    """A world of one, a card of capability 9.0 as far as the schemes ask, and no kernels."""
     with ExitStack() as stack:
-        stack.enter_context(
-            patch.object(type(current_platform), "get_device_capability", lambda *_a, **_k: DeviceCapability(9, 0))
-        )
-        for module in _modules():
+        if engine.room.startswith("vllm"):
+            from vllm.platforms import current_platform
+            from vllm.platforms.interface import DeviceCapability
+
+            nine = DeviceCapability(9, 0)
+            platform = type(current_platform)
+            stack.enter_context(patch.object(platform, "get_device_capability", lambda *_a, **_k: nine))
+        stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_a: (9, 0)))
+        for module in _modules(f"{engine.room}.schemes"):
             for name in _OF_AN_ENGINE:
                 if hasattr(module, name):
                     none = MagicMock()
                     none.return_value.__name__ = "NoKernel"
                     none.return_value.model_config.dtype = torch.bfloat16
                     stack.enter_context(patch.object(module, name, none))
+        parameters = import_module(engine.parameters)
         for name in ("get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"):
-            value = 0 if name.endswith("rank") else 1
-            stack.enter_context(patch(f"vllm.model_executor.parameter.{name}", lambda value=value: value))
+            if hasattr(parameters, name):
+                value = 0 if name.endswith("rank") else 1
+                stack.enter_context(patch.object(parameters, name, lambda value=value: value))
         yield
 
 
-def _modules() -> list[Any]:
-    import importlib
-    import pkgutil
-
-    package = importlib.import_module(_SCHEMES)
-    return [importlib.import_module(f"{_SCHEMES}.{found.name}") for found in pkgutil.iter_modules(package.__path__)]
+def _modules(package: str) -> list[ModuleType]:
+    return [import_module(f"{package}.{found.name}") for found in pkgutil.iter_modules(import_module(package).__path__)]
 
 
 class RowParallelLinear(torch.nn.Module):
-    """Stands for vLLM's layer of this name: schemes are found by the name of the class."""
+    """Stands for an engine's layer of this name: schemes are found by the name of the class."""
 
 
-def compared(folder: Path) -> tuple[list[str], int, list[str]]:
-    """The schemes that vLLM takes, how many linears there are, and what does not fit."""
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
-
+def compared(engine: Engine, folder: Path) -> tuple[list[str], int, list[str]]:
+    """The schemes that an engine takes, how many linears there are, and what does not fit."""
     config = json.loads((folder / "config.json").read_text())
-    reader = CompressedTensorsConfig.from_config(config["quantization_config"])
+    kind = import_module(f"{engine.room}.compressed_tensors").CompressedTensorsConfig
+    reader = kind.from_config(config["quantization_config"])
     written = _tensors(folder)
     names = sorted(name.removesuffix("_proj.weight_scale") for name in written if name.endswith("_proj.weight_scale"))
     schemes, wrong = dict[str, None](), list[str]()
@@ -125,7 +181,7 @@ def compared(folder: Path) -> tuple[list[str], int, list[str]]:
         (n, k), _ = mine["weight"] if "weight" in mine else mine["weight_packed"]
         k *= 1 if "weight" in mine else _PACKED
         layer: Any = RowParallelLinear()
-        scheme = reader.get_scheme(layer, name)
+        scheme = getattr(reader, engine.scheme_of)(layer, name)
         schemes[type(scheme).__name__ if scheme else "none"] = None
         if scheme is None:
             wrong.append(f"{name}: no scheme")
@@ -168,4 +224,4 @@ def _differences(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

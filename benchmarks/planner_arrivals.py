@@ -212,10 +212,12 @@ def print_summary(rows: Mapping[Stream, Mapping[str, Any]]) -> None:
             of_value = [row for stream, row in rows.items() if getattr(stream, axis) == value]
             table.append(summary(f"{axis} {value}", (Excess.of(row, row["joint"]) for row in of_value)))
     print_table(columns, table, title="`joint`, tuned on the trace, above the best of all other policies")
-    first = next(iter(rows.values()))
-    settings = [name for name in first["policies"] if name.startswith("joint")]
-    alone = [summary(name, (Excess.of(row, name) for row in rows.values())) for name in settings]
-    print_table(columns, alone, title="The online planner, the same settings for all streams")
+    settings = dict.fromkeys(name for row in rows.values() for name in row["policies"] if name.startswith("joint"))
+    alone = {name: [Excess.of(row, name) for row in rows.values() if name in row["policies"]] for name in settings}
+    title = "The online planner, the same settings for all streams where they were tried"
+    print_table(
+        columns, [summary(name, found) for name, found in alone.items() if len(found) > len(rows) / 2], title=title
+    )
     for stream, row in rows.items():
         excess = Excess.of(row, row["joint"])
         if excess.is_behind:

@@ -37,16 +37,20 @@ class Study:
     training: Training
 
     @classmethod
-    def of(cls, options: argparse.Namespace, folder: Path, seed: int) -> Study:
-        """With a model that is trained unless it is there; smaller ones go to `folder`."""
-        for each in (options.folder, folder):
-            each.mkdir(parents=True, exist_ok=True)
+    def of(cls, options: argparse.Namespace, seed: int) -> Study:
+        """With a model that is trained unless it is there; its smaller ones are kept beside it."""
         training = Training.of(options)
-        return cls(folder=folder, model=trained(options.folder, seed, training), seed=seed, training=training)
+        options.folder.mkdir(parents=True, exist_ok=True)
+        model = trained(options.folder, seed, training)
+        folder = model.with_name(f"{model.name}-smaller")
+        folder.mkdir(exist_ok=True)
+        return cls(folder=folder, model=model, seed=seed, training=training)
 
     def cut(self, name: str, measure: Measure = Measure.ACTIVATION) -> Path:
         """Prune by a measure."""
         output = self.folder / f"{name} by {measure}".replace(" %", "").replace(" ", "-")
+        if output.exists():
+            return output
         prune_checkpoint(
             self.model, output, load_model_shape(str(self.model)), CUTS[name], measure=measure,
             calibration=texts().calibration, work=ChunkWork(chunk=512, context=0, dtype=torch.float32, device=CPU),
@@ -65,6 +69,8 @@ class Study:
             precision=precision,
         )  # fmt: skip
         output = pruned.with_name(f"{pruned.name}-recovered-{precision}".replace("+", "-"))
+        if output.exists():
+            return output
         train(
             plan_of(pruned), recipe, weights=pruned, sequences=[texts().learned], output=output, teacher=self.model,
             device_type=self.training.device_type, num_threads=1,

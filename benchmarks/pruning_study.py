@@ -8,7 +8,6 @@ with 5 % of the training's tokens, the unpruned model as its teacher.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,12 +53,11 @@ def main() -> None:
     options_of.add_argument("--output", type=Path)
     options = options_of.parse_args()
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as place:
-        studies = []
-        for seed in range(options.seeds):
-            studies.append(Study.of(options, Path(place) / str(seed), seed))
-            print(f"seed {seed}: trained, {time.monotonic() - started:.0f} s", flush=True)
-        rows, found = rows_of(studies)
+    studies = []
+    for seed in range(options.seeds):
+        studies.append(Study.of(options, seed))
+        print(f"seed {seed}: trained, {time.monotonic() - started:.0f} s", flush=True)
+    rows, found = rows_of(studies)
     columns = ("removed", *Measure, "recovered", "activation best")
     tokens = options.steps * SMALL.sequence * SMALL.batch
     title = f"rise of perplexity on {HELD_OUT} characters in %, by seed; models of {tokens} tokens"

@@ -98,13 +98,13 @@ class Bench:
         return self.place / f"{variant.folder.name}-{prompt}.json"
 
 
-def made(study: Study) -> list[Variant]:
-    """The model, and the smaller ones: pruned, recovered, quantized."""
-    calibration = write_texts(study.folder / "calibration.jsonl", texts().calibration)
-    held_out = write_texts(study.folder / "held-out.jsonl", texts().held_out)
+def made(study: Study, place: Path) -> list[Variant]:
+    """The model, and the smaller ones: pruned, recovered, and quantized in `place`."""
+    calibration = write_texts(place / "calibration.jsonl", texts().calibration)
+    held_out = write_texts(place / "held-out.jsonl", texts().held_out)
 
     def quantized(name: str, source: Path, *, is_pruned: bool = False) -> Variant:
-        output = study.folder / f"{source.name}-w8a8"
+        output = place / f"{source.name}-w8a8"
         report = quantize(QuantizeOptions(
             model=str(source), output=str(output), calibration=str(calibration), held_out=str(held_out),
             device_type="cpu",
@@ -182,9 +182,9 @@ def main() -> None:
         print(f"{time.monotonic() - started:5.0f} s: {what}", flush=True)
 
     with tempfile.TemporaryDirectory() as place:
-        study = Study.of(options, Path(place), options.seed)
+        study = Study.of(options, options.seed)
         tell("trained")
-        variants = made(study)
+        variants = made(study, Path(place))
         tell("pruned, recovered, quantized")
         bench = Bench(Path(place), options.profile_seconds)
         for variant in variants:

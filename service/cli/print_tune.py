@@ -225,7 +225,8 @@ def _print_layouts(report: TuneReport) -> None:
     print(
         wrapped(
             f"{len(report.candidates)} layouts: {report.num_planned} planned, {report.num_proven_worse} proven no "
-            f"better without being planned, {num_refused} that cannot run."
+            f"better without being planned, {report.num_estimated_worse} clearly worse by an estimate, {num_refused} "
+            "that cannot run."
         )
     )
     beyond = [str(candidate.layout) for candidate in families if candidate.extrapolates]

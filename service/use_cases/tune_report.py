@@ -65,6 +65,11 @@ class TuneReport:
         return sum(candidate.is_proven_worse for candidate in self.candidates)
 
     @property
+    def num_estimated_worse(self) -> int:
+        """Layouts left out without a proof, because their estimates are clearly above the best plan."""
+        return sum(candidate.is_estimated_worse for candidate in self.candidates)
+
+    @property
     def costs(self) -> Costs | None:
         """Fitted costs behind the plan; None where it was made from a cost model file."""
         return self.candidates[0].costs if self.candidates else None
@@ -78,6 +83,7 @@ class TuneReport:
             "layouts": [_candidate_json(candidate) for candidate in self.candidates],
             "num_planned": self.num_planned,
             "num_proven_worse": self.num_proven_worse,
+            "num_estimated_worse": self.num_estimated_worse,
             "why": self.explanation.to_json() if self.explanation else None,
             "precisions": [asdict(step) for step in self.precisions],
             "policies": [_policy_json(planned) for planned in self.policies],
@@ -175,6 +181,8 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "bound_by_memory": candidate.is_bound_by_memory,
         "memory_limits": _limits_json(candidate),
         "proven_worse": candidate.is_proven_worse,
+        "estimated_worse": candidate.is_estimated_worse,
+        "estimate_s": candidate.likely_s,
         "floor_s": candidate.floor[0] if candidate.floor and math.isfinite(candidate.floor[0]) else None,
     }
     return found | ({} if candidate.rounds is None else _expected_json(candidate.rounds))

@@ -82,6 +82,9 @@ def test_the_best_layout_is_written_as_a_plan_and_kept_as_a_row(url: str, tmp_pa
     worse = [layout for layout in report["layouts"] if layout["proven_worse"]]
     assert report["num_proven_worse"] == len(worse)
     assert all(layout["floor_s"] >= makespans[0] for layout in worse)
+    estimated = [layout for layout in report["layouts"] if layout["estimated_worse"]]
+    assert report["num_estimated_worse"] == len(estimated)
+    assert all(layout["estimate_s"] > makespans[0] for layout in estimated)
     assert plan.predicted is not None
     assert plan.predicted.makespan_s == makespans[0]
     assert plan.predicted.lower_bound_s is not None

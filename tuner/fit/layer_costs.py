@@ -78,11 +78,16 @@ class LayerCosts:
         default_factory=dict, init=False, repr=False, compare=False
     )
     """Cache of `_layer_tables`."""
+    _cuts: dict[tuple[float, SequenceCut], CutCosts] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Cache of `cut_costs`."""
 
     def interleaved(self, virtual_stages: int, stage_order: StageOrder) -> LayerCosts:
         """The same costs with several groups of layers a stage."""
         other = replace(self, virtual_stages=virtual_stages, stage_order=stage_order)
-        object.__setattr__(other, "_tables", self._tables)  # of one layer: the same however layers are grouped
+        for cache_of_one_layer in ("_tables", "_cuts"):  # the same however layers are grouped
+            object.__setattr__(other, cache_of_one_layer, getattr(self, cache_of_one_layer))
         return other
 
     @property
@@ -119,7 +124,10 @@ class LayerCosts:
     def cut_costs(self, cut: SequenceCut | None = None, *, skew: float = 1.0) -> CutCosts:
         """What a cut of this kind costs in a layer, at the rank's skew; left out, the usual cut."""
         kind = self.work.sp_kind
-        return COSTS[kind, cut or usual_cut(kind)](self._parts(skew))
+        key = skew, cut or usual_cut(kind)
+        if key not in self._cuts:
+            self._cuts[key] = COSTS[kind, key[1]](self._parts(skew))
+        return self._cuts[key]
 
     def tokens_s(self, tokens: Floats, skew: float = 1.0, cut: SequenceCut | None = None) -> Floats:
         """Token-wise seconds of a layer: calibrated compute at the rank's skew, collectives, and what gathering the
@@ -215,9 +223,19 @@ class LayerCosts:
         kinds = {place: least(*place) for place in dict.fromkeys(places)}
         return tuple(kinds[place] for place in places)
 
+    def cut_layers(self, pp_size: int, stage: int) -> tuple[StageCost, ...]:
+        """A layer on this stage in each cut of a round, the mean of the model's kinds of layers."""
+        layers = Counter(self.work.shape.layers) if self.others else {self.work.layer: 1}
+        total = sum(layers.values())
+        held = [(place, layers[layer] / total) for place, layer in enumerate([self.work.layer, *self.others])]
+        skew, scale = self.rank_skew.of_stage(stage, self.work.stage_size), self.correction.of_stage(pp_size, stage)
+        return tuple(
+            self._stage(held, skew, scale, first=False, last=False, cut=cut) for cut in CUTS[self.work.sp_kind]
+        )
+
     def _stage(
         self,
-        held: Iterable[tuple[int, int]],
+        held: Iterable[tuple[int, float]],
         skew: float,
         stage_scale: float,
         *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self, cast
@@ -181,8 +181,8 @@ class Rows:
 
     measurements: Sequence[Measurement]
     _by_op: Mapping[str, list[Measurement]] = field(init=False, repr=False, compare=False)
-    _found: dict[tuple[object, ...], list[Measurement]] = field(init=False, repr=False, compare=False)
-    """Cache of selections: fits of many layouts select the same rows."""
+    _found: dict[tuple[object, ...], dict[int, list[Measurement]]] = field(init=False, repr=False, compare=False)
+    """Cache of selections, by load: fits of many layouts select the same rows."""
 
     def __post_init__(self) -> None:
         by_op: dict[str, list[Measurement]] = defaultdict(list)
@@ -218,29 +218,28 @@ class Rows:
         Of several loads, the rows taken with as many ranks at work as come nearest to `busy_ranks`; a load with far
         fewer points than another is passed over, for its gaps would cost more than the load does.
         """
-        asked = (op, *sorted(sizes.items()), busy_ranks, group_size, variant)
+        asked = (op, *sorted(sizes.items()), group_size, variant)
         if asked not in self._found:
-            self._found[asked] = self._select(op, sizes, busy_ranks, group_size, variant)
-        return self._found[asked]
+            self._found[asked] = self._by_load(op, sizes, group_size, variant)
+        by_load = self._found[asked]
+        nearest = min(by_load, key=lambda load: (abs(load - busy_ranks), -load), default=None)
+        return [] if nearest is None else by_load[nearest]
 
-    def _select(
-        self, op: str, sizes: Mapping[str, int], busy_ranks: int, group_size: int | None, variant: str | None
-    ) -> list[Measurement]:
-        found = [
-            row
-            for row in self._by_op.get(op, ())
-            if group_size in (None, row.group_size)
-            and variant in (None, row.variant)
-            and all(row.shape.get(name, 0) == value for name, value in sizes.items())
-        ]
-        counts = Counter(row.busy_ranks for row in found)
-        if not counts:
-            return []
-        most = max(counts.values())
+    def _by_load(
+        self, op: str, sizes: Mapping[str, int], group_size: int | None, variant: str | None
+    ) -> dict[int, list[Measurement]]:
+        """The rows by the number of ranks at work, without loads of too few points."""
+        found: dict[int, list[Measurement]] = {}
+        for row in self._by_op.get(op, ()):
+            if (
+                group_size in (None, row.group_size)
+                and variant in (None, row.variant)
+                and all(row.shape.get(name, 0) == value for name, value in sizes.items())
+            ):
+                found.setdefault(row.busy_ranks, []).append(row)
+        most = max(map(len, found.values()), default=0)
         enough = max(most * LEAST_SHARE, min(LEAST_POINTS, most))
-        levels = [level for level, count in counts.items() if count >= enough]
-        nearest = min(levels, key=lambda level: (abs(level - busy_ranks), -level))
-        return [row for row in found if row.busy_ranks == nearest]
+        return {load: rows for load, rows in found.items() if len(rows) >= enough}
 
     def require(
         self,

@@ -33,7 +33,6 @@ none; more are tried first (a circle of a loop has pp_size links).
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,10 +74,10 @@ def task_order(
     """The order of a plan's tasks. See the module."""
     stages = stages_of_groups(pp_size, virtual_stages, order)
     if virtual_stages == 1 or num_rounds == 0:
-        tasks = [(i, group) for i in range(num_rounds) for group in range(pp_size)]
+        rounds, groups = np.divmod(np.arange(num_rounds * pp_size), pp_size)
     else:
         most = min(window or num_rounds, num_rounds)
-        found: list[tuple[int, list[tuple[int, int]]]] = []
+        found: list[tuple[int, list[int]]] = []
         # Every stage busy from when the first round can reach it: no order ends sooner.
         least = num_rounds * virtual_stages * pp_size + (pp_size - 1) * (pp_size + 1)
         rules = _rules(num_rounds, pp_size, virtual_stages, order, most)
@@ -92,9 +91,20 @@ def task_order(
             run = _run(stages, [0] * num_rounds, min(2 * MESSAGES - 1, most))
             assert run is not None
             found.append(run)
-        tasks = min(found, key=lambda run: run[0])[1]
-    columns = np.array(tasks, dtype=np.int64).reshape(-1, 2)
-    return TaskOrder(columns[:, 0].copy(), columns[:, 1].copy(), stages)
+        rounds, groups = _columns(min(found, key=lambda run: run[0])[1], num_rounds, visits_of(stages))
+    return TaskOrder(rounds, groups, stages)
+
+
+def _columns(
+    visited: Sequence[int], num_rounds: int, visits: Sequence[Sequence[int]]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The round and the group of each task, from what `_run` knows rounds in visits by."""
+    visit, i = np.divmod(np.array(visited, dtype=np.int64), num_rounds)
+    visit %= len(visits)
+    num_groups = np.array([len(groups) for groups in visits])[visit]
+    first = np.array([groups[0] for groups in visits])[visit]
+    place = np.arange(num_groups.sum()) - np.repeat(num_groups.cumsum() - num_groups, num_groups)  # in its visit
+    return np.repeat(i, num_groups), np.repeat(first, num_groups) + place
 
 
 def _rules(
@@ -119,82 +129,90 @@ def _rules(
 
 def _run(
     stages: tuple[int, ...], blocks: Sequence[int], in_flight: int, shortest: int | None = None
-) -> tuple[int, list[tuple[int, int]]] | None:
-    """How long the tasks take, and they in the order of their start; None where they cannot all run, or where a stage's
-    remaining work alone makes them take as long as `shortest`.
+) -> tuple[int, list[int]] | None:
+    """How long the tasks take, and the rounds in their visits in the order of their start; None where they cannot all
+    run, or where a stage's remaining work alone makes them take as long as `shortest`.
 
-    A stage takes the oldest block first, in a block the earliest pass, in a pass the oldest round.
+    A stage takes the oldest block first, in a block the earliest pass, in a pass the oldest round. So a round in a
+    visit is known by one number, (block, visit, round) in this order, of which a stage takes the smallest. Plans are
+    judged by the order many times, so this loop is written for speed.
     """
     visits, num_rounds = visits_of(stages), len(blocks)
-    pp_size, unit, last = max(stages) + 1, max(stages) + 1, len(visits) - 1
+    pp_size, num_visits, last = max(stages) + 1, len(visits), len(visits) - 1
     where = [stages[groups[0]] for groups in visits]
-    unread = [0] * (last + 1)  # messages into a visit that have not begun to be read, by the link's first visit
+    taken = [pp_size * len(groups) for groups in visits]
+    # Each visit's link, by the first visit that it leads to.
     link = [0] + [next(i for i in range(1, v + 1) if where[i - 1 : i + 1] == where[v - 1 : v + 1])
-                  for v in range(1, last + 1)]  # fmt: skip
-    waiting: dict[int, deque[tuple[int, int]]] = {first: deque() for first in link[1:]}  # messages: (round, visit)
-    heads: dict[int, tuple[int, int] | None] = dict.fromkeys(waiting)  # the first message of each
-    inbound = [sorted({link[v] for v in range(1, last + 1) if where[v] == stage}) for stage in range(pp_size)]
+                  for v in range(1, num_visits)]  # fmt: skip
+    unread = [0] * num_visits  # messages on a link that have not begun to be read
+    waiting: list[deque[int]] = [deque() for _ in visits]  # tasks whose messages have come over a link, in order
+    inbound = [[waiting[first] for first in sorted({link[v] for v in range(1, num_visits) if where[v] == stage})]
+               for stage in range(pp_size)]  # fmt: skip
     free_at = [0] * pp_size
-    begun = finished = 0
+    remaining = [pp_size * num_rounds * stages.count(stage) for stage in range(pp_size)]
+    begun = finished = now = 0
     is_finished = [False] * num_rounds
-    tasks: list[tuple[int, int]] = []
-    events: list[tuple[int, int, int, bool]] = []  # time, round, visit, arrived: else it ended
-    now = 0
-
-    changed = {where[0]}  # stages that may begin a task: something that kept them from it may be gone
-    first_stage = where[0]
-
-    remaining = [unit * num_rounds * stages.count(stage) for stage in range(pp_size)]
-
-    def begin(stage: int) -> None:
-        """Start the oldest round that may run on a stage."""
-        nonlocal begun
-        ready = [(blocks[task[0]], task[1], task[0], first) for first in inbound[stage] if (task := heads[first])]
-        if stage == first_stage and begun < num_rounds and (begun < in_flight or is_finished[begun - in_flight]):
-            ready.append((blocks[begun], 0, begun, -1))
-        for _, visit, i, first in sorted(ready) if len(ready) > 1 else ready:
-            if visit < last:
-                onward = link[visit + 1]
-                if unread[onward] >= MESSAGES:
-                    continue
-                unread[onward] += 1
-            if first < 0:
-                begun += 1
-            else:
-                queue = waiting[first]
-                queue.popleft()
-                heads[first] = queue[0] if queue else None
-                unread[first] -= 1
-                changed.add(where[first - 1])
-            tasks.extend((i, group) for group in visits[visit])
-            taken = unit * len(visits[visit])
-            free_at[stage] = now + taken
-            remaining[stage] -= taken
-            heapq.heappush(events, (free_at[stage], i, visit, False))
-            return
+    tasks: list[int] = []
+    # Events as they come: all tasks of a length end in the order of their start, and messages arrive in that of the
+    # ends, so that queues of each hold them by time.
+    ending: dict[int, deque[tuple[int, int]]] = {length: deque() for length in taken}
+    arriving: deque[tuple[int, int]] = deque()
+    queues = [*ending.values(), arriving]
+    first_bit = 1 << where[0]
+    changed = first_bit  # stages, a bit each, that may begin a task: something that kept them from it may be gone
 
     while finished < num_rounds:
         while changed:
-            stage = min(changed)
-            changed.discard(stage)
-            if free_at[stage] <= now:
-                if shortest is not None and now + remaining[stage] >= shortest:
-                    return None
-                begin(stage)
-        if not events:
+            lowest = changed & -changed
+            changed ^= lowest
+            stage = lowest.bit_length() - 1
+            if free_at[stage] > now:
+                continue
+            if shortest is not None and now + remaining[stage] >= shortest:
+                return None
+            ready = [queue[0] for queue in inbound[stage] if queue]
+            if lowest == first_bit and begun < num_rounds and (begun < in_flight or is_finished[begun - in_flight]):
+                ready.append(blocks[begun] * num_visits * num_rounds + begun)
+            if len(ready) > 1:
+                ready.sort()
+            for task in ready:
+                visit = task // num_rounds % num_visits
+                if visit < last:
+                    onward = link[visit + 1]
+                    if unread[onward] >= MESSAGES:
+                        continue
+                    unread[onward] += 1
+                if visit:
+                    first = link[visit]
+                    waiting[first].popleft()
+                    unread[first] -= 1
+                    changed |= 1 << where[first - 1]
+                else:
+                    begun += 1
+                tasks.append(task)
+                length = taken[visit]
+                free_at[stage] = now + length
+                remaining[stage] -= length
+                ending[length].append((now + length, task))
+                break
+        times = [queue[0][0] for queue in queues if queue]
+        if not times:
             return None
-        now = events[0][0]
-        while events and events[0][0] == now:
-            _, i, visit, arrived = heapq.heappop(events)
-            changed.add(where[visit])
-            if arrived:
-                first = link[visit]
-                waiting[first].append((i, visit))
-                heads[first] = waiting[first][0]
-            elif visit < last:
-                heapq.heappush(events, (now + 1, i, visit + 1, True))
-            else:
-                is_finished[i] = True
-                finished += 1
-                changed.add(first_stage)
+        now = min(times)
+        for queue in ending.values():
+            while queue and queue[0][0] == now:
+                task = queue.popleft()[1]
+                visit = task // num_rounds % num_visits
+                changed |= 1 << where[visit]
+                if visit < last:
+                    arriving.append((now + 1, task + num_rounds))  # of the next visit
+                else:
+                    is_finished[task % num_rounds] = True
+                    finished += 1
+                    changed |= first_bit
+        while arriving and arriving[0][0] == now:
+            task = arriving.popleft()[1]
+            visit = task // num_rounds % num_visits
+            waiting[link[visit]].append(task)
+            changed |= 1 << where[visit]
     return now, tasks

@@ -17,7 +17,6 @@ Every candidate is judged by the exact recurrence: uneven stages, hand-offs, the
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 from tuner.online.driven import online_rounds
 from tuner.online.settings import OnlineSettings
@@ -31,9 +30,7 @@ from tuner.policies.sweep import (
     Pack,
     Search,
     budget_profiles,
-    pack_shared,
     request_orders,
-    short_chunks,
     shortest_first,
     sloping_rounds,
 )
@@ -83,7 +80,8 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     """
     if len(problem.requests) == 1 and problem.objective is Objective.MEAN_TTFT:
         problem = replace(problem, objective=Objective.MAKESPAN)
-    search, objective = _drafted(problem, num_needed=MOST_STARTS), problem.objective
+    num_starts = MOST_STARTS if problem.cost.virtual_stages == 1 else 2 * MOST_STARTS
+    search, objective = _drafted(problem, num_needed=num_starts), problem.objective
     if problem.is_timed and len(problem.requests) <= FEW_REQUESTS:
         for foresight in FORESIGHTS:
             search.keep(online_rounds(problem, OnlineSettings(foresight=foresight)), objective)
@@ -108,8 +106,7 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
                 search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS), objective)
     if problem.cost.virtual_stages > 1 and not problem.is_timed:
         _keep_ramps(search)
-    most = MOST_STARTS if problem.cost.virtual_stages == 1 else 2 * MOST_STARTS
-    starts = search.ranked()[: most if objective is Objective.MAKESPAN else 1]
+    starts = search.ranked()[: num_starts if objective is Objective.MAKESPAN else 1]
     good_enough_s = GOOD_ENOUGH * bound.while_planning_s if objective is Objective.MAKESPAN else 0.0
     improved = [local_search(problem, start.rounds, good_enough_s, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
@@ -136,8 +133,6 @@ def _drafted(problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Sear
     for pack in packs:
         search.sweep(pack, shortest_first(problem), flat, Objective.MAKESPAN)
     if pack_line in packs:
-        for tokens in short_chunks(problem, search.packer, search.cap_s):
-            search.sweep(partial(pack_shared, tokens), shortest_first(problem), flat, Objective.MAKESPAN)
         for rounds in sloping_rounds(problem, search.packer, search.cap_s):
             search.keep(rounds, Objective.MAKESPAN)
     if objective is not Objective.MAKESPAN:

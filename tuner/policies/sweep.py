@@ -1,8 +1,5 @@
 """The search that `dp` and `joint` share: pack under many caps around the relaxation's, judge each plan exactly.
 
-*Shared rounds.* Some attention kernels cost a token least in short chunks, where products want many rows. Rounds that
-hold a short chunk of each of several prompts have both; a single prompt cannot.
-
 *Sloping caps.* Where the slowest stage is a little slower than those behind it (before it), rounds may be longer the
 more runs after (before) them, for the others catch up (`rounds.uneven`): a round x with Y after it adds x sum of r(j) -
 (1 - r) Y at most. Long prompts, whose late chunks cannot be short, run first (last) there.
@@ -10,15 +7,14 @@ more runs after (before) them, for the others catch up (`rounds.uneven`): a roun
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from tuner.plan.plan import Chunk, Request, Round
+from tuner.plan.plan import Request, Round
 from tuner.plan.stage_cost import Floats, StageCost
-from tuner.rounds.packing import EPSILON_S, Packer, pack_in_order
+from tuner.rounds.packing import Packer, pack_in_order
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Work, envelopes, likely_cap_s
 from tuner.rounds.round_budgets import QueueBudgets, context_token_s, round_overhead_s
@@ -34,15 +30,13 @@ ROUNDS_SWEPT = 2_400
 LEAST_CAPS, MANY_CAPS, MOST_CAPS = 6, 24, 72
 CAP_POWERS = (0.25, 0.5)
 """Exponents of the share of the work done that are tried for the mean TTFT."""
-MOST_SHARED_UNITS = 8
-"""Grid units of a short chunk, at most."""
-WORTHWHILE = 0.99
-"""Rounds are shared where a token costs at most so much of what it costs in the usual chunk."""
 SLOPES = (0.0, 0.5, 1.0)
 """Of the slope that the proof allows."""
 MANY_PROMPTS = 128
-"""With more prompts fewer of both are tried."""
+"""With more prompts fewer are tried."""
 ROUNDING = 1e-9
+FAR = 1.01
+"""Of a large batch, a way to pack whose plan at the best known cap is above this factor of the best is not swept."""
 LEVELS = (0.4, 0.55, 0.75, 0.9, 1.0, 1.3, 1.7)
 """Of the cap that is best for all rounds: that of the outermost one."""
 
@@ -97,6 +91,8 @@ class Search:
 
         def attempt(cap: float) -> int:
             nonlocal most_s
+            if cap in tried:
+                return 0
             rounds = pack(self.packer, requests, order, [cap * share for share in profile])
             tried[cap] = self.keep(rounds, objective, most_s)
             most_s = min(most_s, tried[cap][1])
@@ -112,6 +108,9 @@ class Search:
             if tried[doubled] >= tried[centre]:
                 break
             num_rounds, centre = fewer, doubled
+        far = objective is Objective.MAKESPAN and self.best_cap_s > 0.0
+        if far and most_s > FAR * min(each.evaluation.makespan_s for each in self.found.values()):
+            return  # caps a few percent longer or shorter, which are all that is tried, change less
         num_caps = int(np.clip(self.effort * ROUNDS_SWEPT // num_rounds, LEAST_CAPS, self.effort * MOST_CAPS))
         window, pp_size = self.problem.window, self.problem.cost.pp_size
         narrow = window is not None and window < pp_size
@@ -144,8 +143,8 @@ class Search:
             evaluation = problem.evaluate(rounds)
         else:
             times = RoundTimes.of(problem.cost, problem.requests, flat)
-            if problem.objective is Objective.MAKESPAN and problem.cost.virtual_stages == 1:
-                least_s = (1.0 - ROUNDING) * times.least_makespan_s
+            if problem.objective is Objective.MAKESPAN:
+                least_s = (1.0 - ROUNDING) * times.least_makespan_s(problem.cost)
                 if least_s > max(most_s, self._most_needed_s(len(rounds))):
                     return (0.0, least_s, np.inf)
             evaluation = times.evaluation(problem.cost, problem.requests, problem.window)
@@ -251,92 +250,6 @@ def budget_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]
     shares = [np.divide(cap, cap.max(), out=np.ones(len(cap)), where=cap < cap.max()) for cap in choices]
     place = np.argsort(order)
     return [share[place].tolist() for share in [*shares, *powers]]
-
-
-def short_chunks(problem: Problem, packer: Packer, cap_s: float) -> list[int]:
-    """Tokens of short chunks that are worth sharing rounds for: the cheapest, and twice as many."""
-    if len(problem.requests) < 2:
-        return []
-    stage, multiple = slowest_stage(problem), problem.chunk_multiple
-    prompts = np.array([request.prompt_tokens for request in problem.requests], dtype=np.float64)
-    context = float((prompts**2).sum() / prompts.sum() / 2.0)
-    longest = max(request.new_tokens for request in problem.requests)
-    usual = max(packer.longest(packer.open_round(), int(context), longest, cap_s), multiple)
-    chunks = np.unique([*(np.arange(1, MOST_SHARED_UNITS + 1) * multiple), usual])
-    rate = stage.chunk_seconds(chunks, context) / chunks
-    at = {int(chunk): float(each) for chunk, each in zip(chunks, rate, strict=True)}
-    cheapest = min((chunk for chunk in at if chunk < usual), key=lambda chunk: at[chunk], default=usual)
-    if at[cheapest] > WORTHWHILE * at[usual]:
-        return []
-    return [cheapest, 2 * cheapest]
-
-
-def pack_shared(
-    chunk_tokens: int, packer: Packer, requests: Sequence[Request], order: Sequence[int], caps_s: Sequence[float]
-) -> list[Round]:
-    """Rounds of a short chunk of each of several requests, those with most left first; longer ones where few are left.
-
-    A round has the cap of the first request that has tokens left.
-    """
-    left = [requests[index].new_tokens for index in order]
-    by_left = sorted((-tokens, place) for place, tokens in enumerate(left))  # those with most left first
-    rounds: list[Round] = []
-    opening = 0  # the first in order that has tokens left
-    while by_left:
-        while not left[opening]:
-            opening += 1
-        cap_s = caps_s[order[opening]]
-        tokens, chunks = chunk_tokens, _short_chunks(packer, requests, order, by_left, chunk_tokens, cap_s)
-        while len(chunks) == len(by_left) and any(chunk.tokens < -each for chunk, (each, _) in zip(chunks, by_left)):  # noqa: B905 - of one length
-            tokens *= 2
-            longer = _short_chunks(packer, requests, order, by_left, tokens, cap_s)
-            if len(longer) < len(by_left):
-                break
-            chunks = longer
-        if not chunks:
-            chunks = [_next_chunk(requests, order, *by_left[0], packer.multiple)]
-        places = [place for _, place in by_left[: len(chunks)]]
-        del by_left[: len(chunks)]
-        for place, chunk in zip(places, chunks, strict=True):
-            left[place] -= chunk.tokens
-            if left[place]:
-                insort(by_left, (-left[place], place))
-        rounds.append(tuple(chunks))
-    return rounds
-
-
-def _short_chunks(
-    packer: Packer,
-    requests: Sequence[Request],
-    order: Sequence[int],
-    by_left: Sequence[tuple[int, int]],
-    tokens: int,
-    cap_s: float,
-) -> list[Chunk]:
-    """A chunk of so many tokens of one request after the other while they fit under the cap."""
-    total, added_s, most_s, finals_s = 0, [0.0] * len(packer.tables), cap_s + EPSILON_S, packer.finals_s
-    chunks: list[Chunk] = []
-    for minus_left, place in by_left:
-        chunk = _next_chunk(requests, order, minus_left, place, tokens)
-        total += chunk.tokens
-        if total > packer.max_round_tokens:
-            break
-        is_final, chunk_s, longest_s = chunk.tokens == -minus_left, packer.chunk_s[chunk.tokens, chunk.start], 0.0
-        for i, round_s in enumerate(packer.round_s[total]):
-            added_s[i] += chunk_s[i]
-            if is_final:
-                added_s[i] += finals_s[i]
-            longest_s = max(longest_s, round_s + added_s[i])
-        if longest_s > most_s:
-            break
-        chunks.append(chunk)
-    return chunks
-
-
-def _next_chunk(requests: Sequence[Request], order: Sequence[int], minus_left: int, place: int, tokens: int) -> Chunk:
-    """So many tokens, or the last ones, of a request that has `-minus_left` left."""
-    index = order[place]
-    return Chunk(index, requests[index].prompt_tokens + minus_left, tokens if tokens < -minus_left else -minus_left)
 
 
 def sloping_rounds(problem: Problem, packer: Packer, cap_s: float) -> Iterator[list[Round]]:

@@ -117,6 +117,7 @@ class Packer:
 
     __slots__ = (
         "_hint",
+        "_longest",
         "chunk_s",
         "cost",
         "finals_s",
@@ -141,6 +142,7 @@ class Packer:
         self.multiple = multiple
         self.limits = limits
         self._hint = 1
+        self._longest: dict[tuple[float, ...], int] = {}
         self.max_round_tokens = total_tokens
         if limits.max_round_tokens is not None:
             self.max_round_tokens = min(total_tokens, limits.max_round_tokens)
@@ -207,6 +209,16 @@ class Packer:
         return self.multiple * table.thriftier(
             units, lambda u: table.base[u] + table.slope[u] * start + table.tokens[first + u] - before_s
         )
+
+    def longest_again(self, into: OpenRound, start: int, left: int, cap_s: float) -> int:
+        """The same, kept: in a batch of prompts alike the same rounds come again and again."""
+        asked = (start, left, cap_s, into.num_tokens, *into.added_s)
+        found = self._longest.get(asked)
+        if found is None:
+            if len(self._longest) >= MOST_KEPT:
+                self._longest.clear()
+            found = self._longest[asked] = self.longest(into, start, left, cap_s)
+        return found
 
     def _most_units(self, highest: int, spare_s: float, seconds: Callable[[int], float]) -> int:
         """Most units up to `highest` whose seconds are at most `spare_s`; looks near the last answer first."""
@@ -359,7 +371,7 @@ def fill_rounds(
         while start < end:
             if not current.chunks:
                 cap_s = caps_s[index]
-            tokens = min(packer.longest(current, start, request.prompt_tokens - start, cap_s), end - start)
+            tokens = min(packer.longest_again(current, start, request.prompt_tokens - start, cap_s), end - start)
             if not tokens:
                 if current.chunks:
                     rounds.append(tuple(current.chunks))

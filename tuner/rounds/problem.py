@@ -65,8 +65,7 @@ class Problem:
         if not self.requests:
             raise UserError("requests", "[]", "at least one request is needed")
         check_window(self.window)
-        if self.chunk_multiple < 1:
-            raise UserError("chunk_multiple", self.chunk_multiple, "at least 1")
+        check_chunk_multiple(self.chunk_multiple)
         self._check_work()
         object.__setattr__(self, "is_timed", arrive_over_time(self.requests))
         most = self.limits.max_round_tokens
@@ -88,6 +87,12 @@ class Problem:
     def evaluate(self, rounds: Sequence[Round]) -> Evaluation:
         """What the cost model says of rounds."""
         return evaluate(self.cost, self.requests, rounds, self.window)
+
+
+def check_chunk_multiple(chunk_multiple: int) -> None:
+    """Raise `UserError` for chunks of no tokens."""
+    if chunk_multiple < 1:
+        raise UserError("chunk_multiple", chunk_multiple, "at least 1")
 
 
 def arrive_over_time(requests: Sequence[Request]) -> bool:

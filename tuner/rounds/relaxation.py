@@ -211,8 +211,9 @@ def _lines_under(points: Floats, floor: Floats) -> list[tuple[float, float]]:
     """
     slopes = {float((floor / points).min())}
     hull: list[int] = []
-    for i in range(len(points)):
-        while len(hull) > 1 and _turns_down(points, floor, hull[-2], hull[-1], i):
+    x, y = points.tolist(), floor.tolist()
+    for i in range(len(x)):
+        while len(hull) > 1 and _turns_down(x, y, hull[-2], hull[-1], i):
             hull.pop()
         hull.append(i)
     for left, right in itertools.pairwise(hull):
@@ -223,5 +224,5 @@ def _lines_under(points: Floats, floor: Floats) -> list[tuple[float, float]]:
     return allowed[:: max(1, len(allowed) // 4)]
 
 
-def _turns_down(x: Floats, y: Floats, a: int, b: int, c: int) -> bool:
-    return bool((y[b] - y[a]) * (x[c] - x[b]) >= (y[c] - y[b]) * (x[b] - x[a]))
+def _turns_down(x: Sequence[float], y: Sequence[float], a: int, b: int, c: int) -> bool:
+    return (y[b] - y[a]) * (x[c] - x[b]) >= (y[c] - y[b]) * (x[b] - x[a])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from tuner.plan.layout import Layout
 from tuner.plan.plan import Request
 from tuner.policies.fixed import fixed_rounds
 from tuner.rounds.problem import Problem, arrive_over_time
-from tuner.rounds.schedule import FlatRounds, evaluate, makespan_of
+from tuner.rounds.schedule import FlatRounds, RoundTimes, evaluate
 from tuner.search.layouts import Candidate
 from tuner.search.partition import even_partition
 from tuner.search.rules import Rules
@@ -207,10 +208,10 @@ class Arena:
         return self._winners[key]
 
     def _winner(self, requests: Sequence[Request], link_factor: float) -> Winner:
-        scored = sorted(
-            ((self._makespan_s(candidate, requests, link_factor), index)
-             for index, candidate in enumerate(self.contenders)),
-        )  # fmt: skip
+        scored: list[tuple[float, int]] = []
+        for index, candidate in enumerate(self.contenders):
+            second_s = scored[1][0] if len(scored) > 1 else math.inf
+            insort(scored, (self._makespan_s(candidate, requests, link_factor, second_s), index))
         nothing = Winner(
             layout=None,
             makespan_s=math.inf,
@@ -238,8 +239,10 @@ class Arena:
             for length in lengths:
                 yield self.winner([Request(id="map", prompt_tokens=length)], factor)
 
-    def _makespan_s(self, candidate: Candidate, requests: Sequence[Request], link_factor: float) -> float:
-        """Of the best of a few equal chunks."""
+    def _makespan_s(
+        self, candidate: Candidate, requests: Sequence[Request], link_factor: float, most_s: float
+    ) -> float:
+        """Of the best of a few equal chunks; infinity where none of them is below `most_s`."""
         problem = Problem.of(self._model(candidate, link_factor), requests, **self._rules.options)
         total = sum(request.new_tokens for request in requests)
         if total > MOST_TOKENS:
@@ -251,8 +254,12 @@ class Arena:
             size = size if most is None else min(size, most)
             if size not in tried:
                 tried.add(size)
-                flat = self._fixed(problem, size)
-                makespan_s = makespan_of(problem.cost, problem.requests, flat, problem.window)
+                times = RoundTimes.of(problem.cost, problem.requests, self._fixed(problem, size))
+                makespan_s = times.busiest_s(problem.cost)  # at least: the recurrence takes longer
+                if makespan_s > most_s:
+                    continue
+                if makespan_s <= 1.2 * best:
+                    makespan_s = times.timeline(problem.cost, problem.requests, problem.window).makespan_s
                 if makespan_s > 1.2 * best:  # smaller chunks are worse still
                     break
                 best = min(best, makespan_s)

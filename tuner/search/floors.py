@@ -30,6 +30,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -38,6 +39,8 @@ from tuner.plan.layout import Layout
 from tuner.plan.plan import Request
 from tuner.plan.stage_cost import Floats
 from tuner.plan.stage_order import StageOrder
+from tuner.rounds.estimate import LayerGroup, LayerRounds
+from tuner.rounds.problem import check_chunk_multiple
 from tuner.rounds.relaxation import Envelope, Work, envelopes
 from tuner.rounds.uneven import least_ratio
 from tuner.workload.objective import Objective
@@ -53,15 +56,18 @@ class Batch:
     work: Work
     weights: Floats
     arrival_s: Floats
+    chunk_multiple: int
 
     @classmethod
-    def of(cls, requests: Sequence[Request], max_round_tokens: int | None) -> Batch:
-        """The columns of these requests."""
+    def of(cls, requests: Sequence[Request], max_round_tokens: int | None, chunk_multiple: int = 64) -> Batch:
+        """The columns of these requests, whose chunks end on multiples of so many tokens."""
+        check_chunk_multiple(chunk_multiple)
         weights = np.array([request.weight for request in requests])
         return cls(
             Work.of(requests, max_round_tokens),
             weights if weights.any() else np.ones(len(weights)),
             np.array([request.arrival_s for request in requests]),
+            chunk_multiple,
         )
 
 
@@ -71,6 +77,8 @@ class LayerFloor:
     def __init__(self, costs: Costs, pp_size: int, batch: Batch) -> None:
         work = batch.work
         self.batch = batch
+        self._costs, self._pp_size = costs, pp_size
+        self._likely_s: dict[tuple[int, int, float], float] = {}
         stages = costs.least_layers(pp_size)
         kinds = list(dict.fromkeys(stages))
         bare = [replace(stage, round_overhead_s=0.0, chunk_s=0.0, final_s=0.0) for stage in kinds]
@@ -83,11 +91,34 @@ class LayerFloor:
         self.final_s = min(stage.final_s for stage in stages)
         self.token_s = min(float(each.tokens_s(1)) for each in bare)
         self.hop_s = costs.hop_latency_s
+        self.hop_token_s = costs.hop_byte_s * costs.work.hidden_bytes / costs.work.sequence_size
         self.request_s = np.max([self.requests_s(line) for line in self.lines], axis=0)
         self.num_rounds = max(1, math.ceil(work.new_tokens / work.max_round_tokens))
         held = [float(self.requests_s(line).sum()) + self.num_rounds * line.round_s for line in self.lines]
         self.layer_s = max(held)
         self.layer_of_stage_s = tuple(max(ratio * self.layer_s, self.token_s) for ratio in self.ratios)
+
+    @cached_property
+    def layer_rounds(self) -> LayerRounds:
+        """What rounds of several sizes take in a layer of the slowest stage."""
+        layers = self._costs.cut_layers(self._pp_size, int(np.argmax(self.ratios)))
+        return LayerRounds(layers, self.batch.work, self.batch.chunk_multiple)
+
+    def likely_s(self, num_layers: int, virtual_stages: int, max_round_tokens: float) -> float:
+        """An estimate of the least makespan of so many layers, that of a loop and of V order alike."""
+        asked = (num_layers, virtual_stages, max_round_tokens)
+        if asked not in self._likely_s:
+            group = LayerGroup(
+                layers=least_fullest(self.ratios, num_layers) / virtual_stages,
+                round_s=self.group_s,
+                chunk_s=self.chunk_s,
+                hop_latency_s=self.hop_s,
+                hop_token_s=self.hop_token_s,
+            )
+            self._likely_s[asked] = self.layer_rounds.likely_makespan_s(
+                group, passes=virtual_stages, bubbles=len(self.ratios) - 1, max_round_tokens=max_round_tokens
+            )
+        return self._likely_s[asked]
 
     def requests_s(self, line: Envelope) -> Floats:
         """Least seconds of each request in a layer, cut nowhere, beside what each round costs."""
@@ -165,6 +196,15 @@ class LayoutFloor:
         held = self.most_layers * lowest * float((self.layer.requests_s(line) - line.chunk_s).sum())
         overhead = self.most_layers * lowest * (line.round_s + line.chunk_s) + self.layer.group_s + self.layer.chunk_s
         return held + others * overhead + 2.0 * math.sqrt(others * overhead * held)
+
+    def likely_s(self, max_round_tokens: int | None = None) -> float:
+        """An estimate of the least makespan, no bound: a few percent below what plans reach (`rounds.estimate`).
+
+        max_round_tokens: what memory allows, where it is known.
+        """
+        given = self.layer.batch.work.max_round_tokens
+        most_tokens = given if max_round_tokens is None else min(given, max_round_tokens)
+        return self.layer.likely_s(self.num_layers, self.layout.virtual_stages, most_tokens)
 
     def mean_ttft_s(self) -> float:
         """Seconds that no weighted mean of TTFTs is below.

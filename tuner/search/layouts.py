@@ -25,7 +25,7 @@ from tuner.plan.stage_order import StageOrder
 from tuner.rounds.problem import Limits, Problem
 from tuner.rounds.round_plan import Bound, RoundPlan, rounds_to_plan
 from tuner.search.cuts import with_cuts
-from tuner.search.floors import Batch, Floors
+from tuner.search.floors import Batch, Floors, LayoutFloor
 from tuner.search.links import Assumed
 from tuner.search.partition import BuildCost, balanced_partition, choose_partition, even_partition
 from tuner.search.rules import Rules
@@ -35,6 +35,9 @@ from tuner.workload.objective import Objective
 NEAR_SKETCH, NEAR_DRAFT = 1.025, 1.015
 """Layouts whose sketches are within this factor of the best are drafted, since other partitions gain a few percent;
 those whose drafts are within the other one are planned in full, which gains less."""
+NEAR_ESTIMATE, NEAR_FAMILY = 1.025, 1.1
+"""Layouts whose estimated makespans are within this factor of the best sketch are sketched, too: sketches are hardly
+ever below their estimates. The other factor is for the first of each family, which is told of as a rival."""
 MOST_DRAFTS, MOST_PLANS = 3, 2
 """How many are drafted at most, and how many of these are planned in full."""
 NEAR_LIMIT = 0.9  # of the largest round that fits: a plan's largest above it might be larger
@@ -46,12 +49,14 @@ FitLayout = Callable[[Layout], Costs]  # raises UserError when nothing was measu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One layout with its best plan, or with the reason why there is none: refused, or proven no better."""
+    """One layout with its best plan, or with the reason why there is none: refused, or proven or estimated worse."""
 
     layout: Layout
     refusal: str | None = None
     floor: tuple[float, ...] | None = None
-    """A bound on the score of all its plans: what it was left out for, where it has no rounds and no refusal."""
+    """A bound on the score of all its plans; where it was left out without an estimate, no better than the best."""
+    likely_s: float | None = None
+    """An estimate of its makespan, clearly above the best one: what it was left out for."""
     costs: Costs | None = None
     layer_partition: tuple[int, ...] = ()
     rounds: RoundPlan | None = None
@@ -78,7 +83,12 @@ class Candidate:
     @property
     def is_proven_worse(self) -> bool:
         """Whether it was left out without being planned: no plan of it is better than the best one."""
-        return self.rounds is None and self.refusal is None
+        return self.rounds is None and self.refusal is None and self.likely_s is None
+
+    @property
+    def is_estimated_worse(self) -> bool:
+        """Whether it was left out without being planned, and without a proof."""
+        return self.rounds is None and self.refusal is None and self.likely_s is not None
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -140,12 +150,13 @@ class Candidate:
 def search_layouts(
     target: Target, layouts: Sequence[Layout], rules: Rules, fit_layout: FitLayout, *, every: bool = False
 ) -> list[Candidate]:
-    """The layouts, the best by the objective first, then those proven worse, refused ones last.
+    """The layouts, the best by the objective first, then those left out, refused ones last.
 
-    Branch and bound: layouts are visited by what they could reach at best (`search.floors`), each is sketched on one
-    partition, and those that cannot reach what the best sketch does are not planned at all. A sketch is a plan, so
-    that no plan of those is better than the best. The best sketches are drafted, with the partition chosen along with
-    the rounds, and the best drafts are planned in full.
+    Branch and bound: layouts are visited by an estimate of their makespan. One that could not reach what the best
+    sketch so far does is *proven* worse by its floor (`search.floors`); one whose estimate is clearly above that sketch
+    is *estimated* worse. Neither is planned. All others are sketched on one partition. A sketch is a plan, so that no
+    plan of those proven worse is better than the best. The best sketches are drafted, with the partition chosen along
+    with the rounds, and the best drafts are planned in full.
 
     every: sketch all of them.
     """
@@ -161,34 +172,56 @@ def search_layouts(
     def fitted(layout: Layout) -> Candidate:
         return _fitted(layout, memory_refusal_of, fit_layout)
 
-    candidates = list(map(fitted, layouts))
-    batch = Batch.of(target.requests, rules.limits.max_round_tokens)
+    candidates, objective = list(map(fitted, layouts)), rules.objective
+    batch = Batch.of(target.requests, rules.limits.max_round_tokens, rules.chunk_multiple)
     floors = Floors(batch, target.shape.num_layers)
-    waiting: list[tuple[tuple[float, ...], bool, int]] = []
+    waiting: list[tuple[float, bool, int]] = []
+    families: set[str] = set()
+    best: tuple[float, ...] = (math.inf,)
 
-    def floor_of(candidate: Candidate, *, close: bool) -> tuple[float, ...]:
+    def floor_of(candidate: Candidate) -> LayoutFloor:
         assert candidate.costs is not None
-        return floors.of(candidate.layout, candidate.costs).score(rules.objective, close=close)
+        return floors.of(candidate.layout, candidate.costs)
+
+    def wait(index: int) -> None:
+        floor = floor_of(candidates[index])
+        likely_s = floor.likely_s() if objective is Objective.MAKESPAN else floor.score(objective, close=False)[0]
+        # V order, of the same estimate as a loop, usually comes out better.
+        heapq.heappush(waiting, (likely_s, candidates[index].layout.stage_order is StageOrder.LOOP, index))
+
+    def left_out(candidate: Candidate) -> Candidate | None:
+        """With the reason why it need not be sketched; None where it has to be."""
+        floor = floor_of(candidate)
+        for close in (False, True):
+            if (score := floor.score(objective, close=close)) >= best:
+                return replace(candidate, floor=score)
+        if objective is not Objective.MAKESPAN:
+            return None
+        likely_s = floor.likely_s(candidate.limits.max_round_tokens if candidate.limits else None)
+        most_s = best[0] * (NEAR_ESTIMATE if candidate.layout.family in families else NEAR_FAMILY)
+        return replace(candidate, likely_s=likely_s) if likely_s > most_s else None
 
     for index, candidate in enumerate(candidates):
         if candidate.costs is not None:
-            waiting.append((floor_of(candidate, close=False), False, index))
-    heapq.heapify(waiting)
-    best: tuple[float, ...] = (math.inf,)
+            wait(index)
     while waiting:
-        floor, is_close, index = heapq.heappop(waiting)
-        candidate = candidates[index]
-        if floor >= best and not every:
-            candidates[index] = replace(candidate, floor=floor)
-        elif not is_close:
-            heapq.heappush(waiting, (floor_of(candidate, close=True), True, index))
-        else:
-            candidates[index] = sketched = replace(_sketched(target, candidate, rules, best), floor=floor)
-            best = min(best, sketched.score(rules.objective))
-            if sketched.refusal and (layout := with_gathered_weights(candidate.layout)):
-                candidates[index] = shared = fitted(layout)
-                if shared.costs is not None:
-                    heapq.heappush(waiting, (floor_of(shared, close=False), False, index))
+        *_, index = heapq.heappop(waiting)
+        if not every and (known := left_out(candidates[index])):
+            candidates[index] = known
+            continue
+        candidates[index] = roomy = _with_room(target, candidates[index], rules)
+        if not every and roomy.limits is not None and (known := left_out(roomy)):
+            candidates[index] = known
+            continue
+        if roomy.refusal is None:
+            roomy = replace(roomy, floor=floor_of(roomy).score(objective, close=True))
+            candidates[index] = roomy = _sketched(target, roomy, rules, best)
+            best = min(best, roomy.score(objective))
+            families.add(roomy.layout.family)
+        if roomy.refusal and (layout := with_gathered_weights(roomy.layout)):
+            candidates[index] = shared = fitted(layout)
+            if shared.costs is not None:
+                wait(index)
     return _improved(target, candidates, rules)
 
 
@@ -196,6 +229,9 @@ def _improved(target: Target, candidates: list[Candidate], rules: Rules) -> list
     """The candidates ranked, the best few of them drafted and planned in full."""
 
     def score(candidate: Candidate) -> tuple[float, ...]:
+        """Those left out come after those planned: first by their estimates, then by their floors."""
+        if candidate.likely_s is not None and candidate.rounds is None:
+            return (math.inf, -math.inf, candidate.likely_s)
         return (*candidate.score(rules.objective), *(candidate.floor or ()))
 
     for step, most, near_factor in ((_drafted, MOST_DRAFTS, NEAR_SKETCH), (_planned, MOST_PLANS, NEAR_DRAFT)):
@@ -248,11 +284,9 @@ def _build_cost(candidate: Candidate) -> BuildCost:
     return cache(candidate.layout_costs.cost_model)
 
 
-def _sketched(target: Target, candidate: Candidate, rules: Rules, best: tuple[float, ...]) -> Candidate:
-    """Drafted for one partition, that of least work on the fullest stage, with rounds as large as memory allows.
-
-    best: the score of the best sketch so far; one that is likely to be far off is made with less care.
-    """
+def _with_room(target: Target, candidate: Candidate, rules: Rules) -> Candidate:
+    """The layout with the partition that it is sketched for, that of least work on the fullest stage, and with rounds
+    as large as memory allows; refused where there is no room for any."""
     build_cost, layout = _build_cost(candidate), candidate.layout
     if layout.virtual_stages == 1:
         partition = target.layer_partition or balanced_partition(
@@ -260,35 +294,49 @@ def _sketched(target: Target, candidate: Candidate, rules: Rules, best: tuple[fl
         )
     else:
         partition = target.layer_partition or even_partition(target.shape.num_layers, layout.num_groups)
+    candidate = replace(candidate, layer_partition=partition)
+    room = _room(target, candidate, rules)
+    limits = room.limits(rules.limits)
+    if limits is None:
+        return replace(candidate, refusal=room.refusal(rules.limits))
+    return replace(candidate, limits=None if limits == rules.limits else limits)
+
+
+def _room(target: Target, candidate: Candidate, rules: Rules) -> Room:
     assert candidate.costs is not None
-    room = Room(
-        target=target, layout=layout, layer_partition=partition, chunk_multiple=rules.chunk_multiple,
-        measured_tokens=candidate.costs.max_chunk,
+    return Room(
+        target=target, layout=candidate.layout, layer_partition=candidate.layer_partition,
+        chunk_multiple=rules.chunk_multiple, measured_tokens=candidate.costs.max_chunk,
     )  # fmt: skip
-    own = replace(candidate, layer_partition=partition)
-    sketches = [_within(target, own, rules, room, limits, best) for limits in room.choices(rules.limits)]
-    if not sketches:
-        return replace(own, refusal=room.refusal(rules.limits))
+
+
+def _sketched(target: Target, candidate: Candidate, rules: Rules, best: tuple[float, ...]) -> Candidate:
+    """Drafted for its one partition, where memory asks for it in each way to share that.
+
+    best: the score of the best sketch so far; one that is likely to be far off is made with less care.
+    """
+    room = _room(target, candidate, rules)
+    choices = [candidate.limits] if candidate.limits is None else room.choices(rules.limits)
+    sketches = [_within(target, replace(candidate, limits=limits), rules, room, best) for limits in choices]
     return min(sketches, key=lambda sketch: sketch.score(rules.objective))
 
 
-def _within(
-    target: Target, candidate: Candidate, rules: Rules, room: Room, limits: Limits, best: tuple[float, ...]
-) -> Candidate:
-    """The candidate with rounds within the limits, or within tighter ones where they still took too much memory."""
-    layout, cost = candidate.layout, _build_cost(candidate)(candidate.layer_partition)
+def _within(target: Target, candidate: Candidate, rules: Rules, room: Room, best: tuple[float, ...]) -> Candidate:
+    """The candidate with rounds within its limits, or within tighter ones where they still took too much memory."""
+    layout = candidate.layout
+    cost = _build_cost(candidate)(candidate.layer_partition)
     while True:
-        bounded = replace(rules, limits=limits)
+        bounded = candidate.rules(rules)
         if layout.virtual_stages == 1:
             rounds = bounded.draft(cost, target.requests)
         else:
             hopeful_s = HOPEFUL * best[0] if rules.objective is Objective.MAKESPAN else math.inf
             rounds = bounded.sketch(cost, _shorter(cost), target.requests, SKETCHED_ROUNDS, hopeful_s)
-        own = replace(candidate, limits=None if limits == rules.limits else limits)
-        sketched = with_rounds(target, own, rounds, rules)
-        if sketched.refusal is None or (tighter := room.tighter(limits, rules.limits)) is None:
+        sketched = with_rounds(target, candidate, rounds, rules)
+        tighter = None if sketched.refusal is None else room.tighter(bounded.limits, rules.limits)
+        if tighter is None:
             return sketched
-        limits = tighter
+        candidate = replace(candidate, limits=tighter)
 
 
 def _shorter(cost: CostModel) -> CostModel:

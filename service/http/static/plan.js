@@ -139,7 +139,7 @@ function tables(report) {
     ["layout", layoutOf], ["layers", (one) => one.layer_partition.join("-") || null], ["makespan", (one) => one.makespan_s && seconds(one.makespan_s), true],
     ["", (one) => one.makespan_s && bar(one.makespan_s / slowest)], ["mean TTFT", (one) => one.makespan_s && seconds(one.mean_ttft_s), true],
     ["bubbles", (one) => one.makespan_s && percent(one.bubble_share), true], ["GiB a rank", (one) => one.memory_bytes ? (one.memory_bytes / 2 ** 30).toFixed(1) : null, true],
-    ["why not", (one) => one.refusal ?? (one.proven_worse ? `no plan takes less than ${seconds(one.floor_s)}` : one.assumed?.length ? `assumes links: ${one.assumed.join(", ")}` : one.extrapolates ? "beyond the measured range" : "")],
+    ["why not", (one) => one.refusal ?? (one.proven_worse ? `no plan takes less than ${seconds(one.floor_s)}` : one.estimated_worse ? `about ${seconds(one.estimate_s)} by an estimate` : one.assumed?.length ? `assumes links: ${one.assumed.join(", ")}` : one.extrapolates ? "beyond the measured range" : "")],
   ], report.layouts.slice(0, 40), (one) => (one.makespan_s && !one.refusal ? (one === report.layouts[0] ? "best" : null) : "refused"))));
   if (report.why) parts.push(why(report.why));
   const policies = report.policies.length ? report.policies : report.replays;

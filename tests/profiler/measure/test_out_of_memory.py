@@ -11,7 +11,8 @@ from db.rows.hardware import list_hardware
 from db.rows.measurements import load_measurements
 from db.store.engine import open_database
 from profiler.measure.profile import ProfileOptions, profile_model
-from profiler.points.point import Op
+from profiler.points.grid import Grid
+from profiler.points.point import Op, Point
 from tests.profiler.measure import workers
 
 CONFIG = {
@@ -26,6 +27,13 @@ def test_a_point_without_memory_on_one_rank_is_left_out_and_the_rest_measured(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     url = f"sqlite:///{tmp_path / 'profile.db'}"
+    points = Grid.points
+
+    def few_points(grid: Grid) -> list[Point]:
+        """The first of each operation, alone and beside another rank."""
+        return list({(point.op, point.busy_ranks): point for point in reversed(points(grid))}.values())
+
+    monkeypatch.setattr(Grid, "points", few_points)
     monkeypatch.setattr("profiler.measure.profile.profile_rank", workers.products_do_not_fit)
     summary = profile_model(
         ProfileOptions(

@@ -325,11 +325,11 @@ def test_a_plan_names_the_kernels_of_the_fit() -> None:
         row("cpu-folded", 4096, 100.0), row("cpu-flash", 4096, 99.0), row("sdpa", 4096, 1.0),
     ]  # fmt: skip
     choose = kernel_choice(rows)
-    chosen = {one.shape["chunk"]: one.variant for one in chosen_kernels(rows)}
+    chosen = {one.shape["chunk"]: one.variant for one in chosen_kernels(rows, choose)}
     assert chosen == {64: "cpu-flash", 4096: "cpu-folded"}
     assert all(choose(chunk, 0).value == kernel for chunk, kernel in chosen.items())
     cards = [row("cudnn-graph", 64, 10.0), row("sdpa", 64, 1.0)]
-    assert [one.variant for one in chosen_kernels(cards)] == ["sdpa"]
+    assert [one.variant for one in chosen_kernels(cards, kernel_choice(cards))] == ["sdpa"]
     chunks = (Chunk(0, 0, 8192), Chunk(1, 0, 256))
     asked = tuple(Request(id=f"r{chunk.request}", prompt_tokens=chunk.tokens) for chunk in chunks)
     for parallel, pieces in (

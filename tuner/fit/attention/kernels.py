@@ -42,13 +42,11 @@ def with_kernels(plan: Plan, choose: KernelChoice) -> Plan:
     return replace(plan, attention_kernels=AttentionKernels(usual=choose.default, others=listed))
 
 
-def chosen_kernels(rows: Iterable[Measurement]) -> list[Measurement]:
+def chosen_kernels(rows: Iterable[Measurement], choose: KernelChoice) -> list[Measurement]:
     """Of attention rows that differ only in their kernel, the row of the kernel that the runtime chooses."""
     by_shape: dict[tuple[tuple[str, int], ...], dict[AttentionKernel, Measurement]] = {}
-    rows = _bounded(rows)
-    for row in rows:
+    for row in _bounded(rows):
         by_shape.setdefault(tuple(sorted(row.shape.items())), {})[AttentionKernel(row.variant)] = row
-    choose = kernel_choice(rows)
     chosen = []
     for variants in by_shape.values():
         some = next(iter(variants.values()))

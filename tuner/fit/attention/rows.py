@@ -34,7 +34,7 @@ class AttentionRows:
         )
         # The kernel that splits the context packs the heads of a group around a single row: no measure for several.
         fewest = 2 if any_in_waves and len(self.kernel_of) > 2 else 1
-        self.chosen = [row for row in chosen_kernels(rows) if row.shape["chunk"] >= fewest]
+        self.chosen = [row for row in chosen_kernels(rows, self.choose) if row.shape["chunk"] >= fewest]
 
     def fit(self, rows: Sequence[Measurement]) -> AttentionCurve | WindowCurve:
         """Fit a curve to some of the chosen rows."""

@@ -140,6 +140,15 @@ class WholeCosts:
         made = {scale: least(scale) for scale in dict.fromkeys(scales)}
         return tuple(made[scale] for scale in scales)
 
+    def cut_layers(self, pp_size: int, stage: int) -> tuple[StageCost, ...]:
+        """A layer on this stage, the mean of the model's kinds of layers: there is one way to cut a round."""
+        layers, points = Counter(self._layers), table_grid().astype(np.float64)
+        share = {layer: count / layers.total() for layer, count in layers.items()}
+        base = np.sum([share[layer] * self.kinds[layer].base(points) for layer in layers], axis=0)
+        slope = np.sum([share[layer] * self.kinds[layer].slope(points) for layer in layers], axis=0)
+        scale = self.correction.of_stage(pp_size, stage)
+        return (self._cost(scale, base=base, slope=slope, is_first=False, is_last=False),)
+
     @property
     def _layers(self) -> tuple[WholeLayer, ...]:
         return tuple(layer for layer in self.work.shape.every_layer if isinstance(layer, WholeLayer))
