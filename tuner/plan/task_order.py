@@ -74,10 +74,10 @@ def task_order(
     """The order of a plan's tasks. See the module."""
     stages = stages_of_groups(pp_size, virtual_stages, order)
     if virtual_stages == 1 or num_rounds == 0:
-        tasks = [(i, group) for i in range(num_rounds) for group in range(pp_size)]
+        rounds, groups = np.divmod(np.arange(num_rounds * pp_size), pp_size)
     else:
         most = min(window or num_rounds, num_rounds)
-        found: list[tuple[int, list[tuple[int, int]]]] = []
+        found: list[tuple[int, list[int]]] = []
         # Every stage busy from when the first round can reach it: no order ends sooner.
         least = num_rounds * virtual_stages * pp_size + (pp_size - 1) * (pp_size + 1)
         rules = _rules(num_rounds, pp_size, virtual_stages, order, most)
@@ -91,9 +91,20 @@ def task_order(
             run = _run(stages, [0] * num_rounds, min(2 * MESSAGES - 1, most))
             assert run is not None
             found.append(run)
-        tasks = min(found, key=lambda run: run[0])[1]
-    columns = np.array(tasks, dtype=np.int64).reshape(-1, 2)
-    return TaskOrder(columns[:, 0].copy(), columns[:, 1].copy(), stages)
+        rounds, groups = _columns(min(found, key=lambda run: run[0])[1], num_rounds, visits_of(stages))
+    return TaskOrder(rounds, groups, stages)
+
+
+def _columns(
+    visited: Sequence[int], num_rounds: int, visits: Sequence[Sequence[int]]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The round and the group of each task, from what `_run` knows rounds in visits by."""
+    visit, i = np.divmod(np.array(visited, dtype=np.int64), num_rounds)
+    visit %= len(visits)
+    num_groups = np.array([len(groups) for groups in visits])[visit]
+    first = np.array([groups[0] for groups in visits])[visit]
+    place = np.arange(num_groups.sum()) - np.repeat(num_groups.cumsum() - num_groups, num_groups)  # in its visit
+    return np.repeat(i, num_groups), np.repeat(first, num_groups) + place
 
 
 def _rules(
@@ -118,13 +129,13 @@ def _rules(
 
 def _run(
     stages: tuple[int, ...], blocks: Sequence[int], in_flight: int, shortest: int | None = None
-) -> tuple[int, list[tuple[int, int]]] | None:
-    """How long the tasks take, and they in the order of their start; None where they cannot all run, or where a stage's
-    remaining work alone makes them take as long as `shortest`.
+) -> tuple[int, list[int]] | None:
+    """How long the tasks take, and the rounds in their visits in the order of their start; None where they cannot all
+    run, or where a stage's remaining work alone makes them take as long as `shortest`.
 
-    A stage takes the oldest block first, in a block the earliest pass, in a pass the oldest round. So a task is known
-    by one number, (block, visit, round) in this order, of which a stage takes the smallest. Plans are judged by the
-    order many times, so this loop is written for speed.
+    A stage takes the oldest block first, in a block the earliest pass, in a pass the oldest round. So a round in a
+    visit is known by one number, (block, visit, round) in this order, of which a stage takes the smallest. Plans are
+    judged by the order many times, so this loop is written for speed.
     """
     visits, num_rounds = visits_of(stages), len(blocks)
     pp_size, num_visits, last = max(stages) + 1, len(visits), len(visits) - 1
@@ -204,4 +215,4 @@ def _run(
             visit = task // num_rounds % num_visits
             waiting[link[visit]].append(task)
             changed |= 1 << where[visit]
-    return now, [(task % num_rounds, group) for task in tasks for group in visits[task // num_rounds % num_visits]]
+    return now, tasks

@@ -80,7 +80,8 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     """
     if len(problem.requests) == 1 and problem.objective is Objective.MEAN_TTFT:
         problem = replace(problem, objective=Objective.MAKESPAN)
-    search, objective = _drafted(problem, num_needed=MOST_STARTS), problem.objective
+    num_starts = MOST_STARTS if problem.cost.virtual_stages == 1 else 2 * MOST_STARTS
+    search, objective = _drafted(problem, num_needed=num_starts), problem.objective
     if problem.is_timed and len(problem.requests) <= FEW_REQUESTS:
         for foresight in FORESIGHTS:
             search.keep(online_rounds(problem, OnlineSettings(foresight=foresight)), objective)
@@ -105,8 +106,7 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
                 search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS), objective)
     if problem.cost.virtual_stages > 1 and not problem.is_timed:
         _keep_ramps(search)
-    most = MOST_STARTS if problem.cost.virtual_stages == 1 else 2 * MOST_STARTS
-    starts = search.ranked()[: most if objective is Objective.MAKESPAN else 1]
+    starts = search.ranked()[: num_starts if objective is Objective.MAKESPAN else 1]
     good_enough_s = GOOD_ENOUGH * bound.while_planning_s if objective is Objective.MAKESPAN else 0.0
     improved = [local_search(problem, start.rounds, good_enough_s, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))

@@ -163,11 +163,25 @@ class RoundTimes:
         """What the stage with most work runs in all: no makespan is below it."""
         return float(np.bincount(cost.stage_of_group, weights=self.round_s.sum(axis=0)).max())
 
+    def least_makespan_s(self, cost: CostModel) -> float:
+        """No makespan of these rounds is smaller, whatever the window and the order of a stage's tasks."""
+        return self._least_path_s if cost.virtual_stages == 1 else self._least_work_s(cost)
+
+    def _least_work_s(self, cost: CostModel) -> float:
+        """Of stages of several groups: what a stage runs in all, behind the first round's way to its first group, and
+        before the last round's way from its last one (`rounds.passes_bound`, 1.)."""
+        round_s, stages = self.round_s, np.array(cost.stage_of_group)
+        hops = np.concatenate([[0], np.cumsum(stages[1:] != stages[:-1])])
+        before_s = np.cumsum(round_s[0]) - round_s[0] + hops * self.hop_s[0]
+        after_s = np.cumsum(round_s[-1][::-1])[::-1] - round_s[-1] + (hops[-1] - hops) * self.hop_s[-1]
+        busy_s = round_s.sum(axis=0)
+        held = [np.flatnonzero(stages == stage) for stage in range(cost.pp_size)]
+        return float(max(before_s[own[0]] + busy_s[own].sum() + after_s[own[-1]] for own in held))
+
     @property
-    def least_makespan_s(self) -> float:
-        """No makespan of these rounds is smaller, whatever the window, where each group is a stage: the longest of the
-        paths that go along stage 0 up to a round, down with it to the busiest stage, along that one up to another
-        round, and down with it to the last stage."""
+    def _least_path_s(self) -> float:
+        """Where each group is a stage: the longest of the paths that go along stage 0 up to a round, down with it to
+        the busiest stage, along that one up to another round, and down with it to the last stage."""
         round_s, last = self.round_s, self.round_s.shape[1] - 1
         after_s = np.cumsum(round_s, axis=0)
         busiest = int(np.argmax(after_s[-1]))

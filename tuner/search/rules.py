@@ -11,6 +11,7 @@ from tuner.plan.plan import Request
 from tuner.policies.joint import draft_choices
 from tuner.rounds.problem import NO_LIMITS, Limits, Problem, RoundOptions, arrive_over_time
 from tuner.rounds.round_plan import Bound, RoundPlan, best_first
+from tuner.rounds.schedule import FlatRounds, RoundTimes
 from tuner.search.planner import best_fixed, compare_policies, draft_plan, plan_rounds
 from tuner.search.replay import Replay, compare_replays, replay
 from tuner.workload.objective import Objective
@@ -64,8 +65,15 @@ class Rules:
         drafts = draft_choices(quick, most)
         if quick.evaluate(drafts[0]).makespan_s > hopeful_s:
             drafts = drafts[:1]
-        judged = [(problem.evaluate(rounds), rounds) for rounds in drafts]
-        evaluation, rounds = min(judged, key=lambda each: each[0].score(self.objective))
+        rounds = drafts[0]
+        evaluation = problem.evaluate(rounds)
+        for other in drafts[1:]:
+            times = RoundTimes.of(cost, requests, FlatRounds.of(other))
+            if self.objective is Objective.MAKESPAN and times.least_makespan_s(cost) >= evaluation.makespan_s:
+                continue
+            judged = times.evaluation(cost, requests, problem.window)
+            if judged.score(self.objective) < evaluation.score(self.objective):
+                rounds, evaluation = other, judged
         return RoundPlan(
             policy=self.policy,
             rounds=tuple(rounds),

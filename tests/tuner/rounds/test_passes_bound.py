@@ -17,7 +17,7 @@ from tuner.plan.task_order import task_order
 from tuner.policies.ramp import ramps
 from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import evaluate
+from tuner.rounds.schedule import FlatRounds, RoundTimes, evaluate
 from tuner.search.planner import plan_rounds
 
 
@@ -55,6 +55,9 @@ def test_every_policy_plans_for_several_groups(objective: str) -> None:
             )
             check_rounds(requests, plan.rounds)
             assert plan.lower_bound_s <= plan.makespan_s * (1.0 + 1e-9)
+            times = RoundTimes.of(one.cost, requests, FlatRounds.of(plan.rounds))
+            assert times.round_s.sum() / one.cost.pp_size <= times.least_makespan_s(one.cost) * (1.0 + 1e-9)
+            assert times.least_makespan_s(one.cost) <= plan.makespan_s * (1.0 + 1e-9)
 
 
 def test_ramps_run_every_token_once_and_stay_on_the_grid() -> None:
