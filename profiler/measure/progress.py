@@ -65,8 +65,9 @@ class ProfileProgress:
         """A point that was expected to take so long is done; `text` names the next."""
         self.done_points += 1
         self.done_s += expected_s
+        self.num_points = max(self.num_points, self.done_points)  # what was measured may ask for more than was listed
         left = f"{self.work_left_s:.0f} s of work left, {self.budget_left_s:.0f} s of the budget"
-        self.bar.update(self.task, completed=self.done_points, left=left, description=text)
+        self.bar.update(self.task, total=self.num_points, completed=self.done_points, left=left, description=text)
         self.bar.refresh()
         now = time.monotonic()
         if self.bar.disable and now - self.last_line >= LINE_EVERY_S:
