@@ -36,7 +36,7 @@ def run_jobs(context: RankContext, jobs: Sequence[RunJob]) -> list[RankReport]:
     """
     for job in jobs:
         _stage_kind(job.shape.backend)
-    gc.freeze()  # all that the imports made: a collection walks what the jobs make, and may come among the rounds
+    gc.freeze()  # all that the imports made: collections, which may come among the rounds, walk what the jobs make
     reports: list[RankReport] = []
     for mesh, alike in groupby(jobs, key=lambda job: mesh_of(job.parallel)):
         context.progress.enter(Phase.GROUPS, job=len(reports))
@@ -86,9 +86,10 @@ def _run_job(context: RankContext, job: RunJob, groups: Groups) -> RankReport:
     pipeline.fill_cache()
     progress.enter(Phase.RECORD)
     pipeline.record()
+    gc.collect()
     if context.device.type == "cuda":
         torch.cuda.synchronize()
-    gc.collect()
+        gc.freeze()  # what kernels imported on their way, too
     warm_up_s = time.perf_counter() - clock.origin_s
     progress.enter(Phase.RUN)
     with CardMarks.of(clock, pipeline, progress) as marks:
@@ -103,6 +104,8 @@ def _run_job(context: RankContext, job: RunJob, groups: Groups) -> RankReport:
     begin()
     slowdowns = [each for each in (before, _slowdown(job, context.device)) if each is not None]
     pipeline.close()
+    if context.device.type == "cuda":
+        gc.unfreeze()  # recordings in cycles
     reports_tokens = place.is_last and place.tp_rank == place.sp_rank == 0
     return RankReport(
         stage=place.stage,

@@ -82,7 +82,10 @@ class Search:
         return sorted(self.found.values(), key=lambda candidate: candidate.score)
 
     def sweep(self, pack: Pack, order: Sequence[int], profile: Sequence[float], objective: Objective) -> None:
-        """Pack under caps around `cap_s`, then twice closer around the best; `profile` scales each request's cap."""
+        """Pack under caps around `cap_s`, then twice closer around the best; `profile` scales each request's cap.
+
+        Where every chunk costs much whatever its length, `cap_s` is far too small: it is doubled while that helps.
+        """
         tried: dict[float, tuple[float, ...]] = {}
         requests, most_s = self.problem.requests, np.inf
 
@@ -100,6 +103,11 @@ class Search:
 
         centre = self.best_cap_s or self.cap_s
         num_rounds = attempt(centre)
+        while not self.best_cap_s:
+            fewer, doubled = attempt(2.0 * centre), 2.0 * centre
+            if tried[doubled] >= tried[centre]:
+                break
+            num_rounds, centre = fewer, doubled
         far = objective is Objective.MAKESPAN and self.best_cap_s > 0.0
         if far and most_s > FAR * min(each.evaluation.makespan_s for each in self.found.values()):
             return  # caps a few percent longer or shorter, which are all that is tried, change less

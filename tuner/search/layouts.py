@@ -311,11 +311,19 @@ def _room(target: Target, candidate: Candidate, rules: Rules) -> Room:
 
 
 def _sketched(target: Target, candidate: Candidate, rules: Rules, best: tuple[float, ...]) -> Candidate:
-    """Drafted for its one partition.
+    """Drafted for its one partition, where memory asks for it in each way to share that.
 
     best: the score of the best sketch so far; one that is likely to be far off is made with less care.
     """
-    layout, room = candidate.layout, _room(target, candidate, rules)
+    room = _room(target, candidate, rules)
+    choices = [candidate.limits] if candidate.limits is None else room.choices(rules.limits)
+    sketches = [_within(target, replace(candidate, limits=limits), rules, room, best) for limits in choices]
+    return min(sketches, key=lambda sketch: sketch.score(rules.objective))
+
+
+def _within(target: Target, candidate: Candidate, rules: Rules, room: Room, best: tuple[float, ...]) -> Candidate:
+    """The candidate with rounds within its limits, or within tighter ones where they still took too much memory."""
+    layout = candidate.layout
     cost = _build_cost(candidate)(candidate.layer_partition)
     while True:
         bounded = candidate.rules(rules)

@@ -57,7 +57,7 @@ class Room:
     """The rounds of a layout, with these layers a group, that fit into a device's memory.
 
     Weights, what the runtime holds and the longest prompt's KV are there whatever the rounds; what is left is shared
-    by the activations of the largest round and the KV of the prompts that it holds at once.
+    by the activations of the largest round and the KV of the prompts that are held at once.
     """
 
     target: Target
@@ -67,8 +67,19 @@ class Room:
     measured_tokens: int | None = None
     """Of the largest round that was measured: where memory asks for smaller ones, none is larger than that."""
 
-    def limits(self, given: Limits) -> Limits | None:
-        """The largest rounds that fit, with the KV of a prompt that begins beside those in the round; None: none fit.
+    def choices(self, given: Limits) -> list[Limits]:
+        """Ways to share what memory leaves: the largest rounds, and such that all stages can have one; none: none fit.
+
+        Where KV is small beside activations, somewhat smaller rounds leave room for prompts that keep all stages busy.
+        """
+        found = [self.limits(given)]
+        if found[0] is not None and found[0].max_kv_tokens is not None and self.layout.pp_size > 1:
+            found.append(self.limits(given, in_flight=self.layout.pp_size))
+        return [one for one in dict.fromkeys(found) if one is not None]
+
+    def limits(self, given: Limits, *, in_flight: int = 1) -> Limits | None:
+        """The largest rounds that fit, with the KV of so many of them, and of a prompt that begins beside; None: none
+        fit.
 
         `given` comes back where memory asks for no more.
         """
@@ -80,7 +91,7 @@ class Room:
             largest = max(smallest, min(largest, self.measured_tokens))
 
         def rows_beside(tokens: int) -> int:
-            return max(self._least_rows, min(most_rows, tokens + self._longest_rows))
+            return max(self._least_rows, min(most_rows, in_flight * tokens + self._longest_rows))
 
         units = _most(
             lambda units: self._fits(units * self.chunk_multiple, rows_beside(units * self.chunk_multiple)),

@@ -227,6 +227,10 @@ def test_large_batches_have_room_on_few_cards(lengths: tuple[int, ...], pp_size:
     limits = room.limits(NO_LIMITS)
     assert limits is not None
     assert limits.max_round_tokens is not None
+    for other in room.choices(NO_LIMITS)[1:]:  # smaller rounds, so that every stage can have one
+        assert pp_size > 1 and other.max_round_tokens is not None and other.max_kv_tokens is not None
+        assert other.max_round_tokens < limits.max_round_tokens
+        assert other.max_kv_tokens >= pp_size * other.max_round_tokens
     rounds = fixed_rounds(_limited(target.requests, limits), limits.max_round_tokens)
     assert max(sum(chunk.tokens for chunk in chunks) for chunks in rounds) <= limits.max_round_tokens
     memory = rounds_memory(

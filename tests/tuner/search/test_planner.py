@@ -17,7 +17,7 @@ from tuner.policies.joint import NEAR_BOUND
 from tuner.policies.named import BASED, Floor, base_sizes, named_rounds
 from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.problem import Limits, Problem, RoundOptions
-from tuner.search.planner import POLICIES, compare_policies, fixed_sweep, plan_rounds
+from tuner.search.planner import POLICIES, best_fixed, compare_policies, draft_plan, fixed_sweep, plan_rounds
 from tuner.workload.objective import Objective
 
 NAMED = ["fixed:256", *POLICIES[1:]]
@@ -356,3 +356,16 @@ def test_local_improvement_keeps_the_kv_limit() -> None:
     plan = plan_rounds(cost, requests, window=1, chunk_multiple=256, limits=limits, objective=Objective.MEAN_TTFT)
     rounds_of = {j: [i for i, chunks in enumerate(plan.rounds) if any(c.request == j for c in chunks)] for j in (1, 2)}
     assert rounds_of[1][-1] < rounds_of[2][0] or rounds_of[2][-1] < rounds_of[1][0]
+
+
+@pytest.mark.parametrize("kv_tokens", [None, 80_000, 30_000])
+def test_a_draft_of_dear_chunks_is_near_equal_ones(kv_tokens: int | None) -> None:
+    """Where each chunk reads the weights of hundreds of experts, whatever its length."""
+    stage = StageCost(token_count=(0, 16384), token_seconds=(0.0, 0.49), chunk_s=0.046)
+    cost, requests = CostModel(stages=(stage,) * 8, hop_latency_s=1e-5), prompts(*[16384] * 8)
+    options: RoundOptions = {
+        "window": None, "chunk_multiple": 256, "objective": Objective.MAKESPAN,
+        "limits": Limits(max_round_tokens=8192, max_kv_tokens=kv_tokens),
+    }  # fmt: skip
+    draft, fixed = draft_plan(cost, requests, **options), best_fixed(cost, requests, **options)
+    assert draft.makespan_s <= 1.05 * fixed.makespan_s
