@@ -46,8 +46,8 @@ class LayerRounds:
         smallest = min(float(multiple), self._most)
         sizes = np.geomspace(smallest, self._most, NUM_SIZES)
         self._sizes = np.unique(np.minimum(np.ceil(sizes / multiple) * multiple, self._most))
-        differing, alike = np.unique(work.prompt + 1j * work.cached, return_counts=True)
-        new, cached = differing.real - differing.imag, differing.imag
+        differing, alike = np.unique(np.stack((work.prompt, work.cached)), axis=1, return_counts=True)
+        new, cached = differing[0] - differing[1], differing[1]
         each = max(1, NUM_SAMPLES // len(new))
         share = (np.arange(each) + 0.5) / each
         place = (cached[:, None] + new[:, None] * share).ravel()
