@@ -18,6 +18,15 @@ from transformers.cache_utils import (
 )
 
 
+def _allocate(layer: Any, key_states: torch.Tensor, value_states: torch.Tensor, rows: int) -> None:
+    """Give a layer of a cache so many rows. Zeros: on a CPU this touches the pages before the clock starts."""
+    layer.dtype, layer.device = key_states.dtype, key_states.device
+    layer.keys, layer.values = (
+        states.new_zeros(*states.shape[:-2], rows, states.shape[-1]) for states in (key_states, value_states)
+    )
+    layer.is_initialized = True
+
+
 class SlabLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
     """Keys and values [1, KV heads, rows, D], allocated once; the library's own layer copies all of them each chunk."""
 
@@ -26,11 +35,8 @@ class SlabLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no type
         self.rows, self.length = rows, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate by the first keys and values. Zeros: on a CPU this touches the pages before the clock starts."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(*key_states.shape[:-2], self.rows, key_states.shape[-1])
-        self.values = value_states.new_zeros(*value_states.shape[:-2], self.rows, value_states.shape[-1])
-        self.is_initialized = True
+        """Allocate by the first keys and values."""
+        _allocate(self, key_states, value_states, self.rows)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -61,11 +67,7 @@ class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate by the first keys and values."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        rows = self.sliding_window - 1
-        self.keys = key_states.new_zeros(*key_states.shape[:-2], rows, key_states.shape[-1])
-        self.values = value_states.new_zeros(*value_states.shape[:-2], rows, value_states.shape[-1])
-        self.is_initialized = True
+        _allocate(self, key_states, value_states, self.sliding_window - 1)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
