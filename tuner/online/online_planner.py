@@ -21,7 +21,6 @@ these caps, and held until the queue changes (`tuner.online.lookahead`).
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -215,11 +214,9 @@ class OnlinePlanner:
         waiting = [self._waiting[index] for index in sorted(self._waiting)]  # as they came
         work_s = [self._stretch * each.work_s for each in waiting]
         pass_s = max(self._in_flight.pass_s, self._overhead_s * self._stages_after)
-        ends_s = itertools.accumulate(work_s, initial=start_s + pass_s)
-        next(ends_s)
-        slack_s = [each.request.arrival_s + patience_s - end_s for each, end_s in zip(waiting, ends_s, strict=True)]
+        due_s = [each.request.arrival_s + patience_s - start_s - pass_s for each in waiting]
         rank = [each.work_s / max(each.request.weight, 1e-12) for each in waiting]
-        return [waiting[place].index for place in running_order(rank, work_s, slack_s)]
+        return [waiting[place].index for place in running_order(rank, work_s, due_s)]
 
     def _planned_round(self) -> Round:
         chunks = self._planned.popleft()
@@ -317,6 +314,8 @@ class OnlinePlanner:
 
     def _cap_s(self, start_s: float) -> float:
         """Most seconds that the next round may take on the slowest stage."""
+        if self.settings.pace:
+            return self.settings.pace
         budgets = self._queue_budgets()
         if self.objective is Objective.MAKESPAN:
             allowed = budgets.for_makespan()
@@ -356,8 +355,8 @@ class OnlinePlanner:
         return not (self.more_to_come or self._traffic.is_known)
 
     def _may_plan_ahead(self) -> bool:
-        """Few requests wait, and all fit into the KV cache."""
-        if len(self._queue) > (FEW_WAITING if self._is_limited else FEW_IN_PASSING):
+        """Few requests wait, all fit into the KV cache, and how long rounds are is left open."""
+        if self.settings.pace or len(self._queue) > (FEW_WAITING if self._is_limited else FEW_IN_PASSING):
             return False
         most = self.limits.max_kv_tokens
         to_come = sum(self.requests[i].prompt_tokens for i in self._waiting if i not in self._started)

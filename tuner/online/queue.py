@@ -118,7 +118,7 @@ def drive(problem: Problem, scheduler: Scheduler, *, is_timed: bool = False) -> 
             now = max(now, min(requests[order[arrived]].arrival_s, answers.next_return_s))
             answers.take_back(now, requests)
         while arrived < len(order) and requests[order[arrived]].arrival_s <= now:
-            scheduler.add(order[arrived], now)
+            scheduler.add(order[arrived], requests[order[arrived]].arrival_s)
             arrived += 1
         beside = answers.beside(requests)
         if not scheduler.has_work and not beside.tokens:

@@ -9,6 +9,8 @@ from typing import Self
 from db.errors import UserError
 
 MOST = 1e6
+UNSET_AT_0 = ("patience", "pace")
+"""Settings whose 0 stands for none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,8 @@ class OnlineSettings:
     0: no limit, and the running order is that of `aging`."""
     foresight: float = 0.3
     """How much requests to come count beside those that wait: 0 cuts for latency alone, 1000 for throughput."""
+    pace: float = 0.0
+    """Seconds that rounds take. 0: the planner chooses them for those that wait and those to come."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -48,7 +52,7 @@ class OnlineSettings:
     def __str__(self) -> str:
         """The text that `parse` reads."""
         values = {setting.name: getattr(self, setting.name) for setting in fields(self)}
-        return ",".join(f"{name}={value:.6g}" for name, value in values.items() if name != "patience" or value)
+        return ",".join(f"{name}={value:.6g}" for name, value in values.items() if name not in UNSET_AT_0 or value)
 
 
 AS_IT_COMES = OnlineSettings()
