@@ -34,8 +34,10 @@ class Bound:
 
     @property
     def while_planning_s(self) -> float:
-        """What tells a search when to stop; 0 for tables, whose bound takes longer to prove than plans to improve."""
-        return 0.0 if is_curved(self._problem.cost.kinds) else self.seconds
+        """What tells a search when to stop; 0 for tables and stages that differ, whose bounds take longer to prove than
+        plans to improve."""
+        kinds = self._problem.cost.kinds
+        return 0.0 if len(kinds) > 1 or is_curved(kinds) else self.seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
