@@ -26,6 +26,7 @@ def main() -> None:
     """Print median and least planning times beside their limits, and the online planner's time a round."""
     rng = random.Random(0)
     mixed = [int(2048 * 2 ** (6 * rng.random())) for _ in range(256)]
+    thousand = [int(512 * 2 ** (7 * rng.random())) for _ in range(1000)]
     table = measured(PROFILE, "llama-3-8b")["TP1 PP4"]
     many = CostModel(stages=tuple(uneven_stage(table.stages[k % 4], k) for k in range(64)))
     for name, lengths, cost, limit_ms in [
@@ -33,10 +34,13 @@ def main() -> None:
         ("1 x 1048576 tokens, 64 uneven stages", [1_048_576], uneven(64), 50),
         ("256 requests of 2K-128K, 16 stages", mixed, atom(16), 300),
         ("256 requests of 2K-128K, 16 uneven stages", mixed, uneven(16), 300),
+        ("1000 x 3000 tokens, 4 stages", [3000] * 1000, atom(4), 1000),
+        ("1000 requests of 512-64K, 4 stages", thousand, atom(4), 1000),
         ("tables of 4 H100: 1 x 131072", [131072], table, 300),
         ("tables of 4 H100: 12 of 900-90001", WORKLOADS["12 of 900-90001"], table, 300),
         ("tables of 4 H100: 40 x 3000", [3000] * 40, table, 300),
         ("tables of 4 H100: 1000 x 3000", [3000] * 1000, table, 300),
+        ("tables of 4 H100: 1000 of 512-64K", thousand, table, 1000),
         ("tables of 4 H100, 64 uneven stages: 1 x 131072", [131072], many, 300),
         ("tables of 4 H100, 64 uneven stages: 40 x 3000", [3000] * 40, many, 300),
     ]:

@@ -121,6 +121,11 @@ class Pipeline:
 
         return run
 
+    def middle_round(self) -> Callable[[], torch.Tensor] | None:
+        """The recording in the middle of the plan, without its hand-offs; None where nothing is recorded."""
+        recorded = list(self.recorded.values())
+        return recorded[len(recorded) // 2] if recorded else None
+
     def close(self) -> None:
         """Drop the recordings: a NCCL group cannot be left while a graph holds its work."""
         self.recorded.clear()

@@ -75,7 +75,7 @@ def _run_job(context: RankContext, job: RunJob, groups: Groups) -> RankReport:
         torch.cuda.empty_cache()  # peer memory and NCCL allocate beside torch
         torch.cuda.reset_peak_memory_stats()
     begin()
-    before = None if context.device.type == "cuda" else _slowdown(job, context.device)  # a card at rest is faster
+    slowdowns = [job.probe.slowdown()] if job.probe and context.device.type != "cuda" else []
     begin()
     stage = _stage_kind(job.shape.backend)(job, place, groups, context.device)
     progress.enter(Phase.LINKS)
@@ -102,7 +102,7 @@ def _run_job(context: RankContext, job: RunJob, groups: Groups) -> RankReport:
         decode = note()
     memory_bytes = _memory_bytes(context.device)
     begin()
-    slowdowns = [each for each in (before, _slowdown(job, context.device)) if each is not None]
+    slowdowns += _slowdown(job, pipeline, groups, context.device)
     pipeline.close()
     if context.device.type == "cuda":
         gc.unfreeze()  # recordings in cycles
@@ -129,14 +129,15 @@ def _stage_kind(backend: Backend) -> type[KernelStage] | type[LibraryStage]:
     return LibraryStage
 
 
-def _slowdown(job: RunJob, device: torch.device) -> float | None:
-    """Of the machine since its profile; all ranks ask at once, as they did there."""
+def _slowdown(job: RunJob, pipeline: Pipeline, groups: Groups, device: torch.device) -> list[float]:
+    """Of the machine since its profile, if that can be told; all ranks ask at once, as they did there."""
     if job.probe is None:
-        return None
-    try:
-        return job.probe.slowdown(device)
-    except torch.OutOfMemoryError:
-        return None
+        return []
+    if device.type != "cuda":
+        return [job.probe.slowdown()]
+    run_round = pipeline.middle_round()
+    found = job.probe.slowdown_among(run_round, groups, device) if run_round else None
+    return [] if found is None else [found]
 
 
 def _memory_bytes(device: torch.device) -> int | None:

@@ -16,6 +16,7 @@ from tuner.rounds.deadlines import Impossible
 from tuner.rounds.round_plan import RoundPlan
 from tuner.rounds.schedule import Evaluation
 from tuner.search.replay import Replay
+from tuner.workload.objective import Objective
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor the fit
     from db.rows.hardware import Hardware
@@ -76,11 +77,12 @@ class TuneReport:
 
     def to_json(self) -> dict[str, Any]:
         """For programs: the plan, the ranking, the policies, the held-out errors and the trials."""
+        objective = Objective(self.options.get("objective", Objective.MAKESPAN))
         return {
             "plan": self.plan.to_json(),
             "recommendation": self.recommendation.to_json(),
             "options": dict(self.options),
-            "layouts": [_candidate_json(candidate) for candidate in self.candidates],
+            "layouts": [_candidate_json(candidate, objective) for candidate in self.candidates],
             "num_planned": self.num_planned,
             "num_proven_worse": self.num_proven_worse,
             "num_estimated_worse": self.num_estimated_worse,
@@ -157,7 +159,7 @@ def classes_json(report: TuneReport) -> list[dict[str, Any]]:
     return rows
 
 
-def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+def _candidate_json(candidate: Candidate, objective: Objective) -> dict[str, Any]:
     layout = candidate.layout
     names = (
         "tp_size",
@@ -182,10 +184,16 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "memory_limits": _limits_json(candidate),
         "proven_worse": candidate.is_proven_worse,
         "estimated_worse": candidate.is_estimated_worse,
-        "estimate_s": candidate.likely_s,
-        "floor_s": candidate.floor[0] if candidate.floor and math.isfinite(candidate.floor[0]) else None,
+        "estimate_s": _seconds(candidate.likely, objective),
+        "floor_s": _seconds(candidate.floor, objective),
     }
     return found | ({} if candidate.rounds is None else _expected_json(candidate.rounds))
+
+
+def _seconds(score: tuple[float, ...] | None, objective: Objective) -> float | None:
+    """What a bound or an estimate of a score says of its objective; of deadlines met, of the mean TTFT."""
+    seconds = math.inf if score is None else score[1 if objective is Objective.SLA else 0]
+    return seconds if math.isfinite(seconds) else None
 
 
 def _limits_json(candidate: Candidate) -> dict[str, int | None] | None:

@@ -12,11 +12,7 @@ through, what its last token takes on the stages behind. So
     sum over r of weight(r) (end(r) - arrival(r)) >= the least of one machine with release dates and preemption
                                                      + sum over r of weight(r) (tail(r) - arrival(r))
 
-With equal weights the shortest remaining time first is the least there is (Schrage, "A proof of the optimality of the
-shortest remaining processing time discipline", 1968). With others the least is not known to be found quickly; below it
-is the sum of weight(r) (M(r) + p(r) / 2), M(r) the mean of the times at which r runs when, of those that are there, the
-one with most weight a second of work always runs (Goemans, Queyranne, Schulz, Skutella and Wang, "Single machine
-scheduling with release dates", 2002): in every schedule r ends p(r) / 2 or more after the mean of its times.
+What one machine reaches at least, `rounds.one_machine` says.
 
 The other bound is that of each request alone: others only delay it. The larger of the two is taken. Under load the
 first is the closer one; it does not see that rounds must be short for the stages behind and long for their overhead.
@@ -24,9 +20,7 @@ first is the closer one; it does not see that rounds must be short for the stage
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +28,7 @@ import numpy as np
 from tuner.plan.cost_model import CostModel
 from tuner.plan.stage_cost import Floats, StageCost
 from tuner.rounds.bound import makespan_bound_s
+from tuner.rounds.one_machine import least_ends_s
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Work, envelopes, requests_s
 
@@ -60,7 +55,7 @@ def mean_ttft_bound_s(problem: Problem) -> float:
                 continue
             seconds = requests_s(line, work, most) + line.round_s * (work.prompt - work.cached) / most
             for k in {places[0], places[-1]}:
-                ends = _machine(arrival + heads[k], seconds, weights)
+                ends = least_ends_s(arrival + heads[k], seconds, weights)
                 best = max(best, ends + float((tails[k] - arrival) @ weights))
                 alone = np.maximum(alone, heads[k] + seconds + tails[k])
     return max(best, float(alone @ weights)) / float(weights.sum())
@@ -98,62 +93,3 @@ def _alone_s(problem: Problem) -> Floats:
         one = replace(problem.requests[keys.index(key)], arrival_s=0.0, output_tokens=1)
         found[key] = makespan_bound_s(replace(problem, requests=(one,)))
     return np.array([found.get(key, 0.0) for key in keys])
-
-
-def _machine(release: Floats, seconds: Floats, weights: Floats) -> float:
-    """Weighted sum of ends on one machine, or what it is at least."""
-    if (weights == weights[0]).all():
-        return float(weights[0]) * _least_ends(release.tolist(), seconds.tolist())
-    return _by_mean_times(release.tolist(), seconds.tolist(), weights.tolist())
-
-
-def _least_ends(release: Sequence[float], seconds: Sequence[float]) -> float:
-    """Sum of ends under the shortest remaining time first."""
-    order = sorted(range(len(release)), key=lambda i: release[i])
-    waiting: list[float] = []
-    now, total, come = 0.0, 0.0, 0
-    while waiting or come < len(order):
-        if not waiting:
-            now = max(now, release[order[come]])
-        while come < len(order) and release[order[come]] <= now:
-            heapq.heappush(waiting, seconds[order[come]])
-            come += 1
-        until = release[order[come]] if come < len(order) else float("inf")
-        left = waiting[0]
-        if now + left <= until:
-            now += left
-            heapq.heappop(waiting)
-            total += now
-        else:
-            heapq.heapreplace(waiting, left - (until - now))
-            now = until
-    return total
-
-
-def _by_mean_times(release: Sequence[float], seconds: Sequence[float], weights: Sequence[float]) -> float:
-    """Sum of weight (mean time at which it runs + half its work), the most weight a second of work first."""
-    order = sorted(range(len(release)), key=lambda i: release[i])
-    waiting: list[tuple[float, int]] = []
-    left, now, come, total = list(seconds), 0.0, 0, 0.0
-    while waiting or come < len(order):
-        if not waiting:
-            now = max(now, release[order[come]])
-        while come < len(order) and release[order[come]] <= now:
-            i = order[come]
-            if seconds[i] > 0.0:
-                heapq.heappush(waiting, (-weights[i] / seconds[i], i))
-            else:
-                total += weights[i] * release[i]
-            come += 1
-        if not waiting:
-            continue
-        until = release[order[come]] if come < len(order) else float("inf")
-        i = waiting[0][1]
-        ran = min(left[i], until - now)
-        total += weights[i] * (now + ran / 2.0) * ran / seconds[i]
-        left[i] -= ran
-        now += ran
-        if left[i] <= 0.0:
-            heapq.heappop(waiting)
-            total += weights[i] * seconds[i] / 2.0
-    return total

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from operator import add
 
+import numpy as np
+import numpy.typing as npt
+
+from tuner.plan.cost_model import Ints
 from tuner.plan.plan import Chunk, Request, Round
+from tuner.plan.stage_cost import Floats
 from tuner.policies.sweep import Search, shortest_first
-from tuner.rounds.packing import Packer, backward_cuts
+from tuner.rounds.packing import Packer, backward_spans
 from tuner.rounds.problem import Problem
 from tuner.rounds.schedule import MAKESPAN_SLACK
 from tuner.workload.objective import Objective
+
+ROUNDING = 1e-9
+BLOCK = 512
+"""Chunks at which stretches begin that are looked at together."""
 
 
 def dp_rounds(problem: Problem) -> list[Round]:
@@ -38,69 +45,103 @@ def pack_line(
     the cap long; chunks of one request in it join. D(j) = min over i of D(i) + t(round of the chunks i..j) is the
     least total time of the first j chunks.
     """
-    cuts = backward_cuts(packer, requests, order, caps_s)
+    cuts = list(zip(order, backward_spans(packer, requests, order, caps_s), strict=True))
     held = packer.limits.max_kv_tokens
     if held is not None and held < sum(request.prompt_tokens for request in requests):
-        line = [chunk for chunks in cuts for chunk in chunks]
+        line = [(index, *span) for index, spans in cuts for span in spans]
     else:
-        line = [chunks[0] for chunks in cuts] + [chunk for chunks in cuts for chunk in chunks[1:]]
-    came_from = _cheapest_stretches(packer, requests, line, caps_s)
+        line = [(index, *spans[0]) for index, spans in cuts]
+        line += [(index, *span) for index, spans in cuts for span in spans[1:]]
+    came_from = _cheapest_stretches(_Line(packer, requests, line, caps_s))
     stretches: list[Round] = []
-    end = len(line)
-    while end:
+    last = len(line)
+    while last:
+        first = came_from[last]
         members = dict[int, Chunk]()
-        for chunk in line[came_from[end] : end]:
-            members[chunk.request] = _joined(members.get(chunk.request), chunk)
+        for index, start, end in line[first:last]:
+            if index in members:
+                start = members[index].start
+            members[index] = Chunk(index, start, end - start)
         stretches.append(tuple(members.values()))
-        end = came_from[end]
+        last = first
     return stretches[::-1]
 
 
-def _cheapest_stretches(
-    packer: Packer, requests: Sequence[Request], line: Sequence[Chunk], caps_s: Sequence[float]
-) -> list[int]:
+class _Line:
+    """The chunks of a line as columns, [num_chunks] each."""
+
+    def __init__(
+        self,
+        packer: Packer,
+        requests: Sequence[Request],
+        line: Sequence[tuple[int, int, int]],
+        caps_s: Sequence[float],
+    ) -> None:
+        limits = packer.limits
+        self._stages = [table.stage for table in packer.tables]
+        self._most_tokens = packer.max_round_tokens
+        self._most_held = np.inf if limits.max_kv_tokens is None else limits.max_kv_tokens
+        request, self._start, self._end = np.array(line, dtype=np.int64).T
+        self._prompt = np.array([each.prompt_tokens for each in requests], dtype=np.int64)[request]
+        self._final = self._end == self._prompt
+        self._cap_s = np.array(caps_s)[request] * (1.0 + ROUNDING)
+        self._done = np.concatenate([[0], np.cumsum(self._end - self._start)])
+        self._key = request * len(line)  # plus a place in the line: sorted by request, then by place
+        self._sorted = np.sort(self._key + np.arange(len(line)))
+        self._alone_s = self._added_s(self._end - self._start, self._start, self._final)
+
+    def __len__(self) -> int:
+        return len(self._start)
+
+    def stretches_s(self, first: int, end: int) -> Floats:
+        """Seconds of the rounds that begin with the chunks from `first` up to `end`, by how many chunks more they hold,
+        [chunks, most that any holds]; infinite above the cap, but for a chunk alone."""
+        begin = np.arange(first, end)
+        added_s, held = np.zeros((len(self._stages), len(begin))), np.zeros(len(begin), dtype=np.int64)
+        found: list[Floats] = []
+        open_now = begin - first
+        while open_now.size:
+            begins = begin[open_now]
+            last = begins + len(found)
+            more_s, more_held = self._alone_s[:, last], self._prompt[last]
+            earliest = self._sorted[np.searchsorted(self._sorted, self._key[last] + begins)] - self._key[last]
+            joins = np.flatnonzero(earliest < last)  # the round holds chunks of the same request
+            if joins.size:
+                more_held[joins] = 0
+                chunk, start = last[joins], self._start[earliest[joins]]
+                before, both = self._start[chunk] - start, self._end[chunk] - start
+                none = np.zeros(len(chunk), dtype=np.bool_)
+                more_s[:, joins] = self._added_s(both, start, self._final[chunk]) - self._added_s(before, start, none)
+            added_s[:, open_now] += more_s
+            held[open_now] += more_held
+            tokens = self._done[last + 1] - self._done[begins]
+            seconds = added_s[:, open_now]
+            for own_s, stage in zip(seconds, self._stages, strict=True):
+                own_s += stage.round_overhead_s + stage.tokens_s(tokens)
+            longest_s = seconds.max(axis=0)
+            found.append(np.full(len(begin), np.inf))
+            if len(found) > 1:
+                within = (longest_s <= self._cap_s[begins]) & (tokens <= self._most_tokens)
+                within &= held[open_now] <= self._most_held
+                open_now, longest_s, last = open_now[within], longest_s[within], last[within]
+            found[-1][open_now] = longest_s
+            open_now = open_now[last + 1 < len(self)]
+        return np.array(found).T
+
+    def _added_s(self, tokens: Ints, context: Ints, final: npt.NDArray[np.bool_]) -> Floats:
+        """What chunks add to a round on each table's stage, [stages, chunks]."""
+        return np.array([stage.chunk_seconds(tokens, context, final) for stage in self._stages])
+
+
+def _cheapest_stretches(line: _Line) -> list[int]:
     """Where the last stretch of the first j chunks begins, for every j, in the cheapest division of these j."""
-    most_tokens = packer.max_round_tokens
-    most_held = math.inf if packer.limits.max_kv_tokens is None else packer.limits.max_kv_tokens
-    finals_s = packer.finals_s
-    before = _places_before(line)
-    is_final = [chunk.end == requests[chunk.request].prompt_tokens for chunk in line]
-    alone_s = [packer.chunk_s[chunk.tokens, chunk.start] for chunk in line]
-    alone_s = [list(map(add, one, finals_s)) if ends else one for one, ends in zip(alone_s, is_final, strict=True)]
-    least, came_from = [0.0] + [math.inf] * len(line), [0] * (len(line) + 1)
-    for first, opening in enumerate(line):
-        cap_s, so_far_s = caps_s[opening.request] * (1.0 + 1e-9), least[first]
-        tokens, held, added_s = 0, 0, [0.0] * len(finals_s)
-        joined: dict[int, Chunk] = {}
-        for last in range(first, len(line)):
-            chunk = line[last]
-            tokens += chunk.tokens
-            if before[last] < first:
-                held += requests[chunk.request].prompt_tokens
-                added_s = list(map(add, added_s, alone_s[last]))
-            else:
-                own = joined.get(chunk.request, line[before[last]])
-                both = joined[chunk.request] = _joined(own, chunk)
-                for i, both_s in enumerate(packer.chunk_s[both.tokens, both.start]):
-                    added_s[i] += both_s + finals_s[i] if is_final[last] else both_s
-                    added_s[i] -= packer.chunk_s[own.tokens, own.start][i]
-            seconds = max(map(add, packer.round_s[tokens], added_s))
-            if (seconds > cap_s or tokens > most_tokens or held > most_held) and last > first:
-                break
-            if so_far_s + seconds < least[last + 1]:
-                least[last + 1], came_from[last + 1] = so_far_s + seconds, first
-    return came_from
-
-
-def _places_before(line: Sequence[Chunk]) -> list[int]:
-    """Where in the line the chunk before of the same request is, -1 for each request's first."""
-    places: dict[int, int] = {}
-    found = []
-    for place, chunk in enumerate(line):
-        found.append(places.get(chunk.request, -1))
-        places[chunk.request] = place
+    least, came_from = np.full(len(line) + 1, np.inf), np.zeros(len(line) + 1, dtype=np.int64)
+    least[0] = 0.0
+    for block in range(0, len(line), BLOCK):
+        for first, seconds in enumerate(line.stretches_s(block, min(block + BLOCK, len(line))), start=block):
+            ends = slice(first + 1, first + 1 + len(seconds))
+            reached = least[first] + seconds[: len(line) - first]
+            better = reached < least[ends]
+            least[ends][better], came_from[ends][better] = reached[better], first
+    found: list[int] = came_from.tolist()
     return found
-
-
-def _joined(before: Chunk | None, chunk: Chunk) -> Chunk:
-    return chunk if before is None else Chunk(chunk.request, before.start, before.tokens + chunk.tokens)

@@ -33,6 +33,7 @@ from tuner.policies.sweep import (
     request_orders,
     shortest_first,
     sloping_rounds,
+    whole_rounds,
 )
 from tuner.rounds.packing import pack_in_order, pack_tails
 from tuner.rounds.problem import Problem
@@ -137,6 +138,7 @@ def _drafted(problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Sear
             search.keep(rounds, Objective.MAKESPAN)
     if objective is not Objective.MAKESPAN:
         search.limit(MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s, objective)
+        search.keep(whole_rounds(problem, shortest_first(problem)), objective)
         search.keep(online_rounds(problem), objective)
     return search
 

@@ -10,7 +10,7 @@ import numpy as np
 from db.errors import UserError
 from db.files.numbers import whole_number
 from tuner.plan.plan import Request, Round
-from tuner.plan.stage_cost import MAX_TOKENS
+from tuner.plan.stage_cost import MAX_TOKENS, StageCost, TableAttention
 from tuner.policies.arrivals import batch_by_batch
 from tuner.policies.ascend import ascend_rounds
 from tuner.policies.dp import dp_rounds
@@ -34,6 +34,7 @@ MOST_ROUNDS = 16_384
 """The fixed sweep leaves out chunks so short that a plan would have more rounds."""
 MOST_BASES = 10
 """Base chunks that are tried, the largest ones."""
+ROUNDING = 1e-12
 MOST_SAMPLES = 32
 """With more prompts `terapipe`, which gives all of them one split, takes longer than ours by far and to plan."""
 
@@ -97,7 +98,7 @@ class Floor:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._work = Work.of(problem.requests, problem.limits.max_round_tokens)
-        cost = problem.cost.merged()
+        cost = self._cost = problem.cost.merged()
         kinds = cost.kind_of_stage.tolist()
         # Of stages alike the last one: most stages lie before it.
         self._stages = [len(kinds) - 1 - kinds[::-1].index(kind) for kind in range(len(cost.kinds))]
@@ -119,10 +120,13 @@ class Floor:
     def _sums_s(self, num_tokens: float) -> list[float]:
         """What rounds of at most so many tokens sum to at least, on each kind of stage."""
         if num_tokens not in self._sums:
-            rounds = math.ceil(self._work.new_tokens / num_tokens)
+            rounds, work = math.ceil(self._work.new_tokens / num_tokens), self._work
             self._sums[num_tokens] = [
-                max(float(requests_s(line, self._work, num_tokens).sum()) + rounds * line.round_s for line in lines)
-                for lines in self._lines
+                max(
+                    least_rates_s(kind, work, num_tokens),
+                    *(float(requests_s(line, work, num_tokens).sum()) + rounds * line.round_s for line in lines),
+                )
+                for kind, lines in zip(self._cost.kinds, self._lines, strict=True)
             ]
         return self._sums[num_tokens]
 
@@ -147,6 +151,29 @@ class Floor:
         tokens = max(tokens - problem.chunk_multiple + 1, 1)  # what is cut off a prompt ends on the grid
         seconds = [kind.round_overhead_s + float(kind.tokens_s(tokens)) for kind in problem.cost.kinds]
         return [seconds[kind] for kind in problem.cost.kind_of_stage.tolist()]
+
+
+def least_rates_s(stage: StageCost, work: Work, num_tokens: float) -> float:
+    """What rounds of at most so many tokens sum to at least on a stage, by what a token costs where it is cheapest.
+
+    A round of T tokens costs at least the least overhead and token-wise seconds a token, times T. A chunk of c tokens
+    after p costs base(c) + slope(c) p >= a (c p + c (c+1) / 2) + b c, with a the least slope(c) / c and b the least
+    (base(c) - a c (c+1) / 2) / c; the pairs of a prompt's chunks sum to those of the prompt. Between the points of a
+    table each ratio is monotone or concave, so that it is least at a point.
+    """
+    attention = stage.attention
+    inner = attention.count if isinstance(attention, TableAttention) else ()
+    total, chunk = (
+        np.array([1.0, *(n for n in points if 1 < n < num_tokens), num_tokens]) for points in (stage.token_count, inner)
+    )
+    round_token_s = ((stage.round_overhead_s + stage.tokens_s(total)) / total).min()
+    pair_s = (attention.slope(chunk) / chunk).min()
+    token_s = (
+        (attention.base(chunk) - pair_s * chunk * (chunk + 1.0) / 2.0) / chunk
+    ).min() + stage.chunk_s / num_tokens
+    pairs = float((work.prompt * (work.prompt + 1.0) - work.cached * (work.cached + 1.0)).sum()) / 2.0
+    seconds = (round_token_s + token_s) * work.new_tokens + pair_s * pairs + stage.final_s * len(work.prompt)
+    return float(seconds) * (1.0 - ROUNDING)
 
 
 def _num_tokens(policy: str, argument: str, chunk_multiple: int) -> int:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tuner.plan.plan import Request, Round
+from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats, StageCost
+from tuner.rounds.one_machine import most_on_time
 from tuner.rounds.packing import Packer, pack_in_order
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Work, envelopes, likely_cap_s
@@ -210,22 +211,20 @@ def request_orders(problem: Problem) -> list[list[int]]:
         work, requests = work_s(problem), problem.requests
         deadline = [np.inf if r.sla_ttft_s is None else r.arrival_s + r.sla_ttft_s for r in requests]
         by_deadline = sorted(range(len(requests)), key=lambda i: deadline[i])
-        orders += [by_deadline, _most_on_time(by_deadline, work, deadline)]
+        orders += [by_deadline, most_on_time(by_deadline, work, deadline)]
     return orders
 
 
-def _most_on_time(by_deadline: Sequence[int], work: Sequence[float], deadline: Sequence[float]) -> list[int]:
-    """Moore and Hodgson (1968): in deadline order, drop the longest so far whenever one would be late; the dropped go
-    last."""
-    kept: list[int] = []
-    dropped: list[int] = []
-    for index in by_deadline:
-        kept.append(index)
-        if sum(work[i] for i in kept) > deadline[index]:
-            longest = max(kept, key=lambda i: work[i])
-            kept.remove(longest)
-            dropped.append(longest)
-    return kept + sorted(dropped, key=lambda i: work[i])
+def whole_rounds(problem: Problem, order: Sequence[int]) -> list[Round]:
+    """Each prompt in rounds of its own, whole where a round may be so long: on one stage no other request ends sooner
+    for having shared them."""
+    most = problem.limits.max_round_tokens or max(request.new_tokens for request in problem.requests)
+    most -= most % problem.chunk_multiple if most > problem.chunk_multiple else 0
+    return [
+        (Chunk(index, start, min(most, request.prompt_tokens - start)),)
+        for index, request in ((index, problem.requests[index]) for index in order)
+        for start in range(request.cached_tokens, request.prompt_tokens, most)
+    ]
 
 
 def budget_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]:

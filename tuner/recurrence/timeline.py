@@ -7,8 +7,10 @@
     finish(i,k) = start(i,k) + t(i,k)
 
 Within a stage the recurrence is a running maximum: with S the prefix sums of t, finish(i) - S(i) is the maximum over
-j <= i of earliest(j) - S(j-1). So a stage is one `np.maximum.accumulate` over all rounds, or over W rounds at a time
-with a window (round i waits for round i-W only, so W rounds are independent of one another's windows).
+j <= i of earliest(j) - S(j-1). So a stage is one `np.maximum.accumulate` over all rounds. With a window the rounds'
+earliest starts on stage 0 follow from finishes: from those without a window they rise, wave after wave, to the least
+that agree with one another. Where that takes many waves, W rounds are run at a time (round i waits for round i-W only,
+so W rounds are independent of one another's windows).
 
 Where a stage holds several groups of layers the same holds for each group k, with K the number of groups, but for two
 things: a stage runs its tasks in the order of `tuner.plan.task_order`, so that instead of finish(i-1,k) it waits for
@@ -29,6 +31,8 @@ from tuner.plan.stage_cost import Floats
 from tuner.plan.task_order import TaskOrder, task_order
 from tuner.recurrence.tasks import Tasks
 
+MOST_WAVES = 12
+"""How often rounds are held up by the window of what was found before, until nothing changes."""
 SHORT_WINDOW = 48
 """Up to it rounds are run one by one in lists: arrays of so few are slower."""
 
@@ -76,8 +80,11 @@ def simulate(
     if finish is None:
         finish = _in_blocks(stage_s, hop, num_rounds, return_s, ready, free)
     if window is not None and not _window_is_wide(finish, stage_s, window, return_s):
-        in_short = _in_lists if window <= SHORT_WINDOW else _in_blocks
-        finish = in_short(stage_s, hop, window, return_s, ready, free)
+        settled = _in_waves(stage_s, hop, window, return_s, ready, free, finish[:, -1])
+        if settled is None:
+            in_short = _in_lists if window <= SHORT_WINDOW else _in_blocks
+            settled = in_short(stage_s, hop, window, return_s, ready, free)
+        finish = settled
     start = finish - stage_s
     np.maximum(start[:, 0], ready, out=start[:, 0])  # which rounding may miss
     return Timeline(start, finish)
@@ -103,6 +110,32 @@ def _in_blocks(stage_s: Floats, hop: Floats, window: int, return_s: float, ready
             done = np.add(lag, after[k, rows], out=finish[k, rows])
             earliest = done + hop_s
     return np.ascontiguousarray(finish.T)
+
+
+def _in_waves(
+    stage_s: Floats, hop: Floats, window: int, return_s: float, ready: Floats, free: Floats, left_s: Floats
+) -> Floats | None:
+    """Finishes, from those on the last stage without a window; None where MOST_WAVES are not enough.
+
+    Finishes only rise with what holds rounds up, and none rises above its exact one: where they agree with what they
+    hold up, they are exact.
+    """
+    before, after = (np.ascontiguousarray(sums.T) for sums in _prefix_sums(stage_s))
+    finish, earliest = np.empty_like(before), ready.copy()
+    for wave in range(MOST_WAVES + 1):
+        opened = np.maximum(ready[window:], left_s[:-window] + return_s)
+        if wave and (opened <= earliest[window:]).all():
+            return np.ascontiguousarray(finish.T)
+        earliest[window:] = opened
+        reached = earliest
+        for k, free_s in enumerate(free.tolist()):
+            done = np.subtract(reached, before[k], out=finish[k])
+            done[0] = max(done[0], free_s)
+            np.maximum.accumulate(done, out=done)
+            done += after[k]
+            reached = done + hop
+        left_s = finish[-1]
+    return None
 
 
 def _in_lists(stage_s: Floats, hop: Floats, window: int, return_s: float, ready: Floats, free: Floats) -> Floats:

@@ -6,11 +6,8 @@ several times faster than small numpy arrays.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import add
-from typing import TypeVar
 
 import numpy as np
 
@@ -25,23 +22,8 @@ TABLE_TOKENS = 2**18
 """Rounds up to so many tokens are looked up: short prompts share rounds far longer than themselves."""
 THRIFTY = 1.005
 """Costs of a token that differ by less are alike."""
-Key = TypeVar("Key")
 MOST_KEPT = 1 << 16
-"""Chunks and round sizes whose seconds are kept: sweeps meet most of them again."""
-
-
-class StageSeconds(dict[Key, list[float]]):
-    """Seconds on each table's stage, found when first asked for."""
-
-    def __init__(self, find: Callable[[Key], list[float]]) -> None:
-        super().__init__()
-        self._find = find
-
-    def __missing__(self, key: Key) -> list[float]:
-        if len(self) >= MOST_KEPT:
-            self.clear()
-        found = self[key] = self._find(key)
-        return found
+"""Decisions that are kept for a batch of prompts alike."""
 
 
 @dataclass(slots=True)
@@ -93,10 +75,70 @@ class StageTable:
             slope += (self.slope[unit + 1] - slope) * share
         return base + slope * context
 
-    def thriftier(self, units: int, seconds: Callable[[int], float]) -> int:
-        """The thrifty number of units up to `units` if a token costs less with it; kernels fill a card in steps."""
+    def most_units(self, start: int, first: int, share: float, highest: int, spare_s: float, near: int) -> int:
+        """Most units up to `highest` that a chunk after `start` tokens may have in a round that holds `first` units and
+        a `share` of one, its seconds at most `spare_s`; looks near a guess first."""
+        base, slope, tokens = self.base, self.slope, self.tokens
+        low, high, step, probe = 0, highest, 1, near if near < highest else highest
+        while low < high:
+            at = first + probe
+            seconds = base[probe] + slope[probe] * start + tokens[at]
+            if share:
+                seconds += share * (tokens[at + 1] - tokens[at])
+            if seconds <= spare_s:
+                low = probe
+                probe = probe + step if step and probe + step < high else high
+            else:
+                high = probe - 1
+                probe -= step
+            step *= 4
+            if not step or probe <= low:  # the guess is used up: halve what is left
+                step, probe = 0, (low + high + 1) >> 1
+        return low
+
+    def most_units_before(self, end: int, rest: int, highest: int, spare_s: float, near: int) -> int:
+        """The same of a chunk that ends at token `end`, alone in its round, with `rest` tokens beside its units."""
+        base, slope, tokens, multiple = self.base, self.slope, self.tokens, self.multiple
+        low, high, step, probe = 0, highest, 1, near if near < highest else highest
+        end, share = end - rest, rest / multiple
+        while low < high:
+            context = end - probe * multiple
+            seconds = base[probe] + slope[probe] * context + tokens[probe]
+            if share:
+                after = probe + 1
+                more = base[after] - base[probe] + (slope[after] - slope[probe]) * context
+                seconds += share * (more + tokens[after] - tokens[probe])
+            if seconds <= spare_s:
+                low = probe
+                probe = probe + step if step and probe + step < high else high
+            else:
+                high = probe - 1
+                probe -= step
+            step *= 4
+            if not step or probe <= low:
+                step, probe = 0, (low + high + 1) >> 1
+        return low
+
+    def thriftier(self, units: int, start: int, first: int, before_s: float) -> int:
+        """The thrifty number of units up to `units` if a token costs less with it beside `first` units in the round,
+        whose own seconds are `before_s`; kernels fill a card in steps."""
         fewer = self.thrifty[units]
-        return fewer if fewer and seconds(fewer) * units < seconds(units) * fewer else units
+        if not fewer or fewer == units:
+            return units
+        base, slope, tokens = self.base, self.slope, self.tokens
+        fewer_s = base[fewer] + slope[fewer] * start + tokens[first + fewer] - before_s
+        units_s = base[units] + slope[units] * start + tokens[first + units] - before_s
+        return fewer if fewer_s * units < units_s * fewer else units
+
+    def thriftier_before(self, units: int, end: int) -> int:
+        """The same of a chunk that ends at token `end`, alone in its round."""
+        fewer = self.thrifty[units]
+        if not fewer or fewer == units:
+            return units
+        base, slope, tokens, multiple = self.base, self.slope, self.tokens, self.multiple
+        fewer_s = base[fewer] + slope[fewer] * (end - fewer * multiple) + tokens[fewer]
+        units_s = base[units] + slope[units] * (end - units * multiple) + tokens[units]
+        return fewer if fewer_s * units < units_s * fewer else units
 
 
 @dataclass(slots=True)
@@ -116,16 +158,12 @@ class Packer:
     """
 
     __slots__ = (
-        "_hint",
         "_longest",
-        "chunk_s",
+        "_near",
         "cost",
-        "finals_s",
         "limits",
         "max_round_tokens",
         "multiple",
-        "round_s",
-        "slowest",
         "tables",
     )
 
@@ -141,21 +179,16 @@ class Packer:
         self.cost = cost
         self.multiple = multiple
         self.limits = limits
-        self._hint = 1
+        self._near = 1
         self._longest: dict[tuple[float, ...], int] = {}
         self.max_round_tokens = total_tokens
         if limits.max_round_tokens is not None:
             self.max_round_tokens = min(total_tokens, limits.max_round_tokens)
         chunk_units = min(longest_tokens, self.max_round_tokens) // multiple + 1
         round_units = min(self.max_round_tokens, max(2 * longest_tokens, TABLE_TOKENS)) // multiple + 1
-        self.tables = _undominated([StageTable.of(kind, multiple, chunk_units, round_units) for kind in cost.kinds])
-        self.slowest = max(self.tables, key=lambda table: table.tokens[-1] + table.base[-1])
-        tables = self.tables
-        self.finals_s = [table.stage.final_s for table in tables]
-        self.round_s = StageSeconds[int](lambda tokens: [table.round_s(tokens) for table in tables])
-        """Overhead and token-wise seconds by a round's tokens."""
-        self.chunk_s = StageSeconds[tuple[int, int]](lambda chunk: [table.chunk_s(*chunk) for table in tables])
-        """What a chunk adds beside, by its tokens and its context; what ends a prompt left out."""
+        tables = _undominated([StageTable.of(kind, multiple, chunk_units, round_units) for kind in cost.kinds])
+        self.tables = sorted(tables, key=lambda table: -table.tokens[-1] - table.base[-1])
+        """The slowest first: it allows the least, most often."""
 
     @classmethod
     def of(cls, problem: Problem) -> Packer:
@@ -174,10 +207,10 @@ class Packer:
 
     def fits(self, into: OpenRound, tokens: int, context: int, final: bool, cap_s: float) -> bool:
         """Whether a chunk keeps the round within the cap."""
-        most_s, added_s, chunk_s = cap_s + EPSILON_S, into.added_s, self.chunk_s[tokens, context]
-        for i, round_s in enumerate(self.round_s[into.num_tokens + tokens]):
-            seconds = round_s + added_s[i] + chunk_s[i]
-            if (seconds + self.finals_s[i] if final else seconds) > most_s:
+        most_s, total = cap_s + EPSILON_S, into.num_tokens + tokens
+        for table, added_s in zip(self.tables, into.added_s, strict=True):
+            seconds = table.round_s(total) + added_s + table.chunk_s(tokens, context)
+            if (seconds + table.stage.final_s if final else seconds) > most_s:
                 return False
         return True
 
@@ -186,29 +219,25 @@ class Packer:
 
         The most that do, or fewer that cost less each.
         """
-        room = self.max_round_tokens - into.num_tokens
-        if left <= room and left <= 2 * self.multiple * self._hint and self.fits(into, left, start, True, cap_s):
+        multiple, held = self.multiple, into.num_tokens
+        room = self.max_round_tokens - held
+        if left <= room and left <= 2 * multiple * self._near and self.fits(into, left, start, True, cap_s):
             return left
-        first, rest = divmod(into.num_tokens, self.multiple)
-        share = rest / self.multiple
-        units = min(left - 1, room) // self.multiple
-        for table, added in zip(self.tables, into.added_s, strict=True):
-            base, slope, tokens = table.base, table.slope, table.tokens
-
-            def seconds(u: int) -> float:
-                whole = base[u] + slope[u] * start + tokens[first + u]  # noqa: B023 - called before the loop goes on
-                return whole + share * (tokens[first + u + 1] - tokens[first + u]) if share else whole  # noqa: B023 - called before the loop goes on
-
-            units = self._most_units(min(units, len(tokens) - 2 - first), cap_s + EPSILON_S - added, seconds)
-        if left <= room and units >= (left - 1) // self.multiple and self.fits(into, left, start, True, cap_s):
+        first, rest = divmod(held, multiple)
+        share = rest / multiple
+        units = (left - 1 if left <= room else room) // multiple
+        near, most_s = self._near, cap_s + EPSILON_S
+        for table, added_s in zip(self.tables, into.added_s, strict=True):
+            highest = len(table.tokens) - 2 - first
+            highest = units if units < highest else highest
+            near = units = table.most_units(start, first, share, highest, most_s - added_s, near) if highest > 0 else 0
+        self._near = units or 1
+        if left <= room and units >= (left - 1) // multiple and self.fits(into, left, start, True, cap_s):
             return left
         if units < 1:
             return 0
-        table = self.slowest
-        before_s = table.tokens[first] if into.chunks else 0.0
-        return self.multiple * table.thriftier(
-            units, lambda u: table.base[u] + table.slope[u] * start + table.tokens[first + u] - before_s
-        )
+        table = self.tables[0]
+        return multiple * table.thriftier(units, start, first, table.tokens[first] if into.chunks else 0.0)
 
     def longest_again(self, into: OpenRound, start: int, left: int, cap_s: float) -> int:
         """The same, kept: in a batch of prompts alike the same rounds come again and again."""
@@ -220,28 +249,14 @@ class Packer:
             found = self._longest[asked] = self.longest(into, start, left, cap_s)
         return found
 
-    def _most_units(self, highest: int, spare_s: float, seconds: Callable[[int], float]) -> int:
-        """Most units up to `highest` whose seconds are at most `spare_s`; looks near the last answer first."""
-        low, high, probe = 0, max(highest, 0), self._hint
-        step = 2 + (probe >> 4)
-        probe = min(probe, high)
-        while low < probe:
-            if seconds(probe) <= spare_s:
-                low, probe = probe, min(probe + step, high)
-            else:
-                high, probe = probe - 1, probe - step
-            step *= 4
-        units = bisect_right(range(high + 1), spare_s, lo=low + 1, key=seconds) - 1 if low < high else low
-        self._hint = max(units, 1)
-        return units
-
     def add(self, into: OpenRound, request: int, start: int, tokens: int, final: bool) -> None:
         """Put a chunk into the round."""
         into.chunks.append(Chunk(request, start, tokens))
         into.num_tokens += tokens
         added_s = into.added_s
-        for i, seconds in enumerate(self.chunk_s[tokens, start]):
-            added_s[i] += seconds + self.finals_s[i] if final else seconds
+        for i, table in enumerate(self.tables):
+            seconds = table.chunk_s(tokens, start)
+            added_s[i] += seconds + table.stage.final_s if final else seconds
 
     def seconds(self, chunks: Round, requests: Sequence[Request], filled: OpenRound | None = None) -> float:
         """Seconds of a round on the stage where it takes longest; `filled` holds what is in it beside the chunks."""
@@ -254,8 +269,10 @@ class Packer:
 
     def filled_s(self, filled: OpenRound) -> float:
         """Seconds of what a round holds so far, on the stage where it takes longest."""
-        longest: float = max(map(add, self.round_s[filled.num_tokens], filled.added_s))
-        return longest
+        return max(
+            table.round_s(filled.num_tokens) + added_s
+            for table, added_s in zip(self.tables, filled.added_s, strict=True)
+        )
 
     def earliest_start(self, end: int, cached: int, final: bool, cap_s: float) -> int:
         """The start of a chunk up to token `end` that fits in a round of its own.
@@ -264,36 +281,15 @@ class Packer:
         """
         multiple = self.multiple
         units, rest = divmod(end - cached, multiple)
-        if rest:  # the prompt's last tokens: off the grid, looked up with interpolation
-            most, share, last = min(units, (self.max_round_tokens - rest) // multiple), rest / multiple, end - rest
-            for table in self.tables:
-                base, slope, tokens = table.base, table.slope, table.tokens
-
-                def seconds(u: int) -> float:
-                    base_s = base[u] + (base[u + 1] - base[u]) * share  # noqa: B023 - called before the loop goes on
-                    context_s = slope[u] + (slope[u + 1] - slope[u]) * share  # noqa: B023 - called before the loop goes on
-                    round_s = tokens[u] + (tokens[u + 1] - tokens[u]) * share  # noqa: B023 - called before the loop goes on
-                    return base_s + context_s * (last - u * multiple) + round_s
-
-                spare = cap_s + EPSILON_S - (table.stage.final_s if final else 0.0)
-                most = self._most_units(min(most, len(tokens) - 2), spare, seconds)
-            chunk = most * multiple + rest
-        else:
-            most = min(units, self.max_round_tokens // multiple)
-            for table in self.tables:
-                base, slope, tokens = table.base, table.slope, table.tokens
-                spare = cap_s + EPSILON_S - (table.stage.final_s if final else 0.0)
-                most = self._most_units(
-                    min(most, len(tokens) - 1),
-                    spare,
-                    lambda u: base[u] + slope[u] * (end - u * multiple) + tokens[u],  # noqa: B023 - called before the loop goes on
-                )
-            table = self.slowest
-            most = table.thriftier(
-                most, lambda u: table.base[u] + table.slope[u] * (end - u * multiple) + table.tokens[u]
-            )
-            chunk = max(most, 1) * multiple
-        return end - chunk
+        most = min(units, (self.max_round_tokens - rest) // multiple)
+        near = self._near
+        for table in self.tables:
+            spare_s = cap_s + EPSILON_S - (table.stage.final_s if final else 0.0)
+            near = most = table.most_units_before(end, rest, min(most, len(table.tokens) - 2), spare_s, near)
+        self._near = most or 1
+        if rest:  # the prompt's last tokens: off the grid
+            return end - most * multiple - rest
+        return end - max(self.tables[0].thriftier_before(most, end), 1) * multiple
 
 
 def pack_in_order(
@@ -318,33 +314,35 @@ def pack_tails(
     """
     fronts: list[tuple[int, int, int]] = []
     tails: list[Round] = []
-    for index, late in zip(order, backward_cuts(packer, requests, order, caps_s), strict=True):
-        fronts.append((index, requests[index].cached_tokens, late[0].end))
-        tails.extend((chunk,) for chunk in late[1:])
+    for index, spans in zip(order, backward_spans(packer, requests, order, caps_s), strict=True):
+        fronts.append((index, *spans[0]))
+        tails.extend((Chunk(index, start, end - start),) for start, end in spans[1:])
     return fill_rounds(packer, requests, fronts, caps_s) + tails
 
 
-def backward_cuts(
+def backward_spans(
     packer: Packer, requests: Sequence[Request], order: Sequence[int], caps_s: Sequence[float]
-) -> list[list[Chunk]]:
-    """Requests cut backwards into the longest chunks that their caps allow, each in running order."""
+) -> list[list[tuple[int, int]]]:
+    """Requests cut backwards into the longest chunks that their caps allow: (start, end) of each chunk, in running
+    order."""
     known: dict[tuple[int, int, float], list[tuple[int, int]]] = {}  # requests alike are cut alike
     cuts = []
     for index in order:
         request = requests[index]
         alike = (request.prompt_tokens, request.cached_tokens, caps_s[index])
-        if alike not in known:
-            known[alike] = _backward_spans(packer, *alike)
-        cuts.append([Chunk(index, start, tokens) for start, tokens in known[alike]])
+        spans = known.get(alike)
+        if spans is None:
+            spans = known[alike] = _backward_spans(packer, *alike)
+        cuts.append(spans)
     return cuts
 
 
 def _backward_spans(packer: Packer, prompt: int, cached: int, cap_s: float) -> list[tuple[int, int]]:
-    """(start, tokens) of the chunks of one prompt."""
+    """(start, end) of the chunks of one prompt."""
     spans, end = list[tuple[int, int]](), prompt
     while end > cached:
         start = packer.earliest_start(end, cached, end == prompt, cap_s)
-        spans.append((start, end - start))
+        spans.append((start, end))
         end = start
     return spans[::-1]
 

@@ -34,8 +34,10 @@ class Bound:
 
     @property
     def while_planning_s(self) -> float:
-        """What tells a search when to stop; 0 for tables, whose bound takes longer to prove than plans to improve."""
-        return 0.0 if is_curved(self._problem.cost.kinds) else self.seconds
+        """What tells a search when to stop; 0 for tables and stages that differ, whose bounds take longer to prove than
+        plans to improve."""
+        kinds = self._problem.cost.kinds
+        return 0.0 if len(kinds) > 1 or is_curved(kinds) else self.seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +87,15 @@ class Alternative:
         }
 
 
-def best_first(plans: Iterable[RoundPlan], objective: Objective) -> list[RoundPlan]:
+def best_first(plans: Iterable[RoundPlan], objective: Objective, *, ours: RoundPlan) -> list[RoundPlan]:
     """Plans of one batch by the objective.
 
-    For another objective than the makespan, those that give up more than MAKESPAN_SLACK of the least makespan are last.
+    For another objective than the makespan, those that give up more than MAKESPAN_SLACK of the least makespan are last,
+    unless their makespan is no longer than that of `ours`.
     """
     plans = list(plans)
     free = objective is Objective.MAKESPAN
-    limit_s = math.inf if free else MAKESPAN_SLACK * min(plan.makespan_s for plan in plans)
+    limit_s = math.inf if free else max(MAKESPAN_SLACK * min(plan.makespan_s for plan in plans), ours.makespan_s)
     return sorted(plans, key=lambda plan: (max(plan.makespan_s - limit_s, 0.0), *plan.evaluation.score(objective)))
 
 

@@ -39,7 +39,8 @@ from tuner.plan.layout import Layout
 from tuner.plan.plan import Request
 from tuner.plan.stage_cost import Floats
 from tuner.plan.stage_order import StageOrder
-from tuner.rounds.estimate import LayerGroup, LayerRounds
+from tuner.rounds.estimate import CappedWork, LayerGroup, LayerRounds
+from tuner.rounds.one_machine import least_ends_s, least_lateness_s, most_in_time, most_on_time
 from tuner.rounds.problem import check_chunk_multiple
 from tuner.rounds.relaxation import Envelope, Work, envelopes
 from tuner.rounds.uneven import least_ratio
@@ -56,19 +57,78 @@ class Batch:
     work: Work
     weights: Floats
     arrival_s: Floats
+    deadline_s: Floats
+    """Of the TTFT; infinite where there is none."""
+    counted: Floats
+    """Weights of the requests that have a limit of TTFT or TPOT."""
     chunk_multiple: int
 
     @classmethod
     def of(cls, requests: Sequence[Request], max_round_tokens: int | None, chunk_multiple: int = 64) -> Batch:
         """The columns of these requests, whose chunks end on multiples of so many tokens."""
         check_chunk_multiple(chunk_multiple)
-        weights = np.array([request.weight for request in requests])
+        given = np.array([request.weight for request in requests])
+        limited = np.array([(one.sla_ttft_s, one.sla_tpot_s) != (None, None) for one in requests])
         return cls(
             Work.of(requests, max_round_tokens),
-            weights if weights.any() else np.ones(len(weights)),
+            given if given.any() else np.ones(len(given)),
             np.array([request.arrival_s for request in requests]),
+            np.array([math.inf if request.sla_ttft_s is None else request.sla_ttft_s for request in requests]),
+            np.where(limited, given if (given * limited).any() else 1.0, 0.0),
             chunk_multiple,
         )
+
+    def least_score(self, objective: Objective, seconds: Floats, makespan_s: float) -> tuple[float, ...]:
+        """No plan's score is below it where some stage takes so many seconds for each request's work, and no plan
+        has a smaller makespan."""
+        if objective is Objective.MAKESPAN:
+            return (makespan_s,)
+        arrival_s, weights = self.arrival_s, self.weights
+        mean_s = (least_ends_s(arrival_s, seconds, weights) - float(arrival_s @ weights)) / float(weights.sum())
+        if objective is Objective.MEAN_TTFT:
+            return (mean_s, makespan_s)
+        if objective is Objective.P99_TTFT:
+            ttft_s = seconds if arrival_s.any() else np.cumsum(np.sort(seconds))
+            return (float(np.percentile(ttft_s, 99)), mean_s, makespan_s)
+        if objective is Objective.LATENESS:
+            return (least_lateness_s(arrival_s, seconds, arrival_s + self.deadline_s), mean_s, makespan_s)
+        met = float(self.counted @ (seconds <= self.deadline_s))
+        if not arrival_s.any():
+            met = min(met, most_in_time(seconds, self.deadline_s, self.counted))
+        return (-self._share(met), mean_s, makespan_s)
+
+    def likely_score(self, objective: Objective, work: CappedWork, quicker: float = 1.0) -> tuple[float, ...]:
+        """An estimate of the least score, were all seconds so many times less; of requests there from the start."""
+        makespan_s = work.makespan_s() / quicker
+        if objective is Objective.MAKESPAN:
+            return (makespan_s,)
+        order = work.order(self.weights)
+        if objective is Objective.MEAN_TTFT:
+            return (work.mean_end_s(order, self.weights) / quicker, makespan_s)
+        if objective is Objective.P99_TTFT:
+            order = work.order(np.ones(len(order)))
+            ttft_s = work.ends_s(order) / quicker
+            return (float(np.percentile(ttft_s, 99, axis=1).min()), *self._least_mean(ttft_s), makespan_s)
+        by_deadline = np.argsort(self.deadline_s, kind="stable")
+        if objective is Objective.LATENESS:
+            ttft_s = work.ends_s(by_deadline) / quicker
+            return (float((ttft_s - self.deadline_s).max(axis=1).min()), *self._least_mean(ttft_s), makespan_s)
+        seconds = work.prompt_s[len(work.caps_s) // 2, work.kind_of] / quicker
+        in_time = most_on_time(by_deadline.tolist(), seconds.tolist(), self.deadline_s.tolist())
+        scores = []
+        for each in (order, by_deadline, np.array(in_time)):
+            ttft_s = work.ends_s(each) / quicker
+            met = (ttft_s <= self.deadline_s) @ self.counted
+            means = ttft_s @ self.weights / self.weights.sum()
+            scores += [(-self._share(one), mean) for one, mean in zip(met.tolist(), means.tolist(), strict=True)]
+        return (*min(scores), makespan_s)
+
+    def _least_mean(self, ttft_s: Floats) -> tuple[float]:
+        return (float((ttft_s @ self.weights).min() / self.weights.sum()),)
+
+    def _share(self, met: float) -> float:
+        """Of the limits, as an evaluation counts it."""
+        return met / float(self.counted.sum()) if self.counted.any() else 1.0
 
 
 class LayerFloor:
@@ -78,7 +138,7 @@ class LayerFloor:
         work = batch.work
         self.batch = batch
         self._costs, self._pp_size = costs, pp_size
-        self._likely_s: dict[tuple[int, int, float], float] = {}
+        self._capped: dict[tuple[int, int, float], CappedWork] = {}
         stages = costs.least_layers(pp_size)
         kinds = list(dict.fromkeys(stages))
         bare = [replace(stage, round_overhead_s=0.0, chunk_s=0.0, final_s=0.0) for stage in kinds]
@@ -104,10 +164,10 @@ class LayerFloor:
         layers = self._costs.cut_layers(self._pp_size, int(np.argmax(self.ratios)))
         return LayerRounds(layers, self.batch.work, self.batch.chunk_multiple)
 
-    def likely_s(self, num_layers: int, virtual_stages: int, max_round_tokens: float) -> float:
-        """An estimate of the least makespan of so many layers, that of a loop and of V order alike."""
+    def capped(self, num_layers: int, virtual_stages: int, max_round_tokens: float) -> CappedWork:
+        """What prompts take of so many layers when no round is longer than a cap, in a loop and in V order alike."""
         asked = (num_layers, virtual_stages, max_round_tokens)
-        if asked not in self._likely_s:
+        if asked not in self._capped:
             group = LayerGroup(
                 layers=least_fullest(self.ratios, num_layers) / virtual_stages,
                 round_s=self.group_s,
@@ -115,10 +175,10 @@ class LayerFloor:
                 hop_latency_s=self.hop_s,
                 hop_token_s=self.hop_token_s,
             )
-            self._likely_s[asked] = self.layer_rounds.likely_makespan_s(
+            self._capped[asked] = self.layer_rounds.under_caps(
                 group, passes=virtual_stages, bubbles=len(self.ratios) - 1, max_round_tokens=max_round_tokens
             )
-        return self._likely_s[asked]
+        return self._capped[asked]
 
     def requests_s(self, line: Envelope) -> Floats:
         """Least seconds of each request in a layer, cut nowhere, beside what each round costs."""
@@ -197,35 +257,30 @@ class LayoutFloor:
         overhead = self.most_layers * lowest * (line.round_s + line.chunk_s) + self.layer.group_s + self.layer.chunk_s
         return held + others * overhead + 2.0 * math.sqrt(others * overhead * held)
 
-    def likely_s(self, max_round_tokens: int | None = None) -> float:
-        """An estimate of the least makespan, no bound: a few percent below what plans reach (`rounds.estimate`).
-
-        max_round_tokens: what memory allows, where it is known.
-        """
-        given = self.layer.batch.work.max_round_tokens
-        most_tokens = given if max_round_tokens is None else min(given, max_round_tokens)
-        return self.layer.likely_s(self.num_layers, self.layout.virtual_stages, most_tokens)
-
-    def mean_ttft_s(self) -> float:
-        """Seconds that no weighted mean of TTFTs is below.
-
-        The fullest stage does one thing at a time, so that by any time it has done no more work than time has passed,
-        and a request ends after its own work is done there. The least weighted mean of ends is then that of least work
-        for its weight first (Smith, 1956), which interruptions do not improve. What rounds cost beside the requests is
-        left out, and arrivals are taken off as if nothing had to wait for them.
-        """
-        seconds = self.most_layers * self.layer.request_s
-        weights, arrival_s = self.layer.batch.weights, self.layer.batch.arrival_s
-        order = np.argsort(seconds / np.maximum(weights, 1e-300))
-        total = float(np.cumsum(seconds[order]) @ weights[order] - arrival_s @ weights)
-        return total / float(weights.sum()) * (1.0 - ROUNDING)
-
     def score(self, objective: Objective, *, close: bool) -> tuple[float, ...]:
-        """No plan's score by the objective is below it; nothing is known of deadlines."""
-        if objective not in (Objective.MAKESPAN, Objective.MEAN_TTFT):
-            return (-math.inf,)
+        """No plan's score by the objective is below it.
+
+        The fullest stage does one thing at a time, and a request ends after its own work is done there
+        (`rounds.one_machine`). What rounds cost beside the requests is left out.
+        """
         makespan_s = self.close_s() if close else self.quick_s()
-        return (makespan_s,) if objective is Objective.MAKESPAN else (self.mean_ttft_s(), makespan_s)
+        if objective is Objective.MAKESPAN:
+            return (makespan_s,)
+        seconds = least_fullest(self.layer.ratios, self.num_layers) * self.layer.request_s * (1.0 - ROUNDING)
+        return self.layer.batch.least_score(objective, seconds, makespan_s)
+
+    def likely_score(
+        self, objective: Objective, max_round_tokens: int | None = None, quicker: float = 1.0
+    ) -> tuple[float, ...]:
+        """An estimate of the least score, no bound: usually a few percent below what plans reach (`rounds.estimate`).
+
+        max_round_tokens: what memory allows, where it is known. quicker: by which all seconds are divided.
+        """
+        layer = self.layer
+        given = layer.batch.work.max_round_tokens
+        most_tokens = given if max_round_tokens is None else min(given, max_round_tokens)
+        capped = layer.capped(self.num_layers, self.layout.virtual_stages, most_tokens)
+        return layer.batch.likely_score(objective, capped, quicker)
 
 
 class Floors:

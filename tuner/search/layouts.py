@@ -22,7 +22,7 @@ from tuner.plan.layout import Layout
 from tuner.plan.memory import RankMemory, rounds_memory
 from tuner.plan.plan import Plan
 from tuner.plan.stage_order import StageOrder
-from tuner.rounds.problem import Limits, Problem
+from tuner.rounds.problem import Limits, Problem, arrive_over_time
 from tuner.rounds.round_plan import Bound, RoundPlan, rounds_to_plan
 from tuner.search.cuts import with_cuts
 from tuner.search.floors import Batch, Floors, LayoutFloor
@@ -36,8 +36,8 @@ NEAR_SKETCH, NEAR_DRAFT = 1.025, 1.015
 """Layouts whose sketches are within this factor of the best are drafted, since other partitions gain a few percent;
 those whose drafts are within the other one are planned in full, which gains less."""
 NEAR_ESTIMATE, NEAR_FAMILY = 1.025, 1.1
-"""Layouts whose estimated makespans are within this factor of the best sketch are sketched, too: sketches are hardly
-ever below their estimates. The other factor is for the first of each family, which is told of as a rival."""
+"""Layouts whose estimates are within this factor of the best sketch are sketched, too: sketches are hardly ever below
+their estimates. The other factor is for the first of each family, which is told of as a rival."""
 MOST_DRAFTS, MOST_PLANS = 3, 2
 """How many are drafted at most, and how many of these are planned in full."""
 NEAR_LIMIT = 0.9  # of the largest round that fits: a plan's largest above it might be larger
@@ -55,8 +55,8 @@ class Candidate:
     refusal: str | None = None
     floor: tuple[float, ...] | None = None
     """A bound on the score of all its plans; where it was left out without an estimate, no better than the best."""
-    likely_s: float | None = None
-    """An estimate of its makespan, clearly above the best one: what it was left out for."""
+    likely: tuple[float, ...] | None = None
+    """An estimate of its score, clearly above the best one: what it was left out for."""
     costs: Costs | None = None
     layer_partition: tuple[int, ...] = ()
     rounds: RoundPlan | None = None
@@ -83,12 +83,12 @@ class Candidate:
     @property
     def is_proven_worse(self) -> bool:
         """Whether it was left out without being planned: no plan of it is better than the best one."""
-        return self.rounds is None and self.refusal is None and self.likely_s is None
+        return self.rounds is None and self.refusal is None and self.likely is None
 
     @property
     def is_estimated_worse(self) -> bool:
         """Whether it was left out without being planned, and without a proof."""
-        return self.rounds is None and self.refusal is None and self.likely_s is not None
+        return self.rounds is None and self.refusal is None and self.likely is not None
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -152,7 +152,7 @@ def search_layouts(
 ) -> list[Candidate]:
     """The layouts, the best by the objective first, then those left out, refused ones last.
 
-    Branch and bound: layouts are visited by an estimate of their makespan. One that could not reach what the best
+    Branch and bound: layouts are visited by an estimate of their score. One that could not reach what the best
     sketch so far does is *proven* worse by its floor (`search.floors`); one whose estimate is clearly above that sketch
     is *estimated* worse. Neither is planned. All others are sketched on one partition. A sketch is a plan, so that no
     plan of those proven worse is better than the best. The best sketches are drafted, with the partition chosen along
@@ -175,7 +175,8 @@ def search_layouts(
     candidates, objective = list(map(fitted, layouts)), rules.objective
     batch = Batch.of(target.requests, rules.limits.max_round_tokens, rules.chunk_multiple)
     floors = Floors(batch, target.shape.num_layers)
-    waiting: list[tuple[float, bool, int]] = []
+    waiting: list[tuple[tuple[float, ...], bool, int]] = []
+    has_estimate = not arrive_over_time(target.requests)
     families: set[str] = set()
     best: tuple[float, ...] = (math.inf,)
 
@@ -185,9 +186,9 @@ def search_layouts(
 
     def wait(index: int) -> None:
         floor = floor_of(candidates[index])
-        likely_s = floor.likely_s() if objective is Objective.MAKESPAN else floor.score(objective, close=False)[0]
+        likely = floor.likely_score(objective) if has_estimate else floor.score(objective, close=False)
         # V order, of the same estimate as a loop, usually comes out better.
-        heapq.heappush(waiting, (likely_s, candidates[index].layout.stage_order is StageOrder.LOOP, index))
+        heapq.heappush(waiting, (likely, candidates[index].layout.stage_order is StageOrder.LOOP, index))
 
     def left_out(candidate: Candidate) -> Candidate | None:
         """With the reason why it need not be sketched; None where it has to be."""
@@ -195,11 +196,13 @@ def search_layouts(
         for close in (False, True):
             if (score := floor.score(objective, close=close)) >= best:
                 return replace(candidate, floor=score)
-        if objective is not Objective.MAKESPAN:
+        if not has_estimate:
             return None
-        likely_s = floor.likely_s(candidate.limits.max_round_tokens if candidate.limits else None)
-        most_s = best[0] * (NEAR_ESTIMATE if candidate.layout.family in families else NEAR_FAMILY)
-        return replace(candidate, likely_s=likely_s) if likely_s > most_s else None
+        most_tokens = candidate.limits.max_round_tokens if candidate.limits else None
+        near = NEAR_ESTIMATE if candidate.layout.family in families else NEAR_FAMILY
+        if floor.likely_score(objective, most_tokens, near) <= best:
+            return None
+        return replace(candidate, likely=floor.likely_score(objective, most_tokens))
 
     for index, candidate in enumerate(candidates):
         if candidate.costs is not None:
@@ -230,8 +233,8 @@ def _improved(target: Target, candidates: list[Candidate], rules: Rules) -> list
 
     def score(candidate: Candidate) -> tuple[float, ...]:
         """Those left out come after those planned: first by their estimates, then by their floors."""
-        if candidate.likely_s is not None and candidate.rounds is None:
-            return (math.inf, -math.inf, candidate.likely_s)
+        if candidate.likely is not None and candidate.rounds is None:
+            return (math.inf, -math.inf, *candidate.likely)
         return (*candidate.score(rules.objective), *(candidate.floor or ()))
 
     for step, most, near_factor in ((_drafted, MOST_DRAFTS, NEAR_SKETCH), (_planned, MOST_PLANS, NEAR_DRAFT)):

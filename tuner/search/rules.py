@@ -87,7 +87,8 @@ class Rules:
         plans = compare_policies(cost, requests, **self.options)
         if all(plan.policy != self.policy for plan in plans):
             plans.append(self.plan(cost, requests))
-        return best_first(plans, self.objective)
+        own = next(plan for plan in plans if plan.policy == self.policy)
+        return best_first(plans, self.objective, ours=own)
 
     def baseline(self, cost: CostModel, requests: Sequence[Request]) -> RoundPlan:
         """The best fixed chunk: what a scheduler without a plan could do."""

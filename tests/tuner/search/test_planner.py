@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -17,6 +19,7 @@ from tuner.policies.joint import NEAR_BOUND
 from tuner.policies.named import BASED, Floor, base_sizes, named_rounds
 from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.problem import Limits, Problem, RoundOptions
+from tuner.rounds.round_plan import best_first
 from tuner.search.planner import POLICIES, best_fixed, compare_policies, draft_plan, fixed_sweep, plan_rounds
 from tuner.workload.objective import Objective
 
@@ -192,6 +195,14 @@ def test_mean_ttft_is_traded_for_at_most_one_percent_of_makespan() -> None:
     assert plan.evaluation.mean_ttft_s <= 5.8
     assert plan.makespan_s <= 1.01 * fastest.makespan_s
     assert plan.gap <= 0.01
+
+
+def test_a_quicker_policy_does_not_take_the_place_of_a_smaller_mean_ttft() -> None:
+    ours = plan_rounds(atom(4), prompts(65536, 2048, 2048), objective=Objective.MEAN_TTFT)
+    ends_s = replace(ours.evaluation, makespan_s=0.98 * ours.makespan_s, mean_ttft_s=ours.makespan_s)
+    quicker = replace(ours, policy="fixed:4096", evaluation=ends_s)
+    assert best_first([quicker, ours], Objective.MEAN_TTFT, ours=ours) == [ours, quicker]
+    assert best_first([ours, quicker], Objective.MAKESPAN, ours=ours) == [quicker, ours]
 
 
 def test_the_model_agrees_with_the_engine_that_was_measured() -> None:
