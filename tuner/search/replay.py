@@ -14,6 +14,7 @@ from tuner.online.settings import OnlineSettings
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round
 from tuner.policies.named import BASED, POLICIES, base_sizes, fixed_sweep, named_rounds
+from tuner.rounds.packing import Packer
 from tuner.rounds.problem import Problem, RoundOptions
 from tuner.rounds.round_plan import Bound, RoundPlan
 from tuner.rounds.schedule import Evaluation
@@ -40,9 +41,14 @@ somewhat after its limit, for rounds are longer than the running order knows."""
 FORESIGHTS_TRIED, NEARBY = (0.1, 1.0), (0.985, 1.01)
 """What is tried beside 0.3, under the best of those limits; and what that limit is scaled by where the 99th percentile
 is above it all the same."""
-FORESIGHTS_BETWEEN, FORESIGHT_IN_TIME = (0.7, 1.4, 2.0), 3.0
-"""What is tried, first come first served, where nothing has kept within both limits; and what beside a limit on
-waiting."""
+FORESIGHTS_BETWEEN = (0.7, 1.4, 2.0, 2.4, 2.9, 3.5, 4.2, 5.0, 6.0)
+"""What is tried, first come first served, where nothing has kept within both limits."""
+PACES = (1.2, 1.6, 1.0, 0.8, 2.0, 1.4, 1.1, 0.9)
+"""How long rounds are tried there, as multiples of the rounds of the policy with the least 99th percentile: near
+saturation rounds of one length can be best, for each has to make up for what longer ones cost all behind them."""
+SHARES, SHARES_TRIED = (0.6, 1.1), 6
+"""Between which shares of the most that the 99th percentile may be a limit of waiting is sought beside each, and in how
+many steps."""
 AGINGS, FORESIGHTS, MOST_PATIENCE = (1e-3, 1e3), (1e-2, 1e1), 1.5
 """Ranges in which a study looks for settings, the last as a share of the most that the 99th percentile may be."""
 LEAST_PATIENCE = 0.5
@@ -179,15 +185,43 @@ def _between(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: 
         return []
     simpler = [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
     most_mean_s, most_p99_s = _limits_s(simpler)
-    in_time = OnlineSettings(aging=BY_ARRIVAL, foresight=FORESIGHT_IN_TIME, patience=most_p99_s)
-    tried = [OnlineSettings(aging=BY_ARRIVAL, foresight=foresight) for foresight in FORESIGHTS_BETWEEN]
+    tried = [*variants["joint"], *simpler]
     found: list[Replay] = []
-    for settings in [*tried, in_time]:
-        best = best_of([*variants["joint"], *simpler, *found], simpler, problem.objective)
-        if best.evaluation.mean_ttft_s <= most_mean_s and best.ttft_s(99) <= most_p99_s:
-            break
-        found.append(_replay(problem, f"joint:{settings}", bound))
+
+    def attempt(**settings: float) -> Replay:
+        one = _replay(problem, f"joint:{OnlineSettings(**settings)}", bound)
+        found.append(one)
+        return one
+
+    def is_done() -> bool:
+        return any(
+            one.evaluation.mean_ttft_s <= most_mean_s and one.ttft_s(99) <= most_p99_s for one in (*tried, *found)
+        )
+
+    base_s = _round_s(problem, min(simpler, key=lambda one: one.ttft_s(99)))
+    if _are_alike(problem.requests):
+        settings = [{"foresight": foresight} for foresight in FORESIGHTS_BETWEEN]
+        settings += [{"pace": pace * base_s} for pace in PACES]
+        for each in settings:
+            if is_done():
+                break
+            attempt(aging=BY_ARRIVAL, **each)
+        return found
+    for pace in PACES:
+        low, high = SHARES
+        for _ in range(SHARES_TRIED):
+            if is_done():
+                return found
+            share = (low + high) / 2.0
+            one = attempt(pace=pace * base_s, patience=share * most_p99_s)
+            low, high = (low, share) if one.ttft_s(99) > most_p99_s else (share, high)
     return found
+
+
+def _round_s(problem: Problem, one: Replay) -> float:
+    """Seconds of a replay's rounds on the stage where they take longest; the median."""
+    packer = Packer.of(problem)
+    return float(np.median([packer.seconds(chunks, problem.requests) for chunks in one.planned.rounds]))
 
 
 def _limits_s(simpler: Sequence[Replay]) -> tuple[float, float]:

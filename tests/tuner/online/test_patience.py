@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 from hypothesis import given, settings
@@ -26,12 +27,31 @@ from tuner.workload.objective import Objective
 def test_none_that_would_be_in_time_is_late(work_s: list[float], spare: list[float]) -> None:
     as_they_came = list(itertools.accumulate(work_s))
     deadlines = [end_s + more_s for end_s, more_s in zip(as_they_came, spare, strict=False)]
-    order = running_order(work_s, work_s, [due_s - end_s for due_s, end_s in zip(deadlines, as_they_came, strict=True)])
+    deadlines = list(itertools.accumulate(deadlines, max))
+    order = running_order(work_s, work_s, deadlines)
     assert sorted(order) == list(range(len(work_s)))
     ends_s = dict(zip(order, itertools.accumulate(work_s[i] for i in order), strict=True))
     assert all(ends_s[i] <= deadlines[i] + 1e-9 for i in order)
     free = running_order(work_s, work_s, [np.inf] * len(work_s))
-    assert free[:32] == sorted(range(len(work_s)), key=lambda i: work_s[i])[:32]
+    assert free == sorted(range(len(work_s)), key=lambda i: work_s[i])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    work_s=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    spare=st.lists(st.integers(0, 20), min_size=6, max_size=6),
+)
+def test_no_order_that_is_in_time_has_a_smaller_sum_of_ends(work_s: list[int], spare: list[int]) -> None:
+    came = itertools.accumulate(work_s)
+    deadlines = list(itertools.accumulate((end + more for end, more in zip(came, spare, strict=False)), max))
+
+    def ends(order: Iterable[int]) -> dict[int, int]:
+        order = list(order)
+        return dict(zip(order, itertools.accumulate(work_s[i] for i in order), strict=True))
+
+    every = map(ends, itertools.permutations(range(len(work_s))))
+    least = min(sum(each.values()) for each in every if all(end <= deadlines[i] for i, end in each.items()))
+    assert sum(ends(running_order(work_s, work_s, deadlines)).values()) == least
 
 
 def test_patience_trades_the_mean_for_the_longest_wait() -> None:

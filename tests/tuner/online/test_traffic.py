@@ -61,11 +61,11 @@ def test_rounds_are_not_cut_so_short_that_the_pipeline_overloads(
 
 
 def test_settings_are_read_as_they_are_written() -> None:
-    settings = OnlineSettings(aging=0.25, patience=1.5, foresight=3.0)
+    settings = OnlineSettings(aging=0.25, patience=1.5, foresight=3.0, pace=0.5)
     assert OnlineSettings.parse(str(settings)) == settings
     assert OnlineSettings.parse("") == OnlineSettings()
     for wrong in ("aging", "ageing=1", "aging=x"):
-        with pytest.raises(UserError, match="names of aging, patience, foresight"):
+        with pytest.raises(UserError, match="names of aging, patience, foresight, pace"):
             OnlineSettings.parse(wrong)
     with pytest.raises(UserError, match="foresight: -1"):
         OnlineSettings.parse("foresight=-1")
