@@ -43,6 +43,11 @@ FORESIGHTS_TRIED, NEARBY = (0.1, 1.0), (0.985, 1.01)
 is above it all the same."""
 FORESIGHTS_BETWEEN = (0.7, 1.4, 2.0, 2.4, 2.9, 3.5, 4.2, 5.0, 6.0)
 """What is tried, first come first served, where nothing has kept within both limits."""
+PACES_TRIED = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
+"""How long rounds of one length are tried on every trace, as multiples of the rounds of the policy with the least 99th
+percentile."""
+AGED = 0.1
+"""What the best of those is tried with too, for a lower 99th percentile."""
 PACES = (1.2, 1.6, 1.0, 0.8, 2.0, 1.4, 1.1, 0.9)
 """How long rounds are tried there, as multiples of the rounds of the policy with the least 99th percentile: near
 saturation rounds of one length can be best, for each has to make up for what longer ones cost all behind them."""
@@ -138,6 +143,7 @@ def replay_variants(
     if not everything and len(problem.requests) > FEW_REQUESTS:
         policies = _shortlist(problem, policies)
     variants = {policy: _sweep(problem, names, bound) for policy, names in policies.items()}
+    variants["joint"] += _paced(problem, variants, bound)
     variants["joint"] += _patient(problem, variants, bound)
     variants["joint"] += _between(problem, variants, bound)
     variants["joint"] += _tuned(problem, variants, num_trials, bound)
@@ -175,6 +181,21 @@ def _patient(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: 
             if closest.ttft_s(99) <= most_s:
                 break
             tried = [replace(best, patience=share * best.patience) for share in NEARBY]
+    return found
+
+
+def _paced(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: Bound) -> list[Replay]:
+    """Replays of the online planner in rounds of one length, least work first; under the best also aged more."""
+    if problem.objective is not Objective.MEAN_TTFT:
+        return []
+    simpler = [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
+    base_s = _round_s(problem, min(simpler, key=lambda one: one.ttft_s(99)))
+    aging = BY_ARRIVAL if _are_alike(problem.requests) else OnlineSettings().aging
+    tried = [OnlineSettings(aging=aging, pace=pace * base_s) for pace in PACES_TRIED]
+    found = [_replay(problem, f"joint:{each}", bound) for each in tried]
+    if aging < BY_ARRIVAL:
+        best = OnlineSettings.parse(best_of(found, simpler, problem.objective).planned.policy.partition(":")[2])
+        found.append(_replay(problem, f"joint:{replace(best, aging=AGED)}", bound))
     return found
 
 
