@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from service.cli.output import show_pairs, show_table, wrapped
 from service.reasons.precision import PrecisionStep
 from service.reasons.recommendation import gap_in_words
@@ -14,6 +16,7 @@ from service.use_cases.tune_report import TuneReport, classes_json, replay_json
 from tuner.fit.uncertainty import widened_uncertainty
 from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
+from tuner.workload.objective import Objective
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor the fit
     from tuner.fit.whole.costs import Costs
@@ -67,6 +70,8 @@ def print_report(report: TuneReport) -> None:
     if report.plan.predicted is not None and report.plan.predicted.moves:
         move, now_s = report.plan.predicted.moves[0], report.plan.predicted.makespan_s
         gain = f"{1.0 - move.makespan_s / now_s:.1%} less"
+        if _objective(report) is not Objective.MAKESPAN:
+            gain += " makespan"
         print(f"{wrapped(f'What would move it most, planned anew: {move.change}, {gain}.')}\n")
     if report.policies:
         _print_policies(report)
@@ -215,9 +220,12 @@ def _print_layouts(report: TuneReport) -> None:
     from tuner.search.explanation import best_of_families
 
     families = best_of_families(report.candidates)
-    several = len(report.plan.requests) > 1
+    assert families[0].rounds is not None
+    sought = _sought(report, families[0].rounds)
+    several = len(report.plan.requests) > 1 and "TTFT s" not in sought
+    others = ["makespan s", "+- %", "note", "bubble %", "GiB", "rounds", "TTFT s" if several else "layers"]
     show_table(
-        ["layout", "makespan s", "+- %", "note", "bubble %", "GiB", "rounds", "TTFT s" if several else "layers"],
+        ["layout", *sought, *others],
         [_candidate_row(report, candidate, several=several) for candidate in families],
         title="The best layout of each family (close: too close to tell), and GiB of its fullest rank",
     )
@@ -270,10 +278,29 @@ def _candidate_row(report: TuneReport, candidate: Candidate, *, several: bool) -
     evaluation, name = planned.evaluation, str(candidate.layout)
     width = widened_uncertainty(candidate.uncertainty(report.held_out), recommended.share_missing)
     return [
-        name, planned.makespan_s, round(100 * width, 1), "close" if name in recommended.close else "",
-        100 * evaluation.bubble_share, candidate.peak_memory_bytes / 2**30, len(planned.rounds),
+        name, *_sought(report, planned).values(), planned.makespan_s, round(100 * width, 1),
+        "close" if name in recommended.close else "", 100 * evaluation.bubble_share,
+        candidate.peak_memory_bytes / 2**30, len(planned.rounds),
         evaluation.mean_ttft_s if several else _layers(candidate.layer_partition),
     ]  # fmt: skip
+
+
+def _objective(report: TuneReport) -> Objective:
+    return Objective(report.options.get("objective", Objective.MAKESPAN))
+
+
+def _sought(report: TuneReport, planned: RoundPlan) -> dict[str, object]:
+    """What layouts are compared by beside the makespan: columns and a layout's values."""
+    evaluation = planned.evaluation
+    match _objective(report):
+        case Objective.MEAN_TTFT if len(report.plan.requests) > 1:
+            return {"TTFT s": evaluation.mean_ttft_s}
+        case Objective.P99_TTFT:
+            return {"p99 s": float(np.percentile(evaluation.ttft_s, 99))}
+        case Objective.SLA | Objective.LATENESS:
+            return dict(zip(_deadline_columns(report), _deadlines_met(evaluation), strict=True))
+        case _:
+            return {}
 
 
 def _replay_row(replay: Replay, columns: Sequence[str], *, has_deadlines: bool) -> list[object]:

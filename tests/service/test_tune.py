@@ -121,6 +121,17 @@ def test_the_tables_name_layouts_policies_and_errors(url: str) -> None:
         assert words in compared
 
 
+@pytest.mark.parametrize(
+    ("objective", "column"),
+    [("mean-ttft", "TTFT s"), ("p99-ttft", "p99 s"), ("sla", "met %"), ("lateness", "met %")],
+)
+def test_layouts_are_shown_by_what_is_sought(url: str, objective: str, column: str) -> None:
+    arguments = (SHAPE.name, "--world-size", "2", "--prompt-lens", "3000,1000", "--dtype", "float32", "--db", url)
+    out = tune(*arguments, "--objective", objective, *(("--sla-ttft-s", "9") if column == "met %" else ()))
+    head = next(line for line in out.splitlines() if line.startswith(" layout"))
+    assert head.index(column) < head.index("makespan s")
+
+
 def test_the_recommendation_comes_first(url: str) -> None:
     arguments = (SHAPE.name, "--world-size", "2", "--prompt-lens", "3000", "--dtype", "float32", "--db", url)
     arguments = (*arguments, "--price-per-gpu-hour", "2")
