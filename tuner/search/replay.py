@@ -41,16 +41,15 @@ somewhat after its limit, for rounds are longer than the running order knows."""
 FORESIGHTS_TRIED, NEARBY = (0.1, 1.0), (0.985, 1.01)
 """What is tried beside 0.3, under the best of those limits; and what that limit is scaled by where the 99th percentile
 is above it all the same."""
-FORESIGHTS_BETWEEN = (0.7, 1.4, 2.0, 2.4, 2.9, 3.5, 4.2, 5.0, 6.0)
-"""What is tried, first come first served, where nothing has kept within both limits."""
 PACES_TRIED = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 """How long rounds of one length are tried on every trace, as multiples of the rounds of the policy with the least 99th
-percentile."""
+percentile: near saturation they can be best, for each round has to make up for what longer ones cost all behind."""
 AGED = 0.1
 """What the best of those is tried with too, for a lower 99th percentile."""
-PACES = (1.2, 1.6, 1.0, 0.8, 2.0, 1.4, 1.1, 0.9)
-"""How long rounds are tried there, as multiples of the rounds of the policy with the least 99th percentile: near
-saturation rounds of one length can be best, for each has to make up for what longer ones cost all behind them."""
+FORESIGHTS_BETWEEN = (0.7, 1.4, 2.0, 2.4, 2.9, 3.5, 4.2, 5.0, 6.0)
+"""What is tried, first come first served, where nothing has kept within both limits."""
+PACES_BETWEEN = (1.2, 1.6, 1.0, 0.8, 2.0, 1.4, 1.1, 0.9)
+"""How long rounds of one length are tried there."""
 SHARES, SHARES_TRIED = (0.6, 1.1), 6
 """Between which shares of the most that the 99th percentile may be a limit of waiting is sought beside each, and in how
 many steps."""
@@ -168,7 +167,7 @@ def _patient(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: 
     """Replays of the online planner that lets nothing wait for much longer than the simpler policies do."""
     if problem.objective.needs_deadlines or _are_alike(problem.requests):
         return []
-    simpler = [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
+    simpler = _simpler(variants)
     most_s = P99_SLACK * min(one.ttft_s(99) for one in simpler)
     found: list[Replay] = []
     tried = [OnlineSettings(patience=share * most_s) for share in PATIENCES]
@@ -188,12 +187,11 @@ def _paced(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: Bo
     """Replays of the online planner in rounds of one length, least work first; under the best also aged more."""
     if problem.objective is not Objective.MEAN_TTFT:
         return []
-    simpler = [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
-    base_s = _round_s(problem, min(simpler, key=lambda one: one.ttft_s(99)))
-    aging = BY_ARRIVAL if _are_alike(problem.requests) else OnlineSettings().aging
+    simpler, alike = _simpler(variants), _are_alike(problem.requests)
+    aging, base_s = BY_ARRIVAL if alike else OnlineSettings().aging, _base_round_s(problem, simpler)
     tried = [OnlineSettings(aging=aging, pace=pace * base_s) for pace in PACES_TRIED]
     found = [_replay(problem, f"joint:{each}", bound) for each in tried]
-    if aging < BY_ARRIVAL:
+    if not alike:
         best = OnlineSettings.parse(best_of(found, simpler, problem.objective).planned.policy.partition(":")[2])
         found.append(_replay(problem, f"joint:{replace(best, aging=AGED)}", bound))
     return found
@@ -204,45 +202,50 @@ def _between(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: 
     is best in the mean and what is best in the 99th percentile may lie far apart."""
     if problem.objective is not Objective.MEAN_TTFT:
         return []
-    simpler = [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
+    simpler = _simpler(variants)
     most_mean_s, most_p99_s = _limits_s(simpler)
-    tried = [*variants["joint"], *simpler]
+
+    def keeps(one: Replay) -> bool:
+        return one.evaluation.mean_ttft_s <= most_mean_s and one.ttft_s(99) <= most_p99_s
+
+    tried = {one.planned.policy for one in variants["joint"]}
     found: list[Replay] = []
-
-    def attempt(**settings: float) -> Replay:
-        one = _replay(problem, f"joint:{OnlineSettings(**settings)}", bound)
-        found.append(one)
-        return one
-
-    def is_done() -> bool:
-        return any(
-            one.evaluation.mean_ttft_s <= most_mean_s and one.ttft_s(99) <= most_p99_s for one in (*tried, *found)
-        )
-
-    base_s = _round_s(problem, min(simpler, key=lambda one: one.ttft_s(99)))
-    if _are_alike(problem.requests):
-        settings = [{"foresight": foresight} for foresight in FORESIGHTS_BETWEEN]
-        settings += [{"pace": pace * base_s} for pace in PACES]
-        for each in settings:
-            if is_done():
-                break
-            attempt(aging=BY_ARRIVAL, **each)
+    if any(map(keeps, (*variants["joint"], *simpler))):
         return found
-    for pace in PACES:
+
+    def attempt(settings: OnlineSettings) -> Replay:
+        found.append(_replay(problem, f"joint:{settings}", bound))
+        return found[-1]
+
+    base_s = _base_round_s(problem, simpler)
+    if _are_alike(problem.requests):
+        between = [OnlineSettings(aging=BY_ARRIVAL, foresight=foresight) for foresight in FORESIGHTS_BETWEEN]
+        between += [OnlineSettings(aging=BY_ARRIVAL, pace=pace * base_s) for pace in PACES_BETWEEN]
+        for each in between:
+            if f"joint:{each}" not in tried and keeps(attempt(each)):
+                break
+        return found
+    for pace in PACES_BETWEEN:
         low, high = SHARES
         for _ in range(SHARES_TRIED):
-            if is_done():
-                return found
             share = (low + high) / 2.0
-            one = attempt(pace=pace * base_s, patience=share * most_p99_s)
+            one = attempt(OnlineSettings(pace=pace * base_s, patience=share * most_p99_s))
+            if keeps(one):
+                return found
             low, high = (low, share) if one.ttft_s(99) > most_p99_s else (share, high)
     return found
 
 
-def _round_s(problem: Problem, one: Replay) -> float:
-    """Seconds of a replay's rounds on the stage where they take longest; the median."""
-    packer = Packer.of(problem)
-    return float(np.median([packer.seconds(chunks, problem.requests) for chunks in one.planned.rounds]))
+def _simpler(variants: Mapping[str, Sequence[Replay]]) -> list[Replay]:
+    """The replays of all policies but `joint`."""
+    return [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
+
+
+def _base_round_s(problem: Problem, simpler: Sequence[Replay]) -> float:
+    """Seconds of the rounds of the policy with the least 99th percentile, on the stage where they take longest; the
+    median."""
+    packer, steadiest = Packer.of(problem), min(simpler, key=lambda one: one.ttft_s(99))
+    return float(np.median([packer.seconds(chunks, problem.requests) for chunks in steadiest.planned.rounds]))
 
 
 def _limits_s(simpler: Sequence[Replay]) -> tuple[float, float]:
@@ -258,7 +261,7 @@ def _are_alike(requests: Sequence[Request]) -> bool:
 
 def ranked(variants: Mapping[str, Sequence[Replay]], objective: Objective) -> list[Replay]:
     """Each policy under its best parameter; `joint`, last, may be any of them."""
-    simpler = [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
+    simpler = _simpler(variants)
     best = best_of([*variants["joint"], *simpler], simpler, objective)
     by_score = [
         replace(min(replays, key=lambda one: one.evaluation.score(objective)), policy=policy)
@@ -292,7 +295,7 @@ def _tuned(problem: Problem, variants: Mapping[str, Sequence[Replay]], num_trial
         return []
     import optuna
 
-    simpler = [replay for policy, replays in variants.items() if policy != "joint" for replay in replays]
+    simpler = _simpler(variants)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
     most_s = P99_SLACK * min(one.ttft_s(99) for one in simpler)
