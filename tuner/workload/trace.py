@@ -123,10 +123,11 @@ def is_trace(path: str | Path, *, field: str = FIELD) -> bool:
 
 def _format_of(path: str | Path) -> TraceFormat:
     line = first_line(path, field=FIELD)
-    if (line and not line.startswith("{") and "," not in line) or line in ("{", "[") or line.startswith("[{"):
+    is_no_line = line in ("{", "[") or line.startswith("[{")
+    if is_no_line or (line and not line.startswith(("{", "[")) and "," not in line):
         allowed = "JSON lines, an object each, or CSV with the columns' names is needed"
         raise UserError(f"{FIELD} {cut(path)}: line 1", line, allowed)
-    if "," in line and not line.startswith("{"):
+    if "," in line and not line.startswith(("{", "[")):
         columns = {name.strip().strip('"').lower() for name in line.split(",")}
         if "contexttokens" in columns:
             return TraceFormat.AZURE

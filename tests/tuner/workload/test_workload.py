@@ -9,7 +9,7 @@ from tests.tuner.atom import atom
 from tuner.plan.plan import Request, check_rounds
 from tuner.rounds.problem import Problem
 from tuner.search.planner import make_rounds
-from tuner.search.replay import FEW_REQUESTS, compare_replays
+from tuner.search.replay import FEW_REQUESTS, compare_replays, replay
 from tuner.workload.objective import Objective
 from tuner.workload.workload import load_workload
 
