@@ -165,6 +165,21 @@ def test_all_policies_have_their_percentiles(tmp_path: Path) -> None:
     assert any(row["p90_ttft_s"] < row["p99_ttft_s"] for row in rows)
 
 
+def test_under_overload_short_prompts_meet_their_deadlines(tmp_path: Path) -> None:
+    """Three prompts in four can be in time if those that cannot be wait."""
+    cost, workload, out = tmp_path / "cost.json", tmp_path / "w.jsonl", tmp_path / "plan.json"
+    cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
+    lines = (f'{{"timestamp": {120 * i}, "input_length": {8192 if i % 4 else 40000}}}\n' for i in range(20))
+    workload.write_text("".join(lines))
+    arguments = ("--cost-model", str(cost), "--pp-size", "4", "--workload", str(workload), "--sla-ttft-s", "1.5")
+    joint = tune_json(*arguments, "--objective", "sla", "--compare", "-o", str(out))["replays"][0]
+    assert joint["policy"] == "joint" and joint["sla_met"] >= 0.75
+    taken = load_plan(out).policy
+    assert taken is not None and "least_work=1" in taken
+    again = tune_json(*arguments, "--objective", "sla", "--policy", taken)["plan"]
+    assert again["rounds"] == json.loads(out.read_text())["rounds"]
+
+
 def test_settings_tuned_on_a_trace_are_in_its_plan(tmp_path: Path) -> None:
     cost, workload, out = tmp_path / "cost.json", tmp_path / "w.jsonl", tmp_path / "plan.json"
     cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
