@@ -29,7 +29,7 @@ class OnlineSettings:
     pace: float = 0.0
     """Seconds that rounds take. 0: the planner chooses them for those that wait and those to come."""
     least_work: float = 0.0
-    """1: rounds as for the mean TTFT where deadlines are sought. Earliest deadline first, all are late under overload."""
+    """1: rounds as for the mean TTFT where deadlines are sought: by deadline, all are late under overload."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
