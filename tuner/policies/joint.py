@@ -3,7 +3,7 @@
 1. The relaxation of `rounds.bound` says near which cap on a round's time the best plan lies.
 2. Around it caps are swept; under each, requests are packed into rounds in three ways: in order, by tails
    (`rounds.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). On tables and where
-   stages differ, a line of all tokens is also cut anywhere (`tuner.policies.stretches`): rounds shrink while the
+   stages differ, a line of all tokens is also cut anywhere (`tuner.policies.line.stretches`): rounds shrink while the
    pipeline drains. Every simpler policy competes (`tuner.policies.named`).
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `MAKESPAN_SLACK` of the best makespan for it.
@@ -24,10 +24,10 @@ from tuner.online.settings import OnlineSettings
 from tuner.plan.plan import Round
 from tuner.policies.dp import pack_line
 from tuner.policies.exact import exact_rounds, is_small
+from tuner.policies.line.stretches import stretch_rounds
 from tuner.policies.local_search import fits_kv, local_search
 from tuner.policies.named import simpler_rounds
 from tuner.policies.ramp import ramps
-from tuner.policies.stretches import stretch_rounds
 from tuner.policies.sweep import (
     Pack,
     Search,

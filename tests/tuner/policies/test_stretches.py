@@ -11,7 +11,8 @@ from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, check_rounds
 from tuner.policies.exact import exact_rounds
 from tuner.policies.fixed import fixed_rounds
-from tuner.policies.stretches import MOST_PLACES, Line, stretch_rounds
+from tuner.policies.line.line import TokenLine
+from tuner.policies.line.stretches import MOST_PLACES, stretch_rounds
 from tuner.policies.sweep import central_cap_s, shortest_first
 from tuner.rounds.problem import Limits, Problem
 from tuner.search.planner import plan_rounds
@@ -32,7 +33,7 @@ def requests(lengths: Sequence[int], cached: int = 0) -> tuple[Request, ...]:
 @pytest.mark.parametrize("cached", [0, 700])
 def test_a_stretch_takes_what_its_round_takes(cached: int) -> None:
     batch, kind = requests(MIXED, cached), stage(layers=8, table=True, head=0.1)
-    line = Line(batch, [3, 0, 2, 4, 1], 256)
+    line = TokenLine(batch, [3, 0, 2, 4, 1], 256)
     seconds, tokens = line.seconds(kind, 40), line.tokens(40)
     for first, end in [(0, 1), (0, 40), (61, 63), (61, 64), (62, 72), (60, 90), (len(line) - 3, len(line))]:
         chunks = line.round(first, end)
