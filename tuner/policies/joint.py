@@ -2,8 +2,8 @@
 
 1. The relaxation of `rounds.bound` says near which cap on a round's time the best plan lies.
 2. Around it caps are swept; under each, requests are packed into rounds in three ways: in order, by tails
-   (`rounds.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). Every simpler policy
-   competes (`tuner.policies.named`): where kernels fill a card in steps, equal rounds are hard to beat.
+   (`rounds.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). On tables rounds are also
+   filled by what chunks are worth (`rounds.worth`). Every simpler policy competes (`tuner.policies.named`): where kernels fill a card in steps, equal rounds are hard to beat.
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `MAKESPAN_SLACK` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online.online_planner`).
@@ -35,6 +35,7 @@ from tuner.policies.sweep import (
     sloping_rounds,
     whole_rounds,
 )
+from tuner.rounds.grid.relaxation import is_curved
 from tuner.rounds.packing import pack_in_order, pack_tails
 from tuner.rounds.problem import Problem
 from tuner.rounds.round_plan import Bound
@@ -86,6 +87,8 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     if problem.is_timed and len(problem.requests) <= FEW_REQUESTS:
         for foresight in FORESIGHTS:
             search.keep(online_rounds(problem, OnlineSettings(foresight=foresight)), objective)
+    if objective is Objective.MAKESPAN and _pays_by_worth(problem):
+        search.sweep_by_worth()
     if objective is not Objective.MAKESPAN and not problem.is_timed:
         for order in request_orders(problem):
             for profile in budget_profiles(problem, order):
@@ -150,6 +153,12 @@ def _coarser(problem: Problem) -> Problem:
     while not is_small(problem) and 2 * problem.chunk_multiple <= most:
         problem = replace(problem, chunk_multiple=2 * problem.chunk_multiple)
     return problem
+
+
+def _pays_by_worth(problem: Problem) -> bool:
+    """Whether rounds filled by worth may be better: several prompts, that may all be under way at once, on tables."""
+    curved = is_curved(problem.cost.kinds) and problem.cost.virtual_stages == 1
+    return curved and not problem.is_timed and pack_tails in _packs(problem)
 
 
 def _packs(problem: Problem) -> list[Pack]:

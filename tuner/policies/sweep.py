@@ -21,6 +21,7 @@ from tuner.rounds.relaxation import Work, envelopes, likely_cap_s
 from tuner.rounds.round_budgets import QueueBudgets, context_token_s, round_overhead_s
 from tuner.rounds.schedule import Evaluation, FlatRounds, RoundTimes
 from tuner.rounds.uneven import busiest_stage, sides_of
+from tuner.rounds.worth import MOST_TAILS, WorthPacker
 from tuner.workload.objective import Objective
 
 Pack = Callable[[Packer, Sequence[Request], Sequence[int], Sequence[float]], list[Round]]
@@ -40,6 +41,13 @@ FAR = 1.01
 """Of a large batch, a way to pack whose plan at the best known cap is above this factor of the best is not swept."""
 LEVELS = (0.4, 0.55, 0.75, 0.9, 1.0, 1.3, 1.7)
 """Of the cap that is best for all rounds: that of the outermost one."""
+
+USUAL = 90.0
+"""Percentile of a plan's rounds that stands for all of them."""
+LONGEST, OUTER, CLOSER = (1.3, 1.9, 1.0, 2.7), (0.5, 0.3, 0.75, 1.0), (1.15, 1.07)
+"""Longest rounds by the usual one, outermost ones by the longest, and factors around the best."""
+WORTH_TAILS = 12_000
+"""Rounds times prompts looked at for each, of all plans that are filled by worth: about 0.2 s."""
 
 
 @dataclass(slots=True)
@@ -171,6 +179,39 @@ class Search:
         known = self.found.get(len(candidate.rounds))
         if known is None or candidate.score < known.score:
             self.found[len(candidate.rounds)] = candidate
+
+    def sweep_by_worth(self) -> None:
+        """Fill rounds by worth under several longest and outermost ones, by those of the best plan known."""
+        problem = self.problem
+        busiest = busiest_stage(problem.cost, Work.of(problem.requests, problem.limits.max_round_tokens))
+        round_s = self.ranked()[0].evaluation.round_s[:, busiest]
+        usual_s, total_s = float(np.percentile(round_s, USUAL)), float(round_s.sum())
+        left = WORTH_TAILS // (len(round_s) * min(len(problem.requests), MOST_TAILS))
+        tried, packers = dict[tuple[float, float], tuple[float, ...]](), dict[float, WorthPacker]()
+
+        def attempt(longest: float, outer: float) -> None:
+            if len(tried) < left and (longest, outer) not in tried:
+                if longest not in packers:
+                    packers[longest] = WorthPacker(problem, longest * usual_s)
+                rounds = packers[longest].pack(outer * longest * usual_s, total_s)
+                tried[longest, outer] = self.keep(rounds, Objective.MAKESPAN)
+
+        def best() -> tuple[float, float]:
+            return min(tried, key=tried.__getitem__)
+
+        for longest in LONGEST:
+            attempt(longest, OUTER[0])
+        if not tried:
+            return
+        for outer in OUTER[1:]:
+            attempt(best()[0], outer)
+        for width in CLOSER:
+            longest, outer = best()
+            attempt(longest / width, outer)
+            attempt(longest * width, outer)
+            longest, outer = best()
+            attempt(longest, outer / width)
+            attempt(longest, min(outer * width, 1.0))
 
 
 def central_cap_s(problem: Problem) -> float:

@@ -65,7 +65,11 @@ def grid_bound_s(cost: CostModel, work: Work, multiple: int, known_s: float) -> 
         return hops + _least_s(relaxation, reference, work, caps, num_more)
     best = int(np.argmin(relaxation.sums(caps) + num_more * caps))
     short = caps[0] * np.geomspace(0.15, 0.9, 8)
-    levels, sides, bound_s = np.sort(np.concatenate([short, caps, _between(caps, best)])), sides_of(cost, work, stage), known_s
+    levels, sides, bound_s = (
+        np.sort(np.concatenate([short, caps, _between(caps, best)])),
+        sides_of(cost, work, stage),
+        known_s,
+    )
     own_s = relaxation.own_by_number(levels * (1.0 + SLACK)) if relaxation.knows_places else np.zeros(0)
     for gain in MOST_GAINS:
         for _ in range(MOST_REPEATS):
