@@ -3,7 +3,8 @@
 1. The relaxation of `rounds.bound` says near which cap on a round's time the best plan lies.
 2. Around it caps are swept; under each, requests are packed into rounds in three ways: in order, by tails
    (`rounds.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). On tables rounds are also
-   filled by what chunks are worth (`rounds.worth`). Every simpler policy competes (`tuner.policies.named`): where kernels fill a card in steps, equal rounds are hard to beat.
+   filled by what chunks are worth (`rounds.worth`). Every simpler policy competes (`tuner.policies.named`): where
+   kernels fill a card in steps, equal rounds are hard to beat.
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `MAKESPAN_SLACK` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online.online_planner`).

@@ -1,4 +1,4 @@
-"""Rounds filled by what chunks are worth, from the last round to the first.
+"""Rounds filled by what chunks are worth, from the last round to the first: a packing for cost tables.
 
 Where costs are tables, a round is cheap a token at some numbers of tokens and a chunk at some lengths, and no rule by
 time alone finds rounds in which both are. Let w(T) be what a round of T tokens takes beside attention, rho the least
@@ -205,7 +205,8 @@ class _Filling:
         own_s = self._own_s[tokens]
         seconds = own_s + added_s
         wasted_s = self._wasted_s[self._before :] + own_s - token_s * tokens
-        row = int(np.argmin(np.where(tokens > 0, wasted_s / seconds, np.inf)))
+        share = np.divide(wasted_s, seconds, out=np.zeros(len(seconds)), where=seconds > 0.0)
+        row = int(np.argmin(np.where(tokens > 0, share, np.inf)))
         if not tokens[row]:
             return None
         taken, found_s = list[tuple[Tail, int]](), float(seconds[row])

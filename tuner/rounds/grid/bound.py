@@ -40,6 +40,8 @@ from tuner.rounds.uneven import Side, busiest_stage, sides_of
 LEAST_CAP, MOST_CAP = 0.3, 6.0
 """Caps that are tried, by the likely best one."""
 NUM_CAPS, NUM_REFINEMENTS = 20, 2
+SHORT = np.geomspace(0.15, 0.9, 8)
+"""By the least of them, further caps of the outermost rounds, under which little is done."""
 NUM_SPANS, NUM_BORDERS = 72, 12
 """Spans of time in which caps are taken to be what they are at the inner end, and times between fill and drain."""
 USUAL_LEVELS, USUAL_SHARE, CORNERS = (0.7, 1.0), 0.15, (0.3, 0.6, 1.0, 1.5, 2.2, 3.5)
