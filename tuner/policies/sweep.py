@@ -44,10 +44,11 @@ LEVELS = (0.4, 0.55, 0.75, 0.9, 1.0, 1.3, 1.7)
 
 USUAL = 90.0
 """Percentile of a plan's rounds that stands for all of them."""
-LONGEST, OUTER, CLOSER = (1.3, 1.9, 1.0, 2.7), (0.5, 0.3, 0.75, 1.0), (1.15, 1.07)
-"""Longest rounds by the usual one, outermost ones by the longest, and factors around the best."""
-WORTH_TAILS = 12_000
-"""Rounds times prompts looked at for each, of all plans that are filled by worth: about 0.2 s."""
+START, STEPS = (1.0, 0.6), (1.5, 1.15)
+"""Where the search for the longest and the outermost rounds begins, by the usual one, and factors of its steps."""
+WORTH_TAILS, LEAST_WORTH = 16_000, 5
+"""Rounds times prompts looked at for each, of all plans that are filled by worth, about 0.2 s; where that is less than
+so many plans, none is."""
 
 
 @dataclass(slots=True)
@@ -186,32 +187,31 @@ class Search:
         busiest = busiest_stage(problem.cost, Work.of(problem.requests, problem.limits.max_round_tokens))
         round_s = self.ranked()[0].evaluation.round_s[:, busiest]
         usual_s, total_s = float(np.percentile(round_s, USUAL)), float(round_s.sum())
-        left = WORTH_TAILS // (len(round_s) * min(len(problem.requests), MOST_TAILS))
+        most = WORTH_TAILS // (len(round_s) * min(len(problem.requests), MOST_TAILS))
         tried, packers = dict[tuple[float, float], tuple[float, ...]](), dict[float, WorthPacker]()
 
-        def attempt(longest: float, outer: float) -> None:
-            if len(tried) < left and (longest, outer) not in tried:
-                if longest not in packers:
-                    packers[longest] = WorthPacker(problem, longest * usual_s)
-                rounds = packers[longest].pack(outer * longest * usual_s, total_s)
-                tried[longest, outer] = self.keep(rounds, Objective.MAKESPAN)
+        def attempt(longest: float, outer: float) -> bool:
+            """Whether it is the best so far."""
+            outer = min(outer, longest)
+            if len(tried) >= most or (longest, outer) in tried:
+                return False
+            if longest not in packers:
+                packers[longest] = WorthPacker(problem, longest * usual_s)
+            rounds = packers[longest].pack(outer * usual_s, total_s)
+            tried[longest, outer] = self.keep(rounds, Objective.MAKESPAN)
+            return min(tried, key=tried.__getitem__) == (longest, outer)
 
-        def best() -> tuple[float, float]:
-            return min(tried, key=tried.__getitem__)
-
-        for longest in LONGEST:
-            attempt(longest, OUTER[0])
-        if not tried:
+        if most < LEAST_WORTH:
             return
-        for outer in OUTER[1:]:
-            attempt(best()[0], outer)
-        for width in CLOSER:
-            longest, outer = best()
-            attempt(longest / width, outer)
-            attempt(longest * width, outer)
-            longest, outer = best()
-            attempt(longest, outer / width)
-            attempt(longest, min(outer * width, 1.0))
+        at = START
+        attempt(*at)
+        for step in STEPS:
+            improved = True
+            while improved:
+                improved = False
+                for way in ((step, 1.0), (1.0 / step, 1.0), (1.0, step), (1.0, 1.0 / step)):
+                    while attempt(at[0] * way[0], at[1] * way[1]):
+                        at, improved = min(tried, key=tried.__getitem__), True
 
 
 def central_cap_s(problem: Problem) -> float:

@@ -31,7 +31,7 @@ from tuner.rounds.uneven import Side, busiest_stage, sides_of
 STEPS_A_UNIT, MOST_STEPS = 4, 64
 """A round's tokens are told apart by steps, so many to a unit of the grid, as prompts end off it, or to the longest
 round."""
-MOST_COPIES = 8
+MOST_COPIES = 3
 """Of prompts alike that have come equally far, how many may have a chunk in a round."""
 
 MOST_TAILS = 10
