@@ -103,12 +103,15 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     if objective is Objective.MAKESPAN:
         best = search.ranked()[0]
         if is_small(problem):
-            return exact_rounds(problem, best.rounds)
+            rounds, is_proven = exact_rounds(problem, best.rounds)
+            if is_proven:
+                bound.raise_to(problem.evaluate(rounds).makespan_s)
+            return rounds
         uneven = len(problem.cost.kinds) > 1 and problem.cost.pp_size <= MOST_UNEVEN_STAGES
         if uneven and len(problem.requests) <= FEW_PROMPTS:
             coarser = _coarser(problem)
             if is_small(coarser):
-                search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS), objective)
+                search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS)[0], objective)
     if problem.cost.virtual_stages > 1 and not problem.is_timed:
         _keep_ramps(search)
     starts = search.ranked()[: num_starts if objective is Objective.MAKESPAN else 1]
