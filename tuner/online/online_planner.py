@@ -88,7 +88,7 @@ class OnlinePlanner:
         self.window = window
         self.chunk_multiple = chunk_multiple
         self.limits = limits
-        self.objective = Objective.parse(objective)
+        self.objective = settings.objective_of(Objective.parse(objective))
         self.settings = settings
         self.more_to_come = more_to_come
         self.requests: list[Request] = []
