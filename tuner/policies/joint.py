@@ -2,9 +2,9 @@
 
 1. The relaxation of `rounds.bound` says near which cap on a round's time the best plan lies.
 2. Around it caps are swept; under each, requests are packed into rounds in three ways: in order, by tails
-   (`rounds.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). On tables rounds are also
-   filled by what chunks are worth (`rounds.worth`). Every simpler policy competes (`tuner.policies.named`): where
-   kernels fill a card in steps, equal rounds are hard to beat.
+   (`rounds.packing.packer`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). On tables rounds
+   are also filled by what chunks are worth (`rounds.packing.worth`). Every simpler policy competes
+   (`tuner.policies.named`): where kernels fill a card in steps, equal rounds are hard to beat.
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `MAKESPAN_SLACK` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online.online_planner`).
@@ -37,7 +37,7 @@ from tuner.policies.sweep import (
     whole_rounds,
 )
 from tuner.rounds.grid.relaxation import is_curved
-from tuner.rounds.packing import pack_in_order, pack_tails
+from tuner.rounds.packing.packer import pack_in_order, pack_tails
 from tuner.rounds.problem import Problem
 from tuner.rounds.round_plan import Bound
 from tuner.rounds.schedule import MAKESPAN_SLACK

@@ -15,13 +15,13 @@ import numpy as np
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats, StageCost
 from tuner.rounds.one_machine import most_on_time
-from tuner.rounds.packing import Packer, pack_in_order
+from tuner.rounds.packing.packer import Packer, pack_in_order
+from tuner.rounds.packing.worth import MOST_TAILS, WorthPacker
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Work, envelopes, likely_cap_s
 from tuner.rounds.round_budgets import QueueBudgets, context_token_s, round_overhead_s
 from tuner.rounds.schedule import Evaluation, FlatRounds, RoundTimes
 from tuner.rounds.uneven import busiest_stage, sides_of
-from tuner.rounds.worth import MOST_TAILS, WorthPacker
 from tuner.workload.objective import Objective
 
 Pack = Callable[[Packer, Sequence[Request], Sequence[int], Sequence[float]], list[Round]]

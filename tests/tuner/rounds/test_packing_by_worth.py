@@ -16,10 +16,10 @@ from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round, check_rounds
 from tuner.plan.stage_cost import StageCost, TableAttention
 from tuner.policies.sweep import Search
+from tuner.rounds.packing.worth import WorthPacker
 from tuner.rounds.problem import Limits, Problem
 from tuner.rounds.relaxation import Work
 from tuner.rounds.uneven import busiest_stage
-from tuner.rounds.worth import WorthPacker
 from tuner.search.planner import plan_rounds
 
 
