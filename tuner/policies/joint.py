@@ -5,7 +5,7 @@
    (`rounds.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). Every simpler policy
    competes (`tuner.policies.named`): where kernels fill a card in steps, equal rounds are hard to beat.
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
-   up at most `MAKESPAN_SLACK` of the best makespan for it.
+   up at most `max_makespan_increase` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online.online_planner`).
    Where a stage holds several groups, the best rounds also grow and shrink at the ends (`tuner.policies.ramp`).
 4. The best few are improved by moving tokens between neighbouring rounds (`tuner.policies.local_search`).
@@ -16,6 +16,7 @@ Every candidate is judged by the exact recurrence: uneven stages, hand-offs, the
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from tuner.online.driven import online_rounds
@@ -38,7 +39,6 @@ from tuner.policies.sweep import (
 from tuner.rounds.packing import pack_in_order, pack_tails
 from tuner.rounds.problem import Problem
 from tuner.rounds.round_plan import Bound
-from tuner.rounds.schedule import MAKESPAN_SLACK
 from tuner.workload.objective import Objective
 
 DRAFT_EFFORT = 0.4
@@ -87,6 +87,8 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
         for foresight in FORESIGHTS:
             search.keep(online_rounds(problem, OnlineSettings(foresight=foresight)), objective)
     if objective is not Objective.MAKESPAN and not problem.is_timed:
+        if math.isfinite(problem.max_makespan_increase):
+            _limit_makespan(search, bound)
         for order in request_orders(problem):
             for profile in budget_profiles(problem, order):
                 search.sweep(pack_in_order, order, profile, objective)
@@ -113,6 +115,16 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
 
 
+def _limit_makespan(search: Search, bound: Bound) -> None:
+    """Limit makespans beside what a plan for the makespan alone has, which is a candidate from now on."""
+    problem = search.problem
+    quickest = joint_rounds(replace(problem, objective=Objective.MAKESPAN), bound)
+    found_s = [candidate.evaluation.makespan_s for candidate in search.found.values()]
+    least_s = min(problem.evaluate(quickest).makespan_s, *found_s)
+    search.limit(problem.makespan_limit_s(least_s), problem.objective)  # first: of so many rounds one is kept
+    search.keep(quickest, problem.objective)
+
+
 def _keep_ramps(search: Search) -> None:
     """Candidates that grow and shrink at the ends."""
     problem = search.problem
@@ -137,7 +149,7 @@ def _drafted(problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Sear
         for rounds in sloping_rounds(problem, search.packer, search.cap_s):
             search.keep(rounds, Objective.MAKESPAN)
     if objective is not Objective.MAKESPAN:
-        search.limit(MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s, objective)
+        search.limit(problem.makespan_limit_s(search.ranked()[0].evaluation.makespan_s), objective)
         search.keep(whole_rounds(problem, shortest_first(problem)), objective)
         search.keep(online_rounds(problem), objective)
     return search
