@@ -44,9 +44,16 @@ FIELDS = {
 DECODE_COLUMNS = (
     "policy", "goodput/s", "mean TTFT s", "TPOT s", "p99 s", "p99 TPOT s", "taken", "rounds", "tokens/s",
 )  # fmt: skip
-REPLAY_COLUMNS = (
-    "policy", "taken", "rounds", "makespan s", "mean TTFT s", "p99 s", "tokens/s", "p50 s", "p90 s",
-)  # fmt: skip
+REPLAY_COLUMNS = ("policy", "makespan s", "mean TTFT s", "p99 s", "rounds", "tokens/s", "taken", "p50 s", "p90 s")
+SOUGHT = {
+    Objective.MAKESPAN: "makespan s",
+    Objective.MEAN_TTFT: "mean TTFT s",
+    Objective.P99_TTFT: "p99 s",
+    Objective.SLA: "met %",
+    Objective.LATENESS: "latest s",
+}
+"""The column of what is made least; it stands first."""
+DEADLINE_COLUMNS = ("met %", "latest s")
 MOST_NAMED = 4
 """Layouts and reasons that are named one by one."""
 
@@ -90,21 +97,26 @@ def _print_policies(report: TuneReport) -> None:
     """A row for each policy that planned the batch."""
     window = "" if report.plan.window is None else f", at most {report.plan.window} rounds in flight"
     met = _deadline_columns(report)
+    percentile = 99 if _objective(report) is Objective.P99_TTFT else 90
     show_table(
-        ["policy", "rounds", "seconds", "TTFT s", "p90 s", *met, "bubble %", "gap %", "plan ms"],
-        [_policy_row(planned) for planned in report.policies],
+        ["policy", "rounds", "seconds", "TTFT s", f"p{percentile} s", *met, "bubble %", "gap %", "plan ms"],
+        [_policy_row(planned, percentile) for planned in report.policies],
         title=f"Policies on {layout_of(report.plan.parallel)}{window}; TTFT in the mean",
     )
 
 
 def _print_replays(report: TuneReport) -> None:
     """A row for each policy that the trace was replayed under, and one for each class of requests."""
-    requests, met = report.plan.requests, _deadline_columns(report)
-    columns = DECODE_COLUMNS if any(request.output_tokens > 1 for request in requests) else REPLAY_COLUMNS
-    first = columns.index("p99 s") + 1
+    requests, met, sought = report.plan.requests, _deadline_columns(report), SOUGHT[_objective(report)]
+    decoded = any(request.output_tokens > 1 for request in requests)
+    named = DECODE_COLUMNS if decoded else REPLAY_COLUMNS
+    first = named.index("p99 s") + 1
+    columns = [*named[:first], *met, *named[first:]]
+    if sought in columns and not decoded:  # of answers decoded beside, the goodput
+        columns = list(dict.fromkeys(["policy", sought, *columns]))
     show_table(
-        [*columns[:first], *met, *columns[first:]],
-        [_replay_row(replay, columns, has_deadlines=bool(met)) for replay in report.replays],
+        columns,
+        [_replay_row(replay, columns) for replay in report.replays],
         title=f"{len(requests)} requests as they arrive, each policy seeing a request when it arrives",
     )
     classes = classes_json(report)
@@ -311,19 +323,18 @@ def _sought(report: TuneReport, planned: RoundPlan) -> dict[str, object]:
             return {}
 
 
-def _replay_row(replay: Replay, columns: Sequence[str], *, has_deadlines: bool) -> list[object]:
-    shown = replay_json(replay)
-    values = [shown.get(FIELDS[column]) for column in columns]
-    first = columns.index("p99 s") + 1
-    met = _deadlines_met(replay.evaluation) if has_deadlines else []
-    return [*values[:first], *met, *values[first:]]
+def _replay_row(replay: Replay, columns: Sequence[str]) -> list[object]:
+    shown: dict[str, object] = {name: replay_json(replay).get(field) for name, field in FIELDS.items()}
+    shown |= dict(zip(DEADLINE_COLUMNS, _deadlines_met(replay.evaluation), strict=False))
+    return [shown[column] for column in columns]
 
 
-def _policy_row(planned: RoundPlan) -> list[object]:
+def _policy_row(planned: RoundPlan, percentile: int) -> list[object]:
     evaluation = planned.evaluation
     return [
-        planned.policy, len(planned.rounds), planned.makespan_s, evaluation.mean_ttft_s, evaluation.p90_ttft_s,
-        *_deadlines_met(evaluation), 100 * evaluation.bubble_share, 100 * planned.gap, 1e3 * planned.planning_s,
+        planned.policy, len(planned.rounds), planned.makespan_s, evaluation.mean_ttft_s,
+        float(np.percentile(evaluation.ttft_s, percentile)), *_deadlines_met(evaluation),
+        round(100 * evaluation.bubble_share, 4), round(100 * planned.gap, 4), 1e3 * planned.planning_s,
     ]  # fmt: skip
 
 
@@ -331,7 +342,7 @@ def _deadline_columns(report: TuneReport) -> list[str]:
     """Columns of how many deadlines are met, by weight, and how late the latest is; none without deadlines."""
     requests = report.plan.requests
     has_deadlines = any((request.sla_ttft_s or request.sla_tpot_s) is not None for request in requests)
-    return ["met %", "latest s"] if has_deadlines else []
+    return [*DEADLINE_COLUMNS] if has_deadlines else []
 
 
 def _deadlines_met(evaluation: Evaluation) -> list[object]:

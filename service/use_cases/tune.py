@@ -25,7 +25,7 @@ from tuner.search.rules import Rules
 from tuner.workload.classes import describe_classes, parse_weights, weighted
 from tuner.workload.objective import Objective
 from tuner.workload.prompt_lens import parse_prompt_lens
-from tuner.workload.trace_format import TimeUnit, TraceFormat
+from tuner.workload.trace_format import parse_format, parse_unit
 from tuner.workload.workload import NO_CACHE, Workload, load_workload
 
 DEFAULT_MULTIPLE = 64
@@ -68,8 +68,8 @@ def workload_of(options: TuneOptions) -> Workload:
             options.workload,
             rate=options.rate,
             limit=options.num_requests,
-            format=None if options.workload_format == "auto" else TraceFormat(options.workload_format),
-            unit=None if options.time_unit == "auto" else TimeUnit(options.time_unit),
+            format=parse_format(options.workload_format),
+            unit=parse_unit(options.time_unit),
             cache_tokens=_cache_tokens(options.prefix_cache),
         )
     else:

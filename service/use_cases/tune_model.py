@@ -210,7 +210,11 @@ def layer_partition_of(options: TuneOptions) -> tuple[int, ...] | None:
 def _hardware(database: Database, options: TuneOptions, world_size: int) -> Hardware:
     """The hardware asked for, the only one of its kind that was measured, or this machine."""
     if options.hardware_id is not None:
-        return get_hardware(database, options.hardware_id)
+        named = get_hardware(database, options.hardware_id)
+        if options.device_type not in (None, named.device_type):
+            allowed = f"--hardware {options.hardware_id} is {named.device}, of --device {named.device_type}"
+            raise UserError("--device", options.device_type, allowed)
+        return named
     known = [stored.hardware for stored in list_hardware(database) if stored.num_measurements]
     asked = options.device_type
     if asked is None or (asked == "cuda" and default_device_type() != "cuda"):  # no device here is meant

@@ -215,6 +215,7 @@ def _expected_json(planned: RoundPlan) -> dict[str, Any]:
         "makespan_s": planned.makespan_s,
         "mean_ttft_s": evaluation.mean_ttft_s,
         "p90_ttft_s": evaluation.p90_ttft_s,
+        "p99_ttft_s": evaluation.p99_ttft_s,
         "bubble_share": evaluation.bubble_share,
         "planning_s": planned.planning_s,
         **_deadlines_json(evaluation),

@@ -420,6 +420,7 @@ def test_one_card_is_planned_as_well_as_by_terapipe(tmp_path: Path) -> None:
         ((*TEN_TOKENS, "--layer-partition", "8,8", "--pp-size", "4"), "--layer-partition: 8,8; 4 numbers: one a stage"),
         ((*TEN_TOKENS, "--dtype", "float32", "--memory-gib", "0.3"), "layouts: none can run: TP1 PP1: needs 5.88 GiB"),
         ((*TEN_TOKENS, "--hardware", "7"), "hardware: 7; must be one of 1"),
+        ((*TEN_TOKENS, "--hardware", "1", "--device", "cuda"), "--device: cuda; --hardware 1 is imaginary, of --dev"),
         (("llama-9", "--prompt-lens", "10"), "MODEL: llama-9; must be a folder with a config.json, an id"),
         (("qwen3-0.6b", "--prompt-lens", "10", "--dtype", "float32"), "layouts: none can run: TP1 PP1: measurements:"),
     ],

@@ -89,7 +89,7 @@ class OnlinePlanner:
         self.window = window
         self.chunk_multiple = chunk_multiple
         self.limits = limits
-        self.objective = Objective.parse(objective)
+        self.objective = settings.objective_of(Objective.parse(objective))
         check_makespan_increase(max_makespan_increase)
         self.max_makespan_increase = max_makespan_increase
         self.settings = settings

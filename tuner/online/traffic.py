@@ -34,6 +34,8 @@ PRIOR_ARRIVALS = 4.0
 ROUNDS_A_REQUEST = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Rounds a request that are weighed; below 1, requests share a round."""
 MOST_VARIATION = 25.0
+AT_ONCE_S = 1e-9
+"""Mean time between arrivals up to which they count as one arrival."""
 
 
 @dataclass(slots=True)
@@ -66,7 +68,7 @@ class Traffic:
     @property
     def is_known(self) -> bool:
         """Whether requests have arrived at more than one time."""
-        return self.gap_s > 0.0
+        return self.gap_s > AT_ONCE_S
 
     @property
     def gap_variation(self) -> float:
