@@ -2,8 +2,9 @@
 
 1. The relaxation of `rounds.bound` says near which cap on a round's time the best plan lies.
 2. Around it caps are swept; under each, requests are packed into rounds in three ways: in order, by tails
-   (`rounds.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). Every simpler policy
-   competes (`tuner.policies.named`): where kernels fill a card in steps, equal rounds are hard to beat.
+   (`rounds.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). On tables and where
+   stages differ, a line of all tokens is also cut anywhere (`tuner.policies.line.stretches`): rounds shrink while the
+   pipeline drains. Every simpler policy competes (`tuner.policies.named`).
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `MAKESPAN_SLACK` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online.online_planner`).
@@ -23,6 +24,7 @@ from tuner.online.settings import OnlineSettings
 from tuner.plan.plan import Round
 from tuner.policies.dp import pack_line
 from tuner.policies.exact import exact_rounds, is_small
+from tuner.policies.line.stretches import stretch_rounds
 from tuner.policies.local_search import fits_kv, local_search
 from tuner.policies.named import simpler_rounds
 from tuner.policies.ramp import ramps
@@ -32,9 +34,9 @@ from tuner.policies.sweep import (
     budget_profiles,
     request_orders,
     shortest_first,
-    sloping_rounds,
     whole_rounds,
 )
+from tuner.rounds.grid.relaxation import is_curved
 from tuner.rounds.packing import pack_in_order, pack_tails
 from tuner.rounds.problem import Problem
 from tuner.rounds.round_plan import Bound
@@ -124,6 +126,16 @@ def _keep_ramps(search: Search) -> None:
                 search.keep(rounds, problem.objective)
 
 
+def _keep_stretches(search: Search) -> None:
+    """Candidates that are cut anywhere, where one cap for all rounds is not the best: on tables, and where stages
+    differ."""
+    problem = search.problem
+    if len(problem.cost.kinds) > 1 or is_curved(problem.cost.kinds):
+        for rounds in stretch_rounds(problem, shortest_first(problem), search.cap_s):
+            if fits_kv(problem, rounds):
+                search.keep(rounds, Objective.MAKESPAN)
+
+
 def _drafted(problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Search:
     search, objective = Search.of(problem, effort, num_needed), problem.objective
     if problem.is_timed:
@@ -134,8 +146,7 @@ def _drafted(problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Sear
     for pack in packs:
         search.sweep(pack, shortest_first(problem), flat, Objective.MAKESPAN)
     if pack_line in packs:
-        for rounds in sloping_rounds(problem, search.packer, search.cap_s):
-            search.keep(rounds, Objective.MAKESPAN)
+        _keep_stretches(search)
     if objective is not Objective.MAKESPAN:
         search.limit(MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s, objective)
         search.keep(whole_rounds(problem, shortest_first(problem)), objective)
