@@ -233,7 +233,8 @@ def budget_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]
     )
     done = np.cumsum(budgets.work_s)
     powers = [(done / done[-1]) ** power for power in CAP_POWERS]
-    choices = [np.array(choice) for choice in [*budgets.choices(), budgets.for_makespan()]]  # infinite on one stage
+    budgets_tried = [*budgets.choices(problem.max_makespan_increase), budgets.for_makespan()]
+    choices = [np.array(choice) for choice in budgets_tried]  # infinite on one stage
     shares = [np.divide(cap, cap.max(), out=np.ones(len(cap)), where=cap < cap.max()) for cap in choices]
     place = np.argsort(order)
     return [share[place].tolist() for share in [*shares, *powers]]
