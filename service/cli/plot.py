@@ -19,10 +19,11 @@ def command(options: PlotOptions, as_json: bool) -> None:
     each policy, and throughput against TTFT over the --rates. A quantize report: how far the input of each
     linear reaches, on the calibration set and on the held-out text.
     """
-    from service.cli.output import print_json, wrapped
+    from service.cli.output import print_json, working, wrapped
     from service.reports.plot import plot
 
-    written = plot(options)
+    with working("Drawing"):
+        written = plot(options)
     if as_json:
         print_json(written)
         return

@@ -11,12 +11,14 @@ import numpy as np
 from service.cli.output import show_pairs, show_table, wrapped
 from service.reasons.precision import PrecisionStep
 from service.reasons.recommendation import gap_in_words
+from service.reasons.sought import NAMES, factor_over, move_in_words
 from service.reasons.words import explanation_in_words, refusals_in_words
 from service.use_cases.tune_report import TuneReport, classes_json, replay_json
 from tuner.fit.uncertainty import widened_uncertainty
 from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 from tuner.workload.objective import Objective
+from tuner.workload.workload import counted
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor the fit
     from tuner.fit.whole.costs import Costs
@@ -63,23 +65,20 @@ def print_report(report: TuneReport) -> None:
         print(f"{wrapped(note)}\n")
     _print_recommendation(report)
     if report.precisions:
-        _print_precisions(report.precisions)
+        _print_precisions(report.precisions, _objective(report))
     if report.trials:
         show_table(
-            ["layout", "policy", "measured s", "predicted s", "error %", "failed"],
-            [_trial_row(trial) for trial in report.trials],
-            title="Measured on this machine, the best first",
+            ["layout", "policy", *_trial_columns(report), "error %", "failed"],
+            [_trial_row(trial, _objective(report)) for trial in report.trials],
+            title=f"Measured on this machine{_by(report)}, the best first",
         )
     if report.candidates:
         _print_layouts(report)
-    if report.explanation is not None:
-        print(f"{wrapped(explanation_in_words(report.explanation))}\n")
+    if report.explanation is not None and (why := explanation_in_words(report.explanation)):
+        print(f"{wrapped(why)}\n")
     if report.plan.predicted is not None and report.plan.predicted.moves:
-        move, now_s = report.plan.predicted.moves[0], report.plan.predicted.makespan_s
-        gain = f"{1.0 - move.makespan_s / now_s:.1%} less"
-        if _objective(report) is not Objective.MAKESPAN:
-            gain += " makespan"
-        print(f"{wrapped(f'What would move it most, planned anew: {move.change}, {gain}.')}\n")
+        moved = move_in_words(_objective(report), report.recommendation.evaluation, report.plan.predicted.moves[0])
+        print(f"{wrapped(f'What would move it most, planned anew: {moved}.')}\n")
     if report.policies:
         _print_policies(report)
     if report.replays:
@@ -130,19 +129,22 @@ def _print_replays(report: TuneReport) -> None:
         )
 
 
-def _print_precisions(steps: Sequence[PrecisionStep]) -> None:
+def _print_precisions(steps: Sequence[PrecisionStep], objective: Objective) -> None:
     """What each precision would bring here, and why some were not taken."""
-    own_s = steps[0].makespan_s
+    unit, scale = ("%", 100.0) if objective is Objective.SLA else ("s", 1.0)
+    own = None if steps[0].evaluation is None else steps[0].evaluation.sought(objective)
     show_table(
-        ["precision", "loss %", "makespan s", "times as fast", "attention %"],
+        ["precision", "loss %", f"{NAMES[objective]} {unit}", "times as fast", "attention %"],
         [
             [
-                step.precision, None if step.loss is None else 100.0 * step.loss, step.makespan_s,
-                own_s / step.makespan_s if own_s and step.makespan_s else None,
+                step.precision,
+                None if step.loss is None else 100.0 * step.loss,
+                scale * step.evaluation.sought(objective),
+                None if own is None else factor_over(objective, step.evaluation.sought(objective), own),
                 None if step.attention_share is None else 100.0 * step.attention_share,
             ]
             for step in steps
-            if step.refusal is None
+            if step.evaluation is not None
         ],
         title="Precisions, each with its best layout and rounds; 8-bit linears make attention no faster",
     )  # fmt: skip
@@ -207,9 +209,10 @@ def _verdict(report: TuneReport) -> str:
     predicted = plan.predicted
     if predicted is None or predicted.lower_bound_s is None or predicted.gap is None:
         return ""
+    what = "" if _objective(report) is Objective.MAKESPAN else "its makespan of "
     return (
-        f"The plan, {plan.policy}: {predicted.makespan_s:.4g} s, at most {predicted.gap:.2%} above the best possible "
-        f"(with chunks on the same multiples no plan takes less than {predicted.lower_bound_s:.4g} s)."
+        f"The plan, {plan.policy}: {what}{predicted.makespan_s:.4g} s, at most {predicted.gap:.2%} above the best "
+        f"possible (with chunks on the same multiples no plan takes less than {predicted.lower_bound_s:.4g} s)."
     )
 
 
@@ -244,9 +247,9 @@ def _print_layouts(report: TuneReport) -> None:
     num_refused = sum(candidate.refusal is not None for candidate in report.candidates)
     print(
         wrapped(
-            f"{len(report.candidates)} layouts: {report.num_planned} planned, {report.num_proven_worse} proven no "
-            f"better without being planned, {report.num_estimated_worse} clearly worse by an estimate, {num_refused} "
-            "that cannot run."
+            f"{counted(len(report.candidates), 'layout')}: {report.num_planned} planned, {report.num_proven_worse} "
+            f"proven no better without being planned, {report.num_estimated_worse} clearly worse by an estimate, "
+            f"{num_refused} that cannot run."
         )
     )
     beyond = [str(candidate.layout) for candidate in families if candidate.extrapolates]
@@ -295,6 +298,12 @@ def _candidate_row(report: TuneReport, candidate: Candidate, *, several: bool) -
         candidate.peak_memory_bytes / 2**30, len(planned.rounds),
         evaluation.mean_ttft_s if several else _layers(candidate.layer_partition),
     ]  # fmt: skip
+
+
+def _by(report: TuneReport) -> str:
+    """By which figure, where it is not the makespan."""
+    objective = _objective(report)
+    return "" if objective is Objective.MAKESPAN else f" by {NAMES[objective]}"
 
 
 def _objective(report: TuneReport) -> Objective:
@@ -353,7 +362,16 @@ def _impossible(report: TuneReport) -> str:
     return f"No plan meets the deadline of {first}" + (f" ({others} more are like it)." if others else ".")
 
 
-def _trial_row(trial: Trial) -> list[object]:
-    choice, measured = trial.choice, trial.measured_s
-    error = None if measured is None else 100 * (choice.predicted_s / measured - 1.0)
-    return [choice.layout, choice.policy, measured, choice.predicted_s, error, trial.error]
+def _trial_columns(report: TuneReport) -> list[str]:
+    unit = "met %" if _objective(report) is Objective.SLA else "s"
+    return [f"measured {unit}", f"predicted {unit}"]
+
+
+def _trial_row(trial: Trial, objective: Objective) -> list[object]:
+    choice, measured, predicted = trial.choice, trial.measured_s, trial.choice.predicted_s
+    if objective is Objective.SLA:  # is counted down from none
+        shown = [None if figure is None else -100 * figure for figure in (measured, predicted)]
+    else:
+        shown = [measured, predicted]
+    error = None if not measured or objective.needs_deadlines else 100 * (predicted / measured - 1.0)
+    return [choice.layout, choice.policy, *shown, error, trial.error]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,7 +87,7 @@ class TuneReport:
             "num_proven_worse": self.num_proven_worse,
             "num_estimated_worse": self.num_estimated_worse,
             "why": self.explanation.to_json() if self.explanation else None,
-            "precisions": [asdict(step) for step in self.precisions],
+            "precisions": [step.to_json(objective) for step in self.precisions],
             "policies": [_policy_json(planned) for planned in self.policies],
             "impossible": [str(one) for one in self.impossible],
             "replays": [replay_json(replay) for replay in self.replays],
