@@ -66,7 +66,7 @@ class EvenRounds:
         judged = []
         for num_rounds, rounds_before, per_round_s in zip(tried, before.tolist(), excess_s, strict=True):
             cap_s = total_s / num_rounds + per_round_s
-            score = rounds_before * cap_s + pass_s * max(cap_s, self.lag_s) + self.outlook.cost_s(num_rounds * cap_s)
+            score = rounds_before * cap_s + pass_s * max(cap_s, self.lag_s) + self.outlook.cost_s(num_rounds * cap_s, budgets.stages_after * max(cap_s, self.lag_s))
             judged.append((score, cap_s if num_rounds > 1 else math.inf, num_rounds))
         return sorted(judged)
 

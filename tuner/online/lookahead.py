@@ -150,7 +150,7 @@ class Lookahead:
                         late_s = self.start_s + end_s - request.arrival_s - self.patience_s
                         ends_s += LATE * max(late_s, 0.0)
         busy_s = clock.finish_s[0] - self.start_s
-        to_come_s = self.outlook.cost_s(busy_s)
+        to_come_s = self.outlook.cost_s(busy_s, clock.finish_s[-1] - clock.finish_s[0])
         return _Found(end_s, (ends_s if weights else plain_s) + to_come_s, rounds)
 
     def limited_rounds(
@@ -247,4 +247,4 @@ class Lookahead:
         ends = finish[flat.round_index[final]]
         ends_s = float(ends @ weights) if weights.any() else float(ends.sum())
         busy_s = float(stage_s.sum(axis=0).max()) + float(free_s[0])
-        return _Found(float(finish[-1]), ends_s + self.outlook.cost_s(busy_s), rounds)
+        return _Found(float(finish[-1]), ends_s + self.outlook.cost_s(busy_s, 0.0), rounds)

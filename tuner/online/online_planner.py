@@ -33,7 +33,7 @@ from tuner.online.in_flight import InFlight
 from tuner.online.lookahead import Lookahead
 from tuner.online.patience import running_order
 from tuner.online.settings import AS_IT_COMES, OnlineSettings
-from tuner.online.traffic import ROUNDS_A_REQUEST, Outlook, Traffic
+from tuner.online.traffic import ROUNDS_A_REQUEST, Levels, Outlook, Steady, Traffic
 from tuner.online.waiting import Waiting, WaitingOrder
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round, check_window
@@ -106,7 +106,8 @@ class OnlinePlanner:
         self._left_tokens = 0
         self._traffic = Traffic()
         self._tokens, self._context = 0, 0.0  # of all that came: new ones, and the context of a token in the mean
-        self._load = 0.0
+        self._levels: Levels | None = None
+        self._steady = Steady()
         self._makespan_weight: float | None = None  # kept while no request comes
         self._planned: deque[Round] = deque()  # for the queue as it is; a request that comes or goes voids them
         self._stages_after = cost.pp_size - 1
@@ -328,7 +329,13 @@ class OnlinePlanner:
         return budgets.evened(allowed[0])
 
     def _outlook(self, now_s: float) -> Outlook:
-        return Outlook.of(self._traffic, now_s, self._load, self.settings.foresight)
+        ahead_s: list[float] = []
+        if self._levels is not None:
+            grown = self.settings.aging * now_s
+            ahead_s = self._queue.work_before([most_s + grown for most_s in self._levels.most_s.tolist()])
+        return Outlook.of(
+            self._traffic, now_s, self._levels, self._steady, ahead_s, self._total_work_s, self._stages_after
+        )
 
     def _note_arrival(self, request: Request, now_s: float) -> None:
         work_s = max(
@@ -346,8 +353,9 @@ class OnlinePlanner:
         if self._traffic.is_known:
             count = len(self.requests) + 1
             tokens, context = self._tokens / count, self._context / count
-            overheads_s = self._excess.seconds(tokens / np.array(ROUNDS_A_REQUEST), context).tolist()
-            self._load = self._traffic.load(overheads_s, self.cost.pp_size - 1)
+            overheads_s = self._excess.seconds(tokens / np.array(ROUNDS_A_REQUEST), context)
+            self._levels = self._traffic.levels(100.0 if self.objective.needs_deadlines else self.settings.aging)
+            self._steady = self._traffic.steady(self._levels, overheads_s, self.cost.pp_size - 1)
 
     @property
     def _is_limited(self) -> bool:

@@ -24,16 +24,50 @@ leave no backlog, and count in full.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tuner.plan.stage_cost import Floats
 
 MEMORY = 128
 """Arrivals over which the running means reach."""
 PRIOR_ARRIVALS = 4.0
 """How many arrivals the assumption counts for that they are Poisson's."""
-ROUNDS_A_REQUEST = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+ROUNDS_A_REQUEST = tuple(2.0 ** (step / 2.0) for step in range(-8, 9))
 """Rounds a request that are weighed; below 1, requests share a round."""
 MOST_VARIATION = 25.0
+MOST_LEVELS = 8
+IN_TURN = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """Requests to come by what runs before them."""
+
+    share: Floats
+    work_s: Floats
+    """Mean work of a request."""
+    most_s: Floats
+    before: Floats
+    upto: Floats
+    variance: Floats
+    """Of the work that comes in a second, of this level and those before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steady:
+    """The pace at which requests to come are best run."""
+
+    pace_s: float = 0.0
+    paces_s: tuple[float, ...] = ()
+    stretches: tuple[float, ...] = ()
+
+    def stretch(self, pace_s: float) -> float:
+        """Seconds of rounds over those of the work in them."""
+        return float(np.interp(pace_s, self.paces_s, self.stretches))
 
 
 @dataclass(slots=True)
@@ -46,13 +80,13 @@ class Traffic:
     gap_s: float = 0.0
     gap_square: float = 0.0
     work_s: float = 0.0
-    work_square: float = 0.0
+    latest_s: deque[float] = field(default_factory=lambda: deque(maxlen=MEMORY))
 
     def note(self, now_s: float, work_s: float) -> None:
         """A request has arrived, with so many seconds of work for the slowest stage."""
         share = 1.0 / min(self.count + 1, MEMORY)
+        self.latest_s.append(work_s)
         self.work_s += share * (work_s - self.work_s)
-        self.work_square += share * (work_s * work_s - self.work_square)
         if self.count:
             share = 1.0 / min(self.count, MEMORY)
             gap_s = max(now_s - self.last_s, 0.0)
@@ -76,82 +110,126 @@ class Traffic:
         return min(max((count * seen + PRIOR_ARRIVALS) / (count + PRIOR_ARRIVALS), 0.0), MOST_VARIATION)
 
     @property
-    def work_variation(self) -> float:
-        """Variance of the work of a request over its squared mean."""
-        return max(self.work_square / self.work_s**2 - 1.0, 0.0) if self.work_s else 0.0
+    def horizon_s(self) -> float:
+        return max(self.last_s - self.first_s, self.gap_s)
 
-    def load(self, overheads_s: Sequence[float], stages_after: int) -> float:
-        """Seconds of work and overhead that arrive a second, in the rounds of the least time in the system.
+    def levels(self, aging: float) -> Levels:
+        work_s = np.sort(np.array(self.latest_s))
+        number = 1 if aging >= IN_TURN or work_s[-1] <= 1.0001 * work_s[0] else min(MOST_LEVELS, len(work_s))
+        bounds = [len(work_s) * i // number for i in range(number + 1)]
+        count = np.diff(bounds)
+        share = count / len(work_s)
+        total = np.add.reduceat(work_s, bounds[:-1])
+        square = np.add.reduceat(work_s * work_s, bounds[:-1])
+        mean = np.cumsum(total) / len(work_s)
+        variance = (np.cumsum(square) / len(work_s) + (self.gap_variation - 1.0) * mean * mean) / self.gap_s
+        upto = mean / self.gap_s
+        return Levels(
+            share=share,
+            work_s=total / count,
+            most_s=work_s[np.array(bounds[1:]) - 1] if number > 1 else np.array([math.inf]),
+            before=np.concatenate([[0.0], upto[:-1]]),
+            upto=upto,
+            variance=np.maximum(variance, 0.0),
+        )
+
+    def steady(self, levels: Levels, overheads_s: Floats, stages_after: float) -> Steady:
+        """The pace of the least time in the system.
 
         overheads_s: of a round, for each of ROUNDS_A_REQUEST.
         """
-        best, load = math.inf, math.inf
-        variation = (self.gap_variation + self.work_variation) / 2.0
-        for rounds, per_round_s in zip(ROUNDS_A_REQUEST, overheads_s, strict=True):
-            busy_s = self.work_s + rounds * per_round_s
-            share = busy_s / self.gap_s
-            if share >= 1.0:
-                if not math.isfinite(best):
-                    load = min(load, share)
-                continue
-            round_s = self.work_s / rounds + per_round_s
-            pass_s = max(busy_s, round_s) + stages_after * round_s
-            time_s = pass_s + share / (1.0 - share) * variation * busy_s
-            if time_s < best:
-                best, load = time_s, share
-        return load
+        rounds = np.array(ROUNDS_A_REQUEST)
+        pace_s = self.work_s / rounds + overheads_s
+        stretch = 1.0 + overheads_s * rounds / self.work_s
+        horizon_s = max(self.horizon_s, 1e-9)
+        by_pace = stretch[:, None]
+        drain = 1.0 - levels.upto * by_pace
+        held_s = (np.sqrt(drain * drain + 4.0 * levels.variance * by_pace * by_pace / horizon_s) - drain) * horizon_s / 4.0
+        free = np.maximum(1.0 - levels.before * by_pace, 1e-3)
+        wait_s = np.minimum(held_s / free, horizon_s)
+        own_s = np.maximum(np.minimum(levels.work_s * by_pace / free, horizon_s), pace_s[:, None])
+        time_s = (wait_s + own_s) @ levels.share + stages_after * pace_s
+        best = int(time_s.argmin())
+        return Steady(float(pace_s[best]), tuple(pace_s[::-1].tolist()), tuple(stretch[::-1].tolist()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
     """What work that is left over costs requests to come."""
 
-    rate: float = 0.0
-    """Arrivals a second; 0 where none are expected."""
-    load: float = 0.0
+    rates: tuple[float, ...] = ()
+    """Arrivals a second by level; none where none are expected."""
+    ahead: tuple[float, ...] = ()
+    """Share of the waiting work that runs before each."""
+    loads: tuple[float, ...] = ()
+    steady: Steady = Steady()
     horizon_s: float = 0.0
     spare_s: float = 0.0
     """Work that is surely done before the next one arrives."""
     regularity: float = 0.0
     """1 for regular arrivals, 0 for Poisson."""
-    weight: float = 1.0
-    """How much their waiting counts."""
     soon: float = 0.0
     """Requests that will come soon because one has: more than Poisson's, by a renewal process' excess."""
     soon_s: float = 0.0
     """Their work."""
+    num_passing: float = 0.0
+    """Requests that come before the pipeline runs empty."""
+    stages_after: float = 0.0
+    gap_s: float = 0.0
 
     @classmethod
-    def of(cls, traffic: Traffic, now_s: float, load: float, foresight: float = 1.0) -> Outlook:
-        """The outlook at a time; `foresight` as in `OnlineSettings`."""
-        if not traffic.is_known:
+    def of(
+        cls, traffic: Traffic, now_s: float, levels: Levels | None, steady: Steady, ahead_s: Sequence[float], waiting_s: float,
+        stages_after: float,
+    ) -> Outlook:
+        """The outlook at a time; `ahead_s`: work that waits and runs before each level."""
+        if not traffic.is_known or levels is None:
             return NONE_TO_COME
         variation = traffic.gap_variation
         regularity = 1.0 - min(variation, 1.0)
         excess = (max(variation, 1.0) - 1.0) / 2.0
         soon = excess * max(1.0 - (now_s - traffic.last_s) / (2.0 * traffic.gap_s), 0.0)
+        horizon_s = max(now_s - traffic.first_s, traffic.gap_s)
+        stretch = steady.stretch(steady.pace_s)
+        drain = 1.0 - float(levels.upto[-1]) * stretch
+        busy_s = waiting_s * stretch
+        until_s = busy_s / drain if drain * horizon_s > busy_s else horizon_s
         return cls(
             soon=soon,
             soon_s=soon * traffic.work_s,
-            rate=1.0 / traffic.gap_s,
-            load=load,
-            horizon_s=max(now_s - traffic.first_s, traffic.gap_s),
+            rates=tuple((levels.share / traffic.gap_s).tolist()),
+            ahead=tuple(each / max(waiting_s, 1e-12) for each in ahead_s),
+            loads=tuple(levels.upto.tolist()),
+            steady=steady,
+            horizon_s=horizon_s,
             spare_s=regularity * max(traffic.last_s + traffic.gap_s - now_s, 0.0),
             regularity=regularity,
-            weight=max(foresight, foresight + (1.0 - foresight) * regularity),
+            num_passing=PASSING * until_s / traffic.gap_s,
+            stages_after=stages_after,
+            gap_s=traffic.gap_s,
         )
 
-    def cost_s(self, busy_s: float) -> float:
-        """Seconds that requests to come wait, in all and as they count, for so many seconds of work."""
-        left_s = busy_s - self.spare_s + self.soon_s
-        if left_s <= 0.0 or not self.rate:
+    def cost_s(self, busy_s: float, pass_s: float) -> float:
+        """Seconds that requests to come wait, for so many seconds of work and to pass the stages behind."""
+        if not self.rates:
             return 0.0
-        drain, horizon_s = 1.0 - self.load, self.horizon_s
-        if drain * horizon_s >= left_s:
-            waited = left_s * left_s / (2.0 * drain)
-        else:
-            waited = left_s * horizon_s - drain * horizon_s * horizon_s / 2.0
-        return self.weight * (self.rate * waited + (self.regularity / 2.0 + self.soon) * left_s)
+        pace_s = max(pass_s / max(self.stages_after, 1.0), self.steady.pace_s)
+        cost_s, horizon_s = self.num_passing * self.stages_after * pace_s, self.horizon_s
+        stretch = self.steady.stretch(pace_s)
+        at_once = self.gap_s * (self.regularity / 2.0 + self.soon)
+        for rate, ahead, load in zip(self.rates, self.ahead, self.loads, strict=True):
+            left_s = ahead * busy_s - self.spare_s + self.soon_s
+            if left_s <= 0.0:
+                continue
+            drain = 1.0 - load * stretch
+            if drain * horizon_s >= left_s:
+                waited = left_s * left_s / (2.0 * drain)
+            else:
+                waited = left_s * horizon_s - drain * horizon_s * horizon_s / 2.0
+            cost_s += rate * (waited + at_once * left_s)
+        return cost_s
 
 
+import os
+PASSING = float(os.environ.get("PASSING", "1"))
 NONE_TO_COME = Outlook()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tuner.plan.plan import Request
@@ -58,3 +59,8 @@ class WaitingOrder:
         at = bisect_left(self._places, (waiting.rank, waiting.index))
         for column in (self._places, self.indices, self.work_s, self.context_work, self.weights):
             del column[at]
+
+    def work_before(self, ranks: Sequence[float]) -> list[float]:
+        """Seconds of work of those up to each rank."""
+        ends = [bisect_left(self._places, (rank, 1 << 60)) for rank in ranks]
+        return [sum(self.work_s[:end]) for end in ends]
