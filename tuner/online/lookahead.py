@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.online.traffic import NONE_TO_COME, Outlook
+from tuner.online.outlook import NONE_TO_COME, Outlook
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats
 from tuner.recurrence.timeline import simulate
@@ -246,5 +246,4 @@ class Lookahead:
         weights = np.array([self.requests[index].weight for index in flat.request[final].tolist()])
         ends = finish[flat.round_index[final]]
         ends_s = float(ends @ weights) if weights.any() else float(ends.sum())
-        busy_s = float(stage_s.sum(axis=0).max()) + float(free_s[0])
-        return _Found(float(finish[-1]), ends_s + self.outlook.cost_s(busy_s, 0.0), rounds)
+        return _Found(float(finish[-1]), ends_s, rounds)

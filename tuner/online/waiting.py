@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,5 +64,5 @@ class WaitingOrder:
 
     def work_before(self, ranks: Sequence[float]) -> list[float]:
         """Seconds of work of those up to each rank."""
-        ends = [bisect_left(self._places, (rank, 1 << 60)) for rank in ranks]
-        return [sum(self.work_s[:end]) for end in ends]
+        work_s = list(itertools.accumulate(self.work_s, initial=0.0))
+        return [work_s[bisect_right(self._places, (rank, math.inf))] for rank in ranks]
