@@ -27,8 +27,8 @@ UNSURE = 2.0
 """What the variance of the work to come counts, for the load is only estimated."""
 
 
-def _nothing() -> Floats:
-    return np.zeros(1)
+def _one() -> Floats:
+    return np.ones(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class SteadyPace:
     pace_s: float = 0.0
     tokens: float = 0.0
     """Of its rounds."""
-    _paces_s: Floats = field(default_factory=_nothing)
-    _stretches: Floats = field(default_factory=_nothing)
+    _paces_s: Floats = field(default_factory=_one)
+    _stretches: Floats = field(default_factory=_one)
 
     @classmethod
     def of(
