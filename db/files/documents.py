@@ -45,6 +45,8 @@ _WORDS = {
     "dict_type": "an object is needed",
     "dataclass_type": "an object is needed",
 }
+_UNION_TAGS = ("int", "str", "float", "bool")
+"""What pydantic adds to the path of a value that may be of several types."""
 
 T = TypeVar("T")
 
@@ -127,14 +129,16 @@ def read_json_lines(
 
 
 def limited_lines(path: Path, field: str, max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers. Raises UserError for a file of more than `max_bytes`."""
+    """The lines, gzipped or plain, that are not blank, with their numbers. Raises UserError for a file of more than
+    `max_bytes`, unpacked."""
     left = max_bytes
-    with opened(path, field) as file:
+    with opened(path, field) as packed:
+        file = unpacked(packed)
         for number in count(1):
             line = file.readline(left + 1)
             left -= len(line)
             if left < 0:
-                raise UserError(field, path, f"must be at most {max_bytes // _MIB} MiB")
+                raise UserError(field, path, f"must be at most {max_bytes // _MIB} MiB, unpacked")
             if not line:
                 return
             if line.strip():
@@ -168,7 +172,8 @@ def parse(model: type[T], content: object) -> T:
         return found
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    where = key_path(first["loc"])
+    keys = first["loc"]
+    where = key_path(keys[:-1] if keys and keys[-1] in _UNION_TAGS and first["type"] in _WORDS else keys)
     cause = first["ctx"]["error"] if first["type"] == "value_error" else None
     if isinstance(cause, UserError):
         between = "." if where and not cause.field.startswith("[") else ""
@@ -176,7 +181,10 @@ def parse(model: type[T], content: object) -> T:
     if cause is not None:  # a check of the whole object: its message names the fields
         raise UserError(where or "content", "", str(cause))
     value = "missing" if first["type"] == "missing" or first["input"] is None else first["input"]
-    raise UserError(where or "content", value, _WORDS.get(first["type"], first["msg"]))
+    allowed = _WORDS.get(first["type"], first["msg"])
+    if isinstance(value, str) and value.strip("+-").replace(".", "", 1).isdecimal():
+        value = json.dumps(value)  # a text where a number is needed
+    raise UserError(where or "content", value, allowed)
 
 
 @contextmanager
@@ -199,6 +207,12 @@ def opened(path: Path, field: str) -> Iterator[BinaryIO]:
     except (OSError, EOFError, ValueError, zlib.error) as error:  # a ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or error
         raise UserError(field, path, f"must be a readable file ({reason})") from None
+
+
+def unpacked(file: BinaryIO) -> BinaryIO:
+    """The content of a file that is gzipped or not, from here on."""
+    assert isinstance(file, io.BufferedReader)
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if file.peek(2).startswith(_GZIP_MAGIC) else file
 
 
 @cache

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 from pathlib import Path
 
 from db.errors import UserError, cut
-from db.files.documents import MAX_LINES, MAX_LINES_BYTES, Line, limited_lines, opened
+from db.files.documents import MAX_LINES, MAX_LINES_BYTES, Line, limited_lines, opened, unpacked
 
 
 def first_line(path: str | Path, *, field: str = "file", max_bytes: int = 1 << 16) -> str:
-    """The first line that is not blank, to detect a file's format; cut after a fixed number of bytes."""
-    with opened(Path(path), field) as file:
+    """The first line, gzipped or plain, that is not blank, to detect a format; cut after a fixed number of bytes.
+
+    Raises UserError for bytes that are no text and for a pipe, which cannot be read again.
+    """
+    with opened(Path(path), field) as packed:
+        if not packed.seekable():
+            raise UserError(field, path, "must be a file, for it is read twice; a pipe is not")
+        file = unpacked(packed)
         while line := file.readline(max_bytes):
             if line.strip():
-                return line.decode("utf-8-sig", errors="replace").strip()
-    return ""
+                break
+    try:  # a character may be cut
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(line).strip()
+    except UnicodeDecodeError as error:
+        raise UserError(field, path, f"must be UTF-8 text, gzipped or plain (byte {error.start} is not)") from None
 
 
 def read_csv(

@@ -69,11 +69,14 @@ class LazyGroup(click.Group):
         return remote(cmd_name, command, server)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an interrupt stays one, where click would print an empty line for it."""
+        """Run the command; an interrupt stays one, where click would print an empty line for it, and so does a reader
+        that has gone away, for which click exits with 1."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Ended(signal.SIGINT) from None
+        except BrokenPipeError:
+            raise Ended(signal.SIGPIPE) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands without importing any."""
@@ -114,7 +117,7 @@ def main() -> None:
     except KeyboardInterrupt:  # before or after the command
         code = _say(_line(signal.SIGINT), 128 + signal.SIGINT)
     except Ended as error:
-        code = _say(_line(error.number), 128 + error.number)
+        code = _reader_gone() if error.number == signal.SIGPIPE else _say(_line(error.number), 128 + error.number)
     except OSError as error:
         code = _disk_failed(error)
     sys.exit(code or 0)
@@ -124,11 +127,21 @@ def _disk_failed(error: OSError) -> int:
     """Say which file cannot be read or written, or that the output cannot; what no disk can cause is raised again."""
     if error.errno not in DISK_ERRORS:
         raise error
-    if error.filename is None:  # printing: what is left in the buffer must not fail once more at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if error.filename is None:
+        _drop_output()
     if isinstance(error, BrokenPipeError):
-        return 128 + signal.SIGPIPE
+        return _reader_gone()
     return _say(f"Error: {UserError(error.filename or 'output', '', f'{error.strerror}')}", 2)
+
+
+def _drop_output() -> None:
+    """What is left in the buffer must not fail once more at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _reader_gone() -> int:
+    _drop_output()
+    return 128 + signal.SIGPIPE
 
 
 def _end(number: int, frame: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from datetime import datetime
 from numbers import Real
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from db.errors import printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 PAGE_WIDTH = 80
@@ -24,12 +28,10 @@ PAGE_WIDTH = 80
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
     """Print rows under their columns: numbers to the right, None as `-`; off a terminal nothing is cut or folded."""
-    from rich.console import Console
-
     table, title = _table(columns, rows, title), printable(title or "")
-    console = Console()
+    console = _console()
     if not console.is_terminal:
-        console = Console(width=max(_width(table), len(title)))
+        console = _console(width=max(_width(table), len(title)))
     console.print(table)
 
 
@@ -39,9 +41,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: 
     The columns stand in the order of their worth: of several rows those that do not fit beside the ones before are left
     out and named below; a single row that does not fit stands upright, a line a column.
     """
-    from rich.console import Console
-
-    console = Console()
+    console = _console()
     width = console.width if console.is_terminal else page_width()
     shown: list[int] = []
     for index in range(len(columns)):
@@ -53,7 +53,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: 
         return
     if title:
         print(wrapped(printable(title), width))
-    Console(width=width).print(_table(*_some(columns, rows, shown)))
+    _console(width=width).print(_table(*_some(columns, rows, shown)))
     if left_out:
         print(wrapped(f"A wider terminal and --json have also {', '.join(left_out)}.", width) + "\n")
 
@@ -102,11 +102,36 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str 
     return table
 
 
-def _width(table: Table) -> int:
-    """Of the table where nothing is folded."""
+def _console(width: int | None = None) -> Console:
+    """One that leaves it to the caller that its reader has gone away."""
     from rich.console import Console
 
-    console = Console()
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    return Plain(width=width)
+
+
+@contextmanager
+def working(words: str) -> Iterator[None]:
+    """Show on a terminal that something is done, and for how long; nothing of it stays, or is shown elsewhere."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, transient=True, refresh_per_second=2, redirect_stdout=False) as shown:
+        shown.add_task(words)
+        yield
+
+
+def _width(table: Table) -> int:
+    """Of the table where nothing is folded."""
+    console = _console()
     return console.measure(table, options=console.options.update(max_width=100_000)).maximum
 
 

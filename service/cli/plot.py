@@ -19,11 +19,14 @@ def command(options: PlotOptions, as_json: bool) -> None:
     each policy, and throughput against TTFT over the --rates. A quantize report: how far the input of each
     linear reaches, on the calibration set and on the held-out text.
     """
-    from service.cli.output import print_json
+    from service.cli.output import print_json, working, wrapped
     from service.reports.plot import plot
 
-    written = plot(options)
+    with working("Drawing"):
+        written = plot(options)
     if as_json:
-        print_json({"output": str(written)})
-    else:
-        click.echo(f"Wrote {written}")
+        print_json(written)
+        return
+    for note in written.notes:
+        click.echo(f"{wrapped(note)}\n")
+    click.echo(f"Wrote {written.output}")

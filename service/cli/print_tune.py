@@ -11,12 +11,14 @@ import numpy as np
 from service.cli.output import show_pairs, show_table, wrapped
 from service.reasons.precision import PrecisionStep
 from service.reasons.recommendation import gap_in_words
+from service.reasons.sought import NAMES, factor_over, move_in_words
 from service.reasons.words import explanation_in_words, refusals_in_words
 from service.use_cases.tune_report import TuneReport, classes_json, replay_json
 from tuner.fit.uncertainty import widened_uncertainty
 from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 from tuner.workload.objective import Objective
+from tuner.workload.workload import counted
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor the fit
     from tuner.fit.whole.costs import Costs
@@ -43,9 +45,16 @@ FIELDS = {
 DECODE_COLUMNS = (
     "policy", "goodput/s", "mean TTFT s", "TPOT s", "p99 s", "p99 TPOT s", "taken", "rounds", "tokens/s",
 )  # fmt: skip
-REPLAY_COLUMNS = (
-    "policy", "taken", "rounds", "makespan s", "mean TTFT s", "p99 s", "tokens/s", "p50 s", "p90 s",
-)  # fmt: skip
+REPLAY_COLUMNS = ("policy", "makespan s", "mean TTFT s", "p99 s", "rounds", "tokens/s", "taken", "p50 s", "p90 s")
+SOUGHT = {
+    Objective.MAKESPAN: "makespan s",
+    Objective.MEAN_TTFT: "mean TTFT s",
+    Objective.P99_TTFT: "p99 s",
+    Objective.SLA: "met %",
+    Objective.LATENESS: "latest s",
+}
+"""The column of what is made least; it stands first."""
+DEADLINE_COLUMNS = ("met %", "latest s")
 MOST_NAMED = 4
 """Layouts and reasons that are named one by one."""
 
@@ -56,23 +65,20 @@ def print_report(report: TuneReport) -> None:
         print(f"{wrapped(note)}\n")
     _print_recommendation(report)
     if report.precisions:
-        _print_precisions(report.precisions)
+        _print_precisions(report.precisions, _objective(report))
     if report.trials:
         show_table(
-            ["layout", "policy", "measured s", "predicted s", "error %", "failed"],
-            [_trial_row(trial) for trial in report.trials],
-            title="Measured on this machine, the best first",
+            ["layout", "policy", *_trial_columns(report), "error %", "failed"],
+            [_trial_row(trial, _objective(report)) for trial in report.trials],
+            title=f"Measured on this machine{_by(report)}, the best first",
         )
     if report.candidates:
         _print_layouts(report)
-    if report.explanation is not None:
-        print(f"{wrapped(explanation_in_words(report.explanation))}\n")
+    if report.explanation is not None and (why := explanation_in_words(report.explanation)):
+        print(f"{wrapped(why)}\n")
     if report.plan.predicted is not None and report.plan.predicted.moves:
-        move, now_s = report.plan.predicted.moves[0], report.plan.predicted.makespan_s
-        gain = f"{1.0 - move.makespan_s / now_s:.1%} less"
-        if _objective(report) is not Objective.MAKESPAN:
-            gain += " makespan"
-        print(f"{wrapped(f'What would move it most, planned anew: {move.change}, {gain}.')}\n")
+        moved = move_in_words(_objective(report), report.recommendation.evaluation, report.plan.predicted.moves[0])
+        print(f"{wrapped(f'What would move it most, planned anew: {moved}.')}\n")
     if report.policies:
         _print_policies(report)
     if report.replays:
@@ -92,21 +98,26 @@ def _print_policies(report: TuneReport) -> None:
     """A row for each policy that planned the batch."""
     window = "" if report.plan.window is None else f", at most {report.plan.window} rounds in flight"
     met = _deadline_columns(report)
+    percentile = 99 if _objective(report) is Objective.P99_TTFT else 90
     show_table(
-        ["policy", "rounds", "seconds", "TTFT s", "p90 s", *met, "bubble %", "gap %", "plan ms"],
-        [_policy_row(planned) for planned in report.policies],
+        ["policy", "rounds", "seconds", "TTFT s", f"p{percentile} s", *met, "bubble %", "gap %", "plan ms"],
+        [_policy_row(planned, percentile) for planned in report.policies],
         title=f"Policies on {layout_of(report.plan.parallel)}{window}; TTFT in the mean",
     )
 
 
 def _print_replays(report: TuneReport) -> None:
     """A row for each policy that the trace was replayed under, and one for each class of requests."""
-    requests, met = report.plan.requests, _deadline_columns(report)
-    columns = DECODE_COLUMNS if any(request.output_tokens > 1 for request in requests) else REPLAY_COLUMNS
-    first = columns.index("p99 s") + 1
+    requests, met, sought = report.plan.requests, _deadline_columns(report), SOUGHT[_objective(report)]
+    decoded = any(request.output_tokens > 1 for request in requests)
+    named = DECODE_COLUMNS if decoded else REPLAY_COLUMNS
+    first = named.index("p99 s") + 1
+    columns = [*named[:first], *met, *named[first:]]
+    if sought in columns and not decoded:  # of answers decoded beside, the goodput
+        columns = list(dict.fromkeys(["policy", sought, *columns]))
     show_table(
-        [*columns[:first], *met, *columns[first:]],
-        [_replay_row(replay, columns, has_deadlines=bool(met)) for replay in report.replays],
+        columns,
+        [_replay_row(replay, columns) for replay in report.replays],
         title=f"{len(requests)} requests as they arrive, each policy seeing a request when it arrives",
     )
     classes = classes_json(report)
@@ -118,19 +129,22 @@ def _print_replays(report: TuneReport) -> None:
         )
 
 
-def _print_precisions(steps: Sequence[PrecisionStep]) -> None:
+def _print_precisions(steps: Sequence[PrecisionStep], objective: Objective) -> None:
     """What each precision would bring here, and why some were not taken."""
-    own_s = steps[0].makespan_s
+    unit, scale = ("%", 100.0) if objective is Objective.SLA else ("s", 1.0)
+    own = None if steps[0].evaluation is None else steps[0].evaluation.sought(objective)
     show_table(
-        ["precision", "loss %", "makespan s", "times as fast", "attention %"],
+        ["precision", "loss %", f"{NAMES[objective]} {unit}", "times as fast", "attention %"],
         [
             [
-                step.precision, None if step.loss is None else 100.0 * step.loss, step.makespan_s,
-                own_s / step.makespan_s if own_s and step.makespan_s else None,
+                step.precision,
+                None if step.loss is None else 100.0 * step.loss,
+                scale * step.evaluation.sought(objective),
+                None if own is None else factor_over(objective, step.evaluation.sought(objective), own),
                 None if step.attention_share is None else 100.0 * step.attention_share,
             ]
             for step in steps
-            if step.refusal is None
+            if step.evaluation is not None
         ],
         title="Precisions, each with its best layout and rounds; 8-bit linears make attention no faster",
     )  # fmt: skip
@@ -195,9 +209,10 @@ def _verdict(report: TuneReport) -> str:
     predicted = plan.predicted
     if predicted is None or predicted.lower_bound_s is None or predicted.gap is None:
         return ""
+    what = "" if _objective(report) is Objective.MAKESPAN else "its makespan of "
     return (
-        f"The plan, {plan.policy}: {predicted.makespan_s:.4g} s, at most {predicted.gap:.2%} above the best possible "
-        f"(with chunks on the same multiples no plan takes less than {predicted.lower_bound_s:.4g} s)."
+        f"The plan, {plan.policy}: {what}{predicted.makespan_s:.4g} s, at most {predicted.gap:.2%} above the best "
+        f"possible (with chunks on the same multiples no plan takes less than {predicted.lower_bound_s:.4g} s)."
     )
 
 
@@ -232,9 +247,9 @@ def _print_layouts(report: TuneReport) -> None:
     num_refused = sum(candidate.refusal is not None for candidate in report.candidates)
     print(
         wrapped(
-            f"{len(report.candidates)} layouts: {report.num_planned} planned, {report.num_proven_worse} proven no "
-            f"better without being planned, {report.num_estimated_worse} clearly worse by an estimate, {num_refused} "
-            "that cannot run."
+            f"{counted(len(report.candidates), 'layout')}: {report.num_planned} planned, {report.num_proven_worse} "
+            f"proven no better without being planned, {report.num_estimated_worse} clearly worse by an estimate, "
+            f"{num_refused} that cannot run."
         )
     )
     beyond = [str(candidate.layout) for candidate in families if candidate.extrapolates]
@@ -285,6 +300,12 @@ def _candidate_row(report: TuneReport, candidate: Candidate, *, several: bool) -
     ]  # fmt: skip
 
 
+def _by(report: TuneReport) -> str:
+    """By which figure, where it is not the makespan."""
+    objective = _objective(report)
+    return "" if objective is Objective.MAKESPAN else f" by {NAMES[objective]}"
+
+
 def _objective(report: TuneReport) -> Objective:
     return Objective(report.options.get("objective", Objective.MAKESPAN))
 
@@ -303,19 +324,18 @@ def _sought(report: TuneReport, planned: RoundPlan) -> dict[str, object]:
             return {}
 
 
-def _replay_row(replay: Replay, columns: Sequence[str], *, has_deadlines: bool) -> list[object]:
-    shown = replay_json(replay)
-    values = [shown.get(FIELDS[column]) for column in columns]
-    first = columns.index("p99 s") + 1
-    met = _deadlines_met(replay.evaluation) if has_deadlines else []
-    return [*values[:first], *met, *values[first:]]
+def _replay_row(replay: Replay, columns: Sequence[str]) -> list[object]:
+    shown: dict[str, object] = {name: replay_json(replay).get(field) for name, field in FIELDS.items()}
+    shown |= dict(zip(DEADLINE_COLUMNS, _deadlines_met(replay.evaluation), strict=False))
+    return [shown[column] for column in columns]
 
 
-def _policy_row(planned: RoundPlan) -> list[object]:
+def _policy_row(planned: RoundPlan, percentile: int) -> list[object]:
     evaluation = planned.evaluation
     return [
-        planned.policy, len(planned.rounds), planned.makespan_s, evaluation.mean_ttft_s, evaluation.p90_ttft_s,
-        *_deadlines_met(evaluation), 100 * evaluation.bubble_share, 100 * planned.gap, 1e3 * planned.planning_s,
+        planned.policy, len(planned.rounds), planned.makespan_s, evaluation.mean_ttft_s,
+        float(np.percentile(evaluation.ttft_s, percentile)), *_deadlines_met(evaluation),
+        round(100 * evaluation.bubble_share, 4), round(100 * planned.gap, 4), 1e3 * planned.planning_s,
     ]  # fmt: skip
 
 
@@ -323,7 +343,7 @@ def _deadline_columns(report: TuneReport) -> list[str]:
     """Columns of how many deadlines are met, by weight, and how late the latest is; none without deadlines."""
     requests = report.plan.requests
     has_deadlines = any((request.sla_ttft_s or request.sla_tpot_s) is not None for request in requests)
-    return ["met %", "latest s"] if has_deadlines else []
+    return [*DEADLINE_COLUMNS] if has_deadlines else []
 
 
 def _deadlines_met(evaluation: Evaluation) -> list[object]:
@@ -342,7 +362,16 @@ def _impossible(report: TuneReport) -> str:
     return f"No plan meets the deadline of {first}" + (f" ({others} more are like it)." if others else ".")
 
 
-def _trial_row(trial: Trial) -> list[object]:
-    choice, measured = trial.choice, trial.measured_s
-    error = None if measured is None else 100 * (choice.predicted_s / measured - 1.0)
-    return [choice.layout, choice.policy, measured, choice.predicted_s, error, trial.error]
+def _trial_columns(report: TuneReport) -> list[str]:
+    unit = "met %" if _objective(report) is Objective.SLA else "s"
+    return [f"measured {unit}", f"predicted {unit}"]
+
+
+def _trial_row(trial: Trial, objective: Objective) -> list[object]:
+    choice, measured, predicted = trial.choice, trial.measured_s, trial.choice.predicted_s
+    if objective is Objective.SLA:  # is counted down from none
+        shown = [None if figure is None else -100 * figure for figure in (measured, predicted)]
+    else:
+        shown = [measured, predicted]
+    error = None if not measured or objective.needs_deadlines else 100 * (predicted / measured - 1.0)
+    return [choice.layout, choice.policy, *shown, error, trial.error]

@@ -7,9 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-# The eight colours of Okabe and Ito (2008), which colour-blind people tell apart, then paler ones.
+from db.errors import cut
+
+# Seven colours of Okabe and Ito (2008), which colour-blind people tell apart, grey, and four more that are as far from
+# all of them, in CIELAB, as those are from each other.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999",
-           "#7fb8d9", "#f3cf80", "#80cfb9", "#e6bcd3")  # fmt: skip
+           "#8C6BB1", "#9E0142", "#B3E2CD", "#F3CF80")  # fmt: skip
+LINE_COLOURS = tuple(colour for colour in COLOURS if colour not in ("#F0E442", "#B3E2CD", "#F3CF80"))
+"""Those that are dark enough for a thin line on white."""
 STYLE = (
     "<style>text{fill:#222}.soft{fill:#667}.light{fill:#fff}.axis{stroke:#889;fill:none}.bubble{fill:#e3e6ea}"
     ".line{fill:none;stroke-width:1.8}"
@@ -18,6 +23,8 @@ STYLE = (
 )
 FONTS = "Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
 WIDTH = 860
+CHARACTER = 7.5
+"""Widest mean width of a character in a legend or at a tick."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +64,12 @@ def box(x: float, y: float, width: float, height: float, colour: str, title: str
 
 
 def legend(names: Sequence[str], colours: Sequence[str], y: float, *, left: float = 70.0) -> tuple[list[str], float]:
-    """Names with their colours, as many a row as fit, and the height that they take."""
+    """Names with their colours, as many a row as fit, and the height that they take; the middle of a name that is
+    longer than a row is left out."""
     out, x, top = [], left, y
-    for name, colour in zip(names, colours, strict=True):
-        width = 30 + 7.5 * len(name)
+    most = int((WIDTH - 40 - left) / CHARACTER)
+    for name, colour in zip((cut(name, most) for name in names), colours, strict=True):
+        width = 30 + CHARACTER * len(name)
         if x + width > WIDTH - 10:
             x, y = left, y + 20
         out += [box(x, y, 12, 12, colour), text(x + 17, y + 11, name, kind="soft")]
@@ -74,6 +83,11 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     step = next(step * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= count)
     first = math.ceil(low / step - 1e-9)
     return [step * place for place in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """A tick's number: thousands apart, no power of ten for those that are drawn here."""
+    return f"{value:,.10g}" if value < 1e9 else f"{value:g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,21 +114,23 @@ class Axes:
         out = [f'<path class="axis" d="M{self.left:.1f} {self.top:.1f}V{bottom:.1f}H{self.right:.1f}"/>']
         for value in ticks(*self.x_range, count=8):
             x, _ = self.at(value, self.y_range[0])
+            label = number(value)
+            inside = min(x, WIDTH - 2 - CHARACTER * len(label) / 2)  # the last may stand at the picture's edge
             out += [
                 f'<path class="axis" d="M{x:.1f} {bottom:.1f}v4"/>',
-                text(x, bottom + 18, f"{value:g}", anchor="middle"),
+                text(inside, bottom + 18, label, anchor="middle"),
             ]
         for value in ticks(*self.y_range) if with_y else ():
             _, y = self.at(self.x_range[0], value)
             out += [
                 f'<path class="axis" d="M{self.left:.1f} {y:.1f}h-4"/>',
-                text(self.left - 8, y + 4, f"{value:g}", anchor="end"),
+                text(self.left - 8, y + 4, number(value), anchor="end"),
             ]
         middle = (self.left + self.right) / 2
         return [
             *out,
             text(middle, bottom + 36, x_name, anchor="middle", kind="soft"),
-            text(12, self.top - 8, y_name, kind="soft"),
+            text(12, self.top - 14, y_name, kind="soft"),
         ]
 
     def line(self, points: Iterable[tuple[float, float]], colour: str, title: str = "", *, dots: bool = False) -> str:

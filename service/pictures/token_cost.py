@@ -29,13 +29,14 @@ def token_cost_panel(plan: Plan, cost: CostModel) -> Panel:
     out = [text(12, 20, "What a token costs by its position, on the slowest stage", bold=True)]
     for chunk, curve, colour in zip(chunks, curves, COLOURS, strict=False):
         out.append(axes.line(zip(position, curve, strict=True), colour, f"chunks of {chunk}"))
-    for chunks_of_round in plan.rounds:
-        if len(chunks_of_round) == 1:
-            (chunk_,) = chunks_of_round
-            seconds = stage.seconds([(chunk_.tokens, chunk_.start, False)])
-            x, y = axes.at(chunk_.end, min(1e6 * seconds / chunk_.tokens, most))
-            out.append(f'<circle class="soft" cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>')
-    out += axes.frame("tokens of the prompt before", "us a token")
-    names = [*(f"chunks of {chunk}" for chunk in chunks), "dots: the plan's rounds of one chunk"]
-    entries, used = legend(names, [*COLOURS[: len(chunks)], "#667"], TOP + HEIGHT + 50)
+    alone = [chunks_of_round[0] for chunks_of_round in plan.rounds if len(chunks_of_round) == 1]
+    for one in alone:
+        seconds = stage.seconds([(one.tokens, one.start, False)])
+        x, y = axes.at(one.end, min(1e6 * seconds / one.tokens, most))
+        out.append(f'<circle class="soft" cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>')
+    out += axes.frame("tokens of the prompt up to the chunk's end", "us a token")
+    names, colours = [f"chunks of {chunk}" for chunk in chunks], [*COLOURS[: len(chunks)]]
+    if alone:
+        names, colours = [*names, "dots: the plan's rounds of one chunk"], [*colours, "#667"]
+    entries, used = legend(names, colours, TOP + HEIGHT + 50)
     return Panel(TOP + HEIGHT + 50 + used + 10, (*out, *entries))

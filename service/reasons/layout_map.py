@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
 from service.pictures.svg import COLOURS, WIDTH, Panel, box, document, text
+from service.reasons.sought import NAMES
 from tuner.search.explanation import Explanation, Winner
+from tuner.workload.objective import Objective
 
 PARTS = (("compute_s", "compute", "#0072B2"), ("attention_s", "attention", "#56B4E9"),
          ("messages_s", "communication", "#D55E00"), ("bubble_s", "bubble", "#BBBBBB"))  # fmt: skip
@@ -22,7 +24,8 @@ def drawing(why: Explanation) -> str:
 
 def _bars(why: Explanation) -> tuple[list[str], int]:
     """A bar for the best layout of each family, and where they end."""
-    out = [text(12, 24, "Where the seconds go: the best layout of each family", bold=True)]
+    of = "" if why.objective is Objective.MAKESPAN else f" of the {NAMES[why.parts_of]}"
+    out = [text(12, 24, f"Where the seconds{of} go: the best layout of each family", bold=True)]
     x = LEFT
     for _, name, colour in PARTS:
         out += [box(x, 36, 12, 12, colour), text(x + 17, 47, name, kind="soft")]
@@ -109,5 +112,5 @@ def _short(winner: Winner) -> list[str]:
 
 
 def _title(winner: Winner) -> str:
-    title = f"{winner.layout}: {winner.makespan_s:.4g} s"
-    return f"{title}; {winner.runner_up} takes {winner.lead:.1%} longer" if winner.runner_up else title
+    title = f"{winner.layout}: {winner.sought:.4g} s"
+    return title if winner.lead is None else f"{title}; {winner.runner_up} takes {winner.lead:.1%} longer"

@@ -11,7 +11,9 @@ from db.errors import UserError
 from db.files.documents import located, parse, read_json
 from profiler.model import PRECISIONS, ModelShape
 from tuner.plan.plan import Plan
+from tuner.rounds.schedule import Evaluation
 from tuner.waterfall.steps import Kind
+from tuner.workload.objective import Objective
 
 AUTO = "auto"
 _FLAG = "--quantize-reports"
@@ -24,10 +26,23 @@ class PrecisionStep:
     precision: str
     loss: float | None
     """Relative rise of perplexity; None where unknown."""
-    makespan_s: float | None = None
+    evaluation: Evaluation | None = None
+    """What the cost model says of the plan's rounds."""
     attention_share: float | None = None
     """Of the seconds of the rounds: what no format of the linears makes less."""
     refusal: str | None = None
+
+    def to_json(self, objective: Objective) -> dict[str, object]:
+        """For programs."""
+        made = self.evaluation
+        return {
+            "precision": self.precision,
+            "loss": self.loss,
+            "makespan_s": made and made.makespan_s,
+            "sought": made and made.sought(objective),
+            "attention_share": self.attention_share,
+            "refusal": self.refusal,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +75,7 @@ def compare_precisions(
     measured: Sequence[str],
     losses: Mapping[str, float],
     most_loss: float,
-    plan: Callable[[str], Plan],
+    plan: Callable[[str], tuple[Plan, Evaluation]],
 ) -> Iterator[PrecisionStep]:
     """The model's `own` precision and every other that was measured with the same activations: planned, or refused.
 
@@ -75,23 +90,23 @@ def compare_precisions(
             yield PrecisionStep(precision=name, loss=loss, refusal=refusal)
             continue
         try:
-            predicted = plan(name).predicted
+            planned, evaluation = plan(name)
         except UserError as error:
             yield PrecisionStep(precision=name, loss=loss, refusal=str(error))
             continue
-        assert predicted is not None
-        kinds = {kind: sum(seconds) for kind, seconds in (predicted.round_kinds or {}).items()}
+        assert planned.predicted is not None
+        kinds = {kind: sum(seconds) for kind, seconds in (planned.predicted.round_kinds or {}).items()}
         all_s = sum(kinds.values())
         share = kinds.get(Kind.ATTENTION.value, 0.0) / all_s if all_s else None
-        yield PrecisionStep(precision=name, loss=loss, makespan_s=predicted.makespan_s, attention_share=share)
+        yield PrecisionStep(precision=name, loss=loss, evaluation=evaluation, attention_share=share)
 
 
-def best_precision(steps: Sequence[PrecisionStep]) -> str:
-    """The fastest that may be taken. Raises `UserError` where there is none."""
-    times = {step.makespan_s: step.precision for step in reversed(steps) if step.makespan_s is not None}
-    if not times:
+def best_precision(steps: Sequence[PrecisionStep], objective: Objective) -> str:
+    """The best that may be taken, of equals the first. Raises `UserError` where there is none."""
+    scores = {step.precision: step.evaluation.score(objective) for step in steps if step.evaluation is not None}
+    if not scores:
         raise UserError("--precision", AUTO, "none can run: " + "; ".join(f"{s.precision}: {s.refusal}" for s in steps))
-    return times[min(times)]
+    return min(scores, key=lambda name: scores[name])
 
 
 def _refusal(shape: ModelShape, name: str, loss: float | None, most_loss: float) -> str | None:

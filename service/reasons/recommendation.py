@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from profiler.sequence.kind import SPKind
+from service.reasons.sought import NAMES, factor_over, figure_in_words, one_card_in_words, simple_in_words
 from service.reasons.words import elsewhere
 from tuner.fit.uncertainty import A_GUESS, SPARSE, Coverage, share_missing
 from tuner.plan.layout import Layout, layout_of
 from tuner.plan.plan import Plan, Weights
 from tuner.rounds.round_plan import Alternative
+from tuner.rounds.schedule import Evaluation
+from tuner.workload.objective import Objective
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor the fit
     from db.rows.hardware import Hardware
     from tuner.search.explanation import Explanation
 
-NO_GAIN = 0.005
-"""A smaller share is no gain that anyone would notice."""
 LARGE_GAP = 0.05
 MOST_NAMED = 3
 
@@ -27,6 +28,9 @@ class Recommendation:
     """The plan, the plans it is compared with, and the coverage of the measurements it depends on."""
 
     plan: Plan
+    evaluation: Evaluation
+    """What the cost model says of the plan's rounds."""
+    objective: Objective = Objective.MAKESPAN
     hardware: Hardware | None = None
     mfu: float | None = None
     mfu_of: str = ""
@@ -41,8 +45,8 @@ class Recommendation:
     profile_command: str | None = None
     """Measures what is missing."""
     next_command: str | None = None
-    measured_s: float | None = None
-    """Of the fastest run, where plans were run."""
+    measured: float | None = None
+    """The figure sought of the best run, where plans were run."""
 
     @property
     def num_points(self) -> int:
@@ -68,7 +72,13 @@ class Recommendation:
     def makespan_s(self) -> float:
         """Measured where it was, else predicted."""
         assert self.plan.predicted is not None
-        return self.measured_s or self.plan.predicted.makespan_s
+        measured_s = self.measured if self.objective is Objective.MAKESPAN else None
+        return measured_s or self.plan.predicted.makespan_s
+
+    @property
+    def sought(self) -> float:
+        """The figure that the plan was made for, measured where it was, else predicted."""
+        return self.evaluation.sought(self.objective) if self.measured is None else self.measured
 
     @property
     def cost_per_million_tokens(self) -> float | None:
@@ -80,12 +90,12 @@ class Recommendation:
 
     @property
     def gain_over_one_card(self) -> float | None:
-        """How many times as fast."""
+        """How many times as fast, by what is sought; None of deadlines."""
         return self._gain(self.one_card)
 
     @property
     def gain_over_simple(self) -> float | None:
-        """How many times as fast."""
+        """Likewise."""
         return self._gain(self.simple)
 
     @property
@@ -93,7 +103,9 @@ class Recommendation:
         return sum(request.new_tokens for request in self.plan.requests)
 
     def _gain(self, other: Alternative | None) -> float | None:
-        return other.rounds.makespan_s / self.makespan_s if other is not None and other.rounds is not None else None
+        if other is None or other.rounds is None:
+            return None
+        return factor_over(self.objective, self.sought, other.rounds.evaluation.sought(self.objective))
 
     def warning(self) -> str | None:
         """Said before anything else where too little was measured."""
@@ -121,7 +133,8 @@ class Recommendation:
         pairs.append(("sure", self._sure()))
         changes = elsewhere(self.explanation) if self.explanation else []
         if changes:
-            pairs.append(("changes", f"By plans of equal chunks: {'; '.join(changes)}."))
+            by = "" if self.objective is Objective.MAKESPAN else f" and {NAMES[self.objective]}"
+            pairs.append(("changes", f"By plans of equal chunks{by}: {'; '.join(changes)}."))
         if self.next_command:
             pairs.append(("next", self.next_command))
         return [(word, text) for word, text in pairs if text]
@@ -137,49 +150,52 @@ class Recommendation:
     def _takes(self) -> str:
         predicted = self.plan.predicted
         assert predicted is not None
-        if self.measured_s is not None:
-            first = f"{self.measured_s:.4g} s measured on this machine"
+        if self.measured is not None:
+            figure = figure_in_words(self.objective, self.measured)
+            of = "" if self.objective is Objective.MAKESPAN else f" {NAMES[self.objective]},"
+            first = f"{figure}{of} measured on this machine"
         elif len(self.plan.requests) == 1:
             first = f"{predicted.makespan_s:.4g} s to the first token"
         else:
-            mean = sum(predicted.ttft_s) / len(predicted.ttft_s)
-            first = f"{predicted.makespan_s:.4g} s for all, {mean:.4g} s to a first token in the mean"
+            mean_s = self.evaluation.mean_ttft_s
+            first = f"{predicted.makespan_s:.4g} s for all, {mean_s:.4g} s to a first token in the mean"
+            if self.objective is Objective.P99_TTFT:
+                first += f", {self.sought:.4g} s at the 99th percentile"
+        if self.objective.needs_deadlines and self.measured is None:
+            first += f", {figure_in_words(self.objective, self.sought)}"
         mfu = "" if self.mfu is None else f", MFU {self.mfu:.1%} of {self.mfu_of}"
         return f"{first}, {self.tokens_per_s:,.0f} prompt tokens/s{mfu}"
 
     def _gains(self) -> str:
         parts = []
-        alone, single = self.one_card, self.gain_over_one_card
+        alone, simple = self.one_card, self.simple
         if alone is not None and self.plan.parallel.world_size > 1:
-            if single is not None and alone.rounds is not None:
-                parts.append(f"{single:.2f} times as fast as one card ({alone.rounds.makespan_s:.4g} s)")
+            if alone.rounds is not None:
+                parts.append(one_card_in_words(self.objective, self.sought, alone.rounds.evaluation))
             elif alone.refusal:
                 parts.append(f"one card cannot: {alone.refusal}")
-        simple, gain = self.simple, self.gain_over_simple
-        if simple is not None and simple.rounds is not None and gain is not None:
-            name = f"{simple.layout} by {simple.rounds.policy} ({simple.rounds.makespan_s:.4g} s)"
-            if gain - 1.0 > NO_GAIN:
-                parts.append(f"{gain - 1.0:.1%} over the best simple setting, {name}")
-            else:
-                parts.append(f"nothing over the simple setting {name}: take that")
+        if simple is not None and simple.rounds is not None:
+            name, theirs = f"{simple.layout} by {simple.rounds.policy}", simple.rounds.evaluation
+            parts.append(simple_in_words(self.objective, self.evaluation, self.measured, theirs, name))
         return "; ".join(parts)
 
     def _sure(self) -> str:
         predicted = self.plan.predicted
         assert predicted is not None
         parts = []
-        if self.measured_s is not None:
-            parts.append(f"predicted {predicted.makespan_s:.4g} s")
+        if self.measured is not None:
+            parts.append(f"predicted {figure_in_words(self.objective, self.evaluation.sought(self.objective))}")
         elif self.share_missing > A_GUESS:
             parts.append("not at all")
         elif predicted.uncertainty is not None:
             least, most = ((1.0 + sign * predicted.uncertainty) * predicted.makespan_s for sign in (-1, 1))
-            parts.append(f"give or take {predicted.uncertainty:.1%}: {max(0.0, least):.4g} to {most:.4g} s")
+            of = "" if self.objective is Objective.MAKESPAN else " of the makespan"
+            parts.append(f"give or take {predicted.uncertainty:.1%}{of}: {max(0.0, least):.4g} to {most:.4g} s")
         elif self.hardware is None:
             parts.append("as sure as the cost model's file")
         if self.num_points:
             parts.append(f"{self.num_points - self.num_missing} of {self.num_points} points that it leans on measured")
-        if self.close and self.measured_s is None:
+        if self.close and self.measured is None:
             more = f" and {len(self.close) - MOST_NAMED} more" if len(self.close) > MOST_NAMED else ""
             parts.append(f"too close to tell: {', '.join(self.close[:MOST_NAMED])}{more}")
         return "; ".join(parts)
@@ -187,6 +203,8 @@ class Recommendation:
     def to_json(self) -> dict[str, Any]:
         """For programs."""
         return {
+            "objective": self.objective,
+            "sought": self.sought,
             "makespan_s": self.makespan_s,
             "tokens_per_s": self.tokens_per_s,
             "mfu": self.mfu,
@@ -194,8 +212,8 @@ class Recommendation:
             "cost_per_million_tokens": self.cost_per_million_tokens,
             "gain_over_one_card": self.gain_over_one_card,
             "gain_over_simple": self.gain_over_simple,
-            "one_card": self.one_card and self.one_card.to_json(),
-            "simple": self.simple and self.simple.to_json(),
+            "one_card": self.one_card and self.one_card.to_json(self.objective),
+            "simple": self.simple and self.simple.to_json(self.objective),
             "coverage": [one.to_json() for one in self.coverage],
             "warning": self.warning(),
             "close": list(self.close),

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from service.reasons.sought import NAMES
+from tuner.workload.objective import Objective
+
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor the fit
     from tuner.search.explanation import Explanation, Parts, Winner
     from tuner.search.layouts import Candidate
 
 MOST_RIVALS = 3
 SMALLEST_SHARE = 0.005
-"""Parts below this share of a makespan are not named."""
+"""Parts below this share of the whole are not named."""
 KINDS = (
     ("compute_s", "compute"),
     ("attention_s", "attention"),
@@ -22,16 +25,22 @@ KINDS = (
 
 
 def explanation_in_words(why: Explanation) -> str:
-    """One paragraph: where the seconds of the best layout and of its rivals go."""
-    if not why.families:
+    """One paragraph: where the seconds sought of the best layout and of its rivals go; nothing where they add up to
+    nothing that is sought."""
+    if not why.families or why.parts_of is not why.objective:
         return ""
     best, parts = why.families[0], why.parts[0]
-    sentences = [f"Why {best.layout}: of its {parts.total_s:.4g} s, {_shares(parts)}."]
-    rivals = list(zip(why.families, why.parts, strict=True))[1 : 1 + MOST_RIVALS]
-    sentences += [
-        f"{rival.layout} takes {theirs.total_s / parts.total_s - 1.0:.1%} longer: {_difference(theirs, parts)}."
-        for rival, theirs in rivals
-    ]
+    is_makespan = why.objective is Objective.MAKESPAN
+    of = "" if is_makespan else f"{NAMES[why.objective]} of "
+    sentences = [f"Why {best.layout}: of its {of}{parts.total_s:.4g} s, {_shares(parts)}."]
+    for rival, theirs in list(zip(why.families, why.parts, strict=True))[1 : 1 + MOST_RIVALS]:
+        longer = theirs.total_s / parts.total_s - 1.0
+        what = (
+            f"{rival.layout} takes {longer:.1%} longer"
+            if is_makespan
+            else f"That of {rival.layout} is {longer:.1%} longer"
+        )
+        sentences.append(f"{what}: {_difference(theirs, parts)}.")
     return " ".join(sentences)
 
 

@@ -10,7 +10,7 @@ from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
 from tuner.rounds.deadlines import Impossible, impossible_deadlines
 from tuner.rounds.problem import Problem, arrive_over_time
-from tuner.rounds.round_plan import RoundPlan, best_first
+from tuner.rounds.round_plan import RoundPlan
 from tuner.search.replay import Replay
 from tuner.search.rules import Rules
 from tuner.workload.objective import Objective
@@ -59,10 +59,10 @@ def contest(
         return Contest(planned=planned, policies=policies, impossible=impossible)
     planned = planned or rules.plan(cost, requests)
     fixed = replace(rules.baseline(cost, requests), bound=planned.bound)
-    if rules.policy == "joint" and best_first([planned, fixed], rules.objective, ours=planned)[0] is fixed:
+    if rules.policy == "joint" and rules.best_first([planned, fixed], ours=planned)[0] is fixed:
         planned = replace(planned, rounds=fixed.rounds, evaluation=fixed.evaluation)
     rivals = [planned] if planned.policy == fixed.policy else [fixed, planned]  # of equals the simple one is first
-    return Contest(planned=planned, policies=best_first(rivals, rules.objective, ours=planned), impossible=impossible)
+    return Contest(planned=planned, policies=rules.best_first(rivals, ours=planned), impossible=impossible)
 
 
 def _score(replay: Replay, objective: Objective) -> tuple[float, ...]:

@@ -18,14 +18,14 @@ from tuner.fit.smoothing import load_measured_model
 from tuner.plan.cost_model import CostModel
 from tuner.plan.layout import layout_of
 from tuner.plan.plan import MAX_WINDOW, Parallel, Request, save_plan
-from tuner.plan.stage_cost import MAX_TOKENS
-from tuner.rounds.problem import Limits
+from tuner.plan.stage_cost import MAX_SECONDS, MAX_TOKENS
+from tuner.rounds.problem import Limits, arrive_over_time
 from tuner.rounds.round_plan import Alternative, rounds_to_plan
 from tuner.search.rules import Rules
 from tuner.workload.classes import describe_classes, parse_weights, weighted
 from tuner.workload.objective import Objective
 from tuner.workload.prompt_lens import parse_prompt_lens
-from tuner.workload.trace_format import TimeUnit, TraceFormat
+from tuner.workload.trace_format import parse_format, parse_unit
 from tuner.workload.workload import NO_CACHE, Workload, load_workload
 
 DEFAULT_MULTIPLE = 64
@@ -68,8 +68,8 @@ def workload_of(options: TuneOptions) -> Workload:
             options.workload,
             rate=options.rate,
             limit=options.num_requests,
-            format=None if options.workload_format == "auto" else TraceFormat(options.workload_format),
-            unit=None if options.time_unit == "auto" else TimeUnit(options.time_unit),
+            format=parse_format(options.workload_format),
+            unit=parse_unit(options.time_unit),
             cache_tokens=_cache_tokens(options.prefix_cache),
         )
     else:
@@ -78,6 +78,8 @@ def workload_of(options: TuneOptions) -> Workload:
         workload = Workload(requests=requests, output_tokens=(None,) * len(requests), notes=())
     requests = workload.requests
     if options.sla_ttft_s is not None:
+        if options.sla_ttft_s > MAX_SECONDS:
+            raise UserError("--sla-ttft-s", options.sla_ttft_s, f"must be at most {MAX_SECONDS:g}")
         requests = tuple(replace(each, sla_ttft_s=options.sla_ttft_s) for each in requests)
     notes = workload.notes
     if options.decode == "beside":
@@ -91,6 +93,9 @@ def workload_of(options: TuneOptions) -> Workload:
     if objective.needs_deadlines and not has_deadlines and not has_limits:
         allowed = f"the objective {options.objective} needs deadlines: sla_ttft_s in the workload, or this option"
         raise UserError("--sla-ttft-s", "missing", allowed)
+    if options.max_makespan_increase is not None and arrive_over_time(requests):
+        allowed = "has no meaning for requests that arrive over time: most of their makespan is waiting for the last"
+        raise UserError("--max-makespan-increase", options.max_makespan_increase, allowed)
     return replace(workload, requests=requests, notes=(*notes, *describe_classes(requests)))
 
 
@@ -128,6 +133,7 @@ def rules_of(options: TuneOptions) -> Rules:
         chunk_multiple=DEFAULT_MULTIPLE if options.chunk_multiple is None else options.chunk_multiple,
         limits=Limits(max_round_tokens=options.max_round_tokens, max_kv_tokens=options.max_kv_tokens),
         objective=Objective(options.objective),
+        max_makespan_increase=options.most_makespan_increase,
         num_trials=options.num_trials or 0,
     )
 
@@ -151,10 +157,13 @@ def _tune_cost_model(cost: CostModel, requests: tuple[Request, ...], rules: Rule
         ),
         window=rules.window,
         cost_model=cost.to_json(),
+        tuned_for=rules.tuned_for(requests),
     )
     simple = next((one for one in found.policies if one.policy.startswith("fixed:")), None)
     recommendation = Recommendation(
         plan=plan,
+        evaluation=found.planned.evaluation,
+        objective=rules.objective,
         price_per_gpu_hour=options.price_per_gpu_hour,
         simple=None if simple is None else Alternative(layout=layout_of(plan.parallel), rounds=simple),
         next_command=next_command(options),

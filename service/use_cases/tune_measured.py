@@ -18,15 +18,16 @@ from db.store.location import sqlite_path
 from db.store.provenance import now
 from profiler.hardware.device import describe_hardware
 from runtime.run.run import run_plan
+from service.reasons.sought import figure_in_words
 from service.use_cases.tune_options import TuneOptions
 from service.use_cases.tune_report import TuneReport
 from tuner.plan.layout import layout_of
 from tuner.plan.plan import Plan
+from tuner.rounds.schedule import measured_evaluation
 from tuner.search.autotune import Choice, InterruptedStudy, autotune, kept_study
 from tuner.search.layouts import to_plan, with_rounds
 from tuner.search.rules import Rules
 from tuner.search.target import Target
-from tuner.workload.objective import Objective
 
 if TYPE_CHECKING:
     import optuna
@@ -69,11 +70,12 @@ def tune_measured(
             kind="tune-trial",
             study=name,
         )
+        ttft_s = [request.ttft_s for request in result.requests]
+        measured = measured_evaluation(plan.requests, ttft_s, result.makespan_s)
         if echo:
-            echo(f"{layout_of(plan.parallel)} {plan.policy}: {result.makespan_s:.3f} s measured")
-        if rules.objective is Objective.MAKESPAN:
-            return result.makespan_s
-        return sum(request.ttft_s for request in result.requests) / len(result.requests)
+            figure = figure_in_words(rules.objective, measured.sought(rules.objective))
+            echo(f"{layout_of(plan.parallel)} {plan.policy}: {figure} measured")
+        return measured.score(rules.objective)[0]
 
     with kept_in(database, target, rules, hardware, name) as study:
         if study is not None and echo:
@@ -140,9 +142,15 @@ def _choices(report: TuneReport, target: Target, rules: Rules) -> list[Choice]:
             if chosen.refusal:
                 continue
             plan = to_plan(target, chosen, rules, uncertainty=chosen.uncertainty(report.held_out))
-            expected = planned.evaluation
-            predicted_s = expected.makespan_s if rules.objective is Objective.MAKESPAN else expected.mean_ttft_s
+            assert chosen.rounds is not None
+            evaluation = chosen.rounds.evaluation
             choices.append(
-                Choice(layout=str(candidate.layout), policy=planned.policy, plan=plan, predicted_s=predicted_s)
+                Choice(
+                    layout=str(candidate.layout),
+                    policy=planned.policy,
+                    plan=plan,
+                    evaluation=evaluation,
+                    predicted_s=evaluation.score(rules.objective)[0],
+                )
             )
     return choices

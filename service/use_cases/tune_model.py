@@ -40,9 +40,10 @@ from tuner.fit.rows import RankWork, Rows
 from tuner.fit.uncertainty import share_missing, widened_uncertainty
 from tuner.fit.whole.costs import Costs, fit_whole_costs, whole_held_out
 from tuner.plan.layout import ANY, Layout, Pins, check_experts_fit, check_precision_fits, enumerate_layouts, layout_of
-from tuner.plan.plan import Request
+from tuner.plan.plan import Plan, Request
 from tuner.plan.stage_order import StageOrder
 from tuner.plan.topology import load_topology
+from tuner.rounds.schedule import Evaluation
 from tuner.search.alternatives import best_simple, one_card
 from tuner.search.explanation import explain
 from tuner.search.layouts import Candidate, search_layouts, to_plan, with_rounds
@@ -51,6 +52,7 @@ from tuner.search.rules import Rules
 from tuner.search.target import Target
 from tuner.waterfall.kinds import with_kinds
 from tuner.waterfall.moves import moves
+from tuner.workload.objective import Objective
 
 # Rows that a card's products are tiled by: between multiples their rate falls, and so finely they are measured.
 CHUNK_MULTIPLE = {"cpu": 64, "cuda": 256}
@@ -120,11 +122,12 @@ def tune_model(
         compared = replace(
             report.recommendation,
             plan=report.plan,
+            evaluation=report.trials[0].choice.evaluation if report.trials else report.recommendation.evaluation,
             explanation=why,
             one_card=alone,
             simple=simple,
-            close=close_layouts(report),
-            measured_s=report.trials[0].measured_s if report.trials else None,
+            close=close_layouts(report, rules.objective),
+            measured=_measured(report, rules.objective),
         )
         report = replace(report, hardware=hardware, recommendation=_with_mfu(compared, target, hardware, rows))
         if options.keep:
@@ -166,10 +169,13 @@ def _tune_precisions(
         return tune_model(chosen, requests, rules, echo)
 
     trial = {"keep": False, "measure": None, "study": None, "plot": None, "compare": False}
-    steps = tuple(
-        compare_precisions(shape, own, measured, losses, options.most_loss, lambda dtype: planned(dtype, **trial).plan)
-    )
-    return replace(planned(best_precision(steps)), precisions=steps)
+
+    def tried(dtype: str) -> tuple[Plan, Evaluation]:
+        report = planned(dtype, **trial)
+        return report.plan, report.recommendation.evaluation
+
+    steps = tuple(compare_precisions(shape, own, measured, losses, options.most_loss, tried))
+    return replace(planned(best_precision(steps, rules.objective)), precisions=steps)
 
 
 def pins_of(options: TuneOptions) -> Pins:
@@ -204,7 +210,11 @@ def layer_partition_of(options: TuneOptions) -> tuple[int, ...] | None:
 def _hardware(database: Database, options: TuneOptions, world_size: int) -> Hardware:
     """The hardware asked for, the only one of its kind that was measured, or this machine."""
     if options.hardware_id is not None:
-        return get_hardware(database, options.hardware_id)
+        named = get_hardware(database, options.hardware_id)
+        if options.device_type not in (None, named.device_type):
+            allowed = f"--hardware {options.hardware_id} is {named.device}, of --device {named.device_type}"
+            raise UserError("--device", options.device_type, allowed)
+        return named
     known = [stored.hardware for stored in list_hardware(database) if stored.num_measurements]
     asked = options.device_type
     if asked is None or (asked == "cuda" and default_device_type() != "cuda"):  # no device here is meant
@@ -317,6 +327,8 @@ def _report(
         plan=plan,
         recommendation=Recommendation(
             plan=plan,
+            evaluation=best.rounds.evaluation,
+            objective=rules.objective,
             hardware=hardware,
             price_per_gpu_hour=options.price_per_gpu_hour,
             coverage=tuple(covered),
@@ -334,17 +346,30 @@ def _report(
     )
 
 
-def close_layouts(report: TuneReport) -> tuple[str, ...]:
-    """Layouts that take no longer than the plan may, by the width of its prediction."""
-    predicted = report.plan.predicted
+def _measured(report: TuneReport, objective: Objective) -> float | None:
+    """The figure sought of the best run, where plans were run."""
+    measured = report.trials[0].measured_s if report.trials else None
+    return -measured if measured is not None and objective is Objective.SLA else measured
+
+
+def close_layouts(report: TuneReport, objective: Objective) -> tuple[str, ...]:
+    """Layouts that may be as good as the plan in what is sought, by the width of its prediction."""
+    predicted, requests = report.plan.predicted, report.plan.requests
     if predicted is None or predicted.uncertainty is None:
         return ()
-    most_s, own = (1.0 + predicted.uncertainty) * predicted.makespan_s, layout_of(report.plan.parallel)
+    own, best = layout_of(report.plan.parallel), report.recommendation.evaluation
+    sign = -1.0 if objective is Objective.SLA else 1.0
+
+    def least(evaluation: Evaluation) -> float:
+        """What is made least, were all seconds less by the width."""
+        assert predicted is not None and predicted.uncertainty is not None
+        return sign * evaluation.quicker(1.0 + predicted.uncertainty, requests).sought(objective)
+
     return tuple(
         str(candidate.layout)
         for candidate in report.candidates
-        if candidate.rounds and not candidate.refusal and candidate.rounds.makespan_s <= most_s
-        and candidate.layout != own
+        if candidate.rounds and not candidate.refusal and candidate.layout != own
+        and least(candidate.rounds.evaluation) <= sign * best.sought(objective)
     )  # fmt: skip
 
 

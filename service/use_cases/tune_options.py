@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from dataclasses import dataclass
 
 from db.errors import UserError
+from db.files.numbers import share
 from profiler.sequence.kind import SPKind
-from service.use_cases.options import DB_VARIABLE, check_options, command_line, db_url, option
-from tuner.workload.objective import Objective
+from service.use_cases.options import DB_VARIABLE, check_options, chosen, command_line, db_url, flag_of, option
+from tuner.workload.objective import MAX_MAKESPAN_INCREASE, Objective
 from tuner.workload.trace_format import TimeUnit, TraceFormat
 
 SP_KINDS = ("auto", *(kind.value for kind in SPKind))
@@ -53,6 +55,11 @@ class TuneOptions:
     max_round_tokens: int | None = option(None, "Most tokens in a round.")
     max_kv_tokens: int | None = option(None, "Most tokens in the KV cache.")
     objective: str = option("makespan", "What is made least.", choices=tuple(Objective))
+    max_makespan_increase: str | None = option(
+        None,
+        f"By how much another objective may lengthen the makespan. [default: {100 * MAX_MAKESPAN_INCREASE:g}%]",
+        metavar="P%|none",
+    )
     sla_ttft_s: float | None = option(None, "Deadline of every request's TTFT, for sla and lateness.", above=0)
     decode: str = option("elsewhere", "Where the workload's answers are decoded.", choices=("elsewhere", "beside"))
     sla_tpot_s: float | None = option(None, "Limit of every request's TPOT, with --decode beside.", above=0)
@@ -96,14 +103,15 @@ class TuneOptions:
     @property
     def most_loss(self) -> float:
         """Of `max_loss`, as a share."""
-        text = (self.max_loss or "0.5%").strip()
-        try:
-            share = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
-        except ValueError:
-            share = -1.0
-        if not 0.0 <= share <= 1.0:
-            raise UserError("--max-loss", self.max_loss, "must be a share such as 0.5% or 0.005, at most 100%")
-        return share
+        return share("--max-loss", self.max_loss or "0.5%")
+
+    @property
+    def most_makespan_increase(self) -> float:
+        """Of `max_makespan_increase`, as a share; infinite for none."""
+        text = self.max_makespan_increase
+        if text is None:
+            return MAX_MAKESPAN_INCREASE
+        return math.inf if text.strip().lower() == "none" else share("--max-makespan-increase", text, or_word="none")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -111,7 +119,10 @@ class TuneOptions:
             for flag, value in (("--max-loss", self.max_loss), ("--quantize-reports", self.quantize_reports)):
                 if value is not None:
                     raise UserError(flag, value, "goes with --precision auto")
-        _ = self.most_loss
+        _ = self.most_loss, self.most_makespan_increase
+        if self.max_makespan_increase is not None and self.objective == Objective.MAKESPAN:
+            others = ", ".join(each for each in Objective if each is not Objective.MAKESPAN)
+            raise UserError("--max-makespan-increase", self.max_makespan_increase, f"goes with --objective {others}")
         if self.cost_model is not None and (self.ep_size or 1) > 1:
             raise UserError("--ep-size", self.ep_size, "a cost model alone knows no experts; give MODEL")
         if self.cost_model is not None and (self.sp_size or 1) > 1:
@@ -136,6 +147,11 @@ class TuneOptions:
             raise UserError("--trials", self.num_trials, "tries settings on a trace; give --workload")
         if (self.prompt_lens is None) == (self.workload is None):
             raise UserError("--prompt-lens", self.prompt_lens or "missing", "give either --prompt-lens or --workload")
+        if self.workload is None:
+            given = chosen(self)
+            for name in ("workload_format", "time_unit", "num_requests", "prefix_cache", "rate"):
+                if name in given:
+                    raise UserError(flag_of(self, name), given[name], "goes with --workload")
         if self.study is not None and self.measure is None:
             raise UserError("--study", self.study, "goes with --measure N, the plans to run in all")
         if self.study is not None and not (0 < len(self.study) <= 100 and self.study.isprintable()):

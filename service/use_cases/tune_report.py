@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,7 +87,7 @@ class TuneReport:
             "num_proven_worse": self.num_proven_worse,
             "num_estimated_worse": self.num_estimated_worse,
             "why": self.explanation.to_json() if self.explanation else None,
-            "precisions": [asdict(step) for step in self.precisions],
+            "precisions": [step.to_json(objective) for step in self.precisions],
             "policies": [_policy_json(planned) for planned in self.policies],
             "impossible": [str(one) for one in self.impossible],
             "replays": [replay_json(replay) for replay in self.replays],
@@ -215,6 +215,7 @@ def _expected_json(planned: RoundPlan) -> dict[str, Any]:
         "makespan_s": planned.makespan_s,
         "mean_ttft_s": evaluation.mean_ttft_s,
         "p90_ttft_s": evaluation.p90_ttft_s,
+        "p99_ttft_s": evaluation.p99_ttft_s,
         "bubble_share": evaluation.bubble_share,
         "planning_s": planned.planning_s,
         **_deadlines_json(evaluation),

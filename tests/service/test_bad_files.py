@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from benchmarks.fuzz_files import CONFIG, COST_MODEL, PLAN
 from service.cli.main import main
 from tests.checkpoints import write_checkpoint
+from tests.tuner.atom import atom
 
 ONE_STAGE = COST_MODEL | {"stages": COST_MODEL["stages"][:1]}
 LONG = {
@@ -121,6 +123,27 @@ def test_an_output_that_cannot_be_written(reader: str, end: tuple[int, str]) -> 
     command = f"{sys.executable} -m service --help {reader}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == end
+
+
+@pytest.mark.parametrize("words", ["", "--compare", "--json"])
+def test_a_reader_that_has_gone_away(words: str, tmp_path: Path) -> None:
+    (tmp_path / "cost.json").write_text(json.dumps(atom(1).to_json()))
+    call = f"{sys.executable} -m service tune --cost-model {tmp_path}/cost.json --pp-size 2 --prompt-lens 9000 {words}"
+    done = subprocess.run(f"bash -c '{call} | true; exit $PIPESTATUS'", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_terminal_shows_that_a_plan_is_made(tmp_path: Path) -> None:
+    (tmp_path / "cost.json").write_text(json.dumps(atom(1).to_json()))
+    options = ("--cost-model", tmp_path / "cost.json", "--pp-size", "2", "--prompt-lens", "9000", "-o", tmp_path / "p")
+    command = [sys.executable, "-m", "service", "tune", *map(str, options)]
+    ours, its = os.openpty()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=its, text=True, env=os.environ | {"TERM": "xterm"})
+    os.close(its)
+    assert b"Planning" in os.read(ours, 10_000) and done.returncode == 0
+    os.close(ours)
+    assert done.stdout.startswith("Recommended")
+    assert subprocess.run(command, capture_output=True, text=True).stderr == ""
 
 
 def test_a_text_without_end(isochunk: Isochunk, weights: Path, tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ from db.rows.plans import list_plan_rows
 from db.store.engine import open_database
 from profiler.kernels.attention_kernel import AttentionKernel
 from service.cli.main import cli
+from service.reasons.sought import NAMES
 from tests.structures import ROOT
 from tests.tuner.measured import CHUNKS, SHAPE, Machine, measure, with_ranks
 from tuner.plan.attention_kernels import AttentionKernels
-from tuner.plan.plan import load_plan
+from tuner.plan.plan import TunedFor, load_plan
+from tuner.workload.objective import Objective
 
 HARDWARE = Hardware(
     device="imaginary", device_count=2, memory_bytes=32 * 2**30, driver="d", torch_version="t", backend="gloo",
@@ -42,6 +44,7 @@ COST_MODEL: dict[str, Any] = {
 }  # fmt: skip
 
 TEN_TOKENS = (SHAPE.name, "--prompt-lens", "10")
+BY_TTFT = (*TEN_TOKENS, "--objective", "mean-ttft")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,9 @@ def test_the_best_layout_is_written_as_a_plan_and_kept_as_a_row(url: str, tmp_pa
 
 def test_a_layer_partition_can_be_kept_and_a_device_is_this_machines(url: str) -> None:
     arguments = (SHAPE.name, "--prompt-lens", "3000@1000,800*2", "--dtype", "float32", "--db", url)
-    plan = tune_json(*arguments, "--layer-partition", "7,9")["plan"]
+    report = tune_json(*arguments, "--layer-partition", "7,9")
+    plan, alone = report["plan"], report["recommendation"]["one_card"]
+    assert alone["refusal"] is None and alone["makespan_s"] > plan["predicted"]["makespan_s"]
     assert plan["parallel"]["layer_partition"] == [7, 9]
     assert [request["cached_tokens"] for request in plan["requests"]] == [1000, 0, 0]
     with pytest.raises(UserError, match=r"^measurements: none in float32 on (?!imaginary)"):
@@ -130,6 +135,113 @@ def test_layouts_are_shown_by_what_is_sought(url: str, objective: str, column: s
     out = tune(*arguments, "--objective", objective, *(("--sla-ttft-s", "9") if column == "met %" else ()))
     head = next(line for line in out.splitlines() if line.startswith(" layout"))
     assert head.index(column) < head.index("makespan s")
+
+
+@pytest.mark.parametrize(
+    ("objective", "name"),
+    [
+        ("makespan", ""),
+        ("mean-ttft", "mean TTFT"),
+        ("p99-ttft", "p99 TTFT"),
+        ("sla", "deadlines"),
+        ("lateness", "latest"),
+    ],
+)
+def test_gains_and_changes_are_told_by_what_is_sought(url: str, objective: str, name: str) -> None:
+    arguments = (SHAPE.name, "--world-size", "2", "--prompt-lens", "3000,1000", "--dtype", "float32", "--db", url)
+    arguments = (
+        *arguments,
+        "--objective",
+        objective,
+        *(("--sla-ttft-s", "1.5") if objective in ("sla", "lateness") else ()),
+    )
+    text = " ".join(tune(*arguments).split())
+    report = tune_json(*arguments)
+    made, why, best = report["recommendation"], report["why"], report["layouts"][0]
+    figures = {"makespan": "makespan_s", "mean-ttft": "mean_ttft_s", "sla": "sla_met", "lateness": "lateness_s"}
+    if objective in figures:
+        assert made["sought"] == best[figures[objective]]
+    gains = made["words"]["gains"]
+    for other in (made["one_card"], made["simple"]):  # each figure that is told is that of the objective
+        figure = f"{100 * other['sought']:.1f}%" if objective == "sla" else f"{abs(other['sought']):.4g} s"
+        assert figure in gains
+    assert gains.count(name) >= 2
+    if objective in ("makespan", "mean-ttft", "p99-ttft"):
+        factor = made["one_card"]["sought"] / made["sought"]
+        assert made["gain_over_one_card"] == pytest.approx(factor)
+        assert f"{factor:.2f} times as fast" in gains
+    else:
+        assert made["gain_over_one_card"] is None
+        assert "Why TP" not in text  # parts of a makespan are none of deadlines met
+    here = next(winner for winner in why["by_link"] if winner["link_factor"] == 1.0)
+    sign = -1.0 if objective == "sla" else 1.0
+    assert sign * here["sought"] >= sign * made["sought"] - 1e-9  # equal chunks are no better than the plan
+    if "changes" in made["words"]:
+        by = made["words"]["changes"].split(":")[0]
+        assert by == "By plans of equal chunks" + (
+            "" if objective == "makespan" else f" and {NAMES[Objective(objective)]}"
+        )
+    for move in report["plan"]["predicted"]["moves"]:
+        reached = move["makespan_s"] if objective == "makespan" else move["sought"]
+        assert sign * reached < sign * made["sought"]
+    if objective == "mean-ttft":
+        assert "less mean TTFT." in text and f"of its mean TTFT of {made['sought']:.4g} s" in text
+
+
+@pytest.mark.parametrize("objective", ["makespan", "mean-ttft", "p99-ttft", "sla", "lateness"])
+def test_gains_of_a_trace_are_those_of_what_is_sought(url: str, objective: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"input_length": 600 + 400 * i, "timestamp": 150 * i, "sla_ttft_s": 0.4} for i in range(6)]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    arguments = (
+        SHAPE.name,
+        "--pp-size",
+        "2",
+        "--tp-size",
+        "1",
+        "--workload",
+        str(trace),
+        "--dtype",
+        "float32",
+        "--db",
+        url,
+    )
+    report = tune_json(*arguments, "--objective", objective)
+    made = report["recommendation"]
+    names = {"makespan": "makespan_s", "mean-ttft": "mean_ttft_s", "p99-ttft": "p99_ttft_s", "sla": "sla_met"}
+    taken = next(row for row in report["replays"] if row["taken"] == report["plan"]["policy"])
+    assert made["sought"] == pytest.approx(taken[names.get(objective, "lateness_s")])
+    assert made["simple"] is None and "changes" not in made["words"]
+    assert report["plan"]["predicted"]["moves"] == []
+    other = made["one_card"]["sought"]
+    assert (f"{100 * other:.1f}%" if objective == "sla" else f"{abs(other):.4g} s") in made["words"]["gains"]
+    assert report["why"]["by_link"] == []
+    assert ("Why TP" in tune(*arguments, "--objective", objective)) == (objective == "makespan")
+    assert report["plan"]["tuned_for"] == {"objective": objective}
+    if objective != "makespan":
+        with pytest.raises(UserError, match=r"^--max-makespan-increase: 5%; has no meaning for requests that arrive"):
+            tune(*arguments, "--objective", objective, "--max-makespan-increase", "5%")
+
+
+def test_what_a_plan_was_tuned_for_is_kept_in_it(url: str, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    arguments = (SHAPE.name, "--world-size", "1", "--prompt-lens", "3000,1000*3", "--dtype", "float32", "--db", url)
+    by_ttft = (*arguments, "--objective", "mean-ttft", "-o", str(out))
+    found = {}
+    for most in ("0%", "5%", "none"):
+        tune(*by_ttft, "--max-makespan-increase", most)
+        found[most] = plan = load_plan(out)
+        share = None if most == "none" else float(most[:-1]) / 100
+        assert plan.tuned_for == TunedFor(objective=Objective.MEAN_TTFT, max_makespan_increase=share)
+    tune(*arguments, "-o", str(out))
+    quickest = load_plan(out)
+    assert quickest.tuned_for == TunedFor()
+    spans = {most: plan.predicted.makespan_s for most, plan in found.items() if plan.predicted}
+    means = {most: sum(plan.predicted.ttft_s) for most, plan in found.items() if plan.predicted}
+    assert quickest.predicted is not None
+    assert spans["0%"] <= quickest.predicted.makespan_s * (1 + 1e-9)
+    assert spans["5%"] <= 1.05 * quickest.predicted.makespan_s
+    assert means["none"] <= means["5%"] < means["0%"]
 
 
 def test_the_recommendation_comes_first(url: str) -> None:
@@ -247,7 +359,7 @@ def test_a_paragraph_and_a_picture_say_why(url: str, tmp_path: Path) -> None:
     assert sum(best["seconds"].values()) == pytest.approx(report["layouts"][0]["makespan_s"], rel=1e-6)
     assert {winner["link_factor"] for winner in why["map"]} == {1 / 64, 1 / 16, 1 / 4, 1.0, 4.0}
     at_length = [winner for winner in why["map"] if winner["prompt_tokens"] == 4096]
-    seconds = [winner["makespan_s"] for winner in sorted(at_length, key=lambda winner: winner["link_factor"])]
+    seconds = [winner["sought"] for winner in sorted(at_length, key=lambda winner: winner["link_factor"])]
     assert seconds == sorted(seconds, reverse=True)  # quicker links never make the best slower
 
 
@@ -286,6 +398,10 @@ def test_one_card_is_planned_as_well_as_by_terapipe(tmp_path: Path) -> None:
         ((*TEN_TOKENS, "--max-new-tokens", "0"), "--max-new-tokens: 0; must be more than 0"),
         ((*TEN_TOKENS, "--measure", "1", "--repeat", "0"), "--repeat: 0; must be more than 0"),
         ((*TEN_TOKENS, "--chunk-multiple", "0"), "chunk_multiple: 0; at least 1"),
+        ((*TEN_TOKENS, "--max-makespan-increase", "2%"), "--max-makespan-increase: 2%; goes with --objective mean"),
+        ((*BY_TTFT, "--max-makespan-increase", "much"), "--max-makespan-increase: much; must be a share such as 0.5%"),
+        ((*BY_TTFT, "--max-makespan-increase", "2"), "--max-makespan-increase: 2; must be a share such as 0.5%"),
+        ((*BY_TTFT, "--max-makespan-increase", "-1%"), "--max-makespan-increase: -1%; must be a share such as 0.5% or"),
         ((*TEN_TOKENS, "--objective", "sla"), "--sla-ttft-s: missing; the objective sla needs"),
         ((*TEN_TOKENS, "--objective", "sla", "--sla-ttft-s", "nan"), "--sla-ttft-s: nan; must be more than 0"),
         ((SHAPE.name, "--prompt-lens", "131072", "--max-new-tokens", "9"), "prompt_tokens of request r0: 131072; at"),
@@ -306,6 +422,7 @@ def test_one_card_is_planned_as_well_as_by_terapipe(tmp_path: Path) -> None:
         ((*TEN_TOKENS, "--layer-partition", "8,8", "--pp-size", "4"), "--layer-partition: 8,8; 4 numbers: one a stage"),
         ((*TEN_TOKENS, "--dtype", "float32", "--memory-gib", "0.3"), "layouts: none can run: TP1 PP1: needs 5.88 GiB"),
         ((*TEN_TOKENS, "--hardware", "7"), "hardware: 7; must be one of 1"),
+        ((*TEN_TOKENS, "--hardware", "1", "--device", "cuda"), "--device: cuda; --hardware 1 is imaginary, of --dev"),
         (("llama-9", "--prompt-lens", "10"), "MODEL: llama-9; must be a folder with a config.json, an id"),
         (("qwen3-0.6b", "--prompt-lens", "10", "--dtype", "float32"), "layouts: none can run: TP1 PP1: measurements:"),
     ],

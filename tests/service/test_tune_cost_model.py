@@ -135,6 +135,70 @@ def test_deadlines_of_a_trace_are_met_where_some_policy_meets_them(tmp_path: Pat
     assert "request r0 of 8192 tokens; no plan takes less than 0.2693 s" in late["impossible"][0]
 
 
+@pytest.mark.parametrize(
+    ("objective", "column"),
+    [("lateness", "latest s"), ("sla", "met %"), ("p99-ttft", "p99 s"), ("mean-ttft", "mean TTFT s")],
+)
+def test_what_is_sought_stands_first_in_a_page(objective: str, column: str, tmp_path: Path) -> None:
+    cost, workload = tmp_path / "cost.json", tmp_path / "w.jsonl"
+    cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
+    lines = (f'{{"timestamp": {100 * i}, "input_length": {8192 + 977 * i}}}\n' for i in range(6))
+    workload.write_text("".join(lines))
+    arguments = ("--cost-model", str(cost), "--pp-size", "4", "--objective", objective, "--sla-ttft-s", "0.4")
+    for shown in (tune(*arguments, "--workload", str(workload)), tune(*arguments, "--prompt-lens", "8192,4096*2")):
+        (head,) = (line for line in shown.splitlines() if line.startswith(" policy"))
+        assert len(head) <= 80
+        if "makespan s" in head:
+            assert head.split("policy")[1].strip().startswith(column)
+        else:
+            assert column.replace("mean ", "") in head
+
+
+def test_all_policies_have_their_percentiles(tmp_path: Path) -> None:
+    cost = tmp_path / "cost.json"
+    cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
+    rows = tune_json(
+        "--cost-model", str(cost), "--pp-size", "4", "--prompt-lens", "8192*3,700,40000", "--objective", "p99-ttft",
+        "--compare",
+    )["policies"]  # fmt: skip
+    assert all(row["p90_ttft_s"] <= row["p99_ttft_s"] <= row["makespan_s"] for row in rows)
+    assert any(row["p90_ttft_s"] < row["p99_ttft_s"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rate", "2"), "--rate: 2.0; goes with --workload"),
+        (("--time-unit", "s"), "--time-unit: s; goes with --workload"),
+        (("--workload-format", "azure"), "--workload-format: azure; goes with --workload"),
+        (("--num-requests", "5"), "--num-requests: 5; goes with --workload"),
+        (("--prefix-cache", "off"), "--prefix-cache: off; goes with --workload"),
+        (("--sla-ttft-s", "inf"), "--sla-ttft-s: inf; must be at most 1e+09"),
+    ],
+)
+def test_options_that_a_batch_does_not_heed_are_refused(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    cost = tmp_path / "cost.json"
+    cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
+    with pytest.raises(UserError) as refused:
+        tune("--cost-model", str(cost), "--pp-size", "4", "--prompt-lens", "1000", *options)
+    assert str(refused.value) == message
+
+
+def test_under_overload_short_prompts_meet_their_deadlines(tmp_path: Path) -> None:
+    """Three prompts in four can be in time if those that cannot be wait."""
+    cost, workload, out = tmp_path / "cost.json", tmp_path / "w.jsonl", tmp_path / "plan.json"
+    cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
+    lines = (f'{{"timestamp": {120 * i}, "input_length": {8192 if i % 4 else 40000}}}\n' for i in range(20))
+    workload.write_text("".join(lines))
+    arguments = ("--cost-model", str(cost), "--pp-size", "4", "--workload", str(workload), "--sla-ttft-s", "1.5")
+    joint = tune_json(*arguments, "--objective", "sla", "--compare", "-o", str(out))["replays"][0]
+    assert joint["policy"] == "joint" and joint["sla_met"] >= 0.75
+    taken = load_plan(out).policy
+    assert taken is not None and "least_work=1" in taken
+    again = tune_json(*arguments, "--objective", "sla", "--policy", taken)["plan"]
+    assert again["rounds"] == json.loads(out.read_text())["rounds"]
+
+
 def test_settings_tuned_on_a_trace_are_in_its_plan(tmp_path: Path) -> None:
     cost, workload, out = tmp_path / "cost.json", tmp_path / "w.jsonl", tmp_path / "plan.json"
     cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))

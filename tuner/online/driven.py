@@ -21,6 +21,7 @@ class Driven:
             chunk_multiple=problem.chunk_multiple,
             limits=problem.limits,
             objective=problem.objective,
+            max_makespan_increase=problem.max_makespan_increase,
             settings=settings,
             more_to_come=problem.is_timed,
         )

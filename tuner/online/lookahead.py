@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,10 +18,10 @@ from tuner.online.outlook import NONE_TO_COME, Outlook
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats
 from tuner.recurrence.timeline import simulate
-from tuner.rounds.packing import Packer, fill_rounds
-from tuner.rounds.schedule import MAKESPAN_SLACK, FlatRounds
+from tuner.rounds.packing.packer import Packer, fill_rounds
+from tuner.rounds.schedule import FlatRounds
 from tuner.serving.clock import Clock
-from tuner.workload.objective import Objective
+from tuner.workload.objective import MAX_MAKESPAN_INCREASE, Objective
 
 ROUNDING = 1e-9
 """A round's own time as its cap lets it in again."""
@@ -74,10 +74,14 @@ class Lookahead:
     """Now; the next round starts no earlier."""
     window: int | None
     objective: Objective
+    max_makespan_increase: float = MAX_MAKESPAN_INCREASE
     outlook: Outlook = NONE_TO_COME
     patience_s: float = 0.0
     """Seconds from its arrival after which a request's end counts LATE times; 0 for none."""
     clock: Clock
+    _by_caps: dict[tuple[float, ...], _Found] = field(default_factory=dict)
+    """What was found under which caps: one list of them is swept for several figures."""
+    _by_shape: dict[bytes, _Found] = field(default_factory=dict)
 
     def rounds(self, caps_s: Sequence[float], least_s: float) -> list[Round]:
         """The best rounds under scaled caps (one a span), none below `least_s`."""
@@ -156,13 +160,13 @@ class Lookahead:
     def limited_rounds(
         self, fastest_caps_s: Sequence[float], choices: Sequence[Sequence[float]], least_s: float
     ) -> list[Round]:
-        """The best rounds under any choice of caps whose makespan is within MAKESPAN_SLACK of the best found under the
+        """The best rounds under any choice of caps whose makespan is within the limit of the best found under the
         fastest caps.
 
         Plans a little over the limit are starts too: varying single rounds may bring them back under it.
         """
         found = self._sweep(fastest_caps_s, least_s, Objective.MAKESPAN)
-        limit_s = MAKESPAN_SLACK * min(each.makespan_s for each in found)
+        limit_s = (1.0 + self.max_makespan_increase) * min(each.makespan_s for each in found)
         for caps_s in choices:
             found.extend(self._sweep(caps_s, least_s, self.objective, limit_s))
         best = min(found, key=lambda each: each.score(self.objective, limit_s))
@@ -178,10 +182,12 @@ class Lookahead:
         tried: dict[float, _Found] = {}
 
         def attempt(scale: float) -> None:
-            caps = [max(scale * cap, least_s) for cap in caps_s]
-            spans = zip(self.spans, caps, strict=True)
-            rounds = fill_rounds(self.packer, self.requests, self.spans, {span[0]: cap for span, cap in spans})
-            tried[scale] = self._found(rounds)
+            caps = tuple([max(scale * cap, least_s) for cap in caps_s])
+            if caps not in self._by_caps:
+                spans = zip(self.spans, caps, strict=True)
+                rounds = fill_rounds(self.packer, self.requests, self.spans, {span[0]: cap for span, cap in spans})
+                self._by_caps[caps] = self._found(rounds)
+            tried[scale] = self._by_caps[caps]
 
         attempt(1.0)
         num_caps = min(max(ROUNDS_SWEPT // len(tried[1.0].rounds), LEAST_CAPS), MOST_CAPS)
@@ -236,7 +242,14 @@ class Lookahead:
 
     def _found(self, rounds: list[Round]) -> _Found:
         """What the recurrence makes of rounds."""
-        cost, flat = self.packer.cost, FlatRounds.of(rounds)
+        flat = FlatRounds.of(rounds)
+        shape = flat.tobytes()
+        if shape not in self._by_shape:
+            self._by_shape[shape] = self._judged(rounds, flat)
+        return self._by_shape[shape]
+
+    def _judged(self, rounds: list[Round], flat: FlatRounds) -> _Found:
+        cost = self.packer.cost
         prompt = np.array([self.requests[index].prompt_tokens for index in flat.request.tolist()])
         final = flat.start + flat.tokens == prompt
         stage_s = cost.round_seconds(flat.round_index, flat.tokens, flat.start, final)

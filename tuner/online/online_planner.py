@@ -37,11 +37,11 @@ from tuner.online.traffic import IN_TURN, MEMORY, Levels, Traffic
 from tuner.online.waiting import Waiting, WaitingOrder
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round, check_window
-from tuner.rounds.packing import OpenRound, Packer
+from tuner.rounds.packing.packer import OpenRound, Packer
 from tuner.rounds.problem import NO_LIMITS, Limits
 from tuner.rounds.round_budgets import QueueBudgets, RoundExcess, context_token_s, round_overhead_s
 from tuner.serving.answers import NOTHING_BESIDE, Beside
-from tuner.workload.objective import Objective
+from tuner.workload.objective import MAX_MAKESPAN_INCREASE, Objective, check_makespan_increase
 
 FIRST_TABLE_TOKENS = 131_072
 """Prompt length that the cost tables hold from the start; a longer prompt doubles them."""
@@ -74,6 +74,7 @@ class OnlinePlanner:
         chunk_multiple: int = 64,
         limits: Limits = NO_LIMITS,
         objective: Objective = Objective.MEAN_TTFT,
+        max_makespan_increase: float = MAX_MAKESPAN_INCREASE,
         settings: OnlineSettings = AS_IT_COMES,
         more_to_come: bool = False,
     ) -> None:
@@ -88,7 +89,9 @@ class OnlinePlanner:
         self.window = window
         self.chunk_multiple = chunk_multiple
         self.limits = limits
-        self.objective = Objective.parse(objective)
+        self.objective = settings.objective_of(Objective.parse(objective))
+        check_makespan_increase(max_makespan_increase)
+        self.max_makespan_increase = max_makespan_increase
         self.settings = settings
         self.more_to_come = more_to_come
         self.requests: list[Request] = []
@@ -328,7 +331,7 @@ class OnlinePlanner:
             return self._even_rounds(budgets, start_s).cap_s
         else:
             if self._is_limited and self._makespan_weight is None:
-                self._makespan_weight = budgets.makespan_weight()
+                self._makespan_weight = budgets.makespan_weight(self.max_makespan_increase)
             allowed = budgets.for_mean_ttft(self._makespan_weight or 0.0)
         return budgets.evened(allowed[0])
 
@@ -402,6 +405,7 @@ class OnlinePlanner:
             start_s=start_s,
             window=self.window,
             objective=self.objective,
+            max_makespan_increase=self.max_makespan_increase,
             outlook=self._outlook(start_s),
             patience_s=self.settings.patience,
             clock=self._in_flight.clock,
@@ -414,7 +418,8 @@ class OnlinePlanner:
             steady = self._excess.thrifty_tokens(self._steady.tokens, 0.0)
             sizes = list(dict.fromkeys([*sizes, steady])) if steady else sizes
             return ahead.rounds_in_passing(budgets.for_mean_ttft(), even_s, sizes, least_s)
-        return ahead.limited_rounds(budgets.for_makespan(), [*budgets.choices(), budgets.for_makespan()], least_s)
+        choices = [*budgets.choices(self.max_makespan_increase), budgets.for_makespan()]
+        return ahead.limited_rounds(budgets.for_makespan(), choices, least_s)
 
     def _enqueue(self, waiting: Waiting) -> None:
         request = waiting.request

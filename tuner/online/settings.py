@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 from db.errors import UserError
+from tuner.workload.objective import Objective
 
 MOST = 1e6
-UNSET_AT_0 = ("patience", "pace")
+UNSET_AT_0 = ("patience", "pace", "least_work")
 """Settings whose 0 stands for none."""
 
 
@@ -27,12 +28,18 @@ class OnlineSettings:
     """How much requests to come count beside those that wait: 0 cuts for latency alone, 1000 for throughput."""
     pace: float = 0.0
     """Seconds that rounds take. 0: the planner chooses them for those that wait and those to come."""
+    least_work: float = 0.0
+    """1: rounds as for the mean TTFT where deadlines are sought: by deadline, all are late under overload."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
             value = getattr(self, setting.name)
             if not 0.0 <= value <= MOST:
                 raise UserError(setting.name, value, f"a number from 0 to {MOST:g}")
+
+    def objective_of(self, objective: Objective) -> Objective:
+        """What the planner is run for where this is sought."""
+        return Objective.MEAN_TTFT if self.least_work and objective.needs_deadlines else objective
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -22,6 +22,8 @@ PRIOR_ARRIVALS = 4.0
 SOON_OVER = 32.0
 """Arrivals that are taken to come at least, however few have."""
 MOST_VARIATION = 25.0
+AT_ONCE_S = 1e-9
+"""Mean time between arrivals up to which they count as one arrival."""
 MOST_LEVELS = 8
 ALIKE = 1.0001
 """Requests whose work differs by less are alike."""
@@ -77,7 +79,7 @@ class Traffic:
     @property
     def is_known(self) -> bool:
         """Whether requests have arrived at more than one time."""
-        return self.gap_s > 0.0
+        return self.gap_s > AT_ONCE_S
 
     @property
     def gap_variation(self) -> float:

@@ -198,11 +198,35 @@ class Parallel(Degrees):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TunedFor:
+    """What a plan was made for."""
+
+    objective: str = "makespan"
+    """The name of an objective (`tuner.workload.objective`)."""
+    max_makespan_increase: float | None = None
+    """Share of the least makespan that could be given up for another objective; None where there was no limit."""
+
+    def __post_init__(self) -> None:
+        if self.max_makespan_increase is not None and not self.max_makespan_increase >= 0.0:
+            raise UserError(
+                "tuned_for.max_makespan_increase", self.max_makespan_increase, "a share of at least 0 is needed"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The `tuned_for` object of a plan file."""
+        most = self.max_makespan_increase
+        return {"objective": self.objective} | ({} if most is None else {"max_makespan_increase": most})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WhatIf:
-    """The predicted makespan if one kind of work was faster."""
+    """What is predicted if one thing was better."""
 
     change: str
     makespan_s: float
+    sought: float | None = None
+    """The figure of the objective that the plan was tuned for: seconds, or the share of the deadlines met; None where
+    that is the makespan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +245,7 @@ class Predicted:
     round_kinds: Mapping[str, tuple[float, ...]] | None = None
     """Of each round by kind of work (`tuner.waterfall.steps.Kind`), seconds in the mean over the stages."""
     moves: tuple[WhatIf, ...] = ()
-    """Changes that would shorten the makespan, the largest gain first."""
+    """Changes that would bring most of what the plan was tuned for, the largest gain first."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.makespan_s <= MAX_SECONDS:
@@ -238,7 +262,11 @@ class Predicted:
             out["round_s"] = [list(row) for row in self.round_s]
         if self.round_kinds is not None:
             out["round_kinds"] = {kind: list(seconds) for kind, seconds in self.round_kinds.items()}
-        out["moves"] = [{"change": move.change, "makespan_s": move.makespan_s} for move in self.moves]
+        out["moves"] = [
+            {"change": move.change, "makespan_s": move.makespan_s}
+            | ({} if move.sought is None else {"sought": move.sought})
+            for move in self.moves
+        ]
         return out
 
 
@@ -256,6 +284,7 @@ class Plan:
     """Threads of one rank on a CPU that the prediction holds for."""
     predicted: Predicted | None = None
     policy: str | None = None
+    tuned_for: TunedFor | None = None
     cost_model: Mapping[str, Any] | None = None
     cuts: tuple[SequenceCut, ...] = ()
     """How each round is cut among the ranks that share its rows; left out, as usual for the kind."""
@@ -301,6 +330,8 @@ class Plan:
             out["predicted"] = self.predicted.to_json()
         if self.policy is not None:
             out["policy"] = self.policy
+        if self.tuned_for is not None:
+            out["tuned_for"] = self.tuned_for.to_json()
         if self.cost_model is not None:
             out["cost_model"] = dict(self.cost_model)
         if self.cuts:

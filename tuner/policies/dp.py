@@ -11,9 +11,8 @@ from tuner.plan.cost_model import Ints
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats
 from tuner.policies.sweep import Search, shortest_first
-from tuner.rounds.packing import Packer, backward_spans
+from tuner.rounds.packing.packer import Packer, backward_spans
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import MAKESPAN_SLACK
 from tuner.workload.objective import Objective
 
 ROUNDING = 1e-9
@@ -24,12 +23,12 @@ BLOCK = 512
 def dp_rounds(problem: Problem) -> list[Round]:
     """Sweep the cap on a round's time; under each, split requests best and group the chunks by `pack_line`.
 
-    For another objective than the makespan, at most `MAKESPAN_SLACK` of the best makespan is given up.
+    For another objective than the makespan, at most `max_makespan_increase` of the best makespan is given up.
     """
     search, order, flat = Search.of(problem), shortest_first(problem), [1.0] * len(problem.requests)
     search.sweep(pack_line, order, flat, Objective.MAKESPAN)
     if problem.objective is not Objective.MAKESPAN:
-        search.limit(MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s, problem.objective)
+        search.limit(problem.makespan_limit_s(search.ranked()[0].evaluation.makespan_s), problem.objective)
         search.sweep(pack_line, order, flat, problem.objective)
     return search.ranked()[0].rounds
 

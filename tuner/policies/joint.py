@@ -2,10 +2,12 @@
 
 1. The relaxation of `rounds.bound` says near which cap on a round's time the best plan lies.
 2. Around it caps are swept; under each, requests are packed into rounds in three ways: in order, by tails
-   (`rounds.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). Every simpler policy
-   competes (`tuner.policies.named`): where kernels fill a card in steps, equal rounds are hard to beat.
+   (`rounds.packing.packer`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). On tables and
+   where stages differ, a line of all tokens is also cut anywhere (`tuner.policies.line.stretches`), so that rounds
+   shrink while the pipeline drains; on tables rounds are also filled by what chunks are worth
+   (`rounds.packing.worth`). Every simpler policy competes (`tuner.policies.named`).
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
-   up at most `MAKESPAN_SLACK` of the best makespan for it.
+   up at most `max_makespan_increase` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online.online_planner`).
    Where a stage holds several groups, the best rounds also grow and shrink at the ends (`tuner.policies.ramp`).
 4. The best few are improved by moving tokens between neighbouring rounds (`tuner.policies.local_search`).
@@ -16,6 +18,7 @@ Every candidate is judged by the exact recurrence: uneven stages, hand-offs, the
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from tuner.online.driven import online_rounds
@@ -23,6 +26,7 @@ from tuner.online.settings import OnlineSettings
 from tuner.plan.plan import Round
 from tuner.policies.dp import pack_line
 from tuner.policies.exact import exact_rounds, is_small
+from tuner.policies.line.stretches import stretch_rounds
 from tuner.policies.local_search import fits_kv, local_search
 from tuner.policies.named import simpler_rounds
 from tuner.policies.ramp import ramps
@@ -32,13 +36,12 @@ from tuner.policies.sweep import (
     budget_profiles,
     request_orders,
     shortest_first,
-    sloping_rounds,
     whole_rounds,
 )
-from tuner.rounds.packing import pack_in_order, pack_tails
+from tuner.rounds.grid.relaxation import is_curved
+from tuner.rounds.packing.packer import pack_in_order, pack_tails
 from tuner.rounds.problem import Problem
 from tuner.rounds.round_plan import Bound
-from tuner.rounds.schedule import MAKESPAN_SLACK
 from tuner.workload.objective import Objective
 
 DRAFT_EFFORT = 0.4
@@ -86,7 +89,11 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     if problem.is_timed and len(problem.requests) <= FEW_REQUESTS:
         for foresight in FORESIGHTS:
             search.keep(online_rounds(problem, OnlineSettings(foresight=foresight)), objective)
+    if objective is Objective.MAKESPAN and _pays_by_worth(problem):
+        search.sweep_by_worth()
     if objective is not Objective.MAKESPAN and not problem.is_timed:
+        if math.isfinite(problem.max_makespan_increase):
+            _limit_makespan(search, bound)
         for order in request_orders(problem):
             for profile in budget_profiles(problem, order):
                 search.sweep(pack_in_order, order, profile, objective)
@@ -99,18 +106,31 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     if objective is Objective.MAKESPAN:
         best = search.ranked()[0]
         if is_small(problem):
-            return exact_rounds(problem, best.rounds)
+            rounds, is_proven = exact_rounds(problem, best.rounds)
+            if is_proven:
+                bound.raise_to(problem.evaluate(rounds).makespan_s)
+            return rounds
         uneven = len(problem.cost.kinds) > 1 and problem.cost.pp_size <= MOST_UNEVEN_STAGES
         if uneven and len(problem.requests) <= FEW_PROMPTS:
             coarser = _coarser(problem)
             if is_small(coarser):
-                search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS), objective)
+                search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS)[0], objective)
     if problem.cost.virtual_stages > 1 and not problem.is_timed:
         _keep_ramps(search)
     starts = search.ranked()[: num_starts if objective is Objective.MAKESPAN else 1]
     good_enough_s = GOOD_ENOUGH * bound.while_planning_s if objective is Objective.MAKESPAN else 0.0
     improved = [local_search(problem, start.rounds, good_enough_s, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
+
+
+def _limit_makespan(search: Search, bound: Bound) -> None:
+    """Limit makespans beside what a plan for the makespan alone has, which is a candidate from now on."""
+    problem = search.problem
+    quickest = joint_rounds(replace(problem, objective=Objective.MAKESPAN), bound)
+    found_s = [candidate.evaluation.makespan_s for candidate in search.found.values()]
+    least_s = min(problem.evaluate(quickest).makespan_s, *found_s)
+    search.limit(problem.makespan_limit_s(least_s), problem.objective)  # first: of so many rounds one is kept
+    search.keep(quickest, problem.objective)
 
 
 def _keep_ramps(search: Search) -> None:
@@ -124,6 +144,16 @@ def _keep_ramps(search: Search) -> None:
                 search.keep(rounds, problem.objective)
 
 
+def _keep_stretches(search: Search) -> None:
+    """Candidates that are cut anywhere, where one cap for all rounds is not the best: on tables, and where stages
+    differ."""
+    problem = search.problem
+    if len(problem.cost.kinds) > 1 or is_curved(problem.cost.kinds):
+        for rounds in stretch_rounds(problem, shortest_first(problem), search.cap_s):
+            if fits_kv(problem, rounds):
+                search.keep(rounds, Objective.MAKESPAN)
+
+
 def _drafted(problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Search:
     search, objective = Search.of(problem, effort, num_needed), problem.objective
     if problem.is_timed:
@@ -134,10 +164,9 @@ def _drafted(problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Sear
     for pack in packs:
         search.sweep(pack, shortest_first(problem), flat, Objective.MAKESPAN)
     if pack_line in packs:
-        for rounds in sloping_rounds(problem, search.packer, search.cap_s):
-            search.keep(rounds, Objective.MAKESPAN)
+        _keep_stretches(search)
     if objective is not Objective.MAKESPAN:
-        search.limit(MAKESPAN_SLACK * search.ranked()[0].evaluation.makespan_s, objective)
+        search.limit(problem.makespan_limit_s(search.ranked()[0].evaluation.makespan_s), objective)
         search.keep(whole_rounds(problem, shortest_first(problem)), objective)
         search.keep(online_rounds(problem), objective)
     return search
@@ -150,6 +179,12 @@ def _coarser(problem: Problem) -> Problem:
     while not is_small(problem) and 2 * problem.chunk_multiple <= most:
         problem = replace(problem, chunk_multiple=2 * problem.chunk_multiple)
     return problem
+
+
+def _pays_by_worth(problem: Problem) -> bool:
+    """Whether rounds filled by worth may be better: several prompts, that may all be under way at once, on tables."""
+    curved = is_curved(problem.cost.kinds) and problem.cost.virtual_stages == 1
+    return curved and not problem.is_timed and pack_tails in _packs(problem)
 
 
 def _packs(problem: Problem) -> list[Pack]:

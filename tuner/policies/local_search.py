@@ -56,7 +56,7 @@ def local_search(
         if not moves:
             break
         scores = _scores(problem, best, moves, limit_s)
-        tried = (_apply(best, moves[index]) for index in scores.argsort())
+        tried = (_apply(best, moves[index]) for index in scores.argsort() if scores[index] < np.inf)
         candidate = next((rounds for rounds in tried if fits_kv(problem, rounds)), best)
         new_score = problem.evaluate(candidate).score(problem.objective)
         if not new_score < score or abs(score[0] - new_score[0]) < LEAST_GAIN * abs(score[0]):

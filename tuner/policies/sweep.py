@@ -1,13 +1,8 @@
-"""The search that `dp` and `joint` share: pack under many caps around the relaxation's, judge each plan exactly.
-
-*Sloping caps.* Where the slowest stage is a little slower than those behind it (before it), rounds may be longer the
-more runs after (before) them, for the others catch up (`rounds.uneven`): a round x with Y after it adds x sum of r(j) -
-(1 - r) Y at most. Long prompts, whose late chunks cannot be short, run first (last) there.
-"""
+"""The search that `dp` and `joint` share: pack under many caps around the relaxation's, judge each plan exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,12 +10,13 @@ import numpy as np
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats, StageCost
 from tuner.rounds.one_machine import most_on_time
-from tuner.rounds.packing import Packer, pack_in_order
+from tuner.rounds.packing.packer import Packer
+from tuner.rounds.packing.worth import MOST_TAILS, WorthPacker
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Work, envelopes, likely_cap_s
 from tuner.rounds.round_budgets import QueueBudgets, context_token_s, round_overhead_s
 from tuner.rounds.schedule import Evaluation, FlatRounds, RoundTimes
-from tuner.rounds.uneven import busiest_stage, sides_of
+from tuner.rounds.uneven import busiest_stage
 from tuner.workload.objective import Objective
 
 Pack = Callable[[Packer, Sequence[Request], Sequence[int], Sequence[float]], list[Round]]
@@ -31,15 +27,17 @@ ROUNDS_SWEPT = 2_400
 LEAST_CAPS, MANY_CAPS, MOST_CAPS = 6, 24, 72
 CAP_POWERS = (0.25, 0.5)
 """Exponents of the share of the work done that are tried for the mean TTFT."""
-SLOPES = (0.0, 0.5, 1.0)
-"""Of the slope that the proof allows."""
-MANY_PROMPTS = 128
-"""With more prompts fewer are tried."""
 ROUNDING = 1e-9
 FAR = 1.01
 """Of a large batch, a way to pack whose plan at the best known cap is above this factor of the best is not swept."""
-LEVELS = (0.4, 0.55, 0.75, 0.9, 1.0, 1.3, 1.7)
-"""Of the cap that is best for all rounds: that of the outermost one."""
+
+USUAL = 90.0
+"""Percentile of a plan's rounds that stands for all of them."""
+START, STEPS = (1.0, 0.6), (1.5, 1.15)
+"""Where the search for the longest and the outermost rounds begins, by the usual one, and factors of its steps."""
+WORTH_TAILS, LEAST_WORTH = 16_000, 5
+"""Rounds times prompts looked at for each, of all plans that are filled by worth, about 0.2 s; where that is less than
+so many plans, none is."""
 
 
 @dataclass(slots=True)
@@ -172,6 +170,38 @@ class Search:
         if known is None or candidate.score < known.score:
             self.found[len(candidate.rounds)] = candidate
 
+    def sweep_by_worth(self) -> None:
+        """Fill rounds by worth under several longest and outermost ones, by those of the best plan known."""
+        problem = self.problem
+        busiest = busiest_stage(problem.cost, Work.of(problem.requests, problem.limits.max_round_tokens))
+        round_s = self.ranked()[0].evaluation.round_s[:, busiest]
+        usual_s, total_s = float(np.percentile(round_s, USUAL)), float(round_s.sum())
+        most = WORTH_TAILS // (len(round_s) * min(len(problem.requests), MOST_TAILS))
+        tried, packers = dict[tuple[float, float], tuple[float, ...]](), dict[float, WorthPacker]()
+
+        def attempt(longest: float, outer: float) -> bool:
+            """Whether it is the best so far."""
+            outer = min(outer, longest)
+            if len(tried) >= most or (longest, outer) in tried:
+                return False
+            if longest not in packers:
+                packers[longest] = WorthPacker(problem, longest * usual_s)
+            rounds = packers[longest].pack(outer * usual_s, total_s)
+            tried[longest, outer] = self.keep(rounds, Objective.MAKESPAN)
+            return min(tried, key=tried.__getitem__) == (longest, outer)
+
+        if most < LEAST_WORTH:
+            return
+        at = START
+        attempt(*at)
+        for step in STEPS:
+            improved = True
+            while improved:
+                improved = False
+                for way in ((step, 1.0), (1.0 / step, 1.0), (1.0, step), (1.0, 1.0 / step)):
+                    while attempt(at[0] * way[0], at[1] * way[1]):
+                        at, improved = min(tried, key=tried.__getitem__), True
+
 
 def central_cap_s(problem: Problem) -> float:
     """The cap at which the relaxed makespan on the slowest stage is least."""
@@ -245,29 +275,8 @@ def budget_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]
     )
     done = np.cumsum(budgets.work_s)
     powers = [(done / done[-1]) ** power for power in CAP_POWERS]
-    choices = [np.array(choice) for choice in [*budgets.choices(), budgets.for_makespan()]]  # infinite on one stage
+    budgets_tried = [*budgets.choices(problem.max_makespan_increase), budgets.for_makespan()]
+    choices = [np.array(choice) for choice in budgets_tried]  # infinite on one stage
     shares = [np.divide(cap, cap.max(), out=np.ones(len(cap)), where=cap < cap.max()) for cap in choices]
     place = np.argsort(order)
     return [share[place].tolist() for share in [*shares, *powers]]
-
-
-def sloping_rounds(problem: Problem, packer: Packer, cap_s: float) -> Iterator[list[Round]]:
-    """Candidates around the cap that is best for all rounds; none where stages are alike."""
-    cost, work = problem.cost, work_s(problem)
-    if len(cost.kinds) < 2 or len(work) < 2:
-        return
-    batch = Work.of(problem.requests, problem.limits.max_round_tokens)
-    before, after = sides_of(cost, batch, busiest_stage(cost, batch))
-    side = max(before, after, key=lambda side: len(side.ratio))
-    allowed = float((1.0 - side.ratio).mean() / max(side.ratio.sum(), 1e-9))
-    order = sorted(range(len(work)), key=lambda i: work[i], reverse=side is after)
-    inwards = list(reversed(order)) if side is after else order  # from the end where rounds must be short
-    thinned = 1 + len(work) // MANY_PROMPTS
-    for slope in SLOPES[:: min(thinned, 2)]:
-        shares, done = [0.0] * len(work), 0.0
-        for i in inwards:
-            shares[i] = slope * allowed * done
-            done += work[i]
-        for level in LEVELS[::thinned]:
-            caps = [level * cap_s + share for share in shares]
-            yield pack_in_order(packer, problem.requests, order, caps)

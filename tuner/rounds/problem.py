@@ -10,7 +10,7 @@ from db.errors import UserError
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round, check_window
 from tuner.rounds.schedule import Evaluation, evaluate
-from tuner.workload.objective import Objective
+from tuner.workload.objective import MAX_MAKESPAN_INCREASE, Objective, check_makespan_increase
 
 MOST_UNITS = 2**20
 """Steps of `chunk_multiple` tokens in a batch: 67 million tokens in steps of 64."""
@@ -39,6 +39,7 @@ class RoundOptions(TypedDict, total=False):
     chunk_multiple: int
     limits: Limits
     objective: Objective
+    max_makespan_increase: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,9 @@ class Problem:
     """Chunks are this many tokens or a multiple of it; only a prompt's last chunk may be shorter."""
     limits: Limits = NO_LIMITS
     objective: Objective = Objective.MAKESPAN
+    max_makespan_increase: float = MAX_MAKESPAN_INCREASE
+    """For another objective: how much longer than the least one found a plan's makespan may be, as a share; infinity:
+    any. Requests that arrive over time have no limit."""
     is_timed: bool = field(init=False, repr=False)
     """Whether some requests arrive later than the start."""
 
@@ -66,6 +70,7 @@ class Problem:
             raise UserError("requests", "[]", "at least one request is needed")
         check_window(self.window)
         check_chunk_multiple(self.chunk_multiple)
+        check_makespan_increase(self.max_makespan_increase)
         self._check_work()
         object.__setattr__(self, "is_timed", arrive_over_time(self.requests))
         most = self.limits.max_round_tokens
@@ -83,6 +88,10 @@ class Problem:
         if tokens > most:
             allowed = f"at most {most} with chunk_multiple {self.chunk_multiple} on {self.cost.pp_size} stages"
             raise UserError("prompt_tokens of all requests", tokens, allowed)
+
+    def makespan_limit_s(self, least_s: float) -> float:
+        """The longest makespan that a plan for another objective may have beside one of `least_s`."""
+        return (1.0 + self.max_makespan_increase) * least_s
 
     def evaluate(self, rounds: Sequence[Round]) -> Evaluation:
         """What the cost model says of rounds."""

@@ -24,7 +24,6 @@ import numpy.typing as npt
 
 from tuner.plan.cost_model import CostModel
 from tuner.plan.stage_cost import Floats, PairAttention, StageCost
-from tuner.rounds.schedule import MAKESPAN_SLACK
 
 MAKESPAN_SHARE, ENDS_INSIDE = 1.1, 0.5
 """Corrections found on batches known at the start; the results are flat around them: the share of the work that counts
@@ -167,16 +166,17 @@ class QueueBudgets:
         """Budgets that never fall, for the mean TTFT beside a makespan of that weight."""
         return self._with_overhead(self._pooled(makespan_weight))
 
-    def choices(self) -> list[list[float]]:
+    def choices(self, max_makespan_increase: float) -> list[list[float]]:
         """Budgets for the mean TTFT beside a makespan of the likely weight, of nearby ones and of none."""
-        likely = self.makespan_weight()
+        likely = self.makespan_weight(max_makespan_increase)
         return [self.for_mean_ttft(weight) for weight in dict.fromkeys(share * likely for share in NEARBY)]
 
-    def makespan_weight(self) -> float:
-        """The least weight tried under which the makespan should stay within MAKESPAN_SLACK of its own budgets'."""
+    def makespan_weight(self, max_makespan_increase: float) -> float:
+        """The least weight tried under which the makespan should be longer than under its own budgets by that share at
+        most."""
         if not self.stages_after:
             return 0.0
-        allowed_s = MAKESPAN_SLACK * self._makespan_s(self._flat())
+        allowed_s = (1.0 + max_makespan_increase) * self._makespan_s(self._flat())
         weight, total = 0.0, sum(self._usable_weights())
         for share in WEIGHTS_TRIED:
             weight = share * total

@@ -9,28 +9,37 @@ from functools import cached_property
 
 from profiler.sequence.kind import SequenceCut
 from tuner.plan.layout import Layout
-from tuner.plan.plan import Parallel, Plan, Predicted, Request, Round
-from tuner.rounds.bound import makespan_bound_s
+from tuner.plan.plan import Parallel, Plan, Predicted, Request, Round, TunedFor
+from tuner.rounds.bound import ROUNDING, makespan_bound_s
 from tuner.rounds.grid.relaxation import is_curved
 from tuner.rounds.problem import Problem
-from tuner.rounds.schedule import MAKESPAN_SLACK, Evaluation
-from tuner.workload.objective import Objective
+from tuner.rounds.schedule import Evaluation
+from tuner.workload.objective import MAX_MAKESPAN_INCREASE, Objective
 
 
 class Bound:
     """The lower bounds of a problem, proven when they are first asked for."""
 
     def __init__(self, problem: Problem | Callable[[], Problem]) -> None:
-        self._given = problem
+        self._given, self._searched_s = problem, 0.0
 
     @cached_property
     def _problem(self) -> Problem:
         return self._given if isinstance(self._given, Problem) else self._given()
 
-    @cached_property
+    @property
     def seconds(self) -> float:
-        """No plan has a smaller makespan (`rounds.bound` says why). On tables it takes longer than a quick plan."""
+        """No plan has a smaller makespan: by a relaxation (`rounds.bound` says why), or since all plans of a small
+        batch were searched. On tables the former takes longer than a quick plan."""
+        return self._searched_s or self._relaxed_s
+
+    @cached_property
+    def _relaxed_s(self) -> float:
         return makespan_bound_s(self._problem)
+
+    def raise_to(self, makespan_s: float) -> None:
+        """An exact search has found that no plan has a smaller makespan."""
+        self._searched_s = makespan_s * (1.0 - ROUNDING)
 
     @property
     def while_planning_s(self) -> float:
@@ -75,7 +84,7 @@ class Alternative:
     rounds: RoundPlan | None = None
     refusal: str | None = None
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self, objective: Objective) -> dict[str, object]:
         """For programs."""
         planned = self.rounds
         return {
@@ -83,19 +92,26 @@ class Alternative:
             "policy": planned and planned.policy,
             "makespan_s": planned and planned.makespan_s,
             "mean_ttft_s": planned and planned.evaluation.mean_ttft_s,
+            "sought": planned and planned.evaluation.sought(objective),
             "refusal": self.refusal,
         }
 
 
-def best_first(plans: Iterable[RoundPlan], objective: Objective, *, ours: RoundPlan) -> list[RoundPlan]:
+def best_first(
+    plans: Iterable[RoundPlan],
+    objective: Objective,
+    *,
+    ours: RoundPlan,
+    max_makespan_increase: float = MAX_MAKESPAN_INCREASE,
+) -> list[RoundPlan]:
     """Plans of one batch by the objective.
 
-    For another objective than the makespan, those that give up more than MAKESPAN_SLACK of the least makespan are last,
+    For another objective than the makespan, those that give up more than that share of the least makespan are last,
     unless their makespan is no longer than that of `ours`.
     """
     plans = list(plans)
-    free = objective is Objective.MAKESPAN
-    limit_s = math.inf if free else max(MAKESPAN_SLACK * min(plan.makespan_s for plan in plans), ours.makespan_s)
+    slack = math.inf if objective is Objective.MAKESPAN else 1.0 + max_makespan_increase
+    limit_s = max(slack * min(plan.makespan_s for plan in plans), ours.makespan_s)
     return sorted(plans, key=lambda plan: (max(plan.makespan_s - limit_s, 0.0), *plan.evaluation.score(objective)))
 
 
@@ -109,6 +125,7 @@ def rounds_to_plan(
     window: int | None,
     cost_model: dict[str, object],
     threads_per_rank: int | None = None,
+    tuned_for: TunedFor | None = None,
     uncertainty: float | None = None,
     cuts: tuple[SequenceCut, ...] = (),
 ) -> Plan:
@@ -124,6 +141,7 @@ def rounds_to_plan(
         rounds=planned.rounds,
         cuts=cuts,
         policy=planned.policy,
+        tuned_for=tuned_for,
         cost_model=cost_model,
         predicted=Predicted(
             makespan_s=planned.makespan_s,

@@ -20,8 +20,6 @@ from tuner.serving.answers import Answers
 from tuner.serving.clock import Clock
 from tuner.workload.objective import Objective
 
-MAKESPAN_SLACK = 1.0075
-"""A plan for mean TTFT or deadlines has at most this much times the best makespan found."""
 CHUNK_COLUMNS = tuple(map(attrgetter, ("request", "start", "tokens")))
 
 
@@ -72,6 +70,23 @@ class Evaluation:
         if objective is Objective.LATENESS:
             return (self.lateness_s, self.mean_ttft_s, self.makespan_s)
         return (-self.sla_weight, self.mean_ttft_s, self.makespan_s)
+
+    def sought(self, objective: Objective) -> float:
+        """The figure that an objective is about: seconds, or the share of the deadlines that is met."""
+        return self.sla_weight if objective is Objective.SLA else self.score(objective)[0]
+
+    def quicker(self, times: float, requests: Sequence[Request]) -> Evaluation:
+        """The same rounds of these requests, were all TTFTs and rounds so many times as short."""
+        arrival = np.array([request.arrival_s for request in requests])
+        return _evaluation(
+            requests,
+            arrival + np.array(self.ttft_s) / times,
+            Timeline(self.timeline.start_s / times, self.timeline.finish_s / times),
+            self.round_s / times,
+            1,
+            tuple(seconds / times for seconds in self.tpot_s),
+            1.0 - self.bubble_share,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +174,16 @@ class RoundTimes:
         order = order_of(cost, len(self.round_s), window)
         return simulate(self.round_s, self.hop_s, window, cost.return_s, ready, order=order, in_order=not ready.any())
 
-    def busiest_s(self, cost: CostModel) -> float:
-        """What the stage with most work runs in all: no makespan is below it."""
-        return float(np.bincount(cost.stage_of_group, weights=self.round_s.sum(axis=0)).max())
+    def least_score(self, cost: CostModel, requests: Sequence[Request], objective: Objective) -> tuple[float, ...]:
+        """No score of these rounds is below it: before a round ends, each stage has run its part of all up to it."""
+        stage_s = np.zeros((len(self.round_s), cost.pp_size))
+        for group, stage in enumerate(cost.stage_of_group):
+            stage_s[:, stage] += self.round_s[:, group]
+        least_s = np.cumsum(stage_s, axis=0).max(axis=1)
+        end = np.full(len(requests), np.inf)
+        end[self.flat.request[self.final]] = least_s[self.flat.round_index[self.final]]
+        timeline = Timeline(least_s[:, None], least_s[:, None])
+        return _evaluation(requests, end, timeline, self.round_s, cost.pp_size).score(objective)
 
     def least_makespan_s(self, cost: CostModel) -> float:
         """No makespan of these rounds is smaller, whatever the window and the order of a stage's tasks."""
@@ -232,6 +254,13 @@ def _evaluate_beside(
     return _evaluation(
         requests, end, Timeline(finish - seconds, finish), seconds, cost.pp_size, tuple(tpot), busy_share
     )
+
+
+def measured_evaluation(requests: Sequence[Request], ttft_s: Sequence[float], makespan_s: float) -> Evaluation:
+    """The figures of a run; of its rounds nothing is told."""
+    arrival = np.array([request.arrival_s for request in requests])
+    ended = np.array([[makespan_s]])
+    return _evaluation(requests, arrival + np.array(ttft_s), Timeline(0.0 * ended, ended), ended, 1)
 
 
 def _evaluation(

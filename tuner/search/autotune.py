@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from db.errors import UserError
 from tuner.plan.plan import Plan
+from tuner.rounds.schedule import Evaluation
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -26,9 +27,10 @@ class Choice:
     layout: str
     policy: str
     plan: Plan
-
+    evaluation: Evaluation
+    """What the cost model expects of it."""
     predicted_s: float
-    """What the cost model expects of the objective."""
+    """What is made least, as expected: seconds, or the negative share of the deadlines met."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -259,6 +259,7 @@ def to_plan(target: Target, candidate: Candidate, rules: Rules, *, uncertainty: 
         threads_per_rank=target.threads_per_rank,
         cost_model=candidate.layout_costs.cost_model(candidate.layer_partition).to_json(),
         cuts=candidate.cuts if layout.sp_kind is not SPKind.NONE else (),
+        tuned_for=rules.tuned_for(target.requests),
         uncertainty=uncertainty,
     )
     costs = candidate.costs

@@ -69,9 +69,10 @@ def compare_policies(cost: CostModel, requests: Sequence[Request], **options: Un
     policies = [*fixed_sweep(requests, problem.chunk_multiple), *POLICIES[1:-1]]
     simpler = [_plan(problem, policy, bound) for policy in policies]
     ours = _plan(problem, "joint", bound)
-    best, *_ = best_first([ours, *simpler], problem.objective, ours=ours)
+    most = problem.max_makespan_increase
+    best, *_ = best_first([ours, *simpler], problem.objective, ours=ours, max_makespan_increase=most)
     ours = replace(ours, rounds=best.rounds, evaluation=best.evaluation)
-    return best_first([ours, *simpler], problem.objective, ours=ours)
+    return best_first([ours, *simpler], problem.objective, ours=ours, max_makespan_increase=most)
 
 
 def best_fixed(cost: CostModel, requests: Sequence[Request], **options: Unpack[RoundOptions]) -> RoundPlan:

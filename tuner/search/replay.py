@@ -14,7 +14,7 @@ from tuner.online.settings import OnlineSettings
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round
 from tuner.policies.named import BASED, POLICIES, base_sizes, fixed_sweep, named_rounds
-from tuner.rounds.packing import Packer
+from tuner.rounds.packing.packer import Packer
 from tuner.rounds.problem import Problem, RoundOptions
 from tuner.rounds.round_plan import Bound, RoundPlan
 from tuner.rounds.schedule import Evaluation
@@ -145,6 +145,7 @@ def replay_variants(
     variants["joint"] += _paced(problem, variants, bound)
     variants["joint"] += _patient(problem, variants, bound)
     variants["joint"] += _between(problem, variants, bound)
+    variants["joint"] += _least_work(problem, variants, bound)
     variants["joint"] += _tuned(problem, variants, num_trials, bound)
     return variants
 
@@ -234,6 +235,17 @@ def _between(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: 
                 return found
             low, high = (low, share) if one.ttft_s(99) > most_p99_s else (share, high)
     return found
+
+
+def _least_work(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: Bound) -> list[Replay]:
+    """Replays of the online planner as for the mean TTFT, where deadlines are to be met: under overload the earliest
+    deadline is late when it runs, and so are all behind it."""
+    if problem.objective is not Objective.SLA:
+        return []
+    base_s = _base_round_s(problem, _simpler(variants))
+    tried = [one for one in TRIED if one.aging < BY_ARRIVAL]
+    tried += [OnlineSettings(pace=pace * base_s) for pace in PACES_TRIED]
+    return [_replay(problem, f"joint:{replace(each, least_work=1.0)}", bound) for each in tried]
 
 
 def _simpler(variants: Mapping[str, Sequence[Replay]]) -> list[Replay]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tuner.plan.cost_model import CostModel
-from tuner.plan.plan import Request
+from tuner.plan.plan import Request, TunedFor
 from tuner.policies.joint import draft_choices
 from tuner.rounds.problem import NO_LIMITS, Limits, Problem, RoundOptions, arrive_over_time
 from tuner.rounds.round_plan import Bound, RoundPlan, best_first
 from tuner.rounds.schedule import FlatRounds, RoundTimes
 from tuner.search.planner import best_fixed, compare_policies, draft_plan, plan_rounds
 from tuner.search.replay import Replay, compare_replays, replay
-from tuner.workload.objective import Objective
+from tuner.workload.objective import MAX_MAKESPAN_INCREASE, Objective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Rules:
     chunk_multiple: int = 64
     limits: Limits = NO_LIMITS
     objective: Objective = Objective.MAKESPAN
+    max_makespan_increase: float = MAX_MAKESPAN_INCREASE
     num_trials: int = 0
     """Settings of the online planner that a study tries on a trace."""
 
@@ -37,7 +39,14 @@ class Rules:
             "chunk_multiple": self.chunk_multiple,
             "limits": self.limits,
             "objective": self.objective,
+            "max_makespan_increase": self.max_makespan_increase,
         }
+
+    def tuned_for(self, requests: Sequence[Request]) -> TunedFor:
+        """What a plan of these requests is made for."""
+        limited = self.objective is not Objective.MAKESPAN and not arrive_over_time(requests)
+        most = self.max_makespan_increase if limited and math.isfinite(self.max_makespan_increase) else None
+        return TunedFor(objective=self.objective.value, max_makespan_increase=most)
 
     def plan(self, cost: CostModel, requests: Sequence[Request]) -> RoundPlan:
         """Rounds by the policy; of requests that arrive over time, what it is expected to make of them."""
@@ -88,7 +97,11 @@ class Rules:
         if all(plan.policy != self.policy for plan in plans):
             plans.append(self.plan(cost, requests))
         own = next(plan for plan in plans if plan.policy == self.policy)
-        return best_first(plans, self.objective, ours=own)
+        return self.best_first(plans, ours=own)
+
+    def best_first(self, plans: Sequence[RoundPlan], *, ours: RoundPlan) -> list[RoundPlan]:
+        """Plans of one batch by the objective; those beyond the makespan's limit are last, unless `ours` is, too."""
+        return best_first(plans, self.objective, ours=ours, max_makespan_increase=self.max_makespan_increase)
 
     def baseline(self, cost: CostModel, requests: Sequence[Request]) -> RoundPlan:
         """The best fixed chunk: what a scheduler without a plan could do."""

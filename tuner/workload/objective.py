@@ -6,6 +6,9 @@ from enum import StrEnum
 
 from db.errors import UserError
 
+MAX_MAKESPAN_INCREASE = 0.02
+"""Share of the least makespan that a plan for another objective gives up at most, unless it is told otherwise."""
+
 
 class Objective(StrEnum):
     """What the rounds are optimised for."""
@@ -32,3 +35,9 @@ class Objective(StrEnum):
         if name not in list(cls):
             raise UserError("objective", name, f"one of {', '.join(cls)}")
         return cls(name)
+
+
+def check_makespan_increase(share: float) -> None:
+    """Raise UserError unless it is a share of the least makespan that may be given up; infinity stands for any."""
+    if not share >= 0.0:  # NaN is not either
+        raise UserError("max_makespan_increase", share, "a share of at least 0, such as 0.02, or infinity for no limit")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from db.errors import UserError
+from db.errors import UserError, cut
 from db.files.documents import Line, located, read_json_lines
 from db.files.numbers import whole_number
 from db.files.tables import first_line, read_csv
@@ -28,6 +28,7 @@ from tuner.plan.stage_cost import MAX_TOKENS
 from tuner.workload.trace_format import UNITS, TimeUnit, TraceFormat
 
 FIELD = "--workload"
+_INPUT_LENGTH = re.compile(r'"input_length"\s*:')
 _CHAT_ID = re.compile(r'"chat_id"\s*:(?!\s*null)')
 MAX_TIME = 1e16
 """Of a time in a trace, in whatever unit: microseconds since 1970 are below it."""
@@ -54,7 +55,7 @@ class WorkloadLine:
     """Its class: a name or a number, whose weight `--priority` tells."""
     output_length: int | None = None
     """Tokens of the answer."""
-    hash_ids: tuple[int | str, ...] = ()
+    hash_ids: tuple[int | str, ...] | None = None
     """Blocks of the prompt, each named by a hash of all tokens up to its end."""
     session_id: str | int | None = None
     delay: float | None = None
@@ -104,12 +105,28 @@ def read_trace(
     if not lines:
         raise UserError(FIELD, path, "must have at least one request")
     if unit is not None and found is not TraceFormat.AZURE:
-        return Trace(found, unit, lines, "as --time-unit says")
+        return Trace(found, unit, lines, f"times in {unit.word}, as --time-unit says")
     return Trace(found, *_unit_of(path, found, lines))
+
+
+def is_trace(path: str | Path, *, field: str = FIELD) -> bool:
+    """Whether a file starts like a trace: with columns that a format has, or with an object that has input_length."""
+    try:
+        _format_of(path)
+    except UserError as refused:
+        if refused.field == FIELD:  # it cannot be read
+            raise UserError(field, path, refused.allowed) from None
+        return False
+    line = first_line(path, field=field)
+    return (bool(line) and not line.startswith("{")) or _INPUT_LENGTH.search(line) is not None
 
 
 def _format_of(path: str | Path) -> TraceFormat:
     line = first_line(path, field=FIELD)
+    is_no_line = line in ("{", "[") or line.startswith("[{")
+    if is_no_line or (line and not line.startswith(("{", "[")) and "," not in line):
+        allowed = "JSON lines, an object each, or CSV with the columns' names is needed"
+        raise UserError(f"{FIELD} {cut(path)}: line 1", line, allowed)
     if "," in line and not line.startswith(("{", "[")):
         columns = {name.strip().strip('"').lower() for name in line.split(",")}
         if "contexttokens" in columns:
@@ -117,7 +134,7 @@ def _format_of(path: str | Path) -> TraceFormat:
         if "request tokens" in columns:
             return TraceFormat.BURSTGPT
         allowed = f"names no columns of azure or burstgpt; say which it is with --workload-format {{{_names()}}}"
-        raise UserError(f"{FIELD} {path}: line 1", line, allowed)
+        raise UserError(f"{FIELD} {cut(path)}: line 1", line, allowed)
     return TraceFormat.BAILIAN if _CHAT_ID.search(line) else TraceFormat.MOONCAKE
 
 
@@ -131,10 +148,13 @@ def _unit_of(
     """The format's unit, or seconds where only they are believable and the times look like seconds."""
     usual = UNITS[format]
     if format is TraceFormat.AZURE:
-        return usual, lines, "dates"
+        return usual, lines, "times are dates"
     times = [line.content.timestamp for line in lines if line.content.timestamp is not None]
-    span = max(times) - min(times) if times else 0.0
-    source = f"in {usual.word}, as {format} traces count"
+    if not times:
+        delays = any(line.content.delay is not None for line in lines)
+        return usual, lines, f"delays in {usual.word}, as {format} traces count" if delays else "without times"
+    source = f"times in {usual.word}, as {format} traces count"
+    span = max(times) - min(times)
     if len(times) < FEWEST_TIMES or span <= 0.0:
         return usual, lines, source
     gaps = {unit: span * unit.seconds / (len(times) - 1) for unit in TimeUnit}
@@ -145,7 +165,7 @@ def _unit_of(
         return (
             TimeUnit.SECONDS,
             lines,
-            f"in seconds: they have fractions, and in ms {1 / gaps[usual]:.3g} would come a second",
+            f"times in seconds: they have fractions, and in ms {1 / gaps[usual]:.3g} would come a second",
         )
     allowed = (
         f"would be a request every {gaps[usual]:.3g} s in {usual.word}, the unit of {format} traces; "

@@ -42,3 +42,17 @@ UNITS = {
     TraceFormat.AZURE: TimeUnit.SECONDS,
     TraceFormat.BURSTGPT: TimeUnit.SECONDS,
 }
+
+
+AUTO = "auto"
+"""Of options: what the file itself tells."""
+
+
+def parse_format(name: str) -> TraceFormat | None:
+    """The format of this name, None for AUTO."""
+    return None if name == AUTO else TraceFormat(name)
+
+
+def parse_unit(name: str) -> TimeUnit | None:
+    """The unit of this name, None for AUTO."""
+    return None if name == AUTO else TimeUnit(name)

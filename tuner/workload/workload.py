@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-from db.errors import UserError
+from db.errors import UserError, cut
 from db.files.documents import Line, located
 from tuner.plan.plan import MAX_REQUESTS, Request
 from tuner.workload.prefix_cache import PrefixCache
@@ -33,6 +35,11 @@ class Workload:
         return sum(r.cached_tokens for r in self.requests) / sum(r.prompt_tokens for r in self.requests)
 
 
+def counted(count: int, noun: str) -> str:
+    """So many of a thing."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def load_workload(
     path: str | Path,
     *,
@@ -49,7 +56,7 @@ def load_workload(
     `NO_CACHE` for none. Raises UserError naming the line and field, or the option that settles it.
     """
     if not (math.isfinite(rate) and rate > 0.0):
-        raise UserError("rate", rate, "a finite number above 0 (2 makes requests arrive twice as fast)")
+        raise UserError("--rate", rate, "a finite number above 0 (2 makes requests arrive twice as fast)")
     trace = read_trace(path, format=format, unit=unit, most_lines=limit)
     arrival_s, notes = _arrivals_s(trace)
     empty = [line for line in trace.lines if not line.content.input_length]
@@ -59,15 +66,22 @@ def load_workload(
     if len(placed) > MAX_REQUESTS:
         allowed = f"at most {MAX_REQUESTS} can be planned; --num-requests N takes the first N"
         raise UserError(FIELD, f"{path} with {len(placed)} requests", allowed)
+    given_s = [at for at, line in placed if line.content.timestamp is not None]
+    early = sum(at < before for before, at in pairwise(given_s))
+    if early:
+        notes.append(f"Sorted by time: {counted(early, 'line')} came before the line above.")
     placed.sort(key=lambda pair: pair[0])
+    names = _names([line for _, line in placed])
     if empty:
         notes.append(
-            f"Skipped {len(empty)} of {len(trace.lines)} lines whose prompt has no tokens, "
+            f"Skipped {len(empty)} of {counted(len(trace.lines), 'line')} whose prompt has no tokens, "
             f"the first in line {empty[0].number}."
         )
     first_s, last_s = placed[0][0], placed[-1][0]
     cache = None if cache_tokens == NO_CACHE else PrefixCache(cache_tokens, trace.format.block_tokens)
-    requests = [_request(line, (at - first_s) / rate, cache) for at, line in placed]
+    requests = [
+        _request(line, name, (at - first_s) / rate, cache) for name, (at, line) in zip(names, placed, strict=True)
+    ]
     workload = Workload(
         requests=tuple(requests),
         output_tokens=tuple(line.content.output_length for _, line in placed),
@@ -98,9 +112,9 @@ def _arrivals_s(trace: Trace) -> tuple[list[float], list[str]]:
         arrivals.append(at)
     notes = []
     if thinking:
-        of = "one session, for lines name none" if nameless == thinking else f"{len(turn_s)} sessions"
+        of = "one session, as no line names any," if nameless == thinking else counted(len(turn_s), "session")
         notes.append(
-            f"{thinking} turns of {of} arrive their delay after the turn before arrived; "
+            f"{counted(thinking, 'turn')} of {of} arrive their delay after the turn before arrived; "
             "how long that turn takes is not known here."
         )
     return arrivals, notes
@@ -109,8 +123,8 @@ def _arrivals_s(trace: Trace) -> tuple[list[float], list[str]]:
 def _summary(path: str | Path, trace: Trace, count: int, span_s: float, rate: float) -> str:
     pace = f", {count / span_s:.3g} a second" if span_s > 0.0 else ", all at once"
     sped = f", sped up {rate:g} times" if rate != 1.0 else ""
-    read = f"{count} requests over {span_s:.4g} s{pace}{sped} (times {trace.unit_source})"
-    return f"Read {Path(path).name} as {trace.format}: {read}."
+    read = f"{counted(count, 'request')} over {span_s:.4g} s{pace}{sped} ({trace.unit_source})"
+    return f"Read {cut(Path(path).name)} as {trace.format}: {read}."
 
 
 def _cache_note(workload: Workload, cache_tokens: int | None, block_tokens: int) -> str:
@@ -120,7 +134,7 @@ def _cache_note(workload: Workload, cache_tokens: int | None, block_tokens: int)
     return f"Prefix cache {size}, blocks of {block_tokens}: {workload.hit_rate:.1%} of all prompt tokens are hits."
 
 
-def _request(line: Line[WorkloadLine], arrival_s: float, cache: PrefixCache | None) -> Request:
+def _request(line: Line[WorkloadLine], name: str, arrival_s: float, cache: PrefixCache | None) -> Request:
     entry = line.content
     cached = entry.cached_tokens or 0
     if cache is not None and entry.hash_ids:
@@ -129,7 +143,7 @@ def _request(line: Line[WorkloadLine], arrival_s: float, cache: PrefixCache | No
     try:
         with located(line.place):
             return Request(
-                id=_name(line),
+                id=name,
                 prompt_tokens=entry.input_length,
                 cached_tokens=cached,
                 arrival_s=arrival_s,
@@ -146,11 +160,19 @@ def _request(line: Line[WorkloadLine], arrival_s: float, cache: PrefixCache | No
         raise UserError(field, error.value, error.allowed) from None
 
 
-def _name(line: Line[WorkloadLine]) -> str:
-    for name in (line.content.id, line.content.chat_id):
-        if name is not None:
-            return str(name)
-    return f"r{line.number - 1}"
+def _names(lines: Sequence[Line[WorkloadLine]]) -> list[str]:
+    """Each request's name: its `id`, its `chat_id` where no other has the same, or its line's number."""
+    chats = Counter(line.content.chat_id for line in lines)
+    line_of: dict[str, int] = {}
+    for line in lines:
+        given, chat = line.content.id, line.content.chat_id
+        name = f"r{line.number - 1}" if chat is None or chats[chat] > 1 else str(chat)
+        name = name if given is None else str(given)
+        if name in line_of:
+            with located(line.place):
+                raise UserError("id", name, f"each request needs its own, and line {line_of[name]} has this one")
+        line_of[name] = line.number
+    return list(line_of)
 
 
 def as_lines(requests: Sequence[Request]) -> list[WorkloadLine]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import click
 
 from service.cli.options import config_option, json_option, options_of
@@ -18,11 +20,13 @@ def command(options: TuneOptions, as_json: bool) -> None:
     MODEL is a folder with a config.json or the name of a bundled shape. The cost model is fitted to the rows that
     `isochunk profile` measured; with --cost-model it is read from a file, and MODEL is not needed.
     """
-    from service.cli.output import print_json
+    from service.cli.output import print_json, working
     from service.cli.print_tune import print_report
     from service.use_cases.tune import tune
 
-    report = tune(options, echo=None if as_json else click.echo)
+    # What is measured would share its cores with the clock that is shown.
+    with nullcontext() if options.measure else working("Planning"):
+        report = tune(options, echo=None if as_json else click.echo)
     if as_json:
         print_json(report.to_json())
     else:

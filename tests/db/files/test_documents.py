@@ -97,10 +97,10 @@ def test_gzip_is_read_like_plain(tmp_path: Path) -> None:
         ([], "content: []; an object is needed"),
         ({}, "parts: missing; a value is needed"),
         ({"parts": 5}, "parts: 5; a list is needed"),
-        ({"parts": [{"number": 1}, {"number": "2"}]}, "parts[1].number: 2; a whole number is needed"),
+        ({"parts": [{"number": 1}, {"number": "2"}]}, 'parts[1].number: "2"; a whole number is needed'),
         ({"parts": [{"number": True}]}, "parts[0].number: True; a whole number is needed"),
         ({"parts": [{"number": 1.0}]}, "parts[0].number: 1.0; a whole number is needed"),
-        ({"parts": [{"number": 1, "seconds": "1"}]}, "parts[0].seconds: 1; a number is needed"),
+        ({"parts": [{"number": 1, "seconds": "1"}]}, 'parts[0].seconds: "1"; a number is needed'),
         ({"parts": [{"number": -4}]}, "parts[0].number: -4; at least 0"),
         ({"parts": [], "sizes": {"a" * 5000: "x"}}, f"sizes.{'a' * 20}...{'a' * 17}: x; a whole number is needed"),
         ({"parts": [], "sizes": {"\x1b[2J": "x"}}, "sizes.\\x1b[2J: x; a whole number is needed"),
@@ -139,7 +139,7 @@ def test_lines(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"parts.jsonl: line 2: must be JSON with finite numbers alone \(number\)"):
         read_json_lines(path, Part)
     path.write_text('{"number": 1}\n{"number": "1"}\n')
-    with pytest.raises(UserError, match=r"parts.jsonl: line 2: number: 1; a whole number is needed"):
+    with pytest.raises(UserError, match=r'parts.jsonl: line 2: number: "1"; a whole number is needed'):
         read_json_lines(path, Part)
     with pytest.raises(UserError, match="must be at most 0 MiB"):
         read_json_lines(path, Part, max_bytes=20)

@@ -47,14 +47,14 @@ def test_random_mixes_are_planned_as_well_as_by_the_batch_planner(objective: Obj
 
 
 def _check_against_batch(lengths: Sequence[int], pp_size: int, window: int | None, objective: Objective) -> None:
-    """The makespan is within 2 % of the batch planner's; so is the mean TTFT where that is the objective."""
+    """The makespan is within 2 % of the batch planner's; the mean TTFT within 3 % where that is the objective."""
     requests = tuple(prompts(*lengths))
     problem = Problem(cost=atom(pp_size), requests=requests, window=window, objective=objective)
     batch = plan_rounds(problem.cost, requests, window=window, objective=objective).evaluation
     online = problem.evaluate(online_rounds(problem))
     assert online.makespan_s <= 1.02 * batch.makespan_s
     if objective is Objective.MEAN_TTFT:
-        assert online.mean_ttft_s <= 1.02 * batch.mean_ttft_s
+        assert online.mean_ttft_s <= 1.03 * batch.mean_ttft_s
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -7,6 +7,7 @@ import pytest
 from db.errors import UserError
 from tests.tuner.fit.test_correction import planned
 from tuner.plan.plan import Plan
+from tuner.rounds.schedule import measured_evaluation
 from tuner.search.autotune import Choice, InterruptedStudy, autotune, kept_study
 
 LAYOUTS, POLICIES = ("TP1 PP2", "TP2 PP1"), ("fixed:256", "fixed:512", "joint")
@@ -14,8 +15,11 @@ LAYOUTS, POLICIES = ("TP1 PP2", "TP2 PP1"), ("fixed:256", "fixed:512", "joint")
 
 def choices() -> list[Choice]:
     plan = planned()
+    expected = measured_evaluation(plan.requests, [1.0] * len(plan.requests), 1.0)
     return [
-        Choice(layout=layout, policy=policy, plan=plan, predicted_s=1.0) for layout in LAYOUTS for policy in POLICIES
+        Choice(layout=layout, policy=policy, plan=plan, evaluation=expected, predicted_s=1.0)
+        for layout in LAYOUTS
+        for policy in POLICIES
     ]
 
 

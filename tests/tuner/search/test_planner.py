@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -88,8 +89,22 @@ def test_small_batches_are_planned_as_well_as_by_exhaustive_search(seed: int) ->
     instance = random_instance(seed)
     best_s = best_makespan_s(instance)
     plan = plan_rounds(instance.cost, instance.requests, window=instance.window, chunk_multiple=instance.chunk_multiple)
-    assert plan.lower_bound_s <= best_s * (1 + 1e-9)
-    assert best_s * (1 - 1e-9) <= plan.makespan_s <= best_s * 1.02
+    assert best_s * (1 - 1e-6) <= plan.lower_bound_s <= best_s * (1 + 1e-9)  # an exact search is its own proof
+    assert best_s * (1 - 1e-9) <= plan.makespan_s <= best_s * (1 + 1e-6)
+    relaxed_s = plan_rounds(
+        instance.cost, instance.requests, policy="gpipe", window=instance.window, chunk_multiple=instance.chunk_multiple
+    ).lower_bound_s
+    assert relaxed_s <= best_s * (1 + 1e-9)
+
+
+def test_a_search_that_leaves_labels_out_proves_nothing() -> None:
+    instance = next(one for one in map(random_instance, range(100)) if len(one.cost.kinds) > 2)
+    problem = Problem(
+        cost=instance.cost, requests=instance.requests, window=instance.window, chunk_multiple=instance.chunk_multiple
+    )
+    known = fixed_rounds(problem, 4 * instance.chunk_multiple)
+    proven = [exact_rounds(problem, known, most_labels)[1] for most_labels in (1, 256)]
+    assert proven == [False, True]
 
 
 @pytest.mark.parametrize("seed", range(100, 106))
@@ -102,7 +117,7 @@ def test_the_oracle_loses_nothing_by_leaving_dominated_plans_out(seed: int) -> N
 @given(cost=cost_models(max_stages=4), requests=batches(max_requests=2, max_tokens=1500), window=windows)
 def test_the_bound_is_below_the_best_plan(cost: CostModel, requests: list[Request], window: int | None) -> None:
     problem = Problem(cost=cost, requests=tuple(requests), window=window, chunk_multiple=256)
-    best = exact_rounds(problem, fixed_rounds(problem, 256))
+    best, _ = exact_rounds(problem, fixed_rounds(problem, 256))
     assert makespan_bound_s(problem) <= problem.evaluate(best).makespan_s * (1 + 1e-9)
 
 
@@ -116,7 +131,7 @@ def test_the_bound_is_below_the_best_plan_on_stages_alike_in_kind(
     factors = data.draw(st.lists(st.sampled_from([0.5, 0.8, 0.9, 1.0, 1.1]), min_size=2, max_size=4))
     stages = tuple(CostModel(stages=(one,)).scaled(factor).stages[0] for factor in factors)
     problem = Problem(cost=CostModel(stages=stages), requests=tuple(requests), window=window, chunk_multiple=128)
-    best = exact_rounds(problem, fixed_rounds(problem, 128))
+    best, _ = exact_rounds(problem, fixed_rounds(problem, 128))
     assert makespan_bound_s(problem) <= problem.evaluate(best).makespan_s * (1 + 1e-9)
 
 
@@ -188,13 +203,42 @@ def test_the_gap_is_small_where_a_long_prompt_shares_rounds_on_stages_that_diffe
     assert plan_rounds(cost, prompts(866, 1111, 43094), chunk_multiple=256).gap <= 0.012
 
 
-def test_mean_ttft_is_traded_for_at_most_one_percent_of_makespan() -> None:
+def test_mean_ttft_is_traded_for_at_most_two_percent_of_makespan() -> None:
     requests = prompts(*ATOM["request_mix"])
     fastest = plan_rounds(atom(4), requests, window=5)
     plan = plan_rounds(atom(4), requests, window=5, objective=Objective.MEAN_TTFT)
-    assert plan.evaluation.mean_ttft_s <= 5.8
-    assert plan.makespan_s <= 1.01 * fastest.makespan_s
-    assert plan.gap <= 0.01
+    assert plan.evaluation.mean_ttft_s <= 4.4
+    assert plan.makespan_s <= 1.02 * fastest.makespan_s
+    assert plan.gap <= 0.021
+
+
+@pytest.mark.parametrize("objective", [Objective.MEAN_TTFT, Objective.P99_TTFT, Objective.LATENESS, Objective.SLA])
+@pytest.mark.parametrize("policy", ["joint", "dp"])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_limit_of_the_makespan_is_kept(seed: int, policy: str, objective: Objective) -> None:
+    """Beside what the same policy makes of the makespan alone; a looser limit costs no mean TTFT."""
+    instance = random_instance(seed + 40)
+    requests = tuple(replace(each, arrival_s=0.0, sla_ttft_s=0.5 + i) for i, each in enumerate(instance.requests))
+    options: RoundOptions = {"window": instance.window, "chunk_multiple": instance.chunk_multiple}
+    least_s = plan_rounds(instance.cost, requests, policy=policy, **options).makespan_s
+    for most in (0.0, 0.01, 0.2):
+        plan = plan_rounds(
+            instance.cost, requests, policy=policy, objective=objective, max_makespan_increase=most, **options
+        )
+        assert plan.makespan_s <= (1.0 + most) * least_s * (1 + 1e-9)
+
+
+def test_more_makespan_given_up_brings_a_smaller_mean_ttft() -> None:
+    """On one stage, where rounds as large as memory allows end all prompts at once."""
+    stage = StageCost(token_count=(0, 65536), token_seconds=(0.0, 1.0), round_overhead_s=0.02)
+    requests, found = prompts(*[8192] * 6), []
+    for most in (0.0, 0.02, 0.05, math.inf):
+        options: RoundOptions = {"objective": Objective.MEAN_TTFT, "max_makespan_increase": most}
+        found.append(plan_rounds(CostModel(stages=(stage,)), requests, **options).evaluation)
+    means = [each.mean_ttft_s for each in found]
+    assert means == sorted(means, reverse=True) and means[-1] < 0.8 * means[0]
+    spans = [each.makespan_s for each in found]
+    assert spans == sorted(spans) and spans[1] <= 1.02 * spans[0] and spans[2] <= 1.05 * spans[0]
 
 
 def test_a_quicker_policy_does_not_take_the_place_of_a_smaller_mean_ttft() -> None:
@@ -333,6 +377,8 @@ def test_unknown_policies_are_refused(policy: str) -> None:
         ({"chunk_multiple": 0}, "chunk_multiple: 0; at least 1"),
         ({"limits": Limits(max_round_tokens=63)}, "max_round_tokens: 63; at least 64"),
         ({"limits": Limits(max_kv_tokens=99)}, "max_kv_tokens: 99; at least 100, the longest prompt"),
+        ({"max_makespan_increase": -0.01}, "max_makespan_increase: -0.01; a share of at least 0"),
+        ({"max_makespan_increase": float("nan")}, "max_makespan_increase: nan; a share of at least 0"),
         ({"objective": "speed"}, "objective: speed; one of makespan, mean-ttft, sla"),
     ],
 )

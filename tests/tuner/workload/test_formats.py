@@ -1,6 +1,8 @@
 """Published traces as they are published: a few lines in each format, read with what is said of them."""
 
+import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def read(folder: Path, text: str, **options: Any) -> Workload:
         (MOONCAKE, (6758, 6955, 1536), (0, 27.482, 30.535), (500, 52, 26), "as mooncake: 3 requests over 30.5"),
         (BAILIAN, (40, 60), (0, 14.386), (132, 9), "as bailian: 2 requests over 14.39 s, 0.139 a second (times in sec"),
         (AZURE_2023, (374, 396), (0, 4.314579), (44, 109), "as azure: 2 requests over 4.315 s"),
-        (AZURE_2024, (2162, 2399), (0, 0.007405), (5, 6), "(times dates)"),
+        (AZURE_2024, (2162, 2399), (0, 0.007405), (5, 6), "(times are dates)"),
         (BURSTGPT, (472, 417), (0, 113), (18, 0), "as burstgpt: 2 requests over 113 s"),
         (BURSTGPT_SESSIONS, (906, 36), (0, 51), (446, 29), "as burstgpt: 2 requests over 51 s"),
     ],
@@ -114,7 +116,56 @@ def test_think_times_make_sessions(tmp_path: Path) -> None:
     assert workload.notes[1].startswith("3 turns of 2 sessions arrive their delay after the turn before arrived")
     alone = read(tmp_path, "\n".join(json.dumps({"delay": 1000, "input_length": 5}) for _ in range(3)))
     assert [request.arrival_s for request in alone.requests] == [1.0 - 1.0, 1.0, 2.0]
-    assert "one session, for lines name none" in alone.notes[1]
+    assert "(delays in milliseconds, as mooncake traces count)" in alone.notes[0]
+    assert alone.notes[1].startswith("3 turns of one session, as no line names any, arrive")
+
+
+def test_times_that_go_back_are_sorted_and_said(tmp_path: Path) -> None:
+    lines = [{"input_length": 5 + i, "timestamp": at} for i, at in enumerate((0, 40, 30, 50, 20))]
+    workload = read(tmp_path, "\n".join(map(json.dumps, lines)))
+    assert [request.prompt_tokens for request in workload.requests] == [5, 9, 7, 6, 8]
+    assert workload.notes[1] == "Sorted by time: 2 lines came before the line above."
+
+
+def test_a_trace_may_be_gzipped(tmp_path: Path) -> None:
+    for text in (MOONCAKE, AZURE_2024):
+        (tmp_path / "packed").write_bytes(gzip.compress(text.encode()))
+        assert load_workload(tmp_path / "packed").requests == read(tmp_path, text).requests
+
+
+def test_each_request_has_its_own_name(tmp_path: Path) -> None:
+    chats = BAILIAN.replace("160", "159")
+    assert [request.id for request in read(tmp_path, BAILIAN).requests] == ["159", "160"]
+    assert [request.id for request in read(tmp_path, chats).requests] == ["r0", "r1"]
+    with pytest.raises(UserError, match="line 2: id: a; each request needs its own, and line 1 has this one"):
+        read(tmp_path, '{"id": "a", "input_length": 1}\n{"id": "a", "input_length": 1}\n')
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (MOONCAKE.encode("utf-16"), "must be UTF-8 text, gzipped or plain (byte 0 is not)"),
+        (b"TIMESTAMP;ContextTokens;GeneratedTokens\n", "JSON lines, an object each, or CSV with the columns"),
+        (b'[{"input_length": 5}]', "JSON lines, an object each, or CSV"),
+        (b'{\n "input_length": 5}', "line 1: {; JSON lines, an object each, or CSV"),
+        (b'{"input_length": "5"}', 'line 1: input_length: "5"; a whole number is needed'),
+        (b'{"input_length": 5, "hash_ids": [1, 2.5]}', "line 1: hash_ids[1]: 2.5; a whole number is needed"),
+    ],
+)
+def test_files_of_another_kind_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "trace").write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        load_workload(tmp_path / "trace")
+    assert message in str(refused.value) and str(refused.value).isprintable()
+
+
+def test_a_pipe_cannot_be_a_trace(tmp_path: Path) -> None:
+    readable, writable = os.pipe()
+    os.write(writable, MOONCAKE.encode())
+    os.close(writable)
+    with pytest.raises(UserError, match="must be a file, for it is read twice"):
+        load_workload(f"/dev/fd/{readable}")
+    os.close(readable)
 
 
 def test_units_are_told_from_the_rate_or_asked_for(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from tests.tuner.atom import atom
 from tuner.plan.plan import Request, check_rounds
 from tuner.rounds.problem import Problem
 from tuner.search.planner import make_rounds
-from tuner.search.replay import FEW_REQUESTS, compare_replays
+from tuner.search.replay import FEW_REQUESTS, compare_replays, replay
 from tuner.workload.objective import Objective
 from tuner.workload.workload import load_workload
 
@@ -131,3 +131,8 @@ def test_no_policy_runs_a_request_before_it_arrives(policy: str) -> None:
     start_s = problem.evaluate(rounds).timeline.start_s[:, 0]
     for begins, chunks in zip(start_s, rounds, strict=True):
         assert begins >= max(requests[chunk.request].arrival_s for chunk in chunks)
+
+
+def test_arrivals_too_close_to_tell_apart_are_one() -> None:
+    requests = [Request(id=f"r{i}", prompt_tokens=1000, arrival_s=1e-200 * i) for i in range(6)]
+    assert replay(atom(2), requests).evaluation.makespan_s > 0.0
