@@ -68,7 +68,7 @@ SETTINGS_KEPT = 3
 FEW_REQUESTS = 128
 """Of a longer trace only the beginning is replayed under every policy, unless all are asked for."""
 NEARLY = 1.2
-"""Policies whose mean TTFT there is within this factor of the least are replayed in full."""
+"""Policies whose mean TTFT there is within this factor of the simpler ones' least are replayed in full."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,7 +363,8 @@ def _shortlist(problem: Problem, policies: dict[str, list[str]]) -> dict[str, li
         return best[policy].evaluation.mean_ttft_s
 
     fixed = min((policy for policy in tried if policy.startswith("fixed:")), key=mean_s)
-    most_s, latest_s = NEARLY * min(map(mean_s, tried)), best["joint"].evaluation.makespan_s
+    most_s = NEARLY * min(mean_s(policy) for policy in tried if policy != "joint")  # these set joint's limits
+    latest_s = best["joint"].evaluation.makespan_s
     likely = [
         policy
         for policy, one in best.items()
