@@ -35,8 +35,8 @@ USUAL = 90.0
 """Percentile of a plan's rounds that stands for all of them."""
 START, STEPS = (1.0, 0.6), (1.5, 1.15)
 """Where the search for the longest and the outermost rounds begins, by the usual one, and factors of its steps."""
-WORTH_TAILS, LEAST_WORTH = 16_000, 5
-"""Rounds times prompts looked at for each, of all plans that are filled by worth, about 0.2 s; where that is less than
+WORTH_TAILS, LEAST_WORTH = 8_000, 5
+"""Rounds times prompts looked at for each, of all plans that are filled by worth, about 0.1 s; where that is less than
 so many plans, none is."""
 
 
