@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.online.outlook import Outlook
+from tuner.online.to_come.outlook import Outlook
 from tuner.rounds.round_budgets import QueueBudgets, RoundExcess
 
 ROUNDS_A_REQUEST = (0.5, 1, 2, 3, 4)
@@ -44,7 +44,8 @@ class EvenRounds:
 
         The score is how much all that wait and those to come are delayed: under each cap requests end when the round
         with their last token has passed all stages, behind rounds that are as long at least; what their rounds and
-        overheads then keep busy delays those to come, and longer rounds than those in flight do (`online.outlook`).
+        overheads then keep busy delays those to come, and longer rounds than those in flight do
+        (`online.to_come.outlook`).
         """
         budgets, tokens = self.budgets, self.num_tokens
         if not budgets.stages_after:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tuner.online.outlook import NONE_TO_COME, Outlook
+from tuner.online.to_come.outlook import NONE_TO_COME, Outlook
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats
 from tuner.recurrence.timeline import simulate

@@ -29,11 +29,11 @@ from db.errors import UserError
 from tuner.online.even_rounds import EvenRounds
 from tuner.online.in_flight import InFlight
 from tuner.online.lookahead import Lookahead
-from tuner.online.outlook import NONE_TO_COME, Outlook
 from tuner.online.patience import running_order
 from tuner.online.settings import AS_IT_COMES, OnlineSettings
-from tuner.online.steady_pace import SteadyPace
-from tuner.online.traffic import IN_TURN, MEMORY, Levels, Traffic
+from tuner.online.to_come.outlook import NONE_TO_COME, Outlook
+from tuner.online.to_come.steady_pace import SteadyPace
+from tuner.online.to_come.traffic import IN_TURN, MEMORY, Levels, Traffic
 from tuner.online.waiting import Waiting, WaitingOrder
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round, check_window

@@ -8,10 +8,10 @@ from db.errors import UserError
 from tests.tuner.atom import atom
 from tests.tuner.online.arrivals import OVERLOADED_BY_SHORT_ROUNDS, stream
 from tuner.online.driven import online_rounds
-from tuner.online.outlook import Outlook
 from tuner.online.settings import OnlineSettings
-from tuner.online.steady_pace import SteadyPace
-from tuner.online.traffic import IN_TURN, Traffic
+from tuner.online.to_come.outlook import Outlook
+from tuner.online.to_come.steady_pace import SteadyPace
+from tuner.online.to_come.traffic import IN_TURN, Traffic
 from tuner.online.waiting import Waiting, WaitingOrder
 from tuner.plan.plan import Request
 from tuner.plan.stage_cost import Floats

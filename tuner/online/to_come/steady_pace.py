@@ -19,7 +19,7 @@ from typing import Self
 
 import numpy as np
 
-from tuner.online.traffic import Levels
+from tuner.online.to_come.traffic import Levels
 from tuner.plan.stage_cost import Floats
 
 LEAST_FREE = 1e-3

@@ -6,12 +6,13 @@ That is the value function of the M/G/1 queue, without what any decision costs a
 Virtamo, "On the value function of the M/G/1 FCFS and LCFS queues", 2012). A rule that adds it to the cost of each of
 its choices is one step of policy iteration: where its model holds it is no worse than the rule whose load `r` is.
 Over a horizon `H` the same is a (V H - (1 - r) H^2 / 2) where work outlasts it; under overload it always does. By level
-(`online.traffic`) `V` is the work that runs before it, and `a` and `r` count what does.
+(`online.to_come.traffic`) `V` is the work that runs before it, and `a` and `r` count what does.
 
 Until the pipeline runs empty, behind a long round shorter ones leave no sooner (`recurrence.timeline`): all that come
 until then pass the K - 1 stages behind as slowly as the longest round that is in flight or decided on. Rounds up to the
-steady pace (`online.steady_pace`), at which those to come are run anyway, cost them nothing. Longer ones pay only where
-what they save over all that is expected until then is more: a momentary queue does not lengthen all that follow.
+steady pace (`online.to_come.steady_pace`), at which those to come are run anyway, cost them nothing. Longer ones pay
+only where what they save over all that is expected until then is more: a momentary queue does not lengthen all that
+follow.
 
 Arrivals need not be Poisson's. Regular ones leave time until the next one: work done by then delays nobody. Of bursts,
 a renewal process whose times between arrivals have the variation c^2, (c^2 - 1) / 2 more come soon after one has.
@@ -26,8 +27,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from tuner.online.steady_pace import SteadyPace
-from tuner.online.traffic import Levels, Traffic
+from tuner.online.to_come.steady_pace import SteadyPace
+from tuner.online.to_come.traffic import Levels, Traffic
 from tuner.plan.stage_cost import Floats
 
 LEAST_DRAIN = 1e-9
