@@ -18,6 +18,7 @@ from tuner.fit.uncertainty import widened_uncertainty
 from tuner.plan.layout import layout_of
 from tuner.rounds.round_plan import RoundPlan
 from tuner.workload.objective import Objective
+from tuner.workload.workload import counted
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor the fit
     from tuner.fit.whole.costs import Costs
@@ -246,9 +247,9 @@ def _print_layouts(report: TuneReport) -> None:
     num_refused = sum(candidate.refusal is not None for candidate in report.candidates)
     print(
         wrapped(
-            f"{len(report.candidates)} layouts: {report.num_planned} planned, {report.num_proven_worse} proven no "
-            f"better without being planned, {report.num_estimated_worse} clearly worse by an estimate, {num_refused} "
-            "that cannot run."
+            f"{counted(len(report.candidates), 'layout')}: {report.num_planned} planned, {report.num_proven_worse} "
+            f"proven no better without being planned, {report.num_estimated_worse} clearly worse by an estimate, "
+            f"{num_refused} that cannot run."
         )
     )
     beyond = [str(candidate.layout) for candidate in families if candidate.extrapolates]

@@ -18,7 +18,7 @@ from tuner.fit.smoothing import load_measured_model
 from tuner.plan.cost_model import CostModel
 from tuner.plan.layout import layout_of
 from tuner.plan.plan import MAX_WINDOW, Parallel, Request, save_plan
-from tuner.plan.stage_cost import MAX_TOKENS
+from tuner.plan.stage_cost import MAX_SECONDS, MAX_TOKENS
 from tuner.rounds.problem import Limits, arrive_over_time
 from tuner.rounds.round_plan import Alternative, rounds_to_plan
 from tuner.search.rules import Rules
@@ -78,6 +78,8 @@ def workload_of(options: TuneOptions) -> Workload:
         workload = Workload(requests=requests, output_tokens=(None,) * len(requests), notes=())
     requests = workload.requests
     if options.sla_ttft_s is not None:
+        if options.sla_ttft_s > MAX_SECONDS:
+            raise UserError("--sla-ttft-s", options.sla_ttft_s, f"must be at most {MAX_SECONDS:g}")
         requests = tuple(replace(each, sla_ttft_s=options.sla_ttft_s) for each in requests)
     notes = workload.notes
     if options.decode == "beside":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from db.errors import UserError
 from db.files.numbers import share
 from profiler.sequence.kind import SPKind
-from service.use_cases.options import DB_VARIABLE, check_options, command_line, db_url, option
+from service.use_cases.options import DB_VARIABLE, check_options, chosen, command_line, db_url, flag_of, option
 from tuner.workload.objective import MAX_MAKESPAN_INCREASE, Objective
 from tuner.workload.trace_format import TimeUnit, TraceFormat
 
@@ -147,6 +147,11 @@ class TuneOptions:
             raise UserError("--trials", self.num_trials, "tries settings on a trace; give --workload")
         if (self.prompt_lens is None) == (self.workload is None):
             raise UserError("--prompt-lens", self.prompt_lens or "missing", "give either --prompt-lens or --workload")
+        if self.workload is None:
+            given = chosen(self)
+            for name in ("workload_format", "time_unit", "num_requests", "prefix_cache", "rate"):
+                if name in given:
+                    raise UserError(flag_of(self, name), given[name], "goes with --workload")
         if self.study is not None and self.measure is None:
             raise UserError("--study", self.study, "goes with --measure N, the plans to run in all")
         if self.study is not None and not (0 < len(self.study) <= 100 and self.study.isprintable()):

@@ -106,7 +106,9 @@ def test_the_best_layout_is_written_as_a_plan_and_kept_as_a_row(url: str, tmp_pa
 
 def test_a_layer_partition_can_be_kept_and_a_device_is_this_machines(url: str) -> None:
     arguments = (SHAPE.name, "--prompt-lens", "3000@1000,800*2", "--dtype", "float32", "--db", url)
-    plan = tune_json(*arguments, "--layer-partition", "7,9")["plan"]
+    report = tune_json(*arguments, "--layer-partition", "7,9")
+    plan, alone = report["plan"], report["recommendation"]["one_card"]
+    assert alone["refusal"] is None and alone["makespan_s"] > plan["predicted"]["makespan_s"]
     assert plan["parallel"]["layer_partition"] == [7, 9]
     assert [request["cached_tokens"] for request in plan["requests"]] == [1000, 0, 0]
     with pytest.raises(UserError, match=r"^measurements: none in float32 on (?!imaginary)"):

@@ -165,6 +165,25 @@ def test_all_policies_have_their_percentiles(tmp_path: Path) -> None:
     assert any(row["p90_ttft_s"] < row["p99_ttft_s"] for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rate", "2"), "--rate: 2.0; goes with --workload"),
+        (("--time-unit", "s"), "--time-unit: s; goes with --workload"),
+        (("--workload-format", "azure"), "--workload-format: azure; goes with --workload"),
+        (("--num-requests", "5"), "--num-requests: 5; goes with --workload"),
+        (("--prefix-cache", "off"), "--prefix-cache: off; goes with --workload"),
+        (("--sla-ttft-s", "inf"), "--sla-ttft-s: inf; must be at most 1e+09"),
+    ],
+)
+def test_options_that_a_batch_does_not_heed_are_refused(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    cost = tmp_path / "cost.json"
+    cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
+    with pytest.raises(UserError) as refused:
+        tune("--cost-model", str(cost), "--pp-size", "4", "--prompt-lens", "1000", *options)
+    assert str(refused.value) == message
+
+
 def test_under_overload_short_prompts_meet_their_deadlines(tmp_path: Path) -> None:
     """Three prompts in four can be in time if those that cannot be wait."""
     cost, workload, out = tmp_path / "cost.json", tmp_path / "w.jsonl", tmp_path / "plan.json"

@@ -18,7 +18,7 @@ from tuner.online.traffic import NONE_TO_COME, Outlook
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats
 from tuner.recurrence.timeline import simulate
-from tuner.rounds.packing import Packer, fill_rounds
+from tuner.rounds.packing.packer import Packer, fill_rounds
 from tuner.rounds.schedule import FlatRounds
 from tuner.serving.clock import Clock
 from tuner.workload.objective import MAX_MAKESPAN_INCREASE, Objective

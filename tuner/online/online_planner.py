@@ -37,7 +37,7 @@ from tuner.online.traffic import ROUNDS_A_REQUEST, Outlook, Traffic
 from tuner.online.waiting import Waiting, WaitingOrder
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round, check_window
-from tuner.rounds.packing import OpenRound, Packer
+from tuner.rounds.packing.packer import OpenRound, Packer
 from tuner.rounds.problem import NO_LIMITS, Limits
 from tuner.rounds.round_budgets import QueueBudgets, RoundExcess, context_token_s, round_overhead_s
 from tuner.serving.answers import NOTHING_BESIDE, Beside

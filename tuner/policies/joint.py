@@ -2,9 +2,10 @@
 
 1. The relaxation of `rounds.bound` says near which cap on a round's time the best plan lies.
 2. Around it caps are swept; under each, requests are packed into rounds in three ways: in order, by tails
-   (`rounds.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). On tables and where
-   stages differ, a line of all tokens is also cut anywhere (`tuner.policies.line.stretches`): rounds shrink while the
-   pipeline drains. Every simpler policy competes (`tuner.policies.named`).
+   (`rounds.packing.packer`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). On tables and
+   where stages differ, a line of all tokens is also cut anywhere (`tuner.policies.line.stretches`), so that rounds
+   shrink while the pipeline drains; on tables rounds are also filled by what chunks are worth
+   (`rounds.packing.worth`). Every simpler policy competes (`tuner.policies.named`).
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `max_makespan_increase` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online.online_planner`).
@@ -38,7 +39,7 @@ from tuner.policies.sweep import (
     whole_rounds,
 )
 from tuner.rounds.grid.relaxation import is_curved
-from tuner.rounds.packing import pack_in_order, pack_tails
+from tuner.rounds.packing.packer import pack_in_order, pack_tails
 from tuner.rounds.problem import Problem
 from tuner.rounds.round_plan import Bound
 from tuner.workload.objective import Objective
@@ -102,6 +103,8 @@ def _finished(search: Search, bound: Bound, quickest: list[Round] | None = None)
     if problem.is_timed and len(problem.requests) <= FEW_REQUESTS:
         for foresight in FORESIGHTS:
             search.keep(online_rounds(problem, OnlineSettings(foresight=foresight)), objective)
+    if objective is Objective.MAKESPAN and _pays_by_worth(problem):
+        search.sweep_by_worth()
     if objective is not Objective.MAKESPAN and not problem.is_timed:
         if quickest is not None:
             _limit_makespan(search, quickest)
@@ -117,12 +120,15 @@ def _finished(search: Search, bound: Bound, quickest: list[Round] | None = None)
     if objective is Objective.MAKESPAN:
         best = search.ranked()[0]
         if is_small(problem):
-            return exact_rounds(problem, best.rounds)
+            rounds, is_proven = exact_rounds(problem, best.rounds)
+            if is_proven:
+                bound.raise_to(problem.evaluate(rounds).makespan_s)
+            return rounds
         uneven = len(problem.cost.kinds) > 1 and problem.cost.pp_size <= MOST_UNEVEN_STAGES
         if uneven and len(problem.requests) <= FEW_PROMPTS:
             coarser = _coarser(problem)
             if is_small(coarser):
-                search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS), objective)
+                search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS)[0], objective)
     if problem.cost.virtual_stages > 1 and not problem.is_timed:
         _keep_ramps(search)
     starts = search.ranked()[: _num_starts(problem) if objective is Objective.MAKESPAN else 1]
@@ -198,6 +204,12 @@ def _coarser(problem: Problem) -> Problem:
     while not is_small(problem) and 2 * problem.chunk_multiple <= most:
         problem = replace(problem, chunk_multiple=2 * problem.chunk_multiple)
     return problem
+
+
+def _pays_by_worth(problem: Problem) -> bool:
+    """Whether rounds filled by worth may be better: several prompts, that may all be under way at once, on tables."""
+    curved = is_curved(problem.cost.kinds) and problem.cost.virtual_stages == 1
+    return curved and not problem.is_timed and pack_tails in _packs(problem)
 
 
 def _packs(problem: Problem) -> list[Pack]:

@@ -20,9 +20,9 @@ ONE_CARD = Layout(tp_size=1, pp_size=1)
 
 
 def one_card(target: Target, rules: Rules, fit_layout: Callable[[Layout], Costs]) -> Alternative:
-    """One card alone, its rounds by the same rules."""
+    """One card alone, its rounds by the same rules; a partition that is kept is that of several."""
     try:
-        (found,) = search_layouts(target, [ONE_CARD], rules, fit_layout)
+        (found,) = search_layouts(replace(target, layer_partition=None), [ONE_CARD], rules, fit_layout)
     except UserError as error:
         return Alternative(layout=ONE_CARD, refusal=str(error))
     return Alternative(layout=ONE_CARD, rounds=None if found.refusal else found.rounds, refusal=found.refusal)

@@ -14,7 +14,7 @@ from tuner.online.settings import OnlineSettings
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round
 from tuner.policies.named import BASED, POLICIES, base_sizes, fixed_sweep, named_rounds
-from tuner.rounds.packing import Packer
+from tuner.rounds.packing.packer import Packer
 from tuner.rounds.problem import Problem, RoundOptions
 from tuner.rounds.round_plan import Bound, RoundPlan
 from tuner.rounds.schedule import Evaluation
