@@ -56,6 +56,7 @@ PLANNER: dict[str, Off] = {
     "local search": lambda: patch("tuner.policies.joint.local_search", lambda problem, rounds, *_: list(rounds)),
     "exact search": lambda: patch("tuner.policies.joint.is_small", lambda problem: False),
     "simpler policies": lambda: patch("tuner.policies.joint.simpler_rounds", lambda *_: []),
+    "rounds by worth": lambda: patch("tuner.policies.joint.Search.sweep_by_worth", lambda search: None),
     "line cut anywhere": lambda: patch("tuner.policies.joint.stretch_rounds", lambda *_: []),
     "uneven bound": lambda: patch("tuner.rounds.bound.uneven_bound_s", lambda cost, work, known_s: known_s),
     "lookahead": lambda: patch("tuner.online.online_planner.OnlinePlanner._may_plan_ahead", lambda planner: False),

@@ -11,7 +11,7 @@ from tuner.plan.cost_model import Ints
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats
 from tuner.policies.sweep import Search, shortest_first
-from tuner.rounds.packing import Packer, backward_spans
+from tuner.rounds.packing.packer import Packer, backward_spans
 from tuner.rounds.problem import Problem
 from tuner.workload.objective import Objective
 

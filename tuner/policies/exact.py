@@ -50,8 +50,11 @@ class _Steps:
     ready_s: Floats
 
 
-def exact_rounds(problem: Problem, known: Sequence[Round], most_labels: int = MOST_LABELS) -> list[Round]:
-    """The rounds with the least makespan; `known` is a plan to beat and is returned if nothing does."""
+def exact_rounds(problem: Problem, known: Sequence[Round], most_labels: int = MOST_LABELS) -> tuple[list[Round], bool]:
+    """The rounds with the least makespan, and whether that is proven: whether no label had to be left out.
+
+    `known` is a plan to beat and is returned if nothing does.
+    """
     states, steps = _all_steps(problem)
     num_states, pp_size = len(states), problem.cost.pp_size
     first = np.searchsorted(steps.origin, np.arange(num_states + 1))
@@ -68,6 +71,7 @@ def exact_rounds(problem: Problem, known: Sequence[Round], most_labels: int = MO
     num_labels = 1
     labels: list[list[Floats]] = [[] for _ in states]
     names: list[list[Ints]] = [[] for _ in states]
+    is_proven = True
     labels[0].append(np.concatenate([np.zeros(pp_size), np.full(history, -np.inf)])[None, :])
     names[0].append(np.array([0]))
     for state in range(num_states - 1):
@@ -76,7 +80,8 @@ def exact_rounds(problem: Problem, known: Sequence[Round], most_labels: int = MO
             continue
         label, name = np.concatenate(labels[state]), np.concatenate(names[state])
         promise = (label[:, :pp_size] + rest[state] + drain).max(axis=1)
-        keep = _undominated(label, promise, best, most_labels)
+        keep, is_all = _undominated(label, promise, best, most_labels)
+        is_proven &= is_all
         label, name = label[keep], name[keep]
         reached = _run(label, steps, rows, problem, history)  # [labels, steps, pp_size + history]
         target = steps.target[rows]
@@ -100,8 +105,8 @@ def exact_rounds(problem: Problem, known: Sequence[Round], most_labels: int = MO
             if finish.min() < best:
                 best, best_label = float(finish.min()), int(new[here][finish.argmin()])
     if best_label < 0:
-        return list(known)
-    return _rounds(problem, states, steps, np.concatenate(parent), np.concatenate(via), best_label)
+        return list(known), is_proven
+    return _rounds(problem, states, steps, np.concatenate(parent), np.concatenate(via), best_label), is_proven
 
 
 def _run(label: Floats, steps: _Steps, rows: Ints, problem: Problem, history: int) -> Floats:
@@ -122,21 +127,22 @@ def _run(label: Floats, steps: _Steps, rows: Ints, problem: Problem, history: in
     return out
 
 
-def _undominated(label: Floats, promise: Floats, best: float, most_labels: int) -> Ints:
-    """Indices of the labels worth following."""
+def _undominated(label: Floats, promise: Floats, best: float, most_labels: int) -> tuple[Ints, bool]:
+    """Indices of the labels worth following, at most so many, and whether these are all."""
     order = np.argsort(promise, kind="stable")
-    order = order[promise[order] < best * (1.0 - 1e-12)][: 8 * most_labels]
+    order = order[promise[order] < best * (1.0 - 1e-12)]
+    is_all, order = len(order) <= 8 * most_labels, order[: 8 * most_labels]
     kept: list[int] = []
     values = label[order]
     alive = np.ones(len(order), dtype=bool)
     for i in range(len(order)):
         if not alive[i]:
             continue
-        kept.append(i)
         if len(kept) == most_labels:
-            break
+            return order[kept], False
+        kept.append(i)
         alive &= ~np.all(values >= values[i], axis=1)
-    return order[kept]
+    return order[kept], is_all
 
 
 def _all_steps(problem: Problem) -> tuple[list[tuple[int, ...]], _Steps]:

@@ -2,9 +2,10 @@
 
 1. The relaxation of `rounds.bound` says near which cap on a round's time the best plan lies.
 2. Around it caps are swept; under each, requests are packed into rounds in three ways: in order, by tails
-   (`rounds.packing`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). On tables and where
-   stages differ, a line of all tokens is also cut anywhere (`tuner.policies.line.stretches`): rounds shrink while the
-   pipeline drains. Every simpler policy competes (`tuner.policies.named`).
+   (`rounds.packing.packer`), and by dynamic programming over a line of chunks (`tuner.policies.dp`). On tables and
+   where stages differ, a line of all tokens is also cut anywhere (`tuner.policies.line.stretches`), so that rounds
+   shrink while the pipeline drains; on tables rounds are also filled by what chunks are worth
+   (`rounds.packing.worth`). Every simpler policy competes (`tuner.policies.named`).
 3. For mean TTFT and deadlines, rounds of short prompts also get lower caps, and other orders are tried; a plan gives
    up at most `max_makespan_increase` of the best makespan for it.
    With arrivals, the online planner's rounds are the candidates (`tuner.online.online_planner`).
@@ -38,7 +39,7 @@ from tuner.policies.sweep import (
     whole_rounds,
 )
 from tuner.rounds.grid.relaxation import is_curved
-from tuner.rounds.packing import pack_in_order, pack_tails
+from tuner.rounds.packing.packer import pack_in_order, pack_tails
 from tuner.rounds.problem import Problem
 from tuner.rounds.round_plan import Bound
 from tuner.workload.objective import Objective
@@ -83,14 +84,30 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     """
     if len(problem.requests) == 1 and problem.objective is Objective.MEAN_TTFT:
         problem = replace(problem, objective=Objective.MAKESPAN)
-    num_starts = MOST_STARTS if problem.cost.virtual_stages == 1 else 2 * MOST_STARTS
-    search, objective = _drafted(problem, num_needed=num_starts), problem.objective
+    swept = _swept(problem, num_needed=_num_starts(problem))
+    if problem.objective is Objective.MAKESPAN or problem.is_timed or math.isinf(problem.max_makespan_increase):
+        return _finished(swept, bound)
+    quickest = _finished(swept.towards(Objective.MAKESPAN), bound)
+    return _finished(swept, bound, quickest)
+
+
+def _num_starts(problem: Problem) -> int:
+    """How many candidates for the makespan are improved locally."""
+    return MOST_STARTS if problem.cost.virtual_stages == 1 else 2 * MOST_STARTS
+
+
+def _finished(search: Search, bound: Bound, quickest: list[Round] | None = None) -> list[Round]:
+    """The best rounds that follow from what was swept; `quickest`: those for the makespan alone, which limit others."""
+    problem, objective = search.problem, search.problem.objective
+    _add_drafts(search)
     if problem.is_timed and len(problem.requests) <= FEW_REQUESTS:
         for foresight in FORESIGHTS:
             search.keep(online_rounds(problem, OnlineSettings(foresight=foresight)), objective)
+    if objective is Objective.MAKESPAN and _pays_by_worth(problem):
+        search.sweep_by_worth()
     if objective is not Objective.MAKESPAN and not problem.is_timed:
-        if math.isfinite(problem.max_makespan_increase):
-            _limit_makespan(search, bound)
+        if quickest is not None:
+            _limit_makespan(search, quickest)
         for order in request_orders(problem):
             for profile in budget_profiles(problem, order):
                 search.sweep(pack_in_order, order, profile, objective)
@@ -103,24 +120,26 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     if objective is Objective.MAKESPAN:
         best = search.ranked()[0]
         if is_small(problem):
-            return exact_rounds(problem, best.rounds)
+            rounds, is_proven = exact_rounds(problem, best.rounds)
+            if is_proven:
+                bound.raise_to(problem.evaluate(rounds).makespan_s)
+            return rounds
         uneven = len(problem.cost.kinds) > 1 and problem.cost.pp_size <= MOST_UNEVEN_STAGES
         if uneven and len(problem.requests) <= FEW_PROMPTS:
             coarser = _coarser(problem)
             if is_small(coarser):
-                search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS), objective)
+                search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS)[0], objective)
     if problem.cost.virtual_stages > 1 and not problem.is_timed:
         _keep_ramps(search)
-    starts = search.ranked()[: num_starts if objective is Objective.MAKESPAN else 1]
+    starts = search.ranked()[: _num_starts(problem) if objective is Objective.MAKESPAN else 1]
     good_enough_s = GOOD_ENOUGH * bound.while_planning_s if objective is Objective.MAKESPAN else 0.0
     improved = [local_search(problem, start.rounds, good_enough_s, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
 
 
-def _limit_makespan(search: Search, bound: Bound) -> None:
+def _limit_makespan(search: Search, quickest: list[Round]) -> None:
     """Limit makespans beside what a plan for the makespan alone has, which is a candidate from now on."""
     problem = search.problem
-    quickest = joint_rounds(replace(problem, objective=Objective.MAKESPAN), bound)
     found_s = [candidate.evaluation.makespan_s for candidate in search.found.values()]
     least_s = min(problem.evaluate(quickest).makespan_s, *found_s)
     search.limit(problem.makespan_limit_s(least_s), problem.objective)  # first: of so many rounds one is kept
@@ -149,21 +168,33 @@ def _keep_stretches(search: Search) -> None:
 
 
 def _drafted(problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Search:
-    search, objective = Search.of(problem, effort, num_needed), problem.objective
+    search = _swept(problem, effort, num_needed)
+    _add_drafts(search)
+    return search
+
+
+def _swept(problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Search:
+    """The sweeps for the makespan, whatever the objective; none for requests that arrive over time."""
+    search = Search.of(problem, effort, num_needed)
     if problem.is_timed:
-        search.keep(online_rounds(problem), objective)
         return search
-    flat = [1.0] * len(problem.requests)
-    packs = _packs(problem)
+    flat, packs = [1.0] * len(problem.requests), _packs(problem)
     for pack in packs:
         search.sweep(pack, shortest_first(problem), flat, Objective.MAKESPAN)
     if pack_line in packs:
         _keep_stretches(search)
-    if objective is not Objective.MAKESPAN:
+    return search
+
+
+def _add_drafts(search: Search) -> None:
+    """What is quickly made for another objective than the makespan, and of requests that arrive over time."""
+    problem, objective = search.problem, search.problem.objective
+    if problem.is_timed:
+        search.keep(online_rounds(problem), objective)
+    elif objective is not Objective.MAKESPAN:
         search.limit(problem.makespan_limit_s(search.ranked()[0].evaluation.makespan_s), objective)
         search.keep(whole_rounds(problem, shortest_first(problem)), objective)
         search.keep(online_rounds(problem), objective)
-    return search
 
 
 def _coarser(problem: Problem) -> Problem:
@@ -173,6 +204,12 @@ def _coarser(problem: Problem) -> Problem:
     while not is_small(problem) and 2 * problem.chunk_multiple <= most:
         problem = replace(problem, chunk_multiple=2 * problem.chunk_multiple)
     return problem
+
+
+def _pays_by_worth(problem: Problem) -> bool:
+    """Whether rounds filled by worth may be better: several prompts, that may all be under way at once, on tables."""
+    curved = is_curved(problem.cost.kinds) and problem.cost.virtual_stages == 1
+    return curved and not problem.is_timed and pack_tails in _packs(problem)
 
 
 def _packs(problem: Problem) -> list[Pack]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats, StageCost
 from tuner.rounds.one_machine import most_on_time
-from tuner.rounds.packing import Packer
+from tuner.rounds.packing.packer import Packer
+from tuner.rounds.packing.worth import MOST_TAILS, WorthPacker
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Work, envelopes, likely_cap_s
 from tuner.rounds.round_budgets import QueueBudgets, context_token_s, round_overhead_s
 from tuner.rounds.schedule import Evaluation, FlatRounds, RoundTimes
+from tuner.rounds.uneven import busiest_stage
 from tuner.workload.objective import Objective
 
 Pack = Callable[[Packer, Sequence[Request], Sequence[int], Sequence[float]], list[Round]]
@@ -28,6 +30,14 @@ CAP_POWERS = (0.25, 0.5)
 ROUNDING = 1e-9
 FAR = 1.01
 """Of a large batch, a way to pack whose plan at the best known cap is above this factor of the best is not swept."""
+
+USUAL = 90.0
+"""Percentile of a plan's rounds that stands for all of them."""
+START, STEPS = (1.0, 0.6), (1.5, 1.15)
+"""Where the search for the longest and the outermost rounds begins, by the usual one, and factors of its steps."""
+WORTH_TAILS, LEAST_WORTH = 8_000, 5
+"""Rounds times prompts looked at for each, of all plans that are filled by worth, about 0.1 s; where that is less than
+so many plans, none is."""
 
 
 @dataclass(slots=True)
@@ -61,6 +71,10 @@ class Search:
     def of(cls, problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Search:
         """A search that has found nothing yet."""
         return cls(problem, Packer.of(problem), central_cap_s(problem), effort=effort, num_needed=num_needed)
+
+    def towards(self, objective: Objective) -> Search:
+        """The same candidates for another objective, to be added to; evaluations are shared."""
+        return replace(self, problem=replace(self.problem, objective=objective), found=dict(self.found))
 
     def score(self, evaluation: Evaluation, objective: Objective) -> tuple[float, ...]:
         """What to minimise, the most important first."""
@@ -159,6 +173,38 @@ class Search:
         known = self.found.get(len(candidate.rounds))
         if known is None or candidate.score < known.score:
             self.found[len(candidate.rounds)] = candidate
+
+    def sweep_by_worth(self) -> None:
+        """Fill rounds by worth under several longest and outermost ones, by those of the best plan known."""
+        problem = self.problem
+        busiest = busiest_stage(problem.cost, Work.of(problem.requests, problem.limits.max_round_tokens))
+        round_s = self.ranked()[0].evaluation.round_s[:, busiest]
+        usual_s, total_s = float(np.percentile(round_s, USUAL)), float(round_s.sum())
+        most = WORTH_TAILS // (len(round_s) * min(len(problem.requests), MOST_TAILS))
+        tried, packers = dict[tuple[float, float], tuple[float, ...]](), dict[float, WorthPacker]()
+
+        def attempt(longest: float, outer: float) -> bool:
+            """Whether it is the best so far."""
+            outer = min(outer, longest)
+            if len(tried) >= most or (longest, outer) in tried:
+                return False
+            if longest not in packers:
+                packers[longest] = WorthPacker(problem, longest * usual_s)
+            rounds = packers[longest].pack(outer * usual_s, total_s)
+            tried[longest, outer] = self.keep(rounds, Objective.MAKESPAN)
+            return min(tried, key=tried.__getitem__) == (longest, outer)
+
+        if most < LEAST_WORTH:
+            return
+        at = START
+        attempt(*at)
+        for step in STEPS:
+            improved = True
+            while improved:
+                improved = False
+                for way in ((step, 1.0), (1.0 / step, 1.0), (1.0, step), (1.0, 1.0 / step)):
+                    while attempt(at[0] * way[0], at[1] * way[1]):
+                        at, improved = min(tried, key=tried.__getitem__), True
 
 
 def central_cap_s(problem: Problem) -> float:

@@ -10,7 +10,7 @@ from functools import cached_property
 from profiler.sequence.kind import SequenceCut
 from tuner.plan.layout import Layout
 from tuner.plan.plan import Parallel, Plan, Predicted, Request, Round, TunedFor
-from tuner.rounds.bound import makespan_bound_s
+from tuner.rounds.bound import ROUNDING, makespan_bound_s
 from tuner.rounds.grid.relaxation import is_curved
 from tuner.rounds.problem import Problem
 from tuner.rounds.schedule import Evaluation
@@ -21,16 +21,25 @@ class Bound:
     """The lower bounds of a problem, proven when they are first asked for."""
 
     def __init__(self, problem: Problem | Callable[[], Problem]) -> None:
-        self._given = problem
+        self._given, self._searched_s = problem, 0.0
 
     @cached_property
     def _problem(self) -> Problem:
         return self._given if isinstance(self._given, Problem) else self._given()
 
-    @cached_property
+    @property
     def seconds(self) -> float:
-        """No plan has a smaller makespan (`rounds.bound` says why). On tables it takes longer than a quick plan."""
+        """No plan has a smaller makespan: by a relaxation (`rounds.bound` says why), or since all plans of a small
+        batch were searched. On tables the former takes longer than a quick plan."""
+        return self._searched_s or self._relaxed_s
+
+    @cached_property
+    def _relaxed_s(self) -> float:
         return makespan_bound_s(self._problem)
+
+    def raise_to(self, makespan_s: float) -> None:
+        """An exact search has found that no plan has a smaller makespan."""
+        self._searched_s = makespan_s * (1.0 - ROUNDING)
 
     @property
     def while_planning_s(self) -> float:

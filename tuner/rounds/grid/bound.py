@@ -40,6 +40,8 @@ from tuner.rounds.uneven import Side, busiest_stage, sides_of
 LEAST_CAP, MOST_CAP = 0.3, 6.0
 """Caps that are tried, by the likely best one."""
 NUM_CAPS, NUM_REFINEMENTS = 20, 2
+SHORT = np.geomspace(0.15, 0.9, 8)
+"""By the least of them, further caps of the outermost rounds, under which little is done."""
 NUM_SPANS, NUM_BORDERS = 72, 12
 """Spans of time in which caps are taken to be what they are at the inner end, and times between fill and drain."""
 USUAL_LEVELS, USUAL_SHARE, CORNERS = (0.7, 1.0), 0.15, (0.3, 0.6, 1.0, 1.5, 2.2, 3.5)
@@ -64,7 +66,12 @@ def grid_bound_s(cost: CostModel, work: Work, multiple: int, known_s: float) -> 
     if len(cost.kinds) == 1:
         return hops + _least_s(relaxation, reference, work, caps, num_more)
     best = int(np.argmin(relaxation.sums(caps) + num_more * caps))
-    levels, sides, bound_s = np.sort(np.append(caps, _between(caps, best))), sides_of(cost, work, stage), known_s
+    short = caps[0] * np.geomspace(0.15, 0.9, 8)
+    levels, sides, bound_s = (
+        np.sort(np.concatenate([short, caps, _between(caps, best)])),
+        sides_of(cost, work, stage),
+        known_s,
+    )
     own_s = relaxation.own_by_number(levels * (1.0 + SLACK)) if relaxation.knows_places else np.zeros(0)
     for gain in MOST_GAINS:
         for _ in range(MOST_REPEATS):
