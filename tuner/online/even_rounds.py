@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.online.traffic import Outlook
+from tuner.online.to_come.outlook import Outlook
 from tuner.rounds.round_budgets import QueueBudgets, RoundExcess
 
 ROUNDS_A_REQUEST = (0.5, 1, 2, 3, 4)
@@ -44,7 +44,8 @@ class EvenRounds:
 
         The score is how much all that wait and those to come are delayed: under each cap requests end when the round
         with their last token has passed all stages, behind rounds that are as long at least; what their rounds and
-        overheads then keep busy delays those to come (`online.traffic`).
+        overheads then keep busy delays those to come, and longer rounds than those in flight do
+        (`online.to_come.outlook`).
         """
         budgets, tokens = self.budgets, self.num_tokens
         if not budgets.stages_after:
@@ -58,16 +59,18 @@ class EvenRounds:
         numbers |= {count for count in whole if 1 <= count <= most + 1.0}
         tried = sorted(numbers)
         counts = np.array(tried, dtype=np.float64)
-        excess_s = self.excess.seconds(tokens / counts, context).tolist()
+        excess_s = self.excess.seconds(tokens / counts, context)
         whole_rounds = (counts / total_s)[:, None] * work_s
         whole_rounds -= 1e-9
         before = np.ceil(whole_rounds, out=whole_rounds) @ weights
         pass_s = budgets.stages_after * (1.0 + self.hop_share) * float(weights.sum())
-        judged = []
-        for num_rounds, rounds_before, per_round_s in zip(tried, before.tolist(), excess_s, strict=True):
-            cap_s = total_s / num_rounds + per_round_s
-            score = rounds_before * cap_s + pass_s * max(cap_s, self.lag_s) + self.outlook.cost_s(num_rounds * cap_s)
-            judged.append((score, cap_s if num_rounds > 1 else math.inf, num_rounds))
+        caps_s = total_s / counts + excess_s
+        slowest_s = np.maximum(caps_s, self.lag_s)
+        scores = before * caps_s + pass_s * slowest_s + self.outlook.costs_s(counts * caps_s, slowest_s)
+        judged = [
+            (score, cap_s if num_rounds > 1 else math.inf, num_rounds)
+            for score, cap_s, num_rounds in zip(scores.tolist(), caps_s.tolist(), tried, strict=True)
+        ]
         return sorted(judged)
 
     def likely(self) -> tuple[dict[int, float], list[int]]:

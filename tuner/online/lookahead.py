@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tuner.online.traffic import NONE_TO_COME, Outlook
+from tuner.online.to_come.outlook import NONE_TO_COME, Outlook
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats
 from tuner.recurrence.timeline import simulate
@@ -58,6 +58,24 @@ class _Found:
         if objective is Objective.MAKESPAN:
             return (self.makespan_s, self.ends_s)
         return (max(self.makespan_s - limit_s, 0.0), self.ends_s, self.makespan_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fill:
+    """Rounds filled up to caps, and where each begins: place of the span, and its token."""
+
+    caps_s: Sequence[float]
+    rounds: list[Round]
+    opens: list[tuple[int, int]]
+
+
+def _changed(caps_s: Sequence[float], i: int, factor: float) -> Iterator[list[float]]:
+    """Caps of all rounds when round i is so many times as long: what no longer fits moves on to the last round, or the
+    next one makes up for it."""
+    if i + 1 < len(caps_s):
+        longer_s = factor * caps_s[i]
+        yield [*caps_s[:i], longer_s, *caps_s[i + 1 :]]
+        yield [*caps_s[:i], longer_s, caps_s[i] + caps_s[i + 1] - longer_s, *caps_s[i + 2 :]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +172,7 @@ class Lookahead:
                         late_s = self.start_s + end_s - request.arrival_s - self.patience_s
                         ends_s += LATE * max(late_s, 0.0)
         busy_s = clock.finish_s[0] - self.start_s
-        to_come_s = self.outlook.cost_s(busy_s)
+        to_come_s = self.outlook.cost_s(busy_s, clock.finish_s[-1] - clock.finish_s[0])
         return _Found(end_s, (ends_s if weights else plain_s) + to_come_s, rounds)
 
     def limited_rounds(
@@ -200,33 +218,40 @@ class Lookahead:
 
     def _varied(self, start: _Found, limit_s: float) -> _Found:
         """Make single rounds longer or shorter while that helps."""
-        best = start
+        best, like = start, self._like(start.rounds)
         for _ in range(min(ROUNDS_VARIED // len(start.rounds), MOST_PASSES)):
             before = best
             for i in range(len(before.rounds)):
                 for factor in FACTORS:
-                    others = [self._found(self._filled(caps_s)) for caps_s in self._changed(best.rounds, i, factor)]
-                    best = min([best, *others], key=lambda each: each.score(self.objective, limit_s))
+                    fills = (self._filled(caps_s, like, i) for caps_s in _changed(like.caps_s, i, factor))
+                    others = [self._found(fill.rounds) for fill in fills]
+                    better = min([best, *others], key=lambda each: each.score(self.objective, limit_s))
+                    if better is not best:
+                        best, like = better, self._like(better.rounds)
             if best is before:
                 break
         return best
 
-    def _changed(self, rounds: Sequence[Round], i: int, factor: float) -> Iterator[list[float]]:
-        """Caps of all rounds when round i is so many times as long: what no longer fits moves on to the last round, or
-        the next one makes up for it."""
-        if i + 1 < len(rounds):
-            caps_s = [self.packer.seconds(chunks, self.requests) for chunks in rounds]
-            longer_s = factor * caps_s[i]
-            yield [*caps_s[:i], longer_s, *caps_s[i + 1 : -1], math.inf]
-            with_next = [*caps_s[:i], longer_s, caps_s[i] + caps_s[i + 1] - longer_s, *caps_s[i + 2 :]]
-            yield [*with_next[:-1], math.inf]
+    def _like(self, rounds: Sequence[Round]) -> _Fill:
+        """The spans filled up to what these rounds take."""
+        return self._filled([self.packer.seconds(chunks, self.requests) for chunks in rounds[:-1]] + [math.inf])
 
-    def _filled(self, caps_s: Sequence[float]) -> list[Round]:
-        """The spans in running order, each round filled up to its own cap, the last one with all that is left."""
-        rounds: list[Round] = []
+    def _filled(self, caps_s: Sequence[float], like: _Fill | None = None, changed: int = 0) -> _Fill:
+        """The spans in running order, each round filled up to its own cap, the last one with all that is left.
+
+        like: a fill whose caps differ in round `changed` and the next one alone: what comes before is taken over from
+        it, and what comes after as soon as a round begins at the same token.
+        """
+        rounds, opens = list[Round](), [(0, self.spans[0][1])]
+        if like is not None:
+            if changed >= len(like.rounds):
+                return like
+            rounds, opens = like.rounds[:changed], like.opens[: changed + 1]
         current = self.packer.open_round()
-        for index, first, end in self.spans:
-            start = first
+        begun, start = opens[-1]
+        for place in range(begun, len(self.spans)):
+            index, first, end = self.spans[place]
+            start = start if place == begun else first
             while start < end:
                 cap_s = caps_s[min(len(rounds), len(caps_s) - 1)] * (1.0 + ROUNDING)
                 tokens = self.packer.longest(current, start, end - start, cap_s)
@@ -237,8 +262,12 @@ class Lookahead:
                     start += tokens
                 if start < end:
                     rounds.append(tuple(current.chunks))
+                    opens.append((place, start))
+                    at = len(rounds)
+                    if like is not None and at > changed + 1 and like.opens[at : at + 1] == opens[-1:]:
+                        return _Fill(caps_s, rounds + like.rounds[at:], opens + like.opens[at + 1 :])
                     current = self.packer.open_round()
-        return [*rounds, tuple(current.chunks)]
+        return _Fill(caps_s, [*rounds, tuple(current.chunks)], opens)
 
     def _found(self, rounds: list[Round]) -> _Found:
         """What the recurrence makes of rounds."""
@@ -259,5 +288,4 @@ class Lookahead:
         weights = np.array([self.requests[index].weight for index in flat.request[final].tolist()])
         ends = finish[flat.round_index[final]]
         ends_s = float(ends @ weights) if weights.any() else float(ends.sum())
-        busy_s = float(stage_s.sum(axis=0).max()) + float(free_s[0])
-        return _Found(float(finish[-1]), ends_s + self.outlook.cost_s(busy_s), rounds)
+        return _Found(float(finish[-1]), ends_s, rounds)

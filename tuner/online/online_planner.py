@@ -25,15 +25,15 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
-import numpy as np
-
 from db.errors import UserError
 from tuner.online.even_rounds import EvenRounds
 from tuner.online.in_flight import InFlight
 from tuner.online.lookahead import Lookahead
 from tuner.online.patience import running_order
 from tuner.online.settings import AS_IT_COMES, OnlineSettings
-from tuner.online.traffic import ROUNDS_A_REQUEST, Outlook, Traffic
+from tuner.online.to_come.outlook import NONE_TO_COME, Outlook
+from tuner.online.to_come.steady_pace import SteadyPace
+from tuner.online.to_come.traffic import IN_TURN, MEMORY, Levels, Traffic
 from tuner.online.waiting import Waiting, WaitingOrder
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, Round, check_window
@@ -108,8 +108,13 @@ class OnlinePlanner:
         self._total_work_s = 0.0
         self._left_tokens = 0
         self._traffic = Traffic()
-        self._tokens, self._context = 0, 0.0  # of all that came: new ones, and the context of a token in the mean
-        self._load = 0.0
+        self._tokens, self._squares, self._contexts = (
+            0.0,
+            0.0,
+            0.0,
+        )  # of a request: new ones, squared, times their context
+        self._levels: Levels | None = None  # of those to come
+        self._steady = SteadyPace()
         self._makespan_weight: float | None = None  # kept while no request comes
         self._planned: deque[Round] = deque()  # for the queue as it is; a request that comes or goes voids them
         self._stages_after = cost.pp_size - 1
@@ -331,7 +336,24 @@ class OnlinePlanner:
         return budgets.evened(allowed[0])
 
     def _outlook(self, now_s: float) -> Outlook:
-        return Outlook.of(self._traffic, now_s, self._load, self.settings.foresight)
+        if self._levels is None:
+            return NONE_TO_COME
+        later = self.settings.aging * now_s
+        return Outlook.of(
+            self._traffic,
+            self._levels,
+            self._steady,
+            now_s,
+            before_s=self._queue.work_before([most_s + later for most_s in self._levels.most_s.tolist()]),
+            waiting_s=self._total_work_s,
+            behind=self._behind,
+            weight=self.settings.foresight,
+        )
+
+    @property
+    def _behind(self) -> float:
+        """Times a round's seconds to pass the stages behind the first."""
+        return self._stages_after * (1.0 + self._hop_share)
 
     def _note_arrival(self, request: Request, now_s: float) -> None:
         work_s = max(
@@ -341,16 +363,23 @@ class OnlinePlanner:
             for table in self._packer.tables
         )
         self._traffic.note(now_s, work_s)
-        self._tokens += request.new_tokens
-        self._context += request.cached_tokens + request.new_tokens / 2.0
-        self._hop_share = (
-            self.cost.hop_token_s * self._tokens / (len(self.requests) + 1) / max(self._traffic.work_s, 1e-12)
-        )
+        new, share = request.new_tokens, 1.0 / min(self._traffic.count, MEMORY)
+        self._tokens += share * (new - self._tokens)
+        self._squares += share * (new * new - self._squares)
+        self._contexts += share * (new * (request.cached_tokens + new / 2.0) - self._contexts)
+        self._hop_share = self.cost.hop_token_s * self._tokens / max(self._traffic.work_s, 1e-12)
         if self._traffic.is_known:
-            count = len(self.requests) + 1
-            tokens, context = self._tokens / count, self._context / count
-            overheads_s = self._excess.seconds(tokens / np.array(ROUNDS_A_REQUEST), context).tolist()
-            self._load = self._traffic.load(overheads_s, self.cost.pp_size - 1)
+            sizes = self._excess.sizes
+            round_s = self._excess.sizes_s(self._squares / self._tokens, self._contexts / self._tokens)
+            self._levels = self._traffic.levels(IN_TURN if self.objective.needs_deadlines else self.settings.aging)
+            self._steady = SteadyPace.of(
+                self._levels,
+                sizes,
+                round_s=round_s,
+                stretches=round_s * self._tokens / (sizes * max(self._traffic.work_s, 1e-12)),
+                behind=self._behind,
+                horizon_s=self._traffic.horizon_s(now_s),
+            )
 
     @property
     def _is_limited(self) -> bool:
@@ -386,6 +415,8 @@ class OnlinePlanner:
             return ahead.rounds(budgets.for_makespan(), least_s)
         if not self._is_limited:
             even_s, sizes = self._even_rounds(budgets, start_s).likely()
+            steady = self._excess.thrifty_tokens(self._steady.tokens, 0.0)
+            sizes = list(dict.fromkeys([*sizes, steady])) if steady else sizes
             return ahead.rounds_in_passing(budgets.for_mean_ttft(), even_s, sizes, least_s)
         choices = [*budgets.choices(self.max_makespan_increase), budgets.for_makespan()]
         return ahead.limited_rounds(budgets.for_makespan(), choices, least_s)

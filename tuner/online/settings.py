@@ -24,7 +24,7 @@ class OnlineSettings:
     patience: float = 0.0
     """Seconds that a request may take to its first token: least work first as far as that allows (`online.patience`).
     0: no limit, and the running order is that of `aging`."""
-    foresight: float = 0.3
+    foresight: float = 0.5
     """How much requests to come count beside those that wait: 0 cuts for latency alone, 1000 for throughput."""
     pace: float = 0.0
     """Seconds that rounds take. 0: the planner chooses them for those that wait and those to come."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tuner.plan.plan import Request
@@ -58,3 +61,8 @@ class WaitingOrder:
         at = bisect_left(self._places, (waiting.rank, waiting.index))
         for column in (self._places, self.indices, self.work_s, self.context_work, self.weights):
             del column[at]
+
+    def work_before(self, ranks: Sequence[float]) -> list[float]:
+        """Seconds of work of those up to each rank."""
+        work_s = list(itertools.accumulate(self.work_s, initial=0.0))
+        return [work_s[bisect_right(self._places, (rank, math.inf))] for rank in ranks]

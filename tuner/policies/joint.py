@@ -84,16 +84,30 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
     """
     if len(problem.requests) == 1 and problem.objective is Objective.MEAN_TTFT:
         problem = replace(problem, objective=Objective.MAKESPAN)
-    num_starts = MOST_STARTS if problem.cost.virtual_stages == 1 else 2 * MOST_STARTS
-    search, objective = _drafted(problem, num_needed=num_starts), problem.objective
+    swept = _swept(problem, num_needed=_num_starts(problem))
+    if problem.objective is Objective.MAKESPAN or problem.is_timed or math.isinf(problem.max_makespan_increase):
+        return _finished(swept, bound)
+    quickest = _finished(swept.towards(Objective.MAKESPAN), bound)
+    return _finished(swept, bound, quickest)
+
+
+def _num_starts(problem: Problem) -> int:
+    """How many candidates for the makespan are improved locally."""
+    return MOST_STARTS if problem.cost.virtual_stages == 1 else 2 * MOST_STARTS
+
+
+def _finished(search: Search, bound: Bound, quickest: list[Round] | None = None) -> list[Round]:
+    """The best rounds that follow from what was swept; `quickest`: those for the makespan alone, which limit others."""
+    problem, objective = search.problem, search.problem.objective
+    _add_drafts(search)
     if problem.is_timed and len(problem.requests) <= FEW_REQUESTS:
         for foresight in FORESIGHTS:
             search.keep(online_rounds(problem, OnlineSettings(foresight=foresight)), objective)
     if objective is Objective.MAKESPAN and _pays_by_worth(problem):
         search.sweep_by_worth()
     if objective is not Objective.MAKESPAN and not problem.is_timed:
-        if math.isfinite(problem.max_makespan_increase):
-            _limit_makespan(search, bound)
+        if quickest is not None:
+            _limit_makespan(search, quickest)
         for order in request_orders(problem):
             for profile in budget_profiles(problem, order):
                 search.sweep(pack_in_order, order, profile, objective)
@@ -117,16 +131,15 @@ def joint_rounds(problem: Problem, bound: Bound) -> list[Round]:
                 search.keep(exact_rounds(coarser, best.rounds, COARSE_LABELS)[0], objective)
     if problem.cost.virtual_stages > 1 and not problem.is_timed:
         _keep_ramps(search)
-    starts = search.ranked()[: num_starts if objective is Objective.MAKESPAN else 1]
+    starts = search.ranked()[: _num_starts(problem) if objective is Objective.MAKESPAN else 1]
     good_enough_s = GOOD_ENOUGH * bound.while_planning_s if objective is Objective.MAKESPAN else 0.0
     improved = [local_search(problem, start.rounds, good_enough_s, search.limit_s) for start in starts]
     return min(improved, key=lambda rounds: search.score(problem.evaluate(rounds), objective))
 
 
-def _limit_makespan(search: Search, bound: Bound) -> None:
+def _limit_makespan(search: Search, quickest: list[Round]) -> None:
     """Limit makespans beside what a plan for the makespan alone has, which is a candidate from now on."""
     problem = search.problem
-    quickest = joint_rounds(replace(problem, objective=Objective.MAKESPAN), bound)
     found_s = [candidate.evaluation.makespan_s for candidate in search.found.values()]
     least_s = min(problem.evaluate(quickest).makespan_s, *found_s)
     search.limit(problem.makespan_limit_s(least_s), problem.objective)  # first: of so many rounds one is kept
@@ -155,21 +168,33 @@ def _keep_stretches(search: Search) -> None:
 
 
 def _drafted(problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Search:
-    search, objective = Search.of(problem, effort, num_needed), problem.objective
+    search = _swept(problem, effort, num_needed)
+    _add_drafts(search)
+    return search
+
+
+def _swept(problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Search:
+    """The sweeps for the makespan, whatever the objective; none for requests that arrive over time."""
+    search = Search.of(problem, effort, num_needed)
     if problem.is_timed:
-        search.keep(online_rounds(problem), objective)
         return search
-    flat = [1.0] * len(problem.requests)
-    packs = _packs(problem)
+    flat, packs = [1.0] * len(problem.requests), _packs(problem)
     for pack in packs:
         search.sweep(pack, shortest_first(problem), flat, Objective.MAKESPAN)
     if pack_line in packs:
         _keep_stretches(search)
-    if objective is not Objective.MAKESPAN:
+    return search
+
+
+def _add_drafts(search: Search) -> None:
+    """What is quickly made for another objective than the makespan, and of requests that arrive over time."""
+    problem, objective = search.problem, search.problem.objective
+    if problem.is_timed:
+        search.keep(online_rounds(problem), objective)
+    elif objective is not Objective.MAKESPAN:
         search.limit(problem.makespan_limit_s(search.ranked()[0].evaluation.makespan_s), objective)
         search.keep(whole_rounds(problem, shortest_first(problem)), objective)
         search.keep(online_rounds(problem), objective)
-    return search
 
 
 def _coarser(problem: Problem) -> Problem:

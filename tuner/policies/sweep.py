@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -71,6 +71,10 @@ class Search:
     def of(cls, problem: Problem, effort: float = 1.0, num_needed: int = 1) -> Search:
         """A search that has found nothing yet."""
         return cls(problem, Packer.of(problem), central_cap_s(problem), effort=effort, num_needed=num_needed)
+
+    def towards(self, objective: Objective) -> Search:
+        """The same candidates for another objective, to be added to; evaluations are shared."""
+        return replace(self, problem=replace(self.problem, objective=objective), found=dict(self.found))
 
     def score(self, evaluation: Evaluation, objective: Objective) -> tuple[float, ...]:
         """What to minimise, the most important first."""

@@ -79,6 +79,12 @@ class RoundExcess:
         self._steps = multiple * np.arange(1.0, STEPS + 1.0)
         self._step_list = self._steps.tolist()
         self._step_round_s, self._step_context_s = self._columns(slowest, self._steps)
+        self._slowest = slowest
+        self.sizes: Floats = np.unique([self.thrifty_tokens(tokens, 0.0) for tokens in self._count.tolist()]).astype(
+            np.float64
+        )
+        self._size_s = slowest.round_overhead_s + slowest.chunk_s + slowest.tokens_s(self.sizes)
+        self._size_base, self._size_slope = slowest.attention.base(self.sizes), slowest.attention.slope(self.sizes)
         self._known_context, self._known = math.nan, (self._round_s, self._round_s)  # of the last context asked for
 
     @staticmethod
@@ -90,6 +96,20 @@ class RoundExcess:
         _, beyond_s = self._after(context)
         excess: Floats = np.maximum(np.interp(np.asarray(tokens, dtype=np.float64), self._count, beyond_s), 0.0)
         return excess
+
+    def sizes_s(self, prompt: float, context: float) -> Floats:
+        """Seconds of rounds of each of `sizes` that prompts fill: one of them, or as many as it holds.
+
+        prompt: their new tokens; context: tokens before one of those in the mean.
+        """
+        attention, shares = self._slowest.attention, self.sizes / prompt
+        alone = self._size_base + self._size_slope * np.maximum(context - self.sizes / 2.0, 0.0)
+        whole = float(attention.base(int(prompt))) + float(attention.slope(int(prompt))) * max(
+            context - prompt / 2.0, 0.0
+        )
+        shared = shares * (whole + self._slowest.chunk_s) - self._slowest.chunk_s
+        seconds: Floats = self._size_s + np.where(shares <= 1.0, alone, shared)
+        return seconds
 
     def _after(self, context: float) -> tuple[Floats, Floats]:
         """Seconds of rounds of the known numbers of tokens after so much context, and what of them is excess."""

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.rounds.round_budgets import pooled_budgets
+from tests.tuner.atom import atom
+from tuner.rounds.round_budgets import RoundExcess, pooled_budgets
 
 amounts = st.lists(st.tuples(st.floats(0.01, 100.0), st.floats(0.1, 10.0)), min_size=1, max_size=5)
 
@@ -35,3 +36,15 @@ def test_pooled_budgets_cost_least_of_all_that_never_fall(
 
 def test_short_requests_first_run_in_short_rounds() -> None:
     assert pooled_budgets([1.0, 4.0, 2.0], [1.0, 1.0, 1.0], 1.0) == pytest.approx([1.0, math.sqrt(3.0), math.sqrt(3.0)])
+
+
+@pytest.mark.parametrize("cached", [0, 3000])
+def test_rounds_of_each_size_take_what_a_prompt_in_them_takes(cached: int) -> None:
+    """One prompt of 8192 tokens cut evenly, and several in one round."""
+    cost, prompt = atom(4), 8192
+    excess = RoundExcess(cost, 64, 16384)
+    seconds = dict(zip(excess.sizes.tolist(), excess.sizes_s(prompt, cached + prompt / 2.0).tolist(), strict=True))
+    for size in (512, 2048, 8192):
+        whole_s = sum(cost.kinds[0].seconds([(size, cached + at, False)]) for at in range(0, prompt, size))
+        assert seconds[size] * prompt / size == pytest.approx(whole_s, rel=1e-3)
+    assert seconds[16384] == pytest.approx(cost.kinds[0].seconds([(prompt, cached, False)] * 2), rel=1e-3)
