@@ -82,3 +82,12 @@ def test_batches_on_steps_take_less_with_rounds_filled_by_worth(slower: float) -
     with patch.object(Search, "sweep_by_worth"):
         without = plan_rounds(cost, requests, chunk_multiple=256)
     assert found.makespan_s < 0.998 * without.makespan_s
+
+
+def test_long_prompts_are_filled_on_a_coarser_grid() -> None:
+    stage = StageCost(token_count=(0, 512, 65536), token_seconds=(0.0, 0.004, 0.45), round_overhead_s=0.001)
+    requests = tuple(Request(id=f"r{i}", prompt_tokens=n) for i, n in enumerate((500_000, 300_001)))
+    problem = Problem(cost=CostModel(stages=(stage,)), requests=requests, chunk_multiple=64)
+    rounds = WorthPacker(problem, 1e9).pack(1e9, 1e9)
+    check_on_grid(problem, rounds)
+    assert {chunk.start % 512 for each in rounds for chunk in each} == {0}

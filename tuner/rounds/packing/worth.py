@@ -34,6 +34,8 @@ round."""
 MOST_COPIES = 3
 """Of prompts alike that have come equally far, how many may have a chunk in a round."""
 
+MOST_CHUNKS = 1 << 19
+"""Chunks of all kinds of prompts that are looked at; with more the grid is coarser, by powers of two."""
 MOST_TAILS = 10
 """Prompts, alike or not, that are looked at for a round: those that have waited longest."""
 
@@ -50,16 +52,17 @@ class WorthPacker:
     """
 
     def __init__(self, problem: Problem, longest_s: float) -> None:
-        cost, multiple = problem.cost, problem.chunk_multiple
+        cost = problem.cost
         work = Work.of(problem.requests, problem.limits.max_round_tokens)
         busiest = busiest_stage(cost, work)
         stage = cost.stages[busiest]
         self._requests, self._longest_s = problem.requests, longest_s
         self._fill, self._drain = sides_of(cost, work, busiest)
+        kinds = {_kind(request) for request in problem.requests}
         most = int(min(work.new_tokens, work.max_round_tokens))
-        units = np.arange(multiple, most + 1, multiple) if most >= multiple else np.array([most])
-        fit = int(np.searchsorted(_own_s(stage, units), longest_s, side="right"))
-        units = units[: max(fit, 1)]
+        multiple, units = problem.chunk_multiple, _units(stage, problem.chunk_multiple, most, longest_s)
+        while len(units) * sum(prompt - cached for prompt, cached in kinds) > MOST_CHUNKS * multiple:
+            multiple, units = 2 * multiple, _units(stage, 2 * multiple, most, longest_s)
         self._step = max(multiple * len(units) // MOST_STEPS, multiple // STEPS_A_UNIT, 1)
         known = min(int(units[-1]) + multiple, most)
         own_s = _own_s(stage, np.arange(known + 1))
@@ -67,8 +70,7 @@ class WorthPacker:
         self._own_s = np.append(own_s, np.full(known + multiple + 1, np.inf))  # w by tokens: two chunks that fit alone
         self._token_s = token_s
         self._cuts = {
-            kind: _Cuts.of(stage, *kind, multiple, len(units), self._own_s, token_s, longest_s)
-            for kind in {_kind(request) for request in problem.requests}
+            kind: _Cuts.of(stage, *kind, multiple, len(units), self._own_s, token_s, longest_s) for kind in kinds
         }
 
     def pack(self, outer_s: float, total_s: float) -> list[Round]:
@@ -219,6 +221,13 @@ class _Filling:
 
 def _kind(request: Request) -> Kind:
     return request.prompt_tokens, request.cached_tokens
+
+
+def _units(stage: StageCost, multiple: int, most: int, longest_s: float) -> Ints:
+    """Tokens of the chunks on a grid that may be alone in a round of so many seconds and tokens; at least one."""
+    units = np.arange(multiple, most + 1, multiple) if most >= multiple else np.array([most])
+    fit = int(np.searchsorted(_own_s(stage, units), longest_s, side="right"))
+    return units[: max(fit, 1)]
 
 
 def _own_s(stage: StageCost, tokens: Ints) -> Floats:
