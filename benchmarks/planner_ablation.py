@@ -9,6 +9,7 @@ cost model; predictions and choices by the kept runs, one run of which is within
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.gpu_report import KEPT, choices, is_taught, judge, opened, runs_of
+from benchmarks.planner_gap import random_mixes
 from benchmarks.planner_records import CASES, prompts
 from db.rows.archive import import_hardware
 from db.rows.hardware import Hardware, get_hardware, list_hardware
@@ -49,7 +51,12 @@ Off = Callable[[], AbstractContextManager[object]]
 PROFILES = tuple(sorted((Path(__file__).parent / "results").glob("*.profile.json.gz")))
 MODEL = "llama-3-8b"
 TAUGHT = 32768  # tokens of the one prompt whose runs may correct predictions
-BATCHES = {"one": [32768], "two": [60000, 20000], "mix": [min(n, 65536) for n in ATOM["request_mix"]]}
+BATCHES = {
+    "one": [32768],
+    "two": [60000, 20000],
+    "mix": [min(n, 65536) for n in ATOM["request_mix"]],
+    **random_mixes(8, random.Random(1)),
+}
 
 PLANNER: dict[str, Off] = {
     "as it is": nullcontext,

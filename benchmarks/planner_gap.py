@@ -75,6 +75,15 @@ WORKLOADS = {
 }
 
 
+def random_mixes(num_mixes: int, rng: random.Random) -> dict[str, list[int]]:
+    """Batches of 1 to 30 prompts of 512 to 131072 tokens, by name."""
+    batches = dict[str, list[int]]()
+    for number in range(num_mixes):
+        count = rng.choice([1, 2, 3, 5, 8, 16, 30])
+        batches[f"mix {number}, {count}"] = [int(512 * 2 ** (8 * rng.random())) for _ in range(count)]
+    return batches
+
+
 def measured(profile: Path, model: str) -> dict[str, CostModel]:
     """Pipelines of even layers over all cards of a profile, by their sizes."""
     shape, found = load_model_shape(model), {}
@@ -102,10 +111,7 @@ def main() -> None:
     mix = [int(1024 * 2 ** (6 * rng.random())) for _ in range(12)]
     costs, batches, multiple = pipelines(), {"1 x 8K": [8192], "1 x 64K": [65536], "12 of 1K-64K": mix}, 64
     if options.profiles:
-        batches, multiple = dict(WORKLOADS), 256
-        for number in range(options.num_mixes):
-            count = rng.choice([1, 2, 3, 5, 8, 16, 30])
-            batches[f"mix {number}, {count}"] = [int(512 * 2 ** (8 * rng.random())) for _ in range(count)]
+        batches, multiple = WORKLOADS | random_mixes(options.num_mixes, rng), 256
         costs = {
             f"{profile.name.partition('.')[0]} {layout}": cost
             for profile in options.profiles

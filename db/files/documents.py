@@ -30,6 +30,8 @@ MAX_BYTES = 32 << 20
 MAX_LINES_BYTES = 128 << 20
 """Of a file of JSON lines: a prompt of a million tokens takes some 7 MB."""
 MAX_LINES = 100_000
+MOST_BLANK = 1_000_000
+"""Lines in all, blank ones included: a few KB of gzip hold a hundred million."""
 _MIB = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
 _WORDS = {
@@ -141,6 +143,8 @@ def limited_lines(path: Path, field: str, max_bytes: int) -> Iterator[tuple[int,
                 raise UserError(field, path, f"must be at most {max_bytes // _MIB} MiB, unpacked")
             if not line:
                 return
+            if number > MOST_BLANK:
+                raise UserError(field, path, f"must have at most {MOST_BLANK} lines, blank ones included")
             if line.strip():
                 yield number, line
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import codecs
 import csv
+from itertools import islice
 from pathlib import Path
 
 from db.errors import UserError, cut
-from db.files.documents import MAX_LINES, MAX_LINES_BYTES, Line, limited_lines, opened, unpacked
+from db.files.documents import MAX_LINES, MAX_LINES_BYTES, MOST_BLANK, Line, limited_lines, opened, unpacked
 
 
 def first_line(path: str | Path, *, field: str = "file", max_bytes: int = 1 << 16) -> str:
@@ -19,9 +20,8 @@ def first_line(path: str | Path, *, field: str = "file", max_bytes: int = 1 << 1
         if not packed.seekable():
             raise UserError(field, path, "must be a file, for it is read twice; a pipe is not")
         file = unpacked(packed)
-        while line := file.readline(max_bytes):
-            if line.strip():
-                break
+        lines = islice(iter(lambda: file.readline(max_bytes), b""), MOST_BLANK)
+        line = next((line for line in lines if line.strip()), b"")
     try:  # a character may be cut
         return codecs.getincrementaldecoder("utf-8-sig")().decode(line).strip()
     except UnicodeDecodeError as error:

@@ -63,6 +63,10 @@ def simple_in_words(
         of = "" if objective is Objective.MAKESPAN else f" by {NAMES[objective]}"
         if factor - 1.0 > NO_GAIN:
             return f"{factor - 1.0:.1%} over the best simple setting{of}, {name} ({figure})"
+        longer = theirs.makespan_s / ours.makespan_s - 1.0
+        if 1.0 - factor > NO_GAIN and longer > NO_GAIN:
+            less = f"{1.0 - factor:.1%} less {NAMES[objective]}"
+            return f"{name} has {less} ({figure}), but takes {longer:.1%} longer for all"
         return f"nothing over the simple setting{of}, {name} ({figure}): take that"
     if objective is Objective.LATENESS and other - mine > NO_GAIN * ours.makespan_s:
         return f"{other - mine:.4g} s over the best simple setting, {name} ({figure})"

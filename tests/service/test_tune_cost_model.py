@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,16 @@ def test_the_plan_is_the_best_row_of_its_table(objective: str, lengths: str, pol
         assert rows[0] == planned
         if objective == "makespan":
             assert predicted.makespan_s == min(row["makespan_s"] for row in rows)
+
+
+def test_a_simple_setting_that_takes_too_long_for_all_is_named_and_not_recommended(tmp_path: Path) -> None:
+    cost = tmp_path / "cost.json"
+    cost.write_text(json.dumps(OVERLOADED_BY_SHORT_ROUNDS))
+    batch = ("--cost-model", str(cost), "--pp-size", "4", "--prompt-lens", "8192*40", "--objective", "mean-ttft")
+    text = " ".join(tune(*batch).split())
+    assert re.search(r"by fixed:8192 has [\d.]+% less mean TTFT \(2\.111 s\), but takes [\d.]+% longer for all", text)
+    free = tune_json(*batch, "--max-makespan-increase", "none", "--compare")
+    assert free["policies"][0]["mean_ttft_s"] == min(row["mean_ttft_s"] for row in free["policies"])
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,12 @@ def test_a_trace_may_be_gzipped(tmp_path: Path) -> None:
         assert load_workload(tmp_path / "packed").requests == read(tmp_path, text).requests
 
 
+def test_a_hundred_million_blank_lines_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "packed").write_bytes(gzip.compress(b"\n" * (20 << 20), compresslevel=1))
+    with pytest.raises(UserError, match="must have at most 1000000 lines, blank ones included"):
+        load_workload(tmp_path / "packed")
+
+
 def test_each_request_has_its_own_name(tmp_path: Path) -> None:
     chats = BAILIAN.replace("160", "159")
     assert [request.id for request in read(tmp_path, BAILIAN).requests] == ["159", "160"]

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from db.errors import UserError
 from tests.tuner.atom import atom
 from tuner.plan.plan import Request, check_rounds
 from tuner.rounds.problem import Problem
-from tuner.search.planner import make_rounds
+from tuner.search.planner import make_rounds, plan_rounds
 from tuner.search.replay import FEW_REQUESTS, compare_replays, replay
 from tuner.workload.objective import Objective
 from tuner.workload.workload import load_workload
@@ -129,6 +130,20 @@ def test_rounds_of_one_length_keep_both_limits_under_overload() -> None:
     assert "pace=" in joint.planned.policy
     assert joint.evaluation.mean_ttft_s <= 1.02 * min(one.evaluation.mean_ttft_s for one in simpler)
     assert joint.ttft_s(99) <= 1.05 * min(one.ttft_s(99) for one in simpler)
+
+
+def test_what_a_batch_may_take_longer_for_its_mean_lengthens_no_trace() -> None:
+    requests = [
+        Request(id=f"r{i}", prompt_tokens=[2048, 65536][i % 5 == 0], arrival_s=0.1 * (i // 8)) for i in range(24)
+    ]
+    usual, much = (
+        replay(atom(4), requests, policy="dp", window=5, max_makespan_increase=each).evaluation for each in (0.02, 0.5)
+    )
+    assert usual.makespan_s == much.makespan_s
+    batch = [replace(request, arrival_s=0.0) for request in requests]
+    free = plan_rounds(atom(4), batch, policy="dp", window=5, objective="mean-ttft", max_makespan_increase=0.5)
+    kept = plan_rounds(atom(4), batch, policy="dp", window=5, objective="mean-ttft", max_makespan_increase=0.0075)
+    assert free.makespan_s > kept.makespan_s  # it would, were it heeded
 
 
 @pytest.mark.parametrize("policy", ["gpipe", "dp", "terapipe", "ascend", "sglang:8192", "joint"])

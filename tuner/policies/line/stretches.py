@@ -29,8 +29,9 @@ from tuner.rounds.uneven import busiest_stage
 
 MOST_PLACES, MOST_STRETCHES = 3_200, 400_000
 """Longer lines are cut on a coarser grid ..."""
-LEAST_UNITS = 8
-"""... of which the cap that is best for all rounds holds at least so many units."""
+LEAST_UNITS, COARSE_STRETCHES = 8, 100_000
+"""... of which the cap that is best for all rounds holds at least so many units, and with fewer stretches: it gains
+less."""
 DRAINS = np.geomspace(0.25, 2.0, 16)
 """Of what rounds as long as that cap add: the drains that are tried."""
 LONGEST, LONG = 2.6, 1.5
@@ -53,7 +54,7 @@ def stretch_rounds(problem: Problem, order: Sequence[int], cap_s: float) -> Iter
     lengths = [(problem.requests[index].prompt_tokens, problem.requests[index].cached_tokens) for index in order]
     orders = [order] if lengths == lengths[::-1] else [order, order[::-1]]
     lines = [TokenLine(problem.requests, each, unit) for each in orders]
-    most = min(_num_held(problem, unit, way.busy, LONGEST * cap_s), max(MOST_STRETCHES // len(lines[0]), 1))
+    most = min(_num_held(problem, unit, way.busy, LONGEST * cap_s), _most_stretches(problem, unit) // len(lines[0]))
     steps = _Steps.of(problem, way, lines, most, LONGEST * cap_s)
     drains_s = DRAINS * cap_s * way.length
     choice, makespan_s = steps.followed(drains_s)
@@ -70,12 +71,16 @@ def _unit(problem: Problem, busy: StageCost, cap_s: float) -> int:
     """Tokens between two places of the line; 0 where places would be too many or too far apart."""
     unit, most = problem.chunk_multiple, problem.limits.max_round_tokens
     while True:
-        places = _num_places(problem, unit)
-        if places <= MOST_PLACES and places * _num_held(problem, unit, busy, LONG * cap_s) <= MOST_STRETCHES:
+        places, stretches = _num_places(problem, unit), _most_stretches(problem, unit)
+        if places <= MOST_PLACES and places * _num_held(problem, unit, busy, LONG * cap_s) <= stretches:
             return unit
         unit *= 2
         if _num_held(problem, unit, busy, cap_s) < LEAST_UNITS or (most is not None and LEAST_UNITS * unit > most):
             return 0
+
+
+def _most_stretches(problem: Problem, unit: int) -> int:
+    return MOST_STRETCHES if unit == problem.chunk_multiple else COARSE_STRETCHES
 
 
 def _num_places(problem: Problem, unit: int) -> int:
