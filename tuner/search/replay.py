@@ -52,6 +52,9 @@ FORESIGHTS_BETWEEN = (0.7, 1.4, 2.0, 2.4, 2.9, 3.5, 4.2, 5.0, 6.0)
 """What is tried, first come first served, where nothing has kept within both limits."""
 PACES_BETWEEN = (1.2, 1.6, 1.0, 0.8, 2.0, 1.4, 1.1, 0.9)
 """How long rounds of one length are tried there."""
+SIZES_BETWEEN = (1.25, 1.5, 0.75)
+"""Sizes of `ascend` and `fixed` that are tried there, as multiples of the best fixed chunk: their sweeps are powers of
+two."""
 SHARES, SHARES_TRIED = (0.6, 1.1), 6
 """Between which shares of the most that the 99th percentile may be a limit of waiting is sought beside each, and in how
 many steps."""
@@ -216,12 +219,14 @@ def _between(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: 
     if any(map(keeps, (*variants["joint"], *simpler))):
         return found
 
-    def attempt(settings: OnlineSettings) -> Replay:
-        found.append(_replay(problem, f"joint:{settings}", bound))
+    def attempt(settings: OnlineSettings | str) -> Replay:
+        found.append(_replay(problem, settings if isinstance(settings, str) else f"joint:{settings}", bound))
         return found[-1]
 
     base_s = _base_round_s(problem, simpler)
     if _are_alike(problem.requests):
+        if any(keeps(attempt(name)) for name in _sizes_between(problem, simpler)):
+            return found
         between = [OnlineSettings(aging=BY_ARRIVAL, foresight=foresight) for foresight in FORESIGHTS_BETWEEN]
         between += [OnlineSettings(aging=BY_ARRIVAL, pace=pace * base_s) for pace in PACES_BETWEEN]
         for each in between:
@@ -237,6 +242,17 @@ def _between(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: 
                 return found
             low, high = (low, share) if one.ttft_s(99) > most_p99_s else (share, high)
     return found
+
+
+def _sizes_between(problem: Problem, simpler: Sequence[Replay]) -> list[str]:
+    """Simpler policies whose size is between those of their sweeps."""
+    fixed = [one for one in simpler if one.planned.policy.startswith("fixed:")]
+    if not fixed:
+        return []
+    best = min(fixed, key=lambda one: one.evaluation.mean_ttft_s)
+    chunk, multiple = int(best.planned.policy.removeprefix("fixed:")), problem.chunk_multiple
+    sizes = dict.fromkeys(max(int(share * chunk) // multiple, 1) * multiple for share in SIZES_BETWEEN)
+    return [f"{policy}:{size}" for size in sizes for policy in ("ascend", "fixed")]
 
 
 def _least_work(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: Bound) -> list[Replay]:

@@ -101,6 +101,15 @@ def test_a_long_trace_is_replayed_under_the_likely_policies_alone() -> None:
     assert likely[-1].evaluation.mean_ttft_s == every[-1].evaluation.mean_ttft_s
 
 
+def test_sizes_between_are_tried_where_no_other_policy_keeps_both_limits() -> None:
+    """Twelve prompts in bursts: `fixed:8192` has the least mean, and its 99th percentile is 11 % above the least."""
+    arrivals_s = [0.0, 0.0, 0.1, 0.2, 0.2, 0.2, 0.2, 0.28, 0.45, 0.55, 0.65, 0.65]
+    requests = [Request(id=f"r{i}", prompt_tokens=8192, arrival_s=arrival_s) for i, arrival_s in enumerate(arrivals_s)]
+    *simpler, joint = compare_replays(atom(2), requests)
+    assert joint.evaluation.mean_ttft_s <= 1.02 * min(one.evaluation.mean_ttft_s for one in simpler)
+    assert joint.ttft_s(99) <= 1.05 * min(one.ttft_s(99) for one in simpler)
+
+
 def test_settings_between_are_tried_where_the_least_mean_and_the_least_p99_lie_apart() -> None:
     """Sixteen prompts, the last ten in a burst: the settings tried first leave the 99th percentile 6 % above."""
     arrivals_s = [0.0, 0.38, 1.06, 1.36, 1.73, 2.45, 4.05, 4.13, 4.31, 4.82, 4.85, 4.91, 4.94, 4.97, 5.13, 5.14]
