@@ -37,6 +37,8 @@ TRIED = tuple(
     )
 )
 """Settings of the online planner that are tried: from least work first to first come first served."""
+AGINGS_TRIED = (0.01, 0.1, 1.0)
+"""And with rounds as for the makespan of what waits."""
 PATIENCES = (1.0, 0.97, 0.94, 0.9)
 """Shares of the most that the 99th percentile may be under which least work first is tried: what takes longest ends
 somewhat after its limit, for rounds are longer than the running order knows."""
@@ -149,6 +151,7 @@ def replay_variants(
     variants = {policy: _sweep(problem, names, bound) for policy, names in policies.items()}
     variants["joint"] += _paced(problem, variants, bound)
     variants["joint"] += _patient(problem, variants, bound)
+    variants["joint"] += _by_makespan(problem, bound)
     variants["joint"] += _between(problem, variants, bound)
     variants["joint"] += _least_work(problem, variants, bound)
     variants["joint"] += _tuned(problem, variants, num_trials, bound)
@@ -253,6 +256,14 @@ def _sizes_between(problem: Problem, simpler: Sequence[Replay]) -> list[str]:
     chunk, multiple = int(best.planned.policy.removeprefix("fixed:")), problem.chunk_multiple
     sizes = dict.fromkeys(max(int(share * chunk) // multiple, 1) * multiple for share in SIZES_BETWEEN)
     return [f"{policy}:{size}" for size in sizes for policy in ("ascend", "fixed")]
+
+
+def _by_makespan(problem: Problem, bound: Bound) -> list[Replay]:
+    """Replays of the online planner with rounds as for the makespan of what waits; first come first served, which is
+    any order of prompts alike, these are best nowhere."""
+    if problem.objective.needs_deadlines or _are_alike(problem.requests):
+        return []
+    return [_replay(problem, f"joint:{OnlineSettings(aging=aging, makespan=1.0)}", bound) for aging in AGINGS_TRIED]
 
 
 def _least_work(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: Bound) -> list[Replay]:
