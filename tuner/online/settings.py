@@ -31,8 +31,8 @@ class OnlineSettings:
     least_work: float = 0.0
     """1: rounds as for the mean TTFT where deadlines are sought: by deadline, all are late under overload."""
     makespan: float = 0.0
-    """1: rounds as for the makespan of what waits where a TTFT is sought: longer behind a queue, so that its last request,
-    and with it the 99th percentile, comes sooner."""
+    """1: rounds as for the makespan of what waits where a TTFT is sought: longer behind a queue, so that its last
+    request, and with it the 99th percentile, comes sooner."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
