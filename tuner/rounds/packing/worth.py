@@ -34,7 +34,7 @@ round."""
 MOST_COPIES = 3
 """Of prompts alike that have come equally far, how many may have a chunk in a round."""
 
-MOST_CHUNKS = 1 << 19
+MOST_CHUNKS = 1 << 21
 """Chunks of all kinds of prompts that are looked at; with more the grid is coarser, by powers of two."""
 MOST_TAILS = 10
 """Prompts, alike or not, that are looked at for a round: those that have waited longest."""
