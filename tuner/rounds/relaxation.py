@@ -109,7 +109,7 @@ def least_sums(envelope: Envelope, work: Work, caps_s: Floats) -> tuple[Floats, 
     room = (caps_s - envelope.round_s - envelope.chunk_s)[cap]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         for step in range(1, MAX_CUTS + 1):
-            # The longest chunk that ends at `end`: -pair/2 c^2 + rate c <= spare; all that is left, or the smaller root.
+            # The longest chunk that ends at `end`: -pair/2 c^2 + rate c <= spare; all of it, or the smaller root.
             left = end - start
             rate = (envelope.token_s + 0.5 * pair - context) + pair * end
             spare = room - context * end

@@ -94,8 +94,8 @@ class Clock:
         return kept
 
     def _chunk_s(self, tokens: int) -> list[tuple[float, float, float]]:
-        """What a chunk of so many tokens adds on each kind of stage: seconds, seconds a context token, and seconds where
-        it ends its prompt."""
+        """What a chunk of so many tokens adds on each kind of stage: seconds, seconds a context token, and seconds
+        where it ends its prompt."""
         if len(self._chunk) >= MOST_KEPT:
             self._chunk.clear()
         self._chunk[tokens] = [
