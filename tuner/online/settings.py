@@ -10,7 +10,7 @@ from db.errors import UserError
 from tuner.workload.objective import Objective
 
 MOST = 1e6
-UNSET_AT_0 = ("patience", "pace", "least_work")
+UNSET_AT_0 = ("patience", "pace", "least_work", "makespan")
 """Settings whose 0 stands for none."""
 
 
@@ -30,6 +30,9 @@ class OnlineSettings:
     """Seconds that rounds take. 0: the planner chooses them for those that wait and those to come."""
     least_work: float = 0.0
     """1: rounds as for the mean TTFT where deadlines are sought: by deadline, all are late under overload."""
+    makespan: float = 0.0
+    """1: rounds as for the makespan of what waits where a TTFT is sought: longer behind a queue, so that its last
+    request, and with it the 99th percentile, comes sooner."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -39,7 +42,9 @@ class OnlineSettings:
 
     def objective_of(self, objective: Objective) -> Objective:
         """What the planner is run for where this is sought."""
-        return Objective.MEAN_TTFT if self.least_work and objective.needs_deadlines else objective
+        if objective.needs_deadlines:
+            return Objective.MEAN_TTFT if self.least_work else objective
+        return Objective.MAKESPAN if self.makespan else objective
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -39,6 +39,8 @@ TRIED = tuple(
     )
 )
 """Settings of the online planner that are tried: from least work first to first come first served."""
+AGINGS_TRIED = (0.01, 0.1, 1.0)
+"""And with rounds as for the makespan of what waits."""
 PATIENCES = (1.0, 0.97, 0.94, 0.9)
 """Shares of the most that the 99th percentile may be under which least work first is tried: what takes longest ends
 somewhat after its limit, for rounds are longer than the running order knows."""
@@ -187,6 +189,7 @@ def _variants(runs: Runs, least_chunk: int, everything: bool, num_trials: int) -
     variants = {policy: _sweep(runs, names) for policy, names in policies.items()}
     variants["joint"] += _paced(runs, variants)
     variants["joint"] += _patient(runs, variants)
+    variants["joint"] += _by_makespan(runs)
     variants["joint"] += _between(runs, variants)
     variants["joint"] += _least_work(runs, variants)
     variants["joint"] += _tuned(runs, variants, num_trials)
@@ -294,6 +297,14 @@ def _sizes_between(problem: Problem, simpler: Sequence[Replay]) -> list[str]:
     chunk, multiple = int(best.planned.policy.removeprefix("fixed:")), problem.chunk_multiple
     sizes = dict.fromkeys(max(int(share * chunk) // multiple, 1) * multiple for share in SIZES_BETWEEN)
     return [f"{policy}:{size}" for size in sizes for policy in ("ascend", "fixed")]
+
+
+def _by_makespan(runs: Runs) -> list[Replay]:
+    """Replays of the online planner with rounds as for the makespan of what waits; first come first served, which is
+    any order of prompts alike, these are best nowhere."""
+    if runs.problem.objective.needs_deadlines or _are_alike(runs.problem.requests):
+        return []
+    return [runs.under(f"joint:{OnlineSettings(aging=aging, makespan=1.0)}") for aging in AGINGS_TRIED]
 
 
 def _least_work(runs: Runs, variants: Mapping[str, Sequence[Replay]]) -> list[Replay]:

@@ -120,6 +120,17 @@ def test_settings_between_are_tried_where_the_least_mean_and_the_least_p99_lie_a
     assert joint.ttft_s(99) <= 1.05 * min(one.ttft_s(99) for one in simpler)
 
 
+def test_rounds_as_for_the_makespan_keep_both_limits_where_a_few_prompts_are_long() -> None:
+    """One prompt in ten is 16 times as long as the rest: what is best for the mean alone makes it wait too long."""
+    requests = [
+        Request(id=f"r{i}", prompt_tokens=65536 if i % 10 == 7 else 4096, arrival_s=0.35 * i) for i in range(60)
+    ]
+    *simpler, joint = compare_replays(atom(8), requests)
+    assert "makespan=1" in joint.planned.policy
+    assert joint.evaluation.mean_ttft_s < 0.9 * min(one.evaluation.mean_ttft_s for one in simpler)
+    assert joint.ttft_s(99) <= 1.05 * min(one.ttft_s(99) for one in simpler)
+
+
 def test_rounds_of_one_length_keep_both_limits_under_overload() -> None:
     """Mixed prompts that come faster than they can run: without them nothing is near the least mean and the least 99th
     percentile at once."""
