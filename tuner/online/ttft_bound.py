@@ -28,8 +28,8 @@ from dataclasses import replace
 import numpy as np
 
 from tuner.plan.cost_model import CostModel
+from tuner.plan.plan import Chunk
 from tuner.plan.stage_cost import Floats, StageCost
-from tuner.policies.fixed import fixed_rounds
 from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.one_machine import least_ends_s
 from tuner.rounds.problem import Problem
@@ -101,9 +101,15 @@ def _reached_alone_s(problem: Problem) -> Floats:
     """A TTFT that each request by itself does reach, in a few equal rounds."""
 
     def reached_s(one: Problem) -> float:
-        most = one.requests[0].new_tokens
-        sizes = {one.chunk_multiple * max(1, math.ceil(most / (cuts * one.chunk_multiple))) for cuts in CUTS_ALONE}
-        return min(one.evaluate(fixed_rounds(one, size)).makespan_s for size in sizes)
+        (request,), multiple = one.requests, one.chunk_multiple
+        most = min(request.new_tokens, one.limits.max_round_tokens or request.new_tokens)
+        plans = []
+        for cuts in CUTS_ALONE:
+            tokens = math.ceil(min(request.new_tokens / cuts, most) / multiple) * multiple
+            tokens = tokens if tokens <= most else max(most // multiple, 1) * multiple
+            starts = range(request.cached_tokens, request.prompt_tokens, tokens)
+            plans.append([(Chunk(0, start, min(tokens, request.prompt_tokens - start)),) for start in starts])
+        return min(one.evaluate(rounds).makespan_s for rounds in plans)
 
     return np.array(_of_each(problem, reached_s, len(problem.requests)))
 
