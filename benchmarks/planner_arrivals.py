@@ -33,7 +33,7 @@ from tuner.plan.plan import Request
 from tuner.policies.named import fixed_sweep
 from tuner.rounds.problem import Problem, RoundOptions
 from tuner.search.partition import even_partition
-from tuner.search.replay import Replay, ranked, replay_variants
+from tuner.search.replay import Replay, Runs, ranked, replay_variants
 from tuner.workload.objective import Objective
 
 RESULTS = Path(__file__).parent / "results"
@@ -148,7 +148,7 @@ def measure(stream: Stream, num_requests: int) -> dict[str, Any]:
     """A row: mean and p99 TTFT of every policy under every parameter, and of `joint`."""
     requests, started = stream.requests(num_requests), time.perf_counter()
     problem = Problem.of(stream.cost, requests, **stream.options)
-    variants = replay_variants(problem)
+    variants = replay_variants(Runs(problem))
     joint = ranked(variants, problem.objective)[-1]
     return {
         "key": stream.key,

@@ -27,8 +27,13 @@ class Contest:
     """Of requests that arrive over time."""
     impossible: tuple[Impossible, ...] = ()
     """Deadlines that no plan meets."""
-    mean_ttft_bound_s: float | None = None
-    """No plan for requests that arrive over time has a smaller mean TTFT."""
+    trace: Problem | None = None
+    """Of requests that arrive over time."""
+
+    @property
+    def mean_ttft_bound_s(self) -> float | None:
+        """No plan for requests that arrive over time has a smaller mean TTFT; on tables it takes a while to prove."""
+        return None if self.trace is None else mean_ttft_bound_s(self.trace)
 
 
 def contest(
@@ -51,7 +56,7 @@ def contest(
             planned=own.planned,
             replays=sorted([own, *others], key=by_objective),
             impossible=impossible,
-            mean_ttft_bound_s=mean_ttft_bound_s(Problem.of(cost, requests, **rules.options)),
+            trace=Problem.of(cost, requests, **rules.options),
         )
     if compare:
         policies = rules.compare(cost, requests)

@@ -119,14 +119,15 @@ class Lookahead:
             choices += [[slack * cap_s] * len(caps_s) for slack in slacks]
         seen: set[tuple[int, ...]] = set()
         best: _Found | None = None
+        at_least = dict.fromkeys(tuple([max(cap, least_s) for cap in caps]) for caps in choices)
         capped = (
             fill_rounds(
                 self.packer,
                 self.requests,
                 self.spans,
-                {span[0]: max(cap, least_s) for span, cap in zip(self.spans, caps, strict=True)},
+                {span[0]: cap for span, cap in zip(self.spans, caps, strict=True)},
             )
-            for caps in choices
+            for caps in at_least
         )
         for rounds in itertools.chain(map(self._of_size, sizes), capped):
             shape = tuple(chunk.tokens for chunks in rounds for chunk in chunks)

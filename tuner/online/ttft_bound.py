@@ -20,12 +20,15 @@ first is the closer one; it does not see that rounds must be short for the stage
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from tuner.plan.cost_model import CostModel
+from tuner.plan.plan import Chunk
 from tuner.plan.stage_cost import Floats, StageCost
 from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.one_machine import least_ends_s
@@ -34,6 +37,8 @@ from tuner.rounds.relaxation import Work, envelopes, requests_s
 
 MOST_ALONE = 64
 """Different prompts whose bound alone is proven by `rounds.bound`, the most frequent first; of others by one stage."""
+CUTS_ALONE = (1, 4, 16)
+"""Rounds that each is cut into to see whether that bound can be the larger one at all: it takes longer to prove."""
 
 
 def mean_ttft_bound_s(problem: Problem) -> float:
@@ -47,7 +52,7 @@ def mean_ttft_bound_s(problem: Problem) -> float:
     work = Work.of(requests, limits)
     most = min(work.max_round_tokens, work.new_tokens)
     kinds = cost.kind_of_stage.tolist()
-    alone, best = _alone_s(problem), 0.0
+    alone, best = np.zeros(len(requests)), 0.0
     for kind, stage in enumerate(cost.kinds):
         places = [k for k in range(cost.pp_size) if kinds[k] == kind]
         for line in envelopes([stage], work):
@@ -58,7 +63,9 @@ def mean_ttft_bound_s(problem: Problem) -> float:
                 ends = least_ends_s(arrival + heads[k], seconds, weights)
                 best = max(best, ends + float((tails[k] - arrival) @ weights))
                 alone = np.maximum(alone, heads[k] + seconds + tails[k])
-    return max(best, float(alone @ weights)) / float(weights.sum())
+    if best < float(_reached_alone_s(problem) @ weights):  # or else what each takes alone is no closer
+        best = max(best, float(np.maximum(alone, _alone_s(problem)) @ weights))
+    return best / float(weights.sum())
 
 
 def _heads_and_tails(cost: CostModel, problem: Problem) -> tuple[list[Floats], list[Floats]]:
@@ -87,9 +94,31 @@ def _least_s(stage: StageCost, tokens: Floats) -> Floats:
 
 def _alone_s(problem: Problem) -> Floats:
     """The least TTFT of each request by itself; 0 for prompts beyond MOST_ALONE different ones."""
+    return np.array(_of_each(problem, makespan_bound_s, MOST_ALONE))
+
+
+def _reached_alone_s(problem: Problem) -> Floats:
+    """A TTFT that each request by itself does reach, in a few equal rounds."""
+
+    def reached_s(one: Problem) -> float:
+        (request,), multiple = one.requests, one.chunk_multiple
+        most = min(request.new_tokens, one.limits.max_round_tokens or request.new_tokens)
+        plans = []
+        for cuts in CUTS_ALONE:
+            tokens = math.ceil(min(request.new_tokens / cuts, most) / multiple) * multiple
+            tokens = tokens if tokens <= most else max(most // multiple, 1) * multiple
+            starts = range(request.cached_tokens, request.prompt_tokens, tokens)
+            plans.append([(Chunk(0, start, min(tokens, request.prompt_tokens - start)),) for start in starts])
+        return min(one.evaluate(rounds).makespan_s for rounds in plans)
+
+    return np.array(_of_each(problem, reached_s, len(problem.requests)))
+
+
+def _of_each(problem: Problem, seconds: Callable[[Problem], float], most: int) -> list[float]:
+    """Seconds of each request by itself, of as many different prompts at most, the most frequent first; 0 of others."""
     keys = [(request.prompt_tokens, request.cached_tokens) for request in problem.requests]
     found: dict[tuple[int, int], float] = {}
-    for key, _ in Counter(keys).most_common(MOST_ALONE):
+    for key, _ in Counter(keys).most_common(most):
         one = replace(problem.requests[keys.index(key)], arrival_s=0.0, output_tokens=1)
-        found[key] = makespan_bound_s(replace(problem, requests=(one,)))
-    return np.array([found.get(key, 0.0) for key in keys])
+        found[key] = seconds(replace(problem, requests=(one,)))
+    return [found.get(key, 0.0) for key in keys]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,10 +27,11 @@ def dp_rounds(problem: Problem) -> list[Round]:
     For another objective than the makespan, at most `max_makespan_increase` of the best makespan is given up.
     """
     search, order, flat = Search.of(problem), shortest_first(problem), [1.0] * len(problem.requests)
-    search.sweep(pack_line, order, flat, Objective.MAKESPAN)
+    pack = LinePacker()
+    search.sweep(pack, order, flat, Objective.MAKESPAN)
     if problem.objective is not Objective.MAKESPAN:
         search.limit(problem.makespan_limit_s(search.ranked()[0].evaluation.makespan_s), problem.objective)
-        search.sweep(pack_line, order, flat, problem.objective)
+        search.sweep(pack, order, flat, problem.objective)
     return search.ranked()[0].rounds
 
 
@@ -44,20 +46,54 @@ def pack_line(
     the cap long; chunks of one request in it join. D(j) = min over i of D(i) + t(round of the chunks i..j) is the
     least total time of the first j chunks.
     """
+    return _packed(_Line(packer, requests, _in_line(packer, requests, order, caps_s), caps_s))
+
+
+class LinePacker:
+    """`pack_line` of one batch in one order; under caps a little apart its rounds are the same, and are remembered."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[tuple[int, int, int], ...], list[tuple[float, float, list[Round]]]] = {}
+        """The rounds of a line of chunks from one cap up to, but not at, another."""
+
+    def __call__(
+        self, packer: Packer, requests: Sequence[Request], order: Sequence[int], caps_s: Sequence[float]
+    ) -> list[Round]:
+        """As `pack_line`."""
+        chunks = _in_line(packer, requests, order, caps_s)
+        if min(caps_s) < max(caps_s):
+            return _packed(_Line(packer, requests, chunks, caps_s))
+        known, cap_s = self._known.setdefault(tuple(chunks), []), caps_s[0] * (1.0 + ROUNDING)
+        for least_s, end_s, rounds in known:
+            if least_s <= cap_s < end_s:
+                return rounds
+        line = _Line(packer, requests, chunks, caps_s)
+        rounds = _packed(line)
+        known.append((line.longest_s, line.refused_s, rounds))
+        return rounds
+
+
+def _in_line(
+    packer: Packer, requests: Sequence[Request], order: Sequence[int], caps_s: Sequence[float]
+) -> list[tuple[int, int, int]]:
+    """(request, first token, end) of the chunks that requests are cut into, as they stand in line."""
     cuts = list(zip(order, backward_spans(packer, requests, order, caps_s), strict=True))
     held = packer.limits.max_kv_tokens
     if held is not None and held < sum(request.prompt_tokens for request in requests):
-        line = [(index, *span) for index, spans in cuts for span in spans]
-    else:
-        line = [(index, *spans[0]) for index, spans in cuts]
-        line += [(index, *span) for index, spans in cuts for span in spans[1:]]
-    came_from = _cheapest_stretches(_Line(packer, requests, line, caps_s))
+        return [(index, *span) for index, spans in cuts for span in spans]
+    line = [(index, *spans[0]) for index, spans in cuts]
+    return line + [(index, *span) for index, spans in cuts for span in spans[1:]]
+
+
+def _packed(line: _Line) -> list[Round]:
+    """The rounds of the least total time."""
+    came_from = _cheapest_stretches(line)
     stretches: list[Round] = []
     last = len(line)
     while last:
         first = came_from[last]
         members = dict[int, Chunk]()
-        for index, start, end in line[first:last]:
+        for index, start, end in line.chunks[first:last]:
             if index in members:
                 start = members[index].start
             members[index] = Chunk(index, start, end - start)
@@ -76,7 +112,10 @@ class _Line:
         line: Sequence[tuple[int, int, int]],
         caps_s: Sequence[float],
     ) -> None:
-        limits = packer.limits
+        self.chunks, limits = line, packer.limits
+        self.longest_s, self.refused_s = 0.0, math.inf
+        """The longest round of several chunks that a cap let in, and the shortest that one kept out, as far as they
+        were looked at."""
         self._stages = [table.stage for table in packer.tables]
         self._most_tokens = packer.max_round_tokens
         self._most_held = np.inf if limits.max_kv_tokens is None else limits.max_kv_tokens
@@ -120,9 +159,12 @@ class _Line:
             longest_s = seconds.max(axis=0)
             found.append(np.full(len(begin), np.inf))
             if len(found) > 1:
-                within = (longest_s <= self._cap_s[begins]) & (tokens <= self._most_tokens)
-                within &= held[open_now] <= self._most_held
+                within = (tokens <= self._most_tokens) & (held[open_now] <= self._most_held)
+                under = longest_s <= self._cap_s[begins]
+                self.refused_s = min(self.refused_s, float(longest_s[within & ~under].min(initial=np.inf)))
+                within &= under
                 open_now, longest_s, last = open_now[within], longest_s[within], last[within]
+                self.longest_s = max(self.longest_s, float(longest_s.max(initial=0.0)))
             found[-1][open_now] = longest_s
             open_now = open_now[last + 1 < len(self)]
         return np.array(found).T

@@ -107,25 +107,28 @@ def least_sums(envelope: Envelope, work: Work, caps_s: Floats) -> tuple[Floats, 
     cap = np.repeat(np.arange(num_caps), num_requests)
     end, start = np.tile(work.prompt, num_caps), np.tile(work.cached, num_caps)
     room = (caps_s - envelope.round_s - envelope.chunk_s)[cap]
-    for step in range(1, MAX_CUTS + 1):
-        # The longest chunk that ends at `end`: -pair/2 c^2 + rate c <= spare; all that is left, or the smaller root.
-        left = end - start
-        rate = (envelope.token_s + 0.5 * pair - context) + pair * end
-        spare = room - context * end
-        whole = left * (rate - 0.5 * pair * left) <= spare
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for step in range(1, MAX_CUTS + 1):
+            # The longest chunk that ends at `end`: -pair/2 c^2 + rate c <= spare; all of it, or the smaller root.
+            left = end - start
+            rate = (envelope.token_s + 0.5 * pair - context) + pair * end
+            spare = room - context * end
+            whole = left * (rate - 0.5 * pair * left) <= spare
             root = 2.0 * spare / (rate + np.sqrt(np.maximum(rate * rate - 2.0 * pair * spare, 0.0)))
-        chunk = np.where(whole, left, np.minimum(np.floor(root + 1e-6), left))
-        end = end - chunk
-        read += np.bincount(cap, weights=end, minlength=num_caps)
-        cuts += np.bincount(cap, minlength=num_caps)
-        most_cuts[cap] = step
-        possible[cap[~(chunk >= 1.0)]] = False
-        more = (end > start) & possible[cap]
-        if not more.any():
-            break
-        if not more.all():
-            cap, end, start, room = cap[more], end[more], start[more], room[more]
+            chunk = np.where(whole, left, np.minimum(np.floor(root + 1e-6), left))
+            end = end - chunk
+            read += np.bincount(cap, weights=end, minlength=num_caps)
+            cuts += np.bincount(cap, minlength=num_caps)
+            most_cuts[cap] = step
+            fits = chunk >= 1.0
+            if np.count_nonzero(fits) < len(fits):
+                possible[cap[~fits]] = False
+            more = (end > start) & possible[cap]
+            num_more = np.count_nonzero(more)
+            if not num_more:
+                break
+            if num_more < len(more):
+                cap, end, start, room = cap[more], end[more], start[more], room[more]
     pairs = float((work.prompt * (work.prompt + 1.0) - work.cached * (work.cached + 1.0)).sum()) / 2.0
     fixed = envelope.token_s * work.new_tokens + pair * pairs + envelope.final_s * num_requests
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -135,6 +138,21 @@ def least_sums(envelope: Envelope, work: Work, caps_s: Floats) -> tuple[Floats, 
     possible &= np.isfinite(rounds)
     rounds = np.where(possible, np.maximum(rounds, np.ceil(work.new_tokens / work.max_round_tokens)), 0.0)
     return np.where(possible, held + envelope.round_s * rounds, np.inf), np.where(possible, rounds, np.inf)
+
+
+def quick_sums(envelope: Envelope, work: Work, caps_s: Floats) -> Floats:
+    """No more than `least_sums`, at once: prompts that are cut nowhere, in as many rounds as their seconds need."""
+    caps_s = caps_s * (1.0 + 1e-9)
+    pairs = float((work.prompt * (work.prompt + 1.0) - work.cached * (work.cached + 1.0)).sum()) / 2.0
+    held = envelope.token_s * work.new_tokens + envelope.pair_s * pairs
+    held += (envelope.final_s + envelope.chunk_s) * len(work.prompt) + envelope.context_token_s * float(
+        work.cached.sum()
+    )
+    possible = caps_s >= envelope.round_s + envelope.chunk_s
+    beside = np.where(possible, caps_s - envelope.round_s, np.inf)
+    with np.errstate(divide="ignore"):
+        rounds = np.maximum(held / beside - 1e-9, 0.0) if held > 0.0 else np.zeros_like(caps_s)
+    return np.where(possible, (held + envelope.round_s * rounds) * (1.0 - 1e-9), np.inf)
 
 
 def smooth_sums(envelope: Envelope, work: Work, caps_s: Floats) -> Floats:

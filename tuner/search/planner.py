@@ -52,7 +52,7 @@ def draft_plan(
     if policy != "joint":
         return _plan(problem, policy, Bound(problem))
     started = time.perf_counter()
-    with _no_cycles():
+    with no_cycles():
         rounds = draft_rounds(problem)
     return _judged(problem, policy, rounds, Bound(problem), started)
 
@@ -96,13 +96,13 @@ def make_rounds(problem: Problem, policy: str, bound: Bound | None = None) -> li
 
 def _plan(problem: Problem, policy: str, bound: Bound) -> RoundPlan:
     started = time.perf_counter()
-    with _no_cycles():
+    with no_cycles():
         rounds = make_rounds(problem, policy, bound)
     return _judged(problem, policy, rounds, bound, started)
 
 
 @contextmanager
-def _no_cycles() -> Iterator[None]:
+def no_cycles() -> Iterator[None]:
     """Python's search for cycles of objects is off meanwhile.
 
     Candidates are many small objects without cycles, and looking for some takes up to a fifth of the planning time.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Unpack
 
 import numpy as np
@@ -18,6 +19,7 @@ from tuner.rounds.packing.packer import Packer
 from tuner.rounds.problem import Problem, RoundOptions
 from tuner.rounds.round_plan import Bound, RoundPlan
 from tuner.rounds.schedule import Evaluation
+from tuner.search.planner import no_cycles
 from tuner.workload.objective import Objective
 
 WHILE_OTHERS_COME = 0.0075
@@ -105,17 +107,46 @@ class Replay:
         return float(np.percentile(self.evaluation.ttft_s, percentile))
 
 
+class Runs:
+    """A trace on one pipeline: each policy is run once."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._bound = Bound(problem)
+        self._known: dict[str, Replay] = {}
+
+    def under(self, policy: str) -> Replay:
+        """The replay under a policy with its parameters."""
+        if policy not in self._known:
+            self._known[policy] = _replay(self.problem, policy, self._bound)
+        return self._known[policy]
+
+    @cached_property
+    def beginning(self) -> Runs:
+        """Of the first FEW_REQUESTS requests alone."""
+        first = sorted(self.problem.requests, key=lambda request: request.arrival_s)[:FEW_REQUESTS]
+        return Runs(replace(self.problem, requests=tuple(first)))
+
+
 def replay(
-    cost: CostModel, requests: Sequence[Request], *, policy: str = "joint", **options: Unpack[RoundOptions]
+    cost: CostModel,
+    requests: Sequence[Request],
+    *,
+    policy: str = "joint",
+    known: dict[Problem, Runs] | None = None,
+    **options: Unpack[RoundOptions],
 ) -> Replay:
     """Run a trace under a policy, in the exact recurrence.
 
     `joint` is the online planner, its caps scaled by S in `joint:S`. The schedulers (`fixed:N`, `sglang`, `ascend`)
     decide round by round as their sources do. The batch policies (`gpipe`, `terapipe`, `dp`) plan all that waits
     whenever the first stage has run dry. A parameter that is left open is the best one by the objective.
+    known: what was run before, to be added to.
     """
-    problem = _problem(cost, requests, options)
-    return _best(problem, policy, _names(problem, policy), Bound(problem))
+    runs = _runs(cost, requests, known, options)
+    with no_cycles():
+        replays = [runs.under(name) for name in _names(runs.problem, policy)]
+    return replace(best_of(replays, replays, runs.problem.objective), policy=policy)
 
 
 def compare_replays(
@@ -125,6 +156,7 @@ def compare_replays(
     least_chunk: int = 1024,
     everything: bool = True,
     num_trials: int = 0,
+    known: dict[Problem, Runs] | None = None,
     **options: Unpack[RoundOptions],
 ) -> list[Replay]:
     """Replay a trace under every policy, the fixed chunk swept over powers of two from `least_chunk` tokens up.
@@ -132,39 +164,45 @@ def compare_replays(
     The last is `joint`: the online planner under the settings, or the simpler policy, that is best (`best_of`).
     everything: or else a trace of more than FEW_REQUESTS only under the online planner, the best fixed chunk and what
     is NEARLY as good on the trace's beginning. num_trials: settings of the online planner that are tried beside.
+    known: what was run before, to be added to.
     """
-    problem = _problem(cost, requests, options)
-    variants = replay_variants(problem, least_chunk=least_chunk, everything=everything, num_trials=num_trials)
-    return ranked(variants, problem.objective)
+    runs = _runs(cost, requests, known, options)
+    variants = replay_variants(runs, least_chunk=least_chunk, everything=everything, num_trials=num_trials)
+    return ranked(variants, runs.problem.objective)
 
 
 def replay_variants(
-    problem: Problem, *, least_chunk: int = 1024, everything: bool = True, num_trials: int = 0
+    runs: Runs, *, least_chunk: int = 1024, everything: bool = True, num_trials: int = 0
 ) -> dict[str, list[Replay]]:
     """The replays of every policy, one for each of its parameters that is tried; `joint` last."""
-    bound = Bound(problem)
+    with no_cycles():
+        return _variants(runs, least_chunk, everything, num_trials)
+
+
+def _variants(runs: Runs, least_chunk: int, everything: bool, num_trials: int) -> dict[str, list[Replay]]:
+    problem = runs.problem
     swept = fixed_sweep(problem.requests, problem.chunk_multiple)
     fixed = [name for name in swept if int(name.removeprefix("fixed:")) >= least_chunk] or swept[-1:]
     policies = {policy: _names(problem, policy) for policy in [*fixed, *POLICIES[1:]]}
     if not everything and len(problem.requests) > FEW_REQUESTS:
-        policies = _shortlist(problem, policies)
-    variants = {policy: _sweep(problem, names, bound) for policy, names in policies.items()}
-    variants["joint"] += _paced(problem, variants, bound)
-    variants["joint"] += _patient(problem, variants, bound)
-    variants["joint"] += _by_makespan(problem, bound)
-    variants["joint"] += _between(problem, variants, bound)
-    variants["joint"] += _least_work(problem, variants, bound)
-    variants["joint"] += _tuned(problem, variants, num_trials, bound)
+        policies = _shortlist(runs, policies)
+    variants = {policy: _sweep(runs, names) for policy, names in policies.items()}
+    variants["joint"] += _paced(runs, variants)
+    variants["joint"] += _patient(runs, variants)
+    variants["joint"] += _by_makespan(runs)
+    variants["joint"] += _between(runs, variants)
+    variants["joint"] += _least_work(runs, variants)
+    variants["joint"] += _tuned(runs, variants, num_trials)
     return variants
 
 
-def _sweep(problem: Problem, names: Sequence[str], bound: Bound) -> list[Replay]:
+def _sweep(runs: Runs, names: Sequence[str]) -> list[Replay]:
     """Replays under each of a policy's parameters; of base chunks the longest first, until one is hopeless."""
     if names[0].partition(":")[0] not in BASED:
-        return [_replay(problem, name, bound) for name in names]
+        return [runs.under(name) for name in names]
     found: list[Replay] = []
     for name in reversed(names):
-        found.append(_replay(problem, name, bound))
+        found.append(runs.under(name))
         figures = np.array([(one.evaluation.mean_ttft_s, one.ttft_s(99)) for one in found])
         longest_s = max(one.evaluation.makespan_s for one in found)
         if (figures[-1] > HOPELESS * figures.min(axis=0)).all() and found[-1].evaluation.makespan_s >= longest_s:
@@ -172,8 +210,9 @@ def _sweep(problem: Problem, names: Sequence[str], bound: Bound) -> list[Replay]
     return found
 
 
-def _patient(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: Bound) -> list[Replay]:
+def _patient(runs: Runs, variants: Mapping[str, Sequence[Replay]]) -> list[Replay]:
     """Replays of the online planner that lets nothing wait for much longer than the simpler policies do."""
+    problem = runs.problem
     if problem.objective.needs_deadlines or _are_alike(problem.requests):
         return []
     simpler = _simpler(variants)
@@ -181,7 +220,7 @@ def _patient(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: 
     found: list[Replay] = []
     tried = [OnlineSettings(patience=share * most_s) for share in PATIENCES]
     for step in range(3):
-        found += [_replay(problem, f"joint:{each}", bound) for each in tried]
+        found += [runs.under(f"joint:{each}") for each in tried]
         closest = best_of(found, simpler, problem.objective)
         best = OnlineSettings.parse(closest.policy.partition(":")[2])
         tried = [replace(best, foresight=foresight) for foresight in FORESIGHTS_TRIED]
@@ -192,23 +231,25 @@ def _patient(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: 
     return found
 
 
-def _paced(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: Bound) -> list[Replay]:
+def _paced(runs: Runs, variants: Mapping[str, Sequence[Replay]]) -> list[Replay]:
     """Replays of the online planner in rounds of one length, least work first; under the best also aged more."""
+    problem = runs.problem
     if problem.objective is not Objective.MEAN_TTFT:
         return []
     simpler, alike = _simpler(variants), _are_alike(problem.requests)
     aging, base_s = BY_ARRIVAL if alike else OnlineSettings().aging, _base_round_s(problem, simpler)
     tried = [OnlineSettings(aging=aging, pace=pace * base_s) for pace in PACES_TRIED]
-    found = [_replay(problem, f"joint:{each}", bound) for each in tried]
+    found = [runs.under(f"joint:{each}") for each in tried]
     if not alike:
         best = OnlineSettings.parse(best_of(found, simpler, problem.objective).planned.policy.partition(":")[2])
-        found.append(_replay(problem, f"joint:{replace(best, aging=AGED)}", bound))
+        found.append(runs.under(f"joint:{replace(best, aging=AGED)}"))
     return found
 
 
-def _between(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: Bound) -> list[Replay]:
+def _between(runs: Runs, variants: Mapping[str, Sequence[Replay]]) -> list[Replay]:
     """Replays of the online planner under more settings, one by one, while none is within the limits of `best_of`: what
     is best in the mean and what is best in the 99th percentile may lie far apart."""
+    problem = runs.problem
     if problem.objective is not Objective.MEAN_TTFT:
         return []
     simpler = _simpler(variants)
@@ -223,7 +264,7 @@ def _between(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: 
         return found
 
     def attempt(settings: OnlineSettings | str) -> Replay:
-        found.append(_replay(problem, settings if isinstance(settings, str) else f"joint:{settings}", bound))
+        found.append(runs.under(settings if isinstance(settings, str) else f"joint:{settings}"))
         return found[-1]
 
     base_s = _base_round_s(problem, simpler)
@@ -258,23 +299,24 @@ def _sizes_between(problem: Problem, simpler: Sequence[Replay]) -> list[str]:
     return [f"{policy}:{size}" for size in sizes for policy in ("ascend", "fixed")]
 
 
-def _by_makespan(problem: Problem, bound: Bound) -> list[Replay]:
+def _by_makespan(runs: Runs) -> list[Replay]:
     """Replays of the online planner with rounds as for the makespan of what waits; first come first served, which is
     any order of prompts alike, these are best nowhere."""
-    if problem.objective.needs_deadlines or _are_alike(problem.requests):
+    if runs.problem.objective.needs_deadlines or _are_alike(runs.problem.requests):
         return []
-    return [_replay(problem, f"joint:{OnlineSettings(aging=aging, makespan=1.0)}", bound) for aging in AGINGS_TRIED]
+    return [runs.under(f"joint:{OnlineSettings(aging=aging, makespan=1.0)}") for aging in AGINGS_TRIED]
 
 
-def _least_work(problem: Problem, variants: Mapping[str, Sequence[Replay]], bound: Bound) -> list[Replay]:
+def _least_work(runs: Runs, variants: Mapping[str, Sequence[Replay]]) -> list[Replay]:
     """Replays of the online planner as for the mean TTFT, where deadlines are to be met: under overload the earliest
     deadline is late when it runs, and so are all behind it."""
+    problem = runs.problem
     if problem.objective is not Objective.SLA:
         return []
     base_s = _base_round_s(problem, _simpler(variants))
     tried = [one for one in TRIED if one.aging < BY_ARRIVAL]
     tried += [OnlineSettings(pace=pace * base_s) for pace in PACES_TRIED]
-    return [_replay(problem, f"joint:{replace(each, least_work=1.0)}", bound) for each in tried]
+    return [runs.under(f"joint:{replace(each, least_work=1.0)}") for each in tried]
 
 
 def _simpler(variants: Mapping[str, Sequence[Replay]]) -> list[Replay]:
@@ -330,8 +372,9 @@ def best_of(replays: Sequence[Replay], simpler: Sequence[Replay], objective: Obj
     return min(replays, key=score)
 
 
-def _tuned(problem: Problem, variants: Mapping[str, Sequence[Replay]], num_trials: int, bound: Bound) -> list[Replay]:
+def _tuned(runs: Runs, variants: Mapping[str, Sequence[Replay]], num_trials: int) -> list[Replay]:
     """Replays of the online planner under settings that an Optuna study chooses, from those tried on."""
+    problem = runs.problem
     if not num_trials:
         return []
     import optuna
@@ -351,9 +394,7 @@ def _tuned(problem: Problem, variants: Mapping[str, Sequence[Replay]], num_trial
             foresight=trial.suggest_float("foresight", *FORESIGHTS, log=True),
             patience=most_s * share if share >= LEAST_PATIENCE else 0.0,
         )
-        name = f"joint:{settings}"
-        known = [one for one in (*variants["joint"], *found) if one.planned.policy == name]
-        one = known[0] if known else _replay(problem, name, bound)
+        one = runs.under(f"joint:{settings}")
         found.append(one)
         return _loss(one, simpler, problem.objective)
 
@@ -380,12 +421,10 @@ def _names(problem: Problem, policy: str) -> list[str]:
     return [f"{policy}:{base}" for base in base_sizes(problem)] if policy in BASED else [policy]
 
 
-def _shortlist(problem: Problem, policies: dict[str, list[str]]) -> dict[str, list[str]]:
+def _shortlist(runs: Runs, policies: dict[str, list[str]]) -> dict[str, list[str]]:
     """Policies under the parameters that are best on the trace's beginning, those far from the best left out."""
-    first = sorted(problem.requests, key=lambda request: request.arrival_s)[:FEW_REQUESTS]
-    beginning = replace(problem, requests=tuple(first))
-    bound = Bound(beginning)
-    tried = {policy: [_replay(beginning, name, bound) for name in names] for policy, names in policies.items()}
+    problem, beginning = runs.problem, runs.beginning
+    tried = {policy: [beginning.under(name) for name in names] for policy, names in policies.items()}
     best = {one.policy: one for one in ranked(tried, problem.objective)}
 
     def mean_s(policy: str) -> float:
@@ -403,12 +442,6 @@ def _shortlist(problem: Problem, policies: dict[str, list[str]]) -> dict[str, li
     joint = [best_of(own, own, problem.objective), *own]
     names = {policy: [best[policy].planned.policy] for policy in likely if policy != "joint"}
     return names | {"joint": list(dict.fromkeys(one.planned.policy for one in joint))[:SETTINGS_KEPT]}
-
-
-def _best(problem: Problem, policy: str, names: Sequence[str], bound: Bound) -> Replay:
-    """The policy under the parameter that is best by the objective."""
-    replays = [_replay(problem, name, bound) for name in names]
-    return replace(best_of(replays, replays, problem.objective), policy=policy)
 
 
 def _replay(problem: Problem, policy: str, bound: Bound) -> Replay:
@@ -431,7 +464,10 @@ def _rounds(problem: Problem, policy: str) -> list[Round]:
     return online_rounds(problem, OnlineSettings.parse(settings))
 
 
-def _problem(cost: CostModel, requests: Sequence[Request], options: RoundOptions) -> Problem:
-    """The problem; where the caller names no objective, the mean TTFT's."""
+def _runs(
+    cost: CostModel, requests: Sequence[Request], known: dict[Problem, Runs] | None, options: RoundOptions
+) -> Runs:
+    """Of the problem; where the caller names no objective, by the mean TTFT."""
     of_trace: RoundOptions = {"objective": Objective.MEAN_TTFT, **options, "max_makespan_increase": WHILE_OTHERS_COME}
-    return Problem.of(cost, requests, **of_trace)
+    runs = Runs(Problem.of(cost, requests, **of_trace))
+    return runs if known is None else known.setdefault(runs.problem, runs)

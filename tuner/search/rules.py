@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, TunedFor
@@ -14,7 +14,7 @@ from tuner.rounds.problem import NO_LIMITS, Limits, Problem, RoundOptions, arriv
 from tuner.rounds.round_plan import Bound, RoundPlan, best_first
 from tuner.rounds.schedule import FlatRounds, RoundTimes
 from tuner.search.planner import best_fixed, compare_policies, draft_plan, plan_rounds
-from tuner.search.replay import Replay, compare_replays, replay
+from tuner.search.replay import Replay, Runs, compare_replays, replay
 from tuner.workload.objective import MAX_MAKESPAN_INCREASE, Objective
 
 
@@ -30,6 +30,8 @@ class Rules:
     max_makespan_increase: float = MAX_MAKESPAN_INCREASE
     num_trials: int = 0
     """Settings of the online planner that a study tries on a trace."""
+    known: dict[Problem, Runs] = field(default_factory=dict, compare=False, repr=False)
+    """Traces that were run under policies by these rules, and by all that were made from them."""
 
     @property
     def options(self) -> RoundOptions:
@@ -54,7 +56,7 @@ class Rules:
             return plan_rounds(cost, requests, policy=self.policy, **self.options)
         if self.policy == "joint":
             return self.replays(cost, requests, everything=False)[-1].planned
-        return replay(cost, requests, policy=self.policy, **self.options).planned
+        return replay(cost, requests, policy=self.policy, known=self.known, **self.options).planned
 
     def draft(self, cost: CostModel, requests: Sequence[Request]) -> RoundPlan:
         """Rounds by the policy, quickly: to choose a layout and a partition by."""
@@ -109,8 +111,9 @@ class Rules:
 
     def replays(self, cost: CostModel, requests: Sequence[Request], *, everything: bool) -> list[Replay]:
         """Requests that arrive over time under every policy, or a long trace under the likely ones; this one last."""
-        replays = compare_replays(cost, requests, everything=everything, num_trials=self.num_trials, **self.options)
+        known, trials = self.known, self.num_trials
+        replays = compare_replays(cost, requests, everything=everything, num_trials=trials, known=known, **self.options)
         if self.policy == "joint":
             return replays
-        own = replay(cost, requests, policy=self.policy, **self.options)
+        own = replay(cost, requests, policy=self.policy, known=known, **self.options)
         return [*(one for one in replays if one.policy != self.policy), own]

@@ -27,7 +27,7 @@ class Clock:
     round_seconds: list[float] = field(default_factory=list)
     """Of the last round, on each kind of stage."""
     _kinds: list[int] = field(default_factory=list)
-    _chunk: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+    _chunk: dict[int, list[tuple[float, float, float]]] = field(default_factory=dict)
     _round: dict[int, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,25 +51,22 @@ class Clock:
 
     def run(self, chunks: Round, requests: Sequence[Request], ready_s: float, beside: Beside = NOTHING_BESIDE) -> float:
         """Run a round that starts on stage 0 at `ready_s` or later; return its finish on the last stage."""
-        total, kinds, known, new = beside.tokens, self.cost.kinds, self._chunk, list[int]()
+        total, known = beside.tokens, self._chunk
         for chunk in chunks:
             total += chunk.tokens
-            if chunk.tokens not in known:
-                new.append(chunk.tokens)
-        if new:
-            if len(known) >= MOST_KEPT:
-                known.clear()
-                new = [chunk.tokens for chunk in chunks]
-            self._keep_chunks(new)
         seconds = self.round_s(total).copy()
         for chunk in chunks:
-            final = chunk.start + chunk.tokens == requests[chunk.request].prompt_tokens
-            for i, (base_s, context_s) in enumerate(known[chunk.tokens]):
-                seconds[i] += base_s + context_s * chunk.start
+            tokens, start = chunk.tokens, chunk.start
+            added = known.get(tokens)
+            if added is None:
+                added = self._chunk_s(tokens)
+            final = start + tokens == requests[chunk.request].prompt_tokens
+            for i, (base_s, context_s, final_s) in enumerate(added):
+                seconds[i] += base_s + context_s * start
                 if final:
-                    seconds[i] += kinds[i].final_s
+                    seconds[i] += final_s
         if beside.tokens:
-            for i, kind in enumerate(kinds):
+            for i, kind in enumerate(self.cost.kinds):
                 seconds[i] += beside.seconds(kind)
         self.round_seconds = seconds
         return self.run_seconds(seconds, total, ready_s)
@@ -96,14 +93,13 @@ class Clock:
             self._round[tokens] = kept
         return kept
 
-    def _keep_chunks(self, lengths: Sequence[int]) -> None:
-        """Find what chunks of these lengths add on each kind of stage: seconds, and seconds a context token."""
-        columns = [
-            zip(
-                (kind.attention.base(lengths) + kind.chunk_s).tolist(),
-                kind.attention.slope(lengths).tolist(),
-                strict=True,
-            )
+    def _chunk_s(self, tokens: int) -> list[tuple[float, float, float]]:
+        """What a chunk of so many tokens adds on each kind of stage: seconds, seconds a context token, and seconds
+        where it ends its prompt."""
+        if len(self._chunk) >= MOST_KEPT:
+            self._chunk.clear()
+        self._chunk[tokens] = [
+            (float(kind.attention.base(tokens) + kind.chunk_s), float(kind.attention.slope(tokens)), kind.final_s)
             for kind in self.cost.kinds
         ]
-        self._chunk.update(zip(lengths, map(list, zip(*columns, strict=True)), strict=True))
+        return self._chunk[tokens]

@@ -7,14 +7,17 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.tuner.online.arrivals import stream
 from tests.tuner.oracle import UNIT, Instance, random_instance
+from tuner.online import ttft_bound
 from tuner.online.ttft_bound import mean_ttft_bound_s
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import StageCost
+from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.problem import Problem
 from tuner.search.replay import replay
 from tuner.workload.objective import Objective
@@ -74,3 +77,22 @@ def test_the_gap_of_a_stream_near_saturation_is_small_on_few_stages() -> None:
     mean_s = replay(cost, requests, policy="joint").evaluation.mean_ttft_s
     bound_s = mean_ttft_bound_s(Problem.of(cost, requests, objective=Objective.MEAN_TTFT))
     assert bound_s <= mean_s <= 1.15 * bound_s
+
+
+@pytest.mark.parametrize("gap_s", [0.07, 1.0])
+def test_what_requests_take_alone_is_proven_only_where_it_counts(gap_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is the same as with that proven for all: under load a stage's is larger than whatever they reach."""
+    stage = StageCost(token_count=(0, 1000), token_seconds=(0.0, 0.01), round_overhead_s=1e-4)
+    problem = Problem.of(CostModel(stages=(stage, stage)), stream(8192, gap_s, 40), objective=Objective.MEAN_TTFT)
+    proven: list[Problem] = []
+
+    def counted(one: Problem) -> float:
+        proven.append(one)
+        return makespan_bound_s(one)
+
+    monkeypatch.setattr(ttft_bound, "makespan_bound_s", counted)
+    bound_s = mean_ttft_bound_s(problem)
+    assert bool(proven) == (gap_s == 1.0)
+    monkeypatch.setattr(ttft_bound, "_reached_alone_s", lambda problem: np.full(len(problem.requests), np.inf))
+    assert mean_ttft_bound_s(problem) == bound_s
+    assert proven
