@@ -348,6 +348,7 @@ class OnlinePlanner:
             waiting_s=self._total_work_s,
             behind=self._behind,
             weight=self.settings.foresight,
+            passing=self.settings.passing,
         )
 
     @property

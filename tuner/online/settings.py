@@ -12,6 +12,8 @@ from tuner.workload.objective import Objective
 MOST = 1e6
 UNSET_AT_0 = ("patience", "pace", "least_work", "makespan")
 """Settings whose 0 stands for none."""
+UNSET_AT_1 = ("passing",)
+"""Settings whose 1 is usual."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,9 @@ class OnlineSettings:
     makespan: float = 0.0
     """1: rounds as for the makespan of what waits where a TTFT is sought: longer behind a queue, so that its last
     request, and with it the 99th percentile, comes sooner."""
+    passing: float = 1.0
+    """How much it counts that requests to come pass the pipeline as slowly as the longest round: with less, rounds grow
+    more behind a queue, which lowers the last percent and not the mean."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -64,7 +69,8 @@ class OnlineSettings:
     def __str__(self) -> str:
         """The text that `parse` reads."""
         values = {setting.name: getattr(self, setting.name) for setting in fields(self)}
-        return ",".join(f"{name}={value:.6g}" for name, value in values.items() if name not in UNSET_AT_0 or value)
+        unset = {name for name in UNSET_AT_0 if not values[name]} | {name for name in UNSET_AT_1 if values[name] == 1.0}
+        return ",".join(f"{name}={value:.6g}" for name, value in values.items() if name not in unset)
 
 
 AS_IT_COMES = OnlineSettings()

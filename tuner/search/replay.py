@@ -56,6 +56,8 @@ FORESIGHTS_BETWEEN = (0.7, 1.4, 2.0, 2.4, 2.9, 3.5, 4.2, 5.0, 6.0)
 """What is tried, first come first served, where nothing has kept within both limits."""
 PACES_BETWEEN = (1.2, 1.6, 1.0, 0.8, 2.0, 1.4, 1.1, 0.9)
 """How long rounds of one length are tried there."""
+PASSINGS_BETWEEN = ((0.0, 2.0), (0.0, 3.0), (0.3, 3.0), (0.3, 6.0), (0.3, 4.2), (0.0, 1.0), (0.0, 1.4))
+"""Less than usual of `passing`, with `foresight`, that is tried last."""
 SIZES_BETWEEN = (1.25, 1.5, 0.75)
 """Sizes of `ascend` and `fixed` that are tried there, as multiples of the best fixed chunk: their sweeps are powers of
 two."""
@@ -273,6 +275,7 @@ def _between(runs: Runs, variants: Mapping[str, Sequence[Replay]]) -> list[Repla
             return found
         between = [OnlineSettings(aging=BY_ARRIVAL, foresight=foresight) for foresight in FORESIGHTS_BETWEEN]
         between += [OnlineSettings(aging=BY_ARRIVAL, pace=pace * base_s) for pace in PACES_BETWEEN]
+        between += [OnlineSettings(aging=BY_ARRIVAL, passing=one, foresight=other) for one, other in PASSINGS_BETWEEN]
         for each in between:
             if f"joint:{each}" not in tried and keeps(attempt(each)):
                 break

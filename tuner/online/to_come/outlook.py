@@ -52,7 +52,7 @@ class Outlook:
     behind: float = 0.0
     """Times a round's seconds to pass the stages behind the first."""
     num_passing: float = 0.0
-    """Requests that come before the pipeline runs empty."""
+    """Requests that come before the pipeline runs empty, as far as they count."""
     horizon_s: float = 0.0
     spare_s: float = 0.0
     """Work that is surely done before the next one arrives."""
@@ -76,8 +76,10 @@ class Outlook:
         waiting_s: float,
         behind: float,
         weight: float = 1.0,
+        passing: float = 1.0,
     ) -> Self:
-        """The outlook at a time. before_s: work that waits and runs before each level; waiting_s: all that waits."""
+        """The outlook at a time. before_s: work that waits and runs before each level; waiting_s: all that waits;
+        passing: how much it counts how requests to come pass the pipeline."""
         variation, gap_s = traffic.gap_variation, traffic.gap_s
         regularity = 1.0 - min(variation, 1.0)
         soon = (max(variation, 1.0) - 1.0) / 2.0 * max(1.0 - (now_s - traffic.last_s) / (2.0 * gap_s), 0.0)
@@ -91,7 +93,7 @@ class Outlook:
             ahead=np.array(before_s) / max(waiting_s, 1e-12),
             steady=steady,
             behind=behind,
-            num_passing=until_s / gap_s,
+            num_passing=passing * until_s / gap_s,
             horizon_s=horizon_s,
             spare_s=regularity * max(traffic.last_s + gap_s - now_s, 0.0),
             at_once=regularity / 2.0 + soon,
