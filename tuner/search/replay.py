@@ -56,7 +56,17 @@ FORESIGHTS_BETWEEN = (0.7, 1.4, 2.0, 2.4, 2.9, 3.5, 4.2, 5.0, 6.0)
 """What is tried, first come first served, where nothing has kept within both limits."""
 PACES_BETWEEN = (1.2, 1.6, 1.0, 0.8, 2.0, 1.4, 1.1, 0.9)
 """How long rounds of one length are tried there."""
-PASSINGS_BETWEEN = ((0.0, 2.0), (0.0, 3.0), (0.3, 3.0), (0.3, 6.0), (0.3, 4.2), (0.0, 1.0), (0.0, 1.4))
+PASSINGS_BETWEEN = (
+    (0.0, 2.0),
+    (0.0, 3.0),
+    (0.3, 3.0),
+    (0.3, 6.0),
+    (0.3, 4.2),
+    (0.0, 1.0),
+    (0.0, 1.4),
+    (0.1, 2.0),
+    (0.1, 9.0),
+)
 """Less than usual of `passing`, with `foresight`, that is tried last."""
 SIZES_BETWEEN = (1.25, 1.5, 0.75)
 """Sizes of `ascend` and `fixed` that are tried there, as multiples of the best fixed chunk: their sweeps are powers of
