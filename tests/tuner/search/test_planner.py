@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from db.errors import UserError
@@ -113,8 +113,24 @@ def test_the_oracle_loses_nothing_by_leaving_dominated_plans_out(seed: int) -> N
     assert best_makespan_s(instance) == pytest.approx(best_makespan_s(instance, prune=False), rel=1e-12)
 
 
+def cost_of_tokens(seconds: tuple[float, ...], *, overhead_s: float = 0.0) -> StageCost:
+    """A stage without attention; seconds: of 0, 1 and 8 tokens."""
+    attention = TableAttention(count=(1,), base_s=(0.0,), context_s=(0.0,))
+    return StageCost(token_count=(0, 1, 8), token_seconds=seconds, attention=attention, round_overhead_s=overhead_s)
+
+
 @settings(max_examples=30, deadline=None)
 @given(cost=cost_models(max_stages=4), requests=batches(max_requests=2, max_tokens=1500), window=windows)
+@example(  # one round is best, and longer than the longest chunk on the grid that the caps let through
+    cost=CostModel(stages=(cost_of_tokens((0.0, 1e-5, 2e-5)),) * 2),
+    requests=[Request(id="r0", prompt_tokens=257)],
+    window=None,
+)
+@example(  # the stage on which tokens take longest takes no time
+    cost=CostModel(stages=(cost_of_tokens((0.0,) * 3), cost_of_tokens((0.0,) * 3, overhead_s=1e-5))),
+    requests=[Request(id="r0", prompt_tokens=1)],
+    window=None,
+)
 def test_the_bound_is_below_the_best_plan(cost: CostModel, requests: list[Request], window: int | None) -> None:
     problem = Problem(cost=cost, requests=tuple(requests), window=window, chunk_multiple=256)
     best, _ = exact_rounds(problem, fixed_rounds(problem, 256))

@@ -253,7 +253,7 @@ class _Cells:
 
 def _reached(work_s: Floats, done: Floats, per_s: Floats, places: Floats) -> Floats:
     """When so much work is done at the earliest, at most the last place; [cells]."""
-    at = np.minimum((done <= work_s[:, None]).sum(axis=1) - 1, len(places) - 2)
+    at = np.clip((done < work_s[:, None]).sum(axis=1) - 1, 0, len(places) - 2)
     rows = np.arange(len(work_s))
     with np.errstate(divide="ignore", invalid="ignore"):
         more = (work_s - done[rows, at]) / per_s[rows, at]

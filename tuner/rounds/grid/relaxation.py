@@ -303,9 +303,12 @@ class GridRelaxation:
         return least
 
     def _added_last(self, group: Group, length: float) -> tuple[Ints, Floats, Floats]:
-        """Grid points from which a prompt's last chunk may go, its tokens and its A, what ending it costs left out."""
+        """Grid points from which a prompt's last chunk may go, its tokens and its A, what ending it costs left out.
+
+        It may hold the most whole steps of the grid that the caps let through and a part of one beside them.
+        """
         last = self._units(group, length)
-        starts: Ints = np.arange(last, max(last - len(self._chunk), -1), -1, dtype=np.int64)
+        starts: Ints = np.arange(last, max(last - len(self._chunk) - 1, -1), -1, dtype=np.int64)
         before: Floats = starts.astype(np.float64) * self._multiple
         chunk: Floats = length - group.cached - before
         return starts, chunk, self._added_s(chunk, group.cached + before)
