@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from db.errors import UserError
@@ -13,12 +13,11 @@ from tests.tuner.strategies import batches, cost_models, windows
 from tuner.fit.attention.curve import Waves
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, check_rounds
-from tuner.plan.stage_cost import StageCost, TableAttention, scaled_stage
+from tuner.plan.stage_cost import StageCost, TableAttention
 from tuner.policies.exact import exact_rounds
 from tuner.policies.fixed import fixed_rounds
 from tuner.policies.joint import NEAR_BOUND
 from tuner.policies.named import BASED, Floor, base_sizes, named_rounds
-from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.problem import Limits, Problem, RoundOptions
 from tuner.rounds.round_plan import best_first
 from tuner.search.planner import POLICIES, best_fixed, compare_policies, draft_plan, fixed_sweep, plan_rounds
@@ -113,44 +112,6 @@ def test_the_oracle_loses_nothing_by_leaving_dominated_plans_out(seed: int) -> N
     assert best_makespan_s(instance) == pytest.approx(best_makespan_s(instance, prune=False), rel=1e-12)
 
 
-def cost_of_tokens(seconds: tuple[float, ...], *, overhead_s: float = 0.0) -> StageCost:
-    """A stage without attention; seconds: of 0, 1 and 8 tokens."""
-    attention = TableAttention(count=(1,), base_s=(0.0,), context_s=(0.0,))
-    return StageCost(token_count=(0, 1, 8), token_seconds=seconds, attention=attention, round_overhead_s=overhead_s)
-
-
-@settings(max_examples=30, deadline=None)
-@given(cost=cost_models(max_stages=4), requests=batches(max_requests=2, max_tokens=1500), window=windows)
-@example(  # one round is best, and longer than the longest chunk on the grid that the caps let through
-    cost=CostModel(stages=(cost_of_tokens((0.0, 1e-5, 2e-5)),) * 2),
-    requests=[Request(id="r0", prompt_tokens=257)],
-    window=None,
-)
-@example(  # the stage on which tokens take longest takes no time
-    cost=CostModel(stages=(cost_of_tokens((0.0,) * 3), cost_of_tokens((0.0,) * 3, overhead_s=1e-5))),
-    requests=[Request(id="r0", prompt_tokens=1)],
-    window=None,
-)
-def test_the_bound_is_below_the_best_plan(cost: CostModel, requests: list[Request], window: int | None) -> None:
-    problem = Problem(cost=cost, requests=tuple(requests), window=window, chunk_multiple=256)
-    best, _ = exact_rounds(problem, fixed_rounds(problem, 256))
-    assert makespan_bound_s(problem) <= problem.evaluate(best).makespan_s * (1 + 1e-9)
-
-
-@settings(max_examples=30, deadline=None)
-@given(data=st.data(), requests=batches(max_requests=2, max_tokens=1500, timed=False), window=windows)
-def test_the_bound_is_below_the_best_plan_on_stages_alike_in_kind(
-    data: st.DataObject, requests: list[Request], window: int | None
-) -> None:
-    """One stage's costs times a factor a stage, as layers are dealt out: where the bound for uneven stages counts."""
-    one = data.draw(cost_models(max_stages=1)).stages[0]
-    factors = data.draw(st.lists(st.sampled_from([0.5, 0.8, 0.9, 1.0, 1.1]), min_size=2, max_size=4))
-    stages = tuple(CostModel(stages=(one,)).scaled(factor).stages[0] for factor in factors)
-    problem = Problem(cost=CostModel(stages=stages), requests=tuple(requests), window=window, chunk_multiple=128)
-    best, _ = exact_rounds(problem, fixed_rounds(problem, 128))
-    assert makespan_bound_s(problem) <= problem.evaluate(best).makespan_s * (1 + 1e-9)
-
-
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 500), factor=st.sampled_from([1e-3, 0.25, 8.0, 1e3]))
 def test_scaling_all_costs_scales_the_plan(seed: int, factor: float) -> None:
@@ -195,28 +156,6 @@ def test_the_field_s_records_are_beaten(
     plan = plan_rounds(atom(pp_size), prompts(*lengths), window=window)
     assert plan.makespan_s <= record_s
     assert plan.gap <= 0.01
-
-
-def test_the_gap_is_small_where_stages_hold_other_work() -> None:
-    """7, 9, 8 and 8 layers and a head on the last stage: an envelope below all stages leaves 13.8 % here."""
-    model = atom(1)
-    stages = [model.scaled(layers / 8).stages[0] for layers in (7.0, 9.0, 8.0, 8.3)]
-    assert plan_rounds(CostModel(stages=tuple(stages)), prompts(131072), window=5).gap <= 0.08
-
-
-def test_the_gap_is_small_where_a_long_prompt_shares_rounds_on_stages_that_differ() -> None:
-    """Without the place of its chunks in the drain the bound leaves 1.8 %."""
-    counts = (64, 256, 1024, 4096, 16384)
-    attention = TableAttention(
-        count=counts,
-        base_s=tuple(8e-5 + 2.4e-11 * n * n / 2 * (1.0 + 300.0 / n) for n in counts),
-        context_s=tuple(1e-8 + 2.4e-11 * (n + 150.0) for n in counts),
-    )
-    one = StageCost(
-        token_count=(0, 96, 16384), token_seconds=(4.6e-4, 4.6e-4, 0.079), attention=attention, round_overhead_s=1.6e-3
-    )
-    cost = CostModel(stages=(one, scaled_stage(one, 0.975)))
-    assert plan_rounds(cost, prompts(866, 1111, 43094), chunk_multiple=256).gap <= 0.012
 
 
 def test_mean_ttft_is_traded_for_at_most_two_percent_of_makespan() -> None:
