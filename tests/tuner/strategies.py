@@ -43,7 +43,7 @@ def cost_models(draw: st.DrawFn, max_stages: int = 5) -> CostModel:
     return CostModel(
         stages=pipeline if different > 1 else pipeline * pp_size,
         hop_latency_s=draw(st.sampled_from([0.0, 0.003])),
-        hop_token_s=draw(st.sampled_from([0.0, 1e-6])),
+        hop_token_s=draw(st.sampled_from([0.0, 1e-6, 1e-4])),
         return_s=draw(st.sampled_from([0.0, 0.02])),
     )
 

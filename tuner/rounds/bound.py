@@ -5,19 +5,21 @@ goes from round 0 on stage 0 to the last round on the last stage by steps "next 
 path that enters stage a with the first round, stays there up to the round j whose time is the largest, m, goes down
 to stage b with it, and stays on b to the last round, which it follows out:
 
-    makespan >= sum_i e(i) + (b - a) m + fill + drain + (pp_size - 1) hop
+    makespan >= sum_i e(i) + (b - a) m + fill + drain + (pp_size - 1) hop_latency
 
-where e is an envelope: a cost that on none of the stages a..b exceeds theirs, and m = max_i e(i). fill and drain are
-what one token costs on the stages before a and after b. Nothing is known of m, so the right side is minimised over
-it; with a cap m on every round,
+where e is an envelope: a cost that on none of the stages a..b exceeds theirs, and m the largest of e(i) + T(i)
+hop_token, what round i takes with handing on its T(i) tokens. fill and drain are what one token costs on the stages
+before a and after b and on the way to and from them. Nothing is known of m, so the right side is minimised over it;
+with a cap m on every round,
 
 1. request r, whose chunks must each fit under m alone, reads its context again at every chunk's start p: sum of
    context_s * p over its chunks is least when it is cut backwards from its end with the longest chunks allowed. (Let
    s(e) be the earliest start allowed for a chunk that ends at e. A shorter chunk from the same start costs no more,
    so s does not fall with e, and by induction every start of every other cut lies at or after the backward cut's,
    which also has the fewest chunks.)
-2. with F all that rounds cost beside their overhead o, N rounds hold it only if F <= N (m - o): N >= ceil(F / (m -
-   o)), and N is also at least any request's number of chunks. So sum_i e(i) >= F + o N.
+2. with F all that rounds cost beside their overhead o, and H what handing on all tokens costs, N rounds hold it only if
+   F + H <= N (m - o): N >= ceil((F + H) / (m - o)), and N is also at least any request's number of chunks. So sum_i
+   e(i) >= F + o N.
 
 S(m), the least sum, falls with m, so between two caps m1 < m2 the expression is at least S(m2) + (b - a) m1: a finite
 grid of caps proves the bound for all m. The envelope is linear in a round's tokens (a supporting line under every
@@ -54,6 +56,7 @@ from tuner.rounds.relaxation import (
     least_sums,
     likely_cap_s,
     likely_least_s,
+    longest_round_s,
     smooth_curve,
 )
 from tuner.rounds.uneven import uneven_bound_s
@@ -92,23 +95,24 @@ def batch_bound_s(cost: CostModel, work: Work, window: int | None, multiple: int
     """
     pp_size, stages = cost.pp_size, cost.stage_of_group
     num_hops = sum(one != other for one, other in itertools.pairwise(stages))
-    hops = num_hops * (cost.hop_latency_s + cost.hop_token_s)
-    best = passes_bound_s(cost, work) if cost.virtual_stages > 1 else _one_pass_s(cost, work, hops, multiple)
+    hops = num_hops * (cost.hop_latency_s + cost.hop_token_s * work.new_tokens)
+    best = passes_bound_s(cost, work) if cost.virtual_stages > 1 else _one_pass_s(cost, work, multiple)
     if window is not None and window < pp_size:
         in_turn = sum(max(least_sum(envelope, work) for envelope in envelopes([stage], work)) for stage in cost.stages)
         best = max(best, (in_turn + hops) / window)
     return best
 
 
-def _one_pass_s(cost: CostModel, work: Work, hops: float, multiple: int | None) -> float:
+def _one_pass_s(cost: CostModel, work: Work, multiple: int | None) -> float:
     """The bound of one group a stage without a window."""
     curved = multiple is not None and is_curved(cost.kinds)
     one_token = np.array([kind.round_overhead_s + float(kind.tokens_s(1)) for kind in cost.kinds])[cost.kind_of_stage]
     best = 0.0
     for first, last in _stage_ranges(cost, work):
-        outside = one_token[:first].sum() + one_token[last + 1 :].sum() + hops
+        outside = one_token[:first].sum() + one_token[last + 1 :].sum() + (cost.pp_size - 1) * cost.hop_latency_s
+        outside += (cost.pp_size - 1 - (last - first)) * cost.hop_token_s
         stages = dict.fromkeys(cost.stages[first : last + 1])  # each once, in order
-        lines = envelopes(stages, work)
+        lines = envelopes(stages, work, cost.hop_token_s)
         if curved:  # the grid tells more: one line will do for a start
             lines = [max(lines, key=lambda line: likely_least_s(line, work, last - first))]
         for envelope in lines:
@@ -149,8 +153,10 @@ def _cap_grid(envelope: Envelope, work: Work, num_more: int, tolerance: float) -
 
 def _least_makespan(envelope: Envelope, work: Work, num_more: int) -> float:
     """The least of S(m) + num_more * m over all caps m."""
-    highest = least_sum(envelope, work)  # all in one round: no plan needs a higher cap
-    if num_more == 0 or highest <= 0.0:
+    if num_more == 0:
+        return least_sum(envelope, work)
+    highest = longest_round_s(envelope, work)
+    if highest <= 0.0:
         return highest
     grid = _cap_grid(envelope, work, num_more, TOLERANCE)
     caps = np.unique(np.concatenate([grid[grid < highest], highest * np.array([0.25, 0.5, 0.75, 1.0])]))

@@ -32,6 +32,8 @@ class Envelope:
     context_token_s: float
     chunk_s: float
     final_s: float
+    hop_token_s: float = 0.0
+    """What a token adds to its round where that is held against a cap, beside what it costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Work:
         return float((self.prompt - self.cached).sum())
 
 
-def envelopes(stages: Iterable[StageCost], work: Work) -> list[Envelope]:
+def envelopes(stages: Iterable[StageCost], work: Work, hop_token_s: float = 0.0) -> list[Envelope]:
     """Envelopes of these stages, one for each supporting line that is worth a try under their tokens tables."""
     stages = list(stages)
     pairs = [pair_floor(stage) for stage in stages]
@@ -73,6 +75,7 @@ def envelopes(stages: Iterable[StageCost], work: Work) -> list[Envelope]:
             context_token_s=context_token_s,
             chunk_s=chunk_s,
             final_s=final_s,
+            hop_token_s=hop_token_s,
         )
         for offset, token_s in _lines_under(points, floor)
     ]
@@ -94,9 +97,15 @@ def least_sum(envelope: Envelope, work: Work, cap_s: float = np.inf) -> float:
     return float(least_sums(envelope, work, np.array([cap_s]))[0][0])
 
 
+def longest_round_s(envelope: Envelope, work: Work) -> float:
+    """Everything in one round: no plan needs a higher cap."""
+    return least_sum(envelope, work) + envelope.hop_token_s * work.new_tokens
+
+
 def least_sums(envelope: Envelope, work: Work, caps_s: Floats) -> tuple[Floats, Floats]:
     """S(m) and the least number of rounds for every cap (inf where a cap is too low for any plan), both [num_caps]."""
     caps_s = caps_s * (1.0 + 1e-9)  # a higher cap only lowers the sum: rounding never makes a plan impossible
+    capped_token_s = envelope.token_s + envelope.hop_token_s
     pair, context = envelope.pair_s, envelope.context_token_s
     num_caps, num_requests = len(caps_s), len(work.prompt)
     read = np.zeros(num_caps)  # context tokens read again, all requests together
@@ -111,7 +120,7 @@ def least_sums(envelope: Envelope, work: Work, caps_s: Floats) -> tuple[Floats, 
         for step in range(1, MAX_CUTS + 1):
             # The longest chunk that ends at `end`: -pair/2 c^2 + rate c <= spare; all of it, or the smaller root.
             left = end - start
-            rate = (envelope.token_s + 0.5 * pair - context) + pair * end
+            rate = (capped_token_s + 0.5 * pair - context) + pair * end
             spare = room - context * end
             whole = left * (rate - 0.5 * pair * left) <= spare
             root = 2.0 * spare / (rate + np.sqrt(np.maximum(rate * rate - 2.0 * pair * spare, 0.0)))
@@ -133,7 +142,8 @@ def least_sums(envelope: Envelope, work: Work, caps_s: Floats) -> tuple[Floats, 
     fixed = envelope.token_s * work.new_tokens + pair * pairs + envelope.final_s * num_requests
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         held = fixed + context * read + envelope.chunk_s * cuts
-        needed = np.where(held > 0.0, np.ceil(held / (caps_s - envelope.round_s) - 1e-9), 0.0)
+        filled = held + envelope.hop_token_s * work.new_tokens
+        needed = np.where(filled > 0.0, np.ceil(filled / (caps_s - envelope.round_s) - 1e-9), 0.0)
         rounds = np.maximum(needed, most_cuts)
     possible &= np.isfinite(rounds)
     rounds = np.where(possible, np.maximum(rounds, np.ceil(work.new_tokens / work.max_round_tokens)), 0.0)
@@ -164,7 +174,7 @@ def smooth_sums(envelope: Envelope, work: Work, caps_s: Floats) -> Floats:
     new = prompt - cached
     end = (cached[:, None] + new[:, None] * share).ravel()  # [requests that differ * samples]
     pair, context = envelope.pair_s, envelope.context_token_s
-    rate = (envelope.token_s - context) + pair * end
+    rate = (envelope.token_s + envelope.hop_token_s - context) + pair * end
     spare = (caps_s - envelope.round_s - envelope.chunk_s)[:, None] - context * end
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         chunk = 2.0 * spare / (rate + np.sqrt(np.maximum(rate * rate - 2.0 * pair * spare, 0.0)))
@@ -177,7 +187,8 @@ def smooth_sums(envelope: Envelope, work: Work, caps_s: Floats) -> Floats:
     held = envelope.token_s * work.new_tokens + pair * pairs + envelope.final_s * len(work.prompt)
     held = held + context * read + envelope.chunk_s * density.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        sums = held * caps_s / (caps_s - envelope.round_s)
+        filled = held + envelope.hop_token_s * work.new_tokens
+        sums = held + filled * envelope.round_s / (caps_s - envelope.round_s)
     return np.where(np.isfinite(sums) & (caps_s > envelope.round_s), np.maximum(sums, held + envelope.round_s), np.inf)
 
 
@@ -197,7 +208,7 @@ def likely_least_s(envelope: Envelope, work: Work, num_more: float) -> float:
 
 def smooth_curve(envelope: Envelope, work: Work) -> tuple[Floats, Floats]:
     """Caps over the whole range and the smooth S(m) at them."""
-    highest = least_sum(envelope, work)
+    highest = longest_round_s(envelope, work)
     caps = np.geomspace(max(highest * 1e-4, envelope.round_s, 1e-300), max(highest, 1e-300), NUM_CAPS)
     return caps, smooth_sums(envelope, work, caps)
 

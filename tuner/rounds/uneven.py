@@ -14,10 +14,16 @@ round i alone does both. So makespan >= S + E + D + hops, and no round of the pl
 
     x(i) <= (E - one token before a + (1 - r(a)) X(i)) / sum of r(j) for a <= j < k      for each a,
 
-nor its mirror image. With these caps 1. no round exceeds some m, so S >= held(m) + o N as in `rounds.bound`; 2. the
-first n rounds sum to at most G(n), where G(n+1) = G(n) + cap(G(n)), the last n to at most H(n); so N m >= S + (n m -
-G(n)) + ((N - n) m - H(N - n)) for any n, and N >= (held(m) + both shortfalls) / (m - o). S falls as E and D rise, so
-on a cell of a grid over (E, D) the bound is S at its upper corner plus its lower corner.
+nor its mirror image. Handing a round on takes a latency, counted in hops, and hop_token for each of its T(i) tokens.
+The path pays the latter for one token on the stages before a, and from a to k-1 for all of round i, of which r(j) is
+enough here. So x(i) + T(i) hop_token takes the place of x(i) wherever it multiplies the sum of r(j), and is what is
+capped.
+
+With these caps 1. no round exceeds some m, so S >= held(m) + o N as in `rounds.bound`; 2. the first n rounds, with
+handing on, sum to at most G(n), where G(n+1) = G(n) + cap(G(n)), the last n to at most H(n); so N m >= S + (n m - G(n))
++ ((N - n) m - H(N - n)) for any n, S with handing on, and N >= (held(m) + hop_token of all tokens + both shortfalls) /
+(m - o). S falls as E and D rise, so on a cell of a grid over (E, D) the bound is S at its upper corner plus its lower
+corner.
 """
 
 from __future__ import annotations
@@ -88,9 +94,9 @@ def _bound_through_s(cost: CostModel, work: Work, stage: int, known_s: float) ->
     reference = replace(cost.stages[stage], final_s=0.0)
     sides = sides_of(cost, work, stage)
     num_closer = FEWER_CLOSER if cost.pp_size > MANY_STAGES else NUM_CLOSER
-    hops = (cost.pp_size - 1) * (cost.hop_latency_s + cost.hop_token_s)
+    hops = (cost.pp_size - 1) * cost.hop_latency_s
     best = 0.0
-    for envelope in envelopes([reference], work):
+    for envelope in envelopes([reference], work, cost.hop_token_s):
         best = max(best, hops + _least_s(envelope, work, sides, MOST_GAIN * known_s, num_closer))
     return min(best, MOST_GAIN * known_s)
 
@@ -99,7 +105,7 @@ def sides_of(cost: CostModel, work: Work, stage: int) -> list[Side]:
     """The stages before and after one, compared with it."""
     reference = replace(cost.stages[stage], final_s=0.0)
     ratio_of_kind = [least_ratio(kind, reference, work.new_tokens) for kind in cost.kinds]
-    token_of_kind = [kind.round_overhead_s + float(kind.tokens_s(1)) for kind in cost.kinds]
+    token_of_kind = [kind.round_overhead_s + float(kind.tokens_s(1)) + cost.hop_token_s for kind in cost.kinds]
     kinds = cost.kind_of_stage.tolist()
     ratio, token = [ratio_of_kind[kind] for kind in kinds], [token_of_kind[kind] for kind in kinds]
     return [Side(ratio[:stage], token[:stage]), Side(ratio[:stage:-1], token[:stage:-1])]
@@ -119,7 +125,7 @@ class Side:
         return float(self.before_s[-1])
 
     def caps_s(self, excess_s: Floats, done_s: Floats) -> Floats:
-        """The longest round for each excess when so much has run; the shapes broadcast."""
+        """The longest round, hop included, for each excess when so much has run; the shapes broadcast."""
         shape = np.broadcast_shapes(excess_s.shape, done_s.shape)
         held_up = self.slowness > 0.0
         if not held_up.any():
@@ -154,7 +160,7 @@ def _least_s(envelope: Envelope, work: Work, sides: list[Side], most_s: float, n
     least = 0.0
     for closer in range(num_closer + 1):
         lower = [np.maximum(np.append(0.0, e[:-1]), side.least_s) for e, side in zip(edges, sides, strict=True)]
-        grid = _sums(envelope, sides, edges, most_s, caps_s, held_s, rounds) + lower[0][:, None] + lower[1]
+        grid = _sums(envelope, work, sides, edges, most_s, caps_s, held_s, rounds) + lower[0][:, None] + lower[1]
         least = max(least, float(grid.min()))
         at = np.unravel_index(int(grid.argmin()), grid.shape)
         for i, side in enumerate(sides):
@@ -168,6 +174,7 @@ def _least_s(envelope: Envelope, work: Work, sides: list[Side], most_s: float, n
 
 def _sums(
     envelope: Envelope,
+    work: Work,
     sides: list[Side],
     edges: list[Floats],
     most_s: float,
@@ -182,6 +189,7 @@ def _sums(
     longest = np.minimum(np.minimum(fill[:, None, :], drain[None, :, :]).max(axis=2), most_s)
     at = np.minimum(np.searchsorted(caps_s, longest), len(caps_s) - 1)
     held, least_rounds = held_s[at], rounds[at]
+    filled = held + envelope.hop_token_s * work.new_tokens
     room = longest - envelope.round_s
     steps = np.arange(NUM_STEPS + 1)
     short = [
@@ -189,7 +197,7 @@ def _sums(
         for grown in (sides[0].grown_s(edges[0])[:, None, :], sides[1].grown_s(edges[1])[None, :, :])
     ]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        needed = np.where(held > 0.0, np.maximum(least_rounds, np.ceil(held / room - 1e-9)), 0.0)
+        needed = np.where(held > 0.0, np.maximum(least_rounds, np.ceil(filled / room - 1e-9)), 0.0)
         for share in (0.5, 0.25, 0.75, 0.0, 1.0):
             count = np.where(np.isfinite(needed), np.minimum(needed, 1e9), 0.0)
             first = np.floor(share * count)
@@ -197,7 +205,7 @@ def _sums(
                 np.take_along_axis(table, np.minimum(n, NUM_STEPS).astype(np.int64)[..., None], axis=2)[..., 0]
                 for table, n in zip(short, (first, count - first), strict=True)
             )
-            needed = np.maximum(needed, np.where(held > 0.0, np.ceil((held + lacking) / room - 1e-9), 0.0))
+            needed = np.maximum(needed, np.where(held > 0.0, np.ceil((filled + lacking) / room - 1e-9), 0.0))
         sums = held + envelope.round_s * needed if envelope.round_s else held
     possible = (room > 0.0) & np.isfinite(held) & np.isfinite(needed)
     return np.where(possible, sums, np.inf)

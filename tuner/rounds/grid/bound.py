@@ -1,7 +1,7 @@
 """A proven lower bound on the chunk grid, for cost tables as they are: stairs, floors and several kernels.
 
 With equal stages it is that of `rounds.bound`, S(m) + (pp_size - 1) m least over all caps m, S being the sum of
-`rounds.grid.relaxation`.
+`rounds.grid.relaxation`. Caps are on what a round takes with handing it on.
 
 Where stages differ it goes by `rounds.uneven`: paths through the stage k on which the batch takes longest show that
 makespan >= S + E + D + hops, and E and D cap each round by what ran before it (X) and by what runs after it (Y). Under
@@ -56,10 +56,10 @@ MOST_GAINS, MOST_REPEATS = (1.12, 1.03), 8
 def grid_bound_s(cost: CostModel, work: Work, multiple: int, known_s: float) -> float | None:
     """Seconds that no makespan is below where chunks end on multiples of so many tokens after the cached ones; None
     where straight lines tell as much, or where it would take too long."""
-    hops, num_more = (cost.pp_size - 1) * (cost.hop_latency_s + cost.hop_token_s), cost.pp_size - 1
+    hops, num_more = (cost.pp_size - 1) * cost.hop_latency_s, cost.pp_size - 1
     stage = busiest_stage(cost, work)
     reference = cost.stages[stage] if len(cost.kinds) == 1 else replace(cost.stages[stage], final_s=0.0)
-    found = _grid(reference, work, multiple, num_more)
+    found = _grid(reference, work, multiple, num_more, cost.hop_token_s)
     if found is None or known_s <= 0.0:
         return None
     relaxation, caps = found
@@ -105,15 +105,18 @@ def _corners(sides: list[Side], most_s: float, usual_s: float) -> list[Corner]:
     return [everywhere, *(corner(share) for share in CORNERS)]
 
 
-def _grid(stage: StageCost, work: Work, multiple: int, num_more: int) -> tuple[PlacedRelaxation, Floats] | None:
+def _grid(
+    stage: StageCost, work: Work, multiple: int, num_more: int, hop_token_s: float
+) -> tuple[PlacedRelaxation, Floats] | None:
     """The relaxation and caps around the likely best one."""
     if not is_curved([stage]):
         return None
     caps = np.array([np.inf])
     if num_more:
-        centre = max(likely_cap_s(envelope, work, num_more) for envelope in envelopes([stage], work))
+        lines = envelopes([stage], work, hop_token_s)
+        centre = max(likely_cap_s(envelope, work, num_more) for envelope in lines)
         caps = centre * np.geomspace(LEAST_CAP, MOST_CAP, NUM_CAPS)
-    relaxation = PlacedRelaxation([stage], work, multiple, float(caps[-1]))
+    relaxation = PlacedRelaxation([stage], work, multiple, float(caps[-1]), hop_token_s)
     return (relaxation, caps) if relaxation.num_steps <= MOST_STEPS else None
 
 

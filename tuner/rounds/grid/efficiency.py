@@ -12,8 +12,8 @@ from tuner.plan.stage_cost import Floats
 from tuner.rounds.grid.relaxation import SLACK, GridRelaxation
 from tuner.rounds.relaxation import pair_floor
 
-PRICE_POWER = 1.5
-"""How the price of a second rises with what rounds of that length save."""
+PRICE_POWER, MOST_SAVED = 1.5, 1e6
+"""How the price of a second rises with what rounds of that length save, and up to which factor: it may be all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def _step(before: Floats, cost: Floats, price: Floats, levels: Ints) -> tuple[Fl
     """
     allowed = np.arange(len(cost))[:, None] <= levels[:, None, :]
     done: Floats = (before + np.where(allowed, price[:, :, None] * cost, np.inf).min(axis=1)).min(axis=1)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         gained = (done[:, None] - before)[:, None, :] / cost  # nan where no way leads
     most: Floats = np.where(allowed & np.isfinite(gained), gained, 0.0).max(axis=2)
     return done, most
@@ -89,7 +89,8 @@ class RatedRelaxation(GridRelaxation):
             for usual_s in corner.usual_s:
                 first = max(min(int(np.searchsorted(caps_s, usual_s)), len(caps_s) - 1), int(usable[0]))
                 rows.append(corner)
-                prices.append(np.maximum(falling[first] / np.maximum(falling, 1e-300), 1.0) ** PRICE_POWER)
+                saved = falling[first] / np.maximum(falling, 1e-300)
+                prices.append(np.clip(saved, 1.0, MOST_SAVED) ** PRICE_POWER)
         price = np.stack(prices)  # [rows, caps + 1]
         total, beyond, per_s = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(price.shape)
         for group, alone in zip(self._groups, self.alone, strict=True):

@@ -38,7 +38,7 @@ class PlacedRelaxation(RatedRelaxation):
         """The least that all rounds sum to, [rows], inf where there is no plan.
 
         cap_after_s: the cap of a round after so many seconds of rounds, [rows, places]. own_s: w of so many equal
-        rounds, [rows, numbers]. reach_s: what so many rounds sum to at most, [rows, numbers].
+        rounds, [rows, numbers]. reach_s: what so many rounds sum to at most with handing on, [rows, numbers].
         """
         added = np.zeros(reach_s.shape)
         for group, alone in zip(self._groups, self.alone, strict=True):
@@ -48,13 +48,13 @@ class PlacedRelaxation(RatedRelaxation):
             for end in range(1, len(alone)):
                 cost = self._added_before(group, end)[::-1]
                 before = slice(end - len(cost), end)
-                allowed = self._own[: len(cost)][::-1] + cost <= caps_s[:, before]
+                allowed = (self._own + self._hop_s)[: len(cost)][::-1] + cost <= caps_s[:, before]
                 cost = np.where(allowed, cost, np.inf)
                 least[:, :, end] = (least[:, :, before] + cost[:, None, :]).min(axis=2) + self.prices
             for length, count in zip(*np.unique(group.prompts, return_counts=True), strict=True):
                 starts, chunk, cost = self._added_last(group, length)
                 cost = cost + self._final_s
-                own = np.where(chunk <= self._most, self._own_s(chunk), np.inf)
+                own = np.where(chunk <= self._most, self._capped_s(chunk), np.inf)
                 cost = np.where(own + cost <= caps_s[:, starts], cost, np.inf)
                 path = (least[:, :, starts] + cost[:, None, :]).min(axis=2) + self.prices
                 added += count * self._added_by_number(path)

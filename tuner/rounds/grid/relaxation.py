@@ -7,8 +7,9 @@ each chunk is charged what it costs itself. For a cap m on every round of a plan
 
 D is the least over all cuts of a request of the sum over its chunks (c tokens after p) of A(c, p) + share, A being
 what the chunk adds beside token-wise work. The share is its part, by tokens, of its round's overhead and token-wise
-work w(T): c w(T) / T for a round of T >= c tokens. The chunk leaves the round m - A for w, and w never falls, so that
-T is at most some t(m - A), and the share is at least c times the least w(T) / T for T from c to there. Where there is
+work w(T): c w(T) / T for a round of T >= c tokens. The cap is on e(i) and what handing on the round's tokens takes,
+T hop_token. The chunk leaves the round m - A for w(T) + T hop_token, which never falls, so that T is at most some
+t(m - A), and the share is at least c times the least w(T) / T for T from c to there. Where there is
 one request a round is a chunk, T = c. Both only fall with a higher cap.
 
 All functions are least over the stages of a set. w is linear between the points of all their tables, or above the
@@ -85,25 +86,28 @@ class Group:
 class GridRelaxation:
     """The least sums and the efficiency of rounds under caps, for a set of stages and a batch.
 
-    longest_cap_s: of the caps that are asked for.
+    longest_cap_s: of the caps that are asked for. hop_token_s: seconds in which a token is handed on.
     """
 
-    def __init__(self, stages: Iterable[StageCost], work: Work, multiple: int, longest_cap_s: float) -> None:
+    def __init__(
+        self, stages: Iterable[StageCost], work: Work, multiple: int, longest_cap_s: float, hop_token_s: float
+    ) -> None:
         self._stages, self._work, self._multiple = list(stages), work, multiple
-        self.longest_cap_s = longest_cap_s
+        self.longest_cap_s, self._hop_token_s = longest_cap_s, hop_token_s
         self._most = min(work.new_tokens, work.max_round_tokens)
         self._final_s = min(stage.final_s for stage in self._stages)
         units = np.arange(1, int(self._most // multiple) + 2, dtype=np.float64) * multiple
-        alone = self._own_s(units) + self._added_s(units, np.zeros_like(units))
+        alone = self._capped_s(units) + self._added_s(units, np.zeros_like(units))
         most_units = max(int(np.searchsorted(alone, longest_cap_s * (1.0 + SLACK), side="right")), 1)
         self._chunk = units[:most_units]  # [most_units]: tokens of the chunks that the caps may let through
         self._own = np.where(self._chunk <= self._most, self._own_s(self._chunk), np.inf)
+        self._hop_s = hop_token_s * self._chunk
         self._base = self._added_s(self._chunk, np.zeros_like(self._chunk))
         self._slope = self._added_s(self._chunk, np.ones_like(self._chunk)) - self._base
         self._groups = _grouped(work)
         self._table: TokenTable | None = None
         if len(work.prompt) > 1 and self.num_steps <= MOST_STEPS:
-            self._table = TokenTable.of(self._stages, max(self._most, 1.0), self._chunk)
+            self._table = TokenTable.of(self._stages, max(self._most, 1.0), self._chunk, hop_token_s)
             self._at = np.searchsorted(self._table.count, self._chunk)
 
     @property
@@ -159,11 +163,12 @@ class GridRelaxation:
         least[:, 0] = 0.0
         for end in range(1, num_units + 1):
             width, cost = self._cost(group, end, free)
-            before, cost = slice(end - width, end), cost[:, ::-1]
-            allowed = (cost <= from_s[:, before]) & (cost <= to_s[:, end : end + 1])
+            before, cost, capped_s = slice(end - width, end), cost[:, ::-1], (cost + self._hop_s[:width])[:, ::-1]
+            allowed = (capped_s <= from_s[:, before]) & (capped_s <= to_s[:, end : end + 1])
             least[:, end] = np.where(allowed, least[:, before] + cost, np.inf).min(axis=1)
-        starts, _, cost = self._last(group, group.prompts[-1], free)
-        allowed = (cost <= from_s[:, starts]) & (cost <= to_s[:, -1:])
+        starts, chunk, cost = self._last(group, group.prompts[-1], free)
+        capped_s = cost + self._hop_token_s * chunk
+        allowed = (capped_s <= from_s[:, starts]) & (capped_s <= to_s[:, -1:])
         found: Floats = np.where(allowed, least[:, starts] + cost, np.inf).min(axis=1) * (1.0 - SLACK)
         return found
 
@@ -193,7 +198,7 @@ class GridRelaxation:
         convex hull of w, and no request has more than N chunks; [num_caps].
 
         The least that a request's chunks add with at most N of them is at least D(p) - p N, D(p) being the least where
-        each costs p more, for any p. And N rounds under a cap m sum to at most N m.
+        each costs p more, for any p. And N rounds under a cap m sum to at most N m, with handing on all tokens.
         """
         prices, number = self.prices, self.numbers
         rows, price_of = np.repeat(caps_s, len(prices)), np.tile(prices, len(caps_s))
@@ -229,13 +234,13 @@ class GridRelaxation:
     def _least_of_numbers(self, own_s: Floats, added_s: Floats, reach_s: Floats) -> Floats:
         """The least sum, [rows], over all numbers of rounds that can sum to it: the columns are numbers of rounds.
 
-        own_s is convex in the number, added_s falls, and reach_s, what so many rounds sum to at most, rises. So between
-        two numbers the sum is at least the least of own_s there and added_s of the larger one.
+        reach_s: what they sum to at most, with handing on. own_s is convex in the number, added_s falls, and reach_s
+        rises. So between two numbers the sum is at least the least of own_s there and added_s of the larger one.
         """
         at = own_s + added_s
         between = _least_between(self.numbers, own_s) + added_s[:, 1:]
         between = np.where(np.diff(self.numbers) > 1.0, between, np.inf)
-        reach_s = reach_s * (1.0 + SLACK)
+        reach_s = reach_s * (1.0 + SLACK) - self._hop_token_s * self._work.new_tokens
         possible = [np.where(at <= reach_s, at, np.inf), np.where(between <= reach_s[:, 1:], between, np.inf)]
         found: Floats = np.concatenate(possible, axis=1).min(axis=1)
         return found
@@ -246,7 +251,7 @@ class GridRelaxation:
         assert table is not None
         found = np.full((len(caps_s), len(tokens)), np.inf)
         for row, cap_s in enumerate(caps_s):
-            last = int(np.searchsorted(table.seconds, cap_s, side="right"))
+            last = int(np.searchsorted(table.capped_s, cap_s, side="right"))
             count, seconds = table.count[: last + 1], table.seconds[: last + 1]  # one point beyond: the hull only falls
             keep: list[int] = []
             for i in range(len(count)):
@@ -267,6 +272,10 @@ class GridRelaxation:
         found: Floats = np.min([stage.round_overhead_s + stage.tokens_s(tokens) for stage in self._stages], axis=0)
         return found
 
+    def _capped_s(self, tokens: Floats) -> Floats:
+        """And with handing it on."""
+        return self._own_s(tokens) + self._hop_token_s * tokens
+
     def _added_s(self, tokens: Floats, context: Floats) -> Floats:
         """A of chunks of these tokens after so much context."""
         base = np.min([stage.attention.base(tokens) for stage in self._stages], axis=0)
@@ -285,11 +294,12 @@ class GridRelaxation:
         added = self._added_before(group, end)
         width = len(added)
         own, spare = self._own[:width], caps_s[:, None] - added
+        fits = own + self._hop_s[:width] <= spare
         if chunk_s is not None:
-            return width, np.where(own <= spare, added + chunk_s[:, None], np.inf)
+            return width, np.where(fits, added + chunk_s[:, None], np.inf)
         if self._table is None:
-            return width, np.where(own <= spare, own + added, np.inf)
-        spare = np.minimum(spare, self._own_s(self._chunk[:width] + group.others))
+            return width, np.where(fits, own + added, np.inf)
+        spare = np.minimum(spare, self._capped_s(self._chunk[:width] + group.others))
         return width, added + self._table.shares(self._chunk[:width], self._at[:width], spare, own)
 
     def _paths(self, group: Group, caps_s: Floats, chunk_s: Floats | None = None) -> Floats:
@@ -321,10 +331,11 @@ class GridRelaxation:
         starts, chunk, added = self._added_last(group, length)
         own = np.where(chunk <= self._most, self._own_s(chunk), np.inf)
         spare = caps_s[:, None] - added - self._final_s
+        fits = own + self._hop_token_s * chunk <= spare
         if chunk_s is not None:
-            return starts, chunk, np.where(own <= spare, added + chunk_s[:, None], np.inf)
+            return starts, chunk, np.where(fits, added + chunk_s[:, None], np.inf)
         if self._table is None:
-            return starts, chunk, np.where(own <= spare, own + added, np.inf)
-        spare = np.minimum(spare, self._own_s(chunk + group.others))
+            return starts, chunk, np.where(fits, own + added, np.inf)
+        spare = np.minimum(spare, self._capped_s(chunk + group.others))
         at = np.minimum(np.searchsorted(self._table.count, chunk), len(self._table.count) - 1)
         return starts, chunk, added + self._table.shares(chunk, at, spare, own)
