@@ -82,7 +82,7 @@ def least_sums(rounds: Rounds, side: Side, excess_s: Floats, most_s: float) -> F
 def bound_s(cost: CostModel, lengths: list[int], plan: RoundPlan) -> float:
     """Seconds that no plan takes less than."""
     known_s, side = plan.makespan_s, sides_of(cost, Work.of(prompts(lengths), None), 0)[1]
-    hops = (cost.pp_size - 1) * (cost.hop_latency_s + cost.hop_token_s)
+    hops = (cost.pp_size - 1) * cost.hop_latency_s  # what tokens add is the side's
     usual_s = known_s - float(plan.evaluation.round_s[:, 0].sum())
     highest_s = max(0.2 * known_s, 4.0 * usual_s)
     edges = np.geomspace(0.3 * usual_s, highest_s, NUM_EDGES)

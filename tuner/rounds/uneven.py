@@ -19,6 +19,16 @@ The path pays the latter for one token on the stages before a, and from a to k-1
 enough here. So x(i) + T(i) hop_token takes the place of x(i) wherever it multiplies the sum of r(j), and is what is
 capped.
 
+Ending a prompt costs more on one stage than on the others: the last, which has the head. Let f be that cost.
+
+- On k, the last stage: a path that comes there with round i has not paid f for the n(i) prompts that ended before. With
+  S + f of all prompts in the place of S, g(i) loses f n(i), and a cap gains f n(i) / sum of r(j). As n(i) rises with i
+  the argument for i > l holds.
+- On stages b behind k, the first stage: a path that leaves k with round i pays f there for all prompts that did not end
+  before. h(i) gains it, and a cap loses it. There is no g, so that nothing is said of i > l.
+
+n(i) is at most the number of prompts, the shortest first, whose seconds beside overhead X(i) can hold.
+
 With these caps 1. no round exceeds some m, so S >= held(m) + o N as in `rounds.bound`; 2. the first n rounds, with
 handing on, sum to at most G(n), where G(n+1) = G(n) + cap(G(n)), the last n to at most H(n); so N m >= S + (n m - G(n))
 + ((N - n) m - H(N - n)) for any n, S with handing on, and N >= (held(m) + hop_token of all tokens + both shortfalls) /
@@ -28,13 +38,13 @@ corner.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tuner.plan.cost_model import CostModel
 from tuner.plan.stage_cost import Floats, PairAttention, StageCost, TableAttention
-from tuner.rounds.relaxation import Envelope, Work, envelopes, least_sums
+from tuner.rounds.relaxation import Envelope, Work, envelopes, least_sums, requests_s
 
 MOST_GAIN = 1.5
 """The bound is not raised by more than this over the one that is known: plans whose rounds sum to more are left out."""
@@ -46,18 +56,32 @@ MANY_STAGES, FEWER_CLOSER = 16, 2
 """With more stages edges are added less often: it costs about 0.1 % of the bound and saves a third of its time."""
 
 
+def paid_s(cost: CostModel, work: Work, stage: int) -> float:
+    """What ending all prompts costs every path through this stage."""
+    final_s = [float(each.final_s) for each in cost.stages]
+    return len(work.prompt) * (final_s[-1] if stage == cost.pp_size - 1 else min(final_s))
+
+
 def uneven_bound_s(cost: CostModel, work: Work, known_s: float) -> float:
     """Seconds that no makespan is below, where `known_s` is proven already."""
     if known_s <= 0.0:  # nothing to scale the grid by
         return known_s
-    return max(known_s, _bound_through_s(cost, work, busiest_stage(cost, work), known_s))
+    return max(known_s, _bound_through_s(cost, work, bounding_stage(cost, work), known_s))
 
 
-def busiest_stage(cost: CostModel, work: Work) -> int:
-    """The stage on which the batch takes longest, ending prompts left out."""
+def busiest_stage(cost: CostModel, work: Work, *, ending: bool = False) -> int:
+    """The stage on which the batch takes longest, with what ending its prompts costs or without."""
     tokens, context = work.prompt - work.cached, work.cached
-    busy = [float(kind.tokens_s(tokens.sum()) + kind.chunk_seconds(tokens, context).sum()) for kind in cost.kinds]
+    busy = [
+        float(kind.tokens_s(tokens.sum()) + kind.chunk_seconds(tokens, context, ending).sum()) for kind in cost.kinds
+    ]
     return max(range(cost.pp_size), key=lambda stage: busy[cost.kind_of_stage[stage]])
+
+
+def bounding_stage(cost: CostModel, work: Work) -> int:
+    """The stage through which paths tell most: for one prompt, whose chunks take longer towards its end, the first and
+    so the drain are better known than the last, whatever ending it costs."""
+    return busiest_stage(cost, work, ending=len(work.prompt) > 1)
 
 
 def least_ratio(stage: StageCost, other: StageCost, most_tokens: float) -> float:
@@ -94,11 +118,13 @@ def _bound_through_s(cost: CostModel, work: Work, stage: int, known_s: float) ->
     reference = replace(cost.stages[stage], final_s=0.0)
     sides = sides_of(cost, work, stage)
     num_closer = FEWER_CLOSER if cost.pp_size > MANY_STAGES else NUM_CLOSER
-    hops = (cost.pp_size - 1) * cost.hop_latency_s
-    best = 0.0
-    for envelope in envelopes([reference], work, cost.hop_token_s):
-        best = max(best, hops + _least_s(envelope, work, sides, MOST_GAIN * known_s, num_closer))
-    return min(best, MOST_GAIN * known_s)
+    fixed_s = (cost.pp_size - 1) * cost.hop_latency_s + paid_s(cost, work, stage)
+    most_s = MOST_GAIN * known_s - fixed_s
+    if most_s <= 0.0:
+        return known_s
+    lines = envelopes([reference], work, cost.hop_token_s)
+    best = max(_least_s(envelope, work, sides, most_s, num_closer) for envelope in lines)
+    return min(fixed_s + best, MOST_GAIN * known_s)
 
 
 def sides_of(cost: CostModel, work: Work, stage: int) -> list[Side]:
@@ -108,13 +134,51 @@ def sides_of(cost: CostModel, work: Work, stage: int) -> list[Side]:
     token_of_kind = [kind.round_overhead_s + float(kind.tokens_s(1)) + cost.hop_token_s for kind in cost.kinds]
     kinds = cost.kind_of_stage.tolist()
     ratio, token = [ratio_of_kind[kind] for kind in kinds], [token_of_kind[kind] for kind in kinds]
-    return [Side(ratio[:stage], token[:stage]), Side(ratio[:stage:-1], token[:stage:-1])]
+    endings = Endings.of(reference, work)
+    least_s = min(each.final_s for each in cost.stages)
+    final_s: Floats = np.array([each.final_s - least_s for each in cost.stages], dtype=np.float64)
+    own_final_s = float(final_s[-1]) if stage == cost.pp_size - 1 else 0.0
+    after_s = final_s[:stage:-1] if stage == 0 else np.zeros(cost.pp_size - 1 - stage)
+    return [
+        Side(ratio[:stage], token[:stage], endings, np.zeros(stage), own_final_s),
+        Side(ratio[:stage:-1], token[:stage:-1], endings, after_s, 0.0),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Endings:
+    """How many prompts can have ended by the time that so much has run."""
+
+    seconds: Floats  # in which no more than 0, 1, 2, ... prompts end, [prompts + 1]
+
+    @classmethod
+    def of(cls, stage: StageCost, work: Work) -> Endings:
+        """On a stage: the least seconds of the shortest prompts, overhead left out."""
+        whole = max(work.new_tokens, 1.0)
+        least_s = [np.cumsum(np.sort(requests_s(line, work, whole))) for line in envelopes([stage], work)]
+        return cls(np.append(0.0, np.max(least_s, axis=0)))
+
+    def most(self, done_s: Floats) -> Floats:
+        """The number of prompts."""
+        found = np.searchsorted(self.seconds, done_s * (1.0 + 1e-9), side="right") - 1
+        return found.astype(np.float64)
+
+    def least_left(self, done_s: Floats) -> Floats:
+        """The number of prompts that have not ended."""
+        return len(self.seconds) - 1.0 - self.most(done_s)
 
 
 class Side:
-    """The stages before (or, mirrored, after) the one that the paths stay on, the outermost first."""
+    """The stages before (or, mirrored, after) the one that the paths stay on, the outermost first.
 
-    def __init__(self, ratio: list[float], token_s: list[float]) -> None:
+    final_s: what a prompt that ends costs each of them and not the others; counted with `before_s` of `caps_s`.
+    own_final_s: what it costs the stage that the paths stay on.
+    """
+
+    def __init__(
+        self, ratio: list[float], token_s: list[float], endings: Endings, final_s: Floats, own_final_s: float
+    ) -> None:
+        self.endings, self.final_s, self.own_final_s = endings, final_s, own_final_s
         self.ratio = np.array(ratio)
         self.before_s = np.concatenate([[0.0], np.cumsum(token_s)])
         self.slowness = np.cumsum(self.ratio[::-1])[::-1]  # sum of r(j) from each stage on
@@ -124,16 +188,25 @@ class Side:
         """What every plan pays on this side."""
         return float(self.before_s[-1])
 
-    def caps_s(self, excess_s: Floats, done_s: Floats) -> Floats:
-        """The longest round, hop included, for each excess when so much has run; the shapes broadcast."""
+    def caps_s(self, excess_s: Floats, done_s: Floats, before_s: Floats | None = None) -> Floats:
+        """The longest round, hop included, for each excess when so much has run, mirrored if this side is; the shapes
+        broadcast.
+
+        before_s: the most that may have run before it, not mirrored; None if nothing is known of it.
+        """
         shape = np.broadcast_shapes(excess_s.shape, done_s.shape)
         held_up = self.slowness > 0.0
         if not held_up.any():
             return np.full(shape, np.inf)
-        columns = (self.ratio[held_up], self.before_s[:-1][held_up], self.slowness[held_up])
-        ratio, before_s, slowness = (column.reshape(-1, *(1 for _ in shape)) for column in columns)
+        columns = (self.ratio[held_up], self.before_s[:-1][held_up], self.slowness[held_up], self.final_s[held_up])
+        ratio, outside_s, slowness, final_s = (column.reshape(-1, *(1 for _ in shape)) for column in columns)
         with np.errstate(over="ignore"):
-            caps = ((excess_s - before_s + (1.0 - ratio) * done_s) / slowness).min(axis=0)
+            spare_s = excess_s - outside_s + (1.0 - ratio) * done_s
+            if self.own_final_s:
+                spare_s = spare_s + self.own_final_s * self.endings.most(done_s)
+            if before_s is not None and final_s.any():
+                spare_s = spare_s - final_s * self.endings.least_left(before_s)
+            caps = (spare_s / slowness).min(axis=0)
         allowed: Floats = np.maximum(caps, 0.0) * (1.0 + 1e-9)
         return allowed
 
@@ -185,7 +258,7 @@ def _sums(
     """S for every pair of edges, [len(edges[0]), len(edges[1])]."""
     places = np.linspace(0.0, most_s, NUM_PLACES + 1)  # a round begins at a place between two of these
     fill = sides[0].caps_s(edges[0][:, None], places[1:])
-    drain = sides[1].caps_s(edges[1][:, None], most_s - places[:-1])
+    drain = sides[1].caps_s(edges[1][:, None], most_s - places[:-1], places[1:])
     longest = np.minimum(np.minimum(fill[:, None, :], drain[None, :, :]).max(axis=2), most_s)
     at = np.minimum(np.searchsorted(caps_s, longest), len(caps_s) - 1)
     held, least_rounds = held_s[at], rounds[at]

@@ -35,7 +35,7 @@ from tuner.rounds.grid.efficiency import Corner, Efficiency
 from tuner.rounds.grid.placed import PlacedRelaxation
 from tuner.rounds.grid.relaxation import MOST_STEPS, SLACK, is_curved
 from tuner.rounds.relaxation import Work, envelopes, least_sum, likely_cap_s
-from tuner.rounds.uneven import Side, busiest_stage, sides_of
+from tuner.rounds.uneven import Side, bounding_stage, paid_s, sides_of
 
 LEAST_CAP, MOST_CAP = 0.3, 6.0
 """Caps that are tried, by the likely best one."""
@@ -57,7 +57,7 @@ def grid_bound_s(cost: CostModel, work: Work, multiple: int, known_s: float) -> 
     """Seconds that no makespan is below where chunks end on multiples of so many tokens after the cached ones; None
     where straight lines tell as much, or where it would take too long."""
     hops, num_more = (cost.pp_size - 1) * cost.hop_latency_s, cost.pp_size - 1
-    stage = busiest_stage(cost, work)
+    stage = bounding_stage(cost, work)
     reference = cost.stages[stage] if len(cost.kinds) == 1 else replace(cost.stages[stage], final_s=0.0)
     found = _grid(reference, work, multiple, num_more, cost.hop_token_s)
     if found is None or known_s <= 0.0:
@@ -72,17 +72,21 @@ def grid_bound_s(cost: CostModel, work: Work, multiple: int, known_s: float) -> 
         sides_of(cost, work, stage),
         known_s,
     )
+    fixed_s = hops + paid_s(cost, work, stage)
     own_s = relaxation.own_by_number(levels * (1.0 + SLACK)) if relaxation.knows_places else np.zeros(0)
     for gain in MOST_GAINS:
         for _ in range(MOST_REPEATS):
-            most_s = gain * bound_s
+            hoped_s = gain * bound_s
+            most_s = hoped_s - fixed_s
+            if most_s <= 0.0:
+                return bound_s
             corners = _corners(sides, most_s, float(caps[best]))
             efficiencies = relaxation.efficiencies(levels, corners)
             if not efficiencies:
                 return None
-            proven_s = hops + _Cells(sides, most_s, relaxation, efficiencies, own_s).least_s()
-            bound_s = max(bound_s, min(most_s, proven_s))
-            if proven_s < most_s:
+            proven_s = fixed_s + _Cells(sides, most_s, relaxation, efficiencies, own_s).least_s()
+            bound_s = max(bound_s, min(hoped_s, proven_s))
+            if proven_s < hoped_s * (1.0 - SLACK):
                 break
     return bound_s
 
@@ -221,13 +225,16 @@ class _Cells:
     def _longest(self, fill_s: Floats, drain_s: Floats) -> Floats:
         places = np.linspace(0.0, self.most_s, NUM_SPANS + 1)
         before = self.sides[0].caps_s(fill_s[:, None], places[1:])
-        after = self.sides[1].caps_s(drain_s[:, None], self.most_s - places[:-1])
+        after = self.sides[1].caps_s(drain_s[:, None], self.most_s - places[:-1], places[1:])
         found: Floats = np.minimum(before, after).max(axis=1)
         return found
 
     def _by_work(self, fill_s: Floats, drain_s: Floats, longest_s: Floats) -> Floats:
         places = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, NUM_SPANS) * self.most_s])
-        caps = [side.caps_s(x[:, None], places[1:]) for side, x in zip(self.sides, (fill_s, drain_s), strict=True)]
+        caps = [
+            self.sides[0].caps_s(fill_s[:, None], places[1:]),
+            self.sides[1].caps_s(drain_s[:, None], places[1:], self.most_s - places[:-1]),
+        ]
         times, is_known = np.zeros(len(fill_s)), longest_s <= self.relaxation.longest_cap_s
         for efficiency in self.efficiencies:
             corner = efficiency.corner
@@ -250,7 +257,8 @@ class _Cells:
     def _by_place(self, fill_s: Floats, drain_s: Floats) -> Floats:
         least, rest = self.relaxation.free_paths
         before = self.sides[0].caps_s(fill_s[:, None], np.maximum(self.most_s - rest, 0.0))
-        after = self.sides[1].caps_s(drain_s[:, None], np.maximum(self.most_s - least, 0.0))
+        none_ended = np.zeros(1)  # the one that there is ends with the last round
+        after = self.sides[1].caps_s(drain_s[:, None], np.maximum(self.most_s - least, 0.0), none_ended)
         return np.minimum(self.relaxation.path_under(before, after), self.most_s)
 
 
