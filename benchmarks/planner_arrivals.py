@@ -31,9 +31,11 @@ from tuner.fit.layer_costs import LayerCosts
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
 from tuner.policies.named import fixed_sweep
+from tuner.replays.comparison import replay_variants
+from tuner.replays.ranking import ranked
+from tuner.replays.replay import Replay, Runs
 from tuner.rounds.problem import Problem, RoundOptions
 from tuner.search.partition import even_partition
-from tuner.search.replay import Replay, Runs, ranked, replay_variants
 from tuner.workload.objective import Objective
 
 RESULTS = Path(__file__).parent / "results"

@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks.planner_arrivals import MODELS, Stream
 from service.cli.output import print_table
 from tuner.plan.plan import Request
-from tuner.search.replay import Replay, compare_replays
+from tuner.replays.comparison import compare_replays
+from tuner.replays.replay import Replay
 from tuner.workload.objective import Objective
 
 RATES = (0.3, 0.5, 0.7)

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from tests.tuner.atom import atom
-from tuner.search.replay import Replay, compare_replays
+from tuner.replays.comparison import compare_replays
+from tuner.replays.replay import Replay
 from tuner.workload.workload import load_workload
 
 TRACE = Path(__file__).parent / "data" / "mooncake_conversation_2000.jsonl"

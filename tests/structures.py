@@ -37,6 +37,7 @@ ROOMS = {
         "online",
         "policies",
         "fit",
+        "replays",
         "search",
         "waterfall",
     ),

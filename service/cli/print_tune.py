@@ -22,10 +22,10 @@ from tuner.workload.workload import counted
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor the fit
     from tuner.fit.whole.costs import Costs
+    from tuner.replays.replay import Replay
     from tuner.rounds.schedule import Evaluation
     from tuner.search.autotune import Trial
     from tuner.search.layouts import Candidate
-    from tuner.search.replay import Replay
 
 FIELDS = {
     "policy": "policy",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from service.pictures.svg import LINE_COLOURS, Axes, Panel, legend, text
-from tuner.search.replay import Replay
+from tuner.replays.replay import Replay
 
 TOP, HEIGHT = 60.0, 220.0
 

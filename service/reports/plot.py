@@ -144,7 +144,7 @@ def _range_picture(path: str, content: dict[str, Any]) -> str:
 def _trace_picture(options: PlotOptions) -> tuple[str, tuple[str, ...]]:
     from service.pictures.latency import load_panel, ttft_panel
     from service.pictures.svg import document
-    from tuner.search.replay import compare_replays
+    from tuner.replays.comparison import compare_replays
     from tuner.workload.workload import load_workload
 
     assert options.file is not None

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from tuner.online.ttft_bound import mean_ttft_bound_s
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
+from tuner.replays.replay import Replay
 from tuner.rounds.deadlines import Impossible, impossible_deadlines
 from tuner.rounds.problem import Problem, arrive_over_time
 from tuner.rounds.round_plan import RoundPlan
-from tuner.search.replay import Replay
 from tuner.search.rules import Rules
 from tuner.workload.objective import Objective
 

@@ -12,10 +12,10 @@ import numpy as np
 from service.reasons.precision import PrecisionStep
 from service.reasons.recommendation import Recommendation
 from tuner.plan.plan import Plan
+from tuner.replays.replay import Replay
 from tuner.rounds.deadlines import Impossible
 from tuner.rounds.round_plan import RoundPlan
 from tuner.rounds.schedule import Evaluation
-from tuner.search.replay import Replay
 from tuner.workload.objective import Objective
 
 if TYPE_CHECKING:  # planning from a cost model file needs neither the database nor the fit

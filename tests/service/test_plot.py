@@ -20,9 +20,9 @@ from service.pictures.svg import CHARACTER, COLOURS, LINE_COLOURS, WIDTH, Axes, 
 from service.pictures.timeline import Bars, timeline_panel
 from tests.tuner.atom import atom
 from tuner.plan.plan import Chunk, Parallel, Plan, Request, load_plan, save_plan
+from tuner.replays.comparison import compare_replays
 from tuner.rounds.round_plan import rounds_to_plan
 from tuner.search.planner import plan_rounds
-from tuner.search.replay import compare_replays
 
 REQUESTS = (Request(id="long", prompt_tokens=32768), Request(id="short", prompt_tokens=2048))
 

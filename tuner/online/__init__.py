@@ -1,4 +1,4 @@
-"""One round after another while requests arrive, and replays of a trace under any policy.
+"""One round after another while requests arrive.
 
 May import `tuner.rounds`, `tuner.policies` and `tuner.plan.plan`.
 """

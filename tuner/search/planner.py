@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Unpack
 
@@ -14,7 +12,7 @@ from tuner.plan.plan import Request, Round
 from tuner.policies.joint import draft_rounds, joint_rounds
 from tuner.policies.named import POLICIES, Floor, fixed_sweep, named_rounds
 from tuner.rounds.problem import Limits, Problem, RoundOptions
-from tuner.rounds.round_plan import Bound, RoundPlan, best_first
+from tuner.rounds.round_plan import Bound, RoundPlan, best_first, no_cycles
 from tuner.workload.objective import Objective
 
 __all__ = [
@@ -99,21 +97,6 @@ def _plan(problem: Problem, policy: str, bound: Bound) -> RoundPlan:
     with no_cycles():
         rounds = make_rounds(problem, policy, bound)
     return _judged(problem, policy, rounds, bound, started)
-
-
-@contextmanager
-def no_cycles() -> Iterator[None]:
-    """Python's search for cycles of objects is off meanwhile.
-
-    Candidates are many small objects without cycles, and looking for some takes up to a fifth of the planning time.
-    """
-    is_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if is_on:
-            gc.enable()
 
 
 def _judged(problem: Problem, policy: str, rounds: Sequence[Round], bound: Bound, started: float) -> RoundPlan:

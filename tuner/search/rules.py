@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request, TunedFor
 from tuner.policies.joint import draft_choices
+from tuner.replays.comparison import compare_replays, replay
+from tuner.replays.replay import Replay, Runs
 from tuner.rounds.problem import NO_LIMITS, Limits, Problem, RoundOptions, arrive_over_time
 from tuner.rounds.round_plan import Bound, RoundPlan, best_first
 from tuner.rounds.schedule import FlatRounds, RoundTimes
 from tuner.search.planner import best_fixed, compare_policies, draft_plan, plan_rounds
-from tuner.search.replay import Replay, Runs, compare_replays, replay
 from tuner.workload.objective import MAX_MAKESPAN_INCREASE, Objective
 
 

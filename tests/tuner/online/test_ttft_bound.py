@@ -17,9 +17,9 @@ from tuner.online.ttft_bound import mean_ttft_bound_s
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import StageCost
+from tuner.replays.comparison import replay
 from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.problem import Problem
-from tuner.search.replay import replay
 from tuner.workload.objective import Objective
 
 

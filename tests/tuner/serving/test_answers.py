@@ -19,8 +19,8 @@ from tuner.plan.plan import Chunk, Request, Round, check_rounds
 from tuner.plan.stage_cost import PairAttention, StageCost
 from tuner.policies.arrivals import BatchByBatch
 from tuner.policies.fixed import gpipe_rounds
+from tuner.replays.comparison import replay
 from tuner.rounds.problem import Problem
-from tuner.search.replay import replay
 from tuner.serving.answers import Beside
 from tuner.workload.objective import Objective
 

@@ -8,9 +8,10 @@ import pytest
 from db.errors import UserError
 from tests.tuner.atom import atom
 from tuner.plan.plan import Request, check_rounds
+from tuner.replays.comparison import compare_replays, replay
+from tuner.replays.replay import FEW_REQUESTS
 from tuner.rounds.problem import Problem
 from tuner.search.planner import make_rounds, plan_rounds
-from tuner.search.replay import FEW_REQUESTS, compare_replays, replay
 from tuner.workload.objective import Objective
 from tuner.workload.workload import load_workload
 
