@@ -1,4 +1,7 @@
-"""How tight the bound is: uneven stages, tables, and measured ones: `python -m benchmarks.planner_gap [PROFILE...]`."""
+"""How tight the bounds are, of the makespan or the mean TTFT: uneven stages, tables, and measured ones.
+
+python -m benchmarks.planner_gap [PROFILE...] [--num-mixes N] [--mean-ttft]
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,11 @@ from tuner.fit.layer_fit import fit_layer_costs
 from tuner.fit.rows import RankWork
 from tuner.plan.cost_model import CostModel
 from tuner.plan.stage_cost import Attention, PairAttention, StageCost, TableAttention
+from tuner.rounds.ends.mean_ttft import mean_ttft_bound_s
+from tuner.rounds.problem import Problem
 from tuner.search.partition import even_partition
 from tuner.search.planner import plan_rounds
+from tuner.workload.objective import Objective
 
 COUNTS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -106,6 +112,7 @@ def main() -> None:
     parser.add_argument("profiles", nargs="*", type=Path, metavar="PROFILE")
     parser.add_argument("--model", default="llama-3-8b")
     parser.add_argument("--num-mixes", type=int, default=0)
+    parser.add_argument("--mean-ttft", action="store_true", help="plan for the mean TTFT, and print its gap")
     options = parser.parse_args()
     rng = random.Random(0)
     mix = [int(1024 * 2 ** (6 * rng.random())) for _ in range(12)]
@@ -118,21 +125,33 @@ def main() -> None:
             for layout, cost in measured(profile, options.model).items()
         }
     if options.profiles:
-        print_by_batch(costs, batches, multiple)
+        print_by_batch(costs, batches, multiple, options.mean_ttft)
         return
     print(f"{'pipeline':>28} " + " ".join(f"{name:>15}" for name in batches))
     for name, cost in costs.items():
-        gaps = [plan_rounds(cost, prompts(lengths), chunk_multiple=multiple).gap for lengths in batches.values()]
+        gaps = [gap_of(cost, lengths, multiple, options.mean_ttft) for lengths in batches.values()]
         print(f"{name:>28} " + " ".join(f"{gap:15.2%}" for gap in gaps), flush=True)
 
 
-def print_by_batch(costs: dict[str, CostModel], batches: dict[str, list[int]], multiple: int) -> None:
+def gap_of(cost: CostModel, lengths: list[int], multiple: int, by_mean_ttft: bool) -> float:
+    """How far the plan is above the bound, of its makespan or of its mean TTFT."""
+    requests = prompts(lengths)
+    if not by_mean_ttft:
+        return plan_rounds(cost, requests, chunk_multiple=multiple).gap
+    problem = Problem.of(cost, requests, chunk_multiple=multiple)
+    plan = plan_rounds(cost, requests, chunk_multiple=multiple, objective=Objective.MEAN_TTFT)
+    return plan.evaluation.mean_ttft_s / mean_ttft_bound_s(problem) - 1.0
+
+
+def print_by_batch(
+    costs: dict[str, CostModel], batches: dict[str, list[int]], multiple: int, by_mean_ttft: bool
+) -> None:
     """A row a batch, a column a pipeline."""
     names = [name.replace("-nvlink", "") for name in costs]
     print(f"{'prompts':>16} " + " ".join(f"{name:>16}" for name in names))
     gaps = []
     for batch, lengths in batches.items():
-        gaps.append([plan_rounds(cost, prompts(lengths), chunk_multiple=multiple).gap for cost in costs.values()])
+        gaps.append([gap_of(cost, lengths, multiple, by_mean_ttft) for cost in costs.values()])
         print(f"{batch:>16} " + " ".join(f"{gap:16.2%}" for gap in gaps[-1]), flush=True)
     columns = list(zip(*gaps, strict=True))
     print(f"{'mean':>16} " + " ".join(f"{sum(column) / len(column):16.2%}" for column in columns))

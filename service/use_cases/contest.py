@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field, replace
 
-from tuner.online.ttft_bound import mean_ttft_bound_s
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Request
 from tuner.replays.replay import Replay
 from tuner.rounds.deadlines import Impossible, impossible_deadlines
+from tuner.rounds.ends.mean_ttft import mean_ttft_bound_s
 from tuner.rounds.problem import Problem, arrive_over_time
 from tuner.rounds.round_plan import RoundPlan
 from tuner.search.rules import Rules
@@ -27,13 +27,13 @@ class Contest:
     """Of requests that arrive over time."""
     impossible: tuple[Impossible, ...] = ()
     """Deadlines that no plan meets."""
-    trace: Problem | None = None
-    """Of requests that arrive over time."""
+    problem: Problem | None = None
+    """Where the mean TTFT is bounded: of requests that arrive over time, and of batches planned for it."""
 
     @property
     def mean_ttft_bound_s(self) -> float | None:
-        """No plan for requests that arrive over time has a smaller mean TTFT; on tables it takes a while to prove."""
-        return None if self.trace is None else mean_ttft_bound_s(self.trace)
+        """No plan for these requests has a smaller mean TTFT; on tables it takes a while to prove."""
+        return None if self.problem is None else mean_ttft_bound_s(self.problem)
 
 
 def contest(
@@ -47,6 +47,7 @@ def contest(
     """Plan by the rules, unless that is done, and compare: with every policy, or with the best fixed chunk alone."""
 
     impossible = tuple(impossible_deadlines(cost, requests, **rules.options))
+    problem = Problem.of(cost, requests, **rules.options)
     if arrive_over_time(requests):
         *others, own = rules.replays(cost, requests, everything=compare)
         by_objective = functools.partial(_score, objective=rules.objective)
@@ -56,18 +57,20 @@ def contest(
             planned=own.planned,
             replays=sorted([own, *others], key=by_objective),
             impossible=impossible,
-            trace=Problem.of(cost, requests, **rules.options),
+            problem=problem,
         )
+    bounded = problem if rules.objective is Objective.MEAN_TTFT and len(requests) > 1 else None
     if compare:
         policies = rules.compare(cost, requests)
         planned = next(one for one in policies if one.policy == rules.policy)
-        return Contest(planned=planned, policies=policies, impossible=impossible)
+        return Contest(planned=planned, policies=policies, impossible=impossible, problem=bounded)
     planned = planned or rules.plan(cost, requests)
     fixed = replace(rules.baseline(cost, requests), bound=planned.bound)
     if rules.policy == "joint" and rules.best_first([planned, fixed], ours=planned)[0] is fixed:
         planned = replace(planned, rounds=fixed.rounds, evaluation=fixed.evaluation)
     rivals = [planned] if planned.policy == fixed.policy else [fixed, planned]  # of equals the simple one is first
-    return Contest(planned=planned, policies=rules.best_first(rivals, ours=planned), impossible=impossible)
+    policies = rules.best_first(rivals, ours=planned)
+    return Contest(planned=planned, policies=policies, impossible=impossible, problem=bounded)
 
 
 def _score(replay: Replay, objective: Objective) -> tuple[float, ...]:

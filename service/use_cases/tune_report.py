@@ -40,7 +40,7 @@ class TuneReport:
     impossible: tuple[Impossible, ...] = ()
     """Deadlines that no plan meets."""
     mean_ttft_bound_s: float | None = None
-    """No plan for requests that arrive over time has a smaller mean TTFT."""
+    """No plan has a smaller mean TTFT; of requests that arrive over time, and of batches planned for it."""
     candidates: list[Candidate] = field(default_factory=list)
     held_out: list[HeldOutError] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)

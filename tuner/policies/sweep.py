@@ -9,7 +9,7 @@ import numpy as np
 
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import Floats, StageCost
-from tuner.rounds.one_machine import most_on_time
+from tuner.rounds.ends.one_machine import most_on_time
 from tuner.rounds.packing.packer import Packer
 from tuner.rounds.packing.worth import MOST_TAILS, WorthPacker
 from tuner.rounds.problem import Problem
@@ -278,7 +278,7 @@ def budget_profiles(problem: Problem, order: Sequence[int]) -> list[list[float]]
         stages_after=problem.cost.pp_size - 1,
     )
     done = np.cumsum(budgets.work_s)
-    powers = [(done / done[-1]) ** power for power in CAP_POWERS]
+    powers = [(done / max(float(done[-1]), 1e-300)) ** power for power in CAP_POWERS]
     budgets_tried = [*budgets.choices(problem.max_makespan_increase), budgets.for_makespan()]
     choices = [np.array(choice) for choice in budgets_tried]  # infinite on one stage
     shares = [np.divide(cap, cap.max(), out=np.ones(len(cap)), where=cap < cap.max()) for cap in choices]

@@ -16,7 +16,7 @@ import numpy as np
 
 from tuner.plan.cost_model import Ints
 from tuner.plan.stage_cost import Floats, StageCost
-from tuner.rounds.one_machine import by_weight
+from tuner.rounds.ends.one_machine import by_weight
 from tuner.rounds.relaxation import Work
 
 NUM_SIZES, NUM_SAMPLES, NUM_CAPS = 64, 24, 48

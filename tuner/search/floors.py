@@ -39,8 +39,8 @@ from tuner.plan.layout import Layout
 from tuner.plan.plan import Request
 from tuner.plan.stage_cost import Floats
 from tuner.plan.stage_order import StageOrder
+from tuner.rounds.ends.one_machine import least_ends_s, least_lateness_s, most_in_time, most_on_time
 from tuner.rounds.estimate import CappedWork, LayerGroup, LayerRounds
-from tuner.rounds.one_machine import least_ends_s, least_lateness_s, most_in_time, most_on_time
 from tuner.rounds.problem import check_chunk_multiple
 from tuner.rounds.relaxation import Envelope, Work, envelopes
 from tuner.rounds.uneven import least_ratio
@@ -261,7 +261,7 @@ class LayoutFloor:
         """No plan's score by the objective is below it.
 
         The fullest stage does one thing at a time, and a request ends after its own work is done there
-        (`rounds.one_machine`). What rounds cost beside the requests is left out.
+        (`rounds.ends.one_machine`). What rounds cost beside the requests is left out.
         """
         makespan_s = self.close_s() if close else self.quick_s()
         if objective is Objective.MAKESPAN:

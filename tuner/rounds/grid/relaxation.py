@@ -176,14 +176,20 @@ class GridRelaxation:
         """The least that all rounds can sum to when none exceeds the cap, inf where no plan is possible; [num_caps]."""
         caps_s = caps_s * (1.0 + SLACK)
         total = np.zeros(len(caps_s))
-        for count, seconds in self._least_of_each(caps_s):
+        for _, count, seconds in self._least_of_each(caps_s):
             total += count * seconds
         if not self.is_single:
             total = np.maximum(total, self._by_number(caps_s))
         return total * (1.0 - SLACK)
 
-    def _least_of_each(self, caps_s: Floats, chunk_s: Floats | None = None) -> Iterator[tuple[int, Floats]]:
-        """How many requests are alike, and D of each of them under every cap, [num_caps].
+    def least_of_shortest(self, caps_s: Floats) -> Floats:
+        """D of each request under every cap, the shortest prompt first; [requests, num_caps]."""
+        found = list(self._least_of_each(caps_s * (1.0 + SLACK)))
+        found.sort(key=lambda one: one[0])
+        return np.repeat(np.stack([least for _, _, least in found]), [count for _, count, _ in found], axis=0)
+
+    def _least_of_each(self, caps_s: Floats, chunk_s: Floats | None = None) -> Iterator[tuple[float, int, Floats]]:
+        """The tokens of requests that are alike, how many they are, and D of each under every cap, [num_caps].
 
         chunk_s: what every chunk costs instead of its share of w, by cap.
         """
@@ -191,7 +197,7 @@ class GridRelaxation:
             least = self._paths(group, caps_s, chunk_s)
             for length, count in zip(*np.unique(group.prompts, return_counts=True), strict=True):
                 starts, _, cost = self._last(group, length, caps_s, chunk_s)
-                yield int(count), (least[:, starts] + cost).min(axis=1) + self._final_s
+                yield float(length), int(count), (least[:, starts] + cost).min(axis=1) + self._final_s
 
     def _by_number(self, caps_s: Floats) -> Floats:
         """The least sums by the number N of rounds: w of all of them is at least N times that of the mean round on the
@@ -203,7 +209,7 @@ class GridRelaxation:
         prices, number = self.prices, self.numbers
         rows, price_of = np.repeat(caps_s, len(prices)), np.tile(prices, len(caps_s))
         added = np.zeros((len(caps_s), len(number)))
-        for count, least in self._least_of_each(rows, price_of):
+        for _, count, least in self._least_of_each(rows, price_of):
             added += count * self._added_by_number(least.reshape(len(caps_s), len(prices)))
         return self._least_of_numbers(self.own_by_number(caps_s), added, number * caps_s[:, None])
 

@@ -1,6 +1,6 @@
-"""A proven lower bound on the mean TTFT of requests that arrive over time.
+"""A proven lower bound on the mean TTFT, of requests that arrive over time and of batches.
 
-Why it is a bound. Take any plan and one stage k. It runs one round at a time, and a round costs at least
+Why it is a bound, of both. Take any plan and one stage k. It runs one round at a time, and a round costs at least
 round_s + token_s T + what its chunks cost, for T tokens and any line below the stage's costs (`rounds.relaxation`).
 Share the round's time out to its chunks: to each its own cost, and of round_s the share of its tokens in the most
 tokens M that a round can hold, which together is no more than round_s. Then a request has at least p(r) seconds of the
@@ -12,10 +12,11 @@ through, what its last token takes on the stages behind. So
     sum over r of weight(r) (end(r) - arrival(r)) >= the least of one machine with release dates and preemption
                                                      + sum over r of weight(r) (tail(r) - arrival(r))
 
-What one machine reaches at least, `rounds.one_machine` says.
+What one machine reaches at least, `rounds.ends.one_machine` says.
 
-The other bound is that of each request alone: others only delay it. The larger of the two is taken. Under load the
-first is the closer one; it does not see that rounds must be short for the stages behind and long for their overhead.
+Another bound is that of each request alone: others only delay it. Under load the first is the closer one; it does not
+see that rounds must be short for the stages behind and long for their overhead. For a batch two more bounds do
+(`rounds.ends.kth_ends`, `rounds.ends.round_ends`). The largest is taken.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk
 from tuner.plan.stage_cost import Floats, StageCost
 from tuner.rounds.bound import makespan_bound_s
-from tuner.rounds.one_machine import least_ends_s
+from tuner.rounds.ends.kth_ends import kth_ends_s
+from tuner.rounds.ends.one_machine import least_ends_s
+from tuner.rounds.ends.round_ends import least_sum_of_round_ends_s
 from tuner.rounds.problem import Problem
 from tuner.rounds.relaxation import Work, envelopes, requests_s
 
@@ -63,6 +66,10 @@ def mean_ttft_bound_s(problem: Problem) -> float:
                 ends = least_ends_s(arrival + heads[k], seconds, weights)
                 best = max(best, ends + float((tails[k] - arrival) @ weights))
                 alone = np.maximum(alone, heads[k] + seconds + tails[k])
+    if not problem.is_timed and problem.cost.virtual_stages == 1:
+        largest_first = np.sort(weights)[::-1]
+        by_number = float(kth_ends_s(problem) @ largest_first)
+        best = max(best, by_number, least_sum_of_round_ends_s(cost, work, weights))
     if best < float(_reached_alone_s(problem) @ weights):  # or else what each takes alone is no closer
         best = max(best, float(np.maximum(alone, _alone_s(problem)) @ weights))
     return best / float(weights.sum())

@@ -10,16 +10,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.tuner.atom import atom
 from tests.tuner.online.arrivals import stream
 from tests.tuner.oracle import UNIT, Instance, random_instance
-from tuner.online import ttft_bound
-from tuner.online.ttft_bound import mean_ttft_bound_s
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request, Round
 from tuner.plan.stage_cost import StageCost
 from tuner.replays.comparison import replay
 from tuner.rounds.bound import makespan_bound_s
+from tuner.rounds.ends import mean_ttft
+from tuner.rounds.ends.kth_ends import kth_ends_s
+from tuner.rounds.ends.mean_ttft import mean_ttft_bound_s
 from tuner.rounds.problem import Problem
+from tuner.search.planner import plan_rounds
 from tuner.workload.objective import Objective
 
 
@@ -57,6 +60,41 @@ def test_no_plan_is_below_the_bound(seed: int) -> None:
     assert 0.0 < mean_ttft_bound_s(problem) <= best_s * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("seed", range(100, 130))
+def test_no_plan_of_a_batch_is_below_the_bounds(seed: int) -> None:
+    """Neither any of its ends in their order, nor their weighted mean, with a head on the last stage or on all."""
+    rng = random.Random(seed)
+    instance = random_instance(seed, most_units=5)
+    *first, last = instance.cost.stages
+    head_s = rng.choice([0.0, 0.5]) * last.seconds([(UNIT, 0, False)])
+    cost = replace(instance.cost, stages=(*first, replace(last, final_s=last.final_s + head_s)))
+    weights = [rng.choice([0.5, 1.0, 4.0]) if seed % 2 else 1.0 for _ in instance.requests]
+    requests = tuple(replace(one, weight=weight) for one, weight in zip(instance.requests, weights, strict=True))
+    problem = Problem(cost=cost, requests=requests, window=instance.window, chunk_multiple=UNIT)
+    assert not problem.is_timed
+    found = [problem.evaluate(rounds) for rounds in every_plan(instance, (0,) * len(requests))]
+    least_s = np.sort([one.ttft_s for one in found], axis=1).min(axis=0)
+    assert (kth_ends_s(problem) <= least_s * (1 + 1e-9)).all()
+    assert 0.0 < mean_ttft_bound_s(problem) <= min(one.mean_ttft_s for one in found) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("pp_size", "most"), [(2, 0.01), (4, 0.02), (8, 0.03)])
+def test_the_gap_of_a_batch_is_small_on_several_stages(pp_size: int, most: float) -> None:
+    """One busy machine leaves 35, 61 and 74 %."""
+    requests = [Request(id=f"r{i}", prompt_tokens=32768) for i in range(4)]
+    cost = atom(pp_size)
+    mean_s = plan_rounds(cost, requests, objective=Objective.MEAN_TTFT).evaluation.mean_ttft_s
+    assert mean_s <= (1.0 + most) * mean_ttft_bound_s(Problem.of(cost, requests))
+
+
+def test_few_rounds_and_early_ends_are_weighed() -> None:
+    """Four prompts on one stage whose rounds cost as much as a prompt: in two rounds of two they end at 3 and 6 s."""
+    stage = StageCost(token_count=(0, 1000), token_seconds=(0.0, 1.0), round_overhead_s=1.0)
+    requests = [Request(id=f"r{i}", prompt_tokens=1000) for i in range(4)]
+    problem = Problem.of(CostModel(stages=(stage,)), requests)
+    assert mean_ttft_bound_s(problem) == pytest.approx(4.5, rel=1e-6)
+
+
 @pytest.mark.parametrize(("weight", "share"), [(1.0, 1.0), (3.0, 0.97)])
 def test_it_is_the_truth_on_one_busy_stage(weight: float, share: float) -> None:
     """Two prompts on one stage that rounds cost nothing: the short one passes the long one. Weights cost some of it."""
@@ -90,9 +128,9 @@ def test_what_requests_take_alone_is_proven_only_where_it_counts(gap_s: float, m
         proven.append(one)
         return makespan_bound_s(one)
 
-    monkeypatch.setattr(ttft_bound, "makespan_bound_s", counted)
+    monkeypatch.setattr(mean_ttft, "makespan_bound_s", counted)
     bound_s = mean_ttft_bound_s(problem)
     assert bool(proven) == (gap_s == 1.0)
-    monkeypatch.setattr(ttft_bound, "_reached_alone_s", lambda problem: np.full(len(problem.requests), np.inf))
+    monkeypatch.setattr(mean_ttft, "_reached_alone_s", lambda problem: np.full(len(problem.requests), np.inf))
     assert mean_ttft_bound_s(problem) == bound_s
     assert proven

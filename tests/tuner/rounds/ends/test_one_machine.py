@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tuner.plan.stage_cost import Floats
-from tuner.rounds.one_machine import least_ends_s, least_lateness_s, most_in_time, most_on_time
+from tuner.rounds.ends.one_machine import least_ends_s, least_lateness_s, most_in_time, most_on_time
 
 
 def ends_of(order: Sequence[int], release: Floats, seconds: Floats) -> Floats:

@@ -1,7 +1,7 @@
 """What requests can have at best where one machine does one thing at a time, and good orders in which to run them.
 
 A stage of a pipeline is such a machine, and what else a plan has to do only makes it later. So no plan is better, if a
-request's seconds are the least that it takes there (`online.ttft_bound`, `search.floors`). Work may be interrupted.
+request's seconds are the least that it takes there (`rounds.ends.mean_ttft`, `search.floors`). Work may be interrupted.
 
 With equal weights the shortest remaining time first is the least sum of ends (Schrage, "A proof of the optimality of
 the shortest remaining processing time discipline", 1968); where all are there from the start it ends the k-th sooner
