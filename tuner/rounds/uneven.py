@@ -8,7 +8,8 @@ with it and stays there is longer than S by
     g(i) = one token on the stages before a + r(a) (X(i) + x(i)) + x(i) sum of r(j) for a < j < k - X(i)
 
 and one that leaves k with round i for stage b > k and stays there by h(i), the same with Y. Let E be the largest g
-over all i and a, at round i, and D the largest h over all i and b, at round l. If i <= l one path does both. If i > l
+over all i and a, at round i, and D the largest h over all i and b, at round l; one token on every stage before k, of
+the path that goes there with the first round, counts as a g of that round. If i <= l one path does both. If i > l
 then g(i) >= g(l) and X(i) >= X(l) give x(i) >= x(l), and with Y(i) <= Y(l) also h(i) >= h(l): the path through k in
 round i alone does both. So makespan >= S + E + D + hops, and no round of the plan exceeds
 
@@ -221,7 +222,7 @@ class Side:
 def _least_s(envelope: Envelope, work: Work, sides: list[Side], most_s: float, num_closer: int) -> float:
     """The least of S + E + D over a grid that is made closer around the least."""
     lowest = max(envelope.round_s, 1e-4 * most_s)
-    caps_s = np.geomspace(lowest, max(most_s, lowest) * (1.0 + 1e-9), NUM_CAPS)
+    caps_s = np.geomspace(lowest, max(_longest_s(sides, most_s), lowest) * (1.0 + 1e-9), NUM_CAPS)
     sums, rounds = least_sums(envelope, work, caps_s)
     with np.errstate(invalid="ignore"):
         held = np.where(np.isfinite(sums), sums - envelope.round_s * rounds, np.inf)
@@ -245,6 +246,12 @@ def _least_s(envelope: Envelope, work: Work, sides: list[Side], most_s: float, n
     return least
 
 
+def _longest_s(sides: list[Side], most_s: float) -> float:
+    """No round takes longer with its hop in a plan whose S, E and D are below `most_s` together: a path goes down with
+    it. That path may not pay for prompts that ended before."""
+    return most_s + sides[0].own_final_s * len(sides[0].endings.seconds)
+
+
 def _sums(
     envelope: Envelope,
     work: Work,
@@ -259,7 +266,7 @@ def _sums(
     places = np.linspace(0.0, most_s, NUM_PLACES + 1)  # a round begins at a place between two of these
     fill = sides[0].caps_s(edges[0][:, None], places[1:])
     drain = sides[1].caps_s(edges[1][:, None], most_s - places[:-1], places[1:])
-    longest = np.minimum(np.minimum(fill[:, None, :], drain[None, :, :]).max(axis=2), most_s)
+    longest = np.minimum(np.minimum(fill[:, None, :], drain[None, :, :]).max(axis=2), _longest_s(sides, most_s))
     at = np.minimum(np.searchsorted(caps_s, longest), len(caps_s) - 1)
     held, least_rounds = held_s[at], rounds[at]
     filled = held + envelope.hop_token_s * work.new_tokens

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.tuner.atom import atom
 from tests.tuner.strategies import batches, cost_models, windows
 from tuner.plan.cost_model import CostModel
-from tuner.plan.plan import Request
+from tuner.plan.plan import Chunk, Request
 from tuner.plan.stage_cost import StageCost, TableAttention, scaled_stage
 from tuner.policies.exact import exact_rounds
 from tuner.policies.fixed import fixed_rounds
@@ -72,6 +72,15 @@ def test_the_gap_is_small_where_stages_hold_other_work() -> None:
     model = atom(1)
     stages = [model.scaled(layers / 8).stages[0] for layers in (7.0, 9.0, 8.0, 8.3)]
     assert plan_rounds(CostModel(stages=tuple(stages)), prompts(131072), window=5).gap <= 0.08
+
+
+def test_a_round_may_be_long_to_hand_on_while_prompts_that_ended_are_finished() -> None:
+    """The path down with the long round does not pay for the four prompts that ended before it."""
+    stage = StageCost(token_count=(0, 1000), token_seconds=(0.0, 0.0), round_overhead_s=0.5, chunk_s=0.001)
+    cost = CostModel(stages=(stage, replace(stage, final_s=1.0)), hop_token_s=0.01)
+    problem = Problem(cost=cost, requests=tuple(prompts(1, 1, 1, 1, 400)))
+    rounds = [tuple(Chunk(i, 0, 1) for i in range(4)), (Chunk(4, 0, 400),)]
+    assert 6.5 <= makespan_bound_s(problem) <= problem.evaluate(rounds).makespan_s
 
 
 def stage_of_tables(*, overhead_s: float) -> StageCost:

@@ -7,7 +7,8 @@ tokens M that a round can hold, which together is no more than round_s. Then a r
 stage, its context read as rarely as chunks of M tokens allow, and the shares of a round can be run one after the other
 inside it: the stage is a machine that runs the requests with preemption. Request r can be there from its arrival plus
 head(r) on, what its first chunk takes on the stages before, and has its first token at the earliest tail(r) after it is
-through, what its last token takes on the stages behind. So
+through, what its last token takes on the stages behind. (A stage with several groups of layers is one machine, which
+has all before its first group ahead of it and all behind its last one after it.) So
 
     sum over r of weight(r) (end(r) - arrival(r)) >= the least of one machine with release dates and preemption
                                                      + sum over r of weight(r) (tail(r) - arrival(r))
@@ -21,6 +22,7 @@ see that rounds must be short for the stages behind and long for their overhead.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +30,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk
 from tuner.plan.stage_cost import Floats, StageCost
 from tuner.rounds.bound import makespan_bound_s
@@ -50,7 +51,7 @@ def mean_ttft_bound_s(problem: Problem) -> float:
     weights = np.array([request.weight for request in requests])
     weights = weights if weights.any() else np.ones(len(requests))
     arrival = np.array([request.arrival_s for request in requests])
-    heads, tails = _heads_and_tails(cost, problem)
+    heads, tails = _heads_and_tails(problem)
     limits = problem.limits.max_round_tokens
     work = Work.of(requests, limits)
     most = min(work.max_round_tokens, work.new_tokens)
@@ -75,22 +76,25 @@ def mean_ttft_bound_s(problem: Problem) -> float:
     return best / float(weights.sum())
 
 
-def _heads_and_tails(cost: CostModel, problem: Problem) -> tuple[list[Floats], list[Floats]]:
+def _heads_and_tails(problem: Problem) -> tuple[list[Floats], list[Floats]]:
     """Of each stage, for every request: what its first chunk takes at least before the stage, its last one behind."""
+    cost = problem.cost
     new = np.array([request.new_tokens for request in problem.requests])
     first = np.minimum(new, problem.chunk_multiple)
     last = np.ones(len(new))
     by_kind = [(_least_s(kind, first), _least_s(kind, last) + kind.final_s) for kind in cost.kinds]
-    hop = cost.hop_latency_s + cost.hop_token_s * first, cost.hop_latency_s + cost.hop_token_s * last
-    stages = [by_kind[kind] for kind in cost.kind_of_stage.tolist()]
-    zero = np.zeros(len(new))
-    heads = [zero]
-    for head, _ in stages[:-1]:
-        heads.append(heads[-1] + head + hop[0])
-    tails = [zero]
-    for _, tail in stages[:0:-1]:
-        tails.append(tails[-1] + tail + hop[1])
-    return heads, tails[::-1]
+    hops = cost.hop_latency_s + cost.hop_token_s * first, cost.hop_latency_s + cost.hop_token_s * last
+    groups, stage_of = [by_kind[kind] for kind in cost.kind_of_stage.tolist()], cost.stage_of_group
+    moves = [float(one != other) for one, other in itertools.pairwise(stage_of)]
+    heads, tails = [np.zeros(len(new))], [np.zeros(len(new))]
+    for (head, _), move in zip(groups, moves, strict=False):
+        heads.append(heads[-1] + head + move * hops[0])
+    for (_, tail), move in zip(groups[::-1], moves[::-1], strict=False):
+        tails.append(tails[-1] + tail + move * hops[1])
+    tails.reverse()
+    stages = range(cost.pp_size)
+    final = {stage: group for group, stage in enumerate(stage_of)}
+    return [heads[stage_of.index(stage)] for stage in stages], [tails[final[stage]] for stage in stages]
 
 
 def _least_s(stage: StageCost, tokens: Floats) -> Floats:

@@ -43,7 +43,7 @@ NUM_CAPS, NUM_REFINEMENTS = 20, 2
 SHORT = np.geomspace(0.15, 0.9, 8)
 """By the least of them, further caps of the outermost rounds, under which little is done."""
 NUM_SPANS, NUM_BORDERS = 72, 12
-"""Spans of time in which caps are taken to be what they are at the inner end, and times between fill and drain."""
+"""Spans of time in which caps are taken to be the most they are at either end, and times between fill and drain."""
 USUAL_LEVELS, USUAL_SHARE, CORNERS = (0.7, 1.0), 0.15, (0.3, 0.6, 1.0, 1.5, 2.2, 3.5)
 """Caps, by the likely best one, up to which a second costs the same; in a corner the cap at this share of the time from
 the outer end; corners, by what the stages of a side add at the likely best cap."""

@@ -15,7 +15,8 @@ from tests.tuner.online.arrivals import stream
 from tests.tuner.oracle import UNIT, Instance, random_instance
 from tuner.plan.cost_model import CostModel
 from tuner.plan.plan import Chunk, Request, Round
-from tuner.plan.stage_cost import StageCost
+from tuner.plan.stage_cost import StageCost, scaled_stage
+from tuner.plan.stage_order import StageOrder
 from tuner.replays.comparison import replay
 from tuner.rounds.bound import makespan_bound_s
 from tuner.rounds.ends import mean_ttft
@@ -76,6 +77,24 @@ def test_no_plan_of_a_batch_is_below_the_bounds(seed: int) -> None:
     least_s = np.sort([one.ttft_s for one in found], axis=1).min(axis=0)
     assert (kth_ends_s(problem) <= least_s * (1 + 1e-9)).all()
     assert 0.0 < mean_ttft_bound_s(problem) <= min(one.mean_ttft_s for one in found) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_plan_is_below_the_bound_where_stages_hold_several_groups(seed: int) -> None:
+    rng = random.Random(seed)
+    stage = random_instance(seed, most_units=5).cost.stages[0]
+    factors = [rng.choice([0.5, 1.0, 1.0]) for _ in range(4)]
+    cost = CostModel(
+        stages=tuple(scaled_stage(stage, factor) for factor in factors),
+        virtual_stages=2,
+        stage_order=rng.choice([StageOrder.LOOP, StageOrder.V]),
+    )
+    lengths = rng.choice([[UNIT * 4], [2 * UNIT, 2 * UNIT - 5], [UNIT, 3 * UNIT]])
+    requests = tuple(Request(id=f"r{i}", prompt_tokens=tokens) for i, tokens in enumerate(lengths))
+    problem = Problem(cost=cost, requests=requests, chunk_multiple=UNIT)
+    instance = Instance(cost, requests, None)
+    best_s = min(problem.evaluate(rounds).mean_ttft_s for rounds in every_plan(instance, (0,) * len(requests)))
+    assert 0.0 < mean_ttft_bound_s(problem) <= best_s * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(("pp_size", "most"), [(2, 0.01), (4, 0.02), (8, 0.03)])
